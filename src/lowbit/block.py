@@ -1,0 +1,209 @@
+"""A block is a value: the library's own decoder layers and their parameters, run without changing either.
+
+``Block`` holds one layer, or a window of consecutive ones that a method treats as one. The layers are the
+library's modules and may sit on the ``meta`` device; their parameters live in a dict under names such as
+``7.mlp.up_proj.weight`` (the layer's index in the model, then its own name). ``run`` calls the layers with
+``torch.func.functional_call``, so nothing is forked, patched or left behind. A method takes a ``Block`` and
+returns a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.attention import quantized_attention
+from lowbit.family import Edge, Family, Heads, Part, Ref
+from lowbit.quant import QTensor, QuantSpec, fake_quant_tokens
+from lowbit.scheme import Scheme
+
+Tap = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer, or a window of consecutive ones, as a value.
+
+    Attributes:
+        layers: the library's layer modules, never changed.
+        start: index of the first one in the model.
+        kwargs: what the model passes to each layer beside the hidden states (masks, rotary embeddings).
+        family: the architecture's facts.
+        heads: the attention's shape.
+        params: float parameters by name, transformed so far.
+        clips: for a linear's name the factors ``(low, high)`` on the ends of its groups' ranges, each ``(rows,
+            groups)``, for the grid that a rounding step will choose.
+        qweights: rounded weights by the linear's name; they take the place of ``params`` in the quantized block.
+        online: maps that nothing could absorb, by the linear's name; exporters that cannot carry them refuse.
+        notes: what a reader of the report must know: a damping raised, a layer left in float.
+    """
+
+    layers: tuple[nn.Module, ...]
+    start: int
+    kwargs: tuple[Mapping[str, Any], ...]
+    family: Family
+    heads: Heads
+    params: Mapping[str, Tensor]
+    clips: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    qweights: Mapping[str, QTensor] = field(default_factory=dict)
+    online: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def indices(self) -> range:
+        """The layers' indices in the model."""
+        return range(self.start, self.start + len(self.layers))
+
+    def linear_groups(self) -> list[tuple[str, ...]]:
+        """Names of the linears in execution order, those that read one tensor together."""
+        return [tuple(f"{i}.{name}" for name in group) for i in self.indices for group in self.family.linears]
+
+    def linears(self) -> list[str]:
+        """Names of all linears in execution order."""
+        return [name for group in self.linear_groups() for name in group]
+
+    def edges(self) -> list[Edge]:
+        """The family's edges with the names of this block's layers."""
+        return [
+            replace(edge, src=_prefixed(edge.src, i), dst=tuple(_prefixed(d, i) for d in edge.dst))
+            for i in self.indices
+            for edge in self.family.edges
+        ]
+
+    def full_name(self, name: str) -> str:
+        """The name in the model: ``7.mlp.up_proj`` -> ``model.layers.7.mlp.up_proj``."""
+        return f"{self.family.blocks}.{name}"
+
+    def weight(self, linear: str) -> Tensor:
+        """The float weight ``(out, in)`` of a linear."""
+        return self.params[f"{linear}.weight"]
+
+    def weight_spec(self, linear: str, scheme: Scheme) -> QuantSpec | None:
+        """The format that the scheme wants for a linear."""
+        return scheme.weight_spec(self.full_name(linear))
+
+    def quantized_params(self) -> dict[str, Tensor]:
+        """``params`` with the rounded weights in their places."""
+        rounded = {f"{name}.weight": q.dequantize() for name, q in self.qweights.items()}
+        return {name: rounded.get(name, value) for name, value in self.params.items()}
+
+
+class Step(Protocol):
+    """A method: a frozen dataclass of options whose call returns a new block."""
+
+    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+        """Return ``block`` transformed, clipped, rounded or corrected; ``block`` itself stays as it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Calib:
+    """What a method may look at, each ``(sequences, length, hidden)`` in float32.
+
+    Attributes:
+        x_fp: the block's input in the float model.
+        x_q: its input in the model that is quantized up to here.
+        y_fp: its output in the float model, for ``x_fp``.
+        batch: how many sequences to run at once.
+    """
+
+    x_fp: Tensor
+    x_q: Tensor
+    y_fp: Tensor
+    batch: int = 4
+
+
+def _prefixed(ref: Ref, index: int) -> Ref:
+    return replace(ref, module=f"{index}.{ref.module}") if isinstance(ref, Part) else f"{index}.{ref}"
+
+
+def run(
+    block: Block,
+    x: Tensor,
+    params: Mapping[str, Tensor] | None = None,
+    scheme: Scheme | None = None,
+    taps: Mapping[str, Tap] | None = None,
+) -> Tensor:
+    """The block's output for hidden states ``x`` ``(sequences, length, hidden)``; differentiable in ``params``.
+
+    Args:
+        block: the block.
+        x: hidden states; parameters are used in the dtype they have.
+        params: parameters to run with; the block's float ones by default (``quantized_params()`` for the
+            rounded ones).
+        scheme: where given, inputs of the linears and Q, K, V are rounded as it says.
+        taps: for a linear's name a function that is shown the linear's input as the linear sees it.
+    """
+    params = block.params if params is None else params
+    for layer, index, kwargs in zip(block.layers, block.indices, block.kwargs, strict=True):
+        prefix = f"{index}."
+        own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+        with ExitStack() as stack:
+            attention = layer.get_submodule(block.family.attention)
+            stack.enter_context(quantized_attention(attention.config, scheme.kv if scheme else None))
+            for name, hook in _hooks(block, index, scheme, taps or {}):
+                handle = layer.get_submodule(name).register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
+            x = torch.func.functional_call(layer, own, args=(x,), kwargs=dict(kwargs))
+    return x
+
+
+def _hooks(
+    block: Block, index: int, scheme: Scheme | None, taps: Mapping[str, Tap]
+) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
+    """For the linears of a layer that need it: round the input, then show it to the tap.
+
+    Linears that read one tensor share its rounding.
+    """
+    for group in block.family.linears:
+        cache: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in group:
+            spec = scheme.act_spec(block.full_name(f"{index}.{name}")) if scheme else None
+            tap = taps.get(f"{index}.{name}")
+            if spec is None and tap is None:
+                continue
+
+            def hook(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                spec: QuantSpec | None = spec,
+                tap: Tap | None = tap,
+                cache: dict[str, tuple[Tensor, Tensor]] = cache,
+            ) -> tuple[Any, ...] | None:
+                x = args[0]
+                if spec is not None:
+                    if "x" not in cache or cache["x"][0] is not x:
+                        cache["x"] = (x, fake_quant_tokens(x, spec))
+                    x = cache["x"][1]
+                if tap is not None:
+                    tap(x)
+                return (x, *args[1:])
+
+            yield name, hook
+
+
+@torch.no_grad()
+def run_all(
+    block: Block,
+    x: Tensor,
+    params: Mapping[str, Tensor] | None = None,
+    scheme: Scheme | None = None,
+    taps: Mapping[str, Tap] | None = None,
+    batch: int = 4,
+) -> Tensor:
+    """``run`` over all sequences, ``batch`` at a time, without gradients."""
+    return torch.cat([run(block, part, params, scheme, taps) for part in x.split(batch)])
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """``||got - wanted||^2 / ||wanted||^2`` over everything, summed in float64.
+
+    >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
+    0.5
+    """
+    return float((got - wanted).double().square().sum() / wanted.double().square().sum().clamp(min=1e-300))

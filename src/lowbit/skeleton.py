@@ -1,0 +1,105 @@
+"""The model without its blocks: embeddings, final norm and head, and how the model calls its layers.
+
+The library's own model class is built without memory for its parameters; embeddings, norms and head are then
+filled in. In place of the decoder layers stand recorders: the model's own ``forward`` runs over them once to
+give what block 0 is called with, and the keyword arguments that it passes to each layer (masks and rotary
+embeddings differ from layer to layer in some families). Run again with the last recorder returning given hidden
+states, the same ``forward`` turns these into logits, with whatever the model does on the way (final norm,
+capped logits). Rejected: an exception that stops the forward at the first layer, which sees one layer's
+arguments only, and per-family code for embedding and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lowbit.block import Block
+from lowbit.errors import LowbitError
+from lowbit.families import family_of
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps what it was called with, returns its input or what it was told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kwargs: Mapping[str, Any] = {}
+        self.answer: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.kwargs = kwargs
+        return hidden_states if self.answer is None else self.answer
+
+
+class Skeleton:
+    """A causal language model whose blocks live elsewhere.
+
+    Attributes:
+        config: the Hugging Face config.
+        family: the architecture's facts.
+        layers: the library's decoder layers, on ``meta``; they only say how a block computes.
+    """
+
+    def __init__(self, config: Any, rest: Mapping[str, Tensor], trust_remote_code: bool = False) -> None:
+        """Build it from a config and the parameters that belong to no block, by their names in the model."""
+        self.config = config
+        self.family = family_of(config)
+        self.heads = self.family.heads(config)
+        with init_empty_weights(include_buffers=False):
+            self.model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        self.model.eval()
+        parent, _, attribute = self.family.blocks.rpartition(".")
+        self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.blocks))
+        self._recorders = [_Recorder() for _ in self.layers]
+        setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
+        self._fill(rest)
+
+    def _fill(self, rest: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict(dict(rest), strict=False, assign=True)
+        self.model.tie_weights()
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta:
+                raise LowbitError(f"the checkpoint has no tensor '{name}' (nor anything that it is tied to)")
+
+    @torch.no_grad()
+    def start(self, ids: Tensor) -> Tensor:
+        """What block 0 is called with for token ids ``(sequences, length)``: ``(sequences, length, hidden)``."""
+        first, last = self._recorders[0], self._recorders[-1]
+        last.answer = None
+        # One sequence suffices for the keyword arguments: all have the same length and no padding.
+        self.model(ids[:1], use_cache=False, logits_to_keep=1)
+        seen: list[Tensor] = []
+        handle = first.register_forward_hook(lambda module, args, out: seen.append(out))
+        try:
+            for part in ids.split(64):
+                self.model(part, use_cache=False, logits_to_keep=1)
+        finally:
+            handle.remove()
+        return torch.cat(seen)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits ``(sequences, length, vocabulary)`` from the last block's output for the same ``ids``."""
+        self._recorders[-1].answer = hidden
+        try:
+            return self.model(ids, use_cache=False).logits
+        finally:
+            self._recorders[-1].answer = None
+
+    def block(self, start: int, params: Mapping[str, Tensor], count: int = 1) -> Block:
+        """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``); call ``start`` before."""
+        span = slice(start, start + count)
+        return Block(
+            layers=tuple(self.layers[span]),
+            start=start,
+            kwargs=tuple(recorder.kwargs for recorder in self._recorders[span]),
+            family=self.family,
+            heads=self.heads,
+            params=dict(params),
+        )

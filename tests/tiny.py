@@ -1,0 +1,129 @@
+"""Tiny random models, one or more for each family, with something for a method to do.
+
+Norm gains and biases are not trivial and a few channels of the residual stream are outliers, as in real models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 96
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**COMMON, tie_word_embeddings=False),
+    # head_dim * heads != hidden, biases everywhere, tied embeddings
+    "llama-odd": lambda: LlamaConfig(
+        **COMMON, head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "mistral": lambda: MistralConfig(**COMMON, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**COMMON),
+    "qwen3": lambda: Qwen3Config(**COMMON, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**COMMON, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
+    "gemma3": lambda: Gemma3TextConfig(
+        **COMMON,
+        head_dim=16,
+        sliding_window=8,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": lambda: Phi3Config(**COMMON),
+    "phi3-partial": lambda: Phi3Config(
+        **COMMON, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ),
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        dropout=0.0,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+    ),
+}
+NAMES = list(CONFIGS)
+
+
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A random float32 model of the family, in eval mode; ``changes`` are set on its config."""
+    config = CONFIGS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.config.architectures = [type(model).__name__]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in key and key.endswith("weight"):
+                parameter.add_(0.3 * noise)
+            elif key.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            elif parameter.ndim == 2:
+                parameter.copy_(noise * (0.7 if "embed" in key else 1.2 / parameter.shape[1] ** 0.5))
+            if "embed_tokens" in key:
+                parameter[:, [3, 17]] *= 12.0
+    return model.eval()
+
+
+def tiny_ids(n: int = 4, length: int = 24, seed: int = 1) -> torch.Tensor:
+    """Random token ids ``(n, length)``, without the special ones."""
+    return torch.randint(3, VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def skeleton_of(model: Any) -> Any:
+    """The model's skeleton, filled from its own parameters."""
+    from lowbit.skeleton import Skeleton
+
+    return Skeleton(model.config, dict(model.state_dict()))
+
+
+def params_of(model: Any, skeleton: Any, start: int, count: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+    """A block's parameters by the names that blocks use."""
+    prefix = skeleton.family.blocks + "."
+    wanted = tuple(f"{i}." for i in range(start, start + count))
+    return {
+        key.removeprefix(prefix): value.detach().to(dtype)
+        for key, value in model.state_dict().items()
+        if key.startswith(prefix) and key.removeprefix(prefix).startswith(wanted)
+    }
+
+
+def block_of(model: Any, start: int = 0, count: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+    """A block of the model, its float input ``(4, 24, hidden)`` and the skeleton."""
+    skeleton = skeleton_of(model)
+    x = skeleton.start(tiny_ids())
+    for i in range(start):
+        from lowbit.block import run_all
+
+        x = run_all(skeleton.block(i, params_of(model, skeleton, i)), x)
+    return skeleton.block(start, params_of(model, skeleton, start, count, dtype), count), x.to(dtype)
