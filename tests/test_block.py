@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -130,14 +132,11 @@ def test_linears_of_a_group_read_one_tensor():
         seen: dict[str, torch.Tensor] = {}
         order: list[str] = []
 
-        def tap(key):
-            def keep(value):
-                order.append(key)
-                seen[key] = value
+        def keep(key, value, order=order, seen=seen):
+            order.append(key)
+            seen[key] = value
 
-            return keep
-
-        run(block, x, taps={key: tap(key) for key in block.linears()})
+        run(block, x, taps={key: partial(keep, key) for key in block.linears()})
         assert sorted(order) == sorted(block.linears())
         for group in block.linear_groups():
             assert all(torch.equal(seen[key], seen[group[0]]) for key in group)

@@ -104,7 +104,10 @@ def skeleton_of(model: Any) -> Any:
     """The model's skeleton, filled from its own parameters."""
     from lowbit.skeleton import Skeleton
 
-    return Skeleton(model.config, dict(model.state_dict()))
+    skeleton = Skeleton(model.config)
+    state = model.state_dict()
+    skeleton.fill({name: state[name] for name in skeleton.rest_names})
+    return skeleton
 
 
 def params_of(model: Any, skeleton: Any, start: int, count: int = 1, dtype: torch.dtype = torch.float32) -> Any:

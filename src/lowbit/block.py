@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowbit.attention import quantized_attention
 from lowbit.family import Edge, Family, Heads, Part, Ref
-from lowbit.quant import QTensor, QuantSpec, fake_quant_tokens
+from lowbit.quant import Grid, QTensor, QuantSpec, fake_quant_tokens, minmax_grid
 from lowbit.scheme import Scheme
 
 Tap = Callable[[Tensor], None]
@@ -90,7 +90,7 @@ class Block:
     def quantized_params(self) -> dict[str, Tensor]:
         """``params`` with the rounded weights in their places."""
         rounded = {f"{name}.weight": q.dequantize() for name, q in self.qweights.items()}
-        return {name: rounded.get(name, value) for name, value in self.params.items()}
+        return {**self.params, **rounded}
 
 
 class Step(Protocol):
@@ -133,7 +133,7 @@ def run(
 
     Args:
         block: the block.
-        x: hidden states; parameters are used in the dtype they have.
+        x: hidden states; everything is computed in their dtype.
         params: parameters to run with; the block's float ones by default (``quantized_params()`` for the
             rounded ones).
         scheme: where given, inputs of the linears and Q, K, V are rounded as it says.
@@ -142,7 +142,7 @@ def run(
     params = block.params if params is None else params
     for layer, index, kwargs in zip(block.layers, block.indices, block.kwargs, strict=True):
         prefix = f"{index}."
-        own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+        own = {name.removeprefix(prefix): p.to(x.dtype) for name, p in params.items() if name.startswith(prefix)}
         with ExitStack() as stack:
             attention = layer.get_submodule(block.family.attention)
             stack.enter_context(quantized_attention(attention.config, scheme.kv if scheme else None))
@@ -207,3 +207,9 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     0.5
     """
     return float((got - wanted).double().square().sum() / wanted.double().square().sum().clamp(min=1e-300))
+
+
+def grid_of(block: Block, linear: str, spec: QuantSpec) -> Grid:
+    """The grid of a linear's weight: its groups' ranges, shrunk by the block's clips where a step found some."""
+    low, high = block.clips.get(linear, (1.0, 1.0))
+    return minmax_grid(block.weight(linear), spec, low, high)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from lowbit.block import Block
 from lowbit.errors import LowbitError
 from lowbit.families import family_of
+from lowbit.quant import QuantSpec, fake_quant_tokens
 
 
 class _Recorder(nn.Module):
@@ -46,8 +47,8 @@ class Skeleton:
         layers: the library's decoder layers, on ``meta``; they only say how a block computes.
     """
 
-    def __init__(self, config: Any, rest: Mapping[str, Tensor], trust_remote_code: bool = False) -> None:
-        """Build it from a config and the parameters that belong to no block, by their names in the model."""
+    def __init__(self, config: Any, trust_remote_code: bool = False) -> None:
+        """Build it from a config; ``fill`` gives it its parameters."""
         self.config = config
         self.family = family_of(config)
         self.heads = self.family.heads(config)
@@ -58,14 +59,30 @@ class Skeleton:
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.blocks))
         self._recorders = [_Recorder() for _ in self.layers]
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
-        self._fill(rest)
 
-    def _fill(self, rest: Mapping[str, Tensor]) -> None:
+    @property
+    def tied(self) -> bool:
+        """The head is the transposed embedding."""
+        return bool(self.config.tie_word_embeddings)
+
+    @property
+    def rest_names(self) -> list[str]:
+        """Names of the parameters and stored buffers that belong to no block, a tied head left out."""
+        tied = f"{self.family.head}.weight" if self.tied else ""
+        return [name for name in self.model.state_dict() if name != tied]
+
+    def fill(self, rest: Mapping[str, Tensor]) -> None:
+        """Take parameters for some or all of ``rest_names``; afterwards none may be missing."""
         self.model.load_state_dict(dict(rest), strict=False, assign=True)
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta:
-                raise LowbitError(f"the checkpoint has no tensor '{name}' (nor anything that it is tied to)")
+                raise LowbitError(f"no tensor '{name}' (nor anything that it is tied to) was given for the model")
+
+    def round_head_input(self, spec: QuantSpec) -> None:
+        """From now on the head sees its input rounded, as a quantized linear of the scheme does."""
+        head = self.model.get_submodule(self.family.head)
+        head.register_forward_pre_hook(lambda module, args: (fake_quant_tokens(args[0], spec), *args[1:]))
 
     @torch.no_grad()
     def start(self, ids: Tensor) -> Tensor:

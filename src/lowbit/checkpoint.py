@@ -1,0 +1,189 @@
+"""Checkpoints on disk: a lazy reader of safetensors folders, and writes that appear whole or not at all.
+
+The reader takes nothing on trust: the names in an index must be plain file names inside the folder, every shard
+that the index names must be there with the tensors that it promises, and weights must be finite. Tensors are
+copied out of the file's memory map one block at a time, so that a model larger than memory can be read.
+
+The writer puts everything under a temporary name, forces it to the disk and renames it. Whatever carries a final
+name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PARTIAL = ".partial"
+
+
+class Checkpoint:
+    """The tensors of a folder with ``model.safetensors`` or an index and its shards, read one by one."""
+
+    def __init__(self, folder: Path, files: Sequence[str] = ()) -> None:
+        """Read the index and every shard's header, or the headers of ``files`` only; no tensor is read yet.
+
+        Raises ``LowbitError`` for a missing shard, a broken header or an index that promises what no shard has.
+        """
+        self.folder = folder
+        self._file_of: dict[str, str] = {}
+        promised = {} if files else self._index()
+        for file in files or sorted(set(promised.values())) or [SINGLE]:
+            for name in self._names_in(file):
+                self._file_of[name] = file
+        for name, file in promised.items():
+            if self._file_of.get(name) != file:
+                raise LowbitError(
+                    f"{folder / INDEX} says that '{name}' is in {file}, but it is not: fetch both again"
+                )
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        if not path.exists():
+            return {}
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise LowbitError(f"{path} has no 'weight_map': fetch it again")
+        for file in set(weight_map.values()):
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+                raise LowbitError(f"{path} names the shard {file!r}: only plain file names are allowed there")
+            if not (self.folder / file).exists():
+                raise LowbitError(f"{self.folder} lacks the shard {file} that its index names: fetch it again")
+        return weight_map
+
+    def _names_in(self, file: str) -> list[str]:
+        path = self.folder / file
+        if not path.exists():
+            raise LowbitError(
+                f"{self.folder} has neither {SINGLE} nor {INDEX}: give a folder with safetensors weights"
+            )
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return list(shard.keys())
+        except (SafetensorError, OSError) as error:
+            raise LowbitError(f"{path} is no whole safetensors file ({error}): fetch it again") from error
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._file_of)
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, sorted by name."""
+        return [self.folder / file for file in sorted(set(self._file_of.values()))]
+
+    def find(self, name: str) -> str | None:
+        """The stored name of a model's tensor: itself, or without the leading ``model.`` (base-model checkpoints)."""
+        return next((n for n in (name, name.removeprefix("model.")) if n in self._file_of), None)
+
+    def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Tensors by the model's names, copied into memory; floating ones as ``dtype`` where it is given.
+
+        Raises ``LowbitError`` for a tensor that is not there or holds NaN or infinity.
+        """
+        wanted: dict[str, list[tuple[str, str]]] = {}
+        for name in names:
+            stored = self.find(name)
+            if stored is None:
+                raise LowbitError(
+                    f"{self.folder} has no tensor '{name}': the checkpoint does not fit its config.json"
+                )
+            wanted.setdefault(self._file_of[stored], []).append((name, stored))
+        out: dict[str, Tensor] = {}
+        for file, pairs in wanted.items():
+            with safe_open(self.folder / file, framework="pt") as shard:
+                for name, stored in pairs:
+                    out[name] = self._copied(shard.get_tensor(stored), stored, file, dtype)
+        return out
+
+    def _copied(self, value: Tensor, name: str, file: str, dtype: torch.dtype | None) -> Tensor:
+        if not value.is_floating_point():
+            return value.clone()
+        if not bool(torch.isfinite(value).all()):
+            raise LowbitError(f"'{name}' in {self.folder / file} holds NaN or infinity: the checkpoint is broken")
+        return value.to(dtype or value.dtype, copy=True)
+
+
+def block_params(checkpoint: Checkpoint, blocks: str, index: int, layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's parameters in float32, named ``7.mlp.up_proj.weight``; shapes are checked against ``layer``.
+
+    Merging maps is arithmetic on weights, hence float32 whatever the file holds; 16-bit weights lose nothing.
+    """
+    shapes = {f"{blocks}.{index}.{name}": p.shape for name, p in layer.named_parameters()}
+    read = checkpoint.read(shapes, torch.float32)
+    for name, value in read.items():
+        if value.shape != shapes[name]:
+            raise LowbitError(
+                f"'{name}' in {checkpoint.folder} is {tuple(value.shape)}, config.json implies {tuple(shapes[name])}"
+            )
+    return {name.removeprefix(f"{blocks}."): value for name, value in read.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is a ``LowbitError``."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LowbitError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise LowbitError(f"{path} holds no JSON object")
+    return content
+
+
+def _commit(partial: Path, path: Path) -> None:
+    """Force a finished temporary file to the disk and give it its name."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; a full disk or an unwritable folder is a ``LowbitError``."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        partial.write_bytes(content)
+        _commit(partial, path)
+    except OSError as error:
+        _give_up(partial, path, error)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with sorted keys, so that equal content gives equal bytes."""
+    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    The only metadata is ``format: pt``, which loaders ask for: with two entries their order, and so the bytes,
+    would differ from run to run.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata={"format": "pt"})
+        _commit(partial, path)
+    except (OSError, SafetensorError) as error:
+        _give_up(partial, path, error)
+
+
+def _give_up(partial: Path, path: Path, error: Exception) -> None:
+    partial.unlink(missing_ok=True)
+    raise LowbitError(f"cannot write {path}: {error}; free some space or choose another --out") from error
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[str]]) -> None:
+    """Write the index over ``{file: tensor names}``, the file that makes the shards a checkpoint."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    total = sum((folder / file).stat().st_size for file in shards)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

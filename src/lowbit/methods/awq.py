@@ -1,0 +1,143 @@
+"""AWQ: scales that protect the weights of strong activations, then clipped ranges.
+
+Source: Lin et al., MLSys 2024, arXiv 2306.00978. For each place where a scale can move (norms, v -> o, up ->
+down) a grid search over ``s = mean|x|**ratio`` minimises the linears' output error ``||Q(W s) s^-1 x - W x||^2``
+(equation 4); then every group's range is shrunk where that lowers the same error.
+
+Both errors are quadratic forms in the input's second moments ``G = sum x x^T``, so one pass over the data serves
+all candidates: ``||dW x||^2 = tr(dW G dW^T)``. The released code measures the error at the end of the attention or
+MLP on a sample of tokens instead; this is the paper's equation on all of them. As there, q and k are not clipped.
+With grouped-query attention, where that code skips v -> o, one scale per channel of a KV head is shared by the
+query heads that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.block import Block, Calib
+from lowbit.errors import LowbitError
+from lowbit.family import Edge, module_of
+from lowbit.methods.statistics import Moments, input_moments
+from lowbit.move import map_width, move
+from lowbit.quant import QuantSpec, fake_quant, minmax_grid
+from lowbit.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """Activation-aware scales and clipping.
+
+    Attributes:
+        grid: candidates for the scale's exponent, ``0, 1/grid, .., (grid - 1)/grid``; 0 is "no scale".
+        clip: also search shrunken ranges.
+        clip_grid: steps of the shrink factor between 1 and 0.
+        clip_least: the smallest factor tried.
+    """
+
+    grid: int = 20
+    clip: bool = True
+    clip_grid: int = 20
+    clip_least: float = 0.5
+    rounds: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.grid < 1 or self.clip_grid < 1 or not 0 < self.clip_least <= 1:
+            raise LowbitError("awq: grid and clip_grid must be 1 or more, clip_least above 0 and at most 1")
+
+    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+        """The block with scales moved and clips chosen; its float function is unchanged."""
+        edges = [edge for edge in block.edges() if edge.kind != "qk"]
+        moments = input_moments(block, calib.x_fp, [module_of(e.dst[0]) for e in edges], batch=calib.batch)
+        params = dict(block.params)
+        for edge in edges:
+            scale = self._best_scale(block, params, edge, moments[module_of(edge.dst[0])], scheme)
+            if scale is not None:
+                params = move(block, edge, scale, params)
+        moved = replace(block, params=params)
+        return self._clipped(moved, calib, scheme) if self.clip else moved
+
+    def _best_scale(
+        self, block: Block, params: Mapping[str, Tensor], edge: Edge, moments: Moments, scheme: Scheme
+    ) -> Tensor | None:
+        """The map of least error over ``edge``; ``None`` if no linear behind it is quantized."""
+        names = [module_of(dst) for dst in edge.dst]
+        specs = [block.weight_spec(name, scheme) for name in names]
+        targets = [(params[f"{n}.weight"], s) for n, s in zip(names, specs, strict=True) if s is not None]
+        if not targets:
+            return None
+        magnitude = (moments.magnitude / moments.tokens).clamp(min=1e-5)
+        if edge.kind == "heads":  # query heads of a group share the KV head's channels
+            magnitude = magnitude.unflatten(0, (block.heads.kv, block.heads.group, -1)).mean(1).flatten()
+        best: tuple[float, Tensor] | None = None
+        for step in range(self.grid):
+            scale = magnitude.pow(step / self.grid)
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            spread = _over_inputs(block, edge, scale)
+            error = sum(scaled_error(w, spread, moments.gram, spec) for w, spec in targets)
+            if best is None or error < best[0]:
+                best = (error, scale)
+        assert best is not None
+        shape = (block.heads.kv, block.heads.dim) if edge.kind == "heads" else (map_width(block, edge),)
+        return best[1].reshape(shape)
+
+    def _clipped(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+        moments = input_moments(block, calib.x_fp, [g[0] for g in block.linear_groups()], batch=calib.batch)
+        clips = dict(block.clips)
+        for group in block.linear_groups():
+            for linear in group:
+                spec = block.weight_spec(linear, scheme)
+                if spec is None or linear in _queries_and_keys(block):
+                    continue
+                factor = self._best_clip(block.weight(linear), moments[group[0]].gram, spec)
+                clips[linear] = (factor, factor)
+        return replace(block, clips=clips)
+
+    def _best_clip(self, weight: Tensor, gram: Tensor, spec: QuantSpec) -> Tensor:
+        """The factor ``(rows, groups)`` on each group's range with the least output error; 1 is tried first."""
+        groups = spec.groups(weight.shape[1])
+        blocks = torch.stack(_diagonal_blocks(gram, groups))
+        best = weight.new_full((weight.shape[0], groups), torch.inf)
+        factor = torch.ones_like(best)
+        steps = int((1 - self.clip_least) * self.clip_grid + 1e-9)
+        for step in range(steps + 1):
+            tried = 1 - step / self.clip_grid
+            if tried <= 0:
+                break
+            delta = fake_quant(weight, minmax_grid(weight, spec, tried, tried), spec) - weight
+            split = delta.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, rows, size)
+            error = ((split @ blocks) * split).sum(-1).T
+            factor = torch.where(error < best, tried, factor)
+            best = torch.minimum(error, best)
+        return factor
+
+
+def scaled_error(weight: Tensor, scale: Tensor, gram: Tensor, spec: QuantSpec) -> float:
+    """``||Q(W s) s^-1 x - W x||^2`` summed over the tokens whose second moments are ``gram`` ``(in, in)``."""
+    scaled = weight * scale
+    delta = fake_quant(scaled, minmax_grid(scaled, spec), spec) / scale - weight
+    return float(((delta @ gram) * delta).sum())
+
+
+def _diagonal_blocks(gram: Tensor, groups: int) -> list[Tensor]:
+    size = gram.shape[0] // groups
+    return [gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(groups)]
+
+
+def _over_inputs(block: Block, edge: Edge, scale: Tensor) -> Tensor:
+    """A scale per source channel as a scale per input channel of the linears behind the edge."""
+    if edge.kind != "heads":
+        return scale
+    heads = block.heads
+    return scale.unflatten(0, (heads.kv, -1)).repeat_interleave(heads.group, 0).flatten()
+
+
+def _queries_and_keys(block: Block) -> set[str]:
+    """The linears that compute q and k: the first two of a layer, or the one that computes q, k and v."""
+    first = [f"{i}.{name}" for i in block.indices for name in block.family.linears[0][:2]]
+    return set(first)

@@ -1,0 +1,58 @@
+"""SmoothQuant: part of the activations' outliers moves into the weights, as one scale per channel.
+
+Source: Xiao et al., ICML 2023, arXiv 2211.10438, equation 4: ``s_j = max|x_j|**alpha / max|w_j|**(1 - alpha)``,
+moved over the norms of a block. Maxima are over the float model's inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.block import Block, Calib
+from lowbit.errors import LowbitError
+from lowbit.family import module_of
+from lowbit.methods.statistics import input_moments
+from lowbit.move import move
+from lowbit.scheme import Scheme
+
+
+def smooth_scale(activation_peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:
+    """The scale ``(channels,)`` that divides activations and multiplies weights; never 0.
+
+    >>> smooth_scale(torch.tensor([16.0]), torch.tensor([1.0]), 0.5).tolist()
+    [4.0]
+    """
+    scale = activation_peak.clamp(min=1e-5).pow(alpha) / weight_peak.clamp(min=1e-5).pow(1 - alpha)
+    return scale.clamp(min=1e-5)
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """A diagonal map over every norm.
+
+    Attributes:
+        alpha: how much of the outliers moves: 0 leaves them to the activations, 1 gives all to the weights.
+    """
+
+    alpha: float = 0.5
+    rounds: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise LowbitError(f"smoothquant.alpha {self.alpha} given; 0 to 1 are allowed")
+
+    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+        """The block with scales moved over its norms; its float function is unchanged."""
+        norms = [edge for edge in block.edges() if edge.kind == "norm"]
+        readers = [module_of(edge.dst[0]) for edge in norms]
+        moments = input_moments(block, calib.x_fp, readers, want_gram=False, batch=calib.batch)
+        params = dict(block.params)
+        for edge, reader in zip(norms, readers, strict=True):
+            peaks = [params[f"{module_of(dst)}.weight"].abs().amax(0) for dst in edge.dst]
+            scale = smooth_scale(moments[reader].peak, torch.stack(peaks).amax(0), self.alpha)
+            params = move(block, edge, scale, params)
+        return replace(block, params=params)

@@ -1,0 +1,152 @@
+"""Recipes: a list of steps with their options, as YAML or as frozen dataclasses.
+
+.. code-block:: yaml
+
+    steps:
+      - awq: {clip: true}
+      - rtn
+
+A recipe ends with a step that rounds. Unknown steps and fields are refused with the nearest known name, and every
+value is checked against the type of the field that it sets.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowbit.errors import LowbitError, unknown
+from lowbit.methods import METHODS
+
+Named = tuple[str, Any]  # a method's name and its dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to every block.
+
+    Attributes:
+        name: what results call it.
+        steps: ``(method name, method)`` in order.
+        window: how many consecutive blocks a step gets as one.
+    """
+
+    name: str
+    steps: tuple[Named, ...]
+    window: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise LowbitError(f"recipe '{self.name}' has no steps: list at least one that rounds, such as rtn")
+        rounding = [name for name, method in self.steps if method.rounds]
+        if len(rounding) != 1 or not self.steps[-1][1].rounds:
+            known = ", ".join(name for name, method in METHODS.items() if method.rounds)
+            raise LowbitError(f"recipe '{self.name}': exactly one step rounds, and it comes last; one of {known}")
+        if self.window < 1:
+            raise LowbitError(f"recipe '{self.name}': window {self.window} given; it must be 1 or more")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    root = files("lowbit") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in root.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(given: str, settings: Iterable[str] = ()) -> Recipe:
+    """A recipe from its name or from a YAML file, with ``step.field=value`` settings applied."""
+    if given.endswith((".yaml", ".yml")):
+        name = Path(given).stem
+        try:
+            text = Path(given).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise LowbitError(f"cannot read the recipe {given}: {error}") from error
+    elif given in recipe_names():
+        name, text = given, (files("lowbit") / "recipes" / f"{given}.yaml").read_text()
+    else:
+        raise unknown("recipe", given, recipe_names())
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LowbitError(f"recipe {given} is no YAML: {' '.join(str(error).split())}") from error
+    return with_settings(recipe_from_dict(content, name), settings)
+
+
+def recipe_from_dict(content: Any, name: str) -> Recipe:
+    """The inverse of ``recipe_to_dict``."""
+    if not isinstance(content, Mapping) or not isinstance(content.get("steps"), list):
+        raise LowbitError(f"recipe '{name}': expected a key 'steps' with a list of steps")
+    for key in content:
+        if key not in ("steps", "window"):
+            raise unknown(f"key in recipe '{name}'", str(key), ["steps", "window"])
+    window = content.get("window", 1)
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise LowbitError(f"recipe '{name}': window must be a whole number, got {window!r}")
+    return Recipe(name, tuple(_step(entry, name) for entry in content["steps"]), window)
+
+
+def _step(entry: Any, recipe: str) -> Named:
+    """A step from ``rtn`` or ``{gptq: {damping: 0.01}}``."""
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise LowbitError(
+            f"recipe '{recipe}': a step is a method's name, or one name with its options; got {entry!r}"
+        )
+    name, options = next(iter(entry.items()))
+    if name not in METHODS:
+        raise unknown("step", str(name), METHODS)
+    if not isinstance(options or {}, Mapping):
+        raise LowbitError(f"recipe '{recipe}': the options of {name} must be 'field: value' pairs; got {options!r}")
+    return name, _build(name, METHODS[name](), options or {})
+
+
+def _build(step: str, method: Any, options: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(type(method))
+    known = [field.name for field in fields(method)]
+    values = {}
+    for key, value in options.items():
+        if key not in known:
+            raise unknown(f"field of {step}", str(key), known)
+        values[key] = _typed(f"{step}.{key}", value, hints[key])
+    return replace(method, **values)
+
+
+def _typed(where: str, value: Any, wanted: Any) -> Any:
+    """``value`` as the field's type; whole numbers are taken where a float is wanted, nothing else converts."""
+    allowed = typing.get_args(wanted) or (wanted,)
+    if type(value) in allowed or (value is None and type(None) in allowed):
+        return value
+    if float in allowed and type(value) is int:
+        return float(value)
+    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+    raise LowbitError(f"{where}: expected {names}, got {value!r}")
+
+
+def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """``recipe`` with ``step.field=value`` settings; every step of that name is set."""
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        step, dot, key = path.partition(".")
+        if not (equals and dot and key):
+            raise LowbitError(f"--set {setting}: give step.field=value, for example gptq.damping=0.05")
+        names = [name for name, _ in recipe.steps]
+        if step not in names:
+            raise unknown(f"step in recipe '{recipe.name}'", step, names)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise LowbitError(f"--set {setting}: '{text}' is no value") from error
+        steps = tuple((n, _build(n, m, {key: value}) if n == step else m) for n, m in recipe.steps)
+        recipe = replace(recipe, steps=steps)
+    return recipe
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain data with every option written out, for manifests and YAML files."""
+    return {"steps": [{name: asdict(method)} for name, method in recipe.steps], "window": recipe.window}
