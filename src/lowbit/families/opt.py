@@ -45,5 +45,6 @@ OPT = Family(
     ),
     heads=_heads,
     embed="model.decoder.embed_tokens",
+    flat_mlp=True,
     refuse=_refuse,
 )

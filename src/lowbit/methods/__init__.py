@@ -1,4 +1,9 @@
-"""The methods: one file each, one line here."""
+"""The methods: one file each, one line here.
+
+A method is a frozen dataclass of its options, with ``__call__(block, calib, scheme) -> Block`` and two facts:
+``rounds`` (it chooses codes, so it ends a recipe) and ``passes`` (how often it runs the block over the calibration
+tokens, for estimates of time).
+"""
 
 from __future__ import annotations
 

@@ -45,6 +45,7 @@ class AWQ:
     clip_grid: int = 20
     clip_least: float = 0.5
     rounds: ClassVar[bool] = False
+    passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.grid < 1 or self.clip_grid < 1 or not 0 < self.clip_least <= 1:

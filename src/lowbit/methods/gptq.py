@@ -42,6 +42,7 @@ class GPTQ:
     act_order: bool = True
     block_size: int = 128
     rounds: ClassVar[bool] = True
+    passes: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         if self.damping <= 0 or self.block_size < 1:

@@ -15,6 +15,7 @@ class RTN:
     """The baseline, and the last step after methods that move maps or shrink ranges."""
 
     rounds: ClassVar[bool] = True
+    passes: ClassVar[int] = 0
 
     def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
         """Codes for every linear that the scheme quantizes; needs no data."""

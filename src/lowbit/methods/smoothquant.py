@@ -40,6 +40,7 @@ class SmoothQuant:
 
     alpha: float = 0.5
     rounds: ClassVar[bool] = False
+    passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -1,0 +1,224 @@
+"""The public functions: ``quantize``, ``evaluate``. The command line calls these and nothing below them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.checkpoint import Checkpoint
+from lowbit.data import Tokens, calibration, evaluation, self_sample
+from lowbit.errors import LowbitError
+from lowbit.evaluate.perplexity import perplexity
+from lowbit.finish import finish, versions
+from lowbit.loading import load
+from lowbit.plan import Plan, make_plan
+from lowbit.progress import say
+from lowbit.recipe import Recipe, load_recipe, recipe_to_dict
+from lowbit.runfolder import manifest_of, prepare
+from lowbit.runner import Walk, check_space, peak_memory_bytes
+from lowbit.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
+from lowbit.skeleton import Skeleton
+from lowbit.source import Source, load_config, load_tokenizer, resolve
+from lowbit.stream import StreamedModel, refuse_foreign_quantization
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What ``quantize`` made.
+
+    Attributes:
+        out: the run folder.
+        bits_per_weight: effective bits of the rounded weights: codes, scales, zeros, online maps, over weights.
+        seconds: wall time of this call (a run that was resumed spent more before).
+        peak_memory_bytes: the most memory that the process has held.
+        warnings: what the run had to do differently, and what the folder needs to load.
+        manifest: the content of ``lowbit.json``.
+    """
+
+    out: Path
+    bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: int
+    warnings: list[str]
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What ``evaluate`` measured.
+
+    Attributes:
+        perplexity: by data name.
+        tokens: how many tokens of each were scored, by data name.
+        length: tokens in a window.
+        seconds: wall time.
+        data_hash: hash of the evaluated tokens, by data name.
+    """
+
+    perplexity: dict[str, float]
+    tokens: dict[str, int]
+    length: int
+    seconds: float
+    data_hash: dict[str, str]
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    scheme: str | Scheme = "w4a16g64-sym",
+    recipe: str | Recipe = "gptq",
+    data: str = "builtin",
+    samples: int = 32,
+    length: int = 512,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    settings: Iterable[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Quantized:
+    """Quantize a model into a folder that is a Hugging Face checkpoint; a run that was stopped goes on.
+
+    Args:
+        model: a folder, a hub id, a ``.gguf`` file or ``demo``.
+        out: the run folder; new, empty, or of this same run.
+        scheme: a name such as ``w4a16g64-sym``, a YAML file, or a ``Scheme``.
+        recipe: a name such as ``gptq``, a YAML file, or a ``Recipe``.
+        data: calibration text: ``builtin``, ``wikitext2``, ``ptb``, ``c4``, ``self`` or a file.
+        samples, length, seed: how many windows of how many tokens, and how they are drawn.
+        device, dtype: where and in what the blocks run; a CPU computes in float32 only.
+        settings: ``step.field=value`` for the recipe's steps.
+        overrides: ``{glob: format}`` over module names, such as ``{"*.down_proj": "w8"}`` or ``{"lm_head": "w8"}``.
+        revision: of a hub model.
+        allow_pickle, trust_remote_code: both off unless asked for.
+
+    Raises:
+        LowbitError: for anything that a person can mend, before any work where it can be known then.
+    """
+    began = time.monotonic()
+    torch_dtype = check_device(device, dtype)
+    chosen = load_recipe(recipe, settings) if isinstance(recipe, str) else recipe
+    formats = with_overrides(load_scheme(scheme) if isinstance(scheme, str) else scheme, overrides or {})
+    source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    config = load_config(source.folder, trust_remote_code)
+    refuse_foreign_quantization(config, None, source.folder)
+    skeleton, checkpoint = Skeleton(config, trust_remote_code), Checkpoint(source.folder)
+    plan = make_plan(skeleton, formats)
+    _check_length(config, length)
+    tokens = _calibration(source, data, samples, length, seed, device, trust_remote_code)
+    identity = {
+        "model": source.name,
+        "fingerprint": source.identity,
+        "recipe": recipe_to_dict(chosen),
+        "recipe_name": chosen.name,
+        "scheme": scheme_to_dict(formats),
+        "data": {"corpus": tokens.corpus, "samples": samples, "length": length, "hash": tokens.hash},
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "versions": versions(),
+    }
+    out = Path(out)
+    if not prepare(out, identity):
+        check_space(out, _size_on_disk(plan))
+        torch.manual_seed(seed)
+        run = Walk(checkpoint, skeleton, chosen, formats, plan, out, device, torch_dtype)
+        run.walk(tokens.ids)
+        manifest = finish(out, source.folder, plan, formats, identity, run.rows)
+    else:
+        say(f"{out} holds this run already, finished")
+        manifest = manifest_of(out) or {}
+    seconds = time.monotonic() - began
+    return Quantized(out, plan.bits_per_weight, seconds, peak_memory_bytes(), _warnings(manifest), manifest)
+
+
+def evaluate(
+    model: str,
+    data: str | Sequence[str] = "builtin",
+    length: int = 2048,
+    tokens: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Evaluated:
+    """Perplexity of a float model or of a run folder, read block by block.
+
+    Args:
+        model: as for ``quantize``, or a run folder.
+        data: one or several of ``builtin``, ``wikitext2``, ``ptb``, ``c4`` or a file.
+        length: tokens in a window. Perplexities of different lengths do not compare.
+        tokens: how many tokens of each text at most; all by default.
+        device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
+    """
+    began = time.monotonic()
+    torch_dtype = check_device(device, dtype)
+    source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    names = [data] if isinstance(data, str) else list(data)
+    windows = {name: evaluation(name, tokenizer, length, tokens) for name in names}
+    streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code)
+    results = {name: perplexity(streamed.logits(found.ids)) for name, found in windows.items()}
+    return Evaluated(
+        results,
+        {name: found.ids.numel() for name, found in windows.items()},
+        length,
+        time.monotonic() - began,
+        {name: found.hash for name, found in windows.items()},
+    )
+
+
+def check_device(device: str, dtype: str) -> torch.dtype:
+    """The dtype to compute in; a device that is not there or a slow combination is refused."""
+    if dtype not in DTYPES:
+        raise LowbitError(f"--dtype {dtype} given; allowed: {', '.join(DTYPES)}")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LowbitError(f"--device {device} cannot be used here ({reason}); use cpu, cuda or cuda:N") from error
+    if torch.device(device).type == "cpu" and dtype != "float32":
+        raise LowbitError(f"--dtype {dtype} on a CPU: 16-bit arithmetic may be a hundred times slower; use float32")
+    return DTYPES[dtype]
+
+
+def _check_length(config: Any, length: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise LowbitError(f"--length {length} given; this model's positions end at {limit}")
+
+
+def _calibration(
+    source: Source, data: str, samples: int, length: int, seed: int, device: str, trust_remote_code: bool
+) -> Tokens:
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+
+    def sampler(n: int, window: int, draw: int) -> torch.Tensor:
+        say(f"sampling {n} x {window} tokens from the model itself")
+        whole = load(source.folder, device, trust_remote_code=trust_remote_code)
+        return self_sample(whole, tokenizer, n, window, draw)
+
+    return calibration(data, tokenizer, samples, length, seed, sampler=sampler)
+
+
+def _size_on_disk(plan: Plan) -> int:
+    """An upper bound: codes as stored plus the float part at 32 bits."""
+    stored = plan.stored_bits if plan.layout == "pack-quantized" else plan.stored_bits + 8 * plan.quantized_weights
+    return int(stored / 8) + 4 * plan.float_weights
+
+
+def _warnings(manifest: Mapping[str, Any]) -> list[str]:
+    out = [f"block {row['block']}: {note}" for row in manifest["blocks"] for note in row["notes"]]
+    if reason := manifest["transformers"]["why_not"]:
+        out.append(f"stock transformers does not run this folder ({reason}): use lowbit.load")
+    return out

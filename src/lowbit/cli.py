@@ -1,0 +1,253 @@
+"""The command line: ``lowbit quantize | evaluate | generate | inspect | demo``.
+
+Results go to standard output, everything else to standard error. A mistake ends in one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lowbit.errors import LowbitError
+from lowbit.progress import say
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make large language models small enough for phones, laptops and single GPUs, and keep them good.",
+)
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct).")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
+DType = Annotated[str, typer.Option(help="What blocks run in on a GPU: float32, bfloat16, float16. A CPU: float32.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The run folder: new, empty, or of this same run, which then goes on.")],
+    scheme: Annotated[str, typer.Option(help="w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym], or FILE.yaml.")] = (
+        "w4a16g64-sym"
+    ),
+    recipe: Annotated[str, typer.Option(help="A recipe's name or FILE.yaml.")] = "gptq",
+    data: Annotated[str, typer.Option(help="builtin, wikitext2, ptb, c4, self, or a text/jsonl/parquet file.")] = (
+        "builtin"
+    ),
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Draws the windows, and whatever a method draws.")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="step.field=value; may be repeated.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="GLOB=FORMAT, such as '*.down_proj=w8' or 'lm_head=w8'; repeatable.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL into a folder that is a Hugging Face checkpoint."""
+    from lowbit.api import quantize as run
+
+    made = run(
+        model, out, scheme, recipe, data, samples, length, seed, device, dtype, set_ or [],
+        _pairs(override or []), revision, allow_pickle, trust_remote_code,
+    )  # fmt: skip
+    result = {
+        "out": str(made.out),
+        "bits_per_weight": made.bits_per_weight,
+        "seconds": made.seconds,
+        "peak_memory_bytes": made.peak_memory_bytes,
+        "warnings": made.warnings,
+    }
+    if as_json:
+        _print_json(result)
+        return
+    for warning in made.warnings:
+        say(f"warning: {warning}")
+    print(
+        f"{made.out}: {made.bits_per_weight:.3f} bits per weight, {made.seconds:.0f} s, "
+        f"peak memory {made.peak_memory_bytes / 1e9:.2f} GB"
+    )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[
+        list[str] | None, typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a float MODEL or of a run folder, streamed block by block."""
+    from lowbit.api import evaluate as run
+
+    names = data or ["builtin"]
+    found = run(model, names, length, tokens, device, dtype, revision, allow_pickle, trust_remote_code)
+    if as_json:
+        _print_json({"model": model, **asdict(found)})
+        return
+    table = _table("data", "tokens", "length", "perplexity")
+    for name, value in found.perplexity.items():
+        table.add_row(Path(name).name, str(found.tokens[name]), str(length), f"{value:.4f}")
+    Console().print(table)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, greedily."""
+    from lowbit.demo import generate_text
+    from lowbit.source import resolve
+
+    if tokens < 1:
+        raise LowbitError(f"--tokens {tokens} given; at least 1 is needed")
+    if not prompt:
+        raise LowbitError("--prompt is empty; give some text to continue")
+    folder = resolve(model, trust_remote_code=trust_remote_code).folder
+    text = generate_text(folder, prompt, tokens, trust_remote_code)
+    if as_json:
+        _print_json({"model": model, "prompt": prompt, "text": text})
+    else:
+        print(text)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    scheme: Annotated[str, typer.Option(help="The scheme to estimate for.")] = "w4a16g64-sym",
+    recipe: Annotated[str, typer.Option(help="The recipe to estimate for.")] = "gptq",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Family, edges and sizes of MODEL, and what a run would take in memory, disk and time."""
+    from lowbit.inspecting import inspect_model
+
+    found = inspect_model(model, scheme, recipe, samples, length, revision, allow_pickle, trust_remote_code)
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("", "")
+    for key, value in found.items():
+        text = (
+            "\n".join(map(str, value))
+            if isinstance(value, list)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else value
+        )
+        table.add_row(key, str(text))
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the quantized model stays.")] = Path("demo-run"),
+    as_json: Json = False,
+) -> None:
+    """Quantize SmolLM2-135M-Instruct, compare it with its float self, and let both speak."""
+    from lowbit.demo import run_demo
+
+    found = run_demo(out)
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("recipe", "scheme", "bits/weight", "size on disk", "perplexity", "seconds")
+    for row in found["rows"]:
+        size = f"{row['size_bytes'] / 1e6:.0f} MB"
+        numbers = (f"{row['bits_per_weight']:.3f}", size, f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}")
+        table.add_row(row["recipe"], row["scheme"], *numbers)
+    console = Console()
+    console.print(table)
+    for row in found["rows"]:
+        console.print(f"{row['recipe']}: {row['text']}", markup=False, highlight=False)
+    console.print(f"\nThe quantized model is in {found['out']}; stock transformers loads it.", highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(show_header=any(columns))
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _pairs(settings: list[str]) -> dict[str, str]:
+    out = {}
+    for setting in settings:
+        glob, equals, text = setting.partition("=")
+        if not (glob and equals and text):
+            raise LowbitError(f"--override {setting}: give GLOB=FORMAT, for example '*.down_proj=w8' or 'lm_head=w8'")
+        out[glob] = text
+    return out
+
+
+def _print_json(content: Any) -> None:
+    json.dump(content, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+def _quiet_libraries() -> None:
+    """Progress and warnings of the libraries would mix with ours; errors still raise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Run a command; a person's mistake becomes one line on standard error and exit code 2."""
+    try:
+        run()
+    except LowbitError as error:
+        say(f"lowbit: error: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        say("lowbit: stopped; the same command goes on where it was")
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        say(f"lowbit: error: {error.strerror}: {error.filename}; free some space or choose another folder")
+        return 2
+    return 0
+
+
+def main() -> None:
+    """Entry point of the ``lowbit`` command."""
+
+    def run() -> None:
+        _quiet_libraries()
+        app(standalone_mode=True)
+
+    sys.exit(guarded(run))

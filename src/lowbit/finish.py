@@ -1,0 +1,141 @@
+"""The last files of a run folder: index, config, tokenizer, model card, timing, and the manifest after all."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint import read_json, write_bytes, write_json
+from lowbit.packing import quantization_config
+from lowbit.plan import Plan
+from lowbit.runfolder import FORMAT, MANIFEST, RUN, TIMING, notes_file, write_folder_index
+from lowbit.scheme import Scheme
+from lowbit.wheels import sha256_of
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes and of what is written with."""
+    packages = ("lowbit", "torch", "transformers", "compressed-tensors", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def finish(
+    out: Path, source: Path, plan: Plan, scheme: Scheme, identity: Mapping[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write everything that is not a shard, the manifest last; returns the manifest."""
+    write_folder_index(out, len(rows))
+    config = read_json(source / "config.json")
+    config["quantization_config"] = quantization_config(scheme, plan.specs, plan.floats, plan.embed)
+    if plan.untie:
+        config["tie_word_embeddings"] = False
+    write_json(out / "config.json", config)
+    for name in COPIED:
+        if (source / name).exists():
+            write_bytes(out / name, (source / name).read_bytes())
+    manifest = _manifest(plan, identity, rows)
+    write_bytes(out / "README.md", model_card(manifest).encode())
+    timing = [{"block": i, **_without_notes(read_json(out / notes_file(i)))} for i in range(len(rows))]
+    write_json(out / TIMING, {"blocks": timing})
+    # Digests of what ships: the timing says when it was made, not what it is.
+    ours = sorted(p for p in out.iterdir() if p.is_file() and p.name not in (TIMING, MANIFEST))
+    manifest["files"] = {path.name: sha256_of(path) for path in ours}
+    write_json(out / MANIFEST, manifest)
+    shutil.rmtree(out / RUN, ignore_errors=True)
+    return manifest
+
+
+def _without_notes(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "notes"}
+
+
+def _manifest(plan: Plan, identity: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "identity": dict(identity),
+        "recipe": identity["recipe"],
+        "scheme": identity["scheme"],
+        "quantized": list(plan.specs),
+        "float": list(plan.floats),
+        "layout": plan.layout,
+        "bits_per_weight": plan.bits_per_weight,
+        "model_bits_per_weight": plan.model_bits_per_weight,
+        "online": [],
+        "transformers": {"loads": plan.stock is None, "why_not": plan.stock},
+        "versions": versions(),
+        "blocks": rows,
+    }
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """The README.md of a run folder: what was done, with what, and how to load it."""
+    identity = manifest["identity"]
+    steps = " -> ".join(next(iter(step)) for step in identity["recipe"]["steps"])
+    data = identity["data"]
+    overrides = identity["scheme"]["overrides"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [lowbit, compressed-tensors, quantized]",
+        "---",
+        f"# {identity['model']}, {identity['scheme']['scheme']}",
+        "",
+        f"Quantized by [lowbit](https://pypi.org/project/lowbit) {manifest['versions']['lowbit']}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| recipe | {identity['recipe_name']} ({steps}) |",
+        f"| scheme | {identity['scheme']['scheme']} |",
+        *[f"| override | `{glob}`: {text} |" for glob, text in overrides.items()],
+        f"| effective bits per rounded weight | {manifest['bits_per_weight']:.3f} (codes, scales, zeros) |",
+        f"| rounded modules | {len(manifest['quantized'])} |",
+        f"| left in float | {', '.join(manifest['float']) or 'nothing'}, embeddings unless rounded, norms |",
+        f"| calibration | {data['corpus']}, {data['samples']} x {data['length']} tokens, seed {identity['seed']} |",
+        f"| calibration hash | `{data['hash'][:16]}` |",
+        f"| versions | {', '.join(f'{name} {v}' for name, v in manifest['versions'].items())} |",
+        "",
+        "## Loading",
+        "",
+    ]
+    if manifest["transformers"]["loads"]:
+        lines += [
+            "With stock `transformers` and `compressed-tensors`:",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("this/folder", dtype="float32")',
+            'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
+            "```",
+        ]
+    else:
+        lines += [
+            f"Stock `transformers` does not run this scheme: {manifest['transformers']['why_not']}.",
+            "With lowbit:",
+            "",
+            "```python",
+            "import lowbit",
+            "",
+            'model = lowbit.load("this/folder")  # a transformers model',
+            "```",
+        ]
+    notes = [f"- block {row['block']}: {note}" for row in manifest["blocks"] for note in row["notes"]]
+    if notes:
+        lines += ["", "## What happened on the way", "", *notes]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,69 @@
+"""``lowbit.load``: a run folder as an ordinary ``transformers`` model, for every scheme.
+
+Stock ``transformers`` loads most run folders by itself. This loads all of them: codes are replaced by the values
+that they stand for, inputs of quantized linears are rounded by a hook, and Q, K, V by a registered attention.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from lowbit.attention import attention_name
+from lowbit.checkpoint import Checkpoint
+from lowbit.errors import LowbitError
+from lowbit.families import family_of
+from lowbit.quant import QuantSpec, fake_quant_tokens
+from lowbit.runfolder import dequantized, manifest_of, manifest_specs
+from lowbit.source import load_config
+from lowbit.stream import refuse_foreign_quantization
+
+
+def load(
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A ``transformers`` causal language model from a run folder (or a float checkpoint), ready to generate.
+
+    It computes what was evaluated, activations and KV included. ``lowbit.load(DIR).generate(...)`` works as usual.
+
+    Raises:
+        LowbitError: the folder is no model, is broken, or was quantized by another tool.
+    """
+    folder = Path(folder)
+    manifest = manifest_of(folder)
+    config: Any = load_config(folder, trust_remote_code)
+    refuse_foreign_quantization(config, manifest, folder)
+    family = family_of(config)
+    config.__dict__.pop("quantization_config", None)
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    scheme, specs, layout = manifest_specs(manifest) if manifest else (None, {}, "")
+    tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
+    names = [name for name in model.state_dict() if name != tied]
+    state = dequantized(Checkpoint(folder), names, specs, layout)
+    model.load_state_dict({n: v.to(device, dtype) for n, v in state.items()}, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, '{missing[0]}' among them")
+    if scheme is not None and scheme.act is not None:
+        for name in specs:
+            if name != family.embed:
+                _round_inputs(model.get_submodule(name), scheme.act)
+    if scheme is not None and scheme.kv is not None:
+        model.config._attn_implementation = attention_name(scheme.kv, model.config._attn_implementation)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.to(device).eval()
+
+
+def _round_inputs(linear: nn.Module, spec: QuantSpec) -> None:
+    linear.register_forward_pre_hook(lambda module, args: (fake_quant_tokens(args[0], spec), *args[1:]))

@@ -1,0 +1,108 @@
+"""What a scheme means for a given model, settled and checked before any work.
+
+Every linear gets its format here; a group size that does not divide a width, an override that matches nothing and
+an architecture that is not known end a run before it starts.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+from lowbit.errors import LowbitError
+from lowbit.packing import layout_of, stock_loads
+from lowbit.quant import QuantSpec
+from lowbit.scheme import Scheme
+from lowbit.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Formats of a model's modules.
+
+    Attributes:
+        specs: format of each module that is rounded, by full name.
+        floats: linears (the head included) that stay float.
+        embed, head: their module names.
+        untie: embedding and head are one tensor in the source and two in the result, since one is rounded.
+        layout: see ``packing``.
+        quantized_weights: how many weights are rounded; ``float_weights``: how many are not.
+        stored_bits: bits that codes, scales and zeros of the rounded weights take.
+        stock: why stock ``transformers`` does not load the result, or ``None``.
+    """
+
+    specs: dict[str, QuantSpec]
+    floats: tuple[str, ...]
+    embed: str
+    head: str
+    untie: bool
+    layout: str
+    quantized_weights: int
+    float_weights: int
+    stored_bits: float
+    stock: str | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective bits of a rounded weight: codes, scales and zeros over weights (nothing stays online here)."""
+        return self.stored_bits / self.quantized_weights
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """The same over the whole model, its float part counted at 16 bits."""
+        return (self.stored_bits + 16 * self.float_weights) / (self.quantized_weights + self.float_weights)
+
+
+def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
+    """Settle every module's format; raises ``LowbitError`` where the scheme does not fit the model."""
+    family = skeleton.family
+    shapes = linear_shapes(skeleton)
+    specs: dict[str, QuantSpec | None] = {name: scheme.weight_spec(name) for name in shapes}
+    extra = {family.head: _named(scheme, family.head), family.embed: _named(scheme, family.embed)}
+    embedding = skeleton.model.get_input_embeddings().weight.shape
+    shapes |= {family.head: tuple(embedding), family.embed: tuple(embedding)}
+    for glob, _ in scheme.overrides:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in shapes):
+            example = next(iter(shapes))
+            raise LowbitError(f"override '{glob}' matches no module; names look like {example} or {family.head}")
+    rounded = {name: spec for name, spec in {**specs, **extra}.items() if spec is not None}
+    if not any(specs.values()):
+        raise LowbitError("the overrides leave every linear of the blocks in float: nothing to quantize")
+    for name, spec in rounded.items():
+        try:
+            spec.groups(shapes[name][1])
+        except LowbitError as error:
+            raise LowbitError(f"{name}: {error}") from error
+    count = {name: shape[0] * shape[1] for name, shape in shapes.items()}
+    untie = skeleton.tied and any(extra.values())
+    if skeleton.tied and not untie:
+        del count[family.head]
+    return Plan(
+        specs=rounded,
+        floats=tuple(name for name in [*specs, family.head] if name not in rounded),
+        embed=family.embed,
+        head=family.head,
+        untie=untie,
+        layout=layout_of(scheme),
+        quantized_weights=sum(count[name] for name in rounded),
+        float_weights=sum(n for name, n in count.items() if name not in rounded),
+        stored_bits=sum(count[n] * spec.bits_per_value(shapes[n][1]) for n, spec in rounded.items()),
+        stock=stock_loads(scheme, rounded, two_d_inputs=family.flat_mlp),
+    )
+
+
+def linear_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
+    """``(out, in)`` of every linear of every block by full name."""
+    family = skeleton.family
+    out = {}
+    for index, layer in enumerate(skeleton.layers):
+        for name in (name for group in family.linears for name in group):
+            shape = layer.get_parameter(f"{name}.weight").shape
+            out[f"{family.blocks}.{index}.{name}"] = (shape[0], shape[1])
+    return out
+
+
+def _named(scheme: Scheme, module: str) -> QuantSpec | None:
+    """The format of a module outside of the blocks: float unless an override matches it."""
+    found = scheme.override(module)
+    return found[1] if found else None

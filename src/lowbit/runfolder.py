@@ -1,0 +1,179 @@
+"""A run folder: what a run leaves behind, and how it is read again.
+
+It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a manifest:
+
+=============================== ================================================================================
+``block-00007.safetensors``     decoder layer 7: packed linears, norms, biases
+``model-rest.safetensors``      embeddings, final norm, head
+``model.safetensors.index.json`` which tensor is in which file
+``config.json``, tokenizer      as in the source, plus ``quantization_config``
+``README.md``                   the model card
+``lowbit-timing.json``          seconds and memory for each block; the one file that differs between equal runs
+``lowbit.json``                 the manifest, written last: a folder that has it is finished
+``.run/``                       while it is running: who is running what, and each block's notes
+=============================== ================================================================================
+
+Shards are the only state of a run. A run that starts again replays the finished ones and goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.block import Block
+from lowbit.checkpoint import PARTIAL, Checkpoint, read_json, write_index, write_json
+from lowbit.errors import LowbitError
+from lowbit.packing import layout_of, packed_names, unpack
+from lowbit.quant import QTensor, QuantSpec
+from lowbit.scheme import Scheme, scheme_from_dict
+from lowbit.skeleton import Skeleton
+
+MANIFEST, TIMING, RUN, IDENTITY = "lowbit.json", "lowbit-timing.json", ".run", "identity.json"
+REST = "model-rest.safetensors"
+FORMAT = 1
+
+
+def block_file(index: int) -> str:
+    """The shard of decoder layer ``index``.
+
+    >>> block_file(7)
+    'block-00007.safetensors'
+    """
+    return f"block-{index:05d}.safetensors"
+
+
+def notes_file(index: int) -> str:
+    """Where a running run keeps layer ``index``'s notes, seconds and memory, relative to the folder."""
+    return f"{RUN}/block-{index:05d}.json"
+
+
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished run folder; ``None`` for any other folder."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise LowbitError(f"{path} has format {manifest.get('format')!r}; this lowbit reads {FORMAT}: update lowbit")
+    return manifest
+
+
+def prepare(out: Path, identity: Mapping[str, Any]) -> bool:
+    """Claim ``out`` for a run; true if it holds this very run, finished.
+
+    A folder of another run, or with anything else in it, is refused. Half-written files of a killed run go.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise LowbitError(f"--out {out} is a file; name a folder that is new, empty or of this same run")
+        done, running = out / MANIFEST, out / RUN / IDENTITY
+        if done.exists() or running.exists():
+            content = read_json(done).get("identity", {}) if done.exists() else read_json(running)
+            _same_run(out, content, identity)
+        elif out.exists() and any(entry.name != RUN for entry in out.iterdir()):
+            raise LowbitError(f"--out {out} exists and is no lowbit run; name a folder that is new or empty")
+        if done.exists():
+            shutil.rmtree(out / RUN, ignore_errors=True)
+            return True
+        (out / RUN).mkdir(parents=True, exist_ok=True)
+        for leftover in [*out.glob(f"*{PARTIAL}"), *(out / RUN).glob(f"*{PARTIAL}")]:
+            leftover.unlink()
+    except OSError as error:
+        raise LowbitError(
+            f"cannot use --out {out}: {error.strerror or error}; choose a folder you may write"
+        ) from error
+    if not running.exists():
+        write_json(running, identity)
+    return False
+
+
+def _same_run(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for key in sorted({*found, *wanted}):
+        if found.get(key) != wanted.get(key):
+            raise LowbitError(
+                f"--out {out} holds another run: its {key} is {_short(found.get(key))}, "
+                f"this one's {_short(wanted.get(key))}; choose another folder, or delete that one"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def write_folder_index(folder: Path, layers: int) -> None:
+    """Write the index over all shards, from what they really hold."""
+    files = [*(block_file(i) for i in range(layers)), REST]
+    shards = {file: Checkpoint(folder, [file]).names for file in files}
+    write_index(folder, shards)
+
+
+def read_qtensors(checkpoint: Checkpoint, specs: Mapping[str, QuantSpec], layout: str) -> dict[str, QTensor]:
+    """Rounded weights by the linear's full name."""
+    out = {}
+    for linear, spec in specs.items():
+        stored = checkpoint.read(packed_names(linear, spec, layout))
+        out[linear] = unpack({name.removeprefix(f"{linear}."): value for name, value in stored.items()}, spec)
+    return out
+
+
+def read_block(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    index: int,
+    specs: Mapping[str, QuantSpec],
+    layout: str,
+    device: torch.device | str = "cpu",
+) -> Block:
+    """Layer ``index`` from a run folder's shard: what was rounded in ``qweights``, everything else in ``params``.
+
+    ``specs`` gives the format of each rounded linear by its full name.
+    """
+    prefix = f"{skeleton.family.blocks}."
+    shapes = dict(skeleton.layers[index].named_parameters())
+    names = [f"{prefix}{index}.{name}" for name in shapes]
+    own = {name: spec for name, spec in specs.items() if name.startswith(f"{prefix}{index}.")}
+    rounded = read_qtensors(checkpoint, own, layout)
+    floats = checkpoint.read([n for n in names if n.removesuffix(".weight") not in own], torch.float32)
+    params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
+    qweights = {name.removeprefix(prefix): on_device(q, device) for name, q in rounded.items()}
+    return replace(skeleton.block(index, params), qweights=qweights)
+
+
+def on_device(q: QTensor, device: torch.device | str) -> QTensor:
+    """The same weight on another device."""
+    return QTensor(q.codes.to(device), type(q.grid)(*(t.to(device) for t in q.grid)), q.spec)
+
+
+def manifest_specs(manifest: Mapping[str, Any]) -> tuple[Scheme, dict[str, QuantSpec], str]:
+    """Scheme, format by full name of each rounded module, and layout, of a finished run."""
+    scheme = scheme_from_dict(manifest["scheme"], MANIFEST)
+    specs = {}
+    for name in manifest["quantized"]:
+        found = scheme.override(name)
+        spec = found[1] if found else scheme.weight
+        if spec is None:
+            raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
+        specs[name] = spec
+    return scheme, specs, layout_of(scheme)
+
+
+def dequantized(
+    checkpoint: Checkpoint, names: Iterable[str], specs: Mapping[str, QuantSpec], layout: str
+) -> dict[str, Tensor]:
+    """Parameters by the model's names, rounded ones as the values that their codes stand for, in float32."""
+    out: dict[str, Tensor] = {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in specs:
+            out[name] = read_qtensors(checkpoint, {module: specs[module]}, layout)[module].dequantize()
+        else:
+            out.update(checkpoint.read([name], torch.float32))
+    return out

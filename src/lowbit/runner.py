@@ -1,0 +1,171 @@
+"""The walk over the blocks: float model in, run folder out.
+
+Two streams of hidden states go through the model side by side: ``x_fp`` through the float blocks, ``x_q`` through
+the quantized ones. After each window of blocks its shards are written, read back, and ``x_q`` goes through what
+was read: a run checks what it ships, and one that starts again does just the same for the blocks that it finds
+done. There is no other state, so a run that was killed ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.block import Block, Calib, relative_error, run_all
+from lowbit.checkpoint import Checkpoint, block_params, read_json, write_json, write_tensors
+from lowbit.errors import LowbitError
+from lowbit.packing import pack
+from lowbit.plan import Plan
+from lowbit.progress import say, track
+from lowbit.quant import minmax_grid, quantize
+from lowbit.recipe import Recipe
+from lowbit.runfolder import REST, block_file, dequantized, notes_file, read_block
+from lowbit.scheme import Scheme
+from lowbit.skeleton import Skeleton
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class Walk:
+    """One run's pass over a model.
+
+    Attributes:
+        checkpoint: the float model.
+        skeleton: the model without its blocks; ``walk`` fills it.
+        recipe, scheme: what to do.
+        plan: formats and layout of every module, checked against the model.
+        out: the run folder, claimed already.
+        device, dtype: where and in what the blocks run; maths on weights is float32 everywhere.
+        rows: one for each finished block, for the manifest.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    recipe: Recipe
+    scheme: Scheme
+    plan: Plan
+    out: Path
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch: int = 4
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def walk(self, ids: Tensor) -> None:
+        """Quantize every block against calibration tokens ``(sequences, length)``, then write the rest."""
+        rest = self.checkpoint.read(self.skeleton.rest_names)
+        self._fill(rest)
+        x_fp = self.skeleton.start(ids.to(self.device))
+        self._write_rest(rest)
+        x_q = x_fp
+        if self.plan.embed in self.plan.specs:
+            self._fill(dequantized(Checkpoint(self.out, [REST]), rest, self.plan.specs, self.plan.layout))
+            x_q = self.skeleton.start(ids.to(self.device))
+        del rest
+        layers = len(self.skeleton.layers)
+        for start in track(range(0, layers, self.recipe.window), "quantizing"):
+            count = min(self.recipe.window, layers - start)
+            x_fp, x_q = self._window(start, count, x_fp, x_q)
+
+    def _fill(self, rest: Mapping[str, Tensor]) -> None:
+        self.skeleton.fill({name: value.to(self.device, self.dtype) for name, value in rest.items()})
+        self.skeleton.model.to(self.device)
+
+    def _window(self, start: int, count: int, x_fp: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
+        """One window: run it in float, quantize it unless its shards are there, run what the shards hold."""
+        began = time.monotonic()
+        params: dict[str, Tensor] = {}
+        for index in range(start, start + count):
+            layer = self.skeleton.layers[index]
+            params |= block_params(self.checkpoint, self.skeleton.family.blocks, index, layer)
+        block = self.skeleton.block(start, {n: p.to(self.device) for n, p in params.items()}, count)
+        y_fp = run_all(block, x_fp, batch=self.batch)
+        if not all((self.out / block_file(i)).exists() for i in block.indices):
+            calib = Calib(x_fp, x_q, y_fp, self.batch)
+            done = block
+            for _, step in self.recipe.steps:
+                done = step(done, calib, self.scheme)
+            self._check(done)
+            self._write(done, time.monotonic() - began)
+        del params, block
+        for index in range(start, start + count):
+            shard = Checkpoint(self.out, [block_file(index)])
+            ours = read_block(shard, self.skeleton, index, self.plan.specs, self.plan.layout, self.device)
+            x_q = run_all(ours, x_q, ours.quantized_params(), self.scheme, batch=self.batch)
+            kept = read_json(self.out / notes_file(index))
+            self.rows.append({"block": index, "notes": kept["notes"]})
+        # The float stream is known at the window's end only; a window shares one error.
+        error = relative_error(x_q, y_fp)
+        for row in self.rows[-count:]:
+            row["relative_error"] = error
+        return y_fp, x_q
+
+    def _check(self, block: Block) -> None:
+        """A recipe must leave codes for exactly the planned linears, finite and in range."""
+        wanted = {name for name in block.linears() if block.full_name(name) in self.plan.specs}
+        if set(block.qweights) != wanted:
+            odd = sorted(set(block.qweights) ^ wanted)
+            raise RuntimeError(f"block {block.start}: codes and plan differ for {odd}")
+        for name, value in {**block.params, **{n: q.grid.scale for n, q in block.qweights.items()}}.items():
+            if not bool(torch.isfinite(value).all()):
+                raise LowbitError(f"block {block.start}: '{name}' became NaN or infinite; nothing of it was written")
+
+    def _write(self, block: Block, seconds: float) -> None:
+        """Notes first, the shard last: a shard that is there is complete."""
+        for index in block.indices:
+            prefix = f"{index}."
+            tensors: dict[str, Tensor] = {}
+            for name, value in block.params.items():
+                linear = name.removesuffix(".weight")
+                if name.startswith(prefix) and linear not in block.qweights:
+                    tensors[block.full_name(name)] = value.cpu()
+            for linear, q in block.qweights.items():
+                if linear.startswith(prefix):
+                    stored = pack(q, self.plan.layout)
+                    tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in stored.items()}
+            notes = [note for note in block.notes if prefix in note or len(block.layers) == 1]
+            record = {
+                "notes": notes,
+                "seconds": seconds / len(block.layers),
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+            write_json(self.out / notes_file(index), record)
+            write_tensors(self.out / block_file(index), tensors)
+            for note in notes:
+                say(f"block {index}: {note}")
+
+    def _write_rest(self, rest: Mapping[str, Tensor]) -> None:
+        """Embeddings, norms and head in the dtype they came in, rounded to nearest where an override asks for it."""
+        if (self.out / REST).exists():
+            return
+        tensors = dict(rest)
+        head = f"{self.plan.head}.weight"
+        if self.plan.untie:
+            tensors[head] = tensors[f"{self.plan.embed}.weight"].clone()
+        for module in (self.plan.embed, self.plan.head):
+            if module in self.plan.specs:
+                spec, weight = self.plan.specs[module], tensors.pop(f"{module}.weight").float()
+                stored = pack(quantize(weight, minmax_grid(weight, spec), spec), self.plan.layout)
+                tensors |= {f"{module}.{key}": value for key, value in stored.items()}
+        write_tensors(self.out / REST, tensors)
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to start where the disk surely ends before the run does."""
+    place = next(p for p in [out, *out.parents] if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise LowbitError(f"out of disk: the result takes about {needed:,} bytes, {place} has {free:,} free")
