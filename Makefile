@@ -1,0 +1,50 @@
+# Every command makes the virtual environment and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+.PHONY: help demo test check slow format results memory clean
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(RUN) ## quantize a real model, compare it with its float self, let both speak
+	$(BIN)/lowbit demo
+
+test: check slow ## the gate: format, lint, types, fast tests, then real-model tests
+
+check: $(DEV) ## the part of the gate under 3 minutes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow"
+
+slow: $(DEV) ## tests on the real model
+	$(BIN)/python -m pytest -q -m slow
+
+format: $(DEV) ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+results: $(DEV) ## measure the methods on SmolLM2 into docs/results.md (WIKITEXT2=<folder> adds WikiText-2)
+	$(BIN)/python benchmarks/results.py $(if $(WIKITEXT2),--wikitext2 $(WIKITEXT2))
+
+memory: $(DEV) ## show that peak memory does not grow with the number of layers
+	$(BIN)/python benchmarks/memory.py
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lowbit needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Give one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --progress-bar on --editable .
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --progress-bar on --editable '.[data,dev]'
+	@touch $@ $(RUN)
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache demo-run
