@@ -130,3 +130,27 @@ def block_of(model: Any, start: int = 0, count: int = 1, dtype: torch.dtype = to
 
         x = run_all(skeleton.block(i, params_of(model, skeleton, i)), x)
     return skeleton.block(start, params_of(model, skeleton, start, count, dtype), count), x.to(dtype)
+
+
+def tiny_tokenizer() -> Any:
+    """A word-level tokenizer over ``w3 .. w95``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def save_tiny(folder: Any, name: str, seed: int = 0, shards: bool = False, **changes: Any) -> Any:
+    """A tiny model, its tokenizer and a text ``calib.txt`` as a checkpoint folder; returns the model."""
+    from pathlib import Path
+
+    folder = Path(folder)
+    model = tiny_model(name, seed, **changes)
+    model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
+    tiny_tokenizer().save_pretrained(folder)
+    ids = tiny_ids(1, 3000, seed=5)[0].tolist()
+    (folder / "calib.txt").write_text(" ".join(f"w{i}" for i in ids))
+    return model

