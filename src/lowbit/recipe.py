@@ -12,6 +12,8 @@ value is checked against the type of the field that it sets.
 
 from __future__ import annotations
 
+import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,6 +27,7 @@ from lowbit.errors import LowbitError, unknown
 from lowbit.methods import METHODS
 
 Named = tuple[str, Any]  # a method's name and its dataclass
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 takes 1e-3 for text
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,10 @@ def _step(entry: Any, recipe: str) -> Named:
     name, options = next(iter(entry.items()))
     if name not in METHODS:
         raise unknown("step", str(name), METHODS)
-    if not isinstance(options or {}, Mapping):
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
         raise LowbitError(f"recipe '{recipe}': the options of {name} must be 'field: value' pairs; got {options!r}")
-    return name, _build(name, METHODS[name](), options or {})
+    return name, _build(name, METHODS[name](), options)
 
 
 def _build(step: str, method: Any, options: Mapping[str, Any]) -> Any:
@@ -118,12 +122,15 @@ def _build(step: str, method: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _typed(where: str, value: Any, wanted: Any) -> Any:
-    """``value`` as the field's type; whole numbers are taken where a float is wanted, nothing else converts."""
+    """``value`` as the field's type; whole numbers and ``1e-3`` are taken for a float, nothing else converts.
+
+    Infinity and NaN are refused: they slip through comparisons.
+    """
     allowed = typing.get_args(wanted) or (wanted,)
-    if type(value) in allowed or (value is None and type(None) in allowed):
+    if float in allowed and (type(value) is int or (isinstance(value, str) and _EXPONENT.fullmatch(value))):
+        value = float(value)
+    if type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value)):
         return value
-    if float in allowed and type(value) is int:
-        return float(value)
     names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
     raise LowbitError(f"{where}: expected {names}, got {value!r}")
 

@@ -120,9 +120,10 @@ def override_text(spec: QuantSpec | None) -> str:
 
 
 def with_overrides(scheme: Scheme, overrides: Mapping[str, str]) -> Scheme:
-    """``scheme`` with ``{glob: format}`` put before its own overrides."""
-    added = tuple((glob, parse_override(str(text))) for glob, text in overrides.items())
-    return replace(scheme, overrides=added + scheme.overrides)
+    """``scheme`` with ``{glob: format}`` put before its own overrides; a glob that it had already is replaced."""
+    added = {str(glob): parse_override(str(text)) for glob, text in overrides.items()}
+    kept = tuple((glob, spec) for glob, spec in scheme.overrides if glob not in added)
+    return replace(scheme, overrides=(*added.items(), *kept))
 
 
 def load_scheme(given: str) -> Scheme:
