@@ -1,0 +1,174 @@
+"""Recipes: what comes with the package, YAML, settings, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowbit.errors import LowbitError
+from lowbit.methods import METHODS
+from lowbit.methods.awq import AWQ
+from lowbit.methods.gptq import GPTQ
+from lowbit.methods.rtn import RTN
+from lowbit.methods.smoothquant import SmoothQuant
+from lowbit.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names, recipe_to_dict, with_settings
+
+
+def test_the_recipes_that_people_will_ask_for_are_there():
+    assert {"rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_loads_ends_in_rounding_and_survives_the_round_trip(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    rounds = [method.rounds for _, method in recipe.steps]
+    assert rounds == [False] * (len(rounds) - 1) + [True]
+    assert all(type(method) is METHODS[step] for step, method in recipe.steps)
+    plain = recipe_to_dict(recipe)
+    assert recipe_from_dict(plain, name) == recipe
+    assert recipe_from_dict(json.loads(json.dumps(plain)), name) == recipe
+    assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(plain)), name) == recipe
+
+
+def test_what_is_written_down_names_every_option():
+    assert recipe_to_dict(load_recipe("gptq")) == {
+        "steps": [{"gptq": {"damping": 0.01, "act_order": True, "block_size": 128}}],
+        "window": 1,
+    }
+
+
+def test_a_recipe_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "steps:\n  - smoothquant: {alpha: 1}\n  - awq:\n  - gptq: {damping: 0.05, act_order: false}\nwindow: 2\n"
+    )
+    steps = (("smoothquant", SmoothQuant(1.0)), ("awq", AWQ()), ("gptq", GPTQ(0.05, act_order=False)))
+    assert load_recipe(str(path)) == Recipe("mine", steps, 2)
+    assert type(dict(load_recipe(str(path)).steps)["smoothquant"].alpha) is float
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("gtpq", "unknown recipe 'gtpq': did you mean 'gptq'.* Known: awq, "),
+        ("awq-gptq", r"did you mean 'awq\+gptq'"),
+        ("zzz", "unknown recipe 'zzz': Known: awq"),
+        ("../rtn", "unknown recipe"),
+        ("nowhere.yaml", "cannot read the recipe nowhere.yaml"),
+    ],
+)
+def test_an_unknown_recipe(given, message):
+    with pytest.raises(LowbitError, match=message):
+        load_recipe(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: [rtn\n", "is no YAML"),
+        ("- rtn\n", "expected a key 'steps'"),
+        ("", "expected a key 'steps'"),
+        ("steps: rtn\n", "expected a key 'steps' with a list"),
+        ("steps: []\n", "has no steps"),
+        ("steps: [rtn]\nwindows: 2\n", "unknown key in recipe 'wrong' 'windows': did you mean 'window'"),
+        ("steps: [rtn]\nwindow: 0\n", "window 0 given; it must be 1 or more"),
+        ("steps: [rtn]\nwindow: 1.5\n", "window must be a whole number, got 1.5"),
+        ("steps: [rtn]\nwindow: true\n", "window must be a whole number, got True"),
+        ("steps: [smothquant, rtn]\n", "unknown step 'smothquant': did you mean 'smoothquant'"),
+        ("steps: [1, rtn]\n", "a step is a method's name"),
+        ("steps: [{awq: {}, rtn: {}}]\n", "one name with its options"),
+        ("steps: [{gptq: {dampening: 1.0}}]\n", "unknown field of gptq 'dampening': did you mean 'damping'"),
+        ("steps: [{gptq: {act_order: 1}}]\n", "gptq.act_order: expected bool, got 1"),
+        ("steps: [{gptq: {block_size: 1.5}}]\n", "gptq.block_size: expected int, got 1.5"),
+        ("steps: [{gptq: {block_size: true}}]\n", "gptq.block_size: expected int, got True"),
+        ("steps: [{gptq: {damping: much}}]\n", "gptq.damping: expected float, got 'much'"),
+        ("steps: [{gptq: {damping: }}]\n", "gptq.damping: expected float, got None"),
+        ("steps: [{gptq: {damping: 0}}]\n", "damping 0.0 must be above 0"),
+        ("steps: [{gptq: 3}]\n", "options of gptq must be 'field: value' pairs; got 3"),
+        ("steps: [{gptq: false}]\n", "options of gptq must be 'field: value' pairs; got False"),
+        ("steps: [{smoothquant: {alpha: 2.0}}, rtn]\n", "smoothquant.alpha 2.0 given; 0 to 1"),
+        ("steps: [rtn, awq]\n", "exactly one step rounds, and it comes last; one of .*gptq"),
+        ("steps: [awq]\n", "exactly one step rounds"),
+        ("steps: [rtn, gptq]\n", "exactly one step rounds"),
+    ],
+)
+def test_a_wrong_recipe_file_is_told_what_is_wrong_in_one_line(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(LowbitError, match=message) as caught:
+        load_recipe(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_in_python_are_checked_too():
+    with pytest.raises(LowbitError, match="has no steps"):
+        Recipe("none", ())
+    with pytest.raises(LowbitError, match="it comes last"):
+        Recipe("backwards", (("rtn", RTN()), ("awq", AWQ())))
+    with pytest.raises(LowbitError, match="window -1 given"):
+        Recipe("negative", (("rtn", RTN()),), window=-1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("gptq.damping=0.05", GPTQ(damping=0.05)),
+        ("gptq.damping=1", GPTQ(damping=1.0)),
+        ("gptq.damping=1e-3", GPTQ(damping=1e-3)),  # YAML 1.1 alone would read text here
+        ("gptq.act_order=false", GPTQ(act_order=False)),
+        ("gptq.block_size=64", GPTQ(block_size=64)),
+    ],
+)
+def test_a_setting_has_the_type_of_its_field(setting, wanted):
+    step = load_recipe("gptq", [setting]).steps[0][1]
+    assert step == wanted
+    assert type(step.damping) is float
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("gptq.damping=high", "gptq.damping: expected float, got 'high'"),
+        ("gptq.damping=", "gptq.damping: expected float, got None"),
+        ("gptq.damping=nan", "gptq.damping: expected float, got 'nan'"),
+        ("gptq.damping=.nan", "gptq.damping: expected float, got nan"),
+        ("gptq.damping=.inf", "gptq.damping: expected float, got inf"),
+        ("gptq.damping=1e999", "gptq.damping: expected float, got inf"),
+        ("gptq.act_order=0", "gptq.act_order: expected bool, got 0"),
+        ("gptq.block_size=1e2", "gptq.block_size: expected int, got '1e2'"),
+        ("gptq.block_size=0", "block_size 0 1 or more"),
+        ("gptq.dampin=1", "unknown field of gptq 'dampin': did you mean 'damping'"),
+        ("awq.grid=3", "unknown step in recipe 'gptq' 'awq': Known: gptq"),
+        ("gptk.damping=1", "unknown step in recipe 'gptq' 'gptk': did you mean 'gptq'"),
+        ("gptq", "give step.field=value"),
+        ("gptq=1", "give step.field=value"),
+        ("gptq.=1", "give step.field=value"),
+        ("gptq.damping", "give step.field=value"),
+        ("gptq.damping=[1", "'\\[1' is no value"),
+    ],
+)
+def test_a_wrong_setting(setting, message):
+    with pytest.raises(LowbitError, match=message):
+        load_recipe("gptq", [setting])
+
+
+def test_settings_leave_the_recipe_and_other_steps_alone_and_the_last_one_counts():
+    recipe = load_recipe("smoothquant+gptq")
+    changed = with_settings(recipe, ["smoothquant.alpha=0.8", "gptq.damping=0.1", "smoothquant.alpha=0.9"])
+    assert changed.steps == (("smoothquant", SmoothQuant(0.9)), ("gptq", GPTQ(damping=0.1)))
+    assert recipe == load_recipe("smoothquant+gptq")
+    twice = Recipe("twice", (("smoothquant", SmoothQuant()), ("smoothquant", SmoothQuant(0.1)), ("rtn", RTN())))
+    assert [m for _, m in with_settings(twice, ["smoothquant.alpha=1"]).steps] == [SmoothQuant(1.0)] * 2 + [RTN()]
+
+
+def test_every_file_in_the_recipes_folder_is_found(monkeypatch):
+    import lowbit
+
+    folder = Path(lowbit.__file__).parent / "recipes"
+    assert sorted(p.name.removesuffix(".yaml") for p in folder.glob("*.yaml")) == recipe_names()
+    assert replace(load_recipe("rtn"), name="x").steps == (("rtn", RTN()),)
