@@ -133,13 +133,17 @@ def block_of(model: Any, start: int = 0, count: int = 1, dtype: torch.dtype = to
 
 
 def tiny_tokenizer() -> Any:
-    """A word-level tokenizer over ``w3 .. w95``."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A byte-level tokenizer over printable ASCII: three special tokens, then one token a character.
+
+    Byte-level, because some families' tokenizer classes bring their own byte-level splitting.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(33 + i): 3 + i for i in range(VOCAB - 3)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
@@ -152,5 +156,5 @@ def save_tiny(folder: Any, name: str, seed: int = 0, shards: bool = False, **cha
     model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
     tiny_tokenizer().save_pretrained(folder)
     ids = tiny_ids(1, 3000, seed=5)[0].tolist()
-    (folder / "calib.txt").write_text(" ".join(f"w{i}" for i in ids))
+    (folder / "calib.txt").write_text("".join(chr(30 + i) for i in ids))
     return model

@@ -116,7 +116,8 @@ def quantize(
     _check_length(config, length)
     tokens = _calibration(source, data, samples, length, seed, device, trust_remote_code)
     identity = {
-        "model": source.name,
+        # A local path says nothing to anyone else, and the same run elsewhere should give the same bytes.
+        "model": Path(source.name).resolve().name if Path(source.name).exists() else source.name,
         "fingerprint": source.identity,
         "recipe": recipe_to_dict(chosen),
         "recipe_name": chosen.name,

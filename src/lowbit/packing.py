@@ -82,13 +82,15 @@ def packed_names(linear: str, spec: QuantSpec, layout: str) -> list[str]:
     return [f"{linear}.{name}" for name in names]
 
 
-def stock_loads(scheme: Scheme, specs: Mapping[str, QuantSpec], two_d_inputs: bool) -> str | None:
+def stock_loads(scheme: Scheme, specs: Mapping[str, QuantSpec], embed: str, two_d_inputs: bool) -> str | None:
     """Why stock ``transformers`` cannot run the scheme as simulated, or ``None`` if it can.
 
-    ``specs``: format by name of every rounded module; ``two_d_inputs``: some linears get ``(tokens, width)``.
+    ``specs``: format by name of every rounded module; ``embed``: the embedding's name; ``two_d_inputs``: some linears get ``(tokens, width)``.
     """
     if scheme.kv is not None:
         return "Q, K and V rounded in the attention are not part of the compressed-tensors format"
+    if embed in specs:
+        return "transformers 5.23 cannot build a model around rounded embeddings"
     if scheme.act is not None and two_d_inputs:
         return "compressed-tensors takes one range for all tokens where a layer flattens its input to (tokens, width)"
     if scheme.act is None and len(set(specs.values())) > 1 and not all(s.symmetric for s in specs.values()):

@@ -87,7 +87,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
         quantized_weights=sum(count[name] for name in rounded),
         float_weights=sum(n for name, n in count.items() if name not in rounded),
         stored_bits=sum(count[n] * spec.bits_per_value(shapes[n][1]) for n, spec in rounded.items()),
-        stock=stock_loads(scheme, rounded, two_d_inputs=family.flat_mlp),
+        stock=stock_loads(scheme, rounded, family.embed, two_d_inputs=family.flat_mlp),
     )
 
 
