@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +21,11 @@ from rich.table import Table
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 
+# typer brings its own copy of click or uses the installed one, by version; this is the class of either.
+UsageError: Any = typer.BadParameter.__base__
+
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Make large language models small enough for phones, laptops and single GPUs, and keep them good.",
 )
@@ -217,37 +220,49 @@ def _print_json(content: Any) -> None:
     sys.stdout.write("\n")
 
 
-def _quiet_libraries() -> None:
-    """Progress and warnings of the libraries would mix with ours; errors still raise."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def guarded(run: Callable[[], None]) -> int:
     """Run a command; a person's mistake becomes one line on standard error and exit code 2."""
     try:
         run()
     except LowbitError as error:
-        say(f"lowbit: error: {' '.join(str(error).split())}")
-        return 2
+        return _refused(str(error))
+    except UsageError as error:
+        said = error.format_message().rstrip(".")
+        return _refused(f"{said}; 'lowbit --help' and 'lowbit COMMAND --help' say what is allowed")
     except KeyboardInterrupt:
-        say("lowbit: stopped; the same command goes on where it was")
+        say("lowbit: stopped; 'quantize' goes on where it was when it is given the same command")
         return 130
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        say(f"lowbit: error: {error.strerror}: {error.filename}; free some space or choose another folder")
-        return 2
+        place = f": {error.filename}" if error.filename else ""
+        return _refused(f"{error.strerror}{place}; free some space or choose another folder")
     return 0
+
+
+def _refused(message: str) -> int:
+    say(f"lowbit: error: {' '.join(message.split())}")
+    return 2
+
+
+def call(arguments: Sequence[str]) -> int:
+    """The ``lowbit`` command with these arguments; gives its exit code."""
+
+    def run() -> None:
+        # Not standalone: there typer would print a box of several lines about a wrong option.
+        try:
+            code = app(list(arguments) or ["--help"], prog_name="lowbit", standalone_mode=False)
+        except typer.Abort as error:
+            raise KeyboardInterrupt from error
+        if code == 130:  # how newer versions of typer tell of a KeyboardInterrupt
+            raise KeyboardInterrupt
+
+    return guarded(run)
 
 
 def main() -> None:
     """Entry point of the ``lowbit`` command."""
-
-    def run() -> None:
-        _quiet_libraries()
-        app(standalone_mode=True)
-
-    sys.exit(guarded(run))
+    # Bars and warnings of the libraries would mix with ours. By environment: importing them takes seconds.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    sys.exit(call(sys.argv[1:]))
