@@ -57,6 +57,8 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
     """Settle every module's format; raises ``LowbitError`` where the scheme does not fit the model."""
     family = skeleton.family
     shapes = linear_shapes(skeleton)
+    if not shapes:
+        raise LowbitError("config.json says that the model has no layers: nothing to quantize")
     specs: dict[str, QuantSpec | None] = {name: scheme.weight_spec(name) for name in shapes}
     extra = {family.head: _named(scheme, family.head), family.embed: _named(scheme, family.embed)}
     embedding = skeleton.model.get_input_embeddings().weight.shape
