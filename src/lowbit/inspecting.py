@@ -13,6 +13,7 @@ from lowbit.runfolder import manifest_of
 from lowbit.scheme import load_scheme
 from lowbit.skeleton import Skeleton
 from lowbit.source import load_config, resolve
+from lowbit.stream import check_tensors, refuse_foreign_quantization, shapes_of
 
 
 def inspect_model(
@@ -28,7 +29,9 @@ def inspect_model(
     """Facts and estimates as plain data; for a run folder, what was done in place of estimates."""
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
-    skeleton = Skeleton(config, trust_remote_code)
+    manifest = manifest_of(source.folder)
+    refuse_foreign_quantization(config, manifest, source.folder)
+    skeleton, checkpoint = Skeleton(config, trust_remote_code), Checkpoint(source.folder)
     family, heads = skeleton.family, skeleton.heads
     facts: dict[str, Any] = {
         "model": source.name,
@@ -40,9 +43,9 @@ def inspect_model(
         "tied_embeddings": skeleton.tied,
         "linears": [" + ".join(group) for group in family.linears],
         "edges": [_edge_text(edge) for edge in family.edges],
-        "checkpoint_bytes": sum(path.stat().st_size for path in Checkpoint(source.folder).files),
+        "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
     }
-    if (manifest := manifest_of(source.folder)) is not None:
+    if manifest is not None:
         steps = [next(iter(step)) for step in manifest["recipe"]["steps"]]
         return facts | {
             "scheme": manifest["scheme"]["scheme"],
@@ -51,6 +54,7 @@ def inspect_model(
             "loads_in_transformers": manifest["transformers"]["loads"],
             "relative_error_of_last_block": manifest["blocks"][-1]["relative_error"],
         }
+    check_tensors(checkpoint, shapes_of(skeleton), family.blocks, {})
     chosen, formats = load_recipe(recipe), load_scheme(scheme)
     plan = make_plan(skeleton, formats)
     guess = estimate(skeleton, plan, chosen, formats, samples, length)

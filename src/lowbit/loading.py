@@ -21,7 +21,7 @@ from lowbit.families import family_of
 from lowbit.quant import QuantSpec, fake_quant_tokens
 from lowbit.runfolder import dequantized, manifest_of, manifest_specs
 from lowbit.source import load_config
-from lowbit.stream import refuse_foreign_quantization
+from lowbit.stream import check_tensors, refuse_foreign_quantization
 
 
 def load(
@@ -47,8 +47,10 @@ def load(
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     scheme, specs, layout = manifest_specs(manifest) if manifest else (None, {}, "")
     tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
-    names = [name for name in model.state_dict() if name != tied]
-    state = dequantized(Checkpoint(folder), names, specs, layout)
+    shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
+    checkpoint = Checkpoint(folder)
+    check_tensors(checkpoint, shapes, family.blocks, specs)
+    state = dequantized(checkpoint, shapes, specs, layout)
     model.load_state_dict({n: v.to(device, dtype) for n, v in state.items()}, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -6,11 +6,12 @@ back from the shards, inputs of linears and Q, K, V rounded as the scheme says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lowbit.block import Block, run_all
@@ -25,6 +26,7 @@ from lowbit.source import load_config
 
 # Hidden states of this many bytes are held at once; longer texts are done in several passes over the blocks.
 HELD_BYTES = 1 << 30
+FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 
 
 class StreamedModel:
@@ -54,6 +56,7 @@ class StreamedModel:
             self.scheme, self._specs, self._layout = manifest_specs(manifest)
         self.checkpoint = Checkpoint(folder)
         self.skeleton = Skeleton(self.config, trust_remote_code)
+        check_tensors(self.checkpoint, shapes_of(self.skeleton), self.skeleton.family.blocks, self._specs)
         rest = dequantized(self.checkpoint, self.skeleton.rest_names, self._specs, self._layout)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in rest.items()})
         self.skeleton.model.to(device)
@@ -87,6 +90,59 @@ class StreamedModel:
                 x = run_all(block, x, block.quantized_params(), self.scheme, batch=batch)
             for some, hidden in zip(part.split(batch), x.split(batch), strict=True):
                 yield some, self.skeleton.logits(some, hidden)
+
+
+def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
+    """Shapes of all tensors that a float checkpoint of the model has, by the model's names."""
+    state, blocks = skeleton.model.state_dict(), skeleton.family.blocks
+    shapes = {name: state[name].shape for name in skeleton.rest_names}
+    for index, layer in enumerate(skeleton.layers):
+        shapes |= {f"{blocks}.{index}.{name}": value.shape for name, value in layer.named_parameters()}
+    return shapes
+
+
+def check_tensors(
+    checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], blocks: str, specs: Mapping[str, QuantSpec]
+) -> None:
+    """Refuse a checkpoint that does not hold what its config implies; headers are read, no tensor.
+
+    ``shapes`` are those of the float model; modules in ``specs`` are rounded and not looked at. A weight of a block
+    that the model has no place for would be left out silently, so it is refused (rotary buffers may stay).
+    """
+    stored: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in checkpoint.files:
+        with safe_open(file, framework="pt") as shard:
+            headers = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            stored |= {name: (tuple(head.get_shape()), head.get_dtype()) for name, head in headers.items()}
+    used = set()
+    for name, shape in shapes.items():
+        if name.removesuffix(".weight") in specs:
+            continue
+        found = checkpoint.find(name)
+        if found is None:
+            raise LowbitError(f"{checkpoint.folder} has no tensor '{name}': it does not fit its config.json")
+        used.add(found)
+        given, dtype = stored[found]
+        if given != tuple(shape):
+            raise LowbitError(
+                f"'{found}' in {checkpoint.folder} is {given}, config.json implies {tuple(shape)}: they do not "
+                "belong together"
+            )
+        if dtype not in FLOATS:
+            raise LowbitError(f"'{found}' in {checkpoint.folder} is {dtype}; allowed: {', '.join(FLOATS)}")
+    inside = (f"{blocks}.", f"{blocks.removeprefix('model.')}.")
+    for name in () if specs else checkpoint.names:
+        if name not in used and name.startswith(inside) and name.endswith((".weight", ".bias")):
+            raise LowbitError(
+                f"{checkpoint.folder} has a tensor '{name}' that config.json has no place for: they do not belong "
+                "together"
+            )
+
+
+def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Read everything once: better to know of a NaN in the last block before hours of work than after."""
+    for name in track(list(names), "checking weights"):
+        checkpoint.read([name])
 
 
 def refuse_foreign_quantization(config: Any, manifest: dict[str, Any] | None, folder: Path) -> None:
