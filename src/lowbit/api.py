@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ from lowbit.loading import load
 from lowbit.plan import Plan, make_plan
 from lowbit.progress import say
 from lowbit.recipe import Recipe, load_recipe, recipe_to_dict
-from lowbit.runfolder import manifest_of, prepare
+from lowbit.runfolder import claim, look, manifest_of
 from lowbit.runner import Walk, check_space, peak_memory_bytes
 from lowbit.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
 from lowbit.skeleton import Skeleton
 from lowbit.source import Source, load_config, load_tokenizer, resolve
-from lowbit.stream import StreamedModel, refuse_foreign_quantization
+from lowbit.stream import StreamedModel, check_finite, check_tensors, refuse_foreign_quantization, shapes_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def quantize(
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
+    _check_sizes(samples, length, seed)
     chosen = load_recipe(recipe, settings) if isinstance(recipe, str) else recipe
     formats = with_overrides(load_scheme(scheme) if isinstance(scheme, str) else scheme, overrides or {})
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
@@ -114,7 +117,10 @@ def quantize(
     skeleton, checkpoint = Skeleton(config, trust_remote_code), Checkpoint(source.folder)
     plan = make_plan(skeleton, formats)
     _check_length(config, length)
+    shapes = shapes_of(skeleton)
+    check_tensors(checkpoint, shapes, skeleton.family.blocks, {})
     tokens = _calibration(source, data, samples, length, seed, device, trust_remote_code)
+    check_ids(tokens.ids, skeleton, source.folder)
     identity = {
         # A local path says nothing to anyone else, and the same run elsewhere should give the same bytes.
         "model": Path(source.name).resolve().name if Path(source.name).exists() else source.name,
@@ -129,8 +135,11 @@ def quantize(
         "versions": versions(),
     }
     out = Path(out)
-    if not prepare(out, identity):
+    if (state := look(out, identity)) != "finished":
+        if state == "new":
+            check_finite(checkpoint, shapes)
         check_space(out, _size_on_disk(plan))
+        claim(out, identity)
         torch.manual_seed(seed)
         run = Walk(checkpoint, skeleton, chosen, formats, plan, out, device, torch_dtype)
         run.walk(tokens.ids)
@@ -169,6 +178,8 @@ def evaluate(
     names = [data] if isinstance(data, str) else list(data)
     windows = {name: evaluation(name, tokenizer, length, tokens) for name in names}
     streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code)
+    for found in windows.values():
+        check_ids(found.ids, streamed.skeleton, source.folder)
     results = {name: perplexity(streamed.logits(found.ids)) for name, found in windows.items()}
     return Evaluated(
         results,
@@ -183,14 +194,34 @@ def check_device(device: str, dtype: str) -> torch.dtype:
     """The dtype to compute in; a device that is not there or a slow combination is refused."""
     if dtype not in DTYPES:
         raise LowbitError(f"--dtype {dtype} given; allowed: {', '.join(DTYPES)}")
+    if not _DEVICE.fullmatch(device):
+        raise LowbitError(f"--device '{device}' given; allowed: cpu, cuda, cuda:N (such as cuda:0), mps")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise LowbitError(f"--device {device} cannot be used here ({reason}); use cpu, cuda or cuda:N") from error
-    if torch.device(device).type == "cpu" and dtype != "float32":
+        reason = str(error).splitlines()[0][:100]
+        raise LowbitError(f"--device {device} cannot be used here ({reason}); use --device cpu") from error
+    if device == "cpu" and dtype != "float32":
         raise LowbitError(f"--dtype {dtype} on a CPU: 16-bit arithmetic may be a hundred times slower; use float32")
     return DTYPES[dtype]
+
+
+def check_ids(ids: torch.Tensor, skeleton: Skeleton, folder: Path) -> None:
+    """Refuse tokens that the model has no embedding for."""
+    rows = skeleton.model.get_input_embeddings().weight.shape[0]
+    if ids.max() >= rows:
+        raise LowbitError(
+            f"the tokenizer in {folder} gives token {int(ids.max())}, the model has {rows} embeddings: they do not "
+            "belong together"
+        )
+
+
+def _check_sizes(samples: int, length: int, seed: int) -> None:
+    for name, given, least in (("samples", samples, 1), ("length", length, 2), ("seed", seed, 0)):
+        if given < least:
+            raise LowbitError(f"--{name} {given} given; it must be {least} or more")
+    if seed >= 2**63:
+        raise LowbitError(f"--seed {seed} given; it must be below 2**63")
 
 
 def _check_length(config: Any, length: int) -> None:

@@ -18,11 +18,10 @@ Shards are the only state of a run. A run that starts again replays the finished
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +37,13 @@ from lowbit.skeleton import Skeleton
 MANIFEST, TIMING, RUN, IDENTITY = "lowbit.json", "lowbit-timing.json", ".run", "identity.json"
 REST = "model-rest.safetensors"
 FORMAT = 1
+State = Literal["new", "running", "finished"]
+# What readers of a manifest rely on.
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("identity", "recipe", "scheme", "transformers", "files"), dict),
+    **dict.fromkeys(("quantized", "blocks"), list),
+    "bits_per_weight": (int, float),
+}
 
 
 def block_file(index: int) -> str:
@@ -62,36 +68,51 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise LowbitError(f"{path} has format {manifest.get('format')!r}; this lowbit reads {FORMAT}: update lowbit")
+    for key, kind in _NEEDED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise LowbitError(f"{path} has no valid '{key}': it is broken; quantize again into another folder")
     return manifest
 
 
-def prepare(out: Path, identity: Mapping[str, Any]) -> bool:
-    """Claim ``out`` for a run; true if it holds this very run, finished.
+def look(out: Path, identity: Mapping[str, Any]) -> State:
+    """What ``out`` is to a run: new, this same run half done, or finished. Nothing is written.
 
-    A folder of another run, or with anything else in it, is refused. Half-written files of a killed run go.
+    Raises ``LowbitError`` for a folder of another run or with anything else in it, and for a finished run of which
+    something is missing.
     """
     try:
         if out.exists() and not out.is_dir():
             raise LowbitError(f"--out {out} is a file; name a folder that is new, empty or of this same run")
-        done, running = out / MANIFEST, out / RUN / IDENTITY
-        if done.exists() or running.exists():
-            content = read_json(done).get("identity", {}) if done.exists() else read_json(running)
-            _same_run(out, content, identity)
-        elif out.exists() and any(entry.name != RUN for entry in out.iterdir()):
+        running = out / RUN / IDENTITY
+        if (manifest := manifest_of(out)) is not None:
+            _same_run(out, manifest["identity"], identity)
+            if gone := [name for name in manifest["files"] if not (out / name).is_file()]:
+                raise LowbitError(f"--out {out} lacks {gone[0]} of its finished run: delete the folder and run again")
+            return "finished"
+        if running.exists():
+            _same_run(out, read_json(running), identity)
+            return "running"
+        if out.exists() and any(entry.name != RUN for entry in out.iterdir()):
             raise LowbitError(f"--out {out} exists and is no lowbit run; name a folder that is new or empty")
-        if done.exists():
-            shutil.rmtree(out / RUN, ignore_errors=True)
-            return True
+    except OSError as error:
+        raise _unusable(out, error) from error
+    return "new"
+
+
+def claim(out: Path, identity: Mapping[str, Any]) -> None:
+    """Make ``out`` the folder of a run, or take it up again; half-written files of a killed run go."""
+    try:
         (out / RUN).mkdir(parents=True, exist_ok=True)
         for leftover in [*out.glob(f"*{PARTIAL}"), *(out / RUN).glob(f"*{PARTIAL}")]:
             leftover.unlink()
     except OSError as error:
-        raise LowbitError(
-            f"cannot use --out {out}: {error.strerror or error}; choose a folder you may write"
-        ) from error
-    if not running.exists():
-        write_json(running, identity)
-    return False
+        raise _unusable(out, error) from error
+    if not (out / RUN / IDENTITY).exists():
+        write_json(out / RUN / IDENTITY, identity)
+
+
+def _unusable(out: Path, error: OSError) -> LowbitError:
+    return LowbitError(f"cannot use --out {out}: {error.strerror or error}; choose a folder you may write")
 
 
 def _same_run(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

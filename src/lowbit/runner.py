@@ -8,6 +8,7 @@ done. There is no other state, so a run that was killed ends with the same bytes
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import sys
@@ -93,6 +94,11 @@ class Walk:
             params |= block_params(self.checkpoint, self.skeleton.family.blocks, index, layer)
         block = self.skeleton.block(start, {n: p.to(self.device) for n, p in params.items()}, count)
         y_fp = run_all(block, x_fp, batch=self.batch)
+        if not bool(torch.stack(torch.aminmax(y_fp)).isfinite().all()):
+            raise LowbitError(
+                f"block {start}: the float model's own output is NaN or infinite; its weights are broken, or too "
+                "large for --dtype float16"
+            )
         if not all((self.out / block_file(i)).exists() for i in block.indices):
             calib = Calib(x_fp, x_q, y_fp, self.batch)
             done = block
@@ -109,6 +115,8 @@ class Walk:
             self.rows.append({"block": index, "notes": kept["notes"]})
         # The float stream is known at the window's end only; a window shares one error.
         error = relative_error(x_q, y_fp)
+        if not math.isfinite(error):
+            raise LowbitError(f"block {start}: the quantized model's output is NaN or infinite: take another recipe")
         for row in self.rows[-count:]:
             row["relative_error"] = error
         return y_fp, x_q
@@ -122,6 +130,12 @@ class Walk:
         for name, value in {**block.params, **{n: q.grid.scale for n, q in block.qweights.items()}}.items():
             if not bool(torch.isfinite(value).all()):
                 raise LowbitError(f"block {block.start}: '{name}' became NaN or infinite; nothing of it was written")
+        for name, q in block.qweights.items():
+            if float(q.grid.scale.max()) >= (most := torch.finfo(q.spec.scale_dtype).max):
+                raise LowbitError(
+                    f"block {block.start}: the weights of '{name}' are so large that their scale would be cut to "
+                    f"{most:g}; the checkpoint is broken, or the recipe scaled too much"
+                )
 
     def _write(self, block: Block, seconds: float) -> None:
         """Notes first, the shard last: a shard that is there is complete."""
@@ -164,8 +178,12 @@ class Walk:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuse to start where the disk surely ends before the run does."""
-    place = next(p for p in [out, *out.parents] if p.exists())
+    """Refuse to start where the disk surely ends before the run does; what a stopped run left counts as done."""
+    place = next(p for p in [out, *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(place).free
-    if free < needed:
-        raise LowbitError(f"out of disk: the result takes about {needed:,} bytes, {place} has {free:,} free")
+    missing = needed - sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    if free < missing:
+        raise LowbitError(
+            f"out of disk: the result takes about {missing:,} more bytes, {place} has {free:,} free; free some space "
+            "or choose another --out"
+        )
