@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,10 +18,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 
+_ROOM, _RIGHTS = "free some space or choose another folder", "mend its permissions or choose another path"
+MENDABLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
+    errno.ENAMETOOLONG: "give a shorter one",
+}
 # typer brings its own copy of click or uses the installed one, by version; this is the class of either.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -114,7 +122,7 @@ def evaluate(
         return
     table = _table("data", "tokens", "length", "perplexity")
     for name, value in found.perplexity.items():
-        table.add_row(Path(name).name, str(found.tokens[name]), str(length), f"{value:.4f}")
+        table.add_row(Text(Path(name).name), str(found.tokens[name]), str(length), f"{value:.4f}")
     Console().print(table)
 
 
@@ -170,7 +178,7 @@ def inspect(
             if isinstance(value, int)
             else value
         )
-        table.add_row(key, str(text))
+        table.add_row(key, Text(str(text)))
     Console().print(table)
 
 
@@ -216,8 +224,16 @@ def _pairs(settings: list[str]) -> dict[str, str]:
 
 
 def _print_json(content: Any) -> None:
-    json.dump(content, sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    print(json.dumps(_as_json(content), indent=1, allow_nan=False))
+
+
+def _as_json(content: Any) -> Any:
+    """JSON has no infinity (a model gone wild has a perplexity of that): it becomes ``null``."""
+    if isinstance(content, dict):
+        return {key: _as_json(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_as_json(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def guarded(run: Callable[[], None]) -> int:
@@ -233,10 +249,14 @@ def guarded(run: Callable[[], None]) -> int:
         say("lowbit: stopped; 'quantize' goes on where it was when it is given the same command")
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in MENDABLE:
             raise
-        place = f": {error.filename}" if error.filename else ""
-        return _refused(f"{error.strerror}{place}; free some space or choose another folder")
+        place = f": {str(error.filename)[:200]}" if error.filename else ""
+        return _refused(f"{error.strerror}{place}; {MENDABLE[error.errno]}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # the latter is torch's
+            raise
+        return _refused(f"out of memory: {str(error)[:200]}; give fewer --samples or a shorter --length")
     return 0
 
 
