@@ -153,6 +153,36 @@ def run(
     return x
 
 
+class _Seen(Exception):
+    """Ends a forward pass whose rest nobody needs; private, so that it can be taken for nothing else."""
+
+
+@torch.no_grad()
+def observe(
+    block: Block,
+    x: Tensor,
+    taps: Mapping[str, Tap],
+    params: Mapping[str, Tensor] | None = None,
+    scheme: Scheme | None = None,
+    batch: int = 4,
+) -> None:
+    """Show the linears' inputs to ``taps``, all sequences, ``batch`` at a time, without gradients.
+
+    As ``run``, but each pass ends where the last of the taps has seen its tensor.
+    """
+    last = [name for name in block.linears() if name in taps][-1]
+
+    def stop(value: Tensor) -> None:
+        taps[last](value)
+        raise _Seen
+
+    for part in x.split(batch):
+        try:
+            run(block, part, params, scheme, {**taps, last: stop})
+        except _Seen:
+            continue
+
+
 def _hooks(
     block: Block, index: int, scheme: Scheme | None, taps: Mapping[str, Tap]
 ) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:

@@ -85,7 +85,8 @@ def packed_names(linear: str, spec: QuantSpec, layout: str) -> list[str]:
 def stock_loads(scheme: Scheme, specs: Mapping[str, QuantSpec], embed: str, two_d_inputs: bool) -> str | None:
     """Why stock ``transformers`` cannot run the scheme as simulated, or ``None`` if it can.
 
-    ``specs``: format by name of every rounded module; ``embed``: the embedding's name; ``two_d_inputs``: some linears get ``(tokens, width)``.
+    ``specs``: format by name of every rounded module; ``embed``: the embedding's name; ``two_d_inputs``: some linears
+    get ``(tokens, width)``.
     """
     if scheme.kv is not None:
         return "Q, K and V rounded in the attention are not part of the compressed-tensors format"

@@ -54,7 +54,8 @@ class AWQ:
     def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
         """The block with scales moved and clips chosen; its float function is unchanged."""
         edges = [edge for edge in block.edges() if edge.kind != "qk"]
-        moments = input_moments(block, calib.x_fp, [module_of(e.dst[0]) for e in edges], batch=calib.batch)
+        readers = [module_of(edge.dst[0]) for edge in edges]
+        moments = input_moments(block, calib.x_fp, readers, ("gram", "magnitude"), batch=calib.batch)
         params = dict(block.params)
         for edge in edges:
             scale = self._best_scale(block, params, edge, moments[module_of(edge.dst[0])], scheme)
@@ -88,7 +89,8 @@ class AWQ:
         return best[1].reshape(shape)
 
     def _clipped(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
-        moments = input_moments(block, calib.x_fp, [g[0] for g in block.linear_groups()], batch=calib.batch)
+        readers = [group[0] for group in block.linear_groups()]
+        moments = input_moments(block, calib.x_fp, readers, ("gram",), batch=calib.batch)
         clips = dict(block.clips)
         for group in block.linear_groups():
             for linear in group:

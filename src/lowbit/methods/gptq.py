@@ -55,7 +55,7 @@ class GPTQ:
             if not wanted:
                 continue
             params = block.quantized_params()
-            moments = input_moments(block, calib.x_q, [group[0]], params, scheme, batch=calib.batch)
+            moments = input_moments(block, calib.x_q, [group[0]], ("gram",), params, scheme, calib.batch)
             block = self._round(block, wanted, moments[group[0]].gram, scheme)
         return block
 
@@ -69,31 +69,45 @@ class GPTQ:
         if damping != self.damping:
             notes = (*notes, f"gptq: damping raised from {self.damping:g} to {damping:g} for {', '.join(linears)}")
         qweights = dict(block.qweights)
-        for linear in linears:
-            spec = block.weight_spec(linear, scheme)
-            assert spec is not None
-            grid = grid_of(block, linear, spec)
-            codes = gptq_codes(block.weight(linear), upper, order, grid, spec, self.block_size)
-            qweights[linear] = QTensor(codes, grid, spec)
+        for spec, names in _by_format(block, linears, scheme).items():
+            # Linears that read one input and share a format are rounded as one tall matrix: a third of the steps.
+            grids = [grid_of(block, name, spec) for name in names]
+            tall = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
+            weight = torch.cat([block.weight(name) for name in names])
+            codes = gptq_codes(weight, upper, order, tall, spec, self.block_size)
+            parts = codes.split([block.weight(name).shape[0] for name in names])
+            for name, grid, part in zip(names, grids, parts, strict=True):
+                qweights[name] = QTensor(part.contiguous(), grid, spec)
         return replace(block, qweights=qweights, notes=notes)
+
+
+def _by_format(block: Block, linears: list[str], scheme: Scheme) -> dict[QuantSpec, list[str]]:
+    out: dict[QuantSpec, list[str]] = {}
+    for name in linears:
+        spec = block.weight_spec(name, scheme)
+        if spec is not None:
+            out.setdefault(spec, []).append(name)
+    return out
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper Cholesky factor of the damped ``gram``'s inverse ``(in, in)``, and the damping that it took.
 
-    ``damping`` is a share of the diagonal's mean; it is raised tenfold until the factorisation succeeds.
+    ``damping`` is a share of the diagonal's mean; it is raised tenfold until the factorisation succeeds. With ``H``
+    turned end for end, ``H = R R^T`` with an upper ``R``; then ``H^-1 = R^-T R^-1`` and the factor is ``R^-1``: one
+    factorisation and one triangular inverse, without the inverse of ``H`` itself.
     """
     hessian = gram.double()
     dead = hessian.diagonal() == 0
     hessian = hessian + torch.diag(dead.double())  # independent of all others, with any positive weight
-    mean = hessian.diagonal()[~dead].mean() if not bool(dead.all()) else hessian.new_ones(())
+    mean = hessian.diagonal().sum() / (~dead).sum().clamp(min=1)
     eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     while damping < 1e6:
-        lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * eye)
+        lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * eye).flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(torch.isfinite(upper).all()):
-            return upper.to(gram.dtype), damping
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            if bool(torch.isfinite(upper).all()):
+                return upper.to(gram.dtype), damping
         damping *= 10
     raise LowbitError("gptq: the second moments of a linear's input hold NaN or infinity; is the model sound?")
 

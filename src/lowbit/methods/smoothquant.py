@@ -50,7 +50,7 @@ class SmoothQuant:
         """The block with scales moved over its norms; its float function is unchanged."""
         norms = [edge for edge in block.edges() if edge.kind == "norm"]
         readers = [module_of(edge.dst[0]) for edge in norms]
-        moments = input_moments(block, calib.x_fp, readers, want_gram=False, batch=calib.batch)
+        moments = input_moments(block, calib.x_fp, readers, ("peak",), batch=calib.batch)
         params = dict(block.params)
         for edge, reader in zip(norms, readers, strict=True):
             peaks = [params[f"{module_of(dst)}.weight"].abs().amax(0) for dst in edge.dst]

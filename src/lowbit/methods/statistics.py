@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, run_all
+from lowbit.block import Block, observe
 from lowbit.scheme import Scheme
 
 
 @dataclass
 class Moments:
-    """Sums over tokens of a linear's input ``x`` ``(tokens, in)``.
+    """Sums over tokens of a linear's input ``x`` ``(tokens, in)``; only what is wanted is gathered.
 
     Attributes:
         gram: ``sum x x^T`` ``(in, in)``.
@@ -25,19 +25,21 @@ class Moments:
     All but ``peak`` are sums, so that several processes can each hold a share.
     """
 
-    want_gram: bool = True
+    want: tuple[str, ...]
     gram: Tensor = field(default_factory=lambda: torch.zeros(()))
     magnitude: Tensor = field(default_factory=lambda: torch.zeros(()))
     peak: Tensor = field(default_factory=lambda: torch.zeros(()))
     tokens: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Count ``x`` ``(..., in)`` in."""
-        rows = x.detach().flatten(0, -2)
-        if self.want_gram:
+        """Count ``x`` ``(..., in)`` in, in float32 whatever the block runs in."""
+        rows = x.detach().flatten(0, -2).float()
+        if "gram" in self.want:
             self.gram = self.gram + rows.T @ rows
-        self.magnitude = self.magnitude + rows.abs().sum(0)
-        self.peak = torch.maximum(self.peak, rows.abs().amax(0))
+        if "magnitude" in self.want:
+            self.magnitude = self.magnitude + rows.abs().sum(0)
+        if "peak" in self.want:
+            self.peak = torch.maximum(self.peak.to(rows.device), rows.abs().amax(0))
         self.tokens += rows.shape[0]
 
 
@@ -45,12 +47,15 @@ def input_moments(
     block: Block,
     x: Tensor,
     linears: Iterable[str],
+    want: tuple[str, ...],
     params: Mapping[str, Tensor] | None = None,
     scheme: Scheme | None = None,
-    want_gram: bool = True,
     batch: int = 4,
 ) -> dict[str, Moments]:
-    """Moments of the named linears' inputs while ``block`` runs over ``x``; see ``block.run`` for the rest."""
-    moments = {name: Moments(want_gram) for name in linears}
-    run_all(block, x, params, scheme, {name: m.add for name, m in moments.items()}, batch)
+    """Moments of the named linears' inputs while ``block`` runs over ``x``; see ``block.run`` for the rest.
+
+    ``want`` names what to gather: ``gram``, ``magnitude``, ``peak``.
+    """
+    moments = {name: Moments(want) for name in linears}
+    observe(block, x, {name: m.add for name, m in moments.items()}, params, scheme, batch)
     return moments

@@ -1,0 +1,106 @@
+"""The whole way on SmolLM2-135M-Instruct, from a package registry; minutes on two cores."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lowbit
+from lowbit.data import evaluation
+from lowbit.source import load_tokenizer, resolve
+from lowbit.stream import StreamedModel
+
+pytestmark = pytest.mark.slow
+
+TOKENS, LENGTH = 4096, 512
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return resolve("demo").folder
+
+
+@pytest.fixture(scope="module")
+def windows(folder):
+    return evaluation("builtin", load_tokenizer(folder), LENGTH, TOKENS).ids
+
+
+@pytest.fixture(scope="module")
+def float_perplexity():
+    return lowbit.evaluate("demo", "builtin", LENGTH, TOKENS).perplexity["builtin"]
+
+
+def quantized(out: Path, scheme: str, recipe: str) -> lowbit.Quantized:
+    return lowbit.quantize("demo", out, scheme, recipe, "builtin", samples=16, length=256)
+
+
+def measured(out: Path) -> float:
+    return lowbit.evaluate(str(out), "builtin", LENGTH, TOKENS).perplexity["builtin"]
+
+
+def test_streamed_perplexity_equals_a_plain_transformers_loop(folder, windows, float_perplexity):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    losses = []
+    with torch.no_grad():
+        for window in windows:
+            losses.append(model(window[None], labels=window[None]).loss.double())
+    assert abs(math.exp(torch.stack(losses).mean()) - float_perplexity) < 1e-3
+
+
+STOCK = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+given = tokenizer("The capital of France is", return_tensors="pt")
+with torch.no_grad():
+    torch.save(model(given.input_ids).logits, sys.argv[2])
+out = model.generate(**given, max_new_tokens=12, do_sample=False)
+assert "lowbit" not in sys.modules
+print(tokenizer.decode(out[0]))
+"""
+
+
+@pytest.mark.parametrize("scheme", ["w4a16g32-sym", "w8a8"])
+def test_stock_transformers_generates_from_the_folder(scheme, tmp_path):
+    out = tmp_path / "run"
+    lowbit.quantize("demo", out, scheme, "rtn", samples=4, length=64)
+    command = [sys.executable, "-c", STOCK, str(out), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The capital of France is")
+    assert len(done.stdout) > len("The capital of France is") + 10
+    ids = load_tokenizer(out)("The capital of France is", return_tensors="pt").input_ids
+    simulated = torch.cat([logits for _, logits in StreamedModel(out).logits(ids)])
+    stock = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert float((stock - simulated).abs().max() / simulated.abs().max()) < 1e-5
+
+
+def test_eight_bits_lose_under_half_a_percent(tmp_path, float_perplexity):
+    out = quantized(tmp_path / "run", "w8a16", "rtn").out
+    assert measured(out) < 1.005 * float_perplexity
+
+
+def test_awq_and_gptq_beat_round_to_nearest_at_three_bits(tmp_path):
+    found = {name: measured(quantized(tmp_path / name, "w3a16g64-asym", name).out) for name in ("rtn", "awq", "gptq")}
+    assert found["awq"] < found["rtn"]
+    assert found["gptq"] < found["rtn"]
+
+
+def test_smoothquant_is_no_worse_than_round_to_nearest_with_eight_bit_activations(tmp_path):
+    found = {name: measured(quantized(tmp_path / name, "w8a8", name).out) for name in ("rtn", "smoothquant")}
+    assert found["smoothquant"] <= found["rtn"]
+
+
+def test_peak_memory_does_not_grow_with_depth():
+    benchmark = Path(__file__).parent.parent / "benchmarks" / "memory.py"
+    command = [sys.executable, str(benchmark), "--layers", "8", "16"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
