@@ -100,7 +100,7 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     hessian = gram.double()
     dead = hessian.diagonal() == 0
     hessian = hessian + torch.diag(dead.double())  # independent of all others, with any positive weight
-    mean = hessian.diagonal().sum() / (~dead).sum().clamp(min=1)
+    mean = gram.diagonal().double().sum() / (~dead).sum().clamp(min=1)
     eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     while damping < 1e6:
         lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * eye).flip(0, 1))
