@@ -1,0 +1,181 @@
+"""AWQ: its errors against explicit tokens, its choices against brute force."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowbit.block import Calib, grid_of, run_all
+from lowbit.errors import LowbitError
+from lowbit.family import module_of
+from lowbit.methods.awq import AWQ, scaled_error
+from lowbit.methods.rtn import RTN
+from lowbit.move import map_width
+from lowbit.quant import QuantSpec, fake_quant, minmax_grid
+from lowbit.scheme import parse_scheme, with_overrides
+from tiny import block_of, tiny_model
+
+SCHEME = parse_scheme("w3a16g16-asym")
+
+
+def case(name, start=1):
+    block, x = block_of(tiny_model(name), start)
+    return block, Calib(x, -3 * x, run_all(block, x))  # AWQ looks at the float stream
+
+
+def tokens(columns=16, count=50, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, columns, generator=generator, dtype=torch.float64)
+    x[:, 3] *= 20
+    return x, torch.randn(6, columns, generator=generator, dtype=torch.float64)
+
+
+def inputs(block, x, linear):
+    seen = []
+    run_all(block, x, taps={linear: seen.append})
+    return torch.cat([part.flatten(0, -2) for part in seen]).double()
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(4, 4, symmetric=False)])
+def test_the_scaled_error_is_equation_4_on_the_tokens(spec):
+    x, weight = tokens()
+    for scale in (torch.ones(16, dtype=torch.float64), x.abs().mean(0) ** 0.5):
+        scaled = weight * scale
+        rounded = fake_quant(scaled, minmax_grid(scaled, spec), spec)
+        literal = sum(float((rounded @ (row / scale) - weight @ row).square().sum()) for row in x)
+        assert literal > 0
+        # float64 and sums of 50 x 6 squares
+        assert scaled_error(weight, scale, x.T @ x, spec) == pytest.approx(literal, rel=1e-10)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(3, 4, symmetric=False), QuantSpec(2, 8)])
+def test_the_best_clip_is_that_of_brute_force(spec):
+    x, weight = tokens(seed=1)
+    size = spec.group_size or 16
+    got = AWQ()._best_clip(weight, x.T @ x, spec)
+    assert got.shape == (6, 16 // size)
+    for row in range(6):
+        for group in range(16 // size):
+            part = slice(group * size, (group + 1) * size)
+            own, alone = weight[row : row + 1, part], QuantSpec(spec.bits, None, spec.symmetric)
+            errors = {}
+            for step in range(11):  # 1.0, 0.95 .. 0.5
+                factor = 1 - step / 20
+                delta = fake_quant(own, minmax_grid(own, alone, factor, factor), alone) - own
+                errors[factor] = float((x[:, part] @ delta.T).square().sum())
+            assert float(got[row, group]) == min(errors, key=errors.__getitem__)
+    assert len(got.unique()) > 1
+
+
+def test_the_range_of_clips():
+    x, weight = tokens(seed=2)
+    spec = QuantSpec(2)
+    assert torch.equal(AWQ(clip_least=1.0)._best_clip(weight, x.T @ x, spec), torch.ones(6, 1, dtype=torch.float64))
+    few = AWQ(clip_least=0.5, clip_grid=2)._best_clip(weight, x.T @ x, spec)
+    assert set(few.flatten().tolist()) <= {1.0, 0.5}
+    zeros = torch.zeros_like(weight)
+    assert torch.equal(AWQ()._best_clip(zeros, x.T @ x, spec), torch.ones(6, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["llama-odd", "gemma3", "phi3", "opt"])
+def test_no_chosen_scale_is_worse_than_no_scale(name):
+    block, calib = case(name)
+    better = 0
+    for edge in block.edges():
+        if edge.kind == "qk":
+            continue
+        readers = [module_of(dst) for dst in edge.dst]
+        x = inputs(block, calib.x_fp, readers[0]).float()
+        moments = SimpleNamespace(gram=x.T @ x, magnitude=x.abs().sum(0), tokens=x.shape[0])
+        map = AWQ()._best_scale(block, block.params, edge, moments, SCHEME)
+        assert bool((map > 0).all())
+        spread = map.repeat_interleave(block.heads.group, 0).flatten() if edge.kind == "heads" else map
+        errors = []
+        for scale in (spread, torch.ones_like(spread)):
+            errors.append(sum(scaled_error(block.weight(r), scale, moments.gram, SCHEME.weight) for r in readers))
+        assert errors[0] <= errors[1]
+        better += errors[0] < 0.97 * errors[1]
+    assert better >= 2, "the search finds nothing on models with outlier channels"
+
+
+def test_the_scale_is_the_best_of_the_papers_candidates():
+    block, calib = case("llama-odd")
+    edge = next(edge for edge in block.edges() if edge.kind == "norm")
+    x = inputs(block, calib.x_fp, edge.dst[0])
+    mean, best = x.abs().mean(0), (float("inf"), torch.ones(64))
+    for ratio in range(10):
+        scale = mean ** (ratio / 10)
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        error = 0.0
+        for linear in edge.dst:
+            weight = block.weight(linear).double()
+            rounded = fake_quant(weight * scale, minmax_grid(weight * scale, SCHEME.weight), SCHEME.weight)
+            error += float((x @ (rounded / scale - weight).T).square().sum())
+        best = min(best, (error, scale), key=lambda pair: pair[0])
+    result = AWQ(grid=10, clip=False)(block, calib, SCHEME)
+    found = result.weight(edge.dst[0]) / block.weight(edge.dst[0])
+    # The step's moments are float32, so a scale differs in its last digits; candidates are several per cent apart.
+    torch.testing.assert_close(found.double(), best[1].expand_as(found).double(), rtol=1e-4, atol=0)
+    assert best[1].max() > 1.5
+
+
+def test_query_heads_that_share_a_kv_head_share_its_scales():
+    block, calib = case("llama-odd")
+    assert block.heads.group == 2
+    result = AWQ(clip=False)(block, calib, SCHEME)
+    ratio = (result.weight("1.self_attn.o_proj") / block.weight("1.self_attn.o_proj")).unflatten(1, (2, 2, 24))
+    torch.testing.assert_close(ratio, ratio[:1, :, :1].expand_as(ratio), rtol=1e-5, atol=0)
+    assert ratio.std() > 0.01
+    back = result.weight("1.self_attn.v_proj") * ratio[0, :, 0].reshape(-1, 1)
+    # v also has the norm's scale on its columns; take that out with k, which has nothing else.
+    norm = result.weight("1.self_attn.k_proj") / block.weight("1.self_attn.k_proj")
+    torch.testing.assert_close(back / norm[:1], block.weight("1.self_attn.v_proj"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("llama-odd", {"q_proj", "k_proj"}), ("phi3", {"qkv_proj"}), ("opt", {"q_proj", "k_proj"})]
+)
+def test_queries_and_keys_are_not_clipped_and_all_others_are(name, left):
+    block, calib = case(name)
+    result = AWQ()(block, calib, SCHEME)
+    assert {linear.rpartition(".")[2] for linear in block.linears() if linear not in result.clips} == left
+    for linear, (low, high) in result.clips.items():
+        assert torch.equal(low, high)
+        assert low.shape == (block.weight(linear).shape[0], SCHEME.weight.groups(block.weight(linear).shape[1]))
+        assert 0.5 <= low.min() < low.max() <= 1
+    assert AWQ(clip=False)(block, calib, SCHEME).clips == {}
+
+
+def test_clips_are_measured_on_the_moved_block_and_reach_the_grid():
+    block, calib = case("llama-odd")
+    result = AWQ()(block, calib, SCHEME)
+    rounded = RTN()(result, calib, SCHEME)
+    name = "1.mlp.down_proj"
+    x = inputs(result, calib.x_fp, name)
+    again = AWQ()._best_clip(result.weight(name), (x.T @ x).float(), SCHEME.weight)
+    # Moments summed in another order flip a choice only between two factors of all but equal error.
+    assert (again == result.clips[name][0]).double().mean() > 0.99
+    low, high = result.clips[name]
+    wanted = minmax_grid(result.weight(name), SCHEME.weight, low, high)
+    assert torch.equal(rounded.qweights[name].grid.scale, wanted.scale)
+    assert not torch.equal(wanted.scale, minmax_grid(result.weight(name), SCHEME.weight).scale)
+    assert torch.equal(grid_of(result, name, SCHEME.weight).zero, wanted.zero)
+
+
+def test_where_nothing_is_rounded_nothing_moves():
+    block, calib = case("llama-odd")
+    result = AWQ()(block, calib, with_overrides(SCHEME, {"*.down_proj": "float", "*.o_proj": "float"}))
+    assert "1.mlp.down_proj" not in result.clips
+    for linear in ("1.mlp.down_proj", "1.self_attn.o_proj"):
+        assert torch.equal(result.weight(linear), block.weight(linear))
+    assert not torch.equal(result.weight("1.mlp.gate_proj"), block.weight("1.mlp.gate_proj"))
+    edge = next(edge for edge in block.edges() if edge.kind == "channels")
+    assert map_width(block, edge) == 96
+
+
+@pytest.mark.parametrize("options", [{"grid": 0}, {"clip_grid": 0}, {"clip_least": 0.0}, {"clip_least": 1.5}])
+def test_options_out_of_range(options):
+    with pytest.raises(LowbitError, match="awq: grid and clip_grid must be 1 or more"):
+        AWQ(**options)

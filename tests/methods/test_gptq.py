@@ -1,0 +1,203 @@
+"""GPTQ against a literal transcription of the algorithm, and what it does at the edges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowbit.block import Calib, run_all
+from lowbit.errors import LowbitError
+from lowbit.methods import gptq
+from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
+from lowbit.quant import QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.scheme import parse_scheme, with_overrides
+from tiny import block_of, tiny_model
+
+
+def problem(seed, rows=7, columns=32, tokens=40):
+    """A weight and the second moments of strongly correlated inputs, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix
+    x = x * torch.logspace(-1, 1, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)]
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64), x.T @ x
+
+
+def order_of(gram, act_order):
+    return torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(gram))
+
+
+def codes_of(weight, gram, spec, act_order=True, block_size=128, damping=0.01):
+    order = order_of(gram, act_order)
+    upper, used = inverse_factor(gram[order][:, order], damping)
+    assert used == damping
+    return gptq_codes(weight, upper, order, minmax_grid(weight, spec), spec, block_size)
+
+
+def literal(weight, gram, spec, act_order, damping=0.01):
+    """Optimal Brain Quantization in a fixed order: equations 2 and 3 of arXiv 2210.17323, one column at a time."""
+    weight, columns = weight.clone(), gram.shape[0]
+    grid = minmax_grid(weight, spec)
+    size = columns // spec.groups(columns)
+    inverse = torch.linalg.inv(gram + damping * gram.diagonal().mean() * torch.eye(columns, dtype=gram.dtype))
+    codes = torch.zeros_like(weight)
+    left = order_of(gram, act_order).tolist()
+    while left:
+        i = left.pop(0)
+        scale, zero = grid.scale[:, i // size], grid.zero[:, i // size]
+        codes[:, i] = ((weight[:, i] / scale).round() + zero).clamp(0, spec.levels)
+        error = weight[:, i] - (codes[:, i] - zero) * scale
+        for j in left:
+            weight[:, j] -= error * inverse[i, j] / inverse[i, i]
+        inverse = inverse - inverse[:, i : i + 1] @ inverse[i : i + 1] / inverse[i, i]
+    return codes.to(torch.uint8)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 128])
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(4, 8, symmetric=False), QuantSpec(2, 16), QuantSpec(8)])
+def test_the_codes_are_those_of_the_literal_algorithm(spec, act_order, block_size):
+    for seed in range(3):
+        weight, gram = problem(seed)
+        wanted = literal(weight, gram, spec, act_order)
+        assert torch.equal(codes_of(weight, gram, spec, act_order, block_size), wanted)
+        assert not torch.equal(wanted, quantize(weight, minmax_grid(weight, spec), spec).codes)
+
+
+def test_the_order_matters_and_the_default_takes_strong_inputs_first():
+    weight, gram = problem(0)
+    spec = QuantSpec(3)
+    assert not torch.equal(literal(weight, gram, spec, True), literal(weight, gram, spec, False))
+    first = int(gram.diagonal().argmax())
+    plain = quantize(weight, minmax_grid(weight, spec), spec).codes
+    assert torch.equal(codes_of(weight, gram, spec)[:, first], plain[:, first]), "the first column has no errors yet"
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_inputs_that_do_not_correlate_give_round_to_nearest(act_order):
+    weight, _ = problem(1)
+    spec = QuantSpec(3, 8)
+    wanted = quantize(weight, minmax_grid(weight, spec), spec).codes
+    for gram in (torch.eye(32, dtype=torch.float64), torch.diag(torch.linspace(1, 9, 32, dtype=torch.float64))):
+        assert torch.equal(codes_of(weight, gram, spec, act_order), wanted)
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1.0])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_columns_whose_input_was_always_zero_are_rounded_to_nearest_and_disturb_nobody(act_order, strength):
+    weight, gram = problem(2)
+    gram = gram * strength
+    dead = torch.tensor([0, 5, 6, 31])
+    live = torch.tensor([i for i in range(32) if i not in dead])
+    gram[dead], gram[:, dead] = 0, 0
+    spec = QuantSpec(3)
+    codes = codes_of(weight, gram, spec, act_order)
+    assert torch.equal(codes[:, dead], quantize(weight, minmax_grid(weight, spec), spec).codes[:, dead])
+    alone = gram[live][:, live]
+    order = order_of(alone, act_order)
+    upper, _ = inverse_factor(alone[order][:, order], 0.01)
+    # Damping is a share of the mean over live columns, so the rest is the smaller problem on the same grid.
+    wanted = gptq_codes(weight[:, live], upper, order, minmax_grid(weight, spec), spec, 128)
+    assert torch.equal(codes[:, live], wanted)
+
+
+def test_no_data_at_all_is_round_to_nearest():
+    weight, gram = problem(3)
+    spec = QuantSpec(4)
+    wanted = quantize(weight, minmax_grid(weight, spec), spec).codes
+    assert torch.equal(codes_of(weight, torch.zeros_like(gram), spec), wanted)
+
+
+def test_the_factor_is_the_inverses_and_a_bad_matrix_raises_the_damping():
+    _, gram = problem(4)
+    upper, damping = inverse_factor(gram, 0.01)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(32, dtype=torch.float64), atol=1e-9, rtol=0)
+    # One eigenvalue at -0.5 of the diagonal's mean: 0.01 and 0.1 of it do not suffice, 1 does.
+    values, vectors = torch.linalg.eigh(gram)
+    values[0] = 0
+    values = values / values.mean()
+    values[0], values[1] = -0.5, values[1] + 0.5
+    bad = vectors * values @ vectors.T
+    upper, damping = inverse_factor(bad, 0.01)
+    assert damping == pytest.approx(1.0)
+    assert bool(torch.isfinite(upper).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_an_error(bad):
+    _, gram = problem(4)
+    gram[3, 3] = bad
+    with pytest.raises(LowbitError, match="hold NaN or infinity"):
+        inverse_factor(gram, 0.01)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(2), QuantSpec(3, 8, symmetric=False), QuantSpec(4), QuantSpec(8)])
+def test_the_error_is_below_that_of_round_to_nearest(spec):
+    for seed in range(5):
+        weight, gram = problem(seed)
+        grid = minmax_grid(weight, spec)
+        errors = []
+        for codes in (codes_of(weight, gram, spec), quantize(weight, grid, spec).codes):
+            delta = QTensor(codes, grid, spec).dequantize() - weight
+            errors.append(float(((delta @ gram) * delta).sum()))
+        assert errors[0] < 0.9 * errors[1], seed
+
+
+def step_case():
+    block, x = block_of(tiny_model("llama-odd"))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return block, Calib(x, x + 0.05 * noise, run_all(block, x))
+
+
+def test_the_step_notes_a_damping_that_was_raised_and_only_then(monkeypatch):
+    block, calib = step_case()
+    scheme = with_overrides(parse_scheme("w4a16"), {"*.mlp.*": "float", "*.o_proj": "float"})
+    assert GPTQ()(block, calib, scheme).notes == ()
+
+    def indefinite(block, x, linears, *args, **kwargs):
+        gram = torch.eye(64)
+        gram[0, 1] = gram[1, 0] = 1.5  # eigenvalues 2.5 and -0.5
+        return {name: SimpleNamespace(gram=gram) for name in linears}
+
+    monkeypatch.setattr(gptq, "input_moments", indefinite)
+    (note,) = GPTQ()(replace(block, notes=()), calib, scheme).notes
+    names = "0.self_attn.q_proj, 0.self_attn.k_proj, 0.self_attn.v_proj"
+    assert note == f"gptq: damping raised from 0.01 to 1 for {names}"
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w4a8", "w4a16kv4"])
+def test_each_linear_is_rounded_for_its_input_in_the_model_quantized_up_to_it(name):
+    block, calib = step_case()
+    scheme = parse_scheme(name)
+    done = GPTQ()(block, calib, scheme)
+    for position, group in enumerate(block.linear_groups()):
+        earlier = [linear for previous in block.linear_groups()[:position] for linear in previous]
+        upto = replace(block, qweights={linear: done.qweights[linear] for linear in earlier})
+        seen = []
+        run_all(block, calib.x_q, upto.quantized_params(), scheme, {group[0]: seen.append})
+        # The sums are taken as the step takes them, batch by batch in float32: another order rounds differently.
+        gram = sum(x.flatten(0, -2).T @ x.flatten(0, -2) for x in seen)
+        for linear in group:
+            wanted = codes_of(block.weight(linear), gram, scheme.weight)
+            assert torch.equal(done.qweights[linear].codes, wanted), linear
+
+
+def test_the_grid_is_that_of_the_clips():
+    block, calib = step_case()
+    clips = {linear: (torch.full((1, 1), 0.7), torch.full((1, 1), 0.6)) for linear in block.linears()}
+    done = GPTQ()(replace(block, clips=clips), calib, parse_scheme("w4a16g8-asym"))
+    for linear, q in done.qweights.items():
+        wanted = minmax_grid(block.weight(linear), q.spec, 0.7, 0.6)
+        assert torch.equal(q.grid.scale, wanted.scale)
+        assert torch.equal(q.grid.zero, wanted.zero)
+
+
+@pytest.mark.parametrize("options", [{"damping": 0.0}, {"damping": -1.0}, {"block_size": 0}])
+def test_options_out_of_range(options):
+    with pytest.raises(LowbitError, match="gptq: damping"):
+        GPTQ(**options)
