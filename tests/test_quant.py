@@ -232,6 +232,11 @@ def test_activations_are_rounded_as_compressed_tensors_does_bit_for_bit(bits, sy
     x, spec = tokens(), QuantSpec(bits, None, symmetric)
     assert torch.equal(fake_quant_tokens(x, spec), library(x, bits, symmetric))
     assert not torch.equal(fake_quant_tokens(x, spec), x)
+    # Scale 1, zero odd, every value half way between two codes: the zero has to be added before the rounding.
+    low = 3.0 if not symmetric else spec.levels / 2
+    halves = torch.arange(-3, spec.levels - 3)[None, None] + 0.5
+    ties = torch.cat([halves, torch.tensor([[[-low, spec.levels - low]]])], -1)
+    assert torch.equal(fake_quant_tokens(ties, spec), library(ties, bits, symmetric))
     many = torch.randn(8, 512, 48, generator=torch.Generator().manual_seed(10))
     assert torch.equal(fake_quant_tokens(many, spec), library(many, bits, symmetric))
     heads = many.unflatten(-1, (3, 16)).transpose(1, 2)  # (sequences, heads, tokens, dim)
