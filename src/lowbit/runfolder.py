@@ -37,6 +37,7 @@ from lowbit.skeleton import Skeleton
 MANIFEST, TIMING, RUN, IDENTITY = "lowbit.json", "lowbit-timing.json", ".run", "identity.json"
 REST = "model-rest.safetensors"
 FORMAT = 1
+_FOLLOWS = ("fingerprint", "versions.")  # differ because something else does
 State = Literal["new", "running", "finished"]
 # What readers of a manifest rely on.
 _NEEDED: dict[str, type | tuple[type, ...]] = {
@@ -116,12 +117,25 @@ def _unusable(out: Path, error: OSError) -> LowbitError:
 
 
 def _same_run(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for key in sorted({*found, *wanted}):
-        if found.get(key) != wanted.get(key):
-            raise LowbitError(
-                f"--out {out} holds another run: its {key} is {_short(found.get(key))}, "
-                f"this one's {_short(wanted.get(key))}; choose another folder, or delete that one"
-            )
+    """Refuse a run that differs; what a person chose is named before digests and versions that follow from it."""
+    ours, theirs = _leaves(wanted), _leaves(found)
+    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if names:
+        first, *others = sorted(names, key=lambda n: (n.endswith("hash"), n.startswith(_FOLLOWS), n.count("."), n))
+        too = f" ({', '.join(others)[:100]} too)" if others else ""
+        raise LowbitError(
+            f"--out {out} holds another run: its {first} is {_short(theirs.get(first))}, this one's "
+            f"{_short(ours.get(first))}{too}; choose another folder, or delete that one"
+        )
+
+
+def _leaves(content: Any, at: str = "") -> dict[str, Any]:
+    """Nested settings by path: ``{"data.length": 512, "recipe.steps.0.gptq.damping": 0.01, ...}``."""
+    items = content.items() if isinstance(content, Mapping) else enumerate(content)
+    out: dict[str, Any] = {}
+    for key, value in items:
+        out |= _leaves(value, f"{at}{key}.") if isinstance(value, Mapping | list) else {f"{at}{key}": value}
+    return out
 
 
 def _short(value: Any) -> str:
