@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NAMES, save_tiny, tiny_ids
 from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.block import relative_error
 from lowbit.checkpoint import read_json
 from lowbit.stream import StreamedModel
+from tiny import NAMES, save_tiny, tiny_ids
 
 # Two correct computations of one function in float32 differ by rounding; logits here are of order 10.
 CLOSE = 1e-5

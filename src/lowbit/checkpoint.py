@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Checkpoint:
         promised = {} if files else self._index()
         for file in files or sorted(set(promised.values())) or [SINGLE]:
             for name in self._names_in(file):
-                self._file_of[name] = file
+                if promised.get(name, file) == file:
+                    self._file_of[name] = file
         for name, file in promised.items():
             if self._file_of.get(name) != file:
                 raise LowbitError(
@@ -54,7 +56,7 @@ class Checkpoint:
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LowbitError(f"{path} has no 'weight_map': fetch it again")
-        for file in set(weight_map.values()):
+        for file in {str(value): value for value in weight_map.values()}.values():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise LowbitError(f"{path} names the shard {file!r}: only plain file names are allowed there")
             if not (self.folder / file).exists():
@@ -102,9 +104,12 @@ class Checkpoint:
             wanted.setdefault(self._file_of[stored], []).append((name, stored))
         out: dict[str, Tensor] = {}
         for file, pairs in wanted.items():
-            with safe_open(self.folder / file, framework="pt") as shard:
-                for name, stored in pairs:
-                    out[name] = self._copied(shard.get_tensor(stored), stored, file, dtype)
+            try:
+                with safe_open(self.folder / file, framework="pt") as shard:
+                    for name, stored in pairs:
+                        out[name] = self._copied(shard.get_tensor(stored), stored, file, dtype)
+            except (SafetensorError, OSError) as error:
+                raise LowbitError(f"cannot read {self.folder / file} any more: {error}") from error
         return out
 
     def _copied(self, value: Tensor, name: str, file: str, dtype: torch.dtype | None) -> Tensor:
@@ -178,7 +183,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _give_up(partial: Path, path: Path, error: Exception) -> None:
-    partial.unlink(missing_ok=True)
+    with suppress(OSError):
+        partial.unlink(missing_ok=True)
     raise LowbitError(f"cannot write {path}: {error}; free some space or choose another --out") from error
 
 

@@ -102,7 +102,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "|---|---|",
         f"| recipe | {identity['recipe_name']} ({steps}) |",
         f"| scheme | {identity['scheme']['scheme']} |",
-        *[f"| override | `{glob}`: {text} |" for glob, text in overrides.items()],
+        *[f"| override | `{glob}`: {text} |" for glob, text in (pair for one in overrides for pair in one.items())],
         f"| effective bits per rounded weight | {manifest['bits_per_weight']:.3f} (codes, scales, zeros) |",
         f"| rounded modules | {len(manifest['quantized'])} |",
         f"| left in float | {', '.join(manifest['float']) or 'nothing'}, embeddings unless rounded, norms |",

@@ -9,6 +9,7 @@ done. There is no other state, so a run that was killed ends with the same bytes
 from __future__ import annotations
 
 import math
+import re
 import resource
 import shutil
 import sys
@@ -150,7 +151,7 @@ class Walk:
                 if linear.startswith(prefix):
                     stored = pack(q, self.plan.layout)
                     tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in stored.items()}
-            notes = [note for note in block.notes if prefix in note or len(block.layers) == 1]
+            notes = [note for note in block.notes if _about(note, block) == index]
             record = {
                 "notes": notes,
                 "seconds": seconds / len(block.layers),
@@ -175,6 +176,12 @@ class Walk:
                 stored = pack(quantize(weight, minmax_grid(weight, spec), spec), self.plan.layout)
                 tensors |= {f"{module}.{key}": value for key, value in stored.items()}
         write_tensors(self.out / REST, tensors)
+
+
+def _about(note: str, block: Block) -> int:
+    """The layer that a note names (as in ``7.mlp.up_proj``), or the window's first."""
+    found = [i for i in block.indices if re.search(rf"(?<![\w.]){i}\.[a-z_]", note)]
+    return found[0] if found else block.start
 
 
 def check_space(out: Path, needed: int) -> None:

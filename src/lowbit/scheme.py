@@ -145,14 +145,13 @@ def scheme_from_dict(content: Any, where: str = "scheme") -> Scheme:
         if key not in ("scheme", "overrides"):
             raise unknown(f"key in {where}", str(key), ["scheme", "overrides"])
     overrides = content.get("overrides") or {}
+    if isinstance(overrides, list) and all(isinstance(entry, dict) for entry in overrides):
+        overrides = {glob: text for entry in overrides for glob, text in entry.items()}
     if not isinstance(overrides, dict):
         raise LowbitError(f"{where}: 'overrides' must map a glob to a format such as w8g64 or float")
     return with_overrides(parse_scheme(str(content["scheme"])), overrides)
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
-    """Plain data for a manifest or a YAML file."""
-    return {
-        "scheme": scheme.name,
-        "overrides": {glob: override_text(spec) for glob, spec in scheme.overrides},
-    }
+    """Plain data for a manifest or a YAML file; overrides as a list, since their order counts."""
+    return {"scheme": scheme.name, "overrides": [{glob: override_text(spec)} for glob, spec in scheme.overrides]}

@@ -46,7 +46,9 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         if self.damping <= 0 or self.block_size < 1:
-            raise LowbitError(f"gptq: damping {self.damping} must be above 0, block_size {self.block_size} 1 or more")
+            raise LowbitError(
+                f"gptq: damping {self.damping:g} and block_size {self.block_size} given; above 0, and 1 or more, are allowed"
+            )
 
     def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
         """Codes for every linear that the scheme quantizes, chosen against the quantized stream."""
