@@ -14,9 +14,12 @@ model in memory; tables of our own, which would age; reading split files, for wh
 from __future__ import annotations
 
 import os
+import shutil
 import struct
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,15 @@ from lowbit.errors import LowbitError
 from lowbit.progress import say, track
 
 SHARD_BYTES = 2 << 30
+STALE_SECONDS = 24 * 3600
 # What the readers raise on broken bytes: they check little and trip over the first impossible number.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError, struct.error)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one line of a bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 class ShardWriter:
@@ -82,6 +92,41 @@ def _draft(index: int) -> str:
     return f"draft-{index:05d}.safetensors"
 
 
+def build(final: Path, write: Callable[[Path], None]) -> Path:
+    """The folder ``final``, made by ``write`` in a folder beside it and renamed, unless it is there already.
+
+    Raises ``LowbitError`` where the cache cannot be written.
+    """
+    if final.is_dir():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(final.parent)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix="partial-") as temporary:
+            work = Path(temporary) / "folder"
+            work.mkdir()
+            write(work)
+            for file in work.iterdir():
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
+            try:
+                os.rename(work, final)
+            except OSError:
+                # Another process that converted the same content was first: its folder is as good.
+                if not final.is_dir():
+                    raise
+    except OSError as error:
+        raise LowbitError(f"cannot make {final}: {error}; free some space or set LOWBIT_CACHE") from error
+    return final
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed conversions left; one at work adds a shard far more often than once a day."""
+    for work in parent.glob("partial-*/folder"):
+        if time.time() - work.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(work.parent, ignore_errors=True)
+
+
 def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model in the GGUF file ``path`` into the empty folder ``target``; ``config.json`` comes last.
 
@@ -117,8 +162,8 @@ def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     config.save_pretrained(target)
 
 
-def _open(path: Path) -> Any:
-    """A reader over the file, after checks for what the reader would not explain."""
+def check_magic(path: Path) -> None:
+    """Raise ``LowbitError`` if the file cannot be read or does not begin as a GGUF file does."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -126,10 +171,15 @@ def _open(path: Path) -> Any:
         raise LowbitError(f"cannot read {path}: {error.strerror or error}") from error
     if magic != b"GGUF":
         raise LowbitError(f"{path} is no GGUF file: it begins with {magic!r}, not with b'GGUF'")
+
+
+def _open(path: Path) -> Any:
+    """A reader over the file, after checks for what the reader would not explain."""
+    check_magic(path)
     try:
         reader = GGUFReader(path)
     except BROKEN as error:
-        raise LowbitError(f"{path} is no whole GGUF file ({_line(error)}): fetch it again") from error
+        raise LowbitError(f"{path} is no whole GGUF file ({one_line(error)}): fetch it again") from error
     if reader.byte_order != "I":
         # Quantized blocks would be read in the wrong byte order without anyone noticing.
         raise LowbitError(f"{path} was written for the other byte order: convert it with gguf-convert-endian")
@@ -162,9 +212,11 @@ def _config(path: Path) -> tuple[dict[str, Any], Any]:
     """The metadata as transformers parses it, which its processors want, and the config made of it."""
     try:
         facts = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-        return facts, CONFIG_MAPPING[facts["model_type"]].from_dict(dict(facts))
-    except BROKEN as error:
-        raise LowbitError(f"the metadata of {path} makes no model config: {_line(error)}") from error
+        # The model's title in the file is no place to load it from.
+        content = {key: value for key, value in facts.items() if key != "_model_name_or_path"}
+        return facts, CONFIG_MAPPING[facts["model_type"]].from_dict(content)
+    except Exception as error:  # configs check their values with errors of many kinds
+        raise LowbitError(f"the metadata of {path} makes no model config: {one_line(error)}") from error
 
 
 def _meta_model(config: Any, path: Path) -> Any:
@@ -174,8 +226,8 @@ def _meta_model(config: Any, path: Path) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (*BROKEN, RuntimeError, AttributeError) as error:
-        raise LowbitError(f"the metadata of {path} makes no model: {_line(error)}") from error
+    except Exception as error:  # impossible sizes fail anywhere in the model's code
+        raise LowbitError(f"the metadata of {path} makes no model: {one_line(error)}") from error
 
 
 def _tensors(
@@ -200,9 +252,7 @@ def _tensors(
         target = targets[tensor.name]
         if target is None:
             continue
-        result = processor.process(
-            weights=_dequantized(tensor, path), name=tensor.name, tensor_key_mapping=names, parsed_parameters=made
-        )
+        result = _processed(processor, tensor, names, made, path)
         left[target] -= 1
         if result.name is not None:
             # Tensors stored as floats are views of the read-only map, hence the copy where it is needed.
@@ -212,14 +262,18 @@ def _tensors(
     yield from made["tensors"].items()
 
 
-def _dequantized(tensor: Any, path: Path) -> Any:
+def _processed(processor: Any, tensor: Any, names: dict[str, str], made: dict[str, Any], path: Path) -> Any:
+    """A tensor's values and name after the processor, see ``_tensors``."""
     try:
-        return dequantize(tensor.data, tensor.tensor_type)
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        return processor.process(weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters=made)
     except NotImplementedError as error:
         raise LowbitError(
             f"'{tensor.name}' in {path} has the type {tensor.tensor_type.name}, which the gguf package "
             "cannot dequantize: use a file with another quantization"
         ) from error
+    except BROKEN as error:
+        raise LowbitError(f"'{tensor.name}' in {path} does not fit its metadata ({one_line(error)})") from error
 
 
 def _write_tokenizer(path: Path, target: Path) -> None:
@@ -227,11 +281,8 @@ def _write_tokenizer(path: Path, target: Path) -> None:
     try:
         # An absolute file name wins over the folder, so that no tokenizer that lies beside the file is taken.
         tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=str(path), local_files_only=True)
+        # It keeps the arguments it was made with, and would write this one into tokenizer_config.json.
+        tokenizer.init_kwargs.pop("local_files_only", None)
         tokenizer.save_pretrained(target)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        say(f"{path.name}: no tokenizer that transformers can use ({_line(error)}); its folder has none")
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+        say(f"{path.name}: no tokenizer that transformers can use ({one_line(error)}); its folder has none")
