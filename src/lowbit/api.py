@@ -17,7 +17,7 @@ from lowbit.errors import LowbitError
 from lowbit.evaluate.perplexity import perplexity
 from lowbit.finish import finish, versions
 from lowbit.loading import load
-from lowbit.plan import Plan, make_plan
+from lowbit.plan import Plan, check_length, check_sizes, make_plan
 from lowbit.progress import say
 from lowbit.recipe import Recipe, load_recipe, recipe_to_dict
 from lowbit.runfolder import claim, look, manifest_of
@@ -25,7 +25,7 @@ from lowbit.runner import Walk, check_space, peak_memory_bytes
 from lowbit.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
 from lowbit.skeleton import Skeleton
 from lowbit.source import Source, load_config, load_tokenizer, resolve
-from lowbit.stream import StreamedModel, check_finite, check_tensors, refuse_foreign_quantization, shapes_of
+from lowbit.stream import StreamedModel, building, check_finite, check_tensors, refuse_foreign_quantization, shapes_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
@@ -108,15 +108,17 @@ def quantize(
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
-    _check_sizes(samples, length, seed)
+    check_sizes(samples, length, seed)
     chosen = load_recipe(recipe, settings) if isinstance(recipe, str) else recipe
     formats = with_overrides(load_scheme(scheme) if isinstance(scheme, str) else scheme, overrides or {})
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
     refuse_foreign_quantization(config, None, source.folder)
-    skeleton, checkpoint = Skeleton(config, trust_remote_code), Checkpoint(source.folder)
+    with building(source.folder):
+        skeleton = Skeleton(config, trust_remote_code)
+    checkpoint = Checkpoint(source.folder)
     plan = make_plan(skeleton, formats)
-    _check_length(config, length)
+    check_length(config, length)
     shapes = shapes_of(skeleton)
     check_tensors(checkpoint, shapes, skeleton.family.blocks, {})
     tokens = _calibration(source, data, samples, length, seed, device, trust_remote_code)
@@ -214,20 +216,6 @@ def check_ids(ids: torch.Tensor, skeleton: Skeleton, folder: Path) -> None:
             f"the tokenizer in {folder} gives token {int(ids.max())}, the model has {rows} embeddings: they do not "
             "belong together"
         )
-
-
-def _check_sizes(samples: int, length: int, seed: int) -> None:
-    for name, given, least in (("samples", samples, 1), ("length", length, 2), ("seed", seed, 0)):
-        if given < least:
-            raise LowbitError(f"--{name} {given} given; it must be {least} or more")
-    if seed >= 2**63:
-        raise LowbitError(f"--seed {seed} given; it must be below 2**63")
-
-
-def _check_length(config: Any, length: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and length > limit:
-        raise LowbitError(f"--length {length} given; this model's positions end at {limit}")
 
 
 def _calibration(

@@ -7,13 +7,13 @@ from typing import Any
 from lowbit.checkpoint import Checkpoint
 from lowbit.estimate import estimate
 from lowbit.family import Edge, Part, Ref
-from lowbit.plan import make_plan
+from lowbit.plan import check_length, check_sizes, make_plan
 from lowbit.recipe import load_recipe
 from lowbit.runfolder import manifest_of
 from lowbit.scheme import load_scheme
 from lowbit.skeleton import Skeleton
 from lowbit.source import load_config, resolve
-from lowbit.stream import check_tensors, refuse_foreign_quantization, shapes_of
+from lowbit.stream import building, check_tensors, refuse_foreign_quantization, shapes_of
 
 
 def inspect_model(
@@ -27,11 +27,14 @@ def inspect_model(
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Facts and estimates as plain data; for a run folder, what was done in place of estimates."""
+    check_sizes(samples, length)
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
     refuse_foreign_quantization(config, manifest, source.folder)
-    skeleton, checkpoint = Skeleton(config, trust_remote_code), Checkpoint(source.folder)
+    with building(source.folder):
+        skeleton = Skeleton(config, trust_remote_code)
+    checkpoint = Checkpoint(source.folder)
     family, heads = skeleton.family, skeleton.heads
     facts: dict[str, Any] = {
         "model": source.name,
@@ -57,6 +60,7 @@ def inspect_model(
     check_tensors(checkpoint, shapes_of(skeleton), family.blocks, {})
     chosen, formats = load_recipe(recipe), load_scheme(scheme)
     plan = make_plan(skeleton, formats)
+    check_length(config, length)
     guess = estimate(skeleton, plan, chosen, formats, samples, length)
     return facts | {
         "parameters": plan.quantized_weights + plan.float_weights,

@@ -21,7 +21,7 @@ from lowbit.families import family_of
 from lowbit.quant import QuantSpec, fake_quant_tokens
 from lowbit.runfolder import dequantized, manifest_of, manifest_specs
 from lowbit.source import load_config
-from lowbit.stream import check_tensors, refuse_foreign_quantization
+from lowbit.stream import building, check_tensors, refuse_foreign_quantization
 
 
 def load(
@@ -41,9 +41,9 @@ def load(
     manifest = manifest_of(folder)
     config: Any = load_config(folder, trust_remote_code)
     refuse_foreign_quantization(config, manifest, folder)
-    family = family_of(config)
     config.__dict__.pop("quantization_config", None)
-    with init_empty_weights(include_buffers=False):
+    with building(folder), init_empty_weights(include_buffers=False):
+        family = family_of(config)
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     scheme, specs, layout = manifest_specs(manifest) if manifest else (None, {}, "")
     tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
@@ -63,8 +63,15 @@ def load(
     if scheme is not None and scheme.kv is not None:
         model.config._attn_implementation = attention_name(scheme.kv, model.config._attn_implementation)
     if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        model.generation_config = _generation_config(folder)
     return model.to(device).eval()
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise LowbitError(f"cannot read {folder / 'generation_config.json'}: {error}") from error
 
 
 def _round_inputs(linear: nn.Module, spec: QuantSpec) -> None:

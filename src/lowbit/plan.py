@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from typing import Any
 
 from lowbit.errors import LowbitError
 from lowbit.packing import layout_of, stock_loads
@@ -91,6 +92,22 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
         stored_bits=sum(count[n] * spec.bits_per_value(shapes[n][1]) for n, spec in rounded.items()),
         stock=stock_loads(scheme, rounded, family.embed, two_d_inputs=family.flat_mlp),
     )
+
+
+def check_sizes(samples: int, length: int, seed: int = 0) -> None:
+    """Refuse numbers that no model could be calibrated with."""
+    for name, given, least in (("samples", samples, 1), ("length", length, 2), ("seed", seed, 0)):
+        if given < least:
+            raise LowbitError(f"--{name} {given} given; it must be {least} or more")
+    if seed >= 2**63:
+        raise LowbitError(f"--seed {seed} given; it must be below 2**63")
+
+
+def check_length(config: Any, length: int) -> None:
+    """Refuse windows beyond the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise LowbitError(f"--length {length} given; this model's positions end at {limit}")
 
 
 def linear_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ back from the shards, inputs of linears and Q, K, V rounded as the scheme says.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class StreamedModel:
         if manifest is not None:
             self.scheme, self._specs, self._layout = manifest_specs(manifest)
         self.checkpoint = Checkpoint(folder)
-        self.skeleton = Skeleton(self.config, trust_remote_code)
+        with building(folder):
+            self.skeleton = Skeleton(self.config, trust_remote_code)
         check_tensors(self.checkpoint, shapes_of(self.skeleton), self.skeleton.family.blocks, self._specs)
         rest = dequantized(self.checkpoint, self.skeleton.rest_names, self._specs, self._layout)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in rest.items()})
@@ -90,6 +92,26 @@ class StreamedModel:
                 x = run_all(block, x, block.quantized_params(), self.scheme, batch=batch)
             for some, hidden in zip(part.split(batch), x.split(batch), strict=True):
                 yield some, self.skeleton.logits(some, hidden)
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Around what transformers makes of ``config.json``: its values are checked nowhere before, and by any error."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise LowbitError(
+            f"no model can be built from {folder / 'config.json'} ({reason}): fetch it again"
+        ) from error
 
 
 def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
