@@ -20,7 +20,7 @@ QUANTIZE = ["quantize", "{m}", "--out", "{out}", "--data", "{m}/calib.txt", "--s
 QUANTIZE += ["--scheme", "w4a16g16-sym", "--recipe", "rtn"]
 EVALUATE = ["evaluate", "{m}", "--data", "{m}/calib.txt", "--length", "16", "--json"]
 GENERATE = ["generate", "{m}", "--prompt", "Hello", "--json"]
-INSPECT = ["inspect", "{m}", "--scheme", "w4a16g16-sym", "--json"]
+INSPECT = ["inspect", "{m}", "--scheme", "w4a16g16-sym", "--length", "16", "--json"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ OPTIONS = [
     ("set of no field", {}, ["--recipe", "gptq", "--set", "gptq.damp=1"], ["unknown field of gptq", "'damping'?"]),
     ("set to nothing", {}, ["--recipe", "gptq", "--set", "gptq.damping="], ["gptq.damping", "expected float"]),
     ("set to nonsense", {}, ["--recipe", "gptq", "--set", "gptq.damping=[1"], ["--set gptq.damping=[1", "no value"]),
-    ("set out of range", {}, ["--recipe", "gptq", "--set", "gptq.damping=-1"], ["-1", "must be above 0"]),
+    ("set out of range", {}, ["--recipe", "gptq", "--set", "gptq.damping=-1"], ["damping -1", "above 0"]),
     ("scheme", {}, ["--scheme", "w4b16"], ["unknown scheme 'w4b16'", "w{2..8}a{4,6,8,16}", "w4a16g64-sym"]),
     ("9 bits", {}, ["--scheme", "w9a16"], ["9 weight bits given", "2, 3, 4, 5, 6, 7, 8"]),
     ("1 bit", {}, ["--scheme", "w1a16"], ["1 weight bits given", "2, 3, 4, 5, 6, 7, 8"]),
@@ -151,6 +151,8 @@ OTHERS = [
     ("no prompt", [*GENERATE, "--prompt", ""], ["--prompt is empty"]),
     ("unknown recipe", [*INSPECT, "--recipe", "awg"], ["unknown recipe 'awg'", "'awq'?"]),
     ("group size", [*INSPECT, "--scheme", "w4a16g64"], ["width of 96", "16, 32, 48, 96"]),
+    ("0 samples", [*INSPECT, "--samples", "0"], ["--samples 0 given", "1 or more"]),
+    ("length", [*INSPECT, "--length", "129"], ["--length 129 given", "end at 128"]),
     ("command", ["quantise", "{m}"], ["quantise", "'quantize'?"]),
     ("no --out", ["quantize", "{m}"], ["--out"]),
     ("a path to nothing", ["evaluate", "./nowhere/at/all"], ["no such file or folder: ./nowhere/at/all", "'demo'"]),
@@ -182,7 +184,7 @@ def finished(models):
     [
         ("recipe_name is rtn, this one's gptq", ["--recipe", "gptq"]),
         ("scheme.scheme is w4a16g16-sym, this one's w4a16g32-sym", ["--scheme", "w4a16g32-sym"]),
-        ("scheme.overrides.*.down_proj is None, this one's w8-sym", ["--override", "*.down_proj=w8"]),
+        ("scheme.overrides.0.*.down_proj is None, this one's w8-sym", ["--override", "*.down_proj=w8"]),
         ("data.length is 16, this one's 17", ["--length", "17"]),
         ("data.samples is 2, this one's 3", ["--samples", "3"]),
         ("data.corpus is calib.txt, this one's more.txt", ["--data", "{m}/more.txt"]),

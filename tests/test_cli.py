@@ -200,7 +200,7 @@ def test_generate_continues_greedily(which, model, run, command):
 
 
 def test_inspect_tells_facts_and_estimates_of_a_float_model(model, command):
-    code, out, err = command("inspect", model, "--scheme", "w4a16g16-sym", "--recipe", "rtn", "--json")
+    code, out, err = command("inspect", model, "--scheme", "w4a16g16-sym", "--length", "64", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
     exact = AutoModelForCausalLM.from_pretrained(model)
@@ -209,7 +209,7 @@ def test_inspect_tells_facts_and_estimates_of_a_float_model(model, command):
     assert found["checkpoint_bytes"] == (model / "model.safetensors").stat().st_size
     assert found["bits_per_weight"] == 5.0
     assert min(found["estimated_memory_bytes"], found["estimated_disk_bytes"]) > 2 * VOCAB * 64 * 2
-    assert "LlamaForCausalLM" in command("inspect", model, "--scheme", "w4a16")[1]
+    assert "LlamaForCausalLM" in command("inspect", model, "--scheme", "w4a16", "--length", "64")[1]
 
 
 def test_inspect_tells_of_a_run_folder_what_was_done(run, command):
@@ -226,7 +226,7 @@ def test_settings_and_overrides_reach_the_run(model, tmp_path, command):
     made = manifest(tmp_path / "out")
     (step,) = made["recipe"]["steps"]
     assert (step["gptq"]["damping"], step["gptq"]["block_size"]) == (0.05, 32)
-    assert made["scheme"]["overrides"] == {"*.down_proj": "w8-sym", "lm_head": "w8g16-sym"}
+    assert made["scheme"]["overrides"] == [{"*.down_proj": "w8-sym"}, {"lm_head": "w8g16-sym"}]
     assert made["identity"]["seed"] == 7
     assert "lm_head" in made["quantized"]
 
