@@ -47,7 +47,7 @@ class GPTQ:
     def __post_init__(self) -> None:
         if self.damping <= 0 or self.block_size < 1:
             raise LowbitError(
-                f"gptq: damping {self.damping:g} and block_size {self.block_size} given; allowed: above 0, and 1 or more"
+                f"gptq: damping {self.damping:g} and block_size {self.block_size} given; allowed: > 0 and >= 1"
             )
 
     def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
