@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 import lowbit
 from lowbit.api import Evaluated
@@ -20,8 +19,6 @@ from lowbit.cli import call
 from lowbit.data import calibration
 from lowbit.source import load_tokenizer
 from tiny import VOCAB, save_tiny, tiny_ids
-
-logging.set_verbosity_error()  # `main` does it by environment, before transformers is imported
 
 
 @pytest.fixture(scope="module")
