@@ -141,7 +141,7 @@ def test_a_setting_has_the_type_of_its_field(setting, wanted):
         ("gptq.damping=1e999", "gptq.damping: expected float, got inf"),
         ("gptq.act_order=0", "gptq.act_order: expected bool, got 0"),
         ("gptq.block_size=1e2", "gptq.block_size: expected int, got '1e2'"),
-        ("gptq.block_size=0", "block_size 0 1 or more"),
+        ("gptq.block_size=0", "block_size 0 given"),
         ("gptq.dampin=1", "unknown field of gptq 'dampin': did you mean 'damping'"),
         ("awq.grid=3", "unknown step in recipe 'gptq' 'awq': Known: gptq"),
         ("gptk.damping=1", "unknown step in recipe 'gptq' 'gptk': did you mean 'gptq'"),

@@ -48,4 +48,4 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 def say(message: str) -> None:
     """One line on standard error that is worth reading also in a log: a warning, a fallback, a choice."""
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+    console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -43,4 +43,8 @@ def perplexity(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     if count == 0:
         raise LowbitError("perplexity of no tokens: give at least one window of two tokens")
     mean = total / count
+    if math.isnan(mean):
+        raise LowbitError(
+            "the model's logits are NaN: its weights or its 16-bit arithmetic overflow; try --dtype float32"
+        )
     return math.exp(mean) if mean < 700 else math.inf

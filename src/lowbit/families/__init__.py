@@ -17,8 +17,8 @@ FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT)
 
 def family_of(config: Any) -> Family:
     """The family of a Hugging Face config; an architecture that is not listed is an error, never a default."""
-    given = list(getattr(config, "architectures", None) or [])
-    if not given:
+    given = getattr(config, "architectures", None)
+    if not isinstance(given, list) or not given:
         raise LowbitError("config.json names no architecture: add 'architectures', for example ['LlamaForCausalLM']")
     for family in FAMILIES:
         if given[0] in family.architectures:
