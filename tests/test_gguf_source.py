@@ -29,10 +29,10 @@ VOCAB = len(TOKENS)
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-def _header(writer: gguf.GGUFWriter, arch: str) -> None:
+def _header(writer: gguf.GGUFWriter, arch: str, blocks: int) -> None:
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(BLOCKS)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(MLP)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
@@ -80,7 +80,7 @@ def write_gguf(path: Path, arch: str = "llama", tied: bool = False, **changes: A
     """A tiny random model; ``changes`` give other shapes by tensor name, ``None`` leaves the tensor out."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("tiny")
-    _header(writer, arch)
+    _header(writer, arch, changes.pop("blocks", BLOCKS))
     if changes.pop("tokenizer", True):
         _tokenizer(writer)
     else:
@@ -209,6 +209,7 @@ def test_garbage_in_the_header_is_refused(tmp_path: Path, position: int) -> None
         ({"blk.0.attn_k.weight": (6, HIDDEN)}, r"attn_k\.weight.*does not fit its metadata"),
         ({"arch": "bert"}, r"'bert'; transformers maps only: .*llama.*qwen2"),
         ({"arch": "t5"}, "causal language model"),
+        ({"blocks": 2**31}, "makes no model config: 2147483648 blocks, but 21 tensors"),
         ({"parts": 3}, "one of 3 parts: merge"),
     ],
 )

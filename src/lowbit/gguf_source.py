@@ -137,7 +137,7 @@ def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     path = path.resolve()
     reader = _open(path)
     architecture = _architecture(reader, path)
-    facts, config = _config(path)
+    facts, config = _config(path, len(reader.tensors))
     model = _meta_model(config, path)
     shards = ShardWriter(target, shard_bytes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -208,10 +208,13 @@ def _plain(name: str) -> str:
     return name.replace("-", "").replace("_", "")
 
 
-def _config(path: Path) -> tuple[dict[str, Any], Any]:
+def _config(path: Path, tensors: int) -> tuple[dict[str, Any], Any]:
     """The metadata as transformers parses it, which its processors want, and the config made of it."""
     try:
         facts = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+        if not 0 < facts.get("num_hidden_layers", 1) <= tensors:
+            # Building a model of a billion layers, even one without storage, would take all memory.
+            raise ValueError(f"{facts['num_hidden_layers']} blocks, but {tensors} tensors")
         # The model's title in the file is no place to load it from.
         content = {key: value for key, value in facts.items() if key != "_model_name_or_path"}
         return facts, CONFIG_MAPPING[facts["model_type"]].from_dict(content)
