@@ -177,9 +177,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     partial = path.with_name(path.name + PARTIAL)
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata={"format": "pt"})
+        partial.chmod(0o666 & ~_umask())  # the library makes its files readable by their owner only
         _commit(partial, path)
     except (OSError, SafetensorError) as error:
         _give_up(partial, path, error)
+
+
+def _umask() -> int:
+    """The process's mask for new files; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _give_up(partial: Path, path: Path, error: Exception) -> None:
