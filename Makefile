@@ -18,7 +18,7 @@ check: $(DEV) ## the part of the gate under 3 minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 slow: $(DEV) ## tests on the real model
 	$(BIN)/python -m pytest -q -m slow

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lowbit.checkpoint import Checkpoint
+from lowbit.checks import building, check_finite, check_tensors, check_tied, refuse_foreign_quantization, shapes_of
 from lowbit.data import Tokens, calibration, evaluation, self_sample
 from lowbit.errors import LowbitError
 from lowbit.evaluate.perplexity import perplexity
@@ -25,7 +26,7 @@ from lowbit.runner import Walk, check_space, peak_memory_bytes
 from lowbit.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
 from lowbit.skeleton import Skeleton
 from lowbit.source import Source, load_config, load_tokenizer, resolve
-from lowbit.stream import StreamedModel, building, check_finite, check_tensors, refuse_foreign_quantization, shapes_of
+from lowbit.stream import StreamedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
@@ -121,6 +122,7 @@ def quantize(
     check_length(config, length)
     shapes = shapes_of(skeleton)
     check_tensors(checkpoint, shapes, skeleton.family.blocks, {})
+    check_tied(checkpoint, skeleton)
     tokens = _calibration(source, data, samples, length, seed, device, trust_remote_code)
     check_ids(tokens.ids, skeleton, source.folder)
     identity = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.checkpoint import Checkpoint
+from lowbit.checks import building, check_tensors, refuse_foreign_quantization, shapes_of
 from lowbit.estimate import estimate
 from lowbit.family import Edge, Part, Ref
 from lowbit.plan import check_length, check_sizes, make_plan
@@ -13,7 +14,6 @@ from lowbit.runfolder import manifest_of
 from lowbit.scheme import load_scheme
 from lowbit.skeleton import Skeleton
 from lowbit.source import load_config, resolve
-from lowbit.stream import building, check_tensors, refuse_foreign_quantization, shapes_of
 
 
 def inspect_model(

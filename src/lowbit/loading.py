@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowbit.attention import attention_name
 from lowbit.checkpoint import Checkpoint
+from lowbit.checks import building, check_tensors, refuse_foreign_quantization
 from lowbit.errors import LowbitError
 from lowbit.families import family_of
 from lowbit.quant import QuantSpec, fake_quant_tokens
 from lowbit.runfolder import dequantized, manifest_of, manifest_specs
 from lowbit.source import load_config
-from lowbit.stream import building, check_tensors, refuse_foreign_quantization
 
 
 def load(

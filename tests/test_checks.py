@@ -1,0 +1,38 @@
+"""What a checkpoint must hold to be taken for the model that its config describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import block_of, save_tiny, tiny_model
+
+from lowbit.checkpoint import Checkpoint
+from lowbit.checks import check_tied
+from lowbit.errors import LowbitError
+from lowbit.runner import _about
+from lowbit.skeleton import Skeleton
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-3])
+def test_a_head_of_its_own_under_a_tied_config_is_refused(change, tmp_path: Path):
+    model = save_tiny(tmp_path, "llama-odd")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+    save_file(tensors, file, metadata={"format": "pt"})
+    checkpoint, skeleton = Checkpoint(tmp_path), Skeleton(model.config)
+    if change:
+        with pytest.raises(LowbitError, match="tie_word_embeddings"):
+            check_tied(checkpoint, skeleton)
+    else:
+        check_tied(checkpoint, skeleton)
+
+
+def test_a_note_belongs_to_the_layer_that_it_names():
+    block, _ = block_of(tiny_model("llama"), start=1, count=2)
+    assert _about("gptq: damping raised from 1.01 to 2.1 for 2.mlp.down_proj", block) == 2
+    assert _about("12.mlp.down_proj and 21.mlp.up_proj are others", block) == 1
+    assert _about("1.self_attn.q_proj left in float", block) == 1
