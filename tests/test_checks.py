@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import block_of, save_tiny, tiny_model
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.checks import check_tied
 from lowbit.errors import LowbitError
 from lowbit.runner import _about
 from lowbit.skeleton import Skeleton
+from tiny import block_of, save_tiny, tiny_model
 
 
 @pytest.mark.parametrize("change", [0.0, 1e-3])
