@@ -197,7 +197,8 @@ def demo(
     table = _table("recipe", "scheme", "bits/weight", "size on disk", "perplexity", "seconds")
     for row in found["rows"]:
         size = f"{row['size_bytes'] / 1e6:.0f} MB"
-        numbers = (f"{row['bits_per_weight']:.3f}", size, f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}")
+        seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        numbers = (f"{row['bits_per_weight']:.3f}", size, f"{row['perplexity']:.2f}", seconds)
         table.add_row(row["recipe"], row["scheme"], *numbers)
     console = Console()
     console.print(table)

@@ -22,14 +22,14 @@ RECIPES = ("rtn", "awq+gptq")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the demo's table; ``bits_per_weight`` and ``seconds`` are those of the quantized linears' run."""
+    """One line of the demo's table; ``bits_per_weight`` is that of the rounded weights, ``seconds`` the quantization's."""
 
     recipe: str
     scheme: str
     bits_per_weight: float
     size_bytes: int
     perplexity: float
-    seconds: float
+    seconds: float | None
     text: str
 
 
@@ -45,7 +45,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     """
     source = resolve("demo")
     say("evaluating the float model")
-    rows = [_row("float", "float32", 32.0, source.folder, 0.0)]
+    rows = [_row("float", "float32", 32.0, source.folder, None)]
     for recipe in RECIPES:
         kept = recipe == RECIPES[-1]
         folder = out if kept else out.with_name(out.name + "-" + recipe)
@@ -62,7 +62,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     }
 
 
-def _row(recipe: str, scheme: str, bits: float, folder: Path, seconds: float) -> Row:
+def _row(recipe: str, scheme: str, bits: float, folder: Path, seconds: float | None) -> Row:
     found = evaluate(str(folder), "builtin", 512, EVALUATED).perplexity["builtin"]
     return Row(recipe, scheme, bits, folder_size(folder), found, seconds, generate_text(folder, PROMPT, 24))
 
