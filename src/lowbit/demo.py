@@ -22,7 +22,7 @@ RECIPES = ("rtn", "awq+gptq")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the demo's table; ``bits_per_weight`` is that of the rounded weights, ``seconds`` the quantization's."""
+    """One line of the demo's table: bits of a rounded weight, and the quantization's seconds."""
 
     recipe: str
     scheme: str
