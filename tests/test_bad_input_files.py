@@ -136,7 +136,7 @@ CASES: list[tuple[str, str, Break, list[str]]] = [
     ("config with a wrong type", "one", config(hidden_size="x"), ["no valid config", "hidden_size"]),
     ("no config", "one", gone("config.json"), ["has no config.json"]),
     ("unknown activation", "one", config(hidden_act="foo"), ["no model can be built", "config.json", "'foo'"]),
-    ("architecture of a number", "one", config(architectures=3), ["no model can be built", "config.json"]),
+    ("architecture of a number", "one", config(architectures=3), ["names no architecture", "config.json"]),
     ("no layers", "one", config(num_hidden_layers=0), ["no layers", "nothing to quantize"]),
     ("too many layers", "one", config(num_hidden_layers=5), ["no tensor 'model.layers.3.", "config.json"]),
     ("too few layers", "one", config(num_hidden_layers=2), ["'model.layers.2.", "config.json has no place for"]),
