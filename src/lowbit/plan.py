@@ -7,12 +7,13 @@ an architecture that is not known end a run before it starts.
 from __future__ import annotations
 
 import fnmatch
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import LowbitError
 from lowbit.packing import layout_of, stock_loads
-from lowbit.quant import QuantSpec
+from lowbit.quant import QuantSpec, usable_group_sizes
 from lowbit.scheme import Scheme
 from lowbit.skeleton import Skeleton
 
@@ -72,10 +73,14 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
     if not any(specs.values()):
         raise LowbitError("the overrides leave every linear of the blocks in float: nothing to quantize")
     for name, spec in rounded.items():
-        try:
-            spec.groups(shapes[name][1])
-        except LowbitError as error:
-            raise LowbitError(f"{name}: {error}") from error
+        width, size = shapes[name][1], spec.group_size
+        if size is not None and width % size:
+            # A size that fits this width only would fail at the next one of the same format.
+            everywhere = usable_group_sizes(
+                math.gcd(*(shapes[n][1] for n, other in rounded.items() if other == spec))
+            )
+            usable = ", ".join(map(str, everywhere or usable_group_sizes(width)))
+            raise LowbitError(f"{name}: group size {size} does not divide a width of {width}; usable sizes: {usable}")
     count = {name: shape[0] * shape[1] for name, shape in shapes.items()}
     untie = skeleton.tied and any(extra.values())
     if skeleton.tied and not untie:
