@@ -286,4 +286,5 @@ def main() -> None:
     # Bars and warnings of the libraries would mix with ours. By environment: importing them takes seconds.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would stand before our one line
     sys.exit(call(sys.argv[1:]))
