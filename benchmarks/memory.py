@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+QUIET = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576"}
 WORK = """
 import json, sys
 from lowbit.runner import peak_memory_bytes
@@ -90,8 +91,8 @@ def measure(layers: int, recipe: str, scheme: str) -> dict[str, Any]:
         folder.mkdir()
         size = make_checkpoint(folder, layers)
         command = [sys.executable, "-c", WORK, str(folder), str(Path(name) / "out"), recipe, scheme]
-        # glibc keeps freed memory in per-thread arenas; two are enough to measure what the program asks for.
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "2"})
+        # Without these glibc keeps freed blocks of tens of MB, now more, now fewer, and the peak is its habit, not ours.
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
         if done.returncode:
             raise SystemExit(done.stderr)
         found = json.loads(done.stdout.splitlines()[-1])
