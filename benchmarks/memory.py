@@ -91,7 +91,7 @@ def measure(layers: int, recipe: str, scheme: str) -> dict[str, Any]:
         folder.mkdir()
         size = make_checkpoint(folder, layers)
         command = [sys.executable, "-c", WORK, str(folder), str(Path(name) / "out"), recipe, scheme]
-        # Without these glibc keeps freed blocks of tens of MB, now more, now fewer, and the peak is its habit, not ours.
+        # Without these glibc keeps freed blocks, now more, now fewer: the peak would be its habit.
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
         if done.returncode:
             raise SystemExit(done.stderr)
