@@ -41,6 +41,7 @@ class Block:
         qweights: rounded weights by the linear's name; they take the place of ``params`` in the quantized block.
         online: maps that nothing could absorb, by the linear's name; exporters that cannot carry them refuse.
         notes: what a reader of the report must know: a damping raised, a layer left in float.
+        record: figures for the report, plain data by the step's name: losses, conditions.
     """
 
     layers: tuple[nn.Module, ...]
@@ -53,6 +54,7 @@ class Block:
     qweights: Mapping[str, QTensor] = field(default_factory=dict)
     online: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def indices(self) -> range:

@@ -62,7 +62,7 @@ def finish(
 
 
 def _without_notes(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "notes"}
+    return {key: value for key, value in record.items() if key not in ("notes", "record")}
 
 
 def _manifest(plan: Plan, identity: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,9 @@ qk         ``(kv, dim)``, ``(kv, dim, dim)`` no rotary embedding: a diagonal or 
 ========== =============================== ===========================================================
 
 For qk, K becomes ``K C^T`` and Q ``Q C^-1``. A dense matrix after a norm never merges, so it is refused here.
+
+Norm and heads edges also take a shift ``s``: activations become ``(x - s) A^-1``, which costs nothing where both ends
+have a bias (``can_shift``). Over the heads that is exact because the rows of the softmax sum to 1.
 """
 
 from __future__ import annotations
@@ -35,7 +38,14 @@ from lowbit.family import Edge, Heads, Part, Ref, module_of
 Params = dict[str, Tensor]
 
 
-def move(block: Block, edge: Edge, map: Tensor, params: Mapping[str, Tensor] | None = None) -> Params:
+def move(
+    block: Block,
+    edge: Edge,
+    map: Tensor,
+    params: Mapping[str, Tensor] | None = None,
+    shift: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> Params:
     """Parameters with ``map`` moved along ``edge``; all others are passed through.
 
     Args:
@@ -43,25 +53,35 @@ def move(block: Block, edge: Edge, map: Tensor, params: Mapping[str, Tensor] | N
         edge: one of ``block.edges()``.
         map: see the table above; it must be invertible.
         params: parameters to start from, for several moves in a row.
+        shift: what is taken from the activations before the map: ``(width,)`` for a norm, ``(kv, dim)`` for heads.
+        inverse: the inverse of a matrix ``map`` where the caller has it already.
 
     Raises:
-        LowbitError: the map's shape does not fit the edge.
+        LowbitError: the map's shape does not fit the edge, or the edge cannot take a shift.
 
     Example: a norm with gain 2 before a linear with weight 3, and the map 4: the gain becomes 0.5, the weight
     12, and their product stays 6.
     """
     out: Params = dict(block.params if params is None else params)
+    if shift is not None:
+        _shift(block, out, edge, shift)
     if edge.kind == "norm":
         _norm(block, out, edge, map)
     elif edge.kind == "channels":
         _channels(block, out, edge, map)
     elif edge.kind == "heads":
-        _heads(block, out, edge, map)
+        _heads(block, out, edge, map, inverse)
     elif block.heads.rotary == 0:
-        _qk_free(block, out, edge, map)
+        _qk_free(block, out, edge, map, inverse)
     else:
         _qk_rotary(block, out, edge, map)
     return out
+
+
+def can_shift(block: Block, edge: Edge) -> bool:
+    """Whether a shift over the edge merges: only over norms and heads, and both ends must have a bias."""
+    ends = [module_of(ref) for ref in (edge.src, *edge.dst)]
+    return edge.kind in ("norm", "heads") and all(f"{end}.bias" in block.params for end in ends)
 
 
 def map_width(block: Block, edge: Edge) -> int:
@@ -96,6 +116,21 @@ def _expect(edge: Edge, map: Tensor, *shapes: tuple[int, ...]) -> None:
         raise LowbitError(f"a map of shape {tuple(map.shape)} for the {edge.kind} edge: expected {allowed}{extra}")
 
 
+def _shift(block: Block, out: Params, edge: Edge, shift: Tensor) -> None:
+    """Take ``shift`` from the source's bias and give its image to the biases behind the edge: ``b + W s``."""
+    if not can_shift(block, edge):
+        raise LowbitError(f"a shift over the {edge.kind} edge from {module_of(edge.src)}: both ends need a bias")
+    spread = shift
+    if edge.kind == "heads":
+        spread = shift.repeat_interleave(block.heads.group, 0).flatten()
+    for dst in edge.dst:
+        name = module_of(dst)
+        out[f"{name}.bias"] = out[f"{name}.bias"] + out[f"{name}.weight"] @ spread
+    name = f"{module_of(edge.src)}.bias"
+    rows, bias = rows_of(edge.src, block.heads, out[name].shape[0]), out[name]
+    out[name] = torch.cat([bias[: rows.start], bias[rows] - shift.flatten(), bias[rows.stop :]])
+
+
 def _norm(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
     src = module_of(edge.src)
     gain = out[f"{src}.weight"]
@@ -110,30 +145,37 @@ def _norm(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
 
 def _channels(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
     _expect(edge, map, (map_width(block, edge),))
-    _on_rows(block, out, edge.src, lambda rows: rows / map.reshape(-1, *[1] * (rows.ndim - 1)))
+    _on_rows(block, out, edge.src, lambda rows: rows / _as_rows(map, rows))
     for dst in edge.dst:
         out[f"{module_of(dst)}.weight"] = out[f"{module_of(dst)}.weight"] * map
 
 
-def _heads(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
+def _heads(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
     heads = block.heads
     _expect(edge, map, (heads.kv, heads.dim), (heads.kv, heads.dim, heads.dim))
-    a = torch.diag_embed(map) if map.ndim == 2 else map
+    # Query head h reads KV head h // group.
+    spread = map.repeat_interleave(heads.group, 0)
+    if map.ndim == 2:
+        _on_rows(block, out, edge.src, lambda rows: rows / _as_rows(map.flatten(), rows))
+        for dst in edge.dst:
+            out[f"{module_of(dst)}.weight"] = out[f"{module_of(dst)}.weight"] * spread.flatten()
+        return
+    back = torch.linalg.inv(map) if inverse is None else inverse
     # V becomes V A^-1 per head; as rows of the weight that is A^-T W_v.
-    _on_rows(block, out, edge.src, lambda rows: _per_head(torch.linalg.inv(a).mT, rows, heads.kv))
-    spread = a.repeat_interleave(heads.group, 0)  # query head h reads KV head h // group
+    _on_rows(block, out, edge.src, lambda rows: _per_head(back.mT, rows, heads.kv))
     for dst in edge.dst:
         name = f"{module_of(dst)}.weight"
         columns = out[name].unflatten(-1, (heads.query, heads.dim))  # (out, query, dim)
         out[name] = torch.einsum("ohd,hed->ohe", columns, spread).flatten(-2)
 
 
-def _qk_free(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
+def _qk_free(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
     """Without a rotary embedding: any matrix per KV head."""
     heads = block.heads
     _expect(edge, map, (heads.kv, heads.dim), (heads.kv, heads.dim, heads.dim))
-    c = torch.diag_embed(map) if map.ndim == 2 else map
-    _apply_qk(block, out, edge, c)
+    if map.ndim == 2:
+        map, inverse = torch.diag_embed(map), torch.diag_embed(1 / map)
+    _apply_qk(block, out, edge, map, inverse)
 
 
 def _qk_rotary(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
@@ -149,7 +191,9 @@ def _qk_rotary(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
         return
     _expect(edge, map, (heads.kv, pairs), (heads.kv, pairs, 2))
     a, b = (map, torch.zeros_like(map)) if map.ndim == 2 else map.unbind(-1)
-    _apply_qk(block, out, edge, _rotary_matrix(a, b, heads))
+    size = a.square() + b.square()
+    # The inverse of a scaled rotation is one too.
+    _apply_qk(block, out, edge, _rotary_matrix(a, b, heads), _rotary_matrix(a / size, -b / size, heads))
 
 
 def _rotary_matrix(a: Tensor, b: Tensor, heads: Heads) -> Tensor:
@@ -164,19 +208,24 @@ def _rotary_matrix(a: Tensor, b: Tensor, heads: Heads) -> Tensor:
     return turned + torch.diag_embed(torch.cat([torch.zeros_like(a), torch.zeros_like(a), one], -1))
 
 
-def _apply_qk(block: Block, out: Params, edge: Edge, c: Tensor) -> None:
+def _apply_qk(block: Block, out: Params, edge: Edge, c: Tensor, inverse: Tensor | None) -> None:
     """K rows times C, Q rows times C^-T, ``c`` being ``(kv, dim, dim)``."""
     heads = block.heads
     for dst in edge.dst:
         _on_rows(block, out, dst, lambda rows: _per_head(c, rows, heads.kv))
-    inverse = torch.linalg.inv(c).mT.repeat_interleave(heads.group, 0)
-    _on_rows(block, out, edge.src, lambda rows: _per_head(inverse, rows, heads.query))
+    back = (torch.linalg.inv(c) if inverse is None else inverse).mT.repeat_interleave(heads.group, 0)
+    _on_rows(block, out, edge.src, lambda rows: _per_head(back, rows, heads.query))
 
 
 def _per_head(matrix: Tensor, rows: Tensor, count: int) -> Tensor:
     """``matrix`` ``(count, dim, dim)`` applied to the rows ``(count * dim, ...)`` of a weight or bias."""
     split = rows.unflatten(0, (count, -1))
     return torch.einsum("hde,he...->hd...", matrix, split).flatten(0, 1)
+
+
+def _as_rows(map: Tensor, rows: Tensor) -> Tensor:
+    """A factor per row, shaped to multiply the rows of a weight or of a bias."""
+    return map.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def _on_rows(block: Block, out: Params, ref: Ref, change: Callable[[Tensor], Tensor]) -> None:

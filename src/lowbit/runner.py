@@ -113,7 +113,7 @@ class Walk:
             ours = read_block(shard, self.skeleton, index, self.plan.specs, self.plan.layout, self.device)
             x_q = run_all(ours, x_q, ours.quantized_params(), self.scheme, batch=self.batch)
             kept = read_json(self.out / notes_file(index))
-            self.rows.append({"block": index, "notes": kept["notes"]})
+            self.rows.append({"block": index, "notes": kept["notes"], **kept["record"]})
         # The float stream is known at the window's end only; a window shares one error.
         error = relative_error(x_q, y_fp)
         if not math.isfinite(error):
@@ -154,6 +154,7 @@ class Walk:
             notes = [note for note in block.notes if _about(note, block) == index]
             record = {
                 "notes": notes,
+                "record": {"steps": dict(block.record)} if block.record and index == block.start else {},
                 "seconds": seconds / len(block.layers),
                 "peak_memory_bytes": peak_memory_bytes(),
             }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.rtn import RTN
@@ -19,4 +20,5 @@ METHODS: dict[str, type[Any]] = {
     "smoothquant": SmoothQuant,
     "awq": AWQ,
     "gptq": GPTQ,
+    "affinequant": AffineQuant,
 }

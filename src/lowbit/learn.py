@@ -1,0 +1,217 @@
+"""The one training loop: every learned method hands ``fit`` its tensors and its loss.
+
+Choices:
+
+* AdamW without weight decay, as the papers take it, with a step counter for each *entry*: an entry that a mask
+  releases late starts with moments of zero, and a counter that had run all the time would make its first step about
+  three times too long. Where every entry takes part from the start this is ``torch.optim.AdamW``, bit for bit up to
+  the order of operations; a test compares them.
+* The parameters that count are those with the least loss on sequences that were not trained on.
+* A loss or gradient that is not finite never reaches a parameter: the step is skipped, the parameters go back to the
+  best so far, the learning rate is halved, and the result says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+PATIENCE = 8  # steps in a row that were not finite before the fit gives up
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how a fit runs.
+
+    Attributes:
+        epochs: passes over the training sequences; 0 leaves everything at its start.
+        batch: sequences in a step.
+        held_out: share of the sequences that is only looked at; 0 keeps the last epoch instead of the best.
+        grad_clip: largest norm of all gradients together; 0 leaves them alone.
+        decay: ``none`` for a constant learning rate, ``cosine`` to let it fall to a tenth.
+        seed: draws the held-out sequences and the order of the others.
+    """
+
+    epochs: int
+    batch: int = 1
+    held_out: float = 0.125
+    grad_clip: float = 0.0
+    decay: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch < 1 or self.grad_clip < 0:
+            raise LowbitError(
+                f"epochs {self.epochs}, batch {self.batch} and grad_clip {self.grad_clip:g} given; "
+                "allowed: >= 0, >= 1 and >= 0"
+            )
+        if not 0 <= self.held_out < 1:
+            raise LowbitError(f"held_out {self.held_out:g} given; a share from 0 to below 1 is allowed")
+        if self.decay not in ("none", "cosine"):
+            raise LowbitError(f"decay '{self.decay}' given; allowed: none, cosine")
+
+    def split(self, sequences: int) -> tuple[Tensor, Tensor]:
+        """Indices of the training sequences and of the held-out ones; with one sequence nothing is held out.
+
+        >>> train, held = Schedule(1, held_out=0.25).split(8)
+        >>> len(train), len(held)
+        (6, 2)
+        """
+        order = torch.randperm(sequences, generator=torch.Generator().manual_seed(self.seed))
+        count = min(max(1, round(self.held_out * sequences)), sequences - 1) if self.held_out else 0
+        return order[count:].sort().values, order[:count].sort().values
+
+    def rate(self, step: int, steps: int) -> float:
+        """The factor on the learning rates at ``step`` of ``steps``.
+
+        >>> Schedule(1, decay="cosine").rate(0, 10), Schedule(1).rate(9, 10)
+        (1.0, 1.0)
+        """
+        if self.decay == "none":
+            return 1.0
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(steps, 1)))
+
+
+@dataclass
+class Fitted:
+    """What happened.
+
+    Attributes:
+        train: mean loss of each epoch's steps.
+        held_out: loss on the held-out sequences: before the first epoch and after each.
+        best: the epoch whose parameters were kept; 0 is the start.
+        skipped: steps that were left out because something was not finite.
+        notes: what a reader of the report must know.
+    """
+
+    train: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+    best: int = 0
+    skipped: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class Adam:
+    """AdamW without decay and with a step counter for each entry, over ``(tensors, learning rate)`` groups."""
+
+    def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]]) -> None:
+        flat = [(tensor, lr) for tensors, lr in groups for tensor in tensors]
+        self.entries = [(t, lr, torch.zeros_like(t), torch.zeros_like(t), torch.zeros_like(t)) for t, lr in flat]
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One step along the tensors' gradients with the learning rates times ``factor``."""
+        for tensor, lr, mean, square, count in self.entries:
+            if tensor.grad is None or lr == 0:
+                continue
+            grad = tensor.grad
+            count.add_(((count > 0) | (grad != 0)).to(count.dtype))
+            mean.lerp_(grad, 1 - BETAS[0])
+            square.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+            since = count.clamp(min=1)
+            size = (square / (1 - BETAS[1] ** since)).sqrt_().add_(EPS)
+            tensor.addcdiv_(mean / (1 - BETAS[0] ** since), size, value=-lr * factor)
+
+
+def fit(
+    groups: Sequence[tuple[Sequence[Tensor], float]],
+    loss: Callable[[Tensor], Tensor],
+    sequences: int,
+    schedule: Schedule,
+    begin: Callable[[int], None] = lambda epoch: None,
+    project: Callable[[], None] = lambda: None,
+) -> Fitted:
+    """Train the tensors of ``groups`` in place and leave them at their best.
+
+    Args:
+        groups: leaf tensors that require gradients, with their learning rates.
+        loss: the mean loss over the sequences with the given indices; differentiable in the tensors.
+        sequences: how many sequences there are.
+        schedule: epochs, batches, what is held out.
+        begin: called with the epoch (1, 2, ...) before it starts, for masks that open; with the best one at the end.
+        project: called after each step, without gradients, for constraints.
+    """
+    tensors = [t for ts, _ in groups for t in ts]
+    fitted = Fitted()
+    train, held = schedule.split(sequences)
+    fitted.held_out.append(_mean_loss(loss, held, schedule.batch) if len(held) else math.nan)
+    best, least = [t.detach().clone() for t in tensors], fitted.held_out[0]
+    if not tensors or not schedule.epochs:
+        return fitted
+    adam, factor, failures = Adam(groups), 1.0, 0
+    generator = torch.Generator().manual_seed(schedule.seed)
+    steps = schedule.epochs * -(-len(train) // schedule.batch)
+    step = 0
+    for epoch in range(1, schedule.epochs + 1):
+        begin(epoch)
+        losses = []
+        for chosen in train[torch.randperm(len(train), generator=generator)].split(schedule.batch):
+            value = _backward(tensors, loss, chosen, schedule.grad_clip)
+            if value is None:
+                fitted.skipped, failures, factor = fitted.skipped + 1, failures + 1, factor / 2
+                _restore(tensors, best)
+            else:
+                losses.append(value)
+                adam.step(factor * schedule.rate(step, steps))
+                with torch.no_grad():
+                    project()
+                failures = 0
+            step += 1
+            if failures >= PATIENCE:
+                break
+        if losses:
+            fitted.train.append(sum(losses) / len(losses))
+        if failures >= PATIENCE:
+            fitted.notes.append(f"gave up in epoch {epoch}: {PATIENCE} steps in a row were not finite")
+            break
+        now = _mean_loss(loss, held, schedule.batch) if len(held) else math.nan
+        fitted.held_out.append(now)
+        if not len(held) or now < least or (math.isfinite(now) and not math.isfinite(least)):
+            best, least, fitted.best = [t.detach().clone() for t in tensors], now, epoch
+    _restore(tensors, best)
+    begin(fitted.best)
+    if fitted.skipped:
+        fitted.notes.append(
+            f"{fitted.skipped} of {steps} steps were not finite: skipped, learning rate halved each time, "
+            f"back to the parameters of epoch {fitted.best}"
+        )
+    return fitted
+
+
+@torch.no_grad()
+def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _backward(
+    tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], chosen: Tensor, grad_clip: float
+) -> float | None:
+    """Gradients for the chosen sequences; the loss, or ``None`` if it or a gradient is not finite."""
+    for tensor in tensors:
+        tensor.grad = None
+    value = loss(chosen)
+    if not bool(torch.isfinite(value)):
+        return None
+    value.backward()
+    grads = [t.grad for t in tensors if t.grad is not None]
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    if not bool(torch.isfinite(norm)):
+        return None
+    if grad_clip and float(norm) > grad_clip:
+        for grad in grads:
+            grad.mul_(grad_clip / norm)
+    return float(value.detach())
+
+
+@torch.no_grad()
+def _mean_loss(loss: Callable[[Tensor], Tensor], chosen: Tensor, batch: int) -> float:
+    parts = [(len(part), float(loss(part))) for part in chosen.split(max(batch, 4))]
+    return sum(count * value for count, value in parts) / len(chosen)

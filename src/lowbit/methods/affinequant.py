@@ -1,0 +1,278 @@
+"""AffineQuant: equivalent affine maps and clipping, learned so that the rounded block still matches the float one.
+
+Source: Ma et al., ICLR 2024, arXiv 2403.12544. For each block, in order, gradient descent on
+
+    ``mean (block_q(x_q; A, s, clips) - block(x_fp))**2``   (equation 4)
+
+over maps ``A`` and shifts ``s`` at the sites of ``sites.py`` and over the factors that clip the weights' ranges. The
+maps are merged by the code that trained them. With diagonals only this is OmniQuant (Shao et al., ICLR 2024, arXiv
+2308.13137), whose learnable weight clipping it takes over.
+
+Departures, with reasons:
+
+* Maps start at the identity on a block that has SmoothQuant's scale merged already, so one learning rate suits them.
+* Diagonals are ``exp(s)``: positive and bounded.
+* q and k under a rotary embedding take scaled rotations of its pairs, the maps that commute with it. The released
+  codes train maps there that change the function.
+* up -> down takes a diagonal; both papers leave this site out.
+* What bounds the inverse is the condition number. Strict diagonal dominance is measured, and kept where asked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from lowbit.block import Block, Calib, relative_error, run, run_all
+from lowbit.errors import LowbitError, unknown
+from lowbit.family import module_of
+from lowbit.learn import Fitted, Schedule, fit
+from lowbit.methods.maps import Kind, LearnedMap
+from lowbit.methods.sites import SITES, apply, make_site, site_name, start
+from lowbit.quant import fake_quant, minmax_grid
+from lowbit.scheme import Scheme
+
+CHOICES = {
+    **dict.fromkeys(SITES, ("off", "diagonal", "matrix")),
+    "channels": ("off", "diagonal"),
+    "parametrisation": ("masked", "lu", "blocks", "svd"),
+    "mask": ("gradual", "released", "none"),
+    "dominance": ("enforce", "report", "off"),
+    "precision": ("float", "double", "float-double"),
+}
+CLIP_START = 4.0  # sigmoid(4) = 0.982 of the range, as in OmniQuant
+
+
+@dataclass(frozen=True)
+class AffineQuant:
+    """Learned equivalent maps and clipping.
+
+    Attributes:
+        qkv: map after the norm before q, k and v: ``off``, ``diagonal``, or ``matrix``, which stays online.
+        mlp: the same for the norm before the MLP.
+        heads: map from v to o, one for each KV head.
+        qk: map between q and k; under a rotary embedding ``matrix`` means scaled rotations.
+        channels: map from up to down (fc1 to fc2): ``off`` or ``diagonal``.
+        shift: also learn shifts where both ends of a site have a bias.
+        parametrisation: of the matrices: ``masked``, ``lu``, ``blocks`` or ``svd``.
+        block_size: of ``blocks``; where it does not divide a width, the next smaller number that does.
+        mask: how the matrices open: ``gradual`` (the paper's), ``released`` (its code's), ``none``.
+        stability: the factor on all entries off the diagonal.
+        dominance: ``enforce`` keeps every matrix strictly diagonally dominant after each step, ``report`` records the
+            margins, ``off`` leaves them out.
+        condition: largest condition number of a map.
+        precision: of the maps: ``float``, ``float-double`` (maps and merged weights in float64, the block in
+            float32), ``double`` (all in float64).
+        clip: learn factors on the ends of every weight group's range.
+        act_clip: learn factors on the ends of the tokens' ranges; no stock runtime has them, so they stay online.
+        aug_loss: weight of a second error, against the float block on the quantized input.
+        epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``.
+        lr_maps, lr_clips: learning rates of maps and shifts, and of the clipping factors' logits.
+        init_power: how much of the activations' outliers the start moves into the weights.
+    """
+
+    qkv: str = "diagonal"
+    mlp: str = "diagonal"
+    heads: str = "matrix"
+    qk: str = "matrix"
+    channels: str = "diagonal"
+    shift: bool = True
+    parametrisation: str = "masked"
+    block_size: int = 16
+    mask: str = "gradual"
+    stability: float = 1.0
+    dominance: str = "report"
+    condition: float = 1e3
+    precision: str = "float"
+    clip: bool = True
+    act_clip: bool = False
+    aug_loss: float = 0.0
+    epochs: int = 20
+    batch: int = 1
+    lr_maps: float = 5e-3
+    lr_clips: float = 1e-2
+    init_power: float = 0.5
+    held_out: float = 0.125
+    grad_clip: float = 0.0
+    decay: str = "none"
+    rounds: ClassVar[bool] = False
+    passes: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise unknown(f"affinequant.{name}", getattr(self, name), allowed)
+        if self.dominance == "enforce" and self.parametrisation not in ("masked", "blocks"):
+            raise LowbitError(
+                f"affinequant: dominance 'enforce' with parametrisation '{self.parametrisation}': it can be kept for "
+                "masked and blocks only; take one of these, or dominance report"
+            )
+        bounds = (self.stability >= 0, self.condition > 1, self.block_size > 0, 0 <= self.init_power <= 1)
+        if not all(bounds) or min(self.aug_loss, self.lr_maps, self.lr_clips) < 0:
+            raise LowbitError(
+                "affinequant: stability, aug_loss and learning rates must be 0 or more, condition above 1, "
+                "block_size 1 or more, init_power from 0 to 1"
+            )
+        self._schedule(0)
+
+    def _schedule(self, seed: int) -> Schedule:
+        return Schedule(self.epochs, self.batch, self.held_out, self.grad_clip, self.decay, seed)
+
+    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+        """The block with maps merged and clips chosen; its float function is unchanged."""
+        if all(block.weight_spec(name, scheme) is None for name in block.linears()):
+            return block
+        trainer = Trainer(self, block, calib, scheme)
+        fitted = fit(
+            trainer.groups(),
+            trainer.loss,
+            len(calib.x_q),
+            # Blocks draw differently, and a run that was resumed as one that was not.
+            self._schedule(block.start),
+            trainer.begin,
+            trainer.project,
+        )
+        return trainer.merged(fitted)
+
+
+class Trainer:
+    """One block's fit: what is learned, the loss, the constraints, and the merge."""
+
+    def __init__(self, options: AffineQuant, block: Block, calib: Calib, scheme: Scheme) -> None:
+        self.options, self.block, self.calib, self.scheme = options, block, calib, scheme
+        device = calib.x_q.device
+        self.dtype = torch.float32 if options.precision == "float" else torch.float64
+        self.run_dtype = torch.float64 if options.precision == "double" else calib.x_q.dtype
+        kind = cast(Kind, options.parametrisation)
+        model = LearnedMap(
+            kind, 0, 0, options.condition, options.mask, options.stability, options.block_size, self.dtype, device
+        )
+        named = [(edge, site_name(block, edge)) for edge in block.edges()]
+        self.sites = [
+            make_site(block, edge, name, choice, model, options.shift)
+            for edge, name in named
+            if (choice := getattr(options, name)) != "off"
+        ]
+        self.base = start(block, self.sites, calib.x_fp, options.init_power, calib.batch)
+        # In float64 the weights are turned into it once, not at every step.
+        self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
+        self.logits = self._clip_logits() if options.clip else {}
+        self.act_logits = self._act_logits() if options.act_clip else {}
+        self.unit = float(calib.y_fp.double().square().mean().clamp(min=1e-30))
+        self.y_aug = run_all(block, calib.x_q, batch=calib.batch) if options.aug_loss else None
+        self.shrunk = 0
+
+    def _clip_logits(self) -> dict[str, tuple[Tensor, Tensor]]:
+        logits = {}
+        for name in self.block.linears():
+            if (spec := self.block.weight_spec(name, self.scheme)) is not None:
+                weight = self.block.weight(name)
+                shape = (weight.shape[0], spec.groups(weight.shape[1]))
+                low, high = (torch.full(shape, CLIP_START, device=weight.device) for _ in range(2))
+                logits[name] = (low.requires_grad_(), high.requires_grad_())
+        return logits
+
+    def _act_logits(self) -> dict[str, Tensor]:
+        """One pair for the linears that read one tensor: they share its rounding."""
+        logits: dict[str, Tensor] = {}
+        for group in self.block.linear_groups():
+            shared = torch.full((2,), CLIP_START, device=self.calib.x_q.device, requires_grad=True)
+            for name in group:
+                if self.scheme.act_spec(self.block.full_name(name)) is not None:
+                    logits[name] = shared
+        return logits
+
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        """What is learned, with learning rates."""
+        maps = [leaf for site in self.sites for leaf in site.leaves()]
+        clips = [logit for pair in self.logits.values() for logit in pair]
+        acts = list({id(logit): logit for logit in self.act_logits.values()}.values())
+        return [(maps, self.options.lr_maps), ([*clips, *acts], self.options.lr_clips)]
+
+    def begin(self, epoch: int) -> None:
+        """Open the masks for an epoch."""
+        for site in self.sites:
+            site.map.begin(epoch, max(self.options.epochs, 1))
+
+    def project(self) -> None:
+        """After each step: dominance where it is asked for, conditioning always."""
+        for site in self.sites:
+            if site.map.is_matrix and self.options.dominance == "enforce":
+                site.map.keep_dominant()
+            self.shrunk += site.map.keep_condition()
+
+    def quantized(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The block's parameters as they will ship, and what stays online; differentiable."""
+        params, online = apply(self.block, self.sites, self.start)
+        params = {name: value.float() for name, value in params.items()}
+        rounded = {}
+        for name in self.block.linears():
+            if (spec := self.block.weight_spec(name, self.scheme)) is None:
+                continue
+            weight = params[f"{name}.weight"]
+            low, high = (logit.sigmoid() for logit in self.logits[name]) if name in self.logits else (1.0, 1.0)
+            rounded[f"{name}.weight"] = fake_quant(weight, minmax_grid(weight, spec, low, high), spec)
+        online = {name: value.float() for name, value in online.items()}
+        return {**params, **rounded}, online | {name: logit.sigmoid() for name, logit in self.act_logits.items()}
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        """The block's error on the chosen sequences, in units of its output's mean square."""
+        params, online = self.quantized()
+        x = self.calib.x_q[chosen].to(self.run_dtype)
+        y = run(replace(self.block, online=online), x, params, self.scheme)
+        error = (y - self.calib.y_fp[chosen]).square().mean()
+        if self.y_aug is not None:
+            error = error + self.options.aug_loss * (y - self.y_aug[chosen]).square().mean()
+        return error / self.unit
+
+    @torch.no_grad()
+    def merged(self, fitted: Fitted) -> Block:
+        """The block with everything folded in, by the code and in the precision that was trained."""
+        params, online = apply(self.block, self.sites, self.start)
+        params = {name: value.float() for name, value in params.items()}
+        clips = {name: (low.sigmoid(), high.sigmoid()) for name, (low, high) in self.logits.items()}
+        online = {name: value.float() for name, value in online.items()}
+        online |= {name: logit.sigmoid() for name, logit in self.act_logits.items()}
+        done = replace(
+            self.block,
+            params=params,
+            clips={**self.block.clips, **clips},
+            online={**self.block.online, **{name: value.contiguous() for name, value in online.items()}},
+        )
+        record = self.record(done, fitted)
+        name = f"{self.block.start}." + self.block.family.attention
+        notes = [f"affinequant: {name} and its block: {note}" for note in self._notes(fitted)]
+        return replace(done, notes=(*self.block.notes, *notes), record={**self.block.record, "affinequant": record})
+
+    def record(self, done: Block, fitted: Fitted) -> dict[str, Any]:
+        """What the report shows: losses, the maps' conditions and margins, and what merging cost."""
+        some = self.calib.x_fp[:2]
+        sites = {}
+        for site in self.sites:
+            facts: dict[str, Any] = {"map": site.map.kind, "condition": float(site.map.conditions().max())}
+            if self.options.dominance != "off" and site.map.is_matrix:
+                facts["margin"] = float(site.map.margins().min())
+            sites[f"{module_of(site.edge.src).partition('.')[0]}.{site.name}"] = facts
+        return {
+            "loss": fitted.train,
+            "held_out": [value if math.isfinite(value) else None for value in fitted.held_out],
+            "best_epoch": fitted.best,
+            "skipped_steps": fitted.skipped,
+            "pulled_to_condition": self.shrunk,
+            "merge_error": relative_error(run_all(done, some), self.calib.y_fp[:2]),
+            "sites": sites,
+        }
+
+    def _notes(self, fitted: Fitted) -> list[str]:
+        notes = list(fitted.notes)
+        if self.options.epochs and not fitted.best:
+            notes.append("nothing learned was better on held-out sequences; the start was kept: scales only")
+        if self.shrunk:
+            notes.append(f"{self.shrunk} times a map was pulled back to condition {self.options.condition:g}")
+        if self.options.qk == "matrix" and self.block.family.qk_norm_per_head:
+            notes.append("q and k have norms, so only a diagonal tied within rotary pairs merges there")
+        return notes

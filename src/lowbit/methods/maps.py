@@ -1,0 +1,224 @@
+"""Invertible maps that can be learned: from free numbers to a matrix, its inverse, and a bound on its condition.
+
+All start at the identity; what the data says beforehand (SmoothQuant's scale) is moved into the block before.
+
+============ ================================================ =====================================================
+``masked``   ``A = N * M``                                    AffineQuant's: a free matrix under the gradual mask
+``lu``       ``A = L (D U)``                                  unit lower times upper triangle, ``D = exp(s)``
+``blocks``   ``A = blockdiag(N_1, N_2, ...)``                 free blocks of ``block_size``
+``svd``      ``A = C(X) exp(s) C(Y)^T``                       two rotations by Cayley's map, bounded ``s``
+``diagonal`` ``A = exp(s)``                                   OmniQuant's, positive by construction
+``rotation`` ``(a, b) = exp(s) (cos t, sin t)``               scaled rotations, for rotary pairs
+============ ================================================ =====================================================
+
+Source of the mask: AffineQuant, arXiv 2403.12544, equation 6: ``M_ij = 1`` on the diagonal, the stability factor
+``alpha`` where ``0 < |i - j| <= (e / T) size`` in epoch ``e`` of ``T``, 0 elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["masked", "lu", "blocks", "svd", "diagonal", "rotation"]
+DOMINANCE = 0.99  # the share of its diagonal that a row's other entries may reach together
+
+
+def band(size: int, share: float, stability: float) -> Tensor:
+    """The mask ``(size, size)`` with the bands ``0 < |i - j| <= share * size`` open at ``stability``.
+
+    >>> band(3, 1 / 3, 0.1).tolist() == torch.tensor([[1, 0.1, 0], [0.1, 1, 0.1], [0, 0.1, 1]]).tolist()
+    True
+    """
+    index = torch.arange(size)
+    distance = (index[:, None] - index).abs()
+    mask = torch.where(distance <= share * size + 1e-9, stability, 0.0)
+    return mask.masked_fill(distance == 0, 1.0)
+
+
+def open_share(mask: str, epoch: int, epochs: int, size: int) -> float:
+    """How much of the matrix is open in ``epoch`` of ``epochs``: 0 the diagonal alone, 1 all of it.
+
+    ``gradual`` is the paper's equation 6; ``released`` is its code's, whose first epoch has the diagonal alone.
+
+    >>> open_share("gradual", 2, 4, 64), open_share("released", 1, 4, 64), open_share("none", 1, 4, 64)
+    (0.5, 0.0, 1.0)
+    """
+    if epoch == 0:
+        return 0.0
+    if mask == "none":
+        return 1.0
+    if mask == "gradual":
+        return epoch / epochs
+    return math.floor((size - 1) / max(epochs - 1, 1) * (epoch - 1)) / size
+
+
+@dataclass
+class LearnedMap:
+    """``count`` maps of one size.
+
+    Attributes:
+        kind: see the table above.
+        count, size: how many maps, and of what width (``rotation``: of how many pairs).
+        condition: largest condition number allowed; a bound on it is kept below.
+        mask, stability: for ``masked``, ``lu`` and ``blocks``: which entries take part, and how strongly.
+        block_size: for ``blocks``; it divides ``size``.
+        leaves: what is learned.
+    """
+
+    kind: Kind
+    count: int
+    size: int
+    condition: float = 1e3
+    mask: str = "gradual"
+    stability: float = 1.0
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {
+            "masked": {"full": (self.count, self.size, self.size)},
+            "blocks": {"full": (self.count * self.size // self.block_size, self.block_size, self.block_size)},
+            "lu": {"full": (self.count, self.size, self.size), "log": (self.count, self.size)},
+            "svd": {
+                "left": (self.count, self.size, self.size),
+                "right": (self.count, self.size, self.size),
+                "log": (self.count, self.size),
+            },
+            "diagonal": {"log": (self.count, self.size)},
+            "rotation": {"log": (self.count, self.size), "angle": (self.count, self.size)},
+        }
+        for name, shape in shapes[self.kind].items():
+            leaf = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            if name == "full" and self.kind != "lu":
+                leaf += torch.eye(shape[-1], dtype=self.dtype, device=self.device)
+            self.leaves[name] = leaf.requires_grad_()
+        self._mask = self._band(0.0)
+
+    @property
+    def is_matrix(self) -> bool:
+        """It mixes channels, so ``value`` gives matrices."""
+        return self.kind not in ("diagonal", "rotation")
+
+    def _band(self, share: float) -> Tensor:
+        size = self.block_size if self.kind == "blocks" else self.size
+        return band(size, share, self.stability).to(self.device, self.dtype)
+
+    def begin(self, epoch: int, epochs: int) -> None:
+        """Open the mask for an epoch; 0 is the start, where only the diagonal takes part."""
+        self._mask = self._band(open_share(self.mask, epoch, epochs, self._mask.shape[-1]))
+
+    def value(self) -> tuple[Tensor, Tensor | None]:
+        """The maps and, for matrices, their inverses: ``(count, size)`` or ``(count, size, size)``; rotations
+        ``(count, size, 2)``."""
+        limit = math.log(self.condition) / 2
+        if self.kind == "diagonal":
+            return self.leaves["log"].clamp(-limit, limit).exp(), None
+        if self.kind == "rotation":
+            scale, angle = self.leaves["log"].clamp(-limit, limit).exp(), self.leaves["angle"]
+            return torch.stack([scale * angle.cos(), scale * angle.sin()], -1), None
+        if self.kind == "svd":
+            return self._svd(limit)
+        if self.kind == "lu":
+            return self._lu()
+        full = self.leaves["full"] * self._mask
+        inverse = torch.linalg.inv_ex(full)[0]
+        if self.kind == "blocks":
+            full, inverse = (_join(t, self.count) for t in (full, inverse))
+        return full, inverse
+
+    def _lu(self) -> tuple[Tensor, Tensor]:
+        entries = self.leaves["full"] * self._mask
+        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        scale = self.leaves["log"].exp()
+        lower, upper = entries.tril(-1) + eye, entries.triu(1) + torch.diag_embed(scale)
+        half = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False, unitriangular=True)
+        return lower @ upper, torch.linalg.solve_triangular(upper, half, upper=True)
+
+    def _svd(self, limit: float) -> tuple[Tensor, Tensor]:
+        left, right = _cayley(self.leaves["left"]), _cayley(self.leaves["right"])
+        scale = (limit * torch.tanh(self.leaves["log"] / limit)).exp()
+        # The inverse needs no factorisation of its own: rotations are inverted by their transposes.
+        return (left * scale[:, None]) @ right.mT, (right / scale[:, None]) @ left.mT
+
+    @torch.no_grad()
+    def conditions(self) -> Tensor:
+        """An upper bound on each map's condition number ``(count,)``; exact for diagonals.
+
+        For matrices ``||A||_2^2 <= ||A||_1 ||A||_inf``, so ``cond_2 <= sqrt(cond_1 cond_inf)``: no singular values.
+        """
+        map, inverse = self.value()
+        if inverse is None:
+            size = map.norm(dim=-1) if self.kind == "rotation" else map
+            return size.amax(-1) / size.amin(-1)
+        norms = [t.abs().sum(dim).amax(-1) for t in (map, inverse) for dim in (-1, -2)]
+        bound = (norms[0] * norms[1] * norms[2] * norms[3]).sqrt()
+        return bound.nan_to_num(torch.inf, torch.inf)
+
+    @torch.no_grad()
+    def margins(self) -> Tensor:
+        """The least ``(|a_ii| - sum_j |a_ij|) / |a_ii|`` over each map's rows ``(count,)``: above 0 is dominant."""
+        map, _ = self.value()
+        if not self.is_matrix:
+            return map.new_ones(self.count)
+        diagonal = map.diagonal(dim1=-2, dim2=-1).abs()
+        others = map.abs().sum(-1) - diagonal
+        return (1 - others / diagonal).amin(-1)
+
+    @torch.no_grad()
+    def keep_dominant(self) -> None:
+        """Shrink the rows of ``masked`` and ``blocks`` that are not strictly diagonally dominant, so that they are.
+
+        A strictly diagonally dominant matrix is invertible (Levy-Desplanques). The diagonal is kept positive.
+        """
+        full = self.leaves["full"]
+        diagonal = full.diagonal(dim1=-2, dim2=-1)
+        diagonal.clamp_(min=1e-2)
+        others = (full * self._mask).abs().sum(-1) - diagonal
+        factor = (DOMINANCE * diagonal / others.clamp(min=1e-30)).clamp(max=1)
+        kept = diagonal.clone()
+        full.mul_(factor[..., None])
+        diagonal.copy_(kept)
+
+    @torch.no_grad()
+    def keep_condition(self) -> bool:
+        """Pull maps whose condition could exceed the bound towards their diagonal; whether any had to be."""
+        if self.kind in ("diagonal", "rotation", "svd"):
+            return False  # bounded by construction
+        touched = False
+        for _ in range(60):
+            bad = self.conditions() > self.condition
+            if not bool(bad.any()):
+                return touched
+            touched = True
+            if self.kind == "lu":
+                self.leaves["log"][bad] *= 0.9
+                self.leaves["full"][bad] *= 0.9
+                continue
+            rows = bad.repeat_interleave(self.size // self.block_size) if self.kind == "blocks" else bad
+            full = self.leaves["full"][rows].nan_to_num(0.0, 0.0, 0.0)
+            diagonal = full.diagonal(dim1=-2, dim2=-1)
+            spread = self.condition**0.25
+            near = torch.diag_embed(diagonal.clamp(1 / spread, spread).pow(0.9))
+            self.leaves["full"][rows] = near + 0.9 * (full - torch.diag_embed(diagonal))
+        return touched
+
+
+def _cayley(free: Tensor) -> Tensor:
+    """The rotation ``(I + S)^-1 (I - S)`` of the skew part ``S`` of a free matrix; the identity for 0."""
+    skew = free - free.mT
+    eye = torch.eye(free.shape[-1], dtype=free.dtype, device=free.device)
+    return torch.linalg.solve_ex(eye + skew, eye - skew)[0]
+
+
+def _join(blocks: Tensor, count: int) -> Tensor:
+    """``(count * n, b, b) -> (count, n * b, n * b)``, block-diagonal."""
+    n, b = blocks.shape[0] // count, blocks.shape[-1]
+    eye = torch.eye(n, dtype=blocks.dtype, device=blocks.device)
+    return torch.einsum("cnij,nm->cnimj", blocks.unflatten(0, (count, n)), eye).reshape(count, n * b, n * b)

@@ -1,0 +1,163 @@
+"""Where a block can take a learned map, with what start, and how the map gets into the parameters.
+
+A site is an edge of the block with one learned map, and a learned shift where both ends have a bias. ``apply`` is
+used for fitting and for merging, so what is trained is what ships. A dense matrix after a norm does not merge: its
+inverse goes to ``online`` and runs after the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.block import Block, observe
+from lowbit.family import Edge, module_of
+from lowbit.methods.maps import Kind, LearnedMap
+from lowbit.move import Params, can_shift, map_width, move
+
+SITES = ("qkv", "mlp", "heads", "qk", "channels")
+
+
+@dataclass
+class Site:
+    """One learned map.
+
+    Attributes:
+        name: ``qkv``, ``mlp``, ``heads``, ``qk`` or ``channels``.
+        edge: where it moves.
+        map: what is learned.
+        shift: what is taken from the activations first, learned too; ``None`` where there is none.
+        online: the map stays in the graph: a matrix after a norm.
+    """
+
+    name: str
+    edge: Edge
+    map: LearnedMap
+    shift: Tensor | None = None
+    online: bool = False
+
+    def leaves(self) -> list[Tensor]:
+        """Everything that is learned here."""
+        return [*self.map.leaves.values(), *([] if self.shift is None else [self.shift])]
+
+
+def site_name(block: Block, edge: Edge) -> str:
+    """The site that an edge is: its kind, norms told apart by what reads them."""
+    if edge.kind != "norm":
+        return edge.kind
+    first = {f"{i}.{name}" for i in block.indices for name in block.family.linears[0]}
+    return "qkv" if module_of(edge.dst[0]) in first else "mlp"
+
+
+def make_site(block: Block, edge: Edge, name: str, choice: str, matrix: LearnedMap, shift: bool) -> Site:
+    """The site for a choice of ``diagonal`` or ``matrix``.
+
+    ``matrix`` carries the options that a map takes (kind, mask, stability, condition, dtype, device); its size is
+    set here. Between q and k under a rotary embedding a matrix is a scaled rotation for each pair, and where q and k
+    have norms only a diagonal tied within the pairs is left.
+    """
+    heads, pairs = block.heads, block.heads.rotary // 2
+    count, size = 1, map_width(block, edge) if edge.kind in ("norm", "channels") else 0
+    kind: Kind = matrix.kind if choice == "matrix" else "diagonal"
+    if edge.kind == "heads" or (edge.kind == "qk" and not pairs):
+        count, size = heads.kv, heads.dim
+    elif edge.kind == "qk" and block.family.qk_norm_per_head:
+        count, size, kind = 1, pairs, "diagonal"
+    elif edge.kind == "qk":
+        count, size, kind = heads.kv, pairs, "rotation" if choice == "matrix" else "diagonal"
+    learned = LearnedMap(
+        kind,
+        count,
+        size,
+        matrix.condition,
+        matrix.mask,
+        matrix.stability,
+        _divisor(size, matrix.block_size),
+        matrix.dtype,
+        matrix.device,
+    )
+    moved = None
+    if shift and can_shift(block, edge):
+        shape = (heads.kv, heads.dim) if edge.kind == "heads" else (size,)
+        moved = torch.zeros(shape, dtype=matrix.dtype, device=matrix.device, requires_grad=True)
+    return Site(name, edge, learned, moved, online=edge.kind == "norm" and learned.is_matrix)
+
+
+def _divisor(size: int, wanted: int) -> int:
+    """The largest divisor of ``size`` that is at most ``wanted``."""
+    return next(n for n in range(min(wanted, size), 0, -1) if size % n == 0)
+
+
+def apply(block: Block, sites: Sequence[Site], params: Mapping[str, Tensor]) -> tuple[Params, dict[str, Tensor]]:
+    """Parameters with all maps in them, and the maps that stay online; differentiable in what the sites learn."""
+    out, online = dict(params), {}
+    for site in sites:
+        value, inverse = site.map.value()
+        if site.online:
+            assert inverse is not None
+            out = _behind_norm(block, site, value[0], out)
+            online[module_of(site.edge.src)] = inverse[0]
+            continue
+        flat = site.edge.kind in ("norm", "channels") or (site.edge.kind == "qk" and block.family.qk_norm_per_head)
+        out = move(block, site.edge, value[0] if flat else value, out, site.shift, inverse)
+    return out, online
+
+
+def _behind_norm(block: Block, site: Site, a: Tensor, params: Params) -> Params:
+    """``W A^T`` for what reads the norm; a shift goes through the norm's bias as for a diagonal."""
+    width = torch.ones(a.shape[0], dtype=a.dtype, device=a.device)
+    out = move(block, site.edge, width, params, site.shift) if site.shift is not None else dict(params)
+    for dst in site.edge.dst:
+        name = f"{module_of(dst)}.weight"
+        out[name] = out[name] @ a.mT
+    return out
+
+
+@dataclass
+class _Range:
+    """The least and largest value of each channel seen so far."""
+
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2).float()
+        low, high = rows.amin(0), rows.amax(0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+
+def start(
+    block: Block, sites: Sequence[Site], x: Tensor, power: float, batch: int, dtype: torch.dtype = torch.float64
+) -> Params:
+    """Parameters with SmoothQuant's scale moved over every norm, heads and channels site, and shifts to the middle.
+
+    ``a = max|x - s|**power / max|w|**(1 - power)`` with absolute maxima over the float model's inputs (the released
+    code of AffineQuant takes signed ones), ``s = (max x + min x) / 2``. Maps that are learned start at the identity
+    on top of it.
+    """
+    readers = {module_of(site.edge.dst[0]): _Range() for site in sites if site.edge.kind != "qk"}
+    if not readers:
+        return dict(block.params)
+    observe(block, x, {name: seen.add for name, seen in readers.items()}, batch=batch)
+    params = {name: value.to(dtype) for name, value in block.params.items()}
+    for site in sites:
+        if site.edge.kind == "qk":
+            continue
+        seen = readers[module_of(site.edge.dst[0])]
+        assert seen.low is not None
+        assert seen.high is not None
+        low, high = seen.low.to(dtype), seen.high.to(dtype)
+        weight = torch.stack([params[f"{module_of(dst)}.weight"].abs().amax(0) for dst in site.edge.dst]).amax(0)
+        if site.edge.kind == "heads":  # the query heads of a group share their KV head's channels
+            split = (block.heads.kv, block.heads.group, block.heads.dim)
+            low, high = low.reshape(split).amin(1), high.reshape(split).amax(1)
+            weight = weight.reshape(split).amax(1)
+        shift = None if site.shift is None else (low + high) / 2
+        peak = torch.maximum(low.abs(), high.abs()) if shift is None else (high - low) / 2
+        scale = peak.clamp(min=1e-5).pow(power) / weight.clamp(min=1e-5).pow(1 - power)
+        params = move(block, site.edge, scale.clamp(min=1e-5), params, shift)
+    return {name: value.to(block.params[name].dtype) for name, value in params.items()}
