@@ -43,6 +43,7 @@ CHOICES = {
     "mask": ("gradual", "released", "none"),
     "dominance": ("enforce", "report", "off"),
     "precision": ("float", "double", "float-double"),
+    "loss": ("token", "mse"),
 }
 CLIP_START = 4.0  # sigmoid(4) = 0.982 of the range, as in OmniQuant
 
@@ -69,6 +70,8 @@ class AffineQuant:
             float32), ``double`` (all in float64).
         clip: learn factors on the ends of every weight group's range.
         act_clip: learn factors on the ends of the tokens' ranges; no stock runtime has them, so they stay online.
+        loss: ``token`` divides each token's squared error by the mean square of its float output; ``mse`` (the papers')
+            lets the few tokens with massive activations decide alone.
         aug_loss: weight of a second error, against the float block on the quantized input.
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``.
         lr_maps, lr_clips: learning rates of maps and shifts, and of the clipping factors' logits.
@@ -90,6 +93,7 @@ class AffineQuant:
     precision: str = "float"
     clip: bool = True
     act_clip: bool = False
+    loss: str = "token"
     aug_loss: float = 0.0
     epochs: int = 20
     batch: int = 1
@@ -162,7 +166,8 @@ class Trainer:
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
         self.logits = self._clip_logits() if options.clip else {}
         self.act_logits = self._act_logits() if options.act_clip else {}
-        self.unit = float(calib.y_fp.double().square().mean().clamp(min=1e-30))
+        power = calib.y_fp.square().mean(-1, keepdim=True).clamp(min=1e-12)
+        self.unit = power if options.loss == "token" else power.double().mean().float().expand_as(power)
         self.y_aug = run_all(block, calib.x_q, batch=calib.batch) if options.aug_loss else None
         self.shrunk = 0
 
@@ -220,14 +225,14 @@ class Trainer:
         return {**params, **rounded}, online | {name: logit.sigmoid() for name, logit in self.act_logits.items()}
 
     def loss(self, chosen: Tensor) -> Tensor:
-        """The block's error on the chosen sequences, in units of its output's mean square."""
+        """The block's error on the chosen sequences, relative to its float output's mean square."""
         params, online = self.quantized()
         x = self.calib.x_q[chosen].to(self.run_dtype)
         y = run(replace(self.block, online=online), x, params, self.scheme)
-        error = (y - self.calib.y_fp[chosen]).square().mean()
+        error = (y - self.calib.y_fp[chosen]).square().mean(-1, keepdim=True)
         if self.y_aug is not None:
-            error = error + self.options.aug_loss * (y - self.y_aug[chosen]).square().mean()
-        return error / self.unit
+            error = error + self.options.aug_loss * (y - self.y_aug[chosen]).square().mean(-1, keepdim=True)
+        return (error / self.unit[chosen]).mean()
 
     @torch.no_grad()
     def merged(self, fitted: Fitted) -> Block:

@@ -1,0 +1,333 @@
+"""AffineQuant: its maps leave the float function, what is trained is what ships, gradients are right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowbit.block import Calib, grid_of, relative_error, run, run_all
+from lowbit.errors import LowbitError
+from lowbit.learn import Fitted
+from lowbit.methods import METHODS, RTN
+from lowbit.methods import affinequant as module
+from lowbit.methods.affinequant import AffineQuant, Trainer
+from lowbit.methods.sites import SITES, apply
+from lowbit.move import can_shift
+from lowbit.quant import fake_quant, quantize
+from lowbit.scheme import parse_scheme
+from tiny import NAMES, block_of, tiny_model
+
+W4A4, W3 = parse_scheme("w4a4"), parse_scheme("w3a16g16-asym")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def case(name, dtype=torch.float32, start=1):
+    block, x = block_of(tiny_model(name), start, dtype=dtype)
+    return block, Calib(x, x, run_all(block, x))
+
+
+def trained(options, name, scheme=W4A4, start=1):
+    block, calib = case(name, start=start)
+    return block, calib, options(block, calib, scheme)
+
+
+def randomly_moved(options, name, noise=0.05):
+    """A trainer whose maps and shifts are random numbers, in float64."""
+    block, calib = case(name, torch.float64)
+    trainer = Trainer(replace(options, precision="double"), block, calib, W4A4)
+    trainer.begin(options.epochs)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for site in trainer.sites:
+            for leaf in site.leaves():
+                leaf += noise * torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+    return block, calib, trainer
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("site", SITES)
+def test_each_site_leaves_the_float_function_in_float64(site, name):
+    others = dict.fromkeys(SITES, "off")
+    for choice in module.CHOICES[site][1:]:
+        if choice == "matrix" and site in ("qkv", "mlp"):
+            continue  # stays online: tested below
+        block, calib, trainer = randomly_moved(AffineQuant(**{**others, site: choice}), name)
+        assert len(trainer.sites) == 1
+        params, online = apply(block, trainer.sites, trainer.start)
+        assert not online
+        changed = [key for key, value in params.items() if not torch.equal(value, trainer.start[key])]
+        assert changed, (site, choice)
+        assert all(p.dtype == torch.float64 for p in params.values())
+        # Norms that store 1 + w compute their gain in float32 inside the library.
+        tolerance = 1e-4 if block.family.norm_offset else 1e-10
+        error = (run(block, calib.x_fp, params) - calib.y_fp).abs().max() / calib.y_fp.abs().max()
+        assert error < tolerance, (site, choice, float(error))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["masked", "lu", "blocks", "svd"])
+def test_all_sites_together_leave_the_float_function_in_float64(kind, name):
+    block, calib, trainer = randomly_moved(AffineQuant(parametrisation=kind, block_size=8), name)
+    assert len(trainer.sites) == 5
+    params, _ = apply(block, trainer.sites, trainer.start)
+    tolerance = 1e-4 if block.family.norm_offset else 1e-10
+    error = (run(block, calib.x_fp, params) - calib.y_fp).abs().max() / calib.y_fp.abs().max()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize(("name", "shifts"), [("opt", 3), ("llama-odd", 1), ("qwen2", 0), ("llama", 0)])
+def test_shifts_are_where_both_ends_have_a_bias(name, shifts):
+    block, _calib, trainer = randomly_moved(AffineQuant(), name)
+    assert sum(can_shift(block, edge) for edge in block.edges()) == shifts
+    shifted = [site for site in trainer.sites if site.shift is not None]
+    assert len(shifted) == shifts
+    assert all(float(site.shift.detach().abs().min()) > 0 for site in shifted)
+    assert not [site for site in randomly_moved(AffineQuant(shift=False), name)[2].sites if site.shift is not None]
+
+
+def test_the_start_takes_absolute_maxima_and_centres_what_is_shifted():
+    block, calib = case("opt")
+    trainer = Trainer(AffineQuant(heads="off"), block, calib, W4A4)
+    started = replace(block, params=trainer.base)
+    seen = []
+    run(started, calib.x_fp, taps={"1.self_attn.q_proj": seen.append})
+    x = seen[0].flatten(0, 1)
+    high, low = x.amax(0), x.amin(0)
+    assert torch.allclose(high, -low, atol=1e-4)  # the shift put every channel's range around 0
+    weight = torch.stack([started.weight(f"1.self_attn.{n}_proj").abs().amax(0) for n in "qkv"]).amax(0)
+    assert torch.allclose(high, weight, rtol=1e-3)  # power 0.5 gives both sides the same maxima
+
+
+@pytest.mark.parametrize("name", ["llama-odd", "phi3-partial", "qwen3", "gemma3", "opt"])
+@pytest.mark.parametrize("scheme", [W4A4, W3], ids=["w4a4", "w3g16"])
+@pytest.mark.parametrize("precision", ["float", "float-double", "double"])
+def test_what_is_trained_is_what_ships(precision, scheme, name):
+    block, calib = case(name)
+    trainer = Trainer(AffineQuant(epochs=1, precision=precision), block, calib, scheme)
+    fitted = module.fit(
+        trainer.groups(), trainer.loss, 4, trainer.options._schedule(1), trainer.begin, trainer.project
+    )
+    with torch.no_grad():
+        last, online = trainer.quantized()
+        error = float(trainer.loss(torch.arange(4)))
+    done = RTN()(trainer.merged(fitted), calib, scheme)
+    assert not online
+    assert not done.online
+    for linear, q in done.qweights.items():
+        assert torch.equal(q.dequantize(), last[f"{linear}.weight"]), linear
+    for key, value in done.params.items():
+        assert torch.equal(value, last[key]) or key.removesuffix(".weight") in done.qweights
+    y = run(done, calib.x_q, done.quantized_params(), scheme)
+    assert relative_error(y, calib.y_fp) == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-odd", "opt"])
+@pytest.mark.parametrize("kind", ["masked", "lu", "svd"])
+def test_gradients_agree_with_finite_differences(kind, name, monkeypatch):
+    """Rounding has no true gradient, so a smooth stand-in takes its place; everything around it is the real thing."""
+    monkeypatch.setattr(module, "fake_quant", lambda weight, grid, spec: weight + 0.05 * torch.sin(5 * weight))
+    # The shipped parameters are float32; for differences of losses that is too coarse.
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    scheme = parse_scheme("w4a16")
+    block, calib = case(name, torch.float64)
+    trainer = Trainer(AffineQuant(parametrisation=kind, precision="double", clip=False), block, calib, scheme)
+    trainer.begin(20)
+    chosen = torch.arange(2)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [leaf for site in trainer.sites for leaf in site.leaves()]
+    trainer.loss(chosen).backward()
+    for leaf in leaves:
+        direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        # Llama's norm computes in float32 whatever it is given: its differences need a longer step.
+        values, step = [], 1e-5 if name == "opt" else 2e-3
+        for sign in (1, -1):
+            with torch.no_grad():
+                leaf += sign * step * direction
+                values.append(float(trainer.loss(chosen)))
+                leaf -= sign * step * direction
+        slope = (values[0] - values[1]) / (2 * step)
+        assert float((leaf.grad * direction).sum()) == pytest.approx(
+            slope, rel=1e-5 if name == "opt" else 2e-2, abs=1e-7
+        )
+
+
+def test_clipping_learns_along_the_papers_gradient():
+    block, calib = case("llama")
+    exact = replace(W3, weight=replace(W3.weight, scale_dtype=torch.float32))
+    trainer = Trainer(AffineQuant(**dict.fromkeys(SITES, "off")), block, calib, exact)
+    assert [len(tensors) for tensors, _ in trainer.groups()] == [0, 14]
+    name = "1.mlp.down_proj"
+    low, high = trainer.logits[name]
+    weight = block.weight(name)
+    rounded = trainer.quantized()[0][f"{name}.weight"]
+    rounded.sum().backward()
+    grouped = weight.unflatten(1, (-1, 16))
+    clip = [torch.full(low.shape, 4.0, dtype=torch.float64).sigmoid() for _ in range(2)]
+    top, bottom = (grouped.amax(-1).clamp(min=0).double(), grouped.amin(-1).clamp(max=0).double())
+    scale = (clip[1] * top - clip[0] * bottom) / 7
+    steps = grouped / scale[..., None]
+    zero = (-clip[0] * bottom / scale).round()
+    free = (steps.round() + zero[..., None] >= 0) & (steps.round() + zero[..., None] <= 7)
+    # d value / d scale: round(w/s) - w/s inside the range, code - zero outside of it; the zero moves it as well.
+    inside = torch.where(free, steps.round() - steps, (steps.round() + zero[..., None]).clamp(0, 7) - zero[..., None])
+    d_zero = torch.where(free, 0.0, -1.0) * scale[..., None]
+    slope = clip[1] * (1 - clip[1])
+    by_scale = inside.sum(-1) * top / 7 * slope
+    by_zero = d_zero.sum(-1) * (clip[0] * bottom / scale**2 * top / 7) * slope
+    assert torch.allclose(high.grad.double(), by_scale + by_zero, atol=1e-3 * float(high.grad.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["llama-odd", "opt", "qwen3"])
+def test_learning_beats_the_start_and_affine_beats_rounding(name):
+    errors = {}
+    for epochs in (0, 6):
+        block, calib, done = trained(AffineQuant(epochs=epochs, held_out=0.0), name, W3)
+        done = RTN()(done, calib, W3)
+        errors[epochs] = relative_error(run_all(done, calib.x_q, done.quantized_params(), W3), calib.y_fp)
+    plain = RTN()(block, calib, W3)
+    rounded = relative_error(run_all(plain, calib.x_q, plain.quantized_params(), W3), calib.y_fp)
+    assert errors[6] < errors[0] < rounded
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_few_epochs(epochs):
+    _, calib, done = trained(AffineQuant(epochs=epochs), "llama-odd")
+    record = done.record["affinequant"]
+    assert len(record["held_out"]) == epochs + 1
+    assert len(record["loss"]) == epochs
+    assert (run_all(done, calib.x_fp) - calib.y_fp).abs().max() < 1e-4 * calib.y_fp.abs().max()
+    assert record["merge_error"] < 1e-9
+
+
+def test_omniquant_is_the_same_with_diagonals():
+    options = AffineQuant(heads="diagonal", qk="diagonal", channels="off", epochs=1)
+    _, _, done = trained(options, "llama-odd")
+    kinds = {name: facts["map"] for name, facts in done.record["affinequant"]["sites"].items()}
+    assert kinds == dict.fromkeys(("1.qkv", "1.mlp", "1.heads", "1.qk"), "diagonal")
+    full = AffineQuant(epochs=1)
+    _, _, done = trained(full, "llama-odd")
+    kinds = {name: facts["map"] for name, facts in done.record["affinequant"]["sites"].items()}
+    assert kinds["1.heads"] == "masked"
+    assert kinds["1.qk"] == "rotation"
+    assert kinds["1.channels"] == "diagonal"
+
+
+def test_dominance_is_enforced_through_a_whole_fit():
+    for dominance, holds in (("enforce", True), ("report", False)):
+        options = AffineQuant(epochs=8, dominance=dominance, lr_maps=0.05, held_out=0.0)
+        _, _, done = trained(options, "llama-odd")
+        margin = done.record["affinequant"]["sites"]["1.heads"]["margin"]
+        assert (margin > 0) == holds, (dominance, margin)
+    with pytest.raises(LowbitError, match="masked and blocks only"):
+        AffineQuant(dominance="enforce", parametrisation="lu")
+
+
+def test_condition_is_kept_through_a_fit_with_an_absurd_learning_rate():
+    options = AffineQuant(epochs=3, lr_maps=0.5, condition=50.0, held_out=0.0)
+    _, calib, done = trained(options, "llama-odd")
+    assert all(facts["condition"] <= 50.0 * (1 + 1e-4) for facts in done.record["affinequant"]["sites"].values())
+    assert all(torch.isfinite(value).all() for value in done.params.values())
+    assert (run_all(done, calib.x_fp) - calib.y_fp).abs().max() < 1e-2 * calib.y_fp.abs().max()
+
+
+def test_rows_that_are_constant_or_have_one_sign_do_no_harm():
+    block, calib = case("llama-odd")
+    params = dict(block.params)
+    for key in ("1.self_attn.v_proj.weight", "1.mlp.up_proj.weight", "1.mlp.down_proj.weight"):
+        weight = params[key].clone()
+        weight[0], weight[1], weight[2] = 0.0, weight[1].abs() + 0.1, 0.5
+        params[key] = weight
+    block = replace(block, params=params)
+    calib = Calib(calib.x_fp, calib.x_q, run_all(block, calib.x_fp))
+    for scheme in (W4A4, W3, parse_scheme("w2a16g16-sym")):
+        done = RTN()(AffineQuant(epochs=2)(block, calib, scheme), calib, scheme)
+        assert all(torch.isfinite(value).all() for value in done.params.values())
+        for q in done.qweights.values():
+            assert torch.equal(q.grid.zero, q.grid.zero.round().clamp(0, q.spec.levels))
+            assert torch.isfinite(q.dequantize()).all()
+
+
+def test_a_fit_that_breaks_keeps_the_start_and_says_so(monkeypatch):
+    real, calls = Trainer.loss, []
+
+    def loss(self, chosen):
+        calls.append(0)
+        value = real(self, chosen)
+        return value * float("nan") if torch.is_grad_enabled() else value
+
+    monkeypatch.setattr(Trainer, "loss", loss)
+    _, calib, done = trained(AffineQuant(epochs=4), "llama-odd")
+    assert any("not finite" in note for note in done.notes)
+    assert any("the start was kept" in note for note in done.notes)
+    assert all(torch.isfinite(value).all() for value in done.params.values())
+    assert (run_all(done, calib.x_fp) - calib.y_fp).abs().max() < 1e-4 * calib.y_fp.abs().max()
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before():
+    torch.manual_seed(5)
+    _, _, one = trained(AffineQuant(epochs=2), "qwen2")
+    torch.manual_seed(6)
+    _, _, two = trained(AffineQuant(epochs=2), "qwen2")
+    assert all(torch.equal(one.params[key], two.params[key]) for key in one.params)
+    assert one.record == two.record
+
+
+def test_clips_follow_the_weights_into_any_rounding_step():
+    block, calib, done = trained(AffineQuant(epochs=2), "llama-odd", W3)
+    for linear in block.linears():
+        grid = grid_of(done, linear, W3.weight)
+        assert (grid.scale <= grid_of(replace(done, clips={}), linear, W3.weight).scale).all()
+        weight = done.weight(linear)
+        assert torch.equal(quantize(weight, grid, W3.weight).dequantize(), fake_quant(weight, grid, W3.weight))
+    rounded = METHODS["gptq"]()(done, calib, W3)
+    assert torch.equal(rounded.qweights[linear].grid.scale, grid.scale)
+
+
+def test_aug_loss_adds_the_error_against_the_float_block_on_the_quantized_input():
+    block, calib = case("llama-odd")
+    x_q = calib.x_q + 0.1 * torch.randn(calib.x_q.shape, generator=torch.Generator().manual_seed(0))
+    calib = Calib(calib.x_fp, x_q, calib.y_fp)
+    chosen = torch.arange(2)
+    with torch.no_grad():
+        plain, twice = (float(Trainer(AffineQuant(aug_loss=w), block, calib, W4A4).loss(chosen)) for w in (0.0, 2.0))
+        trainer = Trainer(AffineQuant(), block, calib, W4A4)
+        y = run(block, x_q[chosen], trainer.quantized()[0], W4A4)
+        own = float(((y - run(block, x_q[chosen])).square().mean(-1, keepdim=True) / trainer.unit[chosen]).mean())
+    assert twice == pytest.approx(plain + 2 * own, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"qkv": "dense"},
+        {"channels": "matrix"},
+        {"parametrisation": "qr"},
+        {"mask": "late"},
+        {"dominance": "on"},
+        {"precision": "half"},
+        {"stability": -1.0},
+        {"condition": 1.0},
+        {"epochs": -1},
+        {"init_power": 1.5},
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(bad):
+    with pytest.raises(LowbitError, match=next(iter(bad))):
+        AffineQuant(**bad)
+
+
+def test_nothing_to_round_means_nothing_to_learn():
+    from lowbit.scheme import with_overrides
+
+    block, calib = case("llama")
+    assert AffineQuant()(block, calib, with_overrides(W4A4, {"*": "float"})) is block
+    assert Fitted().best == 0

@@ -1,0 +1,144 @@
+"""The training loop: its optimiser against torch's, what it keeps, and what it does when numbers break."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.learn import PATIENCE, Adam, Schedule, fit
+
+
+def leaf(*values):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
+
+
+def test_adam_is_torchs_where_every_entry_takes_part():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = leaf(1.0, -2.0, 0.5), leaf(1.0, -2.0, 0.5)
+    adam, reference = Adam([([ours], 0.01)]), torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.0)
+    for _ in range(30):
+        ours.grad = torch.randn(3, generator=generator, dtype=torch.float64)
+        theirs.grad = ours.grad.clone()
+        adam.step(1.0)
+        reference.step()
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_an_entry_released_late_takes_an_ordinary_first_step():
+    ours, theirs = leaf(0.0, 0.0), leaf(0.0, 0.0)
+    adam, reference = Adam([([ours], 0.01)]), torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.0)
+    for step in range(600):
+        before = (float(ours[1].detach()), float(theirs[1].detach()))
+        for tensor in (ours, theirs):
+            tensor.grad = torch.tensor([1.0, 1.0 if step == 599 else 0.0], dtype=torch.float64)
+        adam.step(1.0)
+        reference.step()
+    assert abs(float(ours[1].detach()) - before[0]) == pytest.approx(0.01, rel=1e-6)
+    assert abs(float(theirs[1].detach()) - before[1]) > 0.02  # what the counter for each entry is for
+
+
+def test_fit_finds_a_minimum_and_reports_each_epoch():
+    x = leaf(3.0)
+    seen = []
+    fitted = fit([([x], 0.1)], lambda i: (x - 1).square().sum(), 8, Schedule(40, batch=2), seen.append)
+    assert abs(float(x) - 1) < 0.05
+    assert len(fitted.train) == 40
+    assert len(fitted.held_out) == 41
+    assert fitted.held_out[0] == 4.0
+    assert seen[:40] == list(range(1, 41))
+    assert seen[-1] == fitted.best
+    assert fitted.held_out[fitted.best] == min(fitted.held_out)
+
+
+def test_the_best_on_held_out_sequences_is_kept_not_the_last():
+    x = leaf(0.0)
+    schedule = Schedule(20, held_out=0.25)
+    _, held = schedule.split(8)
+
+    def loss(chosen):  # training pulls to 5, the held-out sequences want 1
+        wanted = 1.0 if set(chosen.tolist()) <= set(held.tolist()) else 5.0
+        return (x - wanted).square().sum()
+
+    fitted = fit([([x], 0.1)], loss, 8, schedule)
+    assert 0 < fitted.best < 20
+    assert abs(float(x) - 1) < 0.5
+
+
+def test_without_held_out_sequences_the_last_epoch_is_kept():
+    x = leaf(0.0)
+    fitted = fit([([x], 0.1)], lambda i: (x - 5).square().sum(), 4, Schedule(3, held_out=0.0))
+    assert fitted.best == 3
+    assert float(x) > 1
+    assert math.isnan(fitted.held_out[0])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_steps_that_are_not_finite_are_skipped_and_told(broken):
+    x = leaf(3.0)
+    calls = []
+
+    def loss(chosen):
+        value = (x - 1).square().sum()
+        calls.append(0)
+        return value * broken if torch.is_grad_enabled() and len(calls) % 7 == 3 else value
+
+    fitted = fit([([x], 0.1)], loss, 8, Schedule(10, batch=2))
+    assert fitted.skipped > 0
+    assert torch.isfinite(x).all()
+    assert float(x) < 3
+    assert "not finite" in fitted.notes[0]
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_parameter():
+    x = leaf(0.0, 3.0)
+    fitted = fit([([x], 0.1)], lambda i: x.abs().sqrt().sum(), 8, Schedule(2))  # infinite slope at 0
+    assert x.tolist() == [0.0, 3.0]
+    assert fitted.best == 0
+    assert fitted.skipped == PATIENCE
+    assert "gave up" in fitted.notes[0]
+
+
+def test_epochs_of_zero_change_nothing_and_draws_do_not_depend_on_global_state():
+    x = leaf(3.0)
+    assert fit([([x], 0.1)], lambda i: x.square().sum(), 8, Schedule(0)).held_out == [9.0]
+    assert float(x) == 3.0
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        y = leaf(3.0)
+        fit([([y], 0.1)], lambda i, y=y: (y - i.double().mean()).square().sum(), 8, Schedule(3))
+        results.append(float(y))
+    assert results[0] == results[1]
+
+
+def test_gradients_are_clipped_together():
+    x, y = leaf(30.0), leaf(40.0)
+    norms = []
+
+    def project():
+        norms.append(math.hypot(float(x.grad), float(y.grad)))
+
+    fit(
+        [([x, y], 0.1)], lambda i: x.square().sum() + y.square().sum(), 4, Schedule(1, grad_clip=0.5), project=project
+    )
+    assert norms == pytest.approx([0.5] * len(norms))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"epochs": -1}, {"batch": 0}, {"held_out": 1.0}, {"grad_clip": -1.0}, {"decay": "?"}]
+)
+def test_schedules_that_make_no_sense_are_refused(bad):
+    with pytest.raises(LowbitError, match=next(iter(bad))):
+        Schedule(**{"epochs": 1, **bad})
+
+
+def test_split_always_leaves_something_to_train_on():
+    for n in (1, 2, 3, 16):
+        train, held = Schedule(1).split(n)
+        assert len(train) >= 1
+        assert sorted([*train.tolist(), *held.tolist()]) == list(range(n))
+        assert bool(len(held)) == (n > 1)
+    assert Schedule(1, decay="cosine").rate(10, 10) == pytest.approx(0.1)
