@@ -112,7 +112,7 @@ def test_the_start_takes_absolute_maxima_and_centres_what_is_shifted():
 @pytest.mark.parametrize("precision", ["float", "float-double", "double"])
 def test_what_is_trained_is_what_ships(precision, scheme, name):
     block, calib = case(name)
-    trainer = Trainer(AffineQuant(epochs=1, precision=precision), block, calib, scheme)
+    trainer = Trainer(AffineQuant(epochs=1, precision=precision, loss="mse"), block, calib, scheme)
     fitted = module.fit(
         trainer.groups(), trainer.loss, 4, trainer.options._schedule(1), trainer.begin, trainer.project
     )
