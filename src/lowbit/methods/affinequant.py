@@ -70,8 +70,8 @@ class AffineQuant:
             float32), ``double`` (all in float64).
         clip: learn factors on the ends of every weight group's range.
         act_clip: learn factors on the ends of the tokens' ranges; no stock runtime has them, so they stay online.
-        loss: ``token`` divides each token's squared error by the mean square of its float output; ``mse`` (the papers')
-            lets the few tokens with massive activations decide alone.
+        loss: ``token`` divides each token's squared error by the mean square of its float output; with ``mse``, the
+            papers', the few tokens with massive activations decide alone.
         aug_loss: weight of a second error, against the float block on the quantized input.
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``.
         lr_maps, lr_clips: learning rates of maps and shifts, and of the clipping factors' logits.
