@@ -28,6 +28,14 @@ def test_walking_the_blocks_equals_the_model_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_the_model_passes_to_its_layers_fits_any_number_of_sequences(name):
+    block, x = block_of(tiny_model(name))
+    wanted = run(block, x)
+    for batch in (1, 3):
+        assert torch.allclose(run_all(block, x, batch=batch), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_window_of_blocks_equals_its_blocks_in_turn(name):
     model = tiny_model(name)
     skeleton = skeleton_of(model)

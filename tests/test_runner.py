@@ -136,15 +136,23 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 CALL = """
 import sys, lowbit
-lowbit.quantize(sys.argv[1], sys.argv[2], "w4a8", "smoothquant+gptq", sys.argv[1] + "/calib.txt", 4, 24)
+lowbit.quantize(
+    sys.argv[1], sys.argv[2], "w4a8", sys.argv[3], sys.argv[1] + "/calib.txt", 4, 24, settings=sys.argv[4:]
+)
 """
 
 
-def test_killed_at_any_point_and_started_again_gives_the_same_bytes(tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [("smoothquant+gptq", []), ("affinequant", ["affinequant.epochs=2"])],
+    ids=["fixed", "fit"],
+)
+def test_killed_at_any_point_and_started_again_gives_the_same_bytes(recipe, settings, tmp_path):
     save_tiny(tmp_path / "m", "qwen2")
-    quantized(tmp_path / "m", tmp_path / "whole", "w4a8", "smoothquant+gptq")
+    quantized(tmp_path / "m", tmp_path / "whole", "w4a8", recipe, settings=settings)
     wanted = folder_bytes(tmp_path / "whole")
-    out, arguments = tmp_path / "killed", [sys.executable, "-c", CALL, str(tmp_path / "m"), str(tmp_path / "killed")]
+    out = tmp_path / "killed"
+    arguments = [sys.executable, "-c", CALL, str(tmp_path / "m"), str(out), recipe, *settings]
     for shard in ("model-rest.safetensors", "block-00001.safetensors"):
         process = subprocess.Popen(arguments, env={**os.environ, "LOWBIT_CACHE": str(tmp_path / "c")})
         while not (out / shard).exists() and process.poll() is None:
@@ -191,6 +199,23 @@ def test_stopping_before_every_write_and_resuming_gives_the_same_bytes(tmp_path,
             break
     assert deaths > 5
     assert folder_bytes(out) == wanted
+
+
+@pytest.mark.parametrize("name", ["llama-odd", "qwen3", "gemma3", "phi3-partial", "opt"])
+def test_learned_maps_merge_into_a_folder_that_stock_transformers_loads(name, tmp_path):
+    save_tiny(tmp_path / "m", name)
+    for scheme in ("w4a4", "w3a16-asym"):
+        if name == "opt" and scheme == "w4a4":
+            continue  # compressed-tensors takes one range for all tokens of OPT's 2-D inputs
+        out = tmp_path / scheme
+        made = quantized(tmp_path / "m", out, scheme, "affinequant", settings=["affinequant.epochs=2"])
+        assert made.manifest["transformers"]["loads"]
+        assert made.manifest["online"] == []
+        assert_same(stock_logits(out, tiny_ids()), streamed_logits(out, tiny_ids()))
+        for row in made.manifest["blocks"]:
+            record = row["steps"]["affinequant"]
+            assert record["merge_error"] < 1e-9
+            assert len(record["held_out"]) == 3
 
 
 def test_a_finished_run_is_not_done_again(tmp_path, monkeypatch):

@@ -34,7 +34,9 @@ class _Recorder(nn.Module):
         self.answer: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.kwargs = kwargs
+        # Masks made for one sequence broadcast over any number of them; those of a batch fit that batch only.
+        if hidden_states.shape[0] == 1:
+            self.kwargs = kwargs
         return hidden_states if self.answer is None else self.answer
 
 
