@@ -9,13 +9,24 @@ from pathlib import Path
 import pytest
 import yaml
 
+import lowbit
 from lowbit.errors import LowbitError
 from lowbit.methods import METHODS
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.rtn import RTN
 from lowbit.methods.smoothquant import SmoothQuant
-from lowbit.recipe import Recipe, load_recipe, recipe_from_dict, recipe_names, recipe_to_dict, with_settings
+from lowbit.recipe import (
+    Recipe,
+    load_recipe,
+    recipe_from_dict,
+    recipe_names,
+    recipe_to_dict,
+    with_effort,
+    with_settings,
+)
+from lowbit.scheme import parse_scheme
+from tiny import save_tiny
 
 
 def test_the_recipes_that_people_will_ask_for_are_there():
@@ -30,6 +41,7 @@ def test_every_recipe_of_the_package_loads_ends_in_rounding_and_survives_the_rou
     assert rounds == [False] * (len(rounds) - 1) + [True]
     assert all(type(method) is METHODS[step] for step, method in recipe.steps)
     plain = recipe_to_dict(recipe)
+    recipe = replace(recipe, run={})  # settled before a manifest is written
     assert recipe_from_dict(plain, name) == recipe
     assert recipe_from_dict(json.loads(json.dumps(plain)), name) == recipe
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(plain)), name) == recipe
@@ -55,9 +67,10 @@ def test_a_recipe_file(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("gtpq", "unknown recipe 'gtpq': did you mean 'gptq'.* Known: awq, "),
+        ("gtpq", "unknown recipe 'gtpq': did you mean 'gptq'.* Known: affinequant, "),
         ("awq-gptq", r"did you mean 'awq\+gptq'"),
-        ("zzz", "unknown recipe 'zzz': Known: awq"),
+        ("zzz", "unknown recipe 'zzz': Known: affinequant.*smoothquant"),
+        ("paper/affinequant-opt-125m-w3a1", "did you mean 'paper/affinequant-opt-125m-w3a16'"),
         ("../rtn", "unknown recipe"),
         ("nowhere.yaml", "cannot read the recipe nowhere.yaml"),
     ],
@@ -125,7 +138,7 @@ def test_recipes_in_python_are_checked_too():
     ],
 )
 def test_a_setting_has_the_type_of_its_field(setting, wanted):
-    step = load_recipe("gptq", [setting]).steps[0][1]
+    step = with_settings(load_recipe("gptq"), [setting]).steps[0][1]
     assert step == wanted
     assert type(step.damping) is float
 
@@ -154,7 +167,7 @@ def test_a_setting_has_the_type_of_its_field(setting, wanted):
 )
 def test_a_wrong_setting(setting, message):
     with pytest.raises(LowbitError, match=message):
-        load_recipe("gptq", [setting])
+        with_settings(load_recipe("gptq"), [setting])
 
 
 def test_settings_leave_the_recipe_and_other_steps_alone_and_the_last_one_counts():
@@ -170,5 +183,124 @@ def test_every_file_in_the_recipes_folder_is_found(monkeypatch):
     import lowbit
 
     folder = Path(lowbit.__file__).parent / "recipes"
-    assert sorted(p.name.removesuffix(".yaml") for p in folder.glob("*.yaml")) == recipe_names()
+    found = sorted(str(p.relative_to(folder)).removesuffix(".yaml") for p in folder.rglob("*.yaml"))
+    assert found == sorted(recipe_names())
     assert replace(load_recipe("rtn"), name="x").steps == (("rtn", RTN()),)
+
+
+def epochs(recipe):
+    return [step.epochs for _, step in recipe.steps if hasattr(step, "epochs")]
+
+
+@pytest.mark.parametrize(("effort", "wanted"), [("quick", 6), ("normal", 10), ("paper", 20)])
+def test_effort_scales_the_epochs_of_learned_steps(effort, wanted):
+    recipe = with_effort(load_recipe("affinequant"), effort)
+    assert epochs(recipe) == [wanted]
+    assert recipe.steps[1] == load_recipe("affinequant").steps[1]
+    assert with_effort(load_recipe("gptq"), effort) == load_recipe("gptq")
+    for few in (0, 1):
+        assert epochs(with_effort(with_settings(recipe, [f"affinequant.epochs={few}"]), effort)) == [few]
+
+
+def test_an_unknown_effort_names_the_nearest():
+    with pytest.raises(LowbitError, match="quick"):
+        with_effort(load_recipe("rtn"), "quik")
+
+
+def test_a_recipe_names_its_protocol_and_a_person_has_the_last_word(tmp_path):
+    folder = tmp_path / "m"
+    save_tiny(folder, "llama")
+    calib = str(folder / "calib.txt")
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "steps: [{affinequant: {epochs: 4}}, rtn]\n"
+        f"run: {{scheme: w4a16g16-sym, data: {calib}, samples: 2, length: 16, seed: 3, effort: quick}}\n"
+    )
+    made = lowbit.quantize(str(folder), tmp_path / "a", recipe=str(path)).manifest["identity"]
+    assert made["scheme"]["scheme"] == "w4a16g16-sym"
+    assert (made["data"]["samples"], made["data"]["length"], made["seed"]) == (2, 16, 3)
+    assert made["recipe"]["steps"][0]["affinequant"]["epochs"] == 2
+    assert "run" not in made["recipe"]
+    made = lowbit.quantize(
+        str(folder),
+        tmp_path / "b",
+        "w8a16",
+        str(path),
+        samples=3,
+        effort="paper",
+        settings=["affinequant.lr_maps=0.01"],
+    ).manifest["identity"]
+    assert made["scheme"]["scheme"] == "w8a16"
+    assert (made["data"]["samples"], made["data"]["length"]) == (3, 16)
+    assert made["recipe"]["steps"][0]["affinequant"]["epochs"] == 4
+    assert made["recipe"]["steps"][0]["affinequant"]["lr_maps"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"sheme": "w4a16"}, "scheme"),
+        ({"samples": "many"}, "run.samples: expected int"),
+        ({"seed": 1.5}, "run.seed"),
+        (["w4a16"], "field: value"),
+    ],
+)
+def test_a_protocol_that_makes_no_sense_is_refused(run, message):
+    with pytest.raises(LowbitError, match=message):
+        recipe_from_dict({"steps": ["rtn"], "run": run}, "mine")
+
+
+def published():
+    groups = ["w2a16g128", "w2a16g64", "w3a16", "w3a16g128", "w4a16", "w4a16g128", "w4a4", "w6a6"]
+    for size in ("125m", "1.3b", "2.7b", "6.7b", "13b", "30b"):
+        yield from (f"opt-{size}-{scheme}" for scheme in groups)
+    for model in ("1-7b", "1-13b", "1-30b", "2-7b", "2-13b"):
+        yield from (f"llama-{model}-{scheme}" for scheme in ["w2a16", *groups])
+
+
+def test_every_published_configuration_is_a_recipe():
+    names = {f"paper/affinequant-{name}" for name in published()}
+    assert {name for name in recipe_names() if "affinequant-" in name} == names
+
+
+@pytest.mark.parametrize("name", list(published()))
+def test_recipes_of_published_rows(name):
+    recipe = load_recipe(f"paper/affinequant-{name}")
+    step, run = dict(recipe.steps)["affinequant"], recipe.run
+    scheme = parse_scheme(run["scheme"])
+    model, _, wanted = name.rpartition("-")
+    assert run["scheme"] == (f"{wanted}kv4-asym" if wanted == "w4a4" else f"{wanted}-asym")
+    assert (run["data"], run["samples"], run["length"], run["seed"]) == ("wikitext2", 128, 2048, 2)
+    assert run["effort"] == "paper"
+    assert step.epochs == (40 if scheme.weight.bits == 2 else 20)
+    assert (step.mask, step.parametrisation, step.loss, step.batch) == ("gradual", "masked", "mse", 1)
+    assert step.shift == model.startswith("opt")
+    weight_only = scheme.act is None
+    dense = weight_only and (
+        model.startswith(("opt", "llama-1")) or (model == "llama-2-7b" and (wanted == "w3a16" or "w2" in wanted))
+    )
+    assert step.qkv == step.mlp == ("matrix" if dense else "diagonal")
+    aug = model.startswith("llama") and scheme.weight.bits == 2
+    assert step.aug_loss == (1.0 if aug or (model.startswith("llama-1") and not weight_only) else 0.0)
+    slow = model.startswith("llama-2") and not weight_only
+    assert step.lr_maps == (1e-3 if slow else 5e-3)
+    assert step.init_power == (
+        0.75 if not weight_only and model.startswith(("opt", "llama-2", "llama-1-30b")) else 0.5
+    )
+
+
+def test_stability_factors_of_published_rows():
+    for name, wanted in {
+        "opt-125m-w3a16": 1.0,
+        "opt-1.3b-w4a16g128": 0.1,
+        "opt-2.7b-w3a16": 0.1,
+        "opt-2.7b-w2a16g128": 0.1,
+        "opt-6.7b-w2a16g128": 1.0,
+        "opt-13b-w4a16": 0.01,
+        "llama-1-7b-w2a16": 0.01,
+        "llama-1-7b-w4a4": 0.1,
+        "llama-2-7b-w3a16": 0.01,
+        "llama-2-7b-w3a16g128": 1.0,
+        "llama-2-13b-w2a16": 1.0,
+    }.items():
+        assert dict(load_recipe(f"paper/affinequant-{name}").steps)["affinequant"].stability == wanted, name

@@ -20,7 +20,7 @@ from lowbit.finish import finish, versions
 from lowbit.loading import load
 from lowbit.plan import Plan, check_length, check_sizes, make_plan
 from lowbit.progress import say
-from lowbit.recipe import Recipe, load_recipe, recipe_to_dict
+from lowbit.recipe import Recipe, load_recipe, recipe_to_dict, with_effort, with_settings
 from lowbit.runfolder import claim, look, manifest_of
 from lowbit.runner import Walk, check_space, peak_memory_bytes
 from lowbit.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
@@ -29,6 +29,14 @@ from lowbit.source import Source, load_config, load_tokenizer, resolve
 from lowbit.stream import StreamedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULTS: dict[str, Any] = {
+    "scheme": "w4a16g64-sym",
+    "data": "builtin",
+    "samples": 32,
+    "length": 512,
+    "seed": 0,
+    "effort": "normal",
+}
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
 
@@ -75,12 +83,12 @@ class Evaluated:
 def quantize(
     model: str,
     out: str | Path,
-    scheme: str | Scheme = "w4a16g64-sym",
+    scheme: str | Scheme | None = None,
     recipe: str | Recipe = "gptq",
-    data: str = "builtin",
-    samples: int = 32,
-    length: int = 512,
-    seed: int = 0,
+    data: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     settings: Iterable[str] = (),
@@ -88,8 +96,11 @@ def quantize(
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    effort: str | None = None,
 ) -> Quantized:
     """Quantize a model into a folder that is a Hugging Face checkpoint; a run that was stopped goes on.
+
+    What is left out is what the recipe's ``run`` says, or else ``DEFAULTS``.
 
     Args:
         model: a folder, a hub id, a ``.gguf`` file or ``demo``.
@@ -103,14 +114,23 @@ def quantize(
         overrides: ``{glob: format}`` over module names, such as ``{"*.down_proj": "w8"}`` or ``{"lm_head": "w8"}``.
         revision: of a hub model.
         allow_pickle, trust_remote_code: both off unless asked for.
+        effort: ``quick``, ``normal`` or ``paper``: how much of a recipe's epochs learned steps spend. A ``Recipe``
+            that is given as one keeps its epochs unless this is given; ``settings`` are exact.
 
     Raises:
         LowbitError: for anything that a person can mend, before any work where it can be known then.
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    given = {"data": data, "samples": samples, "length": length, "seed": seed, "effort": effort}
+    protocol = {**DEFAULTS, **chosen.run, **{key: value for key, value in given.items() if value is not None}}
+    data, samples, length, seed = (protocol[key] for key in ("data", "samples", "length", "seed"))
     check_sizes(samples, length, seed)
-    chosen = load_recipe(recipe, settings) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, str) or effort is not None:
+        chosen = with_effort(chosen, protocol["effort"])
+    chosen = with_settings(chosen, settings)
+    scheme = protocol["scheme"] if scheme is None else scheme
     formats = with_overrides(load_scheme(scheme) if isinstance(scheme, str) else scheme, overrides or {})
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)

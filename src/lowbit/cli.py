@@ -51,16 +51,26 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="The run folder: new, empty, or of this same run, which then goes on.")],
-    scheme: Annotated[str, typer.Option(help="w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym], or FILE.yaml.")] = (
-        "w4a16g64-sym"
-    ),
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym], or FILE.yaml.", show_default="w4a16g64-sym"
+        ),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A recipe's name or FILE.yaml.")] = "gptq",
-    data: Annotated[str, typer.Option(help="builtin, wikitext2, ptb, c4, self, or a text/jsonl/parquet file.")] = (
-        "builtin"
-    ),
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Draws the windows, and whatever a method draws.")] = 0,
+    data: Annotated[
+        str | None,
+        typer.Option(help="builtin, wikitext2, ptb, c4, self, or a text/jsonl/parquet file.", show_default="builtin"),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.", show_default="32")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.", show_default="512")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Draws the windows, and whatever a method draws.", show_default="0")
+    ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(help="quick, normal or paper: epochs of learned steps, 0.3, 0.5 or all.", show_default="normal"),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="step.field=value; may be repeated.")] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="GLOB=FORMAT, such as '*.down_proj=w8' or 'lm_head=w8'; repeatable.")
@@ -72,12 +82,15 @@ def quantize(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize MODEL into a folder that is a Hugging Face checkpoint."""
+    """Quantize MODEL into a folder that is a Hugging Face checkpoint.
+
+    Defaults are those shown, unless the recipe names its protocol, as the paper/... recipes do.
+    """
     from lowbit.api import quantize as run
 
     made = run(
         model, out, scheme, recipe, data, samples, length, seed, device, dtype, set_ or [],
-        _pairs(override or []), revision, allow_pickle, trust_remote_code,
+        _pairs(override or []), revision, allow_pickle, trust_remote_code, effort,
     )  # fmt: skip
     result = {
         "out": str(made.out),

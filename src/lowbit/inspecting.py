@@ -9,7 +9,7 @@ from lowbit.checks import building, check_tensors, refuse_foreign_quantization, 
 from lowbit.estimate import estimate
 from lowbit.family import Edge, Part, Ref
 from lowbit.plan import check_length, check_sizes, make_plan
-from lowbit.recipe import load_recipe
+from lowbit.recipe import load_recipe, with_effort
 from lowbit.runfolder import manifest_of
 from lowbit.scheme import load_scheme
 from lowbit.skeleton import Skeleton
@@ -58,7 +58,7 @@ def inspect_model(
             "relative_error_of_last_block": manifest["blocks"][-1]["relative_error"],
         }
     check_tensors(checkpoint, shapes_of(skeleton), family.blocks, {})
-    chosen, formats = load_recipe(recipe), load_scheme(scheme)
+    chosen, formats = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
     plan = make_plan(skeleton, formats)
     check_length(config, length)
     guess = estimate(skeleton, plan, chosen, formats, samples, length)

@@ -6,7 +6,14 @@
       - awq: {clip: true}
       - rtn
 
-A recipe ends with a step that rounds. Unknown steps and fields are refused with the nearest known name, and every
+A recipe ends with a step that rounds. It may name the protocol that it is meant for, which counts where a person gave
+nothing:
+
+.. code-block:: yaml
+
+    run: {scheme: w3a16-asym, data: wikitext2, samples: 128, length: 2048, seed: 2, effort: paper}
+
+Unknown steps and fields are refused with the nearest known name, and every
 value is checked against the type of the field that it sets.
 """
 
@@ -16,7 +23,7 @@ import math
 import re
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +34,9 @@ from lowbit.errors import LowbitError, unknown
 from lowbit.methods import METHODS
 
 Named = tuple[str, Any]  # a method's name and its dataclass
+# How much of the epochs that a recipe asks for is spent.
+EFFORTS = {"quick": 0.3, "normal": 0.5, "paper": 1.0}
+PROTOCOL: dict[str, type] = {"scheme": str, "data": str, "samples": int, "length": int, "seed": int, "effort": str}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 takes 1e-3 for text
 
 
@@ -38,11 +48,13 @@ class Recipe:
         name: what results call it.
         steps: ``(method name, method)`` in order.
         window: how many consecutive blocks a step gets as one.
+        run: the protocol that it is meant for; see ``PROTOCOL``.
     """
 
     name: str
     steps: tuple[Named, ...]
     window: int = 1
+    run: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -56,13 +68,19 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes that come with the package; those of published rows as ``paper/...`` behind the others."""
     root = files("lowbit") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in root.iterdir() if entry.name.endswith(".yaml"))
+    here, papers = (
+        sorted(
+            prefix + entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+        )
+        for folder, prefix in ((root, ""), (root / "paper", "paper/"))
+    )
+    return here + papers
 
 
-def load_recipe(given: str, settings: Iterable[str] = ()) -> Recipe:
-    """A recipe from its name or from a YAML file, with ``step.field=value`` settings applied."""
+def load_recipe(given: str) -> Recipe:
+    """A recipe from its name or from a YAML file."""
     if given.endswith((".yaml", ".yml")):
         name = Path(given).stem
         try:
@@ -72,12 +90,32 @@ def load_recipe(given: str, settings: Iterable[str] = ()) -> Recipe:
     elif given in recipe_names():
         name, text = given, (files("lowbit") / "recipes" / f"{given}.yaml").read_text()
     else:
-        raise unknown("recipe", given, recipe_names())
+        rows = given.startswith("paper/")  # nearly a hundred: shown to those only who look for one
+        raise unknown("recipe", given, [name for name in recipe_names() if ("/" in name) == rows])
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise LowbitError(f"recipe {given} is no YAML: {' '.join(str(error).split())}") from error
-    return with_settings(recipe_from_dict(content, name), settings)
+    return recipe_from_dict(content, name)
+
+
+def with_effort(recipe: Recipe, effort: str) -> Recipe:
+    """``recipe`` with the epochs of its learned steps scaled; one that learns at all keeps at least one epoch.
+
+    ``quick`` is 0.3 of what the recipe says, ``normal`` 0.5, ``paper`` all of it.
+    """
+    if effort not in EFFORTS:
+        raise unknown("effort", effort, EFFORTS)
+    steps = tuple(
+        (
+            name,
+            replace(method, epochs=math.ceil(method.epochs * EFFORTS[effort]))
+            if hasattr(method, "epochs")
+            else method,
+        )
+        for name, method in recipe.steps
+    )
+    return replace(recipe, steps=steps)
 
 
 def recipe_from_dict(content: Any, name: str) -> Recipe:
@@ -85,12 +123,22 @@ def recipe_from_dict(content: Any, name: str) -> Recipe:
     if not isinstance(content, Mapping) or not isinstance(content.get("steps"), list):
         raise LowbitError(f"recipe '{name}': expected a key 'steps' with a list of steps")
     for key in content:
-        if key not in ("steps", "window"):
-            raise unknown(f"key in recipe '{name}'", str(key), ["steps", "window"])
+        if key not in ("steps", "window", "run"):
+            raise unknown(f"key in recipe '{name}'", str(key), ["steps", "window", "run"])
     window = content.get("window", 1)
     if not isinstance(window, int) or isinstance(window, bool):
         raise LowbitError(f"recipe '{name}': window must be a whole number, got {window!r}")
-    return Recipe(name, tuple(_step(entry, name) for entry in content["steps"]), window)
+    steps = tuple(_step(entry, name) for entry in content["steps"])
+    return Recipe(name, steps, window, _protocol(content.get("run", {}), name))
+
+
+def _protocol(content: Any, recipe: str) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        raise LowbitError(f"recipe '{recipe}': run must be 'field: value' pairs of {', '.join(PROTOCOL)}")
+    for key in content:
+        if key not in PROTOCOL:
+            raise unknown(f"field of run in recipe '{recipe}'", str(key), PROTOCOL)
+    return {key: _typed(f"run.{key}", value, PROTOCOL[key]) for key, value in content.items()}
 
 
 def _step(entry: Any, recipe: str) -> Named:

@@ -18,7 +18,9 @@ from tiny import NAMES, block_of, tiny_model
 FAMILIES = ["llama-odd", "qwen3", "gemma3", "phi3", "opt"]
 EVERYWHERE = [("rtn", name) for name in NAMES]  # the one without data is cheap
 METHOD_CASES = EVERYWHERE + [(method, name) for method in METHODS if method != "rtn" for name in FAMILIES]
-RECIPE_CASES = EVERYWHERE + [(recipe, name) for recipe in recipe_names() if recipe != "rtn" for name in FAMILIES]
+# Recipes of published rows differ from these by numbers only; tests/test_recipe.py reads them.
+RECIPES = [name for name in recipe_names() if "/" not in name]
+RECIPE_CASES = EVERYWHERE + [(recipe, name) for recipe in RECIPES if recipe != "rtn" for name in FAMILIES]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -163,13 +165,13 @@ def test_the_output_is_closer_to_the_float_blocks_than_with_round_to_nearest(rec
     assert 0 < output_error(recipe, name, scheme) <= slack * baseline < 1
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_stays_near_round_to_nearest_where_nothing_is_promised(recipe):
     scheme = "w4a8" if "smoothquant" in recipe else "w4a16"
     assert output_error(recipe, "llama-odd", scheme) <= 1.1 * output_error("rtn", "llama-odd", scheme)
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_window_of_two_blocks_gives_codes_for_both(recipe):
     both, calib = case("llama-odd", 1, 2)
     calib = Calib(calib.x_fp, calib.x_fp, calib.y_fp)

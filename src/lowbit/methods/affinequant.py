@@ -104,7 +104,11 @@ class AffineQuant:
     grad_clip: float = 0.0
     decay: str = "none"
     rounds: ClassVar[bool] = False
-    passes: ClassVar[int] = 4
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that it costs: one for the start, then forward and backward in each epoch."""
+        return 2 + 4 * self.epochs
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
