@@ -113,7 +113,7 @@ class Walk:
             ours = read_block(shard, self.skeleton, index, self.plan.specs, self.plan.layout, self.device)
             x_q = run_all(ours, x_q, ours.quantized_params(), self.scheme, batch=self.batch)
             kept = read_json(self.out / notes_file(index))
-            self.rows.append({"block": index, "notes": kept["notes"], **kept["record"]})
+            self.rows.append({"block": index, "notes": kept["notes"], **kept.get("record", {})})
         # The float stream is known at the window's end only; a window shares one error.
         error = relative_error(x_q, y_fp)
         if not math.isfinite(error):
