@@ -172,7 +172,7 @@ def quantize(
         say(f"{out} holds this run already, finished")
         manifest = manifest_of(out) or {}
     seconds = time.monotonic() - began
-    return Quantized(out, plan.bits_per_weight, seconds, peak_memory_bytes(), _warnings(manifest), manifest)
+    return Quantized(out, manifest["bits_per_weight"], seconds, peak_memory_bytes(), _warnings(manifest), manifest)
 
 
 def evaluate(

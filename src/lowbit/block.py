@@ -39,7 +39,9 @@ class Block:
         clips: for a linear's name the factors ``(low, high)`` on the ends of its groups' ranges, each ``(rows,
             groups)``, for the grid that a rounding step will choose.
         qweights: rounded weights by the linear's name; they take the place of ``params`` in the quantized block.
-        online: maps that nothing could absorb, by the linear's name; exporters that cannot carry them refuse.
+        online: what nothing could absorb, by the module's name; exporters that cannot carry it refuse. For a norm a
+            matrix ``(width, width)`` that its output is multiplied by, ``x @ P``; for a linear the factors ``(low,
+            high)`` ``(2,)`` that shrink the ends of its rounded input's ranges.
         notes: what a reader of the report must know: a damping raised, a layer left in float.
         record: figures for the report, plain data by the step's name: losses, conditions.
     """
@@ -151,8 +153,21 @@ def run(
             for name, hook in _hooks(block, index, scheme, taps or {}):
                 handle = layer.get_submodule(name).register_forward_pre_hook(hook)
                 stack.callback(handle.remove)
+            for name, value in block.online.items():
+                if value.ndim == 2 and name.startswith(prefix):
+                    norm = layer.get_submodule(name.removeprefix(prefix))
+                    stack.callback(norm.register_forward_hook(after_norm(value)).remove)
             x = torch.func.functional_call(layer, own, args=(x,), kwargs=dict(kwargs))
     return x
+
+
+def after_norm(map: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A forward hook that multiplies a norm's output by an online map ``(width, width)``."""
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out @ map.to(out.dtype)
+
+    return hook
 
 
 class _Seen(Exception):
@@ -197,6 +212,7 @@ def _hooks(
         for name in group:
             spec = scheme.act_spec(block.full_name(f"{index}.{name}")) if scheme else None
             tap = taps.get(f"{index}.{name}")
+            ends = block.online.get(f"{index}.{name}")
             if spec is None and tap is None:
                 continue
 
@@ -205,10 +221,14 @@ def _hooks(
                 args: tuple[Any, ...],
                 spec: QuantSpec | None = spec,
                 tap: Tap | None = tap,
+                ends: Tensor | None = ends,
                 cache: dict[str, tuple[Tensor, Tensor]] = cache,
             ) -> tuple[Any, ...] | None:
                 x = args[0]
-                if spec is not None:
+                if spec is not None and ends is not None:
+                    low, high = ends.to(x.dtype)
+                    x = fake_quant_tokens(x, spec, low, high)
+                elif spec is not None:
                     if "x" not in cache or cache["x"][0] is not x:
                         cache["x"] = (x, fake_quant_tokens(x, spec))
                     x = cache["x"][1]

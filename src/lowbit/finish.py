@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint import read_json, write_bytes, write_json
+from lowbit.checkpoint import Checkpoint, read_json, write_bytes, write_json
 from lowbit.packing import quantization_config
 from lowbit.plan import Plan
-from lowbit.runfolder import FORMAT, MANIFEST, RUN, TIMING, notes_file, write_folder_index
+from lowbit.runfolder import FORMAT, MANIFEST, ONLINE, RUN, TIMING, block_file, notes_file, write_folder_index
 from lowbit.scheme import Scheme
 from lowbit.wheels import sha256_of
 
@@ -30,6 +30,9 @@ COPIED = (
 )
 
 
+STOP = "maps stay online: only lowbit.load runs this folder"
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes and of what is written with."""
     packages = ("lowbit", "torch", "transformers", "compressed-tensors", "safetensors")
@@ -43,13 +46,20 @@ def finish(
     write_folder_index(out, len(rows))
     config = read_json(source / "config.json")
     config["quantization_config"] = quantization_config(scheme, plan.specs, plan.floats, plan.embed)
+    online = _online(out, len(rows))
+    if online:
+        # The weights are those of another graph, and a stock loader must not run them. It skips a method that it does
+        # not know and goes on with random weights; a group that it cannot read stops it, and is named in its error.
+        config["quantization_config"]["config_groups"] = {
+            STOP: {"targets": ["Linear"], "weights": {"num_bits": STOP}}
+        }
     if plan.untie:
         config["tie_word_embeddings"] = False
     write_json(out / "config.json", config)
     for name in COPIED:
         if (source / name).exists():
             write_bytes(out / name, (source / name).read_bytes())
-    manifest = _manifest(plan, identity, rows)
+    manifest = _manifest(plan, identity, rows, online)
     write_bytes(out / "README.md", model_card(manifest).encode())
     timing = [{"block": i, **_without_notes(read_json(out / notes_file(i)))} for i in range(len(rows))]
     write_json(out / TIMING, {"blocks": timing})
@@ -65,7 +75,29 @@ def _without_notes(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("notes", "record")}
 
 
-def _manifest(plan: Plan, identity: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _online(out: Path, layers: int) -> dict[str, int]:
+    """What stays beside the model's graph: full module names with their numbers of values."""
+    shards = Checkpoint(out, [block_file(i) for i in range(layers)])
+    names = [name for name in shards.names if name.endswith(ONLINE)]
+    return {name.removesuffix(ONLINE): shards.read([name])[name].numel() for name in names}
+
+
+def _why_not(plan: Plan, online: Mapping[str, int]) -> str | None:
+    """Why stock ``transformers`` does not run the result."""
+    maps = sum(values > 2 for values in online.values())
+    beside = [f"{maps} matrices after norms"] * bool(maps)
+    beside += [f"learned clipping before {len(online) - maps} linears"] * (len(online) > maps)
+    if not beside:
+        return plan.stock
+    why = f"{' and '.join(beside)} stay online"
+    return why if plan.stock is None else f"{why}; {plan.stock}"
+
+
+def _manifest(
+    plan: Plan, identity: Mapping[str, Any], rows: list[dict[str, Any]], online: Mapping[str, int]
+) -> dict[str, Any]:
+    extra, why_not = 32 * sum(online.values()), _why_not(plan, online)
+    weights = plan.quantized_weights
     return {
         "format": FORMAT,
         "identity": dict(identity),
@@ -74,10 +106,10 @@ def _manifest(plan: Plan, identity: Mapping[str, Any], rows: list[dict[str, Any]
         "quantized": list(plan.specs),
         "float": list(plan.floats),
         "layout": plan.layout,
-        "bits_per_weight": plan.bits_per_weight,
-        "model_bits_per_weight": plan.model_bits_per_weight,
-        "online": [],
-        "transformers": {"loads": plan.stock is None, "why_not": plan.stock},
+        "bits_per_weight": plan.bits_per_weight + extra / weights,
+        "model_bits_per_weight": plan.model_bits_per_weight + extra / (weights + plan.float_weights),
+        "online": list(online),
+        "transformers": {"loads": why_not is None, "why_not": why_not},
         "versions": versions(),
         "blocks": rows,
     }
@@ -103,7 +135,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         f"| recipe | {identity['recipe_name']} ({steps}) |",
         f"| scheme | {identity['scheme']['scheme']} |",
         *[f"| override | `{glob}`: {text} |" for glob, text in (pair for one in overrides for pair in one.items())],
-        f"| effective bits per rounded weight | {manifest['bits_per_weight']:.3f} (codes, scales, zeros) |",
+        f"| effective bits per rounded weight | {manifest['bits_per_weight']:.3f} (codes, scales, zeros, online) |",
         f"| rounded modules | {len(manifest['quantized'])} |",
         f"| left in float | {', '.join(manifest['float']) or 'nothing'}, embeddings unless rounded, norms |",
         f"| calibration | {data['corpus']}, {data['samples']} x {data['length']} tokens, seed {identity['seed']} |",

@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowbit.attention import attention_name
+from lowbit.block import after_norm
 from lowbit.checkpoint import Checkpoint
 from lowbit.checks import building, check_tensors, refuse_foreign_quantization
 from lowbit.errors import LowbitError
 from lowbit.families import family_of
 from lowbit.quant import QuantSpec, fake_quant_tokens
-from lowbit.runfolder import dequantized, manifest_of, manifest_specs
+from lowbit.runfolder import dequantized, manifest_of, manifest_specs, read_online
 from lowbit.source import load_config
 
 
@@ -56,10 +57,16 @@ def load(
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, '{missing[0]}' among them")
+    online = {}
+    for index, layer in enumerate(model.get_submodule(family.blocks)):
+        for name, value in read_online(checkpoint, family, layer, index).items():
+            online[f"{family.blocks}.{index}.{name}"] = value = value.to(device, dtype)
+            if value.ndim == 2:
+                layer.get_submodule(name).register_forward_hook(after_norm(value))
     if scheme is not None and scheme.act is not None:
         for name in specs:
             if name != family.embed:
-                _round_inputs(model.get_submodule(name), scheme.act)
+                _round_inputs(model.get_submodule(name), scheme.act, online.get(name))
     if scheme is not None and scheme.kv is not None:
         model.config._attn_implementation = attention_name(scheme.kv, model.config._attn_implementation)
     if (folder / "generation_config.json").exists():
@@ -74,5 +81,7 @@ def _generation_config(folder: Path) -> GenerationConfig:
         raise LowbitError(f"cannot read {folder / 'generation_config.json'}: {error}") from error
 
 
-def _round_inputs(linear: nn.Module, spec: QuantSpec) -> None:
-    linear.register_forward_pre_hook(lambda module, args: (fake_quant_tokens(args[0], spec), *args[1:]))
+def _round_inputs(linear: nn.Module, spec: QuantSpec, ends: Tensor | None) -> None:
+    """``ends``: learned factors on the ends of every token's range, where the run has them."""
+    low, high = (1.0, 1.0) if ends is None else ends
+    linear.register_forward_pre_hook(lambda module, args: (fake_quant_tokens(args[0], spec, low, high), *args[1:]))

@@ -3,7 +3,7 @@
 It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a manifest:
 
 =============================== ================================================================================
-``block-00007.safetensors``     decoder layer 7: packed linears, norms, biases
+``block-00007.safetensors``     decoder layer 7: packed linears, norms, biases, what stays online
 ``model-rest.safetensors``      embeddings, final norm, head
 ``model.safetensors.index.json`` which tensor is in which file
 ``config.json``, tokenizer      as in the source, plus ``quantization_config``
@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.block import Block
 from lowbit.checkpoint import PARTIAL, Checkpoint, read_json, write_index, write_json
 from lowbit.errors import LowbitError
+from lowbit.family import Family, module_of
 from lowbit.packing import layout_of, packed_names, unpack
 from lowbit.quant import QTensor, QuantSpec
 from lowbit.scheme import Scheme, scheme_from_dict
@@ -36,6 +37,7 @@ from lowbit.skeleton import Skeleton
 
 MANIFEST, TIMING, RUN, IDENTITY = "lowbit.json", "lowbit-timing.json", ".run", "identity.json"
 REST = "model-rest.safetensors"
+ONLINE = ".online"  # behind a module's name: what runs beside it since no parameter could absorb it
 FORMAT = 1
 _FOLLOWS = ("fingerprint", "versions.")  # differ because something else does
 State = Literal["new", "running", "finished"]
@@ -179,7 +181,47 @@ def read_block(
     floats = checkpoint.read([n for n in names if n.removesuffix(".weight") not in own], torch.float32)
     params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
     qweights = {name.removeprefix(prefix): on_device(q, device) for name, q in rounded.items()}
-    return replace(skeleton.block(index, params), qweights=qweights)
+    kept = read_online(checkpoint, skeleton.family, skeleton.layers[index], index)
+    online = {f"{index}.{name}": value.to(device) for name, value in kept.items()}
+    return replace(skeleton.block(index, params), qweights=qweights, online=online)
+
+
+def read_online(checkpoint: Checkpoint, family: Family, layer: nn.Module, index: int) -> dict[str, Tensor]:
+    """What stays online in layer ``index``, by module names within the layer; see ``Block.online``.
+
+    A tensor for a module that cannot have one, or of another shape, is refused.
+    """
+    prefix = f"{family.blocks}.{index}."
+    norms = {module_of(edge.src) for edge in family.edges if edge.kind == "norm"}
+    linears = {name for group in family.linears for name in group}
+    out = {}
+    for full in checkpoint.names:
+        if not (full.startswith(prefix) and full.endswith(ONLINE)):
+            continue
+        name = full.removeprefix(prefix).removesuffix(ONLINE)
+        value = checkpoint.read([full], torch.float32)[full]
+        if name in norms:
+            width = layer.get_parameter(f"{name}.weight").shape[0]
+            wanted: tuple[int, ...] = (width, width)
+        elif name in linears:
+            wanted = (2,)
+        else:
+            raise LowbitError(f"{checkpoint.folder} has a tensor '{full}' that no module can have: it is broken")
+        if tuple(value.shape) != wanted:
+            raise LowbitError(
+                f"'{full}' in {checkpoint.folder} is {tuple(value.shape)}; {wanted} is expected: the folder is broken"
+            )
+        out[name] = value
+    return out
+
+
+def refuse_online(manifest: Mapping[str, Any], target: str) -> None:
+    """For what can carry a plain model only: refuse a run that left maps or clips beside the model's own graph."""
+    if online := manifest["online"]:
+        raise LowbitError(
+            f"{target} cannot carry what this run left online ({len(online)} tensors, {online[0]} first): quantize "
+            "again with diagonal maps after norms (qkv and mlp) and without act_clip"
+        )
 
 
 def on_device(q: QTensor, device: torch.device | str) -> QTensor:

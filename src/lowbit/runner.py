@@ -30,7 +30,7 @@ from lowbit.plan import Plan
 from lowbit.progress import say, track
 from lowbit.quant import minmax_grid, quantize
 from lowbit.recipe import Recipe
-from lowbit.runfolder import REST, block_file, dequantized, notes_file, read_block
+from lowbit.runfolder import ONLINE, REST, block_file, dequantized, notes_file, read_block
 from lowbit.scheme import Scheme
 from lowbit.skeleton import Skeleton
 
@@ -128,7 +128,8 @@ class Walk:
         if set(block.qweights) != wanted:
             odd = sorted(set(block.qweights) ^ wanted)
             raise RuntimeError(f"block {block.start}: codes and plan differ for {odd}")
-        for name, value in {**block.params, **{n: q.grid.scale for n, q in block.qweights.items()}}.items():
+        scales = {name: q.grid.scale for name, q in block.qweights.items()}
+        for name, value in [*block.params.items(), *block.online.items(), *scales.items()]:
             if not bool(torch.isfinite(value).all()):
                 raise LowbitError(f"block {block.start}: '{name}' became NaN or infinite; nothing of it was written")
         for name, q in block.qweights.items():
@@ -147,6 +148,9 @@ class Walk:
                 linear = name.removesuffix(".weight")
                 if name.startswith(prefix) and linear not in block.qweights:
                     tensors[block.full_name(name)] = value.cpu()
+            for name, value in block.online.items():
+                if name.startswith(prefix):
+                    tensors[f"{block.full_name(name)}{ONLINE}"] = value.detach().float().cpu().contiguous()
             for linear, q in block.qweights.items():
                 if linear.startswith(prefix):
                     stored = pack(q, self.plan.layout)
