@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test check slow format results memory clean
+.PHONY: help demo test check slow format results ablations fit-step memory clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -29,6 +29,13 @@ format: $(DEV) ## format and fix what can be fixed
 
 results: $(DEV) ## measure the methods on SmolLM2 into docs/results.md (WIKITEXT2=<folder> adds WikiText-2)
 	$(BIN)/python benchmarks/results.py $(if $(WIKITEXT2),--wikitext2 $(WIKITEXT2))
+
+ablations: $(DEV) ## AffineQuant's ablations on SmolLM2 and a small OPT, with plots, into docs/ablations
+	$(BIN)/python -m pip install --quiet --editable '.[plots]'
+	$(BIN)/python benchmarks/ablate_affinequant.py
+
+fit-step: $(DEV) ## cost of one optimisation step against a plain forward and backward
+	$(BIN)/python benchmarks/fit_step.py
 
 memory: $(DEV) ## show that peak memory does not grow with the number of layers
 	$(BIN)/python benchmarks/memory.py

@@ -114,7 +114,7 @@ def test_what_is_trained_is_what_ships(precision, scheme, name):
     block, calib = case(name)
     trainer = Trainer(AffineQuant(epochs=1, precision=precision, loss="mse"), block, calib, scheme)
     fitted = module.fit(
-        trainer.groups(), trainer.loss, 4, trainer.options._schedule(1), trainer.begin, trainer.project
+        trainer.groups(), trainer.loss, 4, trainer.options.schedule(1), trainer.begin, trainer.project
     )
     with torch.no_grad():
         last, online = trainer.quantized()

@@ -125,9 +125,10 @@ class AffineQuant:
                 "affinequant: stability, aug_loss and learning rates must be 0 or more, condition above 1, "
                 "block_size 1 or more, init_power from 0 to 1"
             )
-        self._schedule(0)
+        self.schedule(0)
 
-    def _schedule(self, seed: int) -> Schedule:
+    def schedule(self, seed: int) -> Schedule:
+        """The loop's options; ``seed`` draws what is held out and the order of the rest."""
         return Schedule(self.epochs, self.batch, self.held_out, self.grad_clip, self.decay, seed)
 
     def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
@@ -140,7 +141,7 @@ class AffineQuant:
             trainer.loss,
             len(calib.x_q),
             # Blocks draw differently, and a run that was resumed as one that was not.
-            self._schedule(block.start),
+            self.schedule(block.start),
             trainer.begin,
             trainer.project,
         )

@@ -1,0 +1,325 @@
+"""AffineQuant's ablations: the paper's three and ours, as tables and plots in ``docs/ablations``.
+
+    python benchmarks/ablate_affinequant.py [--models opt smollm2] [--epochs 6] [--fresh]
+
+On two models: SmolLM2-135M-Instruct, of which the first ``--blocks`` decoder layers are quantized and the others stay
+float (so that a row takes a minute and errors do not pile up), and a small OPT that is trained for one minute on the
+built-in text, all of it quantized. Every row is one ``lowbit quantize`` and one ``lowbit evaluate`` in processes of
+their own. Finished rows are kept in ``build/ablations`` by what they measured.
+
+Needs matplotlib: pip install 'lowbit[plots]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "ablations"
+SAMPLES, LENGTH, SEED, TOKENS = 16, 256, 0, 8192
+STABILITIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-8)
+
+# Table by table: the row's name and what it changes of the recipe `affinequant`.
+TABLES: dict[str, tuple[str, list[tuple[str, list[str]]]]] = {
+    "mask": (
+        "Gradual mask (paper, table 5)",
+        [("gradual (equation 6)", []), ("released code's schedule", ["mask=released"]), ("none", ["mask=none"])],
+    ),
+    "stability": (
+        "Stability factor (paper, table 3)",
+        [(f"{value:g}", [f"stability={value}"]) for value in STABILITIES],
+    ),
+    "precision": (
+        "Precision of the maps (paper, table 4)",
+        [(name, [f"precision={name}"]) for name in ("float", "float-double", "double")],
+    ),
+    "parametrisation": (
+        "Parametrisation of the matrices",
+        [(name, [f"parametrisation={name}"]) for name in ("masked", "lu", "blocks", "svd")],
+    ),
+    "dominance": (
+        "Strict diagonal dominance",
+        [(name, [f"dominance={name}"]) for name in ("report", "enforce")],
+    ),
+    "sites": (
+        "Sites",
+        [
+            ("all", []),
+            *((f"without {site}", [f"{site}=off"]) for site in ("qkv", "mlp", "heads", "qk", "channels")),
+            ("v -> o diagonal", ["heads=diagonal"]),
+            ("OmniQuant's: no up -> down, diagonals only", ["heads=diagonal", "qk=diagonal", "channels=off"]),
+        ],
+    ),
+    "loss": (
+        "Loss",
+        [("every token alike", []), ("plain mean (papers)", ["loss=mse"]), ("with aug_loss", ["aug_loss=1.0"])],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is quantized: a name or folder, its scheme, how many of its first blocks (all: ``None``)."""
+
+    title: str
+    model: str
+    scheme: str
+    blocks: int | None
+    layers: int
+    length: int
+
+
+def trained_opt(seconds: float = 60.0) -> Path:
+    """A small OPT with a tokenizer of its own, trained on the part of the built-in text that calibrates."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+    from lowbit.data import calibration
+
+    folder = BUILD / "opt"
+    if (folder / "model.safetensors").exists():
+        return folder
+    from lowbit.source import load_tokenizer, resolve
+
+    demo = load_tokenizer(resolve("demo").folder)
+    ids = calibration("builtin", demo, 256, 1024, SEED).ids
+    text = [demo.decode(row) for row in ids]
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=["<pad>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    stream = torch.tensor([i for row in tokenizer.encode_batch(text) for i in row.ids])
+    torch.manual_seed(SEED)
+    config = OPTConfig(
+        vocab_size=2048,
+        hidden_size=192,
+        word_embed_proj_dim=192,
+        ffn_dim=768,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        max_position_embeddings=512,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        architectures=["OPTForCausalLM"],
+    )
+    model = OPTForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(SEED)
+    began, step = time.monotonic(), 0
+    while (spent := time.monotonic() - began) < seconds:
+        starts = torch.randint(0, len(stream) - 129, (16,), generator=generator)
+        batch = torch.stack([stream[s : s + 128] for s in starts.tolist()])
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1.05 - spent / seconds)
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+    print(f"trained an OPT for {seconds:.0f} s, {step} steps, loss {float(loss.detach()):.3f}", flush=True)
+    model.eval().save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def lowbit(*arguments: str) -> Any:
+    """One call of the command line; its JSON."""
+    command = [sys.executable, "-m", "lowbit", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def row(model: Model, recipe: str, settings: list[str], epochs: int, fresh: bool) -> dict[str, Any]:
+    """Quantize and evaluate once, or take what was measured by the same sources."""
+    code = hashlib.sha256()
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        code.update(path.read_bytes())
+    key = hashlib.sha256(repr((model, recipe, settings, epochs, code.hexdigest())).encode()).hexdigest()[:20]
+    path = BUILD / f"{key}.json"
+    if path.exists() and not fresh:
+        return dict(json.loads(path.read_text()))
+    evaluation = ["--data", "builtin", "--length", str(model.length), "--tokens", str(TOKENS)]
+    result: dict[str, Any] = {}
+    if recipe == "float":
+        result["perplexity"] = lowbit("evaluate", model.model, *evaluation)["perplexity"]["builtin"]
+    else:
+        out = BUILD / f"run-{key}"
+        options = [f"affinequant.{setting}" for setting in settings]
+        if recipe == "affinequant":
+            options.append(f"affinequant.epochs={epochs}")
+        arguments = ["quantize", model.model, "--out", str(out), "--scheme", model.scheme, "--recipe", recipe]
+        arguments += ["--samples", str(SAMPLES), "--length", str(LENGTH), "--seed", str(SEED)]
+        arguments += [part for option in options for part in ("--set", option)]
+        for index in range(model.blocks or model.layers, model.layers):
+            arguments += ["--override", f"*.layers.{index}.*=float"]
+        made = lowbit(*arguments)
+        result |= {"seconds": made["seconds"], "peak_memory_bytes": made["peak_memory_bytes"]}
+        result["perplexity"] = lowbit("evaluate", str(out), *evaluation)["perplexity"]["builtin"]
+        result["blocks"] = json.loads((out / "lowbit.json").read_text())["blocks"][: model.blocks]
+        subprocess.run(["rm", "-rf", str(out)], check=True)
+    path.write_text(json.dumps(result))
+    return result
+
+
+def summary(found: dict[str, Any]) -> dict[str, float]:
+    """The figures of a row that tables show."""
+    records = [block["steps"]["affinequant"] for block in found["blocks"]]
+    matrices = [site for record in records for site in record["sites"].values() if "margin" in site]
+    return {
+        "perplexity": found["perplexity"],
+        "held_out": sum(record["held_out"][record["best_epoch"]] for record in records) / len(records),
+        "condition": max((site["condition"] for site in matrices), default=1.0),
+        "margin": min((site["margin"] for site in matrices), default=1.0),
+        "merge_error": max(record["merge_error"] for record in records),
+        "seconds": found["seconds"],
+        "peak": found["peak_memory_bytes"] / 1e9,
+    }
+
+
+def table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """One ablation as Markdown."""
+    lines = [
+        f"### {title}",
+        "",
+        "| | perplexity | held-out loss | worst condition | worst margin | merge error | s | GB |",
+    ]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, found in rows:
+        f = summary(found)
+        lines.append(
+            f"| {name} | {f['perplexity']:.3f} | {f['held_out']:.4f} | {f['condition']:.1f} | {f['margin']:.2f} | "
+            f"{f['merge_error']:.0e} | {f['seconds']:.0f} | {f['peak']:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def plots(name: str, results: dict[str, list[tuple[str, dict[str, Any]]]], out: Path) -> None:
+    """Loss, margin and condition by block for the stability factors."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("plots need matplotlib: pip install 'lowbit[plots]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    for label, found in results["stability"]:
+        records = [block["steps"]["affinequant"] for block in found["blocks"]]
+        axes[0].plot([r["held_out"][r["best_epoch"]] for r in records], marker="o", label=f"$\\alpha$ = {label}")
+        sites = [next(site for key, site in r["sites"].items() if key.endswith(".heads")) for r in records]
+        axes[1].plot([site["margin"] for site in sites], marker="o")
+        axes[2].semilogy([site["condition"] for site in sites], marker="o")
+    axes[1].axhline(0, color="grey", lw=0.8)
+    for axis, text in zip(
+        axes, ("held-out loss", "dominance margin, v → o", "condition (bound), v → o"), strict=True
+    ):
+        axis.set(xlabel="block", ylabel=text)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out / f"affinequant-{name}-stability.png", dpi=110)
+    plt.close(figure)
+    figure, axis = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    for label, found in results["parametrisation"]:
+        record = found["blocks"][0]["steps"]["affinequant"]
+        axis.plot(record["held_out"], marker="o", label=label)
+    axis.set(xlabel="epoch", ylabel="held-out loss, block 0")
+    axis.legend(fontsize=8)
+    figure.savefig(out / f"affinequant-{name}-loss.png", dpi=110)
+    plt.close(figure)
+
+
+def heat_map(epochs: int, out: Path) -> None:
+    """The matrices over v -> o that SmolLM2's first block learns."""
+    from matplotlib import pyplot as plt
+
+    from fit_step import first_block
+    from lowbit.learn import fit
+    from lowbit.methods.affinequant import AffineQuant, Trainer
+    from lowbit.scheme import parse_scheme
+
+    block, calib = first_block(SAMPLES * LENGTH, "cpu")
+    trainer = Trainer(AffineQuant(epochs=epochs), block, calib, parse_scheme("w4a4"))
+    fit(trainer.groups(), trainer.loss, SAMPLES, trainer.options.schedule(0), trainer.begin, trainer.project)
+    site = next(site for site in trainer.sites if site.name == "heads")
+    value = site.map.value()[0].detach()
+    figure, axes = plt.subplots(1, len(value), figsize=(11, 3.8), constrained_layout=True)
+    for axis, matrix, margin, condition in zip(axes, value, site.map.margins(), site.map.conditions(), strict=True):
+        shown = axis.imshow(matrix, cmap="RdBu", vmin=-0.3, vmax=0.3)
+        axis.set_title(f"margin {float(margin):.2f}, condition {float(condition):.0f}", fontsize=9)
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+    figure.suptitle("SmolLM2 block 0, w4a4: the learned A over v → o, one matrix per KV head")
+    figure.savefig(out / "affinequant-matrix.png", dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["opt", "smollm2"], choices=["opt", "smollm2"])
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--blocks", type=int, default=4, help="SmolLM2's blocks that are quantized")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "ablations")
+    parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
+    options = parser.parse_args()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.models:
+        if name == "opt":
+            title = "OPT, 4 layers of 192, trained for a minute on the built-in text"
+            model = Model(title, str(trained_opt()), "w3a16-asym", None, 4, 256)
+        else:
+            title = f"SmolLM2-135M-Instruct, its first {options.blocks} blocks quantized"
+            model = Model(title, "demo", "w4a4", options.blocks, 30, 512)
+        base = [(recipe, row(model, recipe, [], options.epochs, options.fresh)) for recipe in ("float", "rtn")]
+        results: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        lines = [
+            f"# AffineQuant ablations: {model.title}",
+            "",
+            f"Made by `make ablations`. Scheme {model.scheme}; calibration {SAMPLES} x {LENGTH} tokens of the",
+            f"built-in text, seed {SEED}; {options.epochs} epochs; evaluation on its held-out part, {TOKENS} tokens in",
+            f"windows of {model.length}. CPU, {torch.get_num_threads()} threads, torch {torch.__version__}.",
+            "",
+            "Held-out loss: mean over blocks of the error relative to the float output. Condition: an upper bound.",
+            "Margin: the least $(|a_{ii}| - \\sum_j |a_{ij}|) / |a_{ii}|$ of any row, above 0 where all matrices are",
+            "strictly diagonally dominant. Merge error: relative squared error of the float block after merging.",
+            "",
+            ", ".join(f"{recipe}: {found['perplexity']:.3f}" for recipe, found in base) + " (perplexity).",
+            "",
+        ]
+        for key, (heading, cases) in TABLES.items():
+            results[key] = []
+            for case, settings in cases:
+                found = row(model, "affinequant", settings, options.epochs, options.fresh)
+                results[key].append((case, found))
+                print(json.dumps({"model": name, "table": key, "case": case, **summary(found)}), flush=True)
+            lines += table(heading, results[key])
+        plots(name, results, options.out)
+        lines += [
+            f"![loss, margin and condition by block](affinequant-{name}-stability.png)",
+            "",
+            f"![held-out loss by epoch](affinequant-{name}-loss.png)",
+            "",
+        ]
+        if name == "smollm2":
+            heat_map(options.epochs, options.out)
+            lines += ["![learned matrices](affinequant-matrix.png)", ""]
+        (options.out / f"affinequant-{name}.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
