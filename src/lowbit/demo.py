@@ -17,7 +17,8 @@ from lowbit.source import load_tokenizer, resolve
 
 PROMPT = "The best way to learn a new language is"
 SCHEME, SAMPLES, LENGTH, EVALUATED = "w4a16g64-sym", 16, 256, 8192
-RECIPES = ("rtn", "awq+gptq")
+RECIPES = ("rtn", "affinequant+gptq")
+EFFORT = "quick"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def run_demo(out: Path) -> dict[str, Any]:
         kept = recipe == RECIPES[-1]
         folder = out if kept else out.with_name(out.name + "-" + recipe)
         say(f"quantizing with {recipe}")
-        made = quantize("demo", folder, SCHEME, recipe, "builtin", SAMPLES, LENGTH)
+        made = quantize("demo", folder, SCHEME, recipe, "builtin", SAMPLES, LENGTH, effort=EFFORT)
         rows.append(_row(recipe, SCHEME, made.bits_per_weight, folder, made.seconds))
         if not kept:
             shutil.rmtree(folder)
