@@ -105,3 +105,14 @@ def test_peak_memory_does_not_grow_with_depth():
     command = [sys.executable, str(benchmark), "--layers", "8", "16"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_affinequant_beats_omniquant_beats_rounding_where_activations_have_four_bits(tmp_path):
+    # Two blocks keep it short; docs/affinequant.md has the whole model.
+    overrides = {f"*.layers.{index}.*": "float" for index in range(2, 30)}
+    found = {}
+    for recipe in ("rtn", "omniquant", "affinequant"):
+        out = tmp_path / recipe
+        lowbit.quantize("demo", out, "w4a4", recipe, samples=16, length=256, effort="quick", overrides=overrides)
+        found[recipe] = measured(out)
+    assert found["affinequant"] < found["omniquant"] < found["rtn"]
