@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowbit.attention import attention_name
-from lowbit.block import after_norm
 from lowbit.checkpoint import Checkpoint
 from lowbit.checks import building, check_tensors, refuse_foreign_quantization
 from lowbit.errors import LowbitError
@@ -57,16 +56,16 @@ def load(
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, '{missing[0]}' among them")
-    online = {}
     for index, layer in enumerate(model.get_submodule(family.blocks)):
         for name, value in read_online(checkpoint, family, layer, index).items():
-            online[f"{family.blocks}.{index}.{name}"] = value = value.to(device, dtype)
+            # A buffer follows the model to another device; it is no part of what the library would save.
+            layer.get_submodule(name).register_buffer("online", value.to(device, dtype), persistent=False)
             if value.ndim == 2:
-                layer.get_submodule(name).register_forward_hook(after_norm(value))
+                layer.get_submodule(name).register_forward_hook(lambda module, args, out: out @ module.online)
     if scheme is not None and scheme.act is not None:
         for name in specs:
             if name != family.embed:
-                _round_inputs(model.get_submodule(name), scheme.act, online.get(name))
+                _round_inputs(model.get_submodule(name), scheme.act)
     if scheme is not None and scheme.kv is not None:
         model.config._attn_implementation = attention_name(scheme.kv, model.config._attn_implementation)
     if (folder / "generation_config.json").exists():
@@ -81,7 +80,11 @@ def _generation_config(folder: Path) -> GenerationConfig:
         raise LowbitError(f"cannot read {folder / 'generation_config.json'}: {error}") from error
 
 
-def _round_inputs(linear: nn.Module, spec: QuantSpec, ends: Tensor | None) -> None:
-    """``ends``: learned factors on the ends of every token's range, where the run has them."""
-    low, high = (1.0, 1.0) if ends is None else ends
-    linear.register_forward_pre_hook(lambda module, args: (fake_quant_tokens(args[0], spec, low, high), *args[1:]))
+def _round_inputs(linear: nn.Module, spec: QuantSpec) -> None:
+    """Round what a linear reads; a run may have learned factors on the ends of every token's range."""
+
+    def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        low, high = module.online if hasattr(module, "online") else (1.0, 1.0)
+        return (fake_quant_tokens(args[0], spec, low, high), *args[1:])
+
+    linear.register_forward_pre_hook(hook)

@@ -208,6 +208,26 @@ def test_few_epochs(epochs):
     assert record["merge_error"] < 1e-9
 
 
+def test_a_block_that_runs_in_sixteen_bits_keeps_maps_and_quantizers_in_thirty_two():
+    block, calib = case("llama-odd")
+    half = Calib(*(t.bfloat16() for t in (calib.x_fp, calib.x_q, calib.y_fp)))
+
+    def cast(value):  # what the model passes to a layer comes in the model's dtype
+        if isinstance(value, tuple):
+            return tuple(cast(part) for part in value)
+        return value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    block = replace(block, kwargs=tuple({k: cast(v) for k, v in kwargs.items()} for kwargs in block.kwargs))
+    trainer = Trainer(AffineQuant(epochs=2, held_out=0.0), block, half, W3)
+    assert trainer.loss(torch.arange(2)).dtype == torch.float32
+    assert all(leaf.dtype == torch.float32 for leaves, _ in trainer.groups() for leaf in leaves)
+    done = trainer.options(block, half, W3)
+    assert all(value.dtype == torch.float32 for value in done.params.values())
+    with torch.no_grad():
+        start = float(trainer.loss(torch.arange(4)))
+    assert done.record["affinequant"]["loss"][-1] < start
+
+
 def test_omniquant_is_the_same_with_diagonals():
     options = AffineQuant(heads="diagonal", qk="diagonal", channels="off", epochs=1)
     _, _, done = trained(options, "llama-odd")

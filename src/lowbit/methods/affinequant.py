@@ -171,7 +171,7 @@ class Trainer:
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
         self.logits = self._clip_logits() if options.clip else {}
         self.act_logits = self._act_logits() if options.act_clip else {}
-        power = calib.y_fp.square().mean(-1, keepdim=True).clamp(min=1e-12)
+        power = calib.y_fp.float().square().mean(-1, keepdim=True).clamp(min=1e-12)
         self.unit = power if options.loss == "token" else power.double().mean().float().expand_as(power)
         self.y_aug = run_all(block, calib.x_q, batch=calib.batch) if options.aug_loss else None
         self.shrunk = 0
@@ -233,7 +233,9 @@ class Trainer:
         """The block's error on the chosen sequences, relative to its float output's mean square."""
         params, online = self.quantized()
         x = self.calib.x_q[chosen].to(self.run_dtype)
-        y = run(replace(self.block, online=online), x, params, self.scheme)
+        # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in 32.
+        exact = torch.float64 if self.run_dtype == torch.float64 else torch.float32
+        y = run(replace(self.block, online=online), x, params, self.scheme).to(exact)
         error = (y - self.calib.y_fp[chosen]).square().mean(-1, keepdim=True)
         if self.y_aug is not None:
             error = error + self.options.aug_loss * (y - self.y_aug[chosen]).square().mean(-1, keepdim=True)
