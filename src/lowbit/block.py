@@ -43,7 +43,7 @@ class Block:
             matrix ``(width, width)`` that its output is multiplied by, ``x @ P``; for a linear the factors ``(low,
             high)`` ``(2,)`` that shrink the ends of its rounded input's ranges.
         notes: what a reader of the report must know: a damping raised, a layer left in float.
-        record: figures for the report, plain data by the step's name: losses, conditions.
+        record: figures for the report, plain data by layer index and the step's name: losses, conditions.
     """
 
     layers: tuple[nn.Module, ...]
@@ -56,7 +56,7 @@ class Block:
     qweights: Mapping[str, QTensor] = field(default_factory=dict)
     online: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def indices(self) -> range:
@@ -95,6 +95,32 @@ class Block:
         """``params`` with the rounded weights in their places."""
         rounded = {f"{name}.weight": q.dequantize() for name, q in self.qweights.items()}
         return {**self.params, **rounded}
+
+
+def part_of(block: Block, start: int, stop: int) -> Block:
+    """The layers ``start`` to ``stop`` (counted from 0 within the block) as a block of their own."""
+    prefixes = tuple(f"{index}." for index in block.indices[start:stop])
+
+    def own(content: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in content.items() if name.startswith(prefixes)}
+
+    return replace(
+        block,
+        layers=block.layers[start:stop],
+        start=block.start + start,
+        kwargs=block.kwargs[start:stop],
+        params=own(block.params),
+        clips=own(block.clips),
+        qweights=own(block.qweights),
+        online=own(block.online),
+        notes=(),
+        record={},
+    )
+
+
+def recorded(block: Block, step: str, figures: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """The block's record with a step's figures, kept under the block's first layer."""
+    return {**block.record, block.start: {**block.record.get(block.start, {}), step: figures}}
 
 
 class Step(Protocol):

@@ -158,7 +158,7 @@ class Walk:
             notes = [note for note in block.notes if _about(note, block) == index]
             record = {
                 "notes": notes,
-                "record": {"steps": dict(block.record)} if block.record and index == block.start else {},
+                "record": {"steps": dict(block.record[index])} if index in block.record else {},
                 "seconds": seconds / len(block.layers),
                 "peak_memory_bytes": peak_memory_bytes(),
             }

@@ -201,7 +201,7 @@ def test_learning_beats_the_start_and_affine_beats_rounding(name):
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_few_epochs(epochs):
     _, calib, done = trained(AffineQuant(epochs=epochs), "llama-odd")
-    record = done.record["affinequant"]
+    record = done.record[1]["affinequant"]
     assert len(record["held_out"]) == epochs + 1
     assert len(record["loss"]) == epochs
     assert (run_all(done, calib.x_fp) - calib.y_fp).abs().max() < 1e-4 * calib.y_fp.abs().max()
@@ -225,17 +225,17 @@ def test_a_block_that_runs_in_sixteen_bits_keeps_maps_and_quantizers_in_thirty_t
     assert all(value.dtype == torch.float32 for value in done.params.values())
     with torch.no_grad():
         start = float(trainer.loss(torch.arange(4)))
-    assert done.record["affinequant"]["loss"][-1] < start
+    assert done.record[1]["affinequant"]["loss"][-1] < start
 
 
 def test_omniquant_is_the_same_with_diagonals():
     options = AffineQuant(heads="diagonal", qk="diagonal", channels="off", epochs=1)
     _, _, done = trained(options, "llama-odd")
-    kinds = {name: facts["map"] for name, facts in done.record["affinequant"]["sites"].items()}
+    kinds = {name: facts["map"] for name, facts in done.record[1]["affinequant"]["sites"].items()}
     assert kinds == dict.fromkeys(("1.qkv", "1.mlp", "1.heads", "1.qk"), "diagonal")
     full = AffineQuant(epochs=1)
     _, _, done = trained(full, "llama-odd")
-    kinds = {name: facts["map"] for name, facts in done.record["affinequant"]["sites"].items()}
+    kinds = {name: facts["map"] for name, facts in done.record[1]["affinequant"]["sites"].items()}
     assert kinds["1.heads"] == "masked"
     assert kinds["1.qk"] == "rotation"
     assert kinds["1.channels"] == "diagonal"
@@ -245,7 +245,7 @@ def test_dominance_is_enforced_through_a_whole_fit():
     for dominance, holds in (("enforce", True), ("report", False)):
         options = AffineQuant(epochs=8, dominance=dominance, lr_maps=0.05, held_out=0.0)
         _, _, done = trained(options, "llama-odd")
-        margin = done.record["affinequant"]["sites"]["1.heads"]["margin"]
+        margin = done.record[1]["affinequant"]["sites"]["1.heads"]["margin"]
         assert (margin > 0) == holds, (dominance, margin)
     with pytest.raises(LowbitError, match="masked and blocks only"):
         AffineQuant(dominance="enforce", parametrisation="lu")
@@ -254,7 +254,7 @@ def test_dominance_is_enforced_through_a_whole_fit():
 def test_condition_is_kept_through_a_fit_with_an_absurd_learning_rate():
     options = AffineQuant(epochs=3, lr_maps=0.5, condition=50.0, held_out=0.0)
     _, calib, done = trained(options, "llama-odd")
-    assert all(facts["condition"] <= 50.0 * (1 + 1e-4) for facts in done.record["affinequant"]["sites"].values())
+    assert all(facts["condition"] <= 50.0 * (1 + 1e-4) for facts in done.record[1]["affinequant"]["sites"].values())
     assert all(torch.isfinite(value).all() for value in done.params.values())
     assert (run_all(done, calib.x_fp) - calib.y_fp).abs().max() < 1e-2 * calib.y_fp.abs().max()
 
@@ -274,6 +274,29 @@ def test_rows_that_are_constant_or_have_one_sign_do_no_harm():
         for q in done.qweights.values():
             assert torch.equal(q.grid.zero, q.grid.zero.round().clamp(0, q.spec.levels))
             assert torch.isfinite(q.dequantize()).all()
+
+
+def test_a_window_is_fitted_layer_by_layer_unless_it_is_to_be_fitted_as_one():
+    both, x = block_of(tiny_model("llama-odd"), 1, 2)
+    calib = Calib(x, x, run_all(both, x))
+    options = AffineQuant(epochs=2)
+    in_turn = options(both, calib, W4A4)
+    assert sorted(in_turn.record) == [1, 2]
+    block, _ = block_of(tiny_model("llama-odd"), 1)
+    first = options(block, Calib(x, x, run_all(block, x)), W4A4)
+    for name, value in first.params.items():
+        assert torch.equal(in_turn.params[name], value)
+    second, _ = block_of(tiny_model("llama-odd"), 2)
+    done = RTN()(first, calib, W4A4)
+    x_fp, x_q = run_all(block, x), run_all(done, x, done.quantized_params(), W4A4)
+    alone = options(second, Calib(x_fp, x_q, run_all(second, x_fp)), W4A4)
+    for name, value in alone.params.items():
+        assert torch.allclose(in_turn.params[name], value, rtol=1e-4, atol=1e-5)
+    together = replace(options, window=2)(both, calib, W4A4)
+    assert sorted(together.record) == [1]
+    assert set(together.clips) == set(both.linears())
+    for done in (in_turn, together):
+        assert (run_all(done, x) - calib.y_fp).abs().max() < 1e-4 * calib.y_fp.abs().max()
 
 
 def test_a_fit_that_breaks_keeps_the_start_and_says_so(monkeypatch):
@@ -338,6 +361,7 @@ def test_aug_loss_adds_the_error_against_the_float_block_on_the_quantized_input(
         {"condition": 1.0},
         {"epochs": -1},
         {"init_power": 1.5},
+        {"window": 0},
     ],
 )
 def test_options_that_make_no_sense_are_refused_by_name(bad):

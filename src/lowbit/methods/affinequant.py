@@ -27,11 +27,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, relative_error, run, run_all
+from lowbit.block import Block, Calib, part_of, recorded, relative_error, run, run_all
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
 from lowbit.learn import Fitted, Schedule, fit
 from lowbit.methods.maps import Kind, LearnedMap
+from lowbit.methods.rtn import RTN
 from lowbit.methods.sites import SITES, apply, make_site, site_name, start
 from lowbit.quant import fake_quant, minmax_grid
 from lowbit.scheme import Scheme
@@ -75,6 +76,7 @@ class AffineQuant:
         aug_loss: weight of a second error, against the float block on the quantized input.
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``.
         lr_maps, lr_clips: learning rates of maps and shifts, and of the clipping factors' logits.
+        window: consecutive layers that are fitted together, where the recipe's window has more.
         init_power: how much of the activations' outliers the start moves into the weights.
     """
 
@@ -103,6 +105,7 @@ class AffineQuant:
     held_out: float = 0.125
     grad_clip: float = 0.0
     decay: str = "none"
+    window: int = 1
     rounds: ClassVar[bool] = False
 
     @property
@@ -119,11 +122,17 @@ class AffineQuant:
                 f"affinequant: dominance 'enforce' with parametrisation '{self.parametrisation}': it can be kept for "
                 "masked and blocks only; take one of these, or dominance report"
             )
-        bounds = (self.stability >= 0, self.condition > 1, self.block_size > 0, 0 <= self.init_power <= 1)
+        bounds = (
+            self.window >= 1,
+            self.stability >= 0,
+            self.condition > 1,
+            self.block_size > 0,
+            0 <= self.init_power <= 1,
+        )
         if not all(bounds) or min(self.aug_loss, self.lr_maps, self.lr_clips) < 0:
             raise LowbitError(
                 "affinequant: stability, aug_loss and learning rates must be 0 or more, condition above 1, "
-                "block_size 1 or more, init_power from 0 to 1"
+                "block_size and window 1 or more, init_power from 0 to 1"
             )
         self.schedule(0)
 
@@ -135,6 +144,8 @@ class AffineQuant:
         """The block with maps merged and clips chosen; its float function is unchanged."""
         if all(block.weight_spec(name, scheme) is None for name in block.linears()):
             return block
+        if len(block.layers) > self.window:
+            return self._in_turn(block, calib, scheme)
         trainer = Trainer(self, block, calib, scheme)
         fitted = fit(
             trainer.groups(),
@@ -146,6 +157,25 @@ class AffineQuant:
             trainer.project,
         )
         return trainer.merged(fitted)
+
+    def _in_turn(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+        """A window that a later step gets as one: its layers are fitted ``self.window`` at a time, in turn."""
+        x_fp, x_q, done = calib.x_fp, calib.x_q, block
+        for first in range(0, len(block.layers), self.window):
+            part = part_of(block, first, first + self.window)
+            y_fp = run_all(part, x_fp, batch=calib.batch)
+            fitted = self(part, Calib(x_fp, x_q, y_fp, calib.batch), scheme)
+            rounded = RTN()(fitted, calib, scheme)
+            x_fp, x_q = y_fp, run_all(rounded, x_q, rounded.quantized_params(), scheme, batch=calib.batch)
+            done = replace(
+                done,
+                params={**done.params, **fitted.params},
+                clips={**done.clips, **fitted.clips},
+                online={**done.online, **fitted.online},
+                notes=(*done.notes, *fitted.notes),
+                record={**done.record, **fitted.record},
+            )
+        return done
 
 
 class Trainer:
@@ -258,7 +288,7 @@ class Trainer:
         record = self.record(done, fitted)
         name = f"{self.block.start}." + self.block.family.attention
         notes = [f"affinequant: {name} and its block: {note}" for note in self._notes(fitted)]
-        return replace(done, notes=(*self.block.notes, *notes), record={**self.block.record, "affinequant": record})
+        return replace(done, notes=(*self.block.notes, *notes), record=recorded(self.block, "affinequant", record))
 
     def record(self, done: Block, fitted: Fitted) -> dict[str, Any]:
         """What the report shows: losses, the maps' conditions and margins, and what merging cost."""
