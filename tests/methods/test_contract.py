@@ -95,7 +95,8 @@ def test_a_step_leaves_what_it_was_given(method, name):
 def test_a_step_that_does_not_round_leaves_the_float_function(method, name):
     block, calib = case(name)
     schemes = [with_overrides(scheme_for([method]), {"*": "float"})]
-    if not METHODS[method].rounds:
+    corrects = getattr(METHODS[method], "corrects", False)  # changes it on purpose
+    if not METHODS[method].rounds and not corrects:
         schemes.append(scheme_for([method]))
     for scheme in schemes:
         result = method_of(method)(block, calib, scheme)
@@ -103,7 +104,7 @@ def test_a_step_that_does_not_round_leaves_the_float_function(method, name):
         got = run_all(result, calib.x_fp)
         # float32: two products of a few dozen terms, rescaled by factors within a few powers of ten
         assert (got - calib.y_fp).abs().max() < 1e-4 * calib.y_fp.abs().max()
-    if not METHODS[method].rounds:
+    if not METHODS[method].rounds and not corrects:
         changed = [key for key, value in result.params.items() if not torch.equal(value, block.params[key])]
         assert changed or result.clips, "a step that does nothing"
 

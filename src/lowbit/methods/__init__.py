@@ -1,8 +1,8 @@
 """The methods: one file each, one line here.
 
-A method is a frozen dataclass of its options, with ``__call__(block, calib, scheme) -> Block`` and two facts:
-``rounds`` (it chooses codes, so it ends a recipe) and ``passes`` (how often it runs the block over the calibration
-tokens, for estimates of time).
+A method is a frozen dataclass of its options, with ``__call__(block, calib, scheme) -> Block`` and some facts:
+``rounds`` (it chooses codes, so it ends a recipe), ``passes`` (how often it runs the block over the calibration
+tokens, for estimates of time) and, where it is true, ``corrects`` (it changes the float function on purpose).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
+from lowbit.methods.lowrank import LowRank
 from lowbit.methods.rtn import RTN
 from lowbit.methods.smoothquant import SmoothQuant
 
@@ -21,4 +22,5 @@ METHODS: dict[str, type[Any]] = {
     "awq": AWQ,
     "gptq": GPTQ,
     "affinequant": AffineQuant,
+    "lowrank": LowRank,
 }
