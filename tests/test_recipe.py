@@ -283,7 +283,7 @@ def test_recipes_of_published_rows(name):
     aug = model.startswith("llama") and scheme.weight.bits == 2
     assert step.aug_loss == (1.0 if aug or (model.startswith("llama-1") and not weight_only) else 0.0)
     slow = model.startswith("llama-2") and not weight_only
-    assert step.lr_maps == (1e-3 if slow else 5e-3)
+    assert (step.lr_maps, step.lr_clips, step.decay) == (1e-3 if slow else 5e-3, 1e-2, "none")
     assert step.init_power == (
         0.75 if not weight_only and model.startswith(("opt", "llama-2", "llama-1-30b")) else 0.5
     )
