@@ -60,6 +60,15 @@ TABLES: dict[str, tuple[str, list[tuple[str, list[str]]]]] = {
             ("OmniQuant's: no up -> down, diagonals only", ["heads=diagonal", "qk=diagonal", "channels=off"]),
         ],
     ),
+    "rates": (
+        "Learning rates of maps and clips",
+        [
+            ("0.02, 0.3, falling", []),
+            ("0.05, 0.3, falling", ["lr_maps=0.05"]),
+            ("0.02, 0.1, falling", ["lr_clips=0.1"]),
+            ("0.005, 0.01, constant (papers)", ["lr_maps=0.005", "lr_clips=0.01", "decay=none"]),
+        ],
+    ),
     "loss": (
         "Loss",
         [("every token alike", []), ("plain mean (papers)", ["loss=mse"]), ("with aug_loss", ["aug_loss=1.0"])],

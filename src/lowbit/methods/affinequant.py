@@ -75,7 +75,8 @@ class AffineQuant:
             papers', the few tokens with massive activations decide alone.
         aug_loss: weight of a second error, against the float block on the quantized input.
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``.
-        lr_maps, lr_clips: learning rates of maps and shifts, and of the clipping factors' logits.
+        lr_maps, lr_clips: learning rates of maps and shifts, and of the clipping factors' logits. The papers' 5e-3
+            and 1e-2 are for thousands of steps; a quick run has some 80.
         window: consecutive layers that are fitted together, where the recipe's window has more.
         init_power: how much of the activations' outliers the start moves into the weights.
     """
@@ -99,12 +100,12 @@ class AffineQuant:
     aug_loss: float = 0.0
     epochs: int = 20
     batch: int = 1
-    lr_maps: float = 5e-3
-    lr_clips: float = 1e-2
+    lr_maps: float = 2e-2
+    lr_clips: float = 0.3
     init_power: float = 0.5
     held_out: float = 0.125
     grad_clip: float = 0.0
-    decay: str = "none"
+    decay: str = "cosine"
     window: int = 1
     rounds: ClassVar[bool] = False
 
