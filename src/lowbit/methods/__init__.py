@@ -13,6 +13,7 @@ from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.lowrank import LowRank
+from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.rtn import RTN
 from lowbit.methods.smoothquant import SmoothQuant
 
@@ -22,5 +23,6 @@ METHODS: dict[str, type[Any]] = {
     "awq": AWQ,
     "gptq": GPTQ,
     "affinequant": AffineQuant,
+    "reassemble": Reassemble,
     "lowrank": LowRank,
 }

@@ -1,0 +1,218 @@
+"""Channel reassembly, folded: outlier channels before down_proj are taken apart, and others dropped to make room.
+
+Source: QLLM, Liu et al., ICLR 2024, arXiv 2310.08041, section 3.2. A channel whose largest value exceeds ``theta``
+becomes ``T = ceil(max / theta)`` copies of ``x / T`` that share its weight column; in floating point that changes
+nothing: ``sum_t (x / T) w = x w``. The other channels are then rounded with a step that the outlier no longer sets.
+
+Where the channels are those between up and down, everything folds: gate rows are repeated, up rows repeated and
+divided by ``T`` (fc1's likewise: a ReLU passes the factor through), down columns repeated. To keep the width, as many
+channels are dropped as copies are added, each with the weights' best answer to its absence (optimal brain surgeon):
+with the second moments ``G`` of the inputs, the channel of least ``||w_i||^2 / [G^-1]_ii`` goes and the others become
+``W - W_i [G^-1]_i / [G^-1]_ii``. The paper averages pairs of channels instead, which cannot fold here: a mean of
+products is no product of means.
+
+``theta`` is searched for each layer on a grid, downwards from the largest value (the paper's grid), by the error of
+the layer's own output with the quantizers on; "nothing" is always a candidate, and what is scored is what is applied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.block import Block, Calib, part_of, recorded, run_all
+from lowbit.errors import LowbitError
+from lowbit.family import Edge, Part, Ref, module_of
+from lowbit.methods.rtn import RTN
+from lowbit.methods.statistics import input_moments
+from lowbit.move import rows_of
+from lowbit.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Reassemble:
+    """Disassembly before down_proj, folded into gate, up and down; the graph and its widths stay as they are.
+
+    Attributes:
+        most: largest share of the channels that copies may add (and drops take away).
+        grid: thetas between the largest value and 0, equally spaced.
+        tries: how many different numbers of copies are scored, spread over those that the grid gives.
+        sequences: calibration sequences that score a candidate.
+        damping: share of the mean of the second moments' diagonal that is added to it.
+    """
+
+    most: float = 0.05
+    grid: int = 200
+    tries: int = 8
+    sequences: int = 4
+    damping: float = 0.01
+    rounds: ClassVar[bool] = False
+    corrects: ClassVar[bool] = True
+    passes: ClassVar[int] = 6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.most <= 0.5 or min(self.grid, self.tries, self.sequences) < 1 or self.damping <= 0:
+            raise LowbitError(
+                "reassemble: most must be above 0 and at most 0.5, grid, tries and sequences 1 or more, damping "
+                "above 0"
+            )
+
+    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+        """The block with channels reassembled where that lowers its layer's error."""
+        done, x_fp, x_q = block, calib.x_fp, calib.x_q
+        for i in range(len(block.layers)):
+            layer = part_of(done, i, i + 1)
+            y_fp = run_all(part_of(block, i, i + 1), x_fp, batch=calib.batch)
+            for edge in layer.edges():
+                if edge.kind == "channels" and layer.weight_spec(module_of(edge.dst[0]), scheme) is not None:
+                    layer = self._layer(layer, edge, Calib(x_fp, x_q, y_fp, calib.batch), scheme)
+            rounded = RTN()(layer, calib, scheme)
+            x_fp, x_q = y_fp, run_all(rounded, x_q, rounded.quantized_params(), scheme, batch=calib.batch)
+            params, clips = {**done.params, **layer.params}, {**done.clips, **layer.clips}
+            done = replace(done, params=params, clips=clips, record={**done.record, **layer.record})
+        return done
+
+    def _layer(self, block: Block, edge: Edge, calib: Calib, scheme: Scheme) -> Block:
+        down = module_of(edge.dst[0])
+        moments = input_moments(block, calib.x_fp, [down], ("gram", "peak"), batch=calib.batch)[down]
+        counts = candidate_counts(moments.peak, self.most, self.grid)
+        chosen = [counts[i] for i in torch.linspace(0, len(counts) - 1, min(self.tries, len(counts))).long().tolist()]
+        copies_at = {int((t - 1).sum()): t for t in chosen}
+        plan = DropPlan(block.weight(down), moments.gram, self.damping)
+        best, scores = block, {0: self._score(block, calib, scheme)}
+        for extra, copies in sorted(copies_at.items()):
+            tried = fold(block, edge, *plan.without(extra, copies))
+            scores[extra] = self._score(tried, calib, scheme)
+            if scores[extra] < min(score for count, score in scores.items() if count != extra):
+                best = tried
+        kept = min(scores, key=lambda extra: scores[extra])
+        figures: dict[str, Any] = {"site": down, "copies": kept, "scores": {str(k): v for k, v in scores.items()}}
+        if kept:
+            figures["theta"] = float((moments.peak / copies_at[kept])[copies_at[kept] > 1].max())
+        return replace(best, record=recorded(block, "reassemble", figures))
+
+    def _score(self, block: Block, calib: Calib, scheme: Scheme) -> float:
+        """The rounded layer's error, each token relative to its float output."""
+        some = slice(0, self.sequences)
+        rounded = RTN()(block, calib, scheme)
+        y = run_all(rounded, calib.x_q[some], rounded.quantized_params(), scheme, batch=calib.batch)
+        wanted = calib.y_fp[some].float()
+        power = wanted.square().mean(-1).clamp(min=1e-12)
+        return float(((y.float() - wanted).square().mean(-1) / power).mean())
+
+
+def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:
+    """Numbers of copies ``(channels,)`` for falling thetas, one for each different total; at least one copy is added.
+
+    Args:
+        peak: largest absolute value of each channel.
+        most: largest share of channels that copies may add.
+        grid: thetas between the largest peak and 0.
+
+    >>> [t.tolist() for t in candidate_counts(torch.tensor([4.0, 1.0, 1.0, 1.0]), 0.5, 8)]
+    [[2, 1, 1, 1], [3, 1, 1, 1]]
+    """
+    found: dict[int, Tensor] = {}
+    top = float(peak.max())
+    for step in range(1, grid):
+        theta = top * (1 - step / grid)
+        copies = (peak / theta).ceil().clamp(min=1).long()
+        extra = int((copies - 1).sum())
+        if extra > most * len(peak):
+            break
+        if extra:
+            found.setdefault(extra, copies)
+    return list(found.values())
+
+
+class DropPlan:
+    """Channels that can go, cheapest first, with the weights' answer to each, computed once for all candidates."""
+
+    def __init__(self, weight: Tensor, gram: Tensor, damping: float) -> None:
+        self.weight = weight.double()
+        gram = gram.double()
+        mean = gram.diagonal().mean().clamp(min=1e-30)
+        self.inverse = torch.linalg.inv(
+            gram + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
+
+    def without(self, count: int, copies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The channels in their new order, each one's divisor, and the compensated weight ``(out, channels)``.
+
+        ``count`` channels that are not split go; every split one is there ``copies`` times, at its old place and at
+        those that became free.
+        """
+        weight, inverse = self.weight.clone(), self.inverse.clone()
+        gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
+        split = copies > 1
+        for _ in range(count):
+            cost = weight.square().sum(0) / inverse.diagonal().clamp(min=1e-30)
+            i = int(torch.where(gone | split, torch.inf, cost).argmin())
+            row = inverse[i] / inverse[i, i]
+            weight -= torch.outer(weight[:, i], row)
+            inverse -= torch.outer(inverse[:, i], row)
+            gone[i] = True
+            weight[:, i] = 0
+        idx = torch.arange(len(inverse), device=inverse.device)
+        idx[gone] = idx[split].repeat_interleave(copies[split] - 1)
+        return idx, copies[idx].to(self.weight.dtype), weight.to(torch.float64)
+
+
+def gate_of(block: Block, src: Ref) -> Ref | None:
+    """What multiplies ``src`` before the linear behind it: the other one that reads the same input, if any."""
+    if isinstance(src, Part):
+        return Part(src.module, "gate")
+    group = next(group for group in block.linear_groups() if src in group)
+    others = [name for name in group if name != src]
+    return others[0] if others else None
+
+
+def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor) -> Block:
+    """The block with the channels between ``edge.src`` and its reader in a new order, some of them repeated.
+
+    Args:
+        block: one layer.
+        edge: a ``channels`` edge.
+        idx: for each new channel the old one.
+        divisor: for each new channel the number of its copies.
+        weight: the reader's weight ``(out, channels)``, compensated for what went, in the old order.
+    """
+    params, clips = dict(block.params), dict(block.clips)
+    gate = gate_of(block, edge.src)
+    _gather(block, params, clips, edge.src, idx, divisor)
+    if gate is not None:
+        _gather(block, params, clips, gate, idx, torch.ones_like(divisor))
+    down = module_of(edge.dst[0])
+    params[f"{down}.weight"] = weight[:, idx].to(params[f"{down}.weight"].dtype)
+    if down in clips and clips[down][0].shape[-1] > 1:
+        del clips[down]  # found for groups of channels that are no more
+    return replace(block, params=params, clips=clips)
+
+
+def _gather(
+    block: Block,
+    params: dict[str, Tensor],
+    clips: dict[str, tuple[Tensor, Tensor]],
+    ref: Ref,
+    idx: Tensor,
+    divisor: Tensor,
+) -> None:
+    """Rows of a linear's weight, bias and clips in the new order, weight and bias over ``divisor``."""
+    name = module_of(ref)
+    whole = params[f"{name}.weight"]
+    rows = rows_of(ref, block.heads, whole.shape[0])
+    order = torch.arange(whole.shape[0], device=whole.device)
+    order[rows] = order[rows][idx]
+    scale = torch.ones(whole.shape[0], dtype=torch.float64, device=whole.device)
+    scale[rows] = divisor
+    params[f"{name}.weight"] = (whole[order] / scale[:, None]).to(whole.dtype)
+    if f"{name}.bias" in params:
+        bias = params[f"{name}.bias"]
+        params[f"{name}.bias"] = (bias[order] / scale).to(bias.dtype)
+    if name in clips:
+        low, high = clips[name]
+        if low.shape[0] == whole.shape[0]:
+            clips[name] = (low[order], high[order])

@@ -1,0 +1,187 @@
+"""Channel reassembly: splitting is exact, dropping is the best answer, the search never ends above doing nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowbit.block import Calib, relative_error, run, run_all
+from lowbit.errors import LowbitError
+from lowbit.family import module_of
+from lowbit.methods import RTN
+from lowbit.methods.affinequant import AffineQuant, Trainer
+from lowbit.methods.reassemble import DropPlan, Reassemble, candidate_counts, fold, gate_of
+from lowbit.methods.sites import apply
+from lowbit.methods.statistics import input_moments
+from lowbit.quant import quantize
+from lowbit.scheme import parse_scheme
+from tiny import NAMES, block_of, tiny_model
+
+W4A4 = parse_scheme("w4a4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def case(name, dtype=torch.float32, outlier=0.0):
+    """A layer whose up rows 5 and 9 are ``outlier`` times larger: outlier channels before down."""
+    block, x = block_of(tiny_model(name), 1, dtype=dtype)
+    if outlier:
+        params, up = dict(block.params), channels(block).src
+        key = f"{module_of(up)}.weight"
+        weight = params[key].clone()
+        first = weight.shape[0] // 2 if not isinstance(up, str) else 0
+        weight[[first + 5, first + 9]] *= outlier
+        params[key] = weight
+        block = replace(block, params=params)
+    return block, Calib(x, x, run_all(block, x))
+
+
+def channels(block):
+    return next(edge for edge in block.edges() if edge.kind == "channels")
+
+
+def with_dead_channels(block):
+    """Channels 0 and 1 reach nothing, so dropping them is exact."""
+    down = f"{module_of(channels(block).dst[0])}.weight"
+    weight = block.params[down].clone()
+    weight[:, :2] = 0
+    return replace(block, params={**block.params, down: weight})
+
+
+def split_over_dead_channels(block):
+    """Channel 5 as three copies, two of them at the places of channels 0 and 1."""
+    edge = channels(block)
+    idx = torch.arange(block.weight(module_of(edge.dst[0])).shape[1])
+    idx[:2] = 5
+    divisor = torch.where(idx == 5, 3.0, 1.0).double()
+    return fold(block, edge, idx, divisor, block.weight(module_of(edge.dst[0])).double())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_splitting_a_channel_folds_and_leaves_the_float_function(name):
+    block, calib = case(name, torch.float64)
+    block = with_dead_channels(block)
+    wanted = run(block, calib.x_fp)
+    moved = split_over_dead_channels(block)
+    error = (run(moved, calib.x_fp) - wanted).abs().max() / wanted.abs().max()
+    assert error < (1e-4 if block.family.norm_offset else 1e-12)
+    assert {k: v.shape for k, v in moved.params.items()} == {k: v.shape for k, v in block.params.items()}
+    seen = {}
+    for key, some in (("before", block), ("after", moved)):
+        down = module_of(channels(block).dst[0])
+        run(some, calib.x_fp, taps={down: lambda x, key=key: seen.update({key: x.flatten(0, -2)})})
+    assert torch.allclose(seen["after"][:, [0, 1, 5]], seen["before"][:, [5, 5, 5]] / 3, rtol=1e-4, atol=1e-9)
+
+
+def test_codes_of_split_up_rows_stay_and_only_their_scale_changes():
+    block, _ = case("llama")
+    spec, up = W4A4.weight, channels(block).src
+    moved = split_over_dead_channels(with_dead_channels(block))
+    before, after = (quantize(b.weight(up), RTN()(b, None, W4A4).qweights[up].grid, spec) for b in (block, moved))
+    for row in (0, 1, 5):
+        assert torch.equal(after.codes[row], before.codes[5])
+        assert torch.allclose(after.grid.scale[row], before.grid.scale[5] / 3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama-odd", "phi3", "opt"])
+def test_splitting_composes_with_maps_in_float64(name):
+    block, calib = case(name, torch.float64)
+    block = with_dead_channels(block)
+    wanted = run(block, calib.x_fp)
+    trainer = Trainer(AffineQuant(precision="double"), block, calib, W4A4)
+    trainer.begin(1)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for leaf in (leaf for site in trainer.sites for leaf in site.leaves()):
+            leaf += 0.03 * torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        moved = replace(block, params=apply(block, trainer.sites, trainer.start)[0])
+    done = split_over_dead_channels(moved)
+    assert (run(done, calib.x_fp) - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
+def test_dropping_gives_the_least_squares_answer():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 8, generator=generator, dtype=torch.float64)
+    x[:, 3] = 0.9 * x[:, 1] - 0.4 * x[:, 2] + 0.01 * x[:, 3]
+    weight = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    copies = torch.ones(8, dtype=torch.long)
+    copies[6] = 2
+    idx, divisor, answer = DropPlan(weight, x.T @ x, 1e-12).without(1, copies)
+    gone = int((torch.arange(8) != idx).nonzero())
+    # By brute force: the best single channel to leave out, and the best weights without it.
+    errors = {}
+    for i in set(range(8)) - {6}:
+        kept = [j for j in range(8) if j != i]
+        solved = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution
+        errors[i] = float((x[:, kept] @ solved - x @ weight.T).square().sum())
+    assert gone == min(errors, key=errors.get)
+    assert idx[gone] == 6
+    assert divisor.tolist() == [2.0 if j in (6, gone) else 1.0 for j in range(8)]
+    assert float((x @ answer.T - x @ weight.T).square().sum()) == pytest.approx(errors[gone], rel=1e-6)
+    assert answer[:, gone].abs().max() == 0
+
+
+def test_candidates_are_the_papers_grid_without_repeats():
+    peak = torch.tensor([10.0, 4.0, *[1.0] * 18])
+    found = candidate_counts(peak, 0.5, 100)
+    totals = [int((t - 1).sum()) for t in found]
+    assert totals == sorted(set(totals))
+    assert min(totals) > 0
+    assert max(totals) <= 10
+    for copies in found:
+        theta = float((peak / copies).max())  # some theta gives these copies: every one is ceil(peak / theta)
+        assert (peak / copies <= theta + 1e-6).all()
+    assert candidate_counts(torch.ones(8), 0.5, 100) == []
+
+
+@pytest.mark.parametrize("name", ["llama-odd", "gemma3", "phi3", "opt"])
+def test_outlier_channels_are_split_where_that_helps(name):
+    block, calib = case(name, outlier=30.0)
+    errors = {}
+    for key, some in (("plain", block), ("done", Reassemble(most=0.2)(block, calib, W4A4))):
+        rounded = RTN()(some, calib, W4A4)
+        errors[key] = relative_error(run_all(rounded, calib.x_q, rounded.quantized_params(), W4A4), calib.y_fp)
+    record = Reassemble(most=0.2)(block, calib, W4A4).record[1]["reassemble"]
+    assert record["copies"] > 0
+    assert record["theta"] > 0
+    scores = record["scores"]
+    assert scores[str(record["copies"])] == min(scores.values()) < scores["0"]
+    assert errors["done"] < errors["plain"]
+
+
+def test_nothing_is_done_where_nothing_helps():
+    block, calib = case("llama")
+    scheme = parse_scheme("w8a16")  # activations stay float: splitting cannot help
+    done = Reassemble()(block, calib, scheme)
+    scores = done.record[1]["reassemble"]["scores"]
+    kept = done.record[1]["reassemble"]["copies"]
+    assert scores[str(kept)] == min(scores.values())
+    if kept == 0:
+        assert all(torch.equal(done.params[key], block.params[key]) for key in block.params)
+
+
+def test_clips_follow_their_rows():
+    block, calib = case("llama", outlier=30.0)
+    clipped = AffineQuant(epochs=1)(block, calib, W4A4)
+    edge = channels(block)
+    idx = torch.arange(96)
+    idx[:2] = 5
+    done = fold(clipped, edge, idx, torch.ones(96).double(), clipped.weight(module_of(edge.dst[0])).double())
+    for name in (edge.src, gate_of(block, edge.src)):
+        assert torch.equal(done.clips[name][0][:2], clipped.clips[name][0][[5, 5]])
+    moments = input_moments(done, calib.x_fp, [module_of(edge.dst[0])], ("peak",))
+    assert moments[module_of(edge.dst[0])].peak.shape == (96,)
+
+
+@pytest.mark.parametrize("bad", [{"most": 0.0}, {"most": 0.6}, {"tries": 0}, {"damping": 0.0}])
+def test_options_that_make_no_sense_are_refused(bad):
+    with pytest.raises(LowbitError, match=next(iter(bad))):
+        Reassemble(**bad)
