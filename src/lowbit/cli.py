@@ -207,7 +207,7 @@ def demo(
     if as_json:
         _print_json(found)
         return
-    table = _table("recipe", "scheme", "bits/weight", "size on disk", "perplexity", "seconds")
+    table = _table("recipe", "scheme", "bits", "on disk", "perplexity", "seconds")
     for row in found["rows"]:
         size = f"{row['size_bytes'] / 1e6:.0f} MB"
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
