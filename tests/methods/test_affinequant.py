@@ -335,6 +335,23 @@ def test_clips_follow_the_weights_into_any_rounding_step():
     assert torch.equal(rounded.qweights[linear].grid.scale, grid.scale)
 
 
+def test_a_given_start_takes_scales_and_clips_of_the_step_before():
+    block, calib = case("llama-odd")
+    before = METHODS["awq"]()(block, calib, W3)
+    trainer = Trainer(AffineQuant(start="given"), before, calib, W3)
+    assert all(torch.equal(trainer.start[key], value) for key, value in before.params.items())
+    for name, (low, high) in before.clips.items():
+        found = [logit.sigmoid() for logit in trainer.logits[name]]
+        assert torch.allclose(found[0], low.clamp(max=0.982), atol=1e-5)
+        assert torch.allclose(found[1], high.clamp(max=0.982), atol=1e-5)
+    done = AffineQuant(start="given", epochs=3, held_out=0.0)(before, calib, W3)
+    errors = []
+    for some in (before, done):
+        rounded = RTN()(some, calib, W3)
+        errors.append(relative_error(run_all(rounded, calib.x_q, rounded.quantized_params(), W3), calib.y_fp))
+    assert errors[1] < errors[0]
+
+
 def test_aug_loss_adds_the_error_against_the_float_block_on_the_quantized_input():
     block, calib = case("llama-odd")
     x_q = calib.x_q + 0.1 * torch.randn(calib.x_q.shape, generator=torch.Generator().manual_seed(0))

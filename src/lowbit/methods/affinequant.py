@@ -45,6 +45,7 @@ CHOICES = {
     "dominance": ("enforce", "report", "off"),
     "precision": ("float", "double", "float-double"),
     "loss": ("token", "mse"),
+    "start": ("smooth", "given"),
 }
 CLIP_START = 4.0  # sigmoid(4) = 0.982 of the range, as in OmniQuant
 
@@ -78,7 +79,9 @@ class AffineQuant:
         lr_maps, lr_clips: learning rates of maps and shifts, and of the clipping factors' logits. The papers' 5e-3
             and 1e-2 are for thousands of steps; a quick run has some 80.
         window: consecutive layers that are fitted together, where the recipe's window has more.
-        init_power: how much of the activations' outliers the start moves into the weights.
+        start: ``smooth`` moves SmoothQuant's scale into the block first; ``given`` takes the block as it comes, for
+            use behind a step such as ``awq`` that has moved scales itself.
+        init_power: how much of the activations' outliers a smooth start moves into the weights.
     """
 
     qkv: str = "diagonal"
@@ -102,6 +105,7 @@ class AffineQuant:
     batch: int = 1
     lr_maps: float = 2e-2
     lr_clips: float = 0.3
+    start: str = "smooth"
     init_power: float = 0.5
     held_out: float = 0.125
     grad_clip: float = 0.0
@@ -197,7 +201,10 @@ class Trainer:
             for edge, name in named
             if (choice := getattr(options, name)) != "off"
         ]
-        self.base = start(block, self.sites, calib.x_fp, options.init_power, calib.batch)
+        smooth = options.start == "smooth"
+        self.base = (
+            start(block, self.sites, calib.x_fp, options.init_power, calib.batch) if smooth else dict(block.params)
+        )
         # In float64 the weights are turned into it once, not at every step.
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
         self.logits = self._clip_logits() if options.clip else {}
@@ -214,6 +221,10 @@ class Trainer:
                 weight = self.block.weight(name)
                 shape = (weight.shape[0], spec.groups(weight.shape[1]))
                 low, high = (torch.full(shape, CLIP_START, device=weight.device) for _ in range(2))
+                if name in self.block.clips and self.options.start == "given":
+                    # Those of a step before; just inside of 0 and 1, where the sigmoid still has a slope.
+                    found = (clip.to(weight).expand(shape) for clip in self.block.clips[name])
+                    low, high = (clip.clamp(1e-3, 0.982).logit().clone() for clip in found)
                 logits[name] = (low.requires_grad_(), high.requires_grad_())
         return logits
 
