@@ -344,7 +344,7 @@ def test_a_given_start_takes_scales_and_clips_of_the_step_before():
         found = [logit.sigmoid() for logit in trainer.logits[name]]
         assert torch.allclose(found[0], low.clamp(max=0.982), atol=1e-5)
         assert torch.allclose(found[1], high.clamp(max=0.982), atol=1e-5)
-    done = AffineQuant(start="given", epochs=3, held_out=0.0)(before, calib, W3)
+    done = AffineQuant(start="given", epochs=12, loss="mse", lr_maps=5e-3, lr_clips=0.05)(before, calib, W3)
     errors = []
     for some in (before, done):
         rounded = RTN()(some, calib, W3)
