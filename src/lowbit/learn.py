@@ -98,6 +98,26 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
 
+def loss_unit(wanted: Tensor, loss: str) -> Tensor:
+    """What errors are measured in: the mean square of ``wanted`` ``(sequences, length, hidden)``, as ``(.., .., 1)``.
+
+    ``token``: of each token for itself. ``mse``: of all tokens together, so that the largest decide.
+
+    >>> loss_unit(torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]), "token").flatten().tolist()
+    [1.0, 9.0]
+    >>> loss_unit(torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]), "mse").flatten().tolist()
+    [5.0, 5.0]
+    """
+    power = wanted.float().square().mean(-1, keepdim=True).clamp(min=1e-12)
+    return power if loss == "token" else power.double().mean().float().expand_as(power)
+
+
+def relative_loss(got: Tensor, wanted: Tensor, unit: Tensor) -> Tensor:
+    """The mean over tokens of the squared error in units of ``unit``, in float32 or better."""
+    exact = got if got.dtype == torch.float64 else got.float()
+    return ((exact - wanted).square().mean(-1, keepdim=True) / unit).mean()
+
+
 class Adam:
     """AdamW without decay and with a step counter for each entry, over ``(tensors, learning rate)`` groups."""
 

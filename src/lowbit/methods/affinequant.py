@@ -30,7 +30,7 @@ from torch import Tensor
 from lowbit.block import Block, Calib, part_of, recorded, relative_error, run, run_all
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
-from lowbit.learn import Fitted, Schedule, fit
+from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.rtn import RTN
 from lowbit.methods.sites import SITES, apply, make_site, site_name, start
@@ -209,8 +209,7 @@ class Trainer:
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
         self.logits = self._clip_logits() if options.clip else {}
         self.act_logits = self._act_logits() if options.act_clip else {}
-        power = calib.y_fp.float().square().mean(-1, keepdim=True).clamp(min=1e-12)
-        self.unit = power if options.loss == "token" else power.double().mean().float().expand_as(power)
+        self.unit = loss_unit(calib.y_fp, options.loss)
         self.y_aug = run_all(block, calib.x_q, batch=calib.batch) if options.aug_loss else None
         self.shrunk = 0
 
@@ -276,12 +275,11 @@ class Trainer:
         params, online = self.quantized()
         x = self.calib.x_q[chosen].to(self.run_dtype)
         # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in 32.
-        exact = torch.float64 if self.run_dtype == torch.float64 else torch.float32
-        y = run(replace(self.block, online=online), x, params, self.scheme).to(exact)
-        error = (y - self.calib.y_fp[chosen]).square().mean(-1, keepdim=True)
+        y = run(replace(self.block, online=online), x, params, self.scheme)
+        error = relative_loss(y, self.calib.y_fp[chosen], self.unit[chosen])
         if self.y_aug is not None:
-            error = error + self.options.aug_loss * (y - self.y_aug[chosen]).square().mean(-1, keepdim=True)
-        return (error / self.unit[chosen]).mean()
+            error = error + self.options.aug_loss * relative_loss(y, self.y_aug[chosen], self.unit[chosen])
+        return error
 
     @torch.no_grad()
     def merged(self, fitted: Fitted) -> Block:

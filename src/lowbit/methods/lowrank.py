@@ -22,7 +22,7 @@ from torch import Tensor
 from lowbit.block import Block, Calib, recorded, run
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
-from lowbit.learn import Fitted, Schedule, fit
+from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
 from lowbit.quant import fake_quant, minmax_grid, quantize
 from lowbit.scheme import Scheme
 
@@ -123,8 +123,7 @@ class Correction:
         self.logits = {name: self._logits(name) for name in self.linears} if options.clips else {}
         self.gains = self._gains() if options.norms else {}
         self.power = {name: block.weight(name).square().sum() for name in self.linears}
-        power = calib.y_fp.float().square().mean(-1, keepdim=True).clamp(min=1e-12)
-        self.unit = power if options.loss == "token" else power.double().mean().float().expand_as(power)
+        self.unit = loss_unit(calib.y_fp, options.loss)
 
     def _half(self, rank: int) -> int:
         return max(1, rank // 2)
@@ -196,16 +195,16 @@ class Correction:
 
     def loss(self, chosen: Tensor) -> Tensor:
         """The window's error on the chosen sequences, relative to its float output, and the decay's share."""
-        y = run(self.block, self.calib.x_q[chosen], self.quantized(), self.scheme).float()
-        error = (y - self.calib.y_fp[chosen]).square().mean(-1, keepdim=True) / self.unit[chosen]
+        y = run(self.block, self.calib.x_q[chosen], self.quantized(), self.scheme)
+        error = relative_loss(y, self.calib.y_fp[chosen], self.unit[chosen])
         if not (self.options.weight_decay and torch.is_grad_enabled()):
-            return error.mean()
+            return error
         sizes = [
             change.square().sum() / self.power[name]
             for pair in self.pairs
             for name, change in pair.change(self.rows).items()
         ]
-        return error.mean() + self.options.weight_decay * torch.stack(sizes).mean()
+        return error + self.options.weight_decay * torch.stack(sizes).mean()
 
     @torch.no_grad()
     def merged(self, fitted: Fitted) -> Block:

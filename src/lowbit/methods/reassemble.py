@@ -26,6 +26,7 @@ from torch import Tensor
 from lowbit.block import Block, Calib, part_of, recorded, run_all
 from lowbit.errors import LowbitError
 from lowbit.family import Edge, Part, Ref, module_of
+from lowbit.learn import loss_unit, relative_loss
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import input_moments
 from lowbit.move import rows_of
@@ -99,9 +100,7 @@ class Reassemble:
         some = slice(0, self.sequences)
         rounded = RTN()(block, calib, scheme)
         y = run_all(rounded, calib.x_q[some], rounded.quantized_params(), scheme, batch=calib.batch)
-        wanted = calib.y_fp[some].float()
-        power = wanted.square().mean(-1).clamp(min=1e-12)
-        return float(((y.float() - wanted).square().mean(-1) / power).mean())
+        return float(relative_loss(y, calib.y_fp[some], loss_unit(calib.y_fp[some], "token")))
 
 
 def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:
