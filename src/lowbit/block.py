@@ -40,7 +40,8 @@ class Block:
             groups)``, for the grid that a rounding step will choose.
         qweights: rounded weights by the linear's name; they take the place of ``params`` in the quantized block.
         online: what nothing could absorb, by the module's name; exporters that cannot carry it refuse. For a norm a
-            matrix ``(width, width)`` that its output is multiplied by, ``x @ P``; for a linear the factors ``(low,
+            matrix ``(width, width)`` that its output is multiplied by, ``x @ P``, or ``(2, width)``, index and factor
+            of each channel that is gathered, ``x[idx] * factor``; for a linear the factors ``(low,
             high)`` ``(2,)`` that shrink the ends of its rounded input's ranges.
         notes: what a reader of the report must know: a damping raised, a layer left in float.
         record: figures for the report, plain data by layer index and the step's name: losses, conditions.
@@ -188,12 +189,23 @@ def run(
 
 
 def after_norm(map: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A forward hook that multiplies a norm's output by an online map ``(width, width)``."""
+    """A forward hook that applies an online map to a norm's output; see ``apply_online``."""
 
     def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return out @ map.to(out.dtype)
+        return apply_online(out, map)
 
     return hook
+
+
+def apply_online(x: Tensor, map: Tensor) -> Tensor:
+    """A norm's output ``(..., width)`` through a matrix ``(width, width)`` or a gather ``(2, width)``.
+
+    >>> apply_online(torch.tensor([8.0, 1.0]), torch.tensor([[0.0, 0.0], [0.5, 0.5]])).tolist()
+    [4.0, 4.0]
+    """
+    if map.shape[0] == 2:
+        return x[..., map[0].long()] * map[1].to(x.dtype)
+    return x @ map.to(x.dtype)
 
 
 class _Seen(Exception):

@@ -85,7 +85,7 @@ def _online(out: Path, layers: int) -> dict[str, int]:
 def _why_not(plan: Plan, online: Mapping[str, int]) -> str | None:
     """Why stock ``transformers`` does not run the result."""
     maps = sum(values > 2 for values in online.values())
-    beside = [f"{maps} matrices after norms"] * bool(maps)
+    beside = [f"maps after {maps} norms"] * bool(maps)
     beside += [f"learned clipping before {len(online) - maps} linears"] * (len(online) > maps)
     if not beside:
         return plan.stock

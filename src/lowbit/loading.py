@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowbit.attention import attention_name
+from lowbit.block import apply_online
 from lowbit.checkpoint import Checkpoint
 from lowbit.checks import building, check_tensors, refuse_foreign_quantization
 from lowbit.errors import LowbitError
@@ -59,9 +60,11 @@ def load(
     for index, layer in enumerate(model.get_submodule(family.blocks)):
         for name, value in read_online(checkpoint, family, layer, index).items():
             # A buffer follows the model to another device; it is no part of what the library would save.
-            layer.get_submodule(name).register_buffer("online", value.to(device, dtype), persistent=False)
+            layer.get_submodule(name).register_buffer("online", value.to(device), persistent=False)
             if value.ndim == 2:
-                layer.get_submodule(name).register_forward_hook(lambda module, args, out: out @ module.online)
+                layer.get_submodule(name).register_forward_hook(
+                    lambda module, args, out: apply_online(out, module.online)
+                )
     if scheme is not None and scheme.act is not None:
         for name in specs:
             if name != family.embed:
@@ -84,7 +87,7 @@ def _round_inputs(linear: nn.Module, spec: QuantSpec) -> None:
     """Round what a linear reads; a run may have learned factors on the ends of every token's range."""
 
     def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        low, high = module.online if hasattr(module, "online") else (1.0, 1.0)
+        low, high = module.online.to(args[0].dtype) if hasattr(module, "online") else (1.0, 1.0)
         return (fake_quant_tokens(args[0], spec, low, high), *args[1:])
 
     linear.register_forward_pre_hook(hook)

@@ -200,17 +200,17 @@ def read_online(checkpoint: Checkpoint, family: Family, layer: nn.Module, index:
             continue
         name = full.removeprefix(prefix).removesuffix(ONLINE)
         value = checkpoint.read([full], torch.float32)[full]
-        if name in norms:
-            width = layer.get_parameter(f"{name}.weight").shape[0]
-            wanted: tuple[int, ...] = (width, width)
-        elif name in linears:
-            wanted = (2,)
-        else:
+        width = layer.get_parameter(f"{name}.weight").shape[0] if name in norms else 0
+        wanted = [(width, width), (2, width)] if width else [(2,)]
+        if name not in norms and name not in linears:
             raise LowbitError(f"{checkpoint.folder} has a tensor '{full}' that no module can have: it is broken")
-        if tuple(value.shape) != wanted:
+        if tuple(value.shape) not in wanted:
+            allowed = " or ".join(map(str, wanted))
             raise LowbitError(
-                f"'{full}' in {checkpoint.folder} is {tuple(value.shape)}; {wanted} is expected: the folder is broken"
+                f"'{full}' in {checkpoint.folder} is {tuple(value.shape)}; {allowed} is expected: it is broken"
             )
+        if width > 2 and value.shape[0] == 2 and not bool(((value[0] >= 0) & (value[0] < width)).all()):
+            raise LowbitError(f"'{full}' in {checkpoint.folder} names channels that are not there: it is broken")
         out[name] = value
     return out
 

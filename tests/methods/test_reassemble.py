@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import lowbit
 from lowbit.block import Calib, relative_error, run, run_all
 from lowbit.errors import LowbitError
 from lowbit.family import module_of
@@ -16,9 +17,13 @@ from lowbit.methods.reassemble import DropPlan, Reassemble, candidate_counts, fo
 from lowbit.methods.sites import apply
 from lowbit.methods.statistics import input_moments
 from lowbit.quant import quantize
+from lowbit.recipe import Recipe
 from lowbit.scheme import parse_scheme
-from tiny import NAMES, block_of, tiny_model
+from lowbit.stream import StreamedModel
+from test_runner import quantized
+from tiny import NAMES, block_of, save_tiny, tiny_ids, tiny_model
 
+LINEARS = [f"0.self_attn.{n}_proj" for n in "qkvo"] + [f"0.mlp.{n}_proj" for n in ("gate", "up", "down")]
 W4A4 = parse_scheme("w4a4")
 
 
@@ -46,6 +51,10 @@ def case(name, dtype=torch.float32, outlier=0.0):
 
 def channels(block):
     return next(edge for edge in block.edges() if edge.kind == "channels")
+
+
+def down_of(block):
+    return module_of(channels(block).dst[0])
 
 
 def with_dead_channels(block):
@@ -107,6 +116,51 @@ def test_splitting_composes_with_maps_in_float64(name):
     assert (run(done, calib.x_fp) - wanted).abs().max() < 1e-10 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("name", ["llama-odd", "gemma3", "phi3", "opt"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_splitting_after_a_norm_is_a_gather_that_leaves_the_float_function(dense, name):
+    block, calib = case(name, torch.float64)
+    edge = next(edge for edge in block.edges() if edge.kind == "norm")
+    norm, readers = module_of(edge.src), [module_of(dst) for dst in edge.dst]
+    params = dict(block.params)
+    for reader in readers:  # channels 0 and 1 reach nothing
+        params[f"{reader}.weight"] = params[f"{reader}.weight"].clone()
+        params[f"{reader}.weight"][:, :2] = 0
+    block = replace(block, params=params)
+    wanted = run(block, calib.x_fp)
+    if dense:  # a matrix runs there already, one that keeps to channels 2 and up
+        generator = torch.Generator().manual_seed(0)
+        a = torch.eye(64, dtype=torch.float64)
+        a[2:, 2:] += 0.02 * torch.randn(62, 62, generator=generator, dtype=torch.float64)
+        moved = {f"{reader}.weight": params[f"{reader}.weight"] @ a.mT for reader in readers}
+        block = replace(block, params={**params, **moved}, online={norm: torch.linalg.inv(a)})
+    idx = torch.arange(64)
+    idx[:2] = 5
+    divisor = torch.where(idx == 5, 3.0, 1.0).double()
+    done = fold(block, edge, idx, divisor, torch.cat([block.weight(reader) for reader in readers]))
+    assert done.online[norm].shape == ((64, 64) if dense else (2, 64))
+    error = (run(done, calib.x_fp) - wanted).abs().max() / wanted.abs().max()
+    assert error < (1e-4 if block.family.norm_offset else 1e-7)  # the factor 1/3 is stored in float32
+    assert {k: v.shape for k, v in done.params.items()} == {k: v.shape for k, v in block.params.items()}
+
+
+def test_reassembly_everywhere_reaches_every_reader_of_the_folder(tmp_path):
+    save_tiny(tmp_path / "m", "llama-odd")
+    steps = (("reassemble", Reassemble(sites="all", most=0.3)), ("rtn", RTN()))
+    made = quantized(tmp_path / "m", tmp_path / "out", "w4a4", Recipe("r", steps))
+    gathers = [name for name in made.manifest["online"] if name.endswith("norm")]
+    assert gathers
+    assert f"maps after {len(gathers)} norms stay online" in made.manifest["transformers"]["why_not"]
+    ids = tiny_ids()
+    simulated = torch.cat([logits for _, logits in StreamedModel(tmp_path / "out").logits(ids)])
+    loaded = lowbit.load(tmp_path / "out")(ids, use_cache=False).logits.detach()
+    assert float((loaded - simulated).abs().max() / simulated.abs().max()) < 1e-5
+    plain = quantized(tmp_path / "m", tmp_path / "plain", "w4a4").manifest
+    weights = sum(StreamedModel(tmp_path / "m").block(0).weight(n).numel() * 3 for n in LINEARS)
+    more = 32 * 2 * 64 * len(gathers) / weights
+    assert made.bits_per_weight == pytest.approx(plain["bits_per_weight"] + more)
+
+
 def test_dropping_gives_the_least_squares_answer():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 8, generator=generator, dtype=torch.float64)
@@ -149,7 +203,7 @@ def test_outlier_channels_are_split_where_that_helps(name):
     for key, some in (("plain", block), ("done", Reassemble(most=0.2)(block, calib, W4A4))):
         rounded = RTN()(some, calib, W4A4)
         errors[key] = relative_error(run_all(rounded, calib.x_q, rounded.quantized_params(), W4A4), calib.y_fp)
-    record = Reassemble(most=0.2)(block, calib, W4A4).record[1]["reassemble"]
+    record = Reassemble(most=0.2)(block, calib, W4A4).record[1]["reassemble"][down_of(block)]
     assert record["copies"] > 0
     assert record["theta"] > 0
     scores = record["scores"]
@@ -161,8 +215,8 @@ def test_nothing_is_done_where_nothing_helps():
     block, calib = case("llama")
     scheme = parse_scheme("w8a16")  # activations stay float: splitting cannot help
     done = Reassemble()(block, calib, scheme)
-    scores = done.record[1]["reassemble"]["scores"]
-    kept = done.record[1]["reassemble"]["copies"]
+    scores = done.record[1]["reassemble"][down_of(block)]["scores"]
+    kept = done.record[1]["reassemble"][down_of(block)]["copies"]
     assert scores[str(kept)] == min(scores.values())
     if kept == 0:
         assert all(torch.equal(done.params[key], block.params[key]) for key in block.params)
@@ -181,7 +235,7 @@ def test_clips_follow_their_rows():
     assert moments[module_of(edge.dst[0])].peak.shape == (96,)
 
 
-@pytest.mark.parametrize("bad", [{"most": 0.0}, {"most": 0.6}, {"tries": 0}, {"damping": 0.0}])
+@pytest.mark.parametrize("bad", [{"sites": "up"}, {"most": 0.0}, {"most": 0.6}, {"tries": 0}, {"damping": 0.0}])
 def test_options_that_make_no_sense_are_refused(bad):
     with pytest.raises(LowbitError, match=next(iter(bad))):
         Reassemble(**bad)

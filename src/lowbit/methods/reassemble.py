@@ -1,4 +1,4 @@
-"""Channel reassembly, folded: outlier channels before down_proj are taken apart, and others dropped to make room.
+"""Channel reassembly: outlier channels before a linear are taken apart, and others dropped to make room for them.
 
 Source: QLLM, Liu et al., ICLR 2024, arXiv 2310.08041, section 3.2. A channel whose largest value exceeds ``theta``
 becomes ``T = ceil(max / theta)`` copies of ``x / T`` that share its weight column; in floating point that changes
@@ -10,6 +10,9 @@ channels are dropped as copies are added, each with the weights' best answer to 
 with the second moments ``G`` of the inputs, the channel of least ``||w_i||^2 / [G^-1]_ii`` goes and the others become
 ``W - W_i [G^-1]_i / [G^-1]_ii``. The paper averages pairs of channels instead, which cannot fold here: a mean of
 products is no product of means.
+
+After a norm (``sites: all``) nothing takes up the new order, since the residual stream is everyone's: the norm's
+output is gathered, ``x[idx] / T``, which stays online. The norm itself is over the original channels.
 
 ``theta`` is searched for each layer on a grid, downwards from the largest value (the paper's grid), by the error of
 the layer's own output with the quantizers on; "nothing" is always a candidate, and what is scored is what is applied.
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lowbit.block import Block, Calib, part_of, recorded, run_all
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, unknown
 from lowbit.family import Edge, Part, Ref, module_of
 from lowbit.learn import loss_unit, relative_loss
 from lowbit.methods.rtn import RTN
@@ -35,9 +38,11 @@ from lowbit.scheme import Scheme
 
 @dataclass(frozen=True)
 class Reassemble:
-    """Disassembly before down_proj, folded into gate, up and down; the graph and its widths stay as they are.
+    """Disassembly of outlier channels at unchanged widths.
 
     Attributes:
+        sites: ``down``: before down_proj, folded into gate, up and down, so that the graph stays as it is; ``all``:
+            also after the norms, where a gather stays online.
         most: largest share of the channels that copies may add (and drops take away).
         grid: thetas between the largest value and 0, equally spaced.
         tries: how many different numbers of copies are scored, spread over those that the grid gives.
@@ -45,6 +50,7 @@ class Reassemble:
         damping: share of the mean of the second moments' diagonal that is added to it.
     """
 
+    sites: str = "down"
     most: float = 0.05
     grid: int = 200
     tries: int = 8
@@ -55,6 +61,8 @@ class Reassemble:
     passes: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
+        if self.sites not in ("down", "all"):
+            raise unknown("reassemble.sites", self.sites, ("down", "all"))
         if not 0 < self.most <= 0.5 or min(self.grid, self.tries, self.sequences) < 1 or self.damping <= 0:
             raise LowbitError(
                 "reassemble: most must be above 0 and at most 0.5, grid, tries and sequences 1 or more, damping "
@@ -68,21 +76,28 @@ class Reassemble:
             layer = part_of(done, i, i + 1)
             y_fp = run_all(part_of(block, i, i + 1), x_fp, batch=calib.batch)
             for edge in layer.edges():
-                if edge.kind == "channels" and layer.weight_spec(module_of(edge.dst[0]), scheme) is not None:
+                here = edge.kind == "channels" or (edge.kind == "norm" and self.sites == "all")
+                if here and all(layer.weight_spec(module_of(dst), scheme) is not None for dst in edge.dst):
                     layer = self._layer(layer, edge, Calib(x_fp, x_q, y_fp, calib.batch), scheme)
             rounded = RTN()(layer, calib, scheme)
             x_fp, x_q = y_fp, run_all(rounded, x_q, rounded.quantized_params(), scheme, batch=calib.batch)
-            params, clips = {**done.params, **layer.params}, {**done.clips, **layer.clips}
-            done = replace(done, params=params, clips=clips, record={**done.record, **layer.record})
+            others = {name: clip for name, clip in done.clips.items() if not name.startswith(f"{layer.start}.")}
+            done = replace(
+                done,
+                params={**done.params, **layer.params},
+                clips={**others, **layer.clips},
+                online={**done.online, **layer.online},
+                record={**done.record, **layer.record},
+            )
         return done
 
     def _layer(self, block: Block, edge: Edge, calib: Calib, scheme: Scheme) -> Block:
-        down = module_of(edge.dst[0])
-        moments = input_moments(block, calib.x_fp, [down], ("gram", "peak"), batch=calib.batch)[down]
+        readers = [module_of(dst) for dst in edge.dst]
+        moments = input_moments(block, calib.x_fp, readers[:1], ("gram", "peak"), batch=calib.batch)[readers[0]]
         counts = candidate_counts(moments.peak, self.most, self.grid)
         chosen = [counts[i] for i in torch.linspace(0, len(counts) - 1, min(self.tries, len(counts))).long().tolist()]
         copies_at = {int((t - 1).sum()): t for t in chosen}
-        plan = DropPlan(block.weight(down), moments.gram, self.damping)
+        plan = DropPlan(torch.cat([block.weight(name) for name in readers]), moments.gram, self.damping)
         best, scores = block, {0: self._score(block, calib, scheme)}
         for extra, copies in sorted(copies_at.items()):
             tried = fold(block, edge, *plan.without(extra, copies))
@@ -90,10 +105,11 @@ class Reassemble:
             if scores[extra] < min(score for count, score in scores.items() if count != extra):
                 best = tried
         kept = min(scores, key=lambda extra: scores[extra])
-        figures: dict[str, Any] = {"site": down, "copies": kept, "scores": {str(k): v for k, v in scores.items()}}
+        figures: dict[str, Any] = {"copies": kept, "scores": {str(k): v for k, v in scores.items()}}
         if kept:
             figures["theta"] = float((moments.peak / copies_at[kept])[copies_at[kept] > 1].max())
-        return replace(best, record=recorded(block, "reassemble", figures))
+        before = block.record.get(block.start, {}).get("reassemble", {})
+        return replace(best, record=recorded(block, "reassemble", {**before, readers[0]: figures}))
 
     def _score(self, block: Block, calib: Calib, scheme: Scheme) -> float:
         """The rounded layer's error, each token relative to its float output."""
@@ -170,25 +186,40 @@ def gate_of(block: Block, src: Ref) -> Ref | None:
 
 
 def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor) -> Block:
-    """The block with the channels between ``edge.src`` and its reader in a new order, some of them repeated.
+    """The block with the channels between ``edge.src`` and its readers in a new order, some of them repeated.
 
     Args:
         block: one layer.
-        edge: a ``channels`` edge.
+        edge: a ``channels`` edge, which folds, or a ``norm`` edge, where a gather stays online.
         idx: for each new channel the old one.
         divisor: for each new channel the number of its copies.
-        weight: the reader's weight ``(out, channels)``, compensated for what went, in the old order.
+        weight: the readers' weights ``(out, channels)``, one below the other, compensated for what went, in the old
+            order.
     """
-    params, clips = dict(block.params), dict(block.clips)
-    gate = gate_of(block, edge.src)
-    _gather(block, params, clips, edge.src, idx, divisor)
-    if gate is not None:
-        _gather(block, params, clips, gate, idx, torch.ones_like(divisor))
-    down = module_of(edge.dst[0])
-    params[f"{down}.weight"] = weight[:, idx].to(params[f"{down}.weight"].dtype)
-    if down in clips and clips[down][0].shape[-1] > 1:
-        del clips[down]  # found for groups of channels that are no more
-    return replace(block, params=params, clips=clips)
+    params, clips, online = dict(block.params), dict(block.clips), dict(block.online)
+    if edge.kind == "norm":
+        online[module_of(edge.src)] = gather_after(online.get(module_of(edge.src)), idx, divisor)
+    else:
+        gate = gate_of(block, edge.src)
+        _gather(block, params, clips, edge.src, idx, divisor)
+        if gate is not None:
+            _gather(block, params, clips, gate, idx, torch.ones_like(divisor))
+    readers = [module_of(dst) for dst in edge.dst]
+    rows = [block.weight(name).shape[0] for name in readers]
+    for name, part in zip(readers, weight[:, idx].split(rows), strict=True):
+        params[f"{name}.weight"] = part.to(params[f"{name}.weight"].dtype).contiguous()
+        if name in clips and clips[name][0].shape[-1] > 1:
+            del clips[name]  # found for groups of channels that are no more
+    return replace(block, params=params, clips=clips, online=online)
+
+
+def gather_after(map: Tensor | None, idx: Tensor, divisor: Tensor) -> Tensor:
+    """What runs after a norm: index and factor ``(2, width)``, or the matrix that ran there with its columns so."""
+    if map is None:
+        return torch.stack([idx.to(torch.float32), (1 / divisor).float()])
+    if map.shape[0] == 2:
+        raise LowbitError("reassemble: the channels after this norm are reassembled already; leave one such step out")
+    return (map[:, idx] / divisor.to(map)).contiguous()
 
 
 def _gather(
