@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 import lowbit
+from lowbit.api import DEFAULTS
 from lowbit.errors import LowbitError
 from lowbit.methods import METHODS
 from lowbit.methods.awq import AWQ
@@ -318,3 +320,19 @@ def test_stability_factors_of_published_rows():
         "llama-2-13b-w2a16": 1.0,
     }.items():
         assert dict(load_recipe(f"paper/affinequant-{name}").steps)["affinequant"].stability == wanted, name
+
+
+def test_the_page_on_recipes_says_what_is_there():
+    page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    named = set(re.findall(r"--recipe (paper/\S+)", page))
+    assert named
+    assert named <= set(recipe_names())
+    models, schemes = (
+        re.findall(pattern, page) for pattern in (r"`((?:opt|llama)-[\w.-]+)`", r"`(w\da\d+(?:g\d+)?)`")
+    )
+    assert {name.rpartition("-")[0] for name in published()} == set(models)
+    assert {name.rpartition("-")[2] for name in published()} <= set(schemes)
+    defaults = dict(re.findall(r"^\| `(\w+)` \| `?([\w-]+)`? \|$", page, re.M))
+    assert defaults == {key: str(value) for key, value in DEFAULTS.items()}
+    example = page.partition("```yaml\n")[2].partition("```")[0]
+    assert recipe_from_dict(yaml.safe_load(example), "mine").run["scheme"] == "w3a16-asym"
