@@ -228,6 +228,21 @@ def test_settings_and_overrides_reach_the_run(model, tmp_path, command):
     assert "lm_head" in made["quantized"]
 
 
+def test_effort_reaches_the_run_and_a_setting_is_exact(model, tmp_path, command):
+    (tmp_path / "mine.yaml").write_text("steps: [{affinequant: {epochs: 3}}, rtn]\nrun: {effort: paper, seed: 5}\n")
+    cases = [([], 3), (["--effort", "quick"], 1), (["--effort", "quick", "--set", "affinequant.epochs=2"], 2)]
+    for i, (more, wanted) in enumerate(cases):
+        given = arguments(model, tmp_path / f"{i}", "--recipe", str(tmp_path / "mine.yaml"), *more)
+        assert command(*given)[0] == 0
+        made = manifest(tmp_path / f"{i}")
+        assert made["recipe"]["steps"][0]["affinequant"]["epochs"] == wanted
+        assert made["identity"]["seed"] == 5
+    code, out, err = command(*arguments(model, tmp_path / "no", "--effort", "quik"))
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "unknown effort 'quik': did you mean 'quick'? Known: normal, paper, quick" in err
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_recipe_and_a_scheme_from_files_are_those_by_options(model, tmp_path, command):
     (tmp_path / "mine.yaml").write_text("steps:\n- gptq: {damping: 0.05}\n")
     (tmp_path / "formats.yaml").write_text("scheme: w4a16g16-sym\noverrides: {'*.down_proj': w8}\n")
