@@ -43,7 +43,8 @@ class Block:
             matrix ``(width, width)`` that its output is multiplied by, ``x @ P``, or ``(2, width)``, index and factor
             of each channel that is gathered, ``x[idx] * factor``, or ``(3, width)``, where the third row has for each
             old channel the new one that it is added to before the factor, or -1; for a linear the factors ``(low,
-            high)`` ``(2,)`` that shrink the ends of its rounded input's ranges.
+            high)`` ``(2,)`` that shrink the ends of its rounded input's ranges, and behind them, if any, the offsets
+            of its channels ``(in,)``, in steps.
         notes: what a reader of the report must know: a damping raised, a layer left in float.
         record: figures for the report, plain data by layer index and the step's name: losses, conditions.
     """
@@ -272,8 +273,7 @@ def _hooks(
             ) -> tuple[Any, ...] | None:
                 x = args[0]
                 if spec is not None and ends is not None:
-                    low, high = ends.to(x.dtype)
-                    x = fake_quant_tokens(x, spec, low, high)
+                    x = rounded_input(x, spec, ends)
                 elif spec is not None:
                     if "x" not in cache or cache["x"][0] is not x:
                         cache["x"] = (x, fake_quant_tokens(x, spec))
@@ -283,6 +283,12 @@ def _hooks(
                 return (x, *args[1:])
 
             yield name, hook
+
+
+def rounded_input(x: Tensor, spec: QuantSpec, online: Tensor) -> Tensor:
+    """A linear's input ``(..., in)`` rounded with what stays online before it: see ``Block.online``."""
+    online = online.to(x.dtype)
+    return fake_quant_tokens(x, spec, online[0], online[1], online[2:] if len(online) > 2 else None)
 
 
 @torch.no_grad()

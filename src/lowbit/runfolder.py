@@ -201,7 +201,9 @@ def read_online(checkpoint: Checkpoint, family: Family, layer: nn.Module, index:
         name = full.removeprefix(prefix).removesuffix(ONLINE)
         value = checkpoint.read([full], torch.float32)[full]
         width = layer.get_parameter(f"{name}.weight").shape[0] if name in norms else 0
-        wanted = [(width, width), (2, width), (3, width)] if width else [(2,)]
+        wanted: list[tuple[int, ...]] = [(width, width), (2, width), (3, width)] if width else [(2,)]
+        if name in linears:
+            wanted.append((2 + layer.get_parameter(f"{name}.weight").shape[1],))
         if name not in norms and name not in linears:
             raise LowbitError(f"{checkpoint.folder} has a tensor '{full}' that no module can have: it is broken")
         if tuple(value.shape) not in wanted:
@@ -231,7 +233,8 @@ def refuse_online(manifest: Mapping[str, Any], target: str) -> None:
     if online := manifest["online"]:
         raise LowbitError(
             f"{target} cannot carry what this run left online ({len(online)} tensors, {online[0]} first): quantize "
-            "again with diagonal maps after norms (qkv and mlp) and without act_clip"
+            "again with diagonal maps after norms (qkv and mlp), without act_clip, and with reassemble.sites 'down' "
+            "and without offsets 'both'"
         )
 
 

@@ -33,6 +33,7 @@ from lowbit.family import Edge, Part, Ref, module_of
 from lowbit.learn import loss_unit, relative_loss
 from lowbit.methods.assembly import MergePlan, as_matrix, check_assembly
 from lowbit.methods.gptq import GRAMS
+from lowbit.methods.offsets import OFFSETS, with_offsets
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import input_moments
 from lowbit.move import rows_of
@@ -61,6 +62,8 @@ class Reassemble:
             so a channel matters where it stands out in its token; one massive token decides the absolute maxima of
             channels that are small everywhere else, and their copies are wasted.
         tokens: ``even`` weighs every token alike when channels are dropped, ``all`` by its square.
+        offsets: copies round to different codes: ``none``, ``weights`` (folded) or ``both``, where one constant for
+            each channel of the linears' inputs stays online; see ``offsets.py``.
     """
 
     sites: str = "down"
@@ -72,6 +75,7 @@ class Reassemble:
     damping: float = 0.01
     peaks: str = "relative"
     tokens: str = "even"
+    offsets: str = "none"
     rounds: ClassVar[bool] = False
     corrects: ClassVar[bool] = True
     passes: ClassVar[int] = 6
@@ -84,6 +88,8 @@ class Reassemble:
             raise unknown("reassemble.peaks", self.peaks, tuple(PEAKS))
         if self.tokens not in GRAMS:
             raise unknown("reassemble.tokens", self.tokens, tuple(GRAMS))
+        if self.offsets not in OFFSETS:
+            raise unknown("reassemble.offsets", self.offsets, OFFSETS)
         if not 0 < self.most <= 0.5 or min(self.grid, self.tries, self.sequences) < 1 or self.damping <= 0:
             raise LowbitError(
                 "reassemble: most must be above 0 and at most 0.5, grid, tries and sequences 1 or more, damping "
@@ -129,7 +135,8 @@ class Reassemble:
         for extra, copies in sorted(copies_at.items()):
             if isinstance(plan, MergePlan) and extra > plan.most:
                 break
-            tried = fold(block, edge, *plan.without(extra, copies))
+            made = plan.without(extra, copies)
+            tried = with_offsets(fold(block, edge, *made), readers, made[0], copies, scheme, self.offsets)
             scores[extra] = self._score(tried, calib, scheme)
             if scores[extra] < min(score for count, score in scores.items() if count != extra):
                 best = tried
