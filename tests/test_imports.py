@@ -26,6 +26,8 @@ MAY = {
     "family": {"errors"},
     "families": {"errors", "family", "families"},
     "attention": {"errors", "quant"},
+    "fused": set(),
+    "triton_norm": {"errors", "fused"},
     "checkpoint": {"errors"},
     "packing": {"errors", "quant", "scheme"},
     "block": {"errors", "attention", "family", "quant", "scheme"},

@@ -20,6 +20,7 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.checks import building, check_tensors, refuse_foreign_quantization
 from lowbit.errors import LowbitError
 from lowbit.families import family_of
+from lowbit.fused import gathered_norm
 from lowbit.quant import QuantSpec, fake_quant_tokens
 from lowbit.runfolder import dequantized, manifest_of, manifest_specs, read_online
 from lowbit.source import load_config
@@ -59,6 +60,10 @@ def load(
         raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, '{missing[0]}' among them")
     for index, layer in enumerate(model.get_submodule(family.blocks)):
         for name, value in read_online(checkpoint, family, layer, index).items():
+            norm = layer.get_submodule(name)
+            if value.ndim == 2 and (fused := gathered_norm(norm, family.norm_offset, value.to(device))):
+                layer.set_submodule(name, fused)
+                continue
             # A buffer follows the model to another device; it is no part of what the library would save.
             layer.get_submodule(name).register_buffer("online", value.to(device), persistent=False)
             if value.ndim == 2:
