@@ -148,7 +148,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
-    from lowbit.demo import generate_text
+    from lowbit.generating import generate_text
     from lowbit.source import resolve
 
     if tokens < 1:
