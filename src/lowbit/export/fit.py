@@ -107,7 +107,10 @@ def _specs() -> Iterator[QuantSpec]:
 
 def _schemes(given: Scheme) -> Iterator[Scheme]:
     """Schemes that a person could have meant instead, with the given overrides."""
-    for weight in {*_specs(), *(QuantSpec(b, given.weight.group_size, s) for b in range(2, 9) for s in (True, False))}:
+    for weight in {
+        *_specs(),
+        *(QuantSpec(b, given.weight.group_size, s) for b in range(2, 9) for s in (True, False)),
+    }:
         for bits in (4, 6, 8, 16):
             act = None if bits == 16 else QuantSpec(bits, None, weight.symmetric)
             for kv in {given.kv, None}:

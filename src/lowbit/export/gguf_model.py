@@ -129,8 +129,8 @@ def model_metadata(config: Any, name: str) -> dict[str, Any]:
 def rope_factors(config: Any) -> Tensor | None:
     """What each rotary frequency is divided by under Llama 3's scaling, float32 ``(head_dim / 2,)``; else ``None``.
 
-    With ``wave = 2 pi / f``, ``L`` the length trained on: 1 where ``wave < L / high``, ``factor`` where ``wave > L / low``,
-    and between them ``1 / ((1 - s) / factor + s)`` with ``s = (L / wave - low) / (high - low)``.
+    With ``wave = 2 pi / f``, ``L`` the length trained on: 1 where ``wave < L / high``, ``factor`` where
+    ``wave > L / low``, and between them ``1 / ((1 - s) / factor + s)`` with ``s = (L / wave - low) / (high - low)``.
     https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling)
     """
     full, _ = ropes(config)
@@ -142,5 +142,7 @@ def rope_factors(config: Any) -> Tensor | None:
     for i in range(dim // 2):
         wave = 2 * math.pi * float(full["rope_theta"]) ** (2 * i / dim)
         smooth = (length / wave - low) / (high - low)
-        out.append(1.0 if wave < length / high else factor if wave > length / low else 1 / ((1 - smooth) / factor + smooth))
+        out.append(
+            1.0 if wave < length / high else factor if wave > length / low else 1 / ((1 - smooth) / factor + smooth)
+        )
     return torch.tensor(out, dtype=torch.float32)
