@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from lowbit.block import Block, Calib, grid_of
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, unknown
 from lowbit.methods.statistics import input_moments
 from lowbit.quant import Grid, QTensor, QuantSpec
 from lowbit.scheme import Scheme
+
+GRAMS = {"all": "gram", "even": "even_gram"}  # which second moments
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,20 @@ class GPTQ:
         damping: share of the mean of the Hessian's diagonal that is added to it.
         act_order: round the columns with the strongest inputs first.
         block_size: columns whose updates to the rest are gathered into one product.
+        tokens: ``all`` sums the error over tokens as they are (the paper); ``even`` divides each token by its root
+            mean square first, so that a few tokens with massive activations do not decide alone.
     """
 
     damping: float = 0.01
     act_order: bool = True
     block_size: int = 128
+    tokens: str = "all"
     rounds: ClassVar[bool] = True
     passes: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
+        if self.tokens not in GRAMS:
+            raise unknown("gptq.tokens", self.tokens, tuple(GRAMS))
         if self.damping <= 0 or self.block_size < 1:
             raise LowbitError(
                 f"gptq: damping {self.damping:g} and block_size {self.block_size} given; allowed: > 0 and >= 1"
@@ -59,8 +66,9 @@ class GPTQ:
             if not wanted:
                 continue
             params = block.quantized_params()
-            moments = input_moments(block, calib.x_q, [group[0]], ("gram",), params, scheme, calib.batch)
-            block = self._round(block, wanted, moments[group[0]].gram, scheme)
+            kind = GRAMS[self.tokens]
+            moments = input_moments(block, calib.x_q, [group[0]], (kind,), params, scheme, calib.batch)
+            block = self._round(block, wanted, getattr(moments[group[0]], kind), scheme)
         return block
 
     def _round(self, block: Block, linears: list[str], gram: Tensor, scheme: Scheme) -> Block:

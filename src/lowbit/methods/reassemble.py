@@ -30,10 +30,13 @@ from lowbit.block import Block, Calib, part_of, recorded, run_all
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import Edge, Part, Ref, module_of
 from lowbit.learn import loss_unit, relative_loss
+from lowbit.methods.gptq import GRAMS
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import input_moments
 from lowbit.move import rows_of
 from lowbit.scheme import Scheme
+
+PEAKS = {"absolute": "peak", "relative": "crest"}  # which moments
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Reassemble:
         tries: how many different numbers of copies are scored, spread over those that the grid gives.
         sequences: calibration sequences that score a candidate.
         damping: share of the mean of the second moments' diagonal that is added to it.
+        peaks: what is compared with theta. ``absolute``: each channel's largest value, the paper's. ``relative``:
+            the eighth-power mean of the values over their tokens' root mean squares. Ranges are found for each token,
+            so a channel matters where it stands out in its token; one massive token decides the absolute maxima of
+            channels that are small everywhere else, and their copies are wasted.
+        tokens: ``even`` weighs every token alike when channels are dropped, ``all`` by its square.
     """
 
     sites: str = "down"
@@ -56,6 +64,8 @@ class Reassemble:
     tries: int = 8
     sequences: int = 4
     damping: float = 0.01
+    peaks: str = "relative"
+    tokens: str = "even"
     rounds: ClassVar[bool] = False
     corrects: ClassVar[bool] = True
     passes: ClassVar[int] = 6
@@ -63,6 +73,10 @@ class Reassemble:
     def __post_init__(self) -> None:
         if self.sites not in ("down", "all"):
             raise unknown("reassemble.sites", self.sites, ("down", "all"))
+        if self.peaks not in PEAKS:
+            raise unknown("reassemble.peaks", self.peaks, tuple(PEAKS))
+        if self.tokens not in GRAMS:
+            raise unknown("reassemble.tokens", self.tokens, tuple(GRAMS))
         if not 0 < self.most <= 0.5 or min(self.grid, self.tries, self.sequences) < 1 or self.damping <= 0:
             raise LowbitError(
                 "reassemble: most must be above 0 and at most 0.5, grid, tries and sequences 1 or more, damping "
@@ -93,11 +107,16 @@ class Reassemble:
 
     def _layer(self, block: Block, edge: Edge, calib: Calib, scheme: Scheme) -> Block:
         readers = [module_of(dst) for dst in edge.dst]
-        moments = input_moments(block, calib.x_fp, readers[:1], ("gram", "peak"), batch=calib.batch)[readers[0]]
-        counts = candidate_counts(moments.peak, self.most, self.grid)
+        want = (GRAMS[self.tokens], PEAKS[self.peaks])
+        moments = input_moments(block, calib.x_fp, readers[:1], want, batch=calib.batch)[readers[0]]
+        peak = moments.peak if self.peaks == "absolute" else (moments.crest / moments.tokens).pow(1 / 8)
+        counts = candidate_counts(peak, self.most, self.grid)
         chosen = [counts[i] for i in torch.linspace(0, len(counts) - 1, min(self.tries, len(counts))).long().tolist()]
         copies_at = {int((t - 1).sum()): t for t in chosen}
-        plan = DropPlan(torch.cat([block.weight(name) for name in readers]), moments.gram, self.damping)
+        weight = torch.cat([block.weight(name) for name in readers])
+        # Those that the largest candidate splits are never dropped: then the candidates' drops are one sequence.
+        keep = chosen[-1] > 1 if chosen else torch.zeros(len(peak), dtype=torch.bool, device=peak.device)
+        plan = DropPlan(weight, getattr(moments, GRAMS[self.tokens]), self.damping, keep)
         best, scores = block, {0: self._score(block, calib, scheme)}
         for extra, copies in sorted(copies_at.items()):
             tried = fold(block, edge, *plan.without(extra, copies))
@@ -107,7 +126,7 @@ class Reassemble:
         kept = min(scores, key=lambda extra: scores[extra])
         figures: dict[str, Any] = {"copies": kept, "scores": {str(k): v for k, v in scores.items()}}
         if kept:
-            figures["theta"] = float((moments.peak / copies_at[kept])[copies_at[kept] > 1].max())
+            figures["theta"] = float((peak / copies_at[kept])[copies_at[kept] > 1].max())
         before = block.record.get(block.start, {}).get("reassemble", {})
         return replace(best, record=recorded(block, "reassemble", {**before, readers[0]: figures}))
 
@@ -144,36 +163,52 @@ def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:
 
 
 class DropPlan:
-    """Channels that can go, cheapest first, with the weights' answer to each, computed once for all candidates."""
+    """Channels that can go, cheapest first, with the weights' answer to each.
 
-    def __init__(self, weight: Tensor, gram: Tensor, damping: float) -> None:
-        self.weight = weight.double()
+    One sequence of drops serves all candidates, taken in the order of their numbers of copies.
+
+    Attributes:
+        weight: ``(out, channels)`` float64, compensated for what has gone.
+        inverse: of the damped second moments, downdated, ``(channels, channels)`` float64.
+        order: channels that have gone, in order.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, damping: float, keep: Tensor) -> None:
+        """``keep`` ``(channels,)`` marks channels that never go."""
+        self.weight, self.keep = weight.double(), keep
         gram = gram.double()
         mean = gram.diagonal().mean().clamp(min=1e-30)
         self.inverse = torch.linalg.inv(
             gram + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         )
+        self.order: list[int] = []
 
     def without(self, count: int, copies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The channels in their new order, each one's divisor, and the compensated weight ``(out, channels)``.
 
-        ``count`` channels that are not split go; every split one is there ``copies`` times, at its old place and at
-        those that became free.
+        ``count`` channels go, no fewer than at the call before; every split one is there ``copies`` times, at its old
+        place and at those that became free.
         """
-        weight, inverse = self.weight.clone(), self.inverse.clone()
-        gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
+        while len(self.order) < count:
+            self._drop()
+        gone = torch.zeros(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
+        gone[self.order] = True
         split = copies > 1
-        for _ in range(count):
-            cost = weight.square().sum(0) / inverse.diagonal().clamp(min=1e-30)
-            i = int(torch.where(gone | split, torch.inf, cost).argmin())
-            row = inverse[i] / inverse[i, i]
-            weight -= torch.outer(weight[:, i], row)
-            inverse -= torch.outer(inverse[:, i], row)
-            gone[i] = True
-            weight[:, i] = 0
-        idx = torch.arange(len(inverse), device=inverse.device)
+        idx = torch.arange(len(self.inverse), device=self.inverse.device)
         idx[gone] = idx[split].repeat_interleave(copies[split] - 1)
-        return idx, copies[idx].to(self.weight.dtype), weight.to(torch.float64)
+        return idx, copies[idx].to(self.weight.dtype), self.weight.clone()
+
+    def _drop(self) -> None:
+        """The channel of least ``||w_i||^2 / [G^-1]_ii`` goes; the others make up for it (optimal brain surgeon)."""
+        cost = self.weight.square().sum(0) / self.inverse.diagonal().clamp(min=1e-30)
+        cost[self.keep] = torch.inf
+        cost[self.order] = torch.inf
+        i = int(cost.argmin())
+        row = self.inverse[i] / self.inverse[i, i]
+        self.weight -= torch.outer(self.weight[:, i], row)
+        self.inverse -= torch.outer(self.inverse[:, i], row)
+        self.weight[:, i] = 0
+        self.order.append(i)
 
 
 def gate_of(block: Block, src: Ref) -> Ref | None:

@@ -18,8 +18,12 @@ class Moments:
 
     Attributes:
         gram: ``sum x x^T`` ``(in, in)``.
+        even_gram: the same of ``x / rms(x)``: every token counts alike, where in ``gram`` a few with massive
+            activations can outweigh all others.
         magnitude: ``sum |x|`` ``(in,)``.
         peak: ``max |x|`` ``(in,)``.
+        crest: ``sum (|x| / rms(x))^8`` ``(in,)``: how often, and how far, a channel stands out in its token. The
+            eighth root of the mean lies between a mean and a maximum, and no single token decides it.
         tokens: how many.
 
     All but ``peak`` are sums, so that several processes can each hold a share.
@@ -27,7 +31,9 @@ class Moments:
 
     want: tuple[str, ...]
     gram: Tensor = field(default_factory=lambda: torch.zeros(()))
+    even_gram: Tensor = field(default_factory=lambda: torch.zeros(()))
     magnitude: Tensor = field(default_factory=lambda: torch.zeros(()))
+    crest: Tensor = field(default_factory=lambda: torch.zeros(()))
     peak: Tensor = field(default_factory=lambda: torch.zeros(()))
     tokens: int = 0
 
@@ -40,6 +46,12 @@ class Moments:
             self.magnitude = self.magnitude + rows.abs().sum(0)
         if "peak" in self.want:
             self.peak = torch.maximum(self.peak.to(rows.device), rows.abs().amax(0))
+        if "even_gram" in self.want or "crest" in self.want:
+            even = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+            if "even_gram" in self.want:
+                self.even_gram = self.even_gram + even.T @ even
+            if "crest" in self.want:
+                self.crest = self.crest + even.pow(8).sum(0)
         self.tokens += rows.shape[0]
 
 
@@ -54,7 +66,7 @@ def input_moments(
 ) -> dict[str, Moments]:
     """Moments of the named linears' inputs while ``block`` runs over ``x``; see ``block.run`` for the rest.
 
-    ``want`` names what to gather: ``gram``, ``magnitude``, ``peak``.
+    ``want`` names what to gather: fields of ``Moments``.
     """
     moments = {name: Moments(want) for name in linears}
     observe(block, x, {name: m.add for name, m in moments.items()}, params, scheme, batch)
