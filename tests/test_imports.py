@@ -36,7 +36,7 @@ MAY = {
     "skeleton": {"errors", "block", "families", "quant"},
     "evaluate": {"errors", "progress", "evaluate"},
     "report": {"errors", "progress", "report"},
-    "export": {"errors", "progress", "quant", "packing", "checkpoint", "scheme", "runfolder", "export"},
+    "export": {"errors", "progress", "quant", "packing", "checkpoint", "scheme", "runfolder", "source", "export"},
     "data": {"errors", "progress", "wheels"},
     "wheels": {"errors", "progress"},
     "gguf_source": {"errors", "progress", "checkpoint"},
@@ -46,6 +46,7 @@ MAY = {
 ONLY = {
     "runner": {"api"},
     "api": {"__init__", "cli", "demo"},
+    "exporting": {"__init__", "cli"},
     "demo": {"cli"},
     "inspecting": {"cli"},
     "cli": {"__main__"},

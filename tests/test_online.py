@@ -149,8 +149,9 @@ def test_a_run_with_online_maps_that_was_stopped_gives_the_same_bytes(tmp_path, 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("input_layernorm", (64, 63), r"\(64, 63\); \(64, 64\) or \(2, 64\) is expected"),
-        ("mlp.down_proj", (3,), r"\(2,\) is expected"),
+        ("input_layernorm", (64, 63), r"\(64, 63\); \(64, 64\) or \(2, 64\) or \(3, 64\) is expected"),
+        ("input_layernorm", (3, 64), "names channels that are not there"),
+        ("mlp.down_proj", (3,), r"\(2,\) or \(98,\) is expected"),
         ("mlp.act_fn", (2,), "no module can have"),
     ],
 )
@@ -160,7 +161,7 @@ def test_a_broken_online_tensor_is_one_line(name, shape, message, tmp_path):
     shard = Checkpoint(tmp_path / "out", [block_file(1)])
     tensors = {key: shard.read([key])[key] for key in shard.names}
     added = f"model.layers.1.{name}.online"
-    write_tensors(tmp_path / "out" / block_file(1), {**tensors, added: torch.ones(shape)})
+    write_tensors(tmp_path / "out" / block_file(1), {**tensors, added: torch.full(shape, 1.5)})
     index = read_json(tmp_path / "out/model.safetensors.index.json")
     index["weight_map"][added] = block_file(1)
     write_json(tmp_path / "out/model.safetensors.index.json", index)

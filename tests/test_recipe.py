@@ -51,7 +51,18 @@ def test_every_recipe_of_the_package_loads_ends_in_rounding_and_survives_the_rou
 
 def test_what_is_written_down_names_every_option():
     assert recipe_to_dict(load_recipe("gptq")) == {
-        "steps": [{"gptq": {"damping": 0.01, "act_order": True, "block_size": 128}}],
+        "steps": [
+            {
+                "gptq": {
+                    "damping": 0.01,
+                    "act_order": True,
+                    "block_size": 128,
+                    "tokens": "even",
+                    "target": "weights",
+                    "pull": 0.1,
+                }
+            }
+        ],
         "window": 1,
     }
 
@@ -336,3 +347,52 @@ def test_the_page_on_recipes_says_what_is_there():
     assert defaults == {key: str(value) for key, value in DEFAULTS.items()}
     example = page.partition("```yaml\n")[2].partition("```")[0]
     assert recipe_from_dict(yaml.safe_load(example), "mine").run["scheme"] == "w3a16-asym"
+
+
+QLLM_MODELS = [f"llama-{model}" for model in ("1-7b", "1-13b", "1-30b", "1-65b", "2-7b", "2-13b", "2-70b")]
+QLLM_SCHEMES = {"w4a4": "w4a4kv4-asym", "w4a8": "w4a8kv8-asym", "w6a6": "w6a6-asym"}
+QLLM_SLOW = {"llama-2-7b-w4a4", "llama-2-7b-w4a8", "llama-2-13b-w6a6", *(f"llama-2-70b-{s}" for s in QLLM_SCHEMES)}
+
+
+def test_every_published_row_of_qllm_is_a_recipe():
+    names = {f"paper/qllm-{model}-{scheme}" for model in QLLM_MODELS for scheme in QLLM_SCHEMES}
+    assert {name for name in recipe_names() if "/qllm-" in name} == names
+
+
+@pytest.mark.parametrize("scheme", QLLM_SCHEMES)
+@pytest.mark.parametrize("model", QLLM_MODELS)
+def test_recipes_of_qllms_rows(model, scheme):
+    recipe = load_recipe(f"paper/qllm-{model}-{scheme}")
+    assert [name for name, _ in recipe.steps] == ["reassemble", "lowrank", "rtn"]
+    split, correction = recipe.steps[0][1], recipe.steps[1][1]
+    assert (recipe.window, correction.rank, correction.epochs, correction.batch) == (4, 4, 10, 1)
+    assert (split.sites, split.assembly, split.peaks, split.tokens) == ("all", "bipartite", "absolute", "all")
+    assert (split.most, split.offsets) == (0.2, "none")
+    assert correction.lr == (1e-4 if f"{model}-{scheme}" in QLLM_SLOW else 5e-4)
+    assert (correction.loss, correction.clips, correction.norms, correction.held_out) == ("mse", False, False, 0.0)
+    assert recipe.run["scheme"] == QLLM_SCHEMES[scheme]
+    parse_scheme(recipe.run["scheme"])
+    assert (recipe.run["data"], recipe.run["samples"], recipe.run["length"], recipe.run["seed"]) == (
+        "wikitext2",
+        128,
+        2048,
+        2,
+    )
+    folder = Path(lowbit.__file__).parent / "recipes/paper"
+    written = yaml.safe_load((folder / f"qllm-{model}-{scheme}.yaml").read_text())["steps"]
+    assert {"most", "grid", "tries", "sequences", "peaks", "tokens", "assembly"} <= set(written[0]["reassemble"])
+    tuned = {"lr", "loss", "clips", "epochs", "batch", "decay", "weight_decay", "held_out", "grad_clip", "ranks"}
+    assert tuned <= set(written[1]["lowrank"])
+
+
+def test_the_page_on_qllm_names_every_row():
+    page = (Path(__file__).parent.parent / "docs/qllm.md").read_text()
+    assert set(re.findall(r"--recipe (paper/\S+)", page)) <= set(recipe_names())
+    assert all(f"`{model}`" in page for model in QLLM_MODELS)
+
+
+def test_a_bare_off_is_a_word_on_the_command_line_and_in_yaml():
+    recipe = with_settings(load_recipe("affinequant"), ["affinequant.qkv=off"])
+    assert dict(recipe.steps)["affinequant"].qkv == "off"
+    recipe = recipe_from_dict(yaml.safe_load("steps: [affinequant: {channels: off}, rtn]"), "mine")
+    assert dict(recipe.steps)["affinequant"].channels == "off"

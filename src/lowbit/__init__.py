@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowbit.api import Evaluated, Quantized, evaluate, quantize
     from lowbit.errors import LowbitError
+    from lowbit.export.verify import Verified
+    from lowbit.exporting import Exported, export, verify
     from lowbit.loading import load
     from lowbit.quant import Grid, QTensor, QuantSpec
     from lowbit.recipe import Recipe, load_recipe
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Evaluated",
+    "Exported",
     "Grid",
     "LowbitError",
     "QTensor",
@@ -31,16 +34,21 @@ __all__ = [
     "Quantized",
     "Recipe",
     "Scheme",
+    "Verified",
     "evaluate",
+    "export",
     "load",
     "load_recipe",
     "parse_scheme",
     "quantize",
+    "verify",
 ]
 
 _MODULES = {
     "api": ("Evaluated", "Quantized", "evaluate", "quantize"),
     "errors": ("LowbitError",),
+    "export.verify": ("Verified",),
+    "exporting": ("Exported", "export", "verify"),
     "loading": ("load",),
     "quant": ("Grid", "QTensor", "QuantSpec"),
     "recipe": ("Recipe", "load_recipe"),

@@ -41,8 +41,10 @@ class Block:
         qweights: rounded weights by the linear's name; they take the place of ``params`` in the quantized block.
         online: what nothing could absorb, by the module's name; exporters that cannot carry it refuse. For a norm a
             matrix ``(width, width)`` that its output is multiplied by, ``x @ P``, or ``(2, width)``, index and factor
-            of each channel that is gathered, ``x[idx] * factor``; for a linear the factors ``(low,
-            high)`` ``(2,)`` that shrink the ends of its rounded input's ranges.
+            of each channel that is gathered, ``x[idx] * factor``, or ``(3, width)``, where the third row has for each
+            old channel the new one that it is added to before the factor, or -1; for a linear the factors ``(low,
+            high)`` ``(2,)`` that shrink the ends of its rounded input's ranges, and behind them, if any, the offsets
+            of its channels ``(in,)``, in steps.
         notes: what a reader of the report must know: a damping raised, a layer left in float.
         record: figures for the report, plain data by layer index and the step's name: losses, conditions.
     """
@@ -198,14 +200,21 @@ def after_norm(map: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
 
 
 def apply_online(x: Tensor, map: Tensor) -> Tensor:
-    """A norm's output ``(..., width)`` through a matrix ``(width, width)`` or a gather ``(2, width)``.
+    """A norm's output ``(..., width)`` through a matrix ``(width, width)`` or a gather ``(2 or 3, width)``.
 
     >>> apply_online(torch.tensor([8.0, 1.0]), torch.tensor([[0.0, 0.0], [0.5, 0.5]])).tolist()
     [4.0, 4.0]
+    >>> map = torch.tensor([[3.0, 1, 2, 3], [0.5, 0.5, 1.0, 0.5], [1, -1, -1, -1]])
+    >>> apply_online(torch.tensor([2.0, 4.0, 5.0, 8.0]), map).tolist()
+    [4.0, 3.0, 5.0, 4.0]
     """
-    if map.shape[0] == 2:
-        return x[..., map[0].long()] * map[1].to(x.dtype)
-    return x @ map.to(x.dtype)
+    if map.shape[0] not in (2, 3):
+        return x @ map.to(x.dtype)
+    out = x[..., map[0].long()]
+    if map.shape[0] == 3:
+        gone = torch.nonzero(map[2] >= 0).flatten()
+        out = out.index_add(-1, map[2, gone].long(), x[..., gone])
+    return out * map[1].to(x.dtype)
 
 
 class _Seen(Exception):
@@ -264,8 +273,7 @@ def _hooks(
             ) -> tuple[Any, ...] | None:
                 x = args[0]
                 if spec is not None and ends is not None:
-                    low, high = ends.to(x.dtype)
-                    x = fake_quant_tokens(x, spec, low, high)
+                    x = rounded_input(x, spec, ends)
                 elif spec is not None:
                     if "x" not in cache or cache["x"][0] is not x:
                         cache["x"] = (x, fake_quant_tokens(x, spec))
@@ -275,6 +283,12 @@ def _hooks(
                 return (x, *args[1:])
 
             yield name, hook
+
+
+def rounded_input(x: Tensor, spec: QuantSpec, online: Tensor) -> Tensor:
+    """A linear's input ``(..., in)`` rounded with what stays online before it: see ``Block.online``."""
+    online = online.to(x.dtype)
+    return fake_quant_tokens(x, spec, online[0], online[1], online[2:] if len(online) > 2 else None)
 
 
 @torch.no_grad()

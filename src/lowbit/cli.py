@@ -1,4 +1,4 @@
-"""The command line: ``lowbit quantize | evaluate | generate | inspect | demo``.
+"""The command line: ``lowbit quantize | evaluate | export | verify | generate | inspect | demo``.
 
 Results go to standard output, everything else to standard error. A mistake ends in one line and exit code 2.
 """
@@ -140,6 +140,52 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp).")],
+    out: Annotated[Path | None, typer.Option(help="What to write; by default beside the run folder.")] = None,
+    embeddings: Annotated[str, typer.Option(help="Float matrices: auto (loses nothing), f32, f16, q8_0.")] = "auto",
+    pre: Annotated[str | None, typer.Option(help="llama.cpp's name of the tokenizer's splitting.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a finished run in a runtime's format, rounding nothing again."""
+    from lowbit.exporting import export as write
+
+    made = write(run, to, out, embeddings, pre)
+    for warning in made.warnings:
+        say(f"warning: {warning}")
+    if as_json:
+        _print_json({**asdict(made), "out": str(made.out)})
+    else:
+        print(f"{made.out}: {made.target}, {made.size_bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    files: Annotated[list[Path], typer.Argument(help="What 'lowbit export' wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Compare exports with their run, every value bit for bit; exit code 1 if anything differs."""
+    from lowbit.exporting import verify as compare
+
+    found = compare(run, files)
+    if as_json:
+        _print_json([{**asdict(one), "ok": one.ok} for one in found])
+    else:
+        table = _table("file", "format", "tensors", "exact", "max difference")
+        for one in found:
+            row = (one.target, str(one.tensors), str(one.exact), f"{one.max_difference:.3g}")
+            table.add_row(Text(Path(one.path).name), *row)
+        Console().print(table)
+    for one in found:
+        if not one.ok:
+            say(f"{one.path} differs: {', '.join([*one.differs, *one.other, *filter(None, [one.unreadable])][:5])}")
+    if not all(one.ok for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
@@ -250,10 +296,10 @@ def _as_json(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def guarded(run: Callable[[], None]) -> int:
+def guarded(run: Callable[[], int | None]) -> int:
     """Run a command; a person's mistake becomes one line on standard error and exit code 2."""
     try:
-        run()
+        return run() or 0
     except LowbitError as error:
         return _refused(str(error))
     except UsageError as error:
@@ -271,7 +317,6 @@ def guarded(run: Callable[[], None]) -> int:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # the latter is torch's
             raise
         return _refused(f"out of memory: {str(error)[:200]}; give fewer --samples or a shorter --length")
-    return 0
 
 
 def _refused(message: str) -> int:
@@ -282,7 +327,7 @@ def _refused(message: str) -> int:
 def call(arguments: Sequence[str]) -> int:
     """The ``lowbit`` command with these arguments; gives its exit code."""
 
-    def run() -> None:
+    def run() -> int:
         # Not standalone: there typer would print a box of several lines about a wrong option.
         try:
             code = app(list(arguments) or ["--help"], prog_name="lowbit", standalone_mode=False)
@@ -290,6 +335,7 @@ def call(arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt from error
         if code == 130:  # how newer versions of typer tell of a KeyboardInterrupt
             raise KeyboardInterrupt
+        return int(code) if isinstance(code, int) else 0
 
     return guarded(run)
 

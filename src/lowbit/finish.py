@@ -84,9 +84,11 @@ def _online(out: Path, layers: int) -> dict[str, int]:
 
 def _why_not(plan: Plan, online: Mapping[str, int]) -> str | None:
     """Why stock ``transformers`` does not run the result."""
-    maps = sum(values > 2 for values in online.values())
+    linears = [values for name, values in online.items() if name in plan.specs]
+    maps, clips = len(online) - len(linears), sum(values == 2 for values in linears)
     beside = [f"maps after {maps} norms"] * bool(maps)
-    beside += [f"learned clipping before {len(online) - maps} linears"] * (len(online) > maps)
+    beside += [f"learned clipping before {clips} linears"] * bool(clips)
+    beside += [f"rounding offsets before {len(linears) - clips} linears"] * (len(linears) > clips)
     if not beside:
         return plan.stock
     why = f"{' and '.join(beside)} stay online"

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowbit.attention import attention_name
-from lowbit.block import apply_online
+from lowbit.block import apply_online, rounded_input
 from lowbit.checkpoint import Checkpoint
 from lowbit.checks import building, check_tensors, refuse_foreign_quantization
 from lowbit.errors import LowbitError
@@ -84,10 +84,11 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 def _round_inputs(linear: nn.Module, spec: QuantSpec) -> None:
-    """Round what a linear reads; a run may have learned factors on the ends of every token's range."""
+    """Round what a linear reads; a run may have left factors on the ends of ranges, or offsets, before it."""
 
     def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        low, high = module.online.to(args[0].dtype) if hasattr(module, "online") else (1.0, 1.0)
-        return (fake_quant_tokens(args[0], spec, low, high), *args[1:])
+        if hasattr(module, "online"):
+            return (rounded_input(args[0], spec, module.online), *args[1:])
+        return (fake_quant_tokens(args[0], spec), *args[1:])
 
     linear.register_forward_pre_hook(hook)

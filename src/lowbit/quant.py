@@ -212,7 +212,13 @@ def quantize(weight: Tensor, grid: Grid, spec: QuantSpec) -> QTensor:
     return QTensor(codes, Grid(grid.scale.detach(), grid.zero.detach()), spec)
 
 
-def fake_quant_tokens(x: Tensor, spec: QuantSpec, low: Tensor | float = 1.0, high: Tensor | float = 1.0) -> Tensor:
+def fake_quant_tokens(
+    x: Tensor,
+    spec: QuantSpec,
+    low: Tensor | float = 1.0,
+    high: Tensor | float = 1.0,
+    offset: Tensor | None = None,
+) -> Tensor:
     """Activations rounded on the fly, one range for each vector along the last axis (a token, or token and head).
 
     The operations and their order are those of ``compressed-tensors`` 0.20 for ``strategy: token, dynamic:
@@ -221,7 +227,8 @@ def fake_quant_tokens(x: Tensor, spec: QuantSpec, low: Tensor | float = 1.0, hig
     ties differently, and then logits would differ from what runs. The scale is not stored anywhere, so it keeps
     the compute dtype. Gradients pass straight through the rounding and reach the range.
 
-    ``low`` and ``high`` shrink the ends of every range; what lies beyond is clipped. No stock runtime does this.
+    ``low`` and ``high`` shrink the ends of every range; what lies beyond is clipped. ``offset``
+    is added before rounding, in steps, one for each channel ``(width,)``. No stock runtime does either.
 
     >>> fake_quant_tokens(torch.tensor([[0.0, 1.0, 2.0, 3.1]]), QuantSpec(2, symmetric=False)).tolist()
     [[0.0, 1.0333333015441895, 2.066666603088379, 3.0999999046325684]]
@@ -233,12 +240,14 @@ def fake_quant_tokens(x: Tensor, spec: QuantSpec, low: Tensor | float = 1.0, hig
     if spec.symmetric:
         scale = torch.maximum(bottom.abs(), top.abs()) / (spec.levels / 2)
         scale = torch.where(scale == 0, eps, scale)
-        return round_ste((x / scale).clamp(code_min, code_max)) * scale
+        steps = x / scale if offset is None else x / scale + offset
+        return round_ste(steps.clamp(code_min, code_max)) * scale
     scale = (top - bottom) / spec.levels
     # An all-zero vector has scale 0; any positive scale then gives zeros, and eps is what the library takes.
     scale = torch.where(scale == 0, eps, scale)
     zero = round_ste((code_min - bottom / scale).clamp(code_min, code_max))
-    return (round_ste((x / scale + zero).clamp(code_min, code_max)) - zero) * scale
+    steps = x / scale if offset is None else x / scale + offset
+    return (round_ste((steps + zero).clamp(code_min, code_max)) - zero) * scale
 
 
 def _group(x: Tensor, spec: QuantSpec) -> Tensor:

@@ -201,7 +201,9 @@ def read_online(checkpoint: Checkpoint, family: Family, layer: nn.Module, index:
         name = full.removeprefix(prefix).removesuffix(ONLINE)
         value = checkpoint.read([full], torch.float32)[full]
         width = layer.get_parameter(f"{name}.weight").shape[0] if name in norms else 0
-        wanted = [(width, width), (2, width)] if width else [(2,)]
+        wanted: list[tuple[int, ...]] = [(width, width), (2, width), (3, width)] if width else [(2,)]
+        if name in linears:
+            wanted.append((2 + layer.get_parameter(f"{name}.weight").shape[1],))
         if name not in norms and name not in linears:
             raise LowbitError(f"{checkpoint.folder} has a tensor '{full}' that no module can have: it is broken")
         if tuple(value.shape) not in wanted:
@@ -209,10 +211,21 @@ def read_online(checkpoint: Checkpoint, family: Family, layer: nn.Module, index:
             raise LowbitError(
                 f"'{full}' in {checkpoint.folder} is {tuple(value.shape)}; {allowed} is expected: it is broken"
             )
-        if width > 2 and value.shape[0] == 2 and not bool(((value[0] >= 0) & (value[0] < width)).all()):
+        if value.ndim == 2 and value.shape[0] < width and not _channels_are_there(value):
             raise LowbitError(f"'{full}' in {checkpoint.folder} names channels that are not there: it is broken")
         out[name] = value
     return out
+
+
+def _channels_are_there(gather: Tensor) -> bool:
+    """Row 0 names channels, row 2, if any, channels or -1."""
+    width = gather.shape[1]
+    whole = bool((gather[[0, *range(2, len(gather))]].frac() == 0).all())
+    return whole and all(
+        bool(((gather[row] >= least) & (gather[row] < width)).all())
+        for row, least in ((0, 0), (2, -1))
+        if row < len(gather)
+    )
 
 
 def refuse_online(manifest: Mapping[str, Any], target: str) -> None:
@@ -220,7 +233,8 @@ def refuse_online(manifest: Mapping[str, Any], target: str) -> None:
     if online := manifest["online"]:
         raise LowbitError(
             f"{target} cannot carry what this run left online ({len(online)} tensors, {online[0]} first): quantize "
-            "again with diagonal maps after norms (qkv and mlp) and without act_clip"
+            "again with diagonal maps after norms (qkv and mlp), without act_clip, and with reassemble.sites 'down' "
+            "and without offsets 'both'"
         )
 
 

@@ -12,7 +12,8 @@ with the second moments ``G`` of the inputs, the channel of least ``||w_i||^2 / 
 products is no product of means.
 
 After a norm (``sites: all``) nothing takes up the new order, since the residual stream is everyone's: the norm's
-output is gathered, ``x[idx] / T``, which stays online. The norm itself is over the original channels.
+output is gathered, ``x[idx] / T``, which stays online. The norm itself is over the original channels. There the
+paper's assembly is possible too: see ``assembly.py``.
 
 ``theta`` is searched for each layer on a grid, downwards from the largest value (the paper's grid), by the error of
 the layer's own output with the quantizers on; "nothing" is always a candidate, and what is scored is what is applied.
@@ -30,12 +31,15 @@ from lowbit.block import Block, Calib, part_of, recorded, run_all
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import Edge, Part, Ref, module_of
 from lowbit.learn import loss_unit, relative_loss
+from lowbit.methods.assembly import MergePlan, as_matrix, check_assembly
 from lowbit.methods.gptq import GRAMS
+from lowbit.methods.offsets import OFFSETS, with_offsets
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import input_moments
 from lowbit.move import rows_of
 from lowbit.scheme import Scheme
 
+SITES = {"down": ("channels",), "norms": ("norm",), "all": ("channels", "norm")}  # which kinds of edge
 PEAKS = {"absolute": "peak", "relative": "crest"}  # which moments
 
 
@@ -44,8 +48,10 @@ class Reassemble:
     """Disassembly of outlier channels at unchanged widths.
 
     Attributes:
-        sites: ``down``: before down_proj, folded into gate, up and down, so that the graph stays as it is; ``all``:
-            also after the norms, where a gather stays online.
+        sites: ``down``: before down_proj, folded into gate, up and down, so that the graph stays as it is; ``norms``:
+            after the norms, where a gather stays online; ``all``: both.
+        assembly: how room is made after norms: ``drop`` with compensation, or merging by ``bipartite`` matching (the
+            paper's) or ``one-to-one``. Before down_proj channels are always dropped; the record says which it was.
         most: largest share of the channels that copies may add (and drops take away).
         grid: thetas between the largest value and 0, equally spaced.
         tries: how many different numbers of copies are scored, spread over those that the grid gives.
@@ -56,9 +62,12 @@ class Reassemble:
             so a channel matters where it stands out in its token; one massive token decides the absolute maxima of
             channels that are small everywhere else, and their copies are wasted.
         tokens: ``even`` weighs every token alike when channels are dropped, ``all`` by its square.
+        offsets: copies round to different codes: ``none``, ``weights`` (folded) or ``both``, where one constant for
+            each channel of the linears' inputs stays online; see ``offsets.py``.
     """
 
     sites: str = "down"
+    assembly: str = "drop"
     most: float = 0.05
     grid: int = 200
     tries: int = 8
@@ -66,17 +75,21 @@ class Reassemble:
     damping: float = 0.01
     peaks: str = "relative"
     tokens: str = "even"
+    offsets: str = "none"
     rounds: ClassVar[bool] = False
     corrects: ClassVar[bool] = True
     passes: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
-        if self.sites not in ("down", "all"):
-            raise unknown("reassemble.sites", self.sites, ("down", "all"))
+        if self.sites not in SITES:
+            raise unknown("reassemble.sites", self.sites, tuple(SITES))
+        check_assembly(self.assembly, self.sites)
         if self.peaks not in PEAKS:
             raise unknown("reassemble.peaks", self.peaks, tuple(PEAKS))
         if self.tokens not in GRAMS:
             raise unknown("reassemble.tokens", self.tokens, tuple(GRAMS))
+        if self.offsets not in OFFSETS:
+            raise unknown("reassemble.offsets", self.offsets, OFFSETS)
         if not 0 < self.most <= 0.5 or min(self.grid, self.tries, self.sequences) < 1 or self.damping <= 0:
             raise LowbitError(
                 "reassemble: most must be above 0 and at most 0.5, grid, tries and sequences 1 or more, damping "
@@ -90,7 +103,7 @@ class Reassemble:
             layer = part_of(done, i, i + 1)
             y_fp = run_all(part_of(block, i, i + 1), x_fp, batch=calib.batch)
             for edge in layer.edges():
-                here = edge.kind == "channels" or (edge.kind == "norm" and self.sites == "all")
+                here = edge.kind in SITES[self.sites]
                 if here and all(layer.weight_spec(module_of(dst), scheme) is not None for dst in edge.dst):
                     layer = self._layer(layer, edge, Calib(x_fp, x_q, y_fp, calib.batch), scheme)
             rounded = RTN()(layer, calib, scheme)
@@ -116,19 +129,29 @@ class Reassemble:
         weight = torch.cat([block.weight(name) for name in readers])
         # Those that the largest candidate splits are never dropped: then the candidates' drops are one sequence.
         keep = chosen[-1] > 1 if chosen else torch.zeros(len(peak), dtype=torch.bool, device=peak.device)
-        plan = DropPlan(weight, getattr(moments, GRAMS[self.tokens]), self.damping, keep)
+        merges = edge.kind == "norm" and self.assembly != "drop"
+        plan = self._plan(weight, getattr(moments, GRAMS[self.tokens]), keep, merges)
         best, scores = block, {0: self._score(block, calib, scheme)}
         for extra, copies in sorted(copies_at.items()):
-            tried = fold(block, edge, *plan.without(extra, copies))
+            if isinstance(plan, MergePlan) and extra > plan.most:
+                break
+            made = plan.without(extra, copies)
+            tried = with_offsets(fold(block, edge, *made), readers, made[0], copies, scheme, self.offsets)
             scores[extra] = self._score(tried, calib, scheme)
             if scores[extra] < min(score for count, score in scores.items() if count != extra):
                 best = tried
         kept = min(scores, key=lambda extra: scores[extra])
         figures: dict[str, Any] = {"copies": kept, "scores": {str(k): v for k, v in scores.items()}}
+        figures["assembly"] = self.assembly if merges else "drop"
         if kept:
             figures["theta"] = float((peak / copies_at[kept])[copies_at[kept] > 1].max())
         before = block.record.get(block.start, {}).get("reassemble", {})
         return replace(best, record=recorded(block, "reassemble", {**before, readers[0]: figures}))
+
+    def _plan(self, weight: Tensor, gram: Tensor, keep: Tensor, merges: bool) -> DropPlan | MergePlan:
+        if merges:
+            return MergePlan(weight, gram, keep, self.assembly == "one-to-one")
+        return DropPlan(weight, gram, self.damping, keep)
 
     def _score(self, block: Block, calib: Calib, scheme: Scheme) -> float:
         """The rounded layer's error, each token relative to its float output."""
@@ -220,21 +243,23 @@ def gate_of(block: Block, src: Ref) -> Ref | None:
     return others[0] if others else None
 
 
-def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor) -> Block:
+def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor, into: Tensor | None = None) -> Block:
     """The block with the channels between ``edge.src`` and its readers in a new order, some of them repeated.
 
     Args:
         block: one layer.
         edge: a ``channels`` edge, which folds, or a ``norm`` edge, where a gather stays online.
         idx: for each new channel the old one.
-        divisor: for each new channel the number of its copies.
+        divisor: for each new channel the number of its copies, or of the channels of which it is the mean.
         weight: the readers' weights ``(out, channels)``, one below the other, compensated for what went, in the old
             order.
+        into: for each old channel the new one that it is merged into, or -1; after norms only.
     """
     params, clips, online = dict(block.params), dict(block.clips), dict(block.online)
     if edge.kind == "norm":
-        online[module_of(edge.src)] = gather_after(online.get(module_of(edge.src)), idx, divisor)
+        online[module_of(edge.src)] = gather_after(online.get(module_of(edge.src)), idx, divisor, into)
     else:
+        assert into is None, "a mean of products does not fold"
         gate = gate_of(block, edge.src)
         _gather(block, params, clips, edge.src, idx, divisor)
         if gate is not None:
@@ -248,13 +273,14 @@ def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor)
     return replace(block, params=params, clips=clips, online=online)
 
 
-def gather_after(map: Tensor | None, idx: Tensor, divisor: Tensor) -> Tensor:
-    """What runs after a norm: index and factor ``(2, width)``, or the matrix that ran there with its columns so."""
+def gather_after(map: Tensor | None, idx: Tensor, divisor: Tensor, into: Tensor | None = None) -> Tensor:
+    """What runs after a norm: see ``Block.online``; or the matrix that ran there with its columns gathered so."""
     if map is None:
-        return torch.stack([idx.to(torch.float32), (1 / divisor).float()])
-    if map.shape[0] == 2:
+        rows = [idx.to(torch.float32), (1 / divisor).float()]
+        return torch.stack(rows if into is None else [*rows, into.to(torch.float32)])
+    if map.shape[0] in (2, 3):
         raise LowbitError("reassemble: the channels after this norm are reassembled already; leave one such step out")
-    return (map[:, idx] / divisor.to(map)).contiguous()
+    return (map.double() @ as_matrix(idx, divisor, into)).to(map.dtype).contiguous()
 
 
 def _gather(

@@ -1,0 +1,174 @@
+"""What is gathered over tokens, against a loop over tokens; and the options that choose among it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.block import Calib, run_all
+from lowbit.errors import LowbitError
+from lowbit.methods import reassemble
+from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
+from lowbit.methods.reassemble import DropPlan, Reassemble, candidate_counts
+from lowbit.methods.statistics import Moments
+from lowbit.quant import minmax_grid
+from lowbit.scheme import parse_scheme, with_overrides
+from tiny import block_of, tiny_model
+
+W4A4 = parse_scheme("w4a4")
+
+
+def case():
+    block, x = block_of(tiny_model("llama-odd"), 1)
+    return block, Calib(x, x, run_all(block, x))
+
+
+def inputs_of(block, x, linear):
+    """What a linear reads, ``(tokens, in)``, batch by batch as a method sees it."""
+    seen = []
+    run_all(block, x, taps={linear: seen.append})
+    return [part.flatten(0, -2) for part in seen]
+
+
+def test_moments_are_those_of_a_loop_over_tokens():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 7, 6, generator=generator)
+    x[2, 3] *= 50
+    x[4, 0] = 0  # a token of zeros counts and adds nothing
+    moments = Moments(("gram", "even_gram", "magnitude", "crest", "peak"))
+    for part in x.split(2):
+        moments.add(part)
+    gram, even_gram = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
+    magnitude, crest, peak = (torch.zeros(6, dtype=torch.float64) for _ in range(3))
+    for token in x.reshape(-1, 6).double():
+        rms = (sum(value**2 for value in token) / 6) ** 0.5
+        for i in range(6):
+            magnitude[i] += token[i].abs()
+            peak[i] = max(peak[i], token[i].abs())
+            crest[i] += (token[i] / rms) ** 8 if rms else 0
+            for j in range(6):
+                gram[i, j] += token[i] * token[j]
+                even_gram[i, j] += token[i] * token[j] / rms**2 if rms else 0
+    assert moments.tokens == 35
+    for name, wanted in (("gram", gram), ("even_gram", even_gram), ("magnitude", magnitude), ("crest", crest)):
+        # Sums of some hundred float32 products of either sign; eighth powers lose three bits more.
+        torch.testing.assert_close(
+            getattr(moments, name).double(), wanted, rtol=2e-5, atol=2e-5 * float(wanted.max())
+        )
+    assert torch.equal(moments.peak.double(), peak)
+
+
+def test_a_token_counts_alike_in_the_even_moments_however_large_it_is():
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    sizes = torch.logspace(-2, 4, 40)[:, None]
+    found = []
+    for rows in (x, x * sizes):
+        moments = Moments(("gram", "even_gram", "crest"))
+        moments.add(rows)
+        found.append(moments)
+    torch.testing.assert_close(found[0].even_gram, found[1].even_gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0].crest, found[1].crest, rtol=1e-4, atol=1e-4)
+    assert float((found[0].gram - found[1].gram).abs().max()) > 1e3
+
+
+@pytest.mark.parametrize("tokens", ["all", "even"])
+def test_gptq_takes_the_moments_that_it_is_told_to_take(tokens):
+    block, calib = case()
+    scheme = with_overrides(parse_scheme("w3a16"), {"*.self_attn.*": "float", "*.gate_proj": "float"})
+    scheme = with_overrides(scheme, {"*.up_proj": "float"})  # down_proj alone, so that its input is the float one
+    (down,) = block.linear_groups()[-1]
+    found = GPTQ(tokens=tokens)(block, calib, scheme).qweights
+    assert list(found) == [down]
+    codes = {}
+    for kind in ("all", "even"):
+        gram = torch.zeros(96, 96)
+        for rows in inputs_of(block, calib.x_q, down):
+            unit = rows.square().mean(1, keepdim=True).sqrt() if kind == "even" else torch.ones(len(rows), 1)
+            gram = gram + (rows / unit).T @ (rows / unit)
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+        upper, _ = inverse_factor(gram[order][:, order], 0.01)
+        grid = minmax_grid(block.weight(down), scheme.weight)
+        codes[kind] = gptq_codes(block.weight(down), upper, order, grid, scheme.weight, 128)
+    assert not torch.equal(codes["all"], codes["even"])
+    assert torch.equal(found[down].codes, codes[tokens])
+
+
+@pytest.mark.parametrize("tokens", ["all", "even"])
+@pytest.mark.parametrize("peaks", ["absolute", "relative"])
+def test_reassembly_splits_and_drops_by_the_moments_that_it_is_told_to_take(peaks, tokens, monkeypatch):
+    block, calib = case()
+    (down,) = block.linear_groups()[-1]
+    rows = torch.cat(inputs_of(block, calib.x_fp, down))
+    unit = rows.square().mean(1, keepdim=True).sqrt()
+    seen = {}
+
+    def counts(peak, most, grid):
+        seen["peak"] = peak
+        return candidate_counts(peak, most, grid)
+
+    class Plan(DropPlan):
+        def __init__(self, weight, gram, damping, keep):
+            seen["gram"] = gram
+            super().__init__(weight, gram, damping, keep)
+
+    monkeypatch.setattr(reassemble, "candidate_counts", counts)
+    monkeypatch.setattr(reassemble, "DropPlan", Plan)
+    Reassemble(peaks=peaks, tokens=tokens)(block, calib, W4A4)
+    wanted = {"absolute": rows.abs().amax(0), "relative": (rows / unit).pow(8).mean(0).pow(1 / 8)}
+    even = rows / unit
+    torch.testing.assert_close(seen["peak"], wanted[peaks], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        seen["gram"], even.T @ even if tokens == "even" else rows.T @ rows, rtol=1e-4, atol=1e-3
+    )
+    assert float((wanted["absolute"] / wanted["relative"]).std()) > 0.01
+
+
+def test_one_massive_token_decides_an_absolute_peak_and_hardly_a_relative_one():
+    x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
+    x[7] *= 1000  # as many times larger in every channel: no channel stands out in it
+    moments = Moments(("peak", "crest"))
+    moments.add(x)
+    relative = (moments.crest / moments.tokens).pow(1 / 8)
+    assert float(relative.max() / relative.min()) < 1.3
+    assert float(moments.peak.max() / moments.peak.min()) > 3
+    # Largest value first, the two orders are not the same.
+    assert not torch.equal(relative.argsort(), moments.peak.argsort())
+
+
+def test_all_candidates_of_a_layer_share_one_sequence_of_drops(monkeypatch):
+    """What a smaller candidate drops, a larger one drops too, in one order; split channels are never among them."""
+    block, calib = case()
+    plans, calls = [], []
+
+    class Plan(DropPlan):
+        def __init__(self, *args):
+            plans.append(self)
+            super().__init__(*args)
+
+        def without(self, count, copies):
+            out = super().without(count, copies)
+            calls.append((count, list(self.order), copies))
+            return out
+
+    monkeypatch.setattr(reassemble, "DropPlan", Plan)
+    Reassemble(most=0.3)(block, calib, W4A4)
+    assert len(plans) == 1
+    assert len(calls) > 2
+    assert [count for count, _, _ in calls] == sorted({count for count, _, _ in calls})
+    for count, order, copies in calls:
+        assert len(order) == count == int((copies - 1).sum())
+        assert order == plans[0].order[:count]
+    assert not set(plans[0].order) & set(torch.nonzero(calls[-1][2] > 1).flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "near"),
+    [
+        (GPTQ, {"tokens": "evn"}, "even"),
+        (Reassemble, {"tokens": "al"}, "all"),
+        (Reassemble, {"peaks": "relativ"}, "relative"),
+    ],
+)
+def test_unknown_choices_are_refused_with_the_nearest(method, options, near):
+    with pytest.raises(LowbitError, match=f"did you mean '{near}'"):
+        method(**options)
