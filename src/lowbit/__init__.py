@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowbit.api import Evaluated, Quantized, evaluate, quantize
+    from lowbit.comparing import Compared, compare
     from lowbit.errors import LowbitError
     from lowbit.export.verify import Verified
     from lowbit.exporting import Exported, export, verify
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lowbit.scheme import Scheme, parse_scheme
 
 __all__ = [
+    "Compared",
     "Evaluated",
     "Exported",
     "Grid",
@@ -35,6 +37,7 @@ __all__ = [
     "Recipe",
     "Scheme",
     "Verified",
+    "compare",
     "evaluate",
     "export",
     "load",
@@ -46,6 +49,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("Evaluated", "Quantized", "evaluate", "quantize"),
+    "comparing": ("Compared", "compare"),
     "errors": ("LowbitError",),
     "export.verify": ("Verified",),
     "exporting": ("Exported", "export", "verify"),

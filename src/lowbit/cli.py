@@ -1,4 +1,4 @@
-"""The command line: ``lowbit quantize | evaluate | export | verify | generate | inspect | demo``.
+"""The command line: ``lowbit quantize | evaluate | compare | export | verify | generate | inspect | demo``.
 
 Results go to standard output, everything else to standard error. A mistake ends in one line and exit code 2.
 """
@@ -6,8 +6,6 @@ Results go to standard output, everything else to standard error. A mistake ends
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +15,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from lowbit.cli_measure import compare, evaluate, inspect
+from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
+from lowbit.cli_measure import compare, evaluate, inspect
+from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 
@@ -37,14 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make large language models small enough for phones, laptops and single GPUs, and keep them good.",
 )
-
-Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct).")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
-DType = Annotated[str, typer.Option(help="What blocks run in on a GPU: float32, bfloat16, float16. A CPU: float32.")]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
 
 
 @app.command()
@@ -100,7 +93,7 @@ def quantize(
         "warnings": made.warnings,
     }
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     for warning in made.warnings:
         say(f"warning: {warning}")
@@ -110,33 +103,8 @@ def quantize(
     )
 
 
-@app.command()
-def evaluate(
-    model: Model,
-    data: Annotated[
-        list[str] | None, typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.")
-    ] = None,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    revision: Revision = None,
-    allow_pickle: Pickle = False,
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
-) -> None:
-    """Perplexity of a float MODEL or of a run folder, streamed block by block."""
-    from lowbit.api import evaluate as run
-
-    names = data or ["builtin"]
-    found = run(model, names, length, tokens, device, dtype, revision, allow_pickle, trust_remote_code)
-    if as_json:
-        _print_json({"model": model, **asdict(found)})
-        return
-    table = _table("data", "tokens", "length", "perplexity")
-    for name, value in found.perplexity.items():
-        table.add_row(Text(Path(name).name), str(found.tokens[name]), str(length), f"{value:.4f}")
-    Console().print(table)
+app.command()(evaluate)
+app.command()(compare)
 
 
 @app.command()
@@ -155,7 +123,7 @@ def export(
     for warning in made.warnings:
         say(f"warning: {warning}")
     if as_json:
-        _print_json({**asdict(made), "out": str(made.out)})
+        print_json({**asdict(made), "out": str(made.out)})
     else:
         print(f"{made.out}: {made.target}, {made.size_bytes / 1e6:.1f} MB")
 
@@ -167,17 +135,17 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare exports with their run, every value bit for bit; exit code 1 if anything differs."""
-    from lowbit.exporting import verify as compare
+    from lowbit.exporting import verify as read_back
 
-    found = compare(run, files)
+    found = read_back(run, files)
     if as_json:
-        _print_json([{**asdict(one), "ok": one.ok} for one in found])
+        print_json([{**asdict(one), "ok": one.ok} for one in found])
     else:
-        table = _table("file", "format", "tensors", "exact", "max difference")
+        rows = table("file", "format", "tensors", "exact", "max difference")
         for one in found:
             row = (one.target, str(one.tensors), str(one.exact), f"{one.max_difference:.3g}")
-            table.add_row(Text(Path(one.path).name), *row)
-        Console().print(table)
+            rows.add_row(Text(Path(one.path).name), *row)
+        Console().print(rows)
     for one in found:
         if not one.ok:
             say(f"{one.path} differs: {', '.join([*one.differs, *one.other, *filter(None, [one.unreadable])][:5])}")
@@ -204,41 +172,12 @@ def generate(
     folder = resolve(model, trust_remote_code=trust_remote_code).folder
     text = generate_text(folder, prompt, tokens, trust_remote_code)
     if as_json:
-        _print_json({"model": model, "prompt": prompt, "text": text})
+        print_json({"model": model, "prompt": prompt, "text": text})
     else:
         print(text)
 
 
-@app.command()
-def inspect(
-    model: Model,
-    scheme: Annotated[str, typer.Option(help="The scheme to estimate for.")] = "w4a16g64-sym",
-    recipe: Annotated[str, typer.Option(help="The recipe to estimate for.")] = "gptq",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
-    revision: Revision = None,
-    allow_pickle: Pickle = False,
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
-) -> None:
-    """Family, edges and sizes of MODEL, and what a run would take in memory, disk and time."""
-    from lowbit.inspecting import inspect_model
-
-    found = inspect_model(model, scheme, recipe, samples, length, revision, allow_pickle, trust_remote_code)
-    if as_json:
-        _print_json(found)
-        return
-    table = _table("", "")
-    for key, value in found.items():
-        text = (
-            "\n".join(map(str, value))
-            if isinstance(value, list)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else value
-        )
-        table.add_row(key, Text(str(text)))
-    Console().print(table)
+app.command()(inspect)
 
 
 @app.command()
@@ -251,26 +190,19 @@ def demo(
 
     found = run_demo(out)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    table = _table("recipe", "scheme", "bits", "on disk", "perplexity", "seconds")
+    rows = table("recipe", "scheme", "bits", "on disk", "perplexity", "seconds")
     for row in found["rows"]:
         size = f"{row['size_bytes'] / 1e6:.0f} MB"
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
         numbers = (f"{row['bits_per_weight']:.3f}", size, f"{row['perplexity']:.2f}", seconds)
-        table.add_row(row["recipe"], row["scheme"], *numbers)
+        rows.add_row(row["recipe"], row["scheme"], *numbers)
     console = Console()
-    console.print(table)
+    console.print(rows)
     for row in found["rows"]:
         console.print(f"{row['recipe']}: {row['text']}", markup=False, highlight=False)
     console.print(f"\nThe quantized model is in {found['out']}; stock transformers loads it.", highlight=False)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(show_header=any(columns))
-    for column in columns:
-        table.add_column(column)
-    return table
 
 
 def _pairs(settings: list[str]) -> dict[str, str]:
@@ -281,19 +213,6 @@ def _pairs(settings: list[str]) -> dict[str, str]:
             raise LowbitError(f"--override {setting}: give GLOB=FORMAT, for example '*.down_proj=w8' or 'lm_head=w8'")
         out[glob] = text
     return out
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(_as_json(content), indent=1, allow_nan=False))
-
-
-def _as_json(content: Any) -> Any:
-    """JSON has no infinity (a model gone wild has a perplexity of that): it becomes ``null``."""
-    if isinstance(content, dict):
-        return {key: _as_json(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_as_json(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def guarded(run: Callable[[], int | None]) -> int:

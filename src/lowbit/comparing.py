@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowbit.api import check_device, check_ids
-from lowbit.data import Tokens, evaluation
+from lowbit.data import evaluation
 from lowbit.errors import LowbitError
 from lowbit.evaluate.compare import CONFIDENCE, RESAMPLES, listen, summary
 from lowbit.generating import generate_text
@@ -27,6 +29,7 @@ class Compared:
 
     Attributes:
         exact: the float model's name.
+        fingerprint: digest of its weights, as a run of it has in its identity.
         runs: for each run its name, ``bits_per_weight``, ``size_bytes`` and its manifest's SHA-256 (``None`` for a
             folder that is no run).
         protocol: what a figure depends on: ``length`` of a window, ``seed``, ``resamples`` and ``confidence`` of the
@@ -41,6 +44,7 @@ class Compared:
     """
 
     exact: str
+    fingerprint: str
     runs: list[dict[str, Any]]
     protocol: dict[str, Any]
     texts: dict[str, dict[str, Any]]
@@ -85,51 +89,74 @@ def compare(
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
-    if not 0 <= seed < 2**63:
-        raise LowbitError(f"--seed {seed} given; it must be 0 or more and below 2**63")
-    if prompt == "" or new_tokens < 1:
-        raise LowbitError("--prompt must have some text and --new-tokens be 1 or more")
     folders = [runs] if isinstance(runs, str) else list(runs)
-    if not folders:
-        raise LowbitError("compare needs at least one run folder beside the float model")
+    _check_given(folders, seed, prompt, new_tokens)
     source = resolve(exact, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     sources = [resolve(run, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) for run in folders]
+    opened = _opened(exact, source, folders, sources, device, torch_dtype, trust_remote_code)
+    names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
+    texts = _texts(opened, source, names, length, tokens, seed, [exact, *folders], trust_remote_code)
+    del opened
+    places = [source.folder, *(one.folder for one in sources)]
+    told = None if prompt is None else _generations(places, prompt, new_tokens, trust_remote_code)
+    facts = [_facts(name, one) for name, one in zip(folders, sources, strict=True)]
+    protocol = {"resamples": RESAMPLES, "confidence": CONFIDENCE, "device": device, "dtype": dtype}
+    protocol = {"length": length, "seed": seed, **protocol}
+    return Compared(exact, source.identity, facts, protocol, texts, told, time.monotonic() - began)
+
+
+def _check_given(folders: Sequence[str], seed: int, prompt: str | None, new_tokens: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise LowbitError(f"--seed {seed} given; it must be 0 or more and below 2**63")
+    if prompt == "":
+        raise LowbitError("--prompt is empty; give some text to continue, or leave it out")
+    if new_tokens < 1:
+        raise LowbitError(f"--new-tokens {new_tokens} given; at least 1 is needed")
+    if not folders:
+        raise LowbitError("no run given; name at least one run folder behind the float model")
+    if twice := [name for at, name in enumerate(folders) if name in folders[:at]]:
+        raise LowbitError(f"{twice[0]} is given twice; name each run once")
+
+
+def _opened(
+    exact: str,
+    source: Source,
+    folders: Sequence[str],
+    sources: Sequence[Source],
+    device: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> list[StreamedModel]:
+    """The float model and the runs, each checked against it."""
     if manifest_of(source.folder) is not None:
         raise LowbitError(f"{exact} is a run folder; give the float model first and run folders behind it")
-    opened = [StreamedModel(one.folder, device, torch_dtype, trust_remote_code) for one in (source, *sources)]
-    tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    for name, one, model in zip(folders, sources, opened[1:], strict=True):
+    vocabulary = load_tokenizer(source.folder, trust_remote_code).get_vocab()
+    opened = [StreamedModel(source.folder, device, dtype, trust_remote_code)]
+    for name, one in zip(folders, sources, strict=True):
+        model = StreamedModel(one.folder, device, dtype, trust_remote_code)
         _check_pair(exact, opened[0], name, model)
-        if load_tokenizer(one.folder, trust_remote_code).get_vocab() != tokenizer.get_vocab():
-            raise LowbitError(f"{name} has another tokenizer than {exact}: only runs of the same model compare")
-    names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
-    opened[0].check_length(length)
-    windows = {name: evaluation(name, tokenizer, length, tokens) for name in names}
-    for found in windows.values():
-        check_ids(found.ids, opened[0].skeleton, source.folder)
-    texts = _texts(opened, windows, seed, [exact, *folders])
-    places = [source.folder, *(one.folder for one in sources)]
-    del opened
-    return Compared(
-        exact,
-        [_facts(name, one) for name, one in zip(folders, sources, strict=True)],
-        {
-            "length": length,
-            "seed": seed,
-            "resamples": RESAMPLES,
-            "confidence": CONFIDENCE,
-            "device": device,
-            "dtype": dtype,
-        },
-        texts,
-        None if prompt is None else _generations(places, prompt, new_tokens, trust_remote_code),
-        time.monotonic() - began,
-    )
+        if load_tokenizer(one.folder, trust_remote_code).get_vocab() != vocabulary:
+            raise LowbitError(f"{name} has another tokenizer than {exact}: give runs of that float model")
+        opened.append(model)
+    return opened
 
 
 def _texts(
-    models: Sequence[StreamedModel], windows: dict[str, Tokens], seed: int, names: Sequence[str]
+    models: Sequence[StreamedModel],
+    source: Source,
+    data: Sequence[str],
+    length: int,
+    tokens: int | None,
+    seed: int,
+    names: Sequence[str],
+    trust_remote_code: bool,
 ) -> dict[str, dict[str, Any]]:
+    """What all models say of each text of ``data``; ``names`` are the models', for errors."""
+    models[0].check_length(length)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    windows = {name: evaluation(name, tokenizer, length, tokens) for name in data}
+    for found in windows.values():
+        check_ids(found.ids, models[0].skeleton, source.folder)
     ids = [found.ids.to(models[0].device) for found in windows.values()]
     groups = passes(ids, models[0].width * len(models))
     told = listen(models[0], models[1:], groups, len(ids))

@@ -140,7 +140,9 @@ def summary(told: Sequence[Told], seed: int, names: Sequence[str]) -> dict[str, 
     losses = [torch.cat(one.loss) for one in told]
     for name, loss in zip(names, losses, strict=True):
         if bool(loss.isnan().any()):
-            raise LowbitError(f"{name}: its logits are NaN; its weights or 16-bit arithmetic overflow: --dtype float32")
+            raise LowbitError(
+                f"{name}: its logits are NaN; its weights or 16-bit arithmetic overflow: --dtype float32"
+            )
     rows = []
     for one, loss in zip(told[1:], losses[1:], strict=True):
         low, high = ratio_interval(losses[0], loss, seed)
@@ -181,9 +183,7 @@ def ratio_interval(exact: Tensor, other: Tensor, seed: int) -> tuple[float | Non
     if count < 2:
         return None, None
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [apart[torch.randint(count, (count,), generator=generator)].mean() for _ in range(RESAMPLES)]
-    )
+    means = torch.stack([apart[torch.randint(count, (count,), generator=generator)].mean() for _ in range(RESAMPLES)])
     tail = 50 * (1 - CONFIDENCE)
     return _exp(percentile(means, tail)), _exp(percentile(means, 100 - tail))
 
