@@ -137,6 +137,7 @@ def test_what_does_not_compare_is_one_line(places, tmp_path, capsys):
     model, fine, _ = map(str, places)
     other = tmp_path / "other"
     save_tiny(other, "qwen2")
+    capsys.readouterr()  # the library's bar when it saves
     for given, words in (
         ([fine, fine], "is a run folder"),
         ([model, str(other)], "architectures"),

@@ -19,8 +19,6 @@ from rich.text import Text
 
 from lowbit.cli_measure import compare, evaluate, inspect
 from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
-from lowbit.cli_measure import compare, evaluate, inspect
-from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 

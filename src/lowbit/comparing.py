@@ -34,8 +34,8 @@ class Compared:
             folder that is no run).
         protocol: what a figure depends on: ``length`` of a window, ``seed``, ``resamples`` and ``confidence`` of the
             interval, ``device``, ``dtype``.
-        texts: by data name: ``corpus``, ``tokens``, ``windows``, ``data_hash``, the float model's ``perplexity`` and in
-            ``runs``, in the runs' order, ``perplexity``, its ``ratio`` to the float model's with the interval
+        texts: by data name: ``corpus``, ``tokens``, ``windows``, ``data_hash``, the float model's ``perplexity`` and
+            in ``runs``, in the runs' order, ``perplexity``, its ``ratio`` to the float model's with the interval
             ``ratio_low`` to ``ratio_high`` (``None`` for a single window), ``kl_mean`` and ``kl_p99`` in nats,
             ``top1_agreement`` (0 to 1) and ``block_error``: for each block the mean over tokens of
             ``||y - y_float||^2 / ||y_float||^2``, both models running from their own embeddings.

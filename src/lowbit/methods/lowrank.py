@@ -35,15 +35,16 @@ class LowRank:
     """A merged low-rank correction of every quantized linear.
 
     Attributes:
-        rank: of each linear's pair (the paper's is 4; merged, a rank costs nothing when running); with ``ranks: adaptive`` the budget is what this rank would take in all.
+        rank: of each linear's pair (the paper's is 4; merged, it costs nothing when running); with ``ranks: adaptive``
+            the budget is what this rank would take in all.
         ranks: ``fixed``, or ``adaptive``: larger where the rounding error's singular values are.
         share: ``input`` adds one pair over all linears that read one input, beside one each (each of half the rank).
         loss: ``token`` or ``mse``; see ``AffineQuant``.
         clips: learn the factors on the ends of the weights' ranges again.
         norms: learn the norms' gains too.
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``.
-        lr, lr_clips, lr_norms: learning rates of the pairs, of the clips' logits, of the gains. The paper's 5e-4 is for
-            thousands of steps; a quick run has some 80.
+        lr, lr_clips, lr_norms: learning rates of the pairs, of the clips' logits, of the gains. The paper's 5e-4 is
+            for thousands of steps; a quick run has some 80.
         weight_decay: weight of the corrections' mean square relative to their weights', against fitting the few
             sequences too well.
     """
