@@ -35,8 +35,8 @@ class LowRank:
     """A merged low-rank correction of every quantized linear.
 
     Attributes:
-        rank: of each linear's pair (the paper's is 4; merged, it costs nothing when running); with ``ranks: adaptive``
-            the budget is what this rank would take in all.
+        rank: of each linear's pair (the paper's is 4; merged, it costs nothing when running); with ``ranks:
+            adaptive`` the budget is what this rank would take in all.
         ranks: ``fixed``, or ``adaptive``: larger where the rounding error's singular values are.
         share: ``input`` adds one pair over all linears that read one input, beside one each (each of half the rank).
         loss: ``token`` or ``mse``; see ``AffineQuant``.
