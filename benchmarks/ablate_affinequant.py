@@ -281,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["opt", "smollm2"], choices=["opt", "smollm2"])
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--blocks", type=int, default=4, help="SmolLM2's blocks that are quantized")
+    parser.add_argument("--blocks", type=int, default=3, help="SmolLM2's blocks that are quantized")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "ablations")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     options = parser.parse_args()

@@ -71,7 +71,7 @@ def test_help_lists_the_commands():
     done = python_m("--help")
     assert done.returncode == 0
     assert done.stderr == ""
-    for name in ("quantize", "evaluate", "generate", "inspect", "demo"):
+    for name in ("quantize", "evaluate", "compare", "generate", "inspect", "demo"):
         assert f" {name} " in done.stdout
 
 

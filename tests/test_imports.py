@@ -38,7 +38,7 @@ MAY = {
     "skeleton": {"errors", "block", "families", "quant"},
     "evaluate": {"errors", "progress", "evaluate"},
     "report": {"errors", "progress", "report"},
-    "export": {"errors", "progress", "quant", "packing", "checkpoint", "scheme", "runfolder", "export"},
+    "export": {"errors", "progress", "quant", "packing", "checkpoint", "scheme", "runfolder", "source", "export"},
     "data": {"errors", "progress", "wheels"},
     "wheels": {"errors", "progress"},
     "gguf_source": {"errors", "progress", "checkpoint"},
@@ -47,9 +47,12 @@ MAY = {
 # The top of the tree: who alone may import it.
 ONLY = {
     "runner": {"api"},
-    "api": {"__init__", "cli", "demo"},
+    "api": {"__init__", "cli", "cli_measure", "comparing", "demo"},
+    "comparing": {"__init__", "cli_measure"},
+    "exporting": {"__init__", "cli"},
     "demo": {"cli"},
-    "inspecting": {"cli"},
+    "inspecting": {"cli_measure"},
+    "cli_measure": {"cli"},
     "cli": {"__main__"},
 }
 OPTIONAL = {"datasets", "pyarrow", "lm_eval", "onnx", "onnxruntime", "executorch", "torchao"}

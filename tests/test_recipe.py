@@ -51,7 +51,18 @@ def test_every_recipe_of_the_package_loads_ends_in_rounding_and_survives_the_rou
 
 def test_what_is_written_down_names_every_option():
     assert recipe_to_dict(load_recipe("gptq")) == {
-        "steps": [{"gptq": {"damping": 0.01, "act_order": True, "block_size": 128}}],
+        "steps": [
+            {
+                "gptq": {
+                    "damping": 0.01,
+                    "act_order": True,
+                    "block_size": 128,
+                    "tokens": "even",
+                    "target": "weights",
+                    "pull": 0.1,
+                }
+            }
+        ],
         "window": 1,
     }
 
@@ -378,3 +389,10 @@ def test_the_page_on_qllm_names_every_row():
     page = (Path(__file__).parent.parent / "docs/qllm.md").read_text()
     assert set(re.findall(r"--recipe (paper/\S+)", page)) <= set(recipe_names())
     assert all(f"`{model}`" in page for model in QLLM_MODELS)
+
+
+def test_a_bare_off_is_a_word_on_the_command_line_and_in_yaml():
+    recipe = with_settings(load_recipe("affinequant"), ["affinequant.qkv=off"])
+    assert dict(recipe.steps)["affinequant"].qkv == "off"
+    recipe = recipe_from_dict(yaml.safe_load("steps: [affinequant: {channels: off}, rtn]"), "mine")
+    assert dict(recipe.steps)["affinequant"].channels == "off"

@@ -16,14 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowbit.api import Evaluated, Quantized, evaluate, quantize
+    from lowbit.comparing import Compared, compare
     from lowbit.errors import LowbitError
+    from lowbit.export.verify import Verified
+    from lowbit.exporting import Exported, export, verify
     from lowbit.loading import load
     from lowbit.quant import Grid, QTensor, QuantSpec
     from lowbit.recipe import Recipe, load_recipe
     from lowbit.scheme import Scheme, parse_scheme
 
 __all__ = [
+    "Compared",
     "Evaluated",
+    "Exported",
     "Grid",
     "LowbitError",
     "QTensor",
@@ -31,16 +36,23 @@ __all__ = [
     "Quantized",
     "Recipe",
     "Scheme",
+    "Verified",
+    "compare",
     "evaluate",
+    "export",
     "load",
     "load_recipe",
     "parse_scheme",
     "quantize",
+    "verify",
 ]
 
 _MODULES = {
     "api": ("Evaluated", "Quantized", "evaluate", "quantize"),
+    "comparing": ("Compared", "compare"),
     "errors": ("LowbitError",),
+    "export.verify": ("Verified",),
+    "exporting": ("Exported", "export", "verify"),
     "loading": ("load",),
     "quant": ("Grid", "QTensor", "QuantSpec"),
     "recipe": ("Recipe", "load_recipe"),

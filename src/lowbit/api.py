@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def evaluate(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Evaluated:
-    """Perplexity of a float model or of a run folder, read block by block.
+    """Perplexity of a float model or of a run folder, read block by block; several texts share one pass.
 
     Args:
         model: as for ``quantize``, or a run folder.
@@ -199,12 +200,16 @@ def evaluate(
     torch_dtype = check_device(device, dtype)
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    names = [data] if isinstance(data, str) else list(data)
+    names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     windows = {name: evaluation(name, tokenizer, length, tokens) for name in names}
     streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code)
     for found in windows.values():
         check_ids(found.ids, streamed.skeleton, source.folder)
-    results = {name: perplexity(streamed.logits(found.ids)) for name, found in windows.items()}
+    batches = streamed.logits_of([found.ids for found in windows.values()])
+    results = {
+        names[which]: perplexity((ids, logits) for _, ids, logits in some)
+        for which, some in groupby(batches, key=lambda found: found[0])
+    }
     return Evaluated(
         results,
         {name: found.ids.numel() for name, found in windows.items()},

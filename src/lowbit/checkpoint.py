@@ -89,6 +89,15 @@ class Checkpoint:
         """The stored name of a model's tensor: itself, or without the leading ``model.`` (base-model checkpoints)."""
         return next((n for n in (name, name.removeprefix("model.")) if n in self._file_of), None)
 
+    def file_of(self, name: str) -> str:
+        """The shard that holds a tensor, by its stored name."""
+        return self._file_of[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A stored tensor's shape, from the header of its shard."""
+        with safe_open(self.folder / self._file_of[name], framework="pt") as shard:
+            return tuple(shard.get_slice(name).get_shape())
+
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors by the model's names, copied into memory; floating ones as ``dtype`` where it is given.
 

@@ -1,4 +1,4 @@
-"""The command line: ``lowbit quantize | evaluate | generate | inspect | demo``.
+"""The command line: ``lowbit quantize | evaluate | compare | export | verify | generate | inspect | demo``.
 
 Results go to standard output, everything else to standard error. A mistake ends in one line and exit code 2.
 """
@@ -6,8 +6,6 @@ Results go to standard output, everything else to standard error. A mistake ends
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +15,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from lowbit.cli_measure import compare, evaluate, inspect
+from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 
@@ -37,14 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make large language models small enough for phones, laptops and single GPUs, and keep them good.",
 )
-
-Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct).")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
-DType = Annotated[str, typer.Option(help="What blocks run in on a GPU: float32, bfloat16, float16. A CPU: float32.")]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
 
 
 @app.command()
@@ -100,7 +91,7 @@ def quantize(
         "warnings": made.warnings,
     }
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     for warning in made.warnings:
         say(f"warning: {warning}")
@@ -110,33 +101,54 @@ def quantize(
     )
 
 
+app.command()(evaluate)
+app.command()(compare)
+
+
 @app.command()
-def evaluate(
-    model: Model,
-    data: Annotated[
-        list[str] | None, typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.")
-    ] = None,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    revision: Revision = None,
-    allow_pickle: Pickle = False,
-    trust_remote_code: Remote = False,
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp).")],
+    out: Annotated[Path | None, typer.Option(help="What to write; by default beside the run folder.")] = None,
+    embeddings: Annotated[str, typer.Option(help="Float matrices: auto (loses nothing), f32, f16, q8_0.")] = "auto",
+    pre: Annotated[str | None, typer.Option(help="llama.cpp's name of the tokenizer's splitting.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a float MODEL or of a run folder, streamed block by block."""
-    from lowbit.api import evaluate as run
+    """Write a finished run in a runtime's format, rounding nothing again."""
+    from lowbit.exporting import export as write
 
-    names = data or ["builtin"]
-    found = run(model, names, length, tokens, device, dtype, revision, allow_pickle, trust_remote_code)
+    made = write(run, to, out, embeddings, pre)
+    for warning in made.warnings:
+        say(f"warning: {warning}")
     if as_json:
-        _print_json({"model": model, **asdict(found)})
-        return
-    table = _table("data", "tokens", "length", "perplexity")
-    for name, value in found.perplexity.items():
-        table.add_row(Text(Path(name).name), str(found.tokens[name]), str(length), f"{value:.4f}")
-    Console().print(table)
+        print_json({**asdict(made), "out": str(made.out)})
+    else:
+        print(f"{made.out}: {made.target}, {made.size_bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    files: Annotated[list[Path], typer.Argument(help="What 'lowbit export' wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Compare exports with their run, every value bit for bit; exit code 1 if anything differs."""
+    from lowbit.exporting import verify as read_back
+
+    found = read_back(run, files)
+    if as_json:
+        print_json([{**asdict(one), "ok": one.ok} for one in found])
+    else:
+        rows = table("file", "format", "tensors", "exact", "max difference")
+        for one in found:
+            row = (one.target, str(one.tensors), str(one.exact), f"{one.max_difference:.3g}")
+            rows.add_row(Text(Path(one.path).name), *row)
+        Console().print(rows)
+    for one in found:
+        if not one.ok:
+            say(f"{one.path} differs: {', '.join([*one.differs, *one.other, *filter(None, [one.unreadable])][:5])}")
+    if not all(one.ok for one in found):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -148,7 +160,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
-    from lowbit.demo import generate_text
+    from lowbit.generating import generate_text
     from lowbit.source import resolve
 
     if tokens < 1:
@@ -158,41 +170,12 @@ def generate(
     folder = resolve(model, trust_remote_code=trust_remote_code).folder
     text = generate_text(folder, prompt, tokens, trust_remote_code)
     if as_json:
-        _print_json({"model": model, "prompt": prompt, "text": text})
+        print_json({"model": model, "prompt": prompt, "text": text})
     else:
         print(text)
 
 
-@app.command()
-def inspect(
-    model: Model,
-    scheme: Annotated[str, typer.Option(help="The scheme to estimate for.")] = "w4a16g64-sym",
-    recipe: Annotated[str, typer.Option(help="The recipe to estimate for.")] = "gptq",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
-    revision: Revision = None,
-    allow_pickle: Pickle = False,
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
-) -> None:
-    """Family, edges and sizes of MODEL, and what a run would take in memory, disk and time."""
-    from lowbit.inspecting import inspect_model
-
-    found = inspect_model(model, scheme, recipe, samples, length, revision, allow_pickle, trust_remote_code)
-    if as_json:
-        _print_json(found)
-        return
-    table = _table("", "")
-    for key, value in found.items():
-        text = (
-            "\n".join(map(str, value))
-            if isinstance(value, list)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else value
-        )
-        table.add_row(key, Text(str(text)))
-    Console().print(table)
+app.command()(inspect)
 
 
 @app.command()
@@ -205,26 +188,19 @@ def demo(
 
     found = run_demo(out)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    table = _table("recipe", "scheme", "bits", "on disk", "perplexity", "seconds")
+    rows = table("recipe", "scheme", "bits", "on disk", "perplexity", "seconds")
     for row in found["rows"]:
         size = f"{row['size_bytes'] / 1e6:.0f} MB"
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
         numbers = (f"{row['bits_per_weight']:.3f}", size, f"{row['perplexity']:.2f}", seconds)
-        table.add_row(row["recipe"], row["scheme"], *numbers)
+        rows.add_row(row["recipe"], row["scheme"], *numbers)
     console = Console()
-    console.print(table)
+    console.print(rows)
     for row in found["rows"]:
         console.print(f"{row['recipe']}: {row['text']}", markup=False, highlight=False)
     console.print(f"\nThe quantized model is in {found['out']}; stock transformers loads it.", highlight=False)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(show_header=any(columns))
-    for column in columns:
-        table.add_column(column)
-    return table
 
 
 def _pairs(settings: list[str]) -> dict[str, str]:
@@ -237,23 +213,10 @@ def _pairs(settings: list[str]) -> dict[str, str]:
     return out
 
 
-def _print_json(content: Any) -> None:
-    print(json.dumps(_as_json(content), indent=1, allow_nan=False))
-
-
-def _as_json(content: Any) -> Any:
-    """JSON has no infinity (a model gone wild has a perplexity of that): it becomes ``null``."""
-    if isinstance(content, dict):
-        return {key: _as_json(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_as_json(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def guarded(run: Callable[[], None]) -> int:
+def guarded(run: Callable[[], int | None]) -> int:
     """Run a command; a person's mistake becomes one line on standard error and exit code 2."""
     try:
-        run()
+        return run() or 0
     except LowbitError as error:
         return _refused(str(error))
     except UsageError as error:
@@ -271,7 +234,6 @@ def guarded(run: Callable[[], None]) -> int:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # the latter is torch's
             raise
         return _refused(f"out of memory: {str(error)[:200]}; give fewer --samples or a shorter --length")
-    return 0
 
 
 def _refused(message: str) -> int:
@@ -282,7 +244,7 @@ def _refused(message: str) -> int:
 def call(arguments: Sequence[str]) -> int:
     """The ``lowbit`` command with these arguments; gives its exit code."""
 
-    def run() -> None:
+    def run() -> int:
         # Not standalone: there typer would print a box of several lines about a wrong option.
         try:
             code = app(list(arguments) or ["--help"], prog_name="lowbit", standalone_mode=False)
@@ -290,6 +252,7 @@ def call(arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt from error
         if code == 130:  # how newer versions of typer tell of a KeyboardInterrupt
             raise KeyboardInterrupt
+        return int(code) if isinstance(code, int) else 0
 
     return guarded(run)
 

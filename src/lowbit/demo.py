@@ -7,13 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowbit.api import evaluate, quantize
-from lowbit.errors import LowbitError
-from lowbit.loading import load
+from lowbit.generating import generate_text
 from lowbit.progress import say
-from lowbit.source import load_tokenizer, resolve
+from lowbit.source import resolve
 
 PROMPT = "The best way to learn a new language is"
 SCHEME, SAMPLES, LENGTH, EVALUATED = "w4a16g64-sym", 16, 256, 8192
@@ -66,21 +63,3 @@ def run_demo(out: Path) -> dict[str, Any]:
 def _row(recipe: str, scheme: str, bits: float, folder: Path, seconds: float | None) -> Row:
     found = evaluate(str(folder), "builtin", 512, EVALUATED).perplexity["builtin"]
     return Row(recipe, scheme, bits, folder_size(folder), found, seconds, generate_text(folder, PROMPT, 24))
-
-
-def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: bool = False) -> str:
-    """The prompt and its greedy continuation by ``tokens`` tokens at most."""
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    model = load(folder, trust_remote_code=trust_remote_code)
-    given = tokenizer(prompt, return_tensors="pt")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and given.input_ids.shape[1] + tokens > limit:
-        raise LowbitError(
-            f"the prompt has {given.input_ids.shape[1]} tokens and --tokens is {tokens}: "
-            f"this model's positions end at {limit}"
-        )
-    if int(given.input_ids.max()) >= model.config.vocab_size:
-        raise LowbitError(f"{folder}: the tokenizer has ids beyond the model's {model.config.vocab_size} embeddings")
-    with torch.no_grad():
-        out = model.generate(**given, max_new_tokens=tokens, do_sample=False)
-    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -170,13 +170,15 @@ def _build(step: str, method: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _typed(where: str, value: Any, wanted: Any) -> Any:
-    """``value`` as the field's type; whole numbers and ``1e-3`` are taken for a float, nothing else converts.
+    """``value`` as the field's type; whole numbers and ``1e-3`` are taken for a float, false for ``off``, no more.
 
     Infinity and NaN are refused: they slip through comparisons.
     """
     allowed = typing.get_args(wanted) or (wanted,)
     if float in allowed and (type(value) is int or (isinstance(value, str) and _EXPONENT.fullmatch(value))):
         value = float(value)
+    if value is False and str in allowed:
+        value = "off"  # what YAML makes of a bare off
     if type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value)):
         return value
     names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)

@@ -103,11 +103,14 @@ class Skeleton:
         return torch.cat(seen)
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Logits ``(sequences, length, vocabulary)`` from the last block's output for the same ``ids``."""
+    def logits(self, ids: Tensor, hidden: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits ``(sequences, length, vocabulary)`` from the last block's output for the same ``ids``.
+
+        Of the positions ``keep`` only, where they are given: a head over a large vocabulary makes much of few tokens.
+        """
         self._recorders[-1].answer = hidden
         try:
-            return self.model(ids, use_cache=False).logits
+            return self.model(ids, use_cache=False, logits_to_keep=0 if keep is None else keep).logits
         finally:
             self._recorders[-1].answer = None
 

@@ -6,7 +6,7 @@ back from the shards, inputs of linears and Q, K, V rounded as the scheme says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +71,75 @@ class StreamedModel:
         params = block_params(self.checkpoint, self.skeleton.family.blocks, index, self.skeleton.layers[index])
         return self.skeleton.block(index, {name: value.to(self.device) for name, value in params.items()})
 
+    @property
+    def width(self) -> int:
+        """Bytes of one token's hidden state."""
+        return int(self.config.hidden_size) * self.dtype.itemsize
+
+    @property
+    def blocks(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.skeleton.layers)
+
+    def check_length(self, length: int) -> None:
+        """Refuse windows that are longer than the model's positions."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit and length > limit:
+            raise LowbitError(f"length {length} given; this model's positions end at {limit}: use --length {limit}")
+
+    def enter(self, ids: Tensor) -> Tensor:
+        """What block 0 is called with for ``ids`` ``(windows, length)``: ``(windows, length, hidden)``."""
+        return self.skeleton.start(ids.to(self.device))
+
+    def through(self, index: int, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Batches of hidden states through block ``index``, which is read now and held no longer."""
+        block = self.block(index)
+        params = block.quantized_params()
+        return [run_all(block, x, params, self.scheme, batch=len(x)) for x in batches]
+
+    def scores(self, ids: Tensor, hidden: Tensor, start: int, stop: int) -> Tensor:
+        """Logits ``(windows, stop - start, vocabulary)`` at positions ``start`` to ``stop`` of the windows."""
+        keep = torch.arange(start, stop, device=self.device)
+        return self.skeleton.logits(ids.to(self.device), hidden, keep)
+
     @torch.no_grad()
     def logits(self, ids: Tensor, batch: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
         """``(ids, logits)`` in batches, ``(b, length)`` and ``(b, length, vocabulary)``, in the given order.
 
         ``ids`` is ``(sequences, length)``, unpadded. Every block is read once for each gigabyte of hidden states.
         """
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if limit and ids.shape[1] > limit:
-            raise LowbitError(
-                f"length {ids.shape[1]} given; this model's positions end at {limit}: use --length {limit}"
-            )
-        width = self.config.hidden_size * ids.shape[1] * self.dtype.itemsize
-        held = max(1, HELD_BYTES // width)
-        for part in ids.to(self.device).split(held):
-            x = self.skeleton.start(part)
-            for index in track(range(len(self.skeleton.layers)), "blocks"):
-                block = self.block(index)
-                x = run_all(block, x, block.quantized_params(), self.scheme, batch=batch)
-            for some, hidden in zip(part.split(batch), x.split(batch), strict=True):
-                yield some, self.skeleton.logits(some, hidden)
+        for _, some, found in self.logits_of([ids], batch):
+            yield some, found
+
+    @torch.no_grad()
+    def logits_of(self, texts: Sequence[Tensor], batch: int = 4) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """``logits`` of several texts in one pass over the blocks: ``(which text, ids, logits)``, texts in order.
+
+        No batch holds windows of two texts, so that each comes out with the very bits that it has alone.
+        """
+        for text in texts:
+            self.check_length(text.shape[1])
+        for some in passes(texts, self.width, batch):
+            xs = [self.enter(ids) for _, ids in some]
+            for index in track(range(self.blocks), "blocks"):
+                xs = self.through(index, xs)
+            for (which, ids), hidden in zip(some, xs, strict=True):
+                yield which, ids.to(self.device), self.skeleton.logits(ids.to(self.device), hidden)
+
+
+def passes(texts: Sequence[Tensor], width: int, batch: int = 4) -> Iterator[list[tuple[int, Tensor]]]:
+    """Batches ``(which text, ids)`` of ``batch`` windows at most, in groups that go over the blocks together.
+
+    A group's hidden states, ``width`` bytes a token, fit into ``HELD_BYTES``; it holds one batch at least.
+    """
+    group: list[tuple[int, Tensor]] = []
+    held = 0
+    for which, text in enumerate(texts):
+        for ids in text.split(batch):
+            if group and held + ids.numel() * width > HELD_BYTES:
+                yield group
+                group, held = [], 0
+            group.append((which, ids))
+            held += ids.numel() * width
+    if group:
+        yield group

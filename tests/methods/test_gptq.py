@@ -162,7 +162,7 @@ def test_the_step_notes_a_damping_that_was_raised_and_only_then(monkeypatch):
     def indefinite(block, x, linears, *args, **kwargs):
         gram = torch.eye(64)
         gram[0, 1] = gram[1, 0] = 1.5  # eigenvalues 2.5 and -0.5
-        return {name: SimpleNamespace(gram=gram) for name in linears}
+        return {name: SimpleNamespace(even_gram=gram) for name in linears}
 
     monkeypatch.setattr(gptq, "input_moments", indefinite)
     (note,) = GPTQ()(replace(block, notes=()), calib, scheme).notes
@@ -170,18 +170,25 @@ def test_the_step_notes_a_damping_that_was_raised_and_only_then(monkeypatch):
     assert note == f"gptq: damping raised from 0.01 to 1 for {names}"
 
 
+def rows_of(x, tokens):
+    """Tokens as rows; for ``even`` each divided by its root mean square."""
+    rows = x.flatten(0, -2)
+    return rows if tokens == "all" else rows / rows.square().mean(1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("tokens", ["all", "even"])
 @pytest.mark.parametrize("name", ["w4a16", "w4a8", "w4a16kv4"])
-def test_each_linear_is_rounded_for_its_input_in_the_model_quantized_up_to_it(name):
+def test_each_linear_is_rounded_for_its_input_in_the_model_quantized_up_to_it(name, tokens):
     block, calib = step_case()
     scheme = parse_scheme(name)
-    done = GPTQ()(block, calib, scheme)
+    done = GPTQ(tokens=tokens)(block, calib, scheme)
     for position, group in enumerate(block.linear_groups()):
         earlier = [linear for previous in block.linear_groups()[:position] for linear in previous]
         upto = replace(block, qweights={linear: done.qweights[linear] for linear in earlier})
         seen = []
         run_all(block, calib.x_q, upto.quantized_params(), scheme, {group[0]: seen.append})
         # The sums are taken as the step takes them, batch by batch in float32: another order rounds differently.
-        gram = sum(x.flatten(0, -2).T @ x.flatten(0, -2) for x in seen)
+        gram = sum(rows_of(x, tokens).T @ rows_of(x, tokens) for x in seen)
         for linear in group:
             wanted = codes_of(block.weight(linear), gram, scheme.weight)
             assert torch.equal(done.qweights[linear].codes, wanted), linear
@@ -201,3 +208,34 @@ def test_the_grid_is_that_of_the_clips():
 def test_options_out_of_range(options):
     with pytest.raises(LowbitError, match="gptq: damping"):
         GPTQ(**options)
+
+
+@pytest.mark.parametrize("tokens", ["all", "even"])
+def test_towards_the_output_the_weights_are_first_moved_to_the_least_squares_answer(tokens):
+    block, calib = step_case()
+    scheme = parse_scheme("w4a8")
+    # Far from the float stream, as behind many blocks.
+    calib = replace(calib, x_q=calib.x_q + 0.3 * torch.randn(calib.x_q.shape, generator=torch.manual_seed(1)))
+    done = GPTQ(tokens=tokens, target="output", pull=0.1)(block, calib, scheme)
+    name = block.linear_groups()[1][0]  # o_proj, behind rounded linears
+    upto = replace(block, qweights={linear: done.qweights[linear] for linear in block.linear_groups()[0]})
+    got, wanted = [], []
+    run_all(block, calib.x_q, upto.quantized_params(), scheme, {name: got.append})
+    run_all(block, calib.x_fp, taps={name: wanted.append})
+    x, y = rows_of(torch.cat(got), "all").double(), rows_of(torch.cat(wanted), "all").double()
+    if tokens == "even":
+        unit = x.square().mean(1, keepdim=True).sqrt()
+        x, y = x / unit, y / unit
+    # A ridge regression as one tall least-squares problem: tokens, and the pull as rows of their own.
+    weight, hold = block.weight(name).double(), (0.1 * (x.square().sum() / x.shape[1])).sqrt()
+    tall = torch.cat([x, hold * torch.eye(x.shape[1], dtype=torch.float64)])
+    answer = torch.linalg.lstsq(tall, torch.cat([y @ weight.T, hold * weight.T])).solution.T
+    rounded = codes_of(answer.float(), (x.T @ x).float(), scheme.weight)
+    assert (done.qweights[name].codes != rounded).float().mean() < 0.01  # float32 sums in another order
+    assert (codes_of(weight.float(), (x.T @ x).float(), scheme.weight) != rounded).float().mean() > 0.05
+
+
+def test_what_is_no_option_is_refused():
+    for wrong in ({"tokens": "some"}, {"target": "loss"}, {"pull": 0.0}):
+        with pytest.raises(LowbitError, match=f"gptq.{next(iter(wrong))}|gptq: {next(iter(wrong))}"):
+            GPTQ(**wrong)

@@ -23,13 +23,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, grid_of
+from lowbit.block import Block, Calib, observe
 from lowbit.errors import LowbitError, unknown
 from lowbit.methods.statistics import input_moments
-from lowbit.quant import Grid, QTensor, QuantSpec
+from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid
 from lowbit.scheme import Scheme
 
 GRAMS = {"all": "gram", "even": "even_gram"}  # which second moments
+TARGETS = ("weights", "output")
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,28 @@ class GPTQ:
         block_size: columns whose updates to the rest are gathered into one product.
         tokens: ``all`` sums the error over tokens as they are (the paper); ``even`` divides each token by its root
             mean square first, so that a few tokens with massive activations do not decide alone.
+        target: what the rounded linear is to match. ``weights``: the weight's own output on the quantized model's
+            input (the paper). ``output``: the float model's output, so that rounding also makes up for what the
+            input has lost so far (asymmetric calibration, arXiv 2504.02692).
+        pull: with ``output``, the share of the diagonal's mean that holds the target near the given weight.
     """
 
     damping: float = 0.01
     act_order: bool = True
     block_size: int = 128
-    tokens: str = "all"
+    tokens: str = "even"
+    target: str = "weights"
+    pull: float = 0.1
     rounds: ClassVar[bool] = True
     passes: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         if self.tokens not in GRAMS:
             raise unknown("gptq.tokens", self.tokens, tuple(GRAMS))
+        if self.target not in TARGETS:
+            raise unknown("gptq.target", self.target, TARGETS)
+        if self.pull <= 0:
+            raise LowbitError(f"gptq: pull {self.pull:g} given; allowed: above 0")
         if self.damping <= 0 or self.block_size < 1:
             raise LowbitError(
                 f"gptq: damping {self.damping:g} and block_size {self.block_size} given; allowed: > 0 and >= 1"
@@ -65,14 +76,33 @@ class GPTQ:
             wanted = [name for name in group if block.weight_spec(name, scheme) is not None]
             if not wanted:
                 continue
-            params = block.quantized_params()
-            kind = GRAMS[self.tokens]
-            moments = input_moments(block, calib.x_q, [group[0]], (kind,), params, scheme, calib.batch)
-            block = self._round(block, wanted, getattr(moments[group[0]], kind), scheme)
+            gram, cross = self._moments(block, calib, group[0], scheme)
+            block = self._round(block, wanted, gram, cross, scheme)
         return block
 
-    def _round(self, block: Block, linears: list[str], gram: Tensor, scheme: Scheme) -> Block:
-        """Round linears that read one input with second moments ``gram`` ``(in, in)``."""
+    def _moments(self, block: Block, calib: Calib, linear: str, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+        """The input's second moments, and those between the float model's input and it, both ``(in, in)``."""
+        params, kind = block.quantized_params(), GRAMS[self.tokens]
+        if self.target == "weights":
+            moments = input_moments(block, calib.x_q, [linear], (kind,), params, scheme, calib.batch)
+            return getattr(moments[linear], kind), None
+        gram, cross = torch.zeros(()), torch.zeros(())
+        for x_q, x_fp in zip(calib.x_q.split(calib.batch), calib.x_fp.split(calib.batch), strict=True):
+            seen: list[Tensor] = []
+            observe(block, x_q, {linear: seen.append}, params, scheme, calib.batch)
+            observe(block, x_fp, {linear: seen.append}, batch=calib.batch)
+            rows, wanted = (value.flatten(0, -2).float() for value in seen)
+            if self.tokens == "even":
+                unit = rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+                rows, wanted = rows / unit, wanted / unit
+            gram, cross = gram + rows.T @ rows, cross + wanted.T @ rows
+        return gram, cross
+
+    def _round(self, block: Block, linears: list[str], gram: Tensor, cross: Tensor | None, scheme: Scheme) -> Block:
+        """Round linears that read one input with the moments that ``_moments`` gives."""
+        weights = {name: block.weight(name) for name in linears}
+        if cross is not None:
+            weights = {name: output_target(weight, gram, cross, self.pull) for name, weight in weights.items()}
         strength = gram.diagonal()
         given = torch.arange(gram.shape[0], device=gram.device)
         order = torch.argsort(strength, descending=True, stable=True) if self.act_order else given
@@ -83,12 +113,12 @@ class GPTQ:
         qweights = dict(block.qweights)
         for spec, names in _by_format(block, linears, scheme).items():
             # Linears that read one input and share a format are rounded as one tall matrix: a third of the steps.
-            grids = [grid_of(block, name, spec) for name in names]
+            grids = [minmax_grid(weights[name], spec, *block.clips.get(name, (1.0, 1.0))) for name in names]
             tall = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
-            weight = torch.cat([block.weight(name) for name in names])
+            weight = torch.cat([weights[name] for name in names])
             with _one_thread():
                 codes = gptq_codes(weight, upper, order, tall, spec, self.block_size)
-            parts = codes.split([block.weight(name).shape[0] for name in names])
+            parts = codes.split([weights[name].shape[0] for name in names])
             for name, grid, part in zip(names, grids, parts, strict=True):
                 qweights[name] = QTensor(part.contiguous(), grid, spec)
         return replace(block, qweights=qweights, notes=notes)
@@ -115,6 +145,26 @@ def _by_format(block: Block, linears: list[str], scheme: Scheme) -> dict[QuantSp
         if spec is not None:
             out.setdefault(spec, []).append(name)
     return out
+
+
+def output_target(weight: Tensor, gram: Tensor, cross: Tensor, pull: float) -> Tensor:
+    """The weight ``V`` ``(out, in)`` of least ``|W x - V x_q|^2 + pull * mean |V - W|^2``, before any rounding.
+
+    Args:
+        weight: ``W`` ``(out, in)``.
+        gram: ``sum x_q x_q^T``.
+        cross: ``sum x x_q^T``, ``x`` the same input in the float model.
+        pull: in units of ``gram``'s mean diagonal.
+
+    Half of what the input should be asks for twice the weight:
+
+    >>> output_target(torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), 2.0), 1e-9)
+    tensor([[2.]])
+    """
+    hold = pull * gram.diagonal().double().mean().clamp(min=1e-30)
+    eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    right = weight.double() @ (cross.double() + hold * eye)
+    return torch.linalg.solve(gram.double() + hold * eye, right, left=False).to(weight.dtype)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:

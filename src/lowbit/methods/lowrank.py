@@ -35,28 +35,30 @@ class LowRank:
     """A merged low-rank correction of every quantized linear.
 
     Attributes:
-        rank: of each linear's pair; with ``ranks: adaptive`` the budget is what this rank would take in all.
+        rank: of each linear's pair (the paper's is 4; merged, it costs nothing when running); with ``ranks:
+            adaptive`` the budget is what this rank would take in all.
         ranks: ``fixed``, or ``adaptive``: larger where the rounding error's singular values are.
         share: ``input`` adds one pair over all linears that read one input, beside one each (each of half the rank).
         loss: ``token`` or ``mse``; see ``AffineQuant``.
         clips: learn the factors on the ends of the weights' ranges again.
         norms: learn the norms' gains too.
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``.
-        lr, lr_clips, lr_norms: learning rates of the pairs, of the clips' logits, of the gains.
+        lr, lr_clips, lr_norms: learning rates of the pairs, of the clips' logits, of the gains. The paper's 5e-4 is
+            for thousands of steps; a quick run has some 80.
         weight_decay: weight of the corrections' mean square relative to their weights', against fitting the few
             sequences too well.
     """
 
-    rank: int = 4
+    rank: int = 32
     ranks: str = "fixed"
     share: str = "none"
     loss: str = "token"
     clips: bool = True
     norms: bool = False
-    epochs: int = 10
+    epochs: int = 20
     batch: int = 1
-    lr: float = 5e-4
-    lr_clips: float = 1e-2
+    lr: float = 2e-2
+    lr_clips: float = 0.1
     lr_norms: float = 1e-4
     weight_decay: float = 0.0
     held_out: float = 0.125

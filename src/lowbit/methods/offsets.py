@@ -14,7 +14,7 @@ makes their sum as good as a rounding with a step ``T`` times smaller. Not in QL
 * Where both are on, copies with a larger activation code must not have the larger weights too, or the products'
   errors add up: weights take the offsets upwards or downwards by the parity of row and channel.
 
-GPTQ after the split does for weights what the offsets do and more, since it sees copies as inputs that correlate fully.
+GPTQ after the split does for weights what the offsets do and more: it sees copies as inputs that correlate fully.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Reassemble:
     tries: int = 8
     sequences: int = 4
     damping: float = 0.01
-    peaks: str = "relative"
+    peaks: str = "absolute"
     tokens: str = "even"
     offsets: str = "none"
     rounds: ClassVar[bool] = False

@@ -1,0 +1,134 @@
+"""The commands that measure and tell: ``lowbit evaluate | compare | inspect``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
+
+if TYPE_CHECKING:
+    from lowbit.comparing import Compared
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[
+        list[str] | None, typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a float MODEL or of a run folder, streamed block by block."""
+    from lowbit.api import evaluate as run
+
+    names = data or ["builtin"]
+    found = run(model, names, length, tokens, device, dtype, revision, allow_pickle, trust_remote_code)
+    if as_json:
+        print_json({"model": model, **asdict(found)})
+        return
+    rows = table("data", "tokens", "length", "perplexity")
+    for name, value in found.perplexity.items():
+        rows.add_row(Text(Path(name).name), str(found.tokens[name]), str(length), f"{value:.4f}")
+    Console().print(rows)
+
+
+def compare(
+    exact: Annotated[str, typer.Argument(metavar="FLOAT", help="The float model, as for quantize.")],
+    runs: Annotated[list[str], typer.Argument(metavar="DIR...", help="Run folders of that model.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the windows of the bootstrap.")] = 0,
+    prompt: Annotated[str | None, typer.Option(help="Text that all go on with, greedily.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="At most this many tokens behind the prompt.")] = 64,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """What rounding changed: divergence, agreement, perplexity ratio and each block's error against FLOAT."""
+    from lowbit.comparing import compare as run
+
+    names = data or ["builtin"]
+    options = (length, tokens, seed, prompt, new_tokens, device, dtype, revision, allow_pickle, trust_remote_code)
+    found = run(exact, runs, names, *options)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _show(exact, found, length)
+
+
+def _show(exact: str, found: Compared, length: int) -> None:
+    """One table for each text, then what the models said."""
+    for name, text in found.texts.items():
+        rows = table("", "perplexity", "ratio", "95 % interval", "KL mean", "KL 99 %", "same top-1", "worst block")
+        rows.title = f"{Path(name).name}: {text['tokens']:,} tokens in windows of {length}"
+        rows.add_row(Text(exact), f"{text['perplexity']:.4f}", *["-"] * 6)
+        for one, row in zip(found.runs, text["runs"], strict=True):
+            worst = max(range(len(row["block_error"])), key=row["block_error"].__getitem__)
+            between = f"{row['ratio_low']:.4f} - {row['ratio_high']:.4f}" if row["ratio_low"] is not None else "-"
+            rows.add_row(
+                Text(one["run"]),
+                f"{row['perplexity']:.4f}",
+                f"{row['ratio']:.4f}",
+                between,
+                f"{row['kl_mean']:.4f}",
+                f"{row['kl_p99']:.4f}",
+                f"{100 * row['top1_agreement']:.2f} %",
+                f"{worst} ({row['block_error'][worst]:.3f})",
+            )
+        Console().print(rows)
+    if found.generations:
+        for name, words in zip(
+            [exact, *(one["run"] for one in found.runs)],
+            [found.generations["float"], *found.generations["runs"]],
+            strict=True,
+        ):
+            Console().print(Text(f"{name}: {words}"))
+
+
+def inspect(
+    model: Model,
+    scheme: Annotated[str, typer.Option(help="The scheme to estimate for.")] = "w4a16g64-sym",
+    recipe: Annotated[str, typer.Option(help="The recipe to estimate for.")] = "gptq",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Family, edges and sizes of MODEL, and what a run would take in memory, disk and time."""
+    from lowbit.inspecting import inspect_model
+
+    found = inspect_model(model, scheme, recipe, samples, length, revision, allow_pickle, trust_remote_code)
+    if as_json:
+        print_json(found)
+        return
+    rows = table("", "")
+    for key, value in found.items():
+        text = (
+            "\n".join(map(str, value))
+            if isinstance(value, list)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else value
+        )
+        rows.add_row(key, Text(str(text)))
+    Console().print(rows)

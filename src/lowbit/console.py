@@ -1,0 +1,40 @@
+"""What the commands share: options, tables, JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct).")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
+DType = Annotated[str, typer.Option(help="What blocks run in on a GPU: float32, bfloat16, float16. A CPU: float32.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
+
+
+def table(*columns: str) -> Table:
+    """An empty table; without any named column it has no head."""
+    made = Table(show_header=any(columns))
+    for column in columns:
+        made.add_column(column)
+    return made
+
+
+def print_json(content: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(_as_json(content), indent=1, allow_nan=False))
+
+
+def _as_json(content: Any) -> Any:
+    """JSON has no infinity (a model gone wild has a perplexity of that): it becomes ``null``."""
+    if isinstance(content, dict):
+        return {key: _as_json(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_as_json(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

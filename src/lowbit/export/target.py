@@ -1,0 +1,59 @@
+"""What an export target is: a value with five functions, listed in ``EXPORTERS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.export.fit import Limits
+from lowbit.export.run import Run
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person may choose about an export.
+
+    Attributes:
+        embeddings: how float matrices (embedding, head) are stored in gguf: ``auto`` for the smallest type that
+            loses nothing, ``f32``, ``f16``, or ``q8_0``, which rounds them.
+        pre: llama.cpp's name for the tokenizer's splitting, where it cannot be found out.
+    """
+
+    embeddings: str = "auto"
+    pre: str | None = None
+
+
+def value_of(run: Run, name: str) -> Tensor:
+    """A parameter by the model's name, rounded or not, as the float32 values that the run computes with."""
+    module = name.removesuffix(".weight")
+    if name.endswith(".weight") and module in run.subject.specs:
+        return run.qtensor(module).dequantize()
+    return run.tensor(name).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One target.
+
+    Attributes:
+        suffix: of the file that is written; empty for a folder.
+        limits: why the target cannot carry a subject, or ``None``.
+        write: writes a run to a path that does not exist yet, under that very name (the caller renames); returns
+            warnings.
+        owns: a path is of this format.
+        read: names and float32 values of all parameters, by the format's own reader, from the export alone.
+        other: names of what else differs from what ``write`` would have written (metadata, config, tokenizer).
+        expect: the value that a parameter must have there.
+    """
+
+    suffix: str
+    limits: Limits
+    write: Callable[[Run, Path, Options], list[str]]
+    owns: Callable[[Path], bool]
+    read: Callable[[Run, Path], Iterator[tuple[str, Tensor]]]
+    other: Callable[[Run, Path], Iterator[str]]
+    expect: Callable[[Run, str], Tensor] = value_of

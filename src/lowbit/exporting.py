@@ -1,0 +1,110 @@
+"""``lowbit.export`` and ``lowbit.verify``: a run folder in other formats, and the proof that they hold it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowbit.checkpoint import PARTIAL
+from lowbit.errors import LowbitError
+from lowbit.export import ALIASES, exporter_of, target_of
+from lowbit.export.fit import check
+from lowbit.export.run import open_run
+from lowbit.export.target import Options
+from lowbit.export.verify import Verified, verify_one
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What ``export`` wrote.
+
+    Attributes:
+        out: the file or folder.
+        target: its format.
+        size_bytes: what it takes on disk.
+        warnings: what the target does differently.
+    """
+
+    out: Path
+    target: str
+    size_bytes: int
+    warnings: list[str]
+
+
+def export(
+    folder: str | Path, to: str, out: str | Path | None = None, embeddings: str = "auto", pre: str | None = None
+) -> Exported:
+    """Write a finished run in the format of a runtime, without rounding anything again.
+
+    Args:
+        folder: the run folder.
+        to: ``gguf`` (or ``llama.cpp``), ``gptq``, ``awq`` or ``vllm``.
+        out: what to write, which must not exist; by default beside the run, named after it and the target.
+        embeddings: gguf only, how float matrices are stored: ``auto`` (smallest type that loses nothing), ``f32``,
+            ``f16`` or ``q8_0``.
+        pre: gguf only, llama.cpp's name for the tokenizer's splitting where it cannot be found out.
+
+    Raises:
+        LowbitError: the folder is no finished run, or the target cannot carry it; nothing is written then.
+    """
+    folder, target = Path(folder), ALIASES.get(to, to)
+    exporter = exporter_of(target)
+    run = open_run(folder)
+    check(target, exporter.limits, run.subject)
+    name = folder.resolve().name
+    beside = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
+    final = Path(out) if out is not None else beside
+    if final.exists():
+        raise LowbitError(f"--out {final} exists: name another, or delete it")
+    if exporter.suffix and final.suffix != exporter.suffix:
+        raise LowbitError(f"--out {final} given; a {target} export is a file that ends in {exporter.suffix}")
+    partial = final.with_name(final.name + PARTIAL)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        warnings = exporter.write(run, partial, Options(embeddings, pre))
+        _to_disk(partial)
+        os.rename(partial, final)
+    except OSError as error:
+        raise LowbitError(f"cannot write {final}: {error.strerror or error}; choose another --out") from error
+    finally:
+        with suppress(OSError):
+            _remove(partial)
+    return Exported(final, target, sum(file.stat().st_size for file in _files(final)), warnings)
+
+
+def verify(folder: str | Path, files: Sequence[str | Path]) -> list[Verified]:
+    """Compare exports with their run, every value bit for bit; see ``Verified.ok``.
+
+    Raises:
+        LowbitError: the folder is no finished run, or a path is no export.
+    """
+    if not files:
+        raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
+    run = open_run(Path(folder))
+    out = []
+    for path in map(Path, files):
+        target = target_of(path)
+        out.append(verify_one(run, path, target, exporter_of(target)))
+    return out
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+
+
+def _to_disk(path: Path) -> None:
+    for file in _files(path):
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

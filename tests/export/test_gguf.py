@@ -1,0 +1,176 @@
+"""A GGUF file holds the run's own grid, and verify sees any byte that does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
+from transformers import AutoModelForCausalLM
+
+import lowbit
+from lowbit.cli import call
+from lowbit.errors import LowbitError
+from lowbit.export.gguf_blocks import block_type, pack_blocks
+from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid, quantize
+from tiny import save_tiny, tiny_ids
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma3": {"layer_types": ["sliding_attention"] * 3},
+    "qwen2": {"vocab_size": 128},  # its tokenizer class adds a token of its own
+}
+
+
+def make(folder: Path, family: str, scheme: str = "w4a16g32-sym", **more: Any) -> Path:
+    save_tiny(folder / "model", family, **CHANGES.get(family, {}))
+    text = str(folder / "model" / "calib.txt")
+    lowbit.quantize(
+        str(folder / "model"), folder / "run", scheme=scheme, recipe="rtn", data=text, samples=2, length=16, **more
+    )
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("gguf"), "llama")
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-odd", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("scheme", ["w4a16g32-sym", "w4a16-asym"])
+def test_every_family_reads_back_bit_for_bit(tmp_path: Path, family: str, scheme: str) -> None:
+    run = make(tmp_path, family, scheme)
+    made = lowbit.export(run, "gguf")
+    (found,) = lowbit.verify(run, [made.out])
+    assert found.ok
+    assert found.exact == found.tensors > 20
+    kinds = {t.tensor_type for t in gguf.GGUFReader(made.out).tensors if "ffn_up.weight" in t.name}
+    assert kinds == {Kind.Q4_0 if scheme.endswith("-sym") else Kind.Q5_0}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-odd", "qwen2"])
+def test_transformers_own_loader_computes_the_same(tmp_path: Path, family: str) -> None:
+    run = make(tmp_path, family)
+    made = lowbit.export(run, "llama.cpp")
+    # GGUF has no key that says that a llama has biases: llama.cpp takes them where the tensors are there, that loader
+    # builds a model without them and drops the tensors unless it is told.
+    biases = {"attention_bias": True, "mlp_bias": True} if family == "llama-odd" else {}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=made.out.name, dtype=torch.float32, **biases)
+    ids = tiny_ids(1)
+    with torch.no_grad():
+        ours, got = lowbit.load(run)(ids).logits, theirs(ids).logits
+    assert torch.equal(got, ours)
+
+
+def test_transformers_own_loader_reads_gemmas_tensors(tmp_path: Path) -> None:
+    # Tensors, not logits: that loader does not read query_pre_attn_scalar, and takes 256 for it.
+    run = make(tmp_path, "gemma2")
+    made = lowbit.export(run, "gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=made.out.name, dtype=torch.float32)
+    expected = lowbit.load(run).state_dict()
+    for name, value in theirs.state_dict().items():
+        # Gains come back as (1 + w) - 1: off by at most half a step of a float32 below 4, 2**-23.
+        slack = 2.0**-22 if "norm" in name else 0.0
+        assert float((value - expected[name]).abs().max()) <= slack, name
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "size", "kind"),
+    [
+        (2, True, 32, Kind.Q4_0), (3, False, 64, Kind.Q4_0), (4, True, None, Kind.Q4_0), (4, False, 32, Kind.Q5_0),
+        (5, True, 64, Kind.Q5_0), (7, False, None, Kind.Q8_0), (8, True, 32, Kind.Q8_0),
+    ],
+)  # fmt: skip
+def test_blocks_hold_the_grid(bits: int, symmetric: bool, size: int | None, kind: Kind) -> None:
+    spec = QuantSpec(bits, size, symmetric)
+    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(bits))
+    q = quantize(weight, minmax_grid(weight, spec), spec)
+    assert block_type(spec, 128) == kind
+    assert np.array_equal(dequantize(pack_blocks(q, kind), kind), q.dequantize().numpy())
+
+
+def test_golden_bytes() -> None:
+    # Codes 0 .. 15 twice, scale 0.5 = 0x3800: low half is code j, high half code j + 16.
+    codes = torch.arange(32, dtype=torch.uint8)[None] % 16
+    grid = Grid(torch.tensor([[0.5]]), torch.tensor([[8.0]]))
+    q = QTensor(codes, grid, QuantSpec(4))
+    pairs = bytes(17 * j for j in range(16))
+    assert pack_blocks(q, Kind.Q4_0).tobytes() == b"\x00\x38" + pairs
+    # n = code - 8, stored + 16 = code + 8: 8 .. 15 without the fifth bit, 16 .. 23 with it.
+    low = bytes(17 * ((j + 8) % 16) for j in range(16))
+    assert pack_blocks(q, Kind.Q5_0).tobytes() == b"\x00\x38" + b"\x00\xff\x00\xff" + low
+    assert pack_blocks(q, Kind.Q8_0).tobytes() == b"\x00\x38" + bytes((c % 16 - 8) % 256 for c in range(32))
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_k.weight", "blk.2.ffn_down.weight", "output_norm.weight"])
+@pytest.mark.parametrize("offset", [0, 7])  # of a block: in the scale, in the codes
+def test_one_wrong_byte_is_named(run: Path, tmp_path: Path, name: str, offset: int) -> None:
+    made = lowbit.export(run, "gguf", tmp_path / "m.gguf")
+    (at,) = (t.data_offset for t in gguf.GGUFReader(made.out).tensors if t.name == name)
+    content = bytearray(made.out.read_bytes())
+    content[at + offset] ^= 0x10
+    made.out.write_bytes(content)
+    (found,) = lowbit.verify(run, [made.out])
+    parts = {"blk.1.attn_k.weight": "k_proj", "blk.2.ffn_down.weight": "down_proj", "output_norm.weight": "norm"}
+    assert len(found.differs) == 1
+    assert parts[name] in found.differs[0]
+    assert found.max_difference > 0
+    assert call(["verify", str(run), str(made.out)]) == 1
+
+
+def test_a_wrong_piece_and_a_cut_file_are_seen(run: Path, tmp_path: Path) -> None:
+    made = lowbit.export(run, "gguf", tmp_path / "m.gguf")
+    content = made.out.read_bytes()
+    made.out.write_bytes(content.replace(b"</s>", b"</t>", 1))
+    assert lowbit.verify(run, [made.out])[0].other == ["tokenizer.ggml.tokens"]
+    made.out.write_bytes(content[:-3000])
+    assert lowbit.verify(run, [made.out])[0].unreadable
+
+
+def test_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "m.gguf"
+    assert call(["export", str(run), "--to", "gguf", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert call(["verify", str(run), str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("w4a4", r"w4a4, act: .*nearest that fits: w4a16-asym$"),
+        ("w4a16kv8", r"kv: .*nearest that fits: w4a16-sym$"),
+        ("w8a16-asym", r"weight: .*free zero.*nearest that fits: w8a16-sym$"),
+        ("w4a16g16-sym", r"weight: .*groups of 16.*nearest that fits: w4a16g32-sym$"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, scheme: str, message: str) -> None:
+    run = make(tmp_path, "llama", scheme)
+    with pytest.raises(LowbitError, match=message) as caught:
+        lowbit.export(run, "gguf")
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+
+
+def test_wrong_places_are_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "there.gguf").write_text("x")
+    (tmp_path / "half" / ".run").mkdir(parents=True)
+    (tmp_path / "half" / ".run" / "identity.json").write_text("{}")
+    before = sorted(tmp_path.iterdir())
+    for folder, to, out, message in [
+        (tmp_path / "empty", "gguf", None, "no run folder"),
+        (tmp_path / "half", "gguf", None, "not finished"),
+        (run, "ggfu", None, "did you mean 'gguf'"),
+        (run, "gguf", tmp_path / "there.gguf", "exists"),
+        (run, "gguf", tmp_path / "x.bin", "ends in .gguf"),
+    ]:
+        with pytest.raises(LowbitError, match=message) as caught:
+            lowbit.export(folder, to, out)
+        assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
