@@ -396,3 +396,12 @@ def test_a_bare_off_is_a_word_on_the_command_line_and_in_yaml():
     assert dict(recipe.steps)["affinequant"].qkv == "off"
     recipe = recipe_from_dict(yaml.safe_load("steps: [affinequant: {channels: off}, rtn]"), "mine")
     assert dict(recipe.steps)["affinequant"].channels == "off"
+
+
+@pytest.mark.parametrize("mover", ["smoothquant", "awq", "affinequant"])
+@pytest.mark.parametrize("first", [{"reassemble": {"sites": "all"}}, {"affinequant": {"qkv": "matrix"}}])
+def test_nothing_moves_maps_past_what_stays_after_a_norm(first, mover):
+    with pytest.raises(LowbitError, match=f"{mover} cannot come after {next(iter(first))}.*put {mover} first"):
+        recipe_from_dict({"steps": [first, mover, "rtn"]}, "mine")
+    recipe_from_dict({"steps": [{next(iter(first)): {}}, mover, "rtn"]}, "mine")  # where all merges, it may
+    recipe_from_dict({"steps": [mover, first, "rtn"]}, "mine")

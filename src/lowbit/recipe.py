@@ -35,6 +35,7 @@ from lowbit.methods import METHODS
 
 Named = tuple[str, Any]  # a method's name and its dataclass
 # How much of the epochs that a recipe asks for is spent.
+MOVERS = ("smoothquant", "awq", "affinequant")  # steps that move maps from norms into linears
 EFFORTS = {"quick": 0.3, "normal": 0.5, "paper": 1.0}
 PROTOCOL: dict[str, type] = {"scheme": str, "data": str, "samples": int, "length": int, "seed": int, "effort": str}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 takes 1e-3 for text
@@ -63,8 +64,23 @@ class Recipe:
         if len(rounding) != 1 or not self.steps[-1][1].rounds:
             known = ", ".join(name for name, method in METHODS.items() if method.rounds)
             raise LowbitError(f"recipe '{self.name}': exactly one step rounds, and it comes last; one of {known}")
+        for at, (name, method) in enumerate(self.steps):
+            after = next((later for later, _ in self.steps[at + 1 :] if later in MOVERS), None)
+            if after and _stays_after_norms(method):
+                raise LowbitError(
+                    f"recipe '{self.name}': {after} cannot come after {name} as it is set here: what {name} leaves "
+                    f"after norms is not where {after} moves its maps; put {after} first"
+                )
         if self.window < 1:
             raise LowbitError(f"recipe '{self.name}': window {self.window} given; it must be 1 or more")
+
+
+def _stays_after_norms(method: Any) -> bool:
+    """Whether a step leaves a gather or a matrix after norms, online."""
+    return getattr(method, "sites", "down") != "down" or "matrix" in (
+        getattr(method, "qkv", ""),
+        getattr(method, "mlp", ""),
+    )
 
 
 def recipe_names() -> list[str]:
