@@ -36,7 +36,12 @@ class Exported:
 
 
 def export(
-    folder: str | Path, to: str, out: str | Path | None = None, embeddings: str = "auto", pre: str | None = None
+    folder: str | Path,
+    to: str,
+    out: str | Path | None = None,
+    embeddings: str = "auto",
+    pre: str | None = None,
+    gptq_format: str = "auto",
 ) -> Exported:
     """Write a finished run in the format of a runtime, without rounding anything again.
 
@@ -47,6 +52,7 @@ def export(
         embeddings: gguf only, how float matrices are stored: ``auto`` (smallest type that loses nothing), ``f32``,
             ``f16`` or ``q8_0``.
         pre: gguf only, llama.cpp's name for the tokenizer's splitting where it cannot be found out.
+        gptq_format: gptq only, ``v1`` stores zeros minus one, ``v2`` as they are; ``auto``: v1 if all are symmetric.
 
     Raises:
         LowbitError: the folder is no finished run, or the target cannot carry it; nothing is written then.
@@ -66,7 +72,7 @@ def export(
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
-        warnings = exporter.write(run, partial, Options(embeddings, pre))
+        warnings = exporter.write(run, partial, Options(embeddings, pre, gptq_format))
         _to_disk(partial)
         os.rename(partial, final)
     except OSError as error:

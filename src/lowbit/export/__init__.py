@@ -15,6 +15,7 @@ from lowbit.export.target import Exporter
 # target: the module that has its EXPORTER
 EXPORTERS = {
     "gguf": "lowbit.export.gguf",
+    "gptq": "lowbit.export.gptq",
 }
 ALIASES = {"llama.cpp": "gguf"}
 

@@ -21,10 +21,13 @@ class Options:
         embeddings: how float matrices (embedding, head) are stored in gguf: ``auto`` for the smallest type that
             loses nothing, ``f32``, ``f16``, or ``q8_0``, which rounds them.
         pre: llama.cpp's name for the tokenizer's splitting, where it cannot be found out.
+        gptq_format: how gptq stores zeros: ``v1`` (minus one), ``v2`` (as they are), or ``auto``, v1 where all are
+            symmetric.
     """
 
     embeddings: str = "auto"
     pre: str | None = None
+    gptq_format: str = "auto"
 
 
 def value_of(run: Run, name: str) -> Tensor:

@@ -1,0 +1,177 @@
+"""A GPTQ folder holds the run's own grid, in either convention, as onnxruntime-genai's loader reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lowbit
+from lowbit.cli import call
+from lowbit.errors import LowbitError
+from lowbit.export.gptq import pack_module, unpack_words
+from lowbit.export.run import open_run
+from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid, quantize
+from tiny import save_tiny
+
+
+def make(folder: Path, scheme: str, family: str = "llama", **more: Any) -> Path:
+    save_tiny(folder / "model", family)
+    text = str(folder / "model" / "calib.txt")
+    lowbit.quantize(
+        str(folder / "model"), folder / "run", scheme=scheme, recipe="rtn", data=text, samples=2, length=16, **more
+    )
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("gptq"), "w4a16g32-sym")
+
+
+SCHEMES = ["w2a16g32-asym", "w3a16-sym", "w3a16g32-asym", "w4a16g32-sym", "w4a16g16-asym", "w8a16-asym"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("convention", ["v1", "v2"])
+def test_it_reads_back_bit_for_bit(tmp_path: Path, scheme: str, convention: str) -> None:
+    run = make(tmp_path, scheme)
+    made = lowbit.export(run, "gptq", gptq_format=convention)
+    (found,) = lowbit.verify(run, [made.out])
+    assert found.ok
+    assert found.target == "gptq"
+    assert found.exact == found.tensors > 20
+
+
+@pytest.mark.parametrize("family", ["llama-odd", "qwen2", "qwen3", "gemma2", "phi3", "opt"])
+def test_every_family(tmp_path: Path, family: str) -> None:
+    run = make(tmp_path, "w4a16g16-sym", family)
+    assert lowbit.verify(run, [lowbit.export(run, "gptq").out])[0].ok
+
+
+def test_modules_with_a_format_of_their_own(tmp_path: Path) -> None:
+    overrides = {"*.down_proj": "w8g32", "*.1.self_attn.o_proj": "float", "lm_head": "w4"}
+    run = make(tmp_path, "w4a16g32-sym", overrides=overrides)
+    made = lowbit.export(run, "gptq")
+    assert lowbit.verify(run, [made.out])[0].ok
+    config = json.loads((made.out / "config.json").read_text())["quantization_config"]
+    assert (config["bits"], config["group_size"], config["lm_head"]) == (4, 32, True)
+    assert config["dynamic"][r"+:model\.layers\.0\.mlp\.down_proj(\.|$)"]["bits"] == 8
+    assert r"-:model\.layers\.1\.self_attn\.o_proj(\.|$)" in config["dynamic"]
+
+
+@pytest.mark.parametrize("scheme", ["w2a16g16-asym", "w4a16g32-sym", "w4a16-asym", "w8a16g32-asym"])
+def test_the_loader_of_onnxruntime_genai_finds_the_same_codes(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = pytest.importorskip("onnxruntime_genai.models.loaders.gptq")
+    folder = make(tmp_path, scheme)
+    made = lowbit.export(folder, "gptq", gptq_format="v1")
+    config = json.loads((made.out / "config.json").read_text())["quantization_config"]
+    attributes = {"config": config, "use_g_idx": config["desc_act"]}
+    theirs = loader.GPTQModel("gptq", made.out, attributes, 64, 32, 96, 3)
+    run = open_run(folder)
+    for layer in theirs.layers:
+        for part, name in ((layer.self_attn, "self_attn"), (layer.mlp, "mlp")):
+            for linear, module in vars(part).items():
+                if getattr(module, "qweight", None) is None:
+                    continue
+                q = run.qtensor(f"model.layers.{layer.layer_id}.{name}.{linear}")
+                # Its form is that of MatMulNBits: (out, blocks, bytes of a block), low bits first.
+                codes = bits_of(module.qweight.flatten(1), q.spec.bits)
+                assert torch.equal(codes[:, : q.codes.shape[1]], q.codes.long())
+                assert torch.equal(module.scales.view_as(q.grid.scale), q.grid.scale.half())
+                zeros = bits_of(module.qzeros.view(len(q.codes), -1), q.spec.bits)
+                assert torch.equal(zeros[:, : q.grid.zero.shape[1]], q.grid.zero.long())
+
+
+def bits_of(content: torch.Tensor, bits: int) -> torch.Tensor:
+    shifts = torch.arange(0, 8, bits)
+    return (content.long()[..., None] >> shifts & 2**bits - 1).flatten(1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_are_one_bit_stream_as_a_literal_loop_writes_it(bits: int) -> None:
+    spec = QuantSpec(bits, 32, symmetric=False)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(bits))
+    q = quantize(weight, minmax_grid(weight, spec), spec)
+    stored = pack_module(q, "gptq_v2")
+    for column in range(64):
+        for row in range(32):
+            word, bit = divmod(column * bits, 32)
+            both = int(stored["qweight"][word, row]) & 0xFFFFFFFF
+            if word + 1 < len(stored["qweight"]):
+                both |= (int(stored["qweight"][word + 1, row]) & 0xFFFFFFFF) << 32
+            assert both >> bit & 2**bits - 1 == int(q.codes[row, column])
+    assert torch.equal(unpack_words(stored["qzeros"], bits, 32).T, q.grid.zero.long())
+
+
+def test_golden_words() -> None:
+    # Codes 0 .. 7 in every row: 0x76543210 along the input. Zero 8 is 7 in v1, 8 in v2.
+    codes = torch.arange(8, dtype=torch.uint8).expand(8, 8).contiguous()
+    q = QTensor(codes, Grid(torch.full((8, 1), 0.5), torch.full((8, 1), 8.0)), QuantSpec(4))
+    v1, v2 = pack_module(q, "gptq"), pack_module(q, "gptq_v2")
+    assert v1["qweight"].tolist() == [[0x76543210] * 8]
+    assert v1["qzeros"].tolist() == [[0x77777777]]
+    assert v2["qzeros"].tolist() == [[0x88888888 - 2**32]]
+    assert v1["scales"].tolist() == [[0.5] * 8]
+    assert v1["g_idx"].tolist() == [0] * 8
+
+
+def test_symmetric_goes_out_as_v1_and_free_zeros_as_v2(run: Path, tmp_path: Path) -> None:
+    made = lowbit.export(run, "gptq", tmp_path / "sym")
+    assert json.loads((made.out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq"
+    free = make(tmp_path, "w2a16g16-asym")
+    v2 = lowbit.export(free, "gptq", tmp_path / "free")
+    assert json.loads((v2.out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    assert not v2.warnings
+    assert "zeros of 0" in lowbit.export(free, "gptq", tmp_path / "v1", gptq_format="v1").warnings[0]
+    with pytest.raises(LowbitError, match="--gptq-format v3 given"):
+        lowbit.export(run, "gptq", tmp_path / "x", gptq_format="v3")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("key", ["qweight", "qzeros", "scales", "g_idx"])
+def test_one_wrong_byte_is_named(run: Path, tmp_path: Path, key: str) -> None:
+    made = lowbit.export(run, "gptq", tmp_path / "m")
+    file, name = made.out / "block-00001.safetensors", f"model.layers.1.mlp.up_proj.{key}"
+    tensors = load_file(file)
+    tensors[name].view(torch.uint8).view(-1)[9] ^= 0x10
+    save_file(tensors, file, metadata={"format": "pt"})
+    (found,) = lowbit.verify(run, [made.out])
+    assert "model.layers.1.mlp.up_proj" in " ".join([*found.differs, found.unreadable or ""])
+    assert len(found.differs) <= 1
+    assert call(["verify", str(run), str(made.out)]) == 1
+
+
+def test_a_wrong_config_or_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
+    made = lowbit.export(run, "gptq", tmp_path / "m")
+    for name in ("config.json", "tokenizer.json"):
+        path = made.out / name
+        content = path.read_bytes()
+        path.write_bytes(
+            content.replace(b"</s>", b"</t>").replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 2')
+        )
+        assert lowbit.verify(run, [made.out])[0].other == [name]
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides", "message"),
+    [
+        ("w4a4", {}, r"act: .*nearest that fits: w4a16-asym$"),
+        ("w5a16-sym", {}, r"weight: .*5 bits.*nearest that fits: w4a16-sym$"),
+        ("w4a16-sym", {"model.embed_tokens": "w8"}, r"override model.embed_tokens: .*'model.embed_tokens=float'$"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_any_work(
+    tmp_path: Path, scheme: str, overrides: dict[str, str], message: str
+) -> None:
+    run = make(tmp_path, scheme, overrides=overrides)
+    with pytest.raises(LowbitError, match=message):
+        lowbit.export(run, "gptq")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
