@@ -158,3 +158,25 @@ def save_tiny(folder: Any, name: str, seed: int = 0, shards: bool = False, **cha
     ids = tiny_ids(1, 3000, seed=5)[0].tolist()
     (folder / "calib.txt").write_text("".join(chr(30 + i) for i in ids))
     return model
+
+
+def quantized(folder: Any, scheme: str, family: str = "llama", recipe: str = "rtn", **more: Any) -> Any:
+    """The folder ``run`` of a tiny model's run in ``folder``."""
+    import lowbit
+
+    save_tiny(folder / "model", family)
+    text = str(folder / "model" / "calib.txt")
+    more = {"data": text, "samples": 2, "length": 16, "effort": "quick", **more}
+    lowbit.quantize(str(folder / "model"), folder / "run", scheme=scheme, recipe=recipe, **more)
+    return folder / "run"
+
+
+def spoil(file: Any, name: str, offset: int = 9) -> None:
+    """Flip a bit of one byte of a tensor in a safetensors file."""
+    import json
+
+    content = bytearray(file.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    start = json.loads(content[8 : 8 + size])[name]["data_offsets"][0]
+    content[8 + size + start + offset] ^= 0x10
+    file.write_bytes(content)

@@ -108,7 +108,7 @@ app.command()(compare)
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp), gptq.")],
+    to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp), gptq, awq, vllm.")],
     out: Annotated[Path | None, typer.Option(help="What to write; by default beside the run folder.")] = None,
     embeddings: Annotated[str, typer.Option(help="Float matrices: auto (loses nothing), f32, f16, q8_0.")] = "auto",
     pre: Annotated[str | None, typer.Option(help="llama.cpp's name of the tokenizer's splitting.")] = None,

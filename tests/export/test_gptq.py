@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.cli import call
@@ -16,21 +14,12 @@ from lowbit.errors import LowbitError
 from lowbit.export.gptq import pack_module, unpack_words
 from lowbit.export.run import open_run
 from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid, quantize
-from tiny import save_tiny
-
-
-def make(folder: Path, scheme: str, family: str = "llama", **more: Any) -> Path:
-    save_tiny(folder / "model", family)
-    text = str(folder / "model" / "calib.txt")
-    lowbit.quantize(
-        str(folder / "model"), folder / "run", scheme=scheme, recipe="rtn", data=text, samples=2, length=16, **more
-    )
-    return folder / "run"
+from tiny import quantized, spoil
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("gptq"), "w4a16g32-sym")
+    return quantized(tmp_path_factory.mktemp("gptq"), "w4a16g32-sym")
 
 
 SCHEMES = ["w2a16g32-asym", "w3a16-sym", "w3a16g32-asym", "w4a16g32-sym", "w4a16g16-asym", "w8a16-asym"]
@@ -39,7 +28,7 @@ SCHEMES = ["w2a16g32-asym", "w3a16-sym", "w3a16g32-asym", "w4a16g32-sym", "w4a16
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("convention", ["v1", "v2"])
 def test_it_reads_back_bit_for_bit(tmp_path: Path, scheme: str, convention: str) -> None:
-    run = make(tmp_path, scheme)
+    run = quantized(tmp_path, scheme)
     made = lowbit.export(run, "gptq", gptq_format=convention)
     (found,) = lowbit.verify(run, [made.out])
     assert found.ok
@@ -49,13 +38,13 @@ def test_it_reads_back_bit_for_bit(tmp_path: Path, scheme: str, convention: str)
 
 @pytest.mark.parametrize("family", ["llama-odd", "qwen2", "qwen3", "gemma2", "phi3", "opt"])
 def test_every_family(tmp_path: Path, family: str) -> None:
-    run = make(tmp_path, "w4a16g16-sym", family)
+    run = quantized(tmp_path, "w4a16g16-sym", family)
     assert lowbit.verify(run, [lowbit.export(run, "gptq").out])[0].ok
 
 
 def test_modules_with_a_format_of_their_own(tmp_path: Path) -> None:
     overrides = {"*.down_proj": "w8g32", "*.1.self_attn.o_proj": "float", "lm_head": "w4"}
-    run = make(tmp_path, "w4a16g32-sym", overrides=overrides)
+    run = quantized(tmp_path, "w4a16g32-sym", overrides=overrides)
     made = lowbit.export(run, "gptq")
     assert lowbit.verify(run, [made.out])[0].ok
     config = json.loads((made.out / "config.json").read_text())["quantization_config"]
@@ -69,7 +58,7 @@ def test_the_loader_of_onnxruntime_genai_finds_the_same_codes(
     tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = pytest.importorskip("onnxruntime_genai.models.loaders.gptq")
-    folder = make(tmp_path, scheme)
+    folder = quantized(tmp_path, scheme)
     made = lowbit.export(folder, "gptq", gptq_format="v1")
     config = json.loads((made.out / "config.json").read_text())["quantization_config"]
     attributes = {"config": config, "use_g_idx": config["desc_act"]}
@@ -125,7 +114,7 @@ def test_golden_words() -> None:
 def test_symmetric_goes_out_as_v1_and_free_zeros_as_v2(run: Path, tmp_path: Path) -> None:
     made = lowbit.export(run, "gptq", tmp_path / "sym")
     assert json.loads((made.out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq"
-    free = make(tmp_path, "w2a16g16-asym")
+    free = quantized(tmp_path, "w2a16g16-asym")
     v2 = lowbit.export(free, "gptq", tmp_path / "free")
     assert json.loads((v2.out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
     assert not v2.warnings
@@ -138,10 +127,7 @@ def test_symmetric_goes_out_as_v1_and_free_zeros_as_v2(run: Path, tmp_path: Path
 @pytest.mark.parametrize("key", ["qweight", "qzeros", "scales", "g_idx"])
 def test_one_wrong_byte_is_named(run: Path, tmp_path: Path, key: str) -> None:
     made = lowbit.export(run, "gptq", tmp_path / "m")
-    file, name = made.out / "block-00001.safetensors", f"model.layers.1.mlp.up_proj.{key}"
-    tensors = load_file(file)
-    tensors[name].view(torch.uint8).view(-1)[9] ^= 0x10
-    save_file(tensors, file, metadata={"format": "pt"})
+    spoil(made.out / "block-00001.safetensors", f"model.layers.1.mlp.up_proj.{key}")
     (found,) = lowbit.verify(run, [made.out])
     assert "model.layers.1.mlp.up_proj" in " ".join([*found.differs, found.unreadable or ""])
     assert len(found.differs) <= 1
@@ -171,7 +157,7 @@ def test_a_wrong_config_or_tokenizer_is_named(run: Path, tmp_path: Path) -> None
 def test_what_does_not_fit_is_refused_before_any_work(
     tmp_path: Path, scheme: str, overrides: dict[str, str], message: str
 ) -> None:
-    run = make(tmp_path, scheme, overrides=overrides)
+    run = quantized(tmp_path, scheme, overrides=overrides)
     with pytest.raises(LowbitError, match=message):
         lowbit.export(run, "gptq")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]

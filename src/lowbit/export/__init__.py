@@ -16,6 +16,8 @@ from lowbit.export.target import Exporter
 EXPORTERS = {
     "gguf": "lowbit.export.gguf",
     "gptq": "lowbit.export.gptq",
+    "awq": "lowbit.export.awq",
+    "vllm": "lowbit.export.vllm",
 }
 ALIASES = {"llama.cpp": "gguf"}
 

@@ -121,8 +121,8 @@ def _schemes(given: Scheme) -> Iterator[Scheme]:
 
 
 def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:
-    act = abs((a.act.bits if a.act else 16) - (b.act.bits if b.act else 16))
-    return (act, a.kv != b.kv, *_spec_distance(a.weight, b.weight))
+    ours, theirs = (scheme.act.bits if scheme.act else 16 for scheme in (a, b))
+    return (abs(ours - theirs), theirs < ours, a.kv != b.kv, *_spec_distance(a.weight, b.weight))
 
 
 def _spec_distance(a: QuantSpec, b: QuantSpec) -> tuple[float, ...]:

@@ -156,8 +156,6 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
         dynamic = config.get("dynamic", {}).items()
         bits = next((own["bits"] for p, own in dynamic if re.match(p.removeprefix("+:"), module)), config["bits"])
         scales, group = stored["scales"].float(), stored["g_idx"].long()
-        if not bool(((group >= 0) & (group < len(scales))).all()):
-            raise LowbitError(f"'{module}.g_idx' names groups that are not there")
         codes = unpack_words(stored["qweight"].T, bits, len(group)).T
         zeros = unpack_words(stored["qzeros"], bits, scales.shape[1])
         if config["checkpoint_format"] == "gptq":

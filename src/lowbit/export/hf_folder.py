@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.checkpoint import INDEX, Checkpoint, read_json, write_bytes, write_index, write_json, write_tensors
+from lowbit.errors import LowbitError
 from lowbit.export.run import Run
 from lowbit.families import family_of
 from lowbit.progress import track
@@ -48,8 +49,15 @@ def write_folder(
 
 
 def config_of(run: Run, quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``config.json``."""
-    return {**read_json(run.folder / CONFIG), "quantization_config": dict(quantization)}
+    """The content of ``config.json``.
+
+    vLLM reads scales in the dtype that it computes in, and bfloat16 would round them: the config asks for float16,
+    except for Gemma, which vLLM refuses to run in float16.
+    """
+    config = {**read_json(run.folder / CONFIG), "quantization_config": dict(quantization)}
+    if not str(config["model_type"]).startswith("gemma"):
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
+    return config
 
 
 def carried(run: Run) -> list[str]:
@@ -87,7 +95,11 @@ def read_folder(
         own = [n for n in checkpoint.names if n.startswith(f"{module}.") and n != f"{module}.bias"]
         seen |= set(own)
         stored = {name.removeprefix(f"{module}."): tensor for name, tensor in checkpoint.read(own).items()}
-        yield f"{module}.weight", value(module, stored)
+        try:
+            weight = value(module, stored)
+        except Exception as error:  # broken bytes trip a reader in many ways; the name says where
+            raise LowbitError(f"'{module}' cannot be read: {error}") from error
+        yield f"{module}.weight", weight
     for name in checkpoint.names:
         if name not in seen:
             yield name, checkpoint.read([name])[name].float()

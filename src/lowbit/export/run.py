@@ -30,7 +30,7 @@ class Subject:
         config: the Hugging Face config.
         scheme: the run's scheme.
         specs: format by full name of each rounded module.
-        shapes: ``(out, in)`` of those modules.
+        shapes: ``(out, in)`` of those modules and of ``floats``.
         floats: linears of the blocks that stay float.
         online: what the recipe leaves beside the model's graph, in words; ``None`` for nothing.
     """
@@ -90,17 +90,22 @@ def open_run(folder: Path) -> Run:
     scheme, specs, layout = manifest_specs(manifest)
     checkpoint = Checkpoint(folder)
     shapes = {name: _shape(checkpoint, name, spec, layout) for name, spec in specs.items()}
+    floats = tuple(name for name in manifest.get("float", []) if name != "lm_head")
+    shapes |= {name: _size(checkpoint, f"{name}.weight") for name in floats}
     online = [str(name) for name in manifest.get("online", [])]
     left = f"{len(online)} tensors stay online, {online[0]} first" if online else None
     config = load_config(folder)
-    floats = tuple(name for name in manifest.get("float", []) if name != "lm_head")
     return Run(folder, manifest, Subject(config, scheme, specs, shapes, floats, left), layout, checkpoint)
 
 
 def _shape(checkpoint: Checkpoint, module: str, spec: QuantSpec, layout: str) -> tuple[int, int]:
     name = packed_names(module, spec, layout)[1 if layout == "pack-quantized" else 0]
-    if layout == "pack-quantized":
-        rows, columns = checkpoint.read([name])[name].tolist()
-    else:
-        rows, columns = checkpoint.shape(name)
+    if layout != "pack-quantized":
+        return _size(checkpoint, name)
+    rows, columns = checkpoint.read([name])[name].tolist()
+    return int(rows), int(columns)
+
+
+def _size(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    rows, columns = checkpoint.shape(name)
     return int(rows), int(columns)

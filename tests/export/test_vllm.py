@@ -1,0 +1,102 @@
+"""The repack for vLLM holds the run's own grid, as compressed-tensors decompresses it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import lowbit
+from lowbit.errors import LowbitError
+from tiny import quantized, spoil
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layout"),
+    [
+        ("w4a4g32-sym", "pack-quantized"), ("w3a8-sym", "pack-quantized"), ("w8a8g32-sym", "pack-quantized"),
+        ("w4a16g32-asym", "pack-quantized"), ("w3a16g32-sym", "pack-quantized"), ("w8a8-sym", "int-quantized"),
+    ],
+)  # fmt: skip
+def test_it_reads_back_bit_for_bit_in_the_layout_that_vllm_runs(tmp_path: Path, scheme: str, layout: str) -> None:
+    run = quantized(tmp_path, scheme)
+    made = lowbit.export(run, "vllm")
+    (found,) = lowbit.verify(run, [made.out])
+    assert found.ok
+    assert found.target == "vllm"
+    assert found.exact == found.tensors > 20
+    config = settings(made.out)
+    assert config["format"] == layout
+    assert "dequantize" not in config
+    group = config["config_groups"]["group_0"]
+    if "a16" in scheme:
+        assert group["input_activations"] is None
+    else:
+        assert group["input_activations"] == {
+            "num_bits": int(scheme[3]), "type": "int", "symmetric": True, "strategy": "token", "dynamic": True
+        }  # fmt: skip
+    assert group["weights"]["num_bits"] == int(scheme[1])
+    with safe_open(made.out / "block-00000.safetensors", framework="pt") as shard:
+        assert shard.get_tensor("model.layers.0.mlp.up_proj.weight_scale").dtype == torch.float16
+
+
+def test_codes_take_their_own_width_on_disk(tmp_path: Path) -> None:
+    run = quantized(tmp_path, "w4a4g32-sym")
+    made = lowbit.export(run, "vllm")
+    with safe_open(made.out / "block-00000.safetensors", framework="pt") as shard:
+        assert shard.get_slice("model.layers.0.mlp.up_proj.weight_packed").get_shape() == [96, 64 * 4 // 32]
+
+
+def test_groups_of_formats_are_told_apart(tmp_path: Path) -> None:
+    run = quantized(tmp_path, "w4a4g32-sym", overrides={"*.down_proj": "w8g32", "*.1.self_attn.o_proj": "float"})
+    assert lowbit.verify(run, [lowbit.export(run, "vllm").out])[0].ok
+
+
+@pytest.mark.parametrize("key", ["weight_packed", "weight_scale", "weight_shape"])
+def test_one_wrong_byte_is_named(tmp_path: Path, key: str) -> None:
+    run = quantized(tmp_path, "w4a8g32-sym")
+    made = lowbit.export(run, "vllm")
+    spoil(made.out / "block-00001.safetensors", f"model.layers.1.mlp.up_proj.{key}")
+    (found,) = lowbit.verify(run, [made.out])
+    assert "model.layers.1.mlp.up_proj" in " ".join([*found.differs, found.unreadable or ""])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides", "message"),
+    [
+        ("w4a4-asym", {}, r"act: .*symmetrically; nearest that fits: w4a4-sym$"),
+        ("w6a6-sym", {}, r"act: .*6 bits.*nearest that fits: w6a8-sym$"),
+        ("w4a16kv4", {}, r"kv: .*nearest that fits: w4a16-sym$"),
+        ("w3a16-asym", {}, r"weight: .*free zero at 3 bits.*nearest that fits: w3a16-sym$"),
+        ("w4a4-sym", {"*.q_proj": "w8"}, r"q_proj: vLLM runs it as one with .*k_proj.*'\*\.q_proj=w4-sym'$"),
+        ("w4a4-sym", {"*.1.mlp.up_proj": "float"}, r"1\.mlp\.up_proj: vLLM runs it as one.*=w4-sym'$"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, scheme: str, overrides: dict[str, str], message: str) -> None:
+    run = quantized(tmp_path, scheme, overrides=overrides)
+    with pytest.raises(LowbitError, match=message):
+        lowbit.export(run, "vllm")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+
+
+@pytest.mark.parametrize("target", ["gguf", "gptq", "awq", "vllm"])
+def test_maps_that_stay_online_are_refused(tmp_path: Path, target: str) -> None:
+    run = quantized(tmp_path, "w4a16g32-sym", recipe="affinequant", settings=["affinequant.qkv=matrix"])
+    with pytest.raises(LowbitError, match="recipe: 3 tensors stay online") as caught:
+        lowbit.export(run, target)
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+
+
+def test_a_run_folder_is_no_export_of_itself(tmp_path: Path) -> None:
+    run = quantized(tmp_path, "w4a16g32-sym")
+    with pytest.raises(LowbitError, match="no export of a known format"):
+        lowbit.verify(run, [run])
