@@ -133,23 +133,30 @@ def export(
 def verify(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     files: Annotated[list[Path], typer.Argument(help="What 'lowbit export' wrote.")],
+    logits: Annotated[
+        bool, typer.Option(help="Run each, where its runtime is installed, and compare logits.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Compare exports with their run, every value bit for bit; exit code 1 if anything differs."""
     from lowbit.exporting import verify as read_back
 
-    found = read_back(run, files)
+    found = read_back(run, files, logits)
     if as_json:
         print_json([{**asdict(one), "ok": one.ok} for one in found])
     else:
-        rows = table("file", "format", "tensors", "exact", "max difference")
+        rows = table("file", "format", "tensors", "exact", "max difference", "logits")
         for one in found:
-            row = (one.target, str(one.tensors), str(one.exact), f"{one.max_difference:.3g}")
+            ran = "-" if one.logits is None else f"{one.logits:.2g}"
+            row = (one.target, str(one.tensors), str(one.exact), f"{one.max_difference:.3g}", ran)
             rows.add_row(Text(Path(one.path).name), *row)
         Console().print(rows)
     for one in found:
         if not one.ok:
-            say(f"{one.path} differs: {', '.join([*one.differs, *one.other, *filter(None, [one.unreadable])][:5])}")
+            named = [*one.differs, *one.other, *filter(None, [one.unreadable])]
+            if not one.computes_the_same:
+                named.append(f"logits by {one.logits:.2g}, of which {one.explained:.2g} is explained")
+            say(f"{one.path} differs: {', '.join(named[:5])}")
     if not all(one.ok for one in found):
         raise typer.Exit(1)
 

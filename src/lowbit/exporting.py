@@ -7,15 +7,28 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from lowbit.checkpoint import PARTIAL
 from lowbit.errors import LowbitError
 from lowbit.export import ALIASES, exporter_of, target_of
 from lowbit.export.fit import check
-from lowbit.export.run import open_run
+from lowbit.export.run import Run, open_run
 from lowbit.export.target import Options
-from lowbit.export.verify import Verified, verify_one
+from lowbit.export.verify import Verified, run_one, verify_one
+from lowbit.loading import load
+from lowbit.source import load_tokenizer
+
+# What runtimes are compared on; ours, so that it needs no download.
+TEXT = (
+    "A map is smaller than the country it shows, and that is why people carry it. Whoever draws one must choose: the "
+    "rivers stay, the fences go, and a road that bends a little becomes straight. The traveller does not mind, as "
+    "long as every turn is still where the map says it is."
+)
 
 
 @dataclass(frozen=True)
@@ -83,8 +96,14 @@ def export(
     return Exported(final, target, sum(file.stat().st_size for file in _files(final)), warnings)
 
 
-def verify(folder: str | Path, files: Sequence[str | Path]) -> list[Verified]:
+def verify(folder: str | Path, files: Sequence[str | Path], logits: bool = True) -> list[Verified]:
     """Compare exports with their run, every value bit for bit; see ``Verified.ok``.
+
+    Args:
+        folder: the run folder.
+        files: what ``export`` wrote.
+        logits: run each in its runtime, where that is installed, and compare logits with the simulation's on a
+            built-in text. This takes the memory of the whole model in float32.
 
     Raises:
         LowbitError: the folder is no finished run, or a path is no export.
@@ -92,11 +111,27 @@ def verify(folder: str | Path, files: Sequence[str | Path]) -> list[Verified]:
     if not files:
         raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
     run = open_run(Path(folder))
+    ids = _text_ids(run)
+    simulated = lru_cache(maxsize=1)(lambda: _simulated(run, ids))
     out = []
     for path in map(Path, files):
         target = target_of(path)
-        out.append(verify_one(run, path, target, exporter_of(target)))
+        exporter = exporter_of(target)
+        found = verify_one(run, path, target, exporter)
+        out.append(run_one(found, exporter, ids, simulated) if logits else found)
     return out
+
+
+def _text_ids(run: Run) -> Tensor:
+    """Token ids of ``TEXT``, at least one and at most as many as the model has positions."""
+    config = run.subject.config
+    ids = torch.tensor(load_tokenizer(run.folder)(TEXT).input_ids)
+    return ids[ids < config.vocab_size][: getattr(config, "max_position_embeddings", None)]
+
+
+def _simulated(run: Run, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return load(run.folder)(ids[None]).logits[0].float()
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What an export target is: a value with five functions, listed in ``EXPORTERS``."""
+"""What an export target is: a value of a few functions, listed in ``EXPORTERS``."""
 
 from __future__ import annotations
 
@@ -39,6 +39,20 @@ def value_of(run: Run, name: str) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Executed:
+    """What a target's runtime computed from an export.
+
+    Attributes:
+        logits: ``(tokens, vocabulary)`` float32, of one forward from an empty cache.
+        explained: the largest relative error that the runtime's documented arithmetic explains, see
+            ``verify.relative_error``.
+    """
+
+    logits: Tensor
+    explained: float
+
+
+@dataclass(frozen=True)
 class Exporter:
     """One target.
 
@@ -51,6 +65,7 @@ class Exporter:
         read: names and float32 values of all parameters, by the format's own reader, from the export alone.
         other: names of what else differs from what ``write`` would have written (metadata, config, tokenizer).
         expect: the value that a parameter must have there.
+        execute: runs an export on token ids ``(tokens,)`` in its runtime; ``None`` where that is not installed.
     """
 
     suffix: str
@@ -60,3 +75,4 @@ class Exporter:
     read: Callable[[Run, Path], Iterator[tuple[str, Tensor]]]
     other: Callable[[Run, Path], Iterator[str]]
     expect: Callable[[Run, str], Tensor] = value_of
+    execute: Callable[[Path, Tensor], Executed | None] = lambda path, ids: None

@@ -1,0 +1,58 @@
+"""What verify makes of a runtime's logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import lowbit
+from lowbit import exporting
+from lowbit.cli import call
+from lowbit.export import exporter_of
+from lowbit.export.target import Executed
+from tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("verify")
+    save_tiny(folder / "model", "llama")
+    text = str(folder / "model" / "calib.txt")
+    scheme = "w4a16g32-sym"
+    lowbit.quantize(str(folder / "model"), folder / "run", scheme, recipe="rtn", data=text, samples=2, length=16)
+    return folder / "run", lowbit.export(folder / "run", "gguf").out
+
+
+def runtime(run: Path, factor: float) -> Any:
+    def execute(path: Path, ids: Tensor) -> Executed:
+        return Executed(lowbit.load(run)(ids[None]).logits[0].detach() * factor, 0.01)
+
+    return lambda target: replace(exporter_of(target), execute=execute)
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.005, 0), (1.05, 1)])
+def test_logits_beyond_what_is_explained_fail(
+    made: tuple[Path, Path], factor: float, code: int, monkeypatch: Any, capsys: Any
+) -> None:
+    run, file = made
+    monkeypatch.setattr(exporting, "exporter_of", runtime(run, factor))
+    assert call(["verify", str(run), str(file)]) == code
+    assert ("0.01 is explained" in capsys.readouterr().err) is (code == 1)
+    (found,) = lowbit.verify(run, [file])
+    assert found.logits == pytest.approx(factor - 1, abs=1e-6)
+    assert lowbit.verify(run, [file], logits=False)[0].logits is None
+
+
+def test_a_runtime_that_gives_up_has_failed(made: tuple[Path, Path], monkeypatch: Any) -> None:
+    def execute(path: Path, ids: Tensor) -> Executed:
+        raise RuntimeError("no kernel")
+
+    run, file = made
+    monkeypatch.setattr(exporting, "exporter_of", lambda target: replace(exporter_of(target), execute=execute))
+    (found,) = lowbit.verify(run, [file])
+    assert found.unreadable == "its runtime says: RuntimeError: no kernel"
+    assert not found.ok
