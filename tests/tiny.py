@@ -160,7 +160,7 @@ def save_tiny(folder: Any, name: str, seed: int = 0, shards: bool = False, **cha
     return model
 
 
-def quantized(folder: Any, scheme: str, family: str = "llama", recipe: str = "rtn", **more: Any) -> Any:
+def quantized(folder: Any, scheme: str | None, family: str = "llama", recipe: str = "rtn", **more: Any) -> Any:
     """The folder ``run`` of a tiny model's run in ``folder``."""
     import lowbit
 

@@ -15,15 +15,17 @@ import torch
 from lowbit.checkpoint import Checkpoint
 from lowbit.checks import building, check_finite, check_tensors, check_tied, refuse_foreign_quantization, shapes_of
 from lowbit.data import Tokens, calibration, evaluation, self_sample
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, unknown
 from lowbit.evaluate.perplexity import perplexity
 from lowbit.finish import finish, versions
 from lowbit.loading import load
+from lowbit.making_for import settle
 from lowbit.plan import Plan, check_length, check_sizes, make_plan
 from lowbit.progress import say
 from lowbit.recipe import Recipe, load_recipe, recipe_to_dict, with_effort, with_settings
 from lowbit.runfolder import claim, look, manifest_of
 from lowbit.runner import Walk, check_space, peak_memory_bytes
+from lowbit.runtimes import RUNTIMES
 from lowbit.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
 from lowbit.skeleton import Skeleton
 from lowbit.source import Source, load_config, load_tokenizer, resolve
@@ -72,6 +74,7 @@ class Evaluated:
         length: tokens in a window.
         seconds: wall time.
         data_hash: hash of the evaluated tokens, by data name.
+        runs_on: the runtime whose rounding of inputs was simulated, if any.
     """
 
     perplexity: dict[str, float]
@@ -79,6 +82,7 @@ class Evaluated:
     length: int
     seconds: float
     data_hash: dict[str, str]
+    runs_on: str | None = None
 
 
 def quantize(
@@ -98,6 +102,7 @@ def quantize(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     effort: str | None = None,
+    runs_on: str | None = None,
 ) -> Quantized:
     """Quantize a model into a folder that is a Hugging Face checkpoint; a run that was stopped goes on.
 
@@ -117,6 +122,9 @@ def quantize(
         allow_pickle, trust_remote_code: both off unless asked for.
         effort: ``quick``, ``normal`` or ``paper``: how much of a recipe's epochs learned steps spend. A ``Recipe``
             that is given as one keeps its epochs unless this is given; ``settings`` are exact.
+        runs_on: the runtime that the result is for: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It
+            gives the default scheme, what it cannot carry is refused now, and its own rounding of the linears' inputs
+            is simulated in calibration and evaluation.
 
     Raises:
         LowbitError: for anything that a person can mend, before any work where it can be known then.
@@ -131,14 +139,19 @@ def quantize(
     if isinstance(recipe, str) or effort is not None:
         chosen = with_effort(chosen, protocol["effort"])
     chosen = with_settings(chosen, settings)
-    scheme = protocol["scheme"] if scheme is None else scheme
-    formats = with_overrides(load_scheme(scheme) if isinstance(scheme, str) else scheme, overrides or {})
+    if runs_on is not None and runs_on not in RUNTIMES:
+        raise unknown("runtime", runs_on, RUNTIMES)
+    if scheme is None and (runs_on is None or "scheme" in chosen.run):
+        scheme = protocol["scheme"]
+    named = load_scheme(scheme) if isinstance(scheme, str) else scheme
+    formats = None if named is None else with_overrides(named, overrides or {})
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
     refuse_foreign_quantization(config, None, source.folder)
     with building(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
     checkpoint = Checkpoint(source.folder)
+    formats = _settled(formats, runs_on, overrides or {}, chosen, skeleton)
     plan = make_plan(skeleton, formats)
     check_length(config, length)
     shapes = shapes_of(skeleton)
@@ -176,6 +189,17 @@ def quantize(
     return Quantized(out, manifest["bits_per_weight"], seconds, peak_memory_bytes(), _warnings(manifest), manifest)
 
 
+def _settled(
+    given: Scheme | None, runs_on: str | None, overrides: Mapping[str, str], recipe: Recipe, skeleton: Skeleton
+) -> Scheme:
+    """The scheme, made for a runtime where one is asked for, here or in the scheme itself."""
+    runtime = runs_on or (given.runs_on if given else None)
+    if runtime is not None:
+        return settle(runtime, given, overrides, recipe, skeleton)
+    assert given is not None  # it is left out for a runtime only
+    return given
+
+
 def evaluate(
     model: str,
     data: str | Sequence[str] = "builtin",
@@ -186,6 +210,7 @@ def evaluate(
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    runs_on: str | None = None,
 ) -> Evaluated:
     """Perplexity of a float model or of a run folder, read block by block; several texts share one pass.
 
@@ -195,6 +220,7 @@ def evaluate(
         length: tokens in a window. Perplexities of different lengths do not compare.
         tokens: how many tokens of each text at most; all by default.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
+        runs_on: a runtime whose rounding of inputs is simulated, or ``float``; by default the one of the run.
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
@@ -202,7 +228,7 @@ def evaluate(
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     windows = {name: evaluation(name, tokenizer, length, tokens) for name in names}
-    streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code)
+    streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, runs_on)
     for found in windows.values():
         check_ids(found.ids, streamed.skeleton, source.folder)
     batches = streamed.logits_of([found.ids for found in windows.values()])
@@ -216,6 +242,7 @@ def evaluate(
         length,
         time.monotonic() - began,
         {name: found.hash for name, found in windows.items()},
+        streamed.scheme.runs_on if streamed.scheme else None,
     )
 
 
@@ -268,4 +295,6 @@ def _warnings(manifest: Mapping[str, Any]) -> list[str]:
     out = [f"block {row['block']}: {note}" for row in manifest["blocks"] for note in row["notes"]]
     if reason := manifest["transformers"]["why_not"]:
         out.append(f"stock transformers does not run this folder ({reason}): use lowbit.load")
+    if inputs := manifest["transformers"].get("inputs"):
+        out.append(f"stock transformers computes with {inputs}")
     return out

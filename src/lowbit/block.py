@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lowbit.attention import quantized_attention
 from lowbit.family import Edge, Family, Heads, Part, Ref
 from lowbit.quant import Grid, QTensor, QuantSpec, fake_quant_tokens, minmax_grid
+from lowbit.runtimes import Inputs
 from lowbit.scheme import Scheme
 
 Tap = Callable[[Tensor], None]
@@ -252,32 +253,32 @@ def _hooks(
 ) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
     """For the linears of a layer that need it: round the input, then show it to the tap.
 
-    Linears that read one tensor share its rounding.
+    Linears that read one tensor share its rounding where they have the same.
     """
     for group in block.family.linears:
-        cache: dict[str, tuple[Tensor, Tensor]] = {}
+        cache: dict[Inputs, tuple[Tensor, Tensor]] = {}
         for name in group:
-            spec = scheme.act_spec(block.full_name(f"{index}.{name}")) if scheme else None
+            inputs = scheme.inputs(block.full_name(f"{index}.{name}")) if scheme else None
             tap = taps.get(f"{index}.{name}")
             ends = block.online.get(f"{index}.{name}")
-            if spec is None and tap is None:
+            if inputs is None and tap is None:
                 continue
 
             def hook(
                 module: nn.Module,
                 args: tuple[Any, ...],
-                spec: QuantSpec | None = spec,
+                inputs: Inputs | None = inputs,
                 tap: Tap | None = tap,
                 ends: Tensor | None = ends,
-                cache: dict[str, tuple[Tensor, Tensor]] = cache,
+                cache: dict[Inputs, tuple[Tensor, Tensor]] = cache,
             ) -> tuple[Any, ...] | None:
                 x = args[0]
-                if spec is not None and ends is not None:
-                    x = rounded_input(x, spec, ends)
-                elif spec is not None:
-                    if "x" not in cache or cache["x"][0] is not x:
-                        cache["x"] = (x, fake_quant_tokens(x, spec))
-                    x = cache["x"][1]
+                if inputs is not None and ends is not None:
+                    x = rounded_input(x, inputs.spec, ends)
+                elif inputs is not None:
+                    if inputs not in cache or cache[inputs][0] is not x:
+                        cache[inputs] = (x, inputs.round(x))
+                    x = cache[inputs][1]
                 if tap is not None:
                     tap(x)
                 return (x, *args[1:])

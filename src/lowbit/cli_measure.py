@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
+from lowbit.progress import say
 
 if TYPE_CHECKING:
     from lowbit.comparing import Compared
@@ -23,6 +24,10 @@ def evaluate(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
+    runs_on: Annotated[
+        str | None,
+        typer.Option("--for", help="Round inputs as this runtime does, or float; by default that of the run."),
+    ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     revision: Revision = None,
@@ -34,7 +39,7 @@ def evaluate(
     from lowbit.api import evaluate as run
 
     names = data or ["builtin"]
-    found = run(model, names, length, tokens, device, dtype, revision, allow_pickle, trust_remote_code)
+    found = run(model, names, length, tokens, device, dtype, revision, allow_pickle, trust_remote_code, runs_on)
     if as_json:
         print_json({"model": model, **asdict(found)})
         return
@@ -42,6 +47,8 @@ def evaluate(
     for name, value in found.perplexity.items():
         rows.add_row(Text(Path(name).name), str(found.tokens[name]), str(length), f"{value:.4f}")
     Console().print(rows)
+    if found.runs_on:
+        say(f"inputs of the linears are rounded as {found.runs_on} does")
 
 
 def compare(

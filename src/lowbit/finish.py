@@ -13,7 +13,8 @@ from lowbit.checkpoint import Checkpoint, read_json, write_bytes, write_json
 from lowbit.packing import quantization_config
 from lowbit.plan import Plan
 from lowbit.runfolder import FORMAT, MANIFEST, ONLINE, RUN, TIMING, block_file, notes_file, write_folder_index
-from lowbit.scheme import Scheme
+from lowbit.runtimes import RUNTIMES
+from lowbit.scheme import Scheme, parse_scheme
 from lowbit.wheels import sha256_of
 
 COPIED = (
@@ -111,10 +112,18 @@ def _manifest(
         "bits_per_weight": plan.bits_per_weight + extra / weights,
         "model_bits_per_weight": plan.model_bits_per_weight + extra / (weights + plan.float_weights),
         "online": list(online),
-        "transformers": {"loads": why_not is None, "why_not": why_not},
+        "transformers": {"loads": why_not is None, "why_not": why_not, **_inputs(identity["scheme"])},
         "versions": versions(),
         "blocks": rows,
     }
+
+
+def _inputs(scheme: Mapping[str, Any]) -> dict[str, str]:
+    """What stock ``transformers`` computes with where a runtime's rounding of inputs is simulated."""
+    runtime = scheme.get("runs_on")
+    if runtime is None or parse_scheme(scheme["scheme"]).act is not None or not RUNTIMES[runtime].rounds:
+        return {}
+    return {"inputs": f"float inputs; lowbit's figures are with those of {runtime}: {RUNTIMES[runtime].rounds}"}
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
@@ -136,6 +145,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "|---|---|",
         f"| recipe | {identity['recipe_name']} ({steps}) |",
         f"| scheme | {identity['scheme']['scheme']} |",
+        *[f"| made for | {name} |" for name in [identity["scheme"].get("runs_on")] if name],
         *[f"| override | `{glob}`: {text} |" for glob, text in (pair for one in overrides for pair in one.items())],
         f"| effective bits per rounded weight | {manifest['bits_per_weight']:.3f} (codes, scales, zeros, online) |",
         f"| rounded modules | {len(manifest['quantized'])} |",
@@ -158,6 +168,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
             "```",
         ]
+        if inputs := manifest["transformers"].get("inputs"):
+            lines += ["", f"That computes with {inputs}. `lowbit.load` gives the model as it was measured."]
     else:
         lines += [
             f"Stock `transformers` does not run this scheme: {manifest['transformers']['why_not']}.",

@@ -21,8 +21,9 @@ from lowbit.checks import building, check_tensors, refuse_foreign_quantization
 from lowbit.errors import LowbitError
 from lowbit.families import family_of
 from lowbit.fused import gathered_norm
-from lowbit.quant import QuantSpec, fake_quant_tokens
 from lowbit.runfolder import dequantized, manifest_of, manifest_specs, read_online
+from lowbit.runtimes import Inputs
+from lowbit.scheme import simulated_on
 from lowbit.source import load_config
 
 
@@ -31,10 +32,12 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    runs_on: str | None = None,
 ) -> Any:
     """A ``transformers`` causal language model from a run folder (or a float checkpoint), ready to generate.
 
     It computes what was evaluated, activations and KV included. ``lowbit.load(DIR).generate(...)`` works as usual.
+    ``runs_on`` names a runtime whose inputs are simulated, or ``float``; by default the one the run was made for.
 
     Raises:
         LowbitError: the folder is no model, is broken, or was quantized by another tool.
@@ -48,6 +51,7 @@ def load(
         family = family_of(config)
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     scheme, specs, layout = manifest_specs(manifest) if manifest else (None, {}, "")
+    scheme = simulated_on(scheme, runs_on)
     tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     checkpoint = Checkpoint(folder)
@@ -70,10 +74,9 @@ def load(
                 layer.get_submodule(name).register_forward_hook(
                     lambda module, args, out: apply_online(out, module.online)
                 )
-    if scheme is not None and scheme.act is not None:
-        for name in specs:
-            if name != family.embed:
-                _round_inputs(model.get_submodule(name), scheme.act)
+    for name in specs:
+        if name != family.embed and scheme is not None and (inputs := scheme.inputs(name)) is not None:
+            _round_inputs(model.get_submodule(name), inputs)
     if scheme is not None and scheme.kv is not None:
         model.config._attn_implementation = attention_name(scheme.kv, model.config._attn_implementation)
     if (folder / "generation_config.json").exists():
@@ -88,12 +91,12 @@ def _generation_config(folder: Path) -> GenerationConfig:
         raise LowbitError(f"cannot read {folder / 'generation_config.json'}: {error}") from error
 
 
-def _round_inputs(linear: nn.Module, spec: QuantSpec) -> None:
+def _round_inputs(linear: nn.Module, inputs: Inputs) -> None:
     """Round what a linear reads; a run may have left factors on the ends of ranges, or offsets, before it."""
 
     def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if hasattr(module, "online"):
-            return (rounded_input(args[0], spec, module.online), *args[1:])
-        return (fake_quant_tokens(args[0], spec), *args[1:])
+            return (rounded_input(args[0], inputs.spec, module.online), *args[1:])
+        return (inputs.round(args[0]), *args[1:])
 
     linear.register_forward_pre_hook(hook)

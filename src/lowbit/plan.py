@@ -24,6 +24,7 @@ class Plan:
 
     Attributes:
         specs: format of each module that is rounded, by full name.
+        shapes: ``(out, in)`` of all linears, head and embedding.
         floats: linears (the head included) that stay float.
         embed, head: their module names.
         untie: embedding and head are one tensor in the source and two in the result, since one is rounded.
@@ -34,6 +35,7 @@ class Plan:
     """
 
     specs: dict[str, QuantSpec]
+    shapes: dict[str, tuple[int, int]]
     floats: tuple[str, ...]
     embed: str
     head: str
@@ -63,8 +65,8 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
         raise LowbitError("config.json says that the model has no layers: nothing to quantize")
     specs: dict[str, QuantSpec | None] = {name: scheme.weight_spec(name) for name in shapes}
     extra = {family.head: _named(scheme, family.head), family.embed: _named(scheme, family.embed)}
-    embedding = skeleton.model.get_input_embeddings().weight.shape
-    shapes |= {family.head: tuple(embedding), family.embed: tuple(embedding)}
+    rows, columns = skeleton.model.get_input_embeddings().weight.shape
+    shapes |= {family.head: (rows, columns), family.embed: (rows, columns)}
     for glob, _ in scheme.overrides:
         if not any(fnmatch.fnmatchcase(name, glob) for name in shapes):
             example = next(iter(shapes))
@@ -87,6 +89,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
         del count[family.head]
     return Plan(
         specs=rounded,
+        shapes=shapes,
         floats=tuple(name for name in [*specs, family.head] if name not in rounded),
         embed=family.embed,
         head=family.head,

@@ -147,6 +147,11 @@ class _Store(torch.autograd.Function):
         return grad[0], None
 
 
+def round_trip(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as ``dtype`` holds it, in its own dtype again; differentiable as the identity."""
+    return _Store.apply(x, dtype)
+
+
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` as ``dtype`` can hold it, never 0 and never infinite; differentiable as the identity.
 

@@ -83,6 +83,21 @@ def _stays_after_norms(method: Any) -> bool:
     )
 
 
+def stays_online(recipe: Recipe, rounds_inputs: bool) -> str | None:
+    """What a recipe leaves beside the model's graph, in words, known before any work; ``None`` for nothing.
+
+    Args:
+        recipe: the recipe.
+        rounds_inputs: the scheme has a format for activations; without one there are no ranges to clip or shift.
+    """
+    for name, method in recipe.steps:
+        if _stays_after_norms(method):
+            return f"{name} leaves maps after norms online as it is set here"
+        if rounds_inputs and (getattr(method, "act_clip", False) or getattr(method, "offsets", "") == "both"):
+            return f"{name} leaves something before linears online as it is set here"
+    return None
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package; those of published rows as ``paper/...`` behind the others."""
     root = files("lowbit") / "recipes"

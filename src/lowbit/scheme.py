@@ -28,6 +28,7 @@ import yaml
 
 from lowbit.errors import LowbitError, unknown
 from lowbit.quant import QuantSpec
+from lowbit.runtimes import RUNTIMES, Inputs
 
 _NAME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?(-sym|-asym)?")
 _SPEC = re.compile(r"w(\d+)(?:g(\d+))?(-sym|-asym)?")
@@ -45,6 +46,8 @@ class Scheme:
         kv: format of Q, K and V inside the attention, dynamic per token and head; ``None``: float.
         overrides: ``(glob, format)`` pairs over module names such as ``model.layers.3.mlp.down_proj`` or
             ``lm_head``; the first match wins; ``None`` leaves the module in float.
+        runs_on: the runtime whose arithmetic is simulated, a name of ``RUNTIMES``; ``None``: the scheme's own. Set it
+            with ``for_runtime``.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Scheme:
     act: QuantSpec | None = None
     kv: QuantSpec | None = None
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+    runs_on: str | None = None
 
     def override(self, module: str) -> tuple[str, QuantSpec | None] | None:
         """The first override that matches a module's full name, or ``None``."""
@@ -65,6 +69,15 @@ class Scheme:
     def act_spec(self, module: str) -> QuantSpec | None:
         """The format of a linear's input: float where its weight is."""
         return self.act if self.weight_spec(module) is not None else None
+
+    def inputs(self, module: str) -> Inputs | None:
+        """What happens to the input of a rounded linear: the scheme's rounding, or else the runtime's."""
+        weight = self.weight_spec(module)
+        if weight is None:
+            return None
+        if self.act is not None:
+            return Inputs(self.act)
+        return Inputs(weight, self.runs_on) if self.runs_on and RUNTIMES[self.runs_on].round else None
 
 
 def parse_scheme(name: str) -> Scheme:
@@ -126,6 +139,32 @@ def with_overrides(scheme: Scheme, overrides: Mapping[str, str]) -> Scheme:
     return replace(scheme, overrides=(*added.items(), *kept))
 
 
+def for_runtime(scheme: Scheme, name: str | None) -> Scheme:
+    """``scheme`` as a runtime runs it: its rounding of inputs, its dtype of scales; ``None`` leaves it as it is."""
+    if name is None:
+        return scheme
+    if name not in RUNTIMES:
+        raise unknown("runtime", name, RUNTIMES)
+    dtype = RUNTIMES[name].scale_dtype
+    pairs = tuple((glob, spec and replace(spec, scale_dtype=dtype)) for glob, spec in scheme.overrides)
+    return replace(scheme, weight=replace(scheme.weight, scale_dtype=dtype), overrides=pairs, runs_on=name)
+
+
+def simulated_on(scheme: Scheme | None, name: str | None) -> Scheme | None:
+    """A finished run's scheme with the inputs of another runtime, or ``float`` ones; ``None``: those it was made for.
+
+    Raises ``LowbitError`` where that makes no sense: for a float model, or a scheme with its own format of inputs.
+    """
+    if name is None:
+        return scheme
+    if scheme is None or scheme.act is not None:
+        what = "a float model" if scheme is None else f"scheme {scheme.name}, which has a format of its own"
+        raise LowbitError(f"--for {name} given: it rounds the inputs of a weight-only run, and this is {what}")
+    if name not in (known := [*RUNTIMES, "float"]):
+        raise unknown("runtime", name, known)
+    return replace(scheme, runs_on=None if name == "float" else name)
+
+
 def load_scheme(given: str) -> Scheme:
     """A scheme from its name, or from a YAML file with ``scheme: NAME`` and ``overrides: {glob: format}``."""
     if not given.endswith((".yaml", ".yml")):
@@ -142,16 +181,18 @@ def scheme_from_dict(content: Any, where: str = "scheme") -> Scheme:
     if not isinstance(content, dict) or "scheme" not in content:
         raise LowbitError(f"{where}: expected the keys 'scheme' (a name) and 'overrides' (glob: format)")
     for key in content:
-        if key not in ("scheme", "overrides"):
-            raise unknown(f"key in {where}", str(key), ["scheme", "overrides"])
+        if key not in (known := ("scheme", "overrides", "runs_on")):
+            raise unknown(f"key in {where}", str(key), known)
     overrides = content.get("overrides") or {}
     if isinstance(overrides, list) and all(isinstance(entry, dict) for entry in overrides):
         overrides = {glob: text for entry in overrides for glob, text in entry.items()}
     if not isinstance(overrides, dict):
         raise LowbitError(f"{where}: 'overrides' must map a glob to a format such as w8g64 or float")
-    return with_overrides(parse_scheme(str(content["scheme"])), overrides)
+    return for_runtime(with_overrides(parse_scheme(str(content["scheme"])), overrides), content.get("runs_on"))
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     """Plain data for a manifest or a YAML file; overrides as a list, since their order counts."""
-    return {"scheme": scheme.name, "overrides": [{glob: override_text(spec)} for glob, spec in scheme.overrides]}
+    runs_on = {} if scheme.runs_on is None else {"runs_on": scheme.runs_on}
+    overrides = [{glob: override_text(spec)} for glob, spec in scheme.overrides]
+    return {"scheme": scheme.name, "overrides": overrides, **runs_on}

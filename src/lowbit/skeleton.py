@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from lowbit.block import Block
 from lowbit.errors import LowbitError
 from lowbit.families import family_of
-from lowbit.quant import QuantSpec, fake_quant_tokens
+from lowbit.runtimes import Inputs
 
 
 class _Recorder(nn.Module):
@@ -81,10 +81,10 @@ class Skeleton:
             if parameter.is_meta:
                 raise LowbitError(f"no tensor '{name}' (nor anything that it is tied to) was given for the model")
 
-    def round_head_input(self, spec: QuantSpec) -> None:
+    def round_head_input(self, inputs: Inputs) -> None:
         """From now on the head sees its input rounded, as a quantized linear of the scheme does."""
         head = self.model.get_submodule(self.family.head)
-        head.register_forward_pre_hook(lambda module, args: (fake_quant_tokens(args[0], spec), *args[1:]))
+        head.register_forward_pre_hook(lambda module, args: (inputs.round(args[0]), *args[1:]))
 
     @torch.no_grad()
     def start(self, ids: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lowbit.errors import LowbitError
 from lowbit.progress import track
 from lowbit.quant import QuantSpec
 from lowbit.runfolder import dequantized, manifest_of, manifest_specs, read_block
-from lowbit.scheme import Scheme
+from lowbit.scheme import Scheme, simulated_on
 from lowbit.skeleton import Skeleton
 from lowbit.source import load_config
 
@@ -42,8 +42,12 @@ class StreamedModel:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
+        runs_on: str | None = None,
     ) -> None:
-        """Open ``folder``; embeddings and head are read now, blocks when they are needed."""
+        """Open ``folder``; embeddings and head are read now, blocks when they are needed.
+
+        ``runs_on`` names a runtime whose inputs are simulated, or ``float``; by default the one the run was made for.
+        """
         manifest = manifest_of(folder)
         self.config: Any = load_config(folder, trust_remote_code)
         refuse_foreign_quantization(self.config, manifest, folder)
@@ -53,6 +57,7 @@ class StreamedModel:
         self._layout = ""
         if manifest is not None:
             self.scheme, self._specs, self._layout = manifest_specs(manifest)
+        self.scheme = simulated_on(self.scheme, runs_on)
         self.checkpoint = Checkpoint(folder)
         with building(folder):
             self.skeleton = Skeleton(self.config, trust_remote_code)
@@ -61,8 +66,9 @@ class StreamedModel:
         rest = dequantized(self.checkpoint, self.skeleton.rest_names, self._specs, self._layout)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in rest.items()})
         self.skeleton.model.to(device)
-        if self.scheme and self.scheme.act and self.skeleton.family.head in self._specs:
-            self.skeleton.round_head_input(self.scheme.act)
+        head = self.skeleton.family.head
+        if self.scheme and head in self._specs and (inputs := self.scheme.inputs(head)) is not None:
+            self.skeleton.round_head_input(inputs)
 
     def block(self, index: int) -> Block:
         """Layer ``index``, read now."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.export.fit import Misfit, no_activations, no_online, weight_misfit
+from lowbit.export.fit import Misfit, no_activations, no_online, weight_misfit, wrong_scale
 from lowbit.export.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.export.run import Run, Subject
 from lowbit.export.target import Exporter, Options
@@ -50,8 +50,9 @@ def limits(subject: Subject) -> Misfit | None:
         elif rows % WORD:
             why = f"{rows} outputs do not fill words of {WORD}"
         else:
-            continue
-        return weight_misfit(subject, module, why)
+            why = wrong_scale(spec) or ""
+        if why:
+            return weight_misfit(subject, module, why)
     return None
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from lowbit.errors import LowbitError
 from lowbit.export.run import Subject
 from lowbit.quant import QuantSpec
@@ -46,6 +48,13 @@ def weight_misfit(subject: Subject, module: str, why: str) -> Misfit:
     if found is None:
         return Misfit("weight", f"{module}: {why}")
     return Misfit(f"override {found[0]}", f"{module}: {why}", found[0])
+
+
+def wrong_scale(spec: QuantSpec) -> str | None:
+    """For targets that store scales as float16."""
+    if spec.scale_dtype == torch.float16:
+        return None
+    return f"scales were rounded to {spec.scale_dtype} for another runtime, this stores float16: quantize with --for"
 
 
 def no_online(subject: Subject) -> Misfit | None:
@@ -117,7 +126,8 @@ def _schemes(given: Scheme) -> Iterator[Scheme]:
                 group = f"g{weight.group_size}" if weight.group_size else ""
                 suffix = "sym" if weight.symmetric else "asym"
                 name = f"w{weight.bits}a{bits}{f'kv{kv.bits}' if kv else ''}{group}-{suffix}"
-                yield Scheme(name, weight, act, kv, given.overrides)
+                stored = replace(weight, scale_dtype=given.weight.scale_dtype)
+                yield Scheme(name, stored, act, kv, given.overrides, given.runs_on)
 
 
 def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:

@@ -29,7 +29,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.export.fit import Misfit, no_activations, no_online, weight_misfit
+from lowbit.export.fit import Misfit, no_activations, no_online, weight_misfit, wrong_scale
 from lowbit.export.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.export.run import Run, Subject
 from lowbit.export.target import Exporter, Options
@@ -47,7 +47,7 @@ def limits(subject: Subject) -> Misfit | None:
     for module, spec in subject.specs.items():
         if module == embedding_of(subject.config):
             return weight_misfit(subject, module, "the layout has no place for rounded embeddings")
-        if why := _why_not(spec, subject.shapes[module]):
+        if why := wrong_scale(spec) or _why_not(spec, subject.shapes[module]):
             return weight_misfit(subject, module, why)
     return None
 
