@@ -13,12 +13,13 @@ from lowbit.errors import LowbitError
 from lowbit.family import module_of
 from lowbit.methods import RTN
 from lowbit.methods.affinequant import AffineQuant, Trainer
-from lowbit.methods.reassemble import DropPlan, Reassemble, candidate_counts, fold, gate_of
+from lowbit.methods.dropping import DropPlan, damped_inverse
+from lowbit.methods.reassemble import Reassemble, candidate_counts, fold, gate_of
 from lowbit.methods.sites import apply
 from lowbit.methods.statistics import input_moments
 from lowbit.quant import quantize
-from lowbit.recipe import Recipe
-from lowbit.scheme import parse_scheme
+from lowbit.recipe import Recipe, load_recipe, with_settings
+from lowbit.scheme import parse_scheme, with_overrides
 from lowbit.stream import StreamedModel
 from test_runner import quantized
 from tiny import NAMES, block_of, save_tiny, tiny_ids, tiny_model
@@ -222,6 +223,53 @@ def test_nothing_is_done_where_nothing_helps():
         assert all(torch.equal(done.params[key], block.params[key]) for key in block.params)
 
 
+@pytest.mark.parametrize("ratio", [0.05, 0.2])
+def test_a_fixed_ratio_is_taken_in_every_layer_even_where_it_does_not_help(ratio):
+    block, calib = case("llama")
+    scheme = parse_scheme("w8a16")  # activations stay float: splitting cannot help
+    step = Reassemble(theta="most", most=ratio)
+    figures = step(block, calib, scheme).record[1]["reassemble"][down_of(block)]
+    (down,) = block.linear_groups()[-1]
+    peak = input_moments(block, calib.x_fp, [down], ("peak",))[down].peak
+    most = int((candidate_counts(peak, ratio, step.grid)[-1] - 1).sum())
+    assert 0 < figures["copies"] == most <= ratio * 96
+    assert set(figures["scores"]) == {"0", str(most)}
+
+
+def test_a_fixed_theta_splits_what_exceeds_it_and_says_where_it_could_not():
+    block, calib = case("llama", outlier=30.0)
+    (down,) = block.linear_groups()[-1]
+    peak = input_moments(block, calib.x_fp, [down], ("peak",))[down].peak
+    second = float(peak.topk(3).values[1:].mean())  # between the second largest channel and the third
+    done = Reassemble(theta=second, most=0.5)(block, calib, W4A4)
+    figures = done.record[1]["reassemble"][down]
+    assert figures["copies"] == int(((peak / second).ceil() - 1).clamp(min=0).sum()) > 1
+    assert figures["theta"] <= second
+    assert not done.notes
+    low = Reassemble(theta=second / 100, most=0.1)(block, calib, W4A4)
+    assert low.record[1]["reassemble"][down]["copies"] <= 0.1 * 96
+    assert [note for note in low.notes if f"{down}: theta" in note and "more than 10.0% of the channels" in note]
+    high = Reassemble(theta=float(peak.max()) * 2)(block, calib, W4A4)
+    assert high.record[1]["reassemble"][down]["copies"] == 0
+    assert torch.equal(high.weight(down), block.weight(down))
+
+
+def test_the_inverse_for_dropping_is_the_inverse_and_a_bad_matrix_is_an_error():
+    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = x.T @ x
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(damped_inverse(gram.clone(), 0.01) @ damped, torch.eye(12, dtype=torch.float64))
+    for bad in (torch.full((4, 4), torch.nan), torch.tensor([[1.0, 2.0], [2.0, 1.0]])):
+        with pytest.raises(LowbitError, match="Else raise"):
+            damped_inverse(bad.double(), 0.01)
+
+
+def test_layers_that_stay_float_cost_no_pass(monkeypatch):
+    block, calib = case("llama")
+    monkeypatch.setattr("lowbit.methods.reassemble.run_all", None)
+    assert Reassemble(sites="all")(block, calib, with_overrides(W4A4, {"*": "float"})) is block
+
+
 def test_clips_follow_their_rows():
     block, calib = case("llama", outlier=30.0)
     clipped = AffineQuant(epochs=1)(block, calib, W4A4)
@@ -235,7 +283,17 @@ def test_clips_follow_their_rows():
     assert moments[module_of(edge.dst[0])].peak.shape == (96,)
 
 
-@pytest.mark.parametrize("bad", [{"sites": "up"}, {"most": 0.0}, {"most": 0.6}, {"tries": 0}, {"damping": 0.0}])
+@pytest.mark.parametrize(
+    "bad", [{"sites": "up"}, {"most": 0.0}, {"most": 0.6}, {"tries": 0}, {"damping": 0.0}, {"theta": 0.0}]
+)
 def test_options_that_make_no_sense_are_refused(bad):
     with pytest.raises(LowbitError, match=next(iter(bad))):
         Reassemble(**bad)
+
+
+def test_theta_is_a_word_or_a_number_in_recipes_too():
+    recipe = load_recipe("qllm-fold")
+    for given, wanted in (("most", "most"), ("4", 4.0), ("2.5", 2.5)):
+        assert with_settings(recipe, [f"reassemble.theta={given}"]).steps[0][1].theta == wanted
+    with pytest.raises(LowbitError, match="did you mean 'most'"):
+        with_settings(recipe, ["reassemble.theta=moost"])

@@ -8,8 +8,9 @@ import torch
 from lowbit.block import Calib, run_all
 from lowbit.errors import LowbitError
 from lowbit.methods import reassemble
+from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
-from lowbit.methods.reassemble import DropPlan, Reassemble, candidate_counts
+from lowbit.methods.reassemble import Reassemble, candidate_counts
 from lowbit.methods.statistics import Moments
 from lowbit.quant import minmax_grid
 from lowbit.scheme import parse_scheme, with_overrides
@@ -108,7 +109,7 @@ def test_reassembly_splits_and_drops_by_the_moments_that_it_is_told_to_take(peak
 
     class Plan(DropPlan):
         def __init__(self, weight, gram, damping, keep):
-            seen["gram"] = gram
+            seen["gram"] = gram.float()  # before it is overwritten
             super().__init__(weight, gram, damping, keep)
 
     monkeypatch.setattr(reassemble, "candidate_counts", counts)

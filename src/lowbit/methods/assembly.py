@@ -52,8 +52,7 @@ def check_assembly(assembly: str, sites: str) -> None:
 def distances(gram: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """``D(i, j)`` for ``i`` in ``first`` and ``j`` in ``second``: ``(len(first), len(second))`` float64.
 
-    Two matrices of that shape are held beside ``gram``; with halves of the channels that is half of two ``(channels,
-    channels)`` ones.
+    Two matrices of that shape are held beside ``gram``; with halves of the channels they are a quarter of it each.
 
     Args:
         gram: the inputs' second moments ``(channels, channels)``, ``sum_t x_t x_t^T``.
@@ -66,7 +65,7 @@ def distances(gram: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Te
     [[9.0]]
     """
     energy = gram.diagonal().double()
-    inputs = gram[first][:, second].double()
+    inputs = gram[first[:, None], second].double()
     inputs.mul_(-2).add_(energy[first][:, None]).add_(energy[second]).clamp_(min=0)
     columns = weight.double().square().sum(0)
     between = weight[:, first].double().T @ weight[:, second].double()
@@ -122,19 +121,3 @@ class MergePlan:
         idx[into >= 0] = idx[split].repeat_interleave(copies[split] - 1)
         divisor = torch.where(split, copies, size)[idx].to(weight.dtype)
         return idx, divisor, weight, into
-
-
-def as_matrix(idx: Tensor, divisor: Tensor, into: Tensor | None) -> Tensor:
-    """Gather, mean and division as a matrix ``(channels, channels)`` float64 that rows are multiplied by.
-
-    The naive equal of ``block.apply_online``, and what a matrix that runs there already is multiplied by.
-
-    >>> as_matrix(torch.tensor([2, 1, 2]), torch.tensor([2.0, 2.0, 2.0]), torch.tensor([1, -1, -1])).tolist()
-    [[0.0, 0.5, 0.0], [0.0, 0.5, 0.0], [0.5, 0.0, 0.5]]
-    """
-    out = torch.zeros(len(idx), len(idx), dtype=torch.float64, device=idx.device)
-    out[idx, torch.arange(len(idx), device=idx.device)] = 1.0
-    if into is not None:
-        gone = torch.nonzero(into >= 0).flatten()
-        out[gone, into[gone]] = 1.0
-    return out / divisor.to(out.dtype)

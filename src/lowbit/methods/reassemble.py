@@ -6,10 +6,8 @@ nothing: ``sum_t (x / T) w = x w``. The other channels are then rounded with a s
 
 Where the channels are those between up and down, everything folds: gate rows are repeated, up rows repeated and
 divided by ``T`` (fc1's likewise: a ReLU passes the factor through), down columns repeated. To keep the width, as many
-channels are dropped as copies are added, each with the weights' best answer to its absence (optimal brain surgeon):
-with the second moments ``G`` of the inputs, the channel of least ``||w_i||^2 / [G^-1]_ii`` goes and the others become
-``W - W_i [G^-1]_i / [G^-1]_ii``. The paper averages pairs of channels instead, which cannot fold here: a mean of
-products is no product of means.
+channels are dropped as copies are added, each with the weights' best answer to its absence: see ``dropping.py``. The
+paper averages pairs of channels instead, which cannot fold here: a mean of products is no product of means.
 
 After a norm (``sites: all``) nothing takes up the new order, since the residual stream is everyone's: the norm's
 output is gathered, ``x[idx] / T``, which stays online. The norm itself is over the original channels. There the
@@ -17,6 +15,9 @@ paper's assembly is possible too: see ``assembly.py``.
 
 ``theta`` is searched for each layer on a grid, downwards from the largest value (the paper's grid), by the error of
 the layer's own output with the quantizers on; "nothing" is always a candidate, and what is scored is what is applied.
+
+Of ``channels x channels`` matrices no more than two are held at any time: the second moments and a batch's share,
+then they and their Cholesky factor, and from there on the inverse alone. Candidates hold weights only.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, part_of, recorded, run_all
+from lowbit.block import Block, Calib, apply_online, part_of, recorded, run_all
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import Edge, Part, Ref, module_of
 from lowbit.learn import loss_unit, relative_loss
-from lowbit.methods.assembly import MergePlan, as_matrix, check_assembly
+from lowbit.methods.assembly import MergePlan, check_assembly
+from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GRAMS
 from lowbit.methods.offsets import OFFSETS, with_offsets
 from lowbit.methods.rtn import RTN
@@ -41,6 +43,7 @@ from lowbit.scheme import Scheme
 
 SITES = {"down": ("channels",), "norms": ("norm",), "all": ("channels", "norm")}  # which kinds of edge
 PEAKS = {"absolute": "peak", "relative": "crest"}  # which moments
+THETAS = ("search", "most")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class Reassemble:
             after the norms, where a gather stays online; ``all``: both.
         assembly: how room is made after norms: ``drop`` with compensation, or merging by ``bipartite`` matching (the
             paper's) or ``one-to-one``. Before down_proj channels are always dropped; the record says which it was.
+        theta: ``search``: for each layer by its error, nothing being a candidate. The others take what they are told
+            to, helpful or not: ``most``, in every layer as many copies as that allows (the paper's fixed ratios); a
+            number, one threshold for all layers, in the units of ``peaks``, raised with a note where it would take
+            more than ``most``.
         most: largest share of the channels that copies may add (and drops take away).
         grid: thetas between the largest value and 0, equally spaced.
         tries: how many different numbers of copies are scored, spread over those that the grid gives.
@@ -68,6 +75,7 @@ class Reassemble:
 
     sites: str = "down"
     assembly: str = "drop"
+    theta: str | float = "search"
     most: float = 0.05
     grid: int = 200
     tries: int = 8
@@ -84,6 +92,10 @@ class Reassemble:
         if self.sites not in SITES:
             raise unknown("reassemble.sites", self.sites, tuple(SITES))
         check_assembly(self.assembly, self.sites)
+        if isinstance(self.theta, str) and self.theta not in THETAS:
+            raise unknown("reassemble.theta", self.theta, THETAS)
+        if not isinstance(self.theta, str) and self.theta <= 0:
+            raise LowbitError(f"reassemble: theta {self.theta:g} given; allowed: above 0, {' or '.join(THETAS)}")
         if self.peaks not in PEAKS:
             raise unknown("reassemble.peaks", self.peaks, tuple(PEAKS))
         if self.tokens not in GRAMS:
@@ -97,7 +109,9 @@ class Reassemble:
             )
 
     def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
-        """The block with channels reassembled where that lowers its layer's error."""
+        """The block with channels reassembled where that lowers its layer's error, or where ``theta`` says so."""
+        if all(block.weight_spec(name, scheme) is None for name in block.linears()):
+            return block
         done, x_fp, x_q = block, calib.x_fp, calib.x_q
         for i in range(len(block.layers)):
             layer = part_of(done, i, i + 1)
@@ -114,39 +128,61 @@ class Reassemble:
                 params={**done.params, **layer.params},
                 clips={**others, **layer.clips},
                 online={**done.online, **layer.online},
+                notes=(*done.notes, *layer.notes),
                 record={**done.record, **layer.record},
             )
         return done
 
     def _layer(self, block: Block, edge: Edge, calib: Calib, scheme: Scheme) -> Block:
         readers = [module_of(dst) for dst in edge.dst]
-        want = (GRAMS[self.tokens], PEAKS[self.peaks])
-        moments = input_moments(block, calib.x_fp, readers[:1], want, batch=calib.batch)[readers[0]]
-        peak = moments.peak if self.peaks == "absolute" else (moments.crest / moments.tokens).pow(1 / 8)
-        counts = candidate_counts(peak, self.most, self.grid)
-        chosen = [counts[i] for i in torch.linspace(0, len(counts) - 1, min(self.tries, len(counts))).long().tolist()]
-        copies_at = {int((t - 1).sum()): t for t in chosen}
+        peak, gram = self._moments(block, readers[0], calib)
+        candidates, notes = self._candidates(peak, readers[0])
         weight = torch.cat([block.weight(name) for name in readers])
         # Those that the largest candidate splits are never dropped: then the candidates' drops are one sequence.
-        keep = chosen[-1] > 1 if chosen else torch.zeros(len(peak), dtype=torch.bool, device=peak.device)
+        keep = candidates[-1] > 1 if candidates else torch.zeros_like(peak, dtype=torch.bool)
         merges = edge.kind == "norm" and self.assembly != "drop"
-        plan = self._plan(weight, getattr(moments, GRAMS[self.tokens]), keep, merges)
-        best, scores = block, {0: self._score(block, calib, scheme)}
-        for extra, copies in sorted(copies_at.items()):
+        plan = self._plan(weight, gram, keep, merges)
+        del gram  # the plan has taken what it needs
+        best, kept, theta = block, 0, None
+        scores = {0: self._score(block, calib, scheme)}
+        for copies in candidates:
+            extra = int((copies - 1).sum())
             if isinstance(plan, MergePlan) and extra > plan.most:
                 break
             made = plan.without(extra, copies)
             tried = with_offsets(fold(block, edge, *made), readers, made[0], copies, scheme, self.offsets)
             scores[extra] = self._score(tried, calib, scheme)
-            if scores[extra] < min(score for count, score in scores.items() if count != extra):
-                best = tried
-        kept = min(scores, key=lambda extra: scores[extra])
+            if self.theta != "search" or scores[extra] < scores[kept]:
+                best, kept, theta = tried, extra, float((peak / copies)[copies > 1].max())
         figures: dict[str, Any] = {"copies": kept, "scores": {str(k): v for k, v in scores.items()}}
         figures["assembly"] = self.assembly if merges else "drop"
-        if kept:
-            figures["theta"] = float((peak / copies_at[kept])[copies_at[kept] > 1].max())
+        if theta is not None:
+            figures["theta"] = theta
         before = block.record.get(block.start, {}).get("reassemble", {})
-        return replace(best, record=recorded(block, "reassemble", {**before, readers[0]: figures}))
+        record = recorded(block, "reassemble", {**before, readers[0]: figures})
+        return replace(best, notes=(*block.notes, *notes), record=record)
+
+    def _moments(self, block: Block, linear: str, calib: Calib) -> tuple[Tensor, Tensor]:
+        """What is compared with theta, ``(channels,)``, and the second moments ``(channels, channels)`` float64."""
+        want = (GRAMS[self.tokens], PEAKS[self.peaks])
+        moments = input_moments(block, calib.x_fp, [linear], want, batch=calib.batch)[linear]
+        peak = moments.peak if self.peaks == "absolute" else (moments.crest / moments.tokens).pow(1 / 8)
+        return peak, getattr(moments, GRAMS[self.tokens]).double()
+
+    def _candidates(self, peak: Tensor, linear: str) -> tuple[list[Tensor], list[str]]:
+        """Numbers of copies in rising order of their totals, at most one unless theta is searched; and notes."""
+        counts = candidate_counts(peak, self.most, self.grid)
+        if self.theta == "search":
+            some = torch.linspace(0, len(counts) - 1, min(self.tries, len(counts))).long().unique()
+            return [counts[i] for i in some.tolist()], []
+        if isinstance(self.theta, str):
+            return counts[-1:], []
+        copies = copies_over(peak, self.theta)
+        extra = int((copies - 1).sum())
+        if extra <= self.most * len(peak):
+            return [copies] if extra else [], []
+        note = f"reassemble: {linear}: theta {self.theta:g} would add {extra} copies, more than {self.most:.1%}"
+        return counts[-1:], [f"{note} of the channels; {int((counts[-1] - 1).sum()) if counts else 0} were added"]
 
     def _plan(self, weight: Tensor, gram: Tensor, keep: Tensor, merges: bool) -> DropPlan | MergePlan:
         if merges:
@@ -176,7 +212,7 @@ def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:
     top = float(peak.max())
     for step in range(1, grid):
         theta = top * (1 - step / grid)
-        copies = (peak / theta).ceil().clamp(min=1).long()
+        copies = copies_over(peak, theta)
         extra = int((copies - 1).sum())
         if extra > most * len(peak):
             break
@@ -185,53 +221,13 @@ def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:
     return list(found.values())
 
 
-class DropPlan:
-    """Channels that can go, cheapest first, with the weights' answer to each.
+def copies_over(peak: Tensor, theta: float) -> Tensor:
+    """``max(1, ceil(peak / theta))`` ``(channels,)``.
 
-    One sequence of drops serves all candidates, taken in the order of their numbers of copies.
-
-    Attributes:
-        weight: ``(out, channels)`` float64, compensated for what has gone.
-        inverse: of the damped second moments, downdated, ``(channels, channels)`` float64.
-        order: channels that have gone, in order.
+    >>> copies_over(torch.tensor([4.0, 1.0, 0.5]), 1.5).tolist()
+    [3, 1, 1]
     """
-
-    def __init__(self, weight: Tensor, gram: Tensor, damping: float, keep: Tensor) -> None:
-        """``keep`` ``(channels,)`` marks channels that never go."""
-        self.weight, self.keep = weight.double(), keep
-        gram = gram.double()
-        mean = gram.diagonal().mean().clamp(min=1e-30)
-        self.inverse = torch.linalg.inv(
-            gram + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        )
-        self.order: list[int] = []
-
-    def without(self, count: int, copies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The channels in their new order, each one's divisor, and the compensated weight ``(out, channels)``.
-
-        ``count`` channels go, no fewer than at the call before; every split one is there ``copies`` times, at its old
-        place and at those that became free.
-        """
-        while len(self.order) < count:
-            self._drop()
-        gone = torch.zeros(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
-        gone[self.order] = True
-        split = copies > 1
-        idx = torch.arange(len(self.inverse), device=self.inverse.device)
-        idx[gone] = idx[split].repeat_interleave(copies[split] - 1)
-        return idx, copies[idx].to(self.weight.dtype), self.weight.clone()
-
-    def _drop(self) -> None:
-        """The channel of least ``||w_i||^2 / [G^-1]_ii`` goes; the others make up for it (optimal brain surgeon)."""
-        cost = self.weight.square().sum(0) / self.inverse.diagonal().clamp(min=1e-30)
-        cost[self.keep] = torch.inf
-        cost[self.order] = torch.inf
-        i = int(cost.argmin())
-        row = self.inverse[i] / self.inverse[i, i]
-        self.weight -= torch.outer(self.weight[:, i], row)
-        self.inverse -= torch.outer(self.inverse[:, i], row)
-        self.weight[:, i] = 0
-        self.order.append(i)
+    return (peak / theta).ceil().clamp(min=1).long()
 
 
 def gate_of(block: Block, src: Ref) -> Ref | None:
@@ -275,12 +271,13 @@ def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor,
 
 def gather_after(map: Tensor | None, idx: Tensor, divisor: Tensor, into: Tensor | None = None) -> Tensor:
     """What runs after a norm: see ``Block.online``; or the matrix that ran there with its columns gathered so."""
+    rows = [idx.to(torch.float32), (1 / divisor).float()]
+    gather = torch.stack(rows if into is None else [*rows, into.to(torch.float32)])
     if map is None:
-        rows = [idx.to(torch.float32), (1 / divisor).float()]
-        return torch.stack(rows if into is None else [*rows, into.to(torch.float32)])
+        return gather
     if map.shape[0] in (2, 3):
         raise LowbitError("reassemble: the channels after this norm are reassembled already; leave one such step out")
-    return (map.double() @ as_matrix(idx, divisor, into)).to(map.dtype).contiguous()
+    return apply_online(map, gather)
 
 
 def _gather(

@@ -41,7 +41,7 @@ class Moments:
         """Count ``x`` ``(..., in)`` in, in float32 whatever the block runs in."""
         rows = x.detach().flatten(0, -2).float()
         if "gram" in self.want:
-            self.gram = self.gram + rows.T @ rows
+            self.gram = _added(self.gram, rows.T @ rows)
         if "magnitude" in self.want:
             self.magnitude = self.magnitude + rows.abs().sum(0)
         if "peak" in self.want:
@@ -49,10 +49,15 @@ class Moments:
         if "even_gram" in self.want or "crest" in self.want:
             even = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
             if "even_gram" in self.want:
-                self.even_gram = self.even_gram + even.T @ even
+                self.even_gram = _added(self.even_gram, even.T @ even)
             if "crest" in self.want:
                 self.crest = self.crest + even.pow(8).sum(0)
         self.tokens += rows.shape[0]
+
+
+def _added(total: Tensor, part: Tensor) -> Tensor:
+    """``total + part`` in the place of ``total``, which is a scalar 0 at first: no third matrix is made."""
+    return part if total.ndim == 0 else total.add_(part)
 
 
 def input_moments(
