@@ -211,11 +211,20 @@ def apply_online(x: Tensor, map: Tensor) -> Tensor:
     """
     if map.shape[0] not in (2, 3):
         return x @ map.to(x.dtype)
-    out = x[..., map[0].long()]
+    out = reorder(x, map[0].long())
     if map.shape[0] == 3:
         gone = torch.nonzero(map[2] >= 0).flatten()
         out = out.index_add(-1, map[2, gone].long(), x[..., gone])
     return out * map[1].to(x.dtype)
+
+
+def reorder(x: Tensor, idx: Tensor) -> Tensor:
+    """``x[..., idx]`` for ``(..., width)``; ``gather`` is several times faster than indexing on a CPU.
+
+    >>> reorder(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 1, 0])).tolist()
+    [[2.0, 2.0, 1.0], [4.0, 4.0, 3.0]]
+    """
+    return x.gather(-1, idx.expand(*x.shape[:-1], len(idx)))
 
 
 class _Seen(Exception):

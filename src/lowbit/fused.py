@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lowbit.block import reorder
+
 
 class GatheredRMSNorm(nn.Module):
     """An RMS norm over ``(..., width)`` whose output is gathered; equal to the norm and ``apply_online`` behind it.
@@ -42,7 +44,7 @@ class GatheredRMSNorm(nn.Module):
         return out * self.online[1].to(x.dtype)
 
     def _part(self, whole: Tensor, rstd: Tensor, idx: Tensor, dtype: torch.dtype) -> Tensor:
-        normed = whole[..., idx] * rstd
+        normed = reorder(whole, idx) * rstd
         if self.norm_offset:
             return (normed * (self.norm_offset + self.weight[idx].float())).to(dtype)
         return self.weight[idx] * normed.to(dtype)
