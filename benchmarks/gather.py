@@ -1,0 +1,212 @@
+"""What the gather after norms costs: tokens a second without it, as a pass of its own, and in one module.
+
+    python benchmarks/gather.py [--device cuda] [--prompt 512] [--steps 32] [--rounds 7] [--clock cpu] [--json FILE]
+
+SmolLM2-135M-Instruct as ``lowbit.load`` gives it, with a gather after each of its norms that splits ``--share`` of
+the channels: prefill of one prompt, then decoding token by token with a cache, batch 1. The forms take turns within
+one process; a ratio is the median over the rounds. On a GPU with Triton installed the kernel (norm, gather and
+rounding per token) is timed against the same passes in PyTorch.
+
+``--clock cpu`` counts the process's own time on the CPU: on a machine that others use, with ``OMP_NUM_THREADS=1``, it
+is what the wall clock would show on an idle core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import lowbit
+from lowbit.block import apply_online
+from lowbit.families import family_of
+from lowbit.family import module_of
+from lowbit.fused import GatheredRMSNorm, gathered_norm
+from lowbit.quant import QuantSpec, fake_quant_tokens
+from lowbit.source import resolve
+
+Work = Callable[[], object]
+FORMS = ("no gather", "norm, then gather", "one module")
+CONTEXT = 128  # tokens in the cache before the first that is decoded
+
+
+class NormThenGather(nn.Module):
+    """The naive form: the norm's output is written, then read in the new order."""
+
+    online: Tensor
+
+    def __init__(self, norm: nn.Module, online: Tensor) -> None:
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("online", online)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., width) -> (..., width)``."""
+        return apply_online(self.norm(x), self.online)
+
+
+def gather(width: int, share: float, seed: int) -> Tensor:
+    """``(2, width)``: ``share`` of the channels have become copies of one other channel each, divided by 2."""
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+    count = max(1, round(share * width))
+    gone, split = order[:count], order[count : 2 * count]
+    idx, factor = torch.arange(width), torch.ones(width)
+    idx[gone] = split
+    factor[gone] = factor[split] = 0.5
+    return torch.stack([idx.float(), factor])
+
+
+class Model:
+    """SmolLM2 with its norms in one of the ``FORMS``."""
+
+    def __init__(self, device: str, share: float) -> None:
+        self.model = lowbit.load(resolve("demo").folder, device)
+        self.device = device
+        family = family_of(self.model.config)
+        names = sorted({module_of(edge.src) for edge in family.edges if edge.kind == "norm"})
+        self.places: list[tuple[nn.Module, str, dict[str, nn.Module]]] = []
+        for layer in self.model.get_submodule(family.blocks):
+            for name in names:
+                norm = layer.get_submodule(name)
+                online = gather(self.model.config.hidden_size, share, len(self.places)).to(device)
+                fused = gathered_norm(norm, family.norm_offset, online)
+                assert fused is not None
+                forms = dict(zip(FORMS, (norm, NormThenGather(norm, online), fused), strict=True))
+                self.places.append((layer, name, forms))
+
+    def take(self, form: str) -> None:
+        """Put every norm into ``form``."""
+        for layer, name, forms in self.places:
+            layer.set_submodule(name, forms[form])
+
+    def prefill(self, ids: Tensor) -> Work:
+        """One pass over the whole prompt ``(1, length)``."""
+        return lambda: self.model(ids, use_cache=False, logits_to_keep=1)
+
+    def decode(self, steps: int) -> Work:
+        """``steps`` passes over one token each, behind ``CONTEXT`` tokens."""
+        token = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        cache = DynamicCache(config=self.model.config)
+        self.model(token.expand(1, CONTEXT), cache=cache)
+
+        def work() -> None:
+            for _ in range(steps):
+                self.model(token, cache=cache)
+            cache.crop(-steps)
+
+        return work
+
+
+def seconds(work: Work, device: str, clock: str) -> float:
+    """Time of one call."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    began = now()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return now() - began
+
+
+def compare(
+    forms: dict[str, Work], options: argparse.Namespace, before: Callable[[str], object] = str
+) -> dict[str, list[float]]:
+    """Seconds of each form, in turns, ``before`` called with its name; the first round warms up and is left out."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(options.rounds + 1):
+        for name, work in forms.items():
+            before(name)
+            times[name].append(seconds(work, options.device, options.clock))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def rows_of(what: str, tokens: int, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Medians, and each form's time as a multiple of the first one's."""
+    first = next(iter(times.values()))
+    rows = []
+    for name, values in times.items():
+        ratios = sorted(value / base for value, base in zip(values, first, strict=True))
+        row = {"what": what, "form": name, "tokens_per_second": tokens / statistics.median(values)}
+        rows.append({**row, "ratio": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]})
+    return rows
+
+
+@torch.no_grad()
+def measure_model(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prefill and decoding of the whole model."""
+    model = Model(options.device, options.share)
+    ids = torch.randint(3, 1000, (1, options.prompt), generator=torch.Generator().manual_seed(0)).to(options.device)
+    model.take(FORMS[0])
+    tasks = {
+        f"prefill, {options.prompt} tokens": (options.prompt, model.prefill(ids)),
+        f"decode, {options.steps} tokens, batch 1": (options.steps, model.decode(options.steps)),
+    }
+    rows = []
+    for what, (tokens, work) in tasks.items():
+        rows += rows_of(what, tokens, compare(dict.fromkeys(FORMS, work), options, model.take))
+    return rows
+
+
+@torch.no_grad()
+def measure_norm(options: argparse.Namespace, width: int = 576) -> list[dict[str, Any]]:
+    """One norm, with rounding per token behind it; on a GPU also as one kernel."""
+    norm = GatheredRMSNorm(nn.Parameter(torch.ones(width)), 1e-5, 0.0, gather(width, options.share, 0))
+    norm, plain = norm.to(options.device), nn.RMSNorm(width, 1e-5).to(options.device)
+    x = torch.randn(options.prompt, width, device=options.device)
+    spec, times = QuantSpec(4, symmetric=False), 20 if options.device == "cpu" else 500
+
+    def often(work: Work) -> Work:
+        return lambda: [work() for _ in range(times)][-1]
+
+    forms = {
+        FORMS[0]: often(lambda: fake_quant_tokens(plain(x), spec)),
+        FORMS[1]: often(lambda: fake_quant_tokens(apply_online(plain(x), norm.online), spec)),
+        FORMS[2]: often(lambda: fake_quant_tokens(norm(x), spec)),
+    }
+    if options.device.startswith("cuda") and importlib.util.find_spec("triton"):
+        from lowbit.triton_norm import norm_gather_quantize
+
+        forms["one Triton kernel"] = often(lambda: norm_gather_quantize(norm, x, 4))
+    return rows_of(f"norm and rounding, {options.prompt} x {width}", options.prompt * times, compare(forms, options))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--share", type=float, default=0.03)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = [*measure_model(options), *measure_norm(options)]
+    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    print(
+        f"SmolLM2-135M-Instruct, float32, {name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
+        f"{options.clock} clock, {options.rounds} rounds, {options.share:.0%} of the channels split"
+    )
+    print("\n| | | tokens/s | time, x no gather | least to most |\n|---|---|---:|---:|---:|")
+    for row in rows:
+        print(
+            f"| {row['what']} | {row['form']} | {row['tokens_per_second']:,.1f} | {row['ratio']:.3f} | "
+            f"{row['least']:.3f} to {row['most']:.3f} |"
+        )
+    if not options.device.startswith("cuda"):
+        print("\nGPU: skipped, torch sees no CUDA device. The Triton kernel was not timed.")
+    elif not importlib.util.find_spec("triton"):
+        print("\nTriton kernel: skipped, triton is not installed (pip install triton).")
+    if options.json:
+        options.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

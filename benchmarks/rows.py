@@ -1,0 +1,109 @@
+"""Rows of measured tables: the command line in processes of its own, figures kept by what made them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def lowbit(*arguments: str) -> dict[str, Any]:
+    """One ``lowbit`` command in a process of its own, so that its peak memory is its own; its JSON."""
+    done = subprocess.run([sys.executable, "-m", "lowbit", *arguments, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"lowbit {' '.join(arguments)}: {done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of the package's code and recipes."""
+    code = hashlib.sha256()
+    for path in sorted((ROOT / "src").rglob("*")):
+        if path.suffix in (".py", ".yaml"):
+            code.update(path.read_bytes())
+    return code.hexdigest()
+
+
+def kept(folder: Path, what: object, measure: Callable[[], dict[str, Any]], fresh: bool) -> dict[str, Any]:
+    """Figures from ``folder`` if the same sources have measured ``what`` (by its ``repr``), else measured now."""
+    path = folder / f"{hashlib.sha256(repr((what, sources())).encode()).hexdigest()[:20]}.json"
+    if path.exists() and not fresh:
+        row: dict[str, Any] = json.loads(path.read_text())
+        return row
+    row = measure()
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row, indent=1))
+    return row
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantization and evaluation on the built-in text.
+
+    Attributes:
+        model, scheme: as for ``lowbit quantize``.
+        recipe: a name, a recipe as YAML (one that starts with ``{``), or ``float``: the model as it is.
+        settings: ``step.field=value``.
+        layers: how many decoder layers the model has.
+        blocks: how many of the first ones are quantized; all, where ``None``.
+        samples, length, seed: calibration.
+        window, tokens: evaluation.
+    """
+
+    model: str
+    scheme: str
+    recipe: str
+    layers: int
+    blocks: int | None = None
+    settings: tuple[str, ...] = ()
+    samples: int = 16
+    length: int = 256
+    seed: int = 0
+    window: int = 512
+    tokens: int = 8192
+
+    def measure(self) -> dict[str, Any]:
+        """Perplexity; of a quantized model also seconds, peak memory and the quantized blocks' records."""
+        with tempfile.TemporaryDirectory() as name:
+            if self.recipe == "float":
+                return {"perplexity": self._perplexity(self.model)}
+            folder, recipe = Path(name) / "run", self.recipe
+            if recipe.startswith("{"):
+                recipe = str(Path(name) / "recipe.yaml")
+                Path(recipe).write_text(self.recipe)
+            what = ["--out", str(folder), "--scheme", self.scheme, "--recipe", recipe]
+            drawn = ["--samples", str(self.samples), "--length", str(self.length), "--seed", str(self.seed)]
+            options = [part for setting in self.settings for part in ("--set", setting)]
+            for index in range(self.blocks or self.layers, self.layers):
+                options += ["--override", f"*.layers.{index}.*=float"]
+            made = lowbit("quantize", self.model, *what, *drawn, *options)
+            result = {key: made[key] for key in ("bits_per_weight", "seconds", "peak_memory_bytes", "warnings")}
+            result["blocks"] = json.loads((folder / "lowbit.json").read_text())["blocks"][: self.blocks]
+            return {**result, "perplexity": self._perplexity(str(folder))}
+
+    def _perplexity(self, target: str) -> float:
+        how = ["--data", "builtin", "--length", str(self.window), "--tokens", str(self.tokens)]
+        return float(lowbit("evaluate", target, *how)["perplexity"]["builtin"])
+
+
+def pyplot() -> Any:
+    """``matplotlib.pyplot`` that draws into files."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("plots need matplotlib: pip install 'lowbit[plots]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
