@@ -226,6 +226,18 @@ def test_a_finished_run_is_not_done_again(tmp_path, monkeypatch):
     assert again.manifest == first.manifest
 
 
+def test_timing_has_the_seconds_and_the_memory_of_every_block(tmp_path):
+    save_tiny(tmp_path / "m", "llama")
+    (tmp_path / "w2.yaml").write_text("steps: [rtn]\nwindow: 2\n")
+    made = quantized(tmp_path / "m", tmp_path / "out", "w4a4", str(tmp_path / "w2.yaml"))
+    blocks = read_json(tmp_path / "out" / "lowbit-timing.json")["blocks"]
+    assert [block["block"] for block in blocks] == [0, 1, 2]
+    assert 0 < sum(block["seconds"] for block in blocks) < made.seconds
+    assert blocks[0]["seconds"] == blocks[1]["seconds"]
+    peaks = [block["peak_memory_bytes"] for block in blocks]
+    assert 0 < peaks[0] <= peaks[1] <= peaks[2] <= made.peak_memory_bytes
+
+
 def test_a_window_of_blocks_gives_the_same_codes_as_single_blocks_for_rtn(tmp_path):
     save_tiny(tmp_path / "m", "llama")
     (tmp_path / "w2.yaml").write_text("steps: [rtn]\nwindow: 2\n")

@@ -1,0 +1,58 @@
+"""What the tables measure: every row is a recipe that exists, and a wider layer computes what the layer did."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.block import run
+from lowbit.family import module_of
+from lowbit.recipe import load_recipe, recipe_from_dict, with_settings
+from tiny import block_of, tiny_model
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import ablate_affinequant
+import ablate_qllm
+import rows
+import widths
+
+
+def test_every_row_of_the_ablations_is_a_recipe():
+    for _, cases in ablate_qllm.tables(2).values():
+        for name, case in cases:
+            recipe_from_dict({"steps": list(case.steps), "window": case.window}, name)
+    for _, cases in ablate_affinequant.TABLES.values():
+        for _, settings in cases:
+            with_settings(load_recipe("affinequant"), [f"affinequant.{setting}" for setting in settings])
+
+
+def test_figures_are_kept_by_what_they_measured_and_by_the_sources(tmp_path, monkeypatch):
+    made = []
+
+    def measure():
+        made.append(1)
+        return {"figure": len(made)}
+
+    what = rows.Row("demo", "w4a4", "rtn", 30)
+    assert rows.kept(tmp_path, what, measure, fresh=False) == {"figure": 1}
+    assert rows.kept(tmp_path, what, measure, fresh=False) == {"figure": 1}
+    assert rows.kept(tmp_path, what, measure, fresh=True) == {"figure": 2}
+    assert rows.kept(tmp_path, rows.Row("demo", "w4a4", "rtn", 30, blocks=4), measure, fresh=False) == {"figure": 3}
+    monkeypatch.setattr(rows, "sources", lambda: "others")
+    assert rows.kept(tmp_path, what, measure, fresh=False) == {"figure": 4}
+
+
+@pytest.mark.parametrize("kind", ["norm", "channels"])
+def test_a_wider_layer_computes_what_the_layer_did(kind):
+    block, x = block_of(tiny_model("llama"), 1, dtype=torch.float64)
+    for edge in (edge for edge in block.edges() if edge.kind == kind):
+        weight = torch.cat([block.weight(module_of(dst)) for dst in edge.dst])
+        copies = torch.ones(weight.shape[1], dtype=torch.long)
+        copies[[3, 20]] = torch.tensor([2, 3])
+        done = widths.wider(block, edge, weight, copies)
+        assert done.weight(module_of(edge.dst[0])).shape[1] == weight.shape[1] + 3
+        error = (run(done, x) - run(block, x)).abs().max() / run(block, x).abs().max()
+        assert error < 1e-7  # 1/3 is stored in float32
