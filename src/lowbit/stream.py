@@ -98,15 +98,25 @@ class StreamedModel:
         return self.skeleton.start(ids.to(self.device))
 
     def through(self, index: int, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Batches of hidden states through block ``index``, which is read now and held no longer."""
+        """Batches of hidden states through block ``index``, which is read now and held no longer.
+
+        Their lengths may differ; ``enter`` has seen each of them since the last ``forget``.
+        """
         block = self.block(index)
         params = block.quantized_params()
-        return [run_all(block, x, params, self.scheme, batch=len(x)) for x in batches]
+        return [
+            run_all(self.skeleton.fitted(block, x.shape[1]), x, params, self.scheme, batch=len(x)) for x in batches
+        ]
 
     def scores(self, ids: Tensor, hidden: Tensor, start: int, stop: int) -> Tensor:
         """Logits ``(windows, stop - start, vocabulary)`` at positions ``start`` to ``stop`` of the windows."""
         keep = torch.arange(start, stop, device=self.device)
         return self.skeleton.logits(ids.to(self.device), hidden, keep)
+
+    def token_scores(self, hidden: Tensor) -> Tensor:
+        """Logits ``(tokens, vocabulary)`` of tokens ``(tokens, hidden)`` from anywhere: norm and head mix none."""
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+        return self.skeleton.logits(ids, hidden[None])[0]
 
     @torch.no_grad()
     def logits(self, ids: Tensor, batch: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
@@ -123,14 +133,29 @@ class StreamedModel:
 
         No batch holds windows of two texts, so that each comes out with the very bits that it has alone.
         """
+        for which, ids, hidden in self.last_hidden(texts, batch):
+            yield which, ids, self.skeleton.logits(ids, hidden)
+
+    @torch.no_grad()
+    def last_hidden(
+        self, texts: Sequence[Tensor], batch: int = 4, title: str = "blocks"
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The last block's output ``(which text, ids, (windows, length, hidden))``, in batches of one text each.
+
+        Texts may differ in length. Every block is read once for each gigabyte of hidden states; ``title`` stands
+        beside the bar of each such pass.
+        """
         for text in texts:
             self.check_length(text.shape[1])
-        for some in passes(texts, self.width, batch):
+        groups = list(passes(texts, self.width, batch))
+        for number, some in enumerate(groups, 1):
+            self.skeleton.forget()
             xs = [self.enter(ids) for _, ids in some]
-            for index in track(range(self.blocks), "blocks"):
+            part = f"{title} {number}/{len(groups)}" if len(groups) > 1 else title
+            for index in track(range(self.blocks), part):
                 xs = self.through(index, xs)
             for (which, ids), hidden in zip(some, xs, strict=True):
-                yield which, ids.to(self.device), self.skeleton.logits(ids.to(self.device), hidden)
+                yield which, ids.to(self.device), hidden
 
 
 def passes(texts: Sequence[Tensor], width: int, batch: int = 4) -> Iterator[list[tuple[int, Tensor]]]:

