@@ -1,6 +1,6 @@
 """AffineQuant's ablations: the paper's three and ours, as tables and plots in ``docs/ablations``.
 
-    python benchmarks/ablate_affinequant.py [--models opt smollm2] [--epochs 6] [--fresh]
+    python benchmarks/ablate_affinequant.py [--models opt smollm2] [--tables mask sites ...] [--epochs 6] [--fresh]
 
 On two models: SmolLM2-135M-Instruct, of which the first ``--blocks`` decoder layers are quantized and the others stay
 float (so that a row takes a minute and errors do not pile up), and a small OPT that is trained for one minute on the
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ import torch
 from rows import ROOT, Row, kept, pyplot
 
 BUILD = ROOT / "build" / "ablations"
-SAMPLES, LENGTH, SEED, TOKENS = 16, 256, 0, 8192
+LENGTH, SEED = 256, 0
 STABILITIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-8)
+# Tables about matrices; on SmolLM2 in the paper's weight-only mode, whose matrices after norms are the large ones.
+MATRICES = ("mask", "stability", "precision", "parametrisation", "dominance")
+DENSE = ("qkv=matrix", "mlp=matrix")
 
 # Table by table: the row's name and what it changes of the recipe `affinequant`.
 TABLES: dict[str, tuple[str, list[tuple[str, list[str]]]]] = {
@@ -76,11 +80,22 @@ TABLES: dict[str, tuple[str, list[tuple[str, list[str]]]]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """What is quantized: a name or folder, its scheme, how many of its first blocks (all: ``None``)."""
+    """What is quantized.
+
+    Attributes:
+        title: what the page calls it.
+        model: a name or a folder.
+        scheme: of the tables about sites, rates and the loss.
+        matrix: scheme and settings of the tables about matrices (``MATRICES``).
+        blocks: how many of the first ones are quantized; all, where ``None``.
+        layers: how many there are.
+        length: of an evaluated window.
+    """
 
     title: str
     model: str
     scheme: str
+    matrix: tuple[str, tuple[str, ...]]
     blocks: int | None
     layers: int
     length: int
@@ -144,25 +159,27 @@ def trained_opt(seconds: float = 60.0) -> Path:
     return folder
 
 
-def row(model: Model, recipe: str, settings: list[str], epochs: int, fresh: bool) -> dict[str, Any]:
+def row(
+    model: Model, scheme: str, recipe: str, settings: Sequence[str], options: argparse.Namespace
+) -> dict[str, Any]:
     """Quantize and evaluate once, or take what was measured by the same sources."""
-    options = tuple(f"affinequant.{setting}" for setting in settings)
+    chosen = tuple(f"affinequant.{setting}" for setting in settings)
     if recipe == "affinequant":
-        options = (*options, f"affinequant.epochs={epochs}")
+        chosen = (*chosen, f"affinequant.epochs={options.epochs}")
     what = Row(
         model.model,
-        model.scheme,
+        scheme,
         recipe,
         model.layers,
         model.blocks,
-        options,
-        samples=SAMPLES,
+        chosen,
+        samples=options.samples,
         length=LENGTH,
         seed=SEED,
         window=model.length,
-        tokens=TOKENS,
+        tokens=options.tokens,
     )
-    return kept(BUILD, what, what.measure, fresh)
+    return kept(BUILD, what, what.measure, options.fresh)
 
 
 def summary(found: dict[str, Any]) -> dict[str, float]:
@@ -197,44 +214,60 @@ def table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return [*lines, ""]
 
 
-def plots(name: str, results: dict[str, list[tuple[str, dict[str, Any]]]], out: Path) -> None:
-    """Loss, margin and condition by block for the stability factors."""
+def plots(name: str, results: dict[str, list[tuple[str, dict[str, Any]]]], out: Path) -> list[str]:
+    """Loss, margin and condition by block for the stability factors, loss by epoch; the page's links to them."""
+    links = []
+    if "stability" in results:
+        stability_plot(results["stability"], out / f"affinequant-{name}-stability.png")
+        links += [f"![loss, margin and condition by block](affinequant-{name}-stability.png)", ""]
+    if "parametrisation" in results:
+        loss_plot(results["parametrisation"], out / f"affinequant-{name}-loss.png")
+        links += [f"![held-out loss by epoch](affinequant-{name}-loss.png)", ""]
+    return links
+
+
+def stability_plot(rows: list[tuple[str, dict[str, Any]]], path: Path) -> None:
+    """By block, for each stability factor: held-out loss, and the worst margin and condition of its matrices."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
-    for label, found in results["stability"]:
+    for label, found in rows:
         records = [block["steps"]["affinequant"] for block in found["blocks"]]
         axes[0].plot([r["held_out"][r["best_epoch"]] for r in records], marker="o", label=f"$\\alpha$ = {label}")
-        sites = [next(site for key, site in r["sites"].items() if key.endswith(".heads")) for r in records]
-        axes[1].plot([site["margin"] for site in sites], marker="o")
-        axes[2].semilogy([site["condition"] for site in sites], marker="o")
+        matrices = [[site for site in r["sites"].values() if "margin" in site] for r in records]
+        axes[1].plot([min(site["margin"] for site in sites) for sites in matrices], marker="o")
+        axes[2].semilogy([max(site["condition"] for site in sites) for sites in matrices], marker="o")
     axes[1].axhline(0, color="grey", lw=0.8)
-    for axis, text in zip(
-        axes, ("held-out loss", "dominance margin, v → o", "condition (bound), v → o"), strict=True
-    ):
+    labels = ("held-out loss", "worst dominance margin", "worst condition (bound)")
+    for axis, text in zip(axes, labels, strict=True):
         axis.set(xlabel="block", ylabel=text)
     axes[0].legend(fontsize=8)
-    figure.savefig(out / f"affinequant-{name}-stability.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def loss_plot(rows: list[tuple[str, dict[str, Any]]], path: Path) -> None:
+    """Held-out loss of the first block by epoch, for each parametrisation."""
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
-    for label, found in results["parametrisation"]:
+    for label, found in rows:
         record = found["blocks"][0]["steps"]["affinequant"]
         axis.plot(record["held_out"], marker="o", label=label)
     axis.set(xlabel="epoch", ylabel="held-out loss, block 0")
     axis.legend(fontsize=8)
-    figure.savefig(out / f"affinequant-{name}-loss.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def heat_map(epochs: int, out: Path) -> None:
+def heat_map(epochs: int, samples: int, out: Path) -> None:
     """The matrices over v -> o that SmolLM2's first block learns."""
     from fit_step import first_block
     from lowbit.learn import fit
     from lowbit.methods.affinequant import AffineQuant, Trainer
     from lowbit.scheme import parse_scheme
 
-    block, calib = first_block(SAMPLES * LENGTH, "cpu")
+    block, calib = first_block(samples * LENGTH, "cpu")
     trainer = Trainer(AffineQuant(epochs=epochs), block, calib, parse_scheme("w4a4"))
-    fit(trainer.groups(), trainer.loss, SAMPLES, trainer.options.schedule(0), trainer.begin, trainer.project)
+    fit(trainer.groups(), trainer.loss, samples, trainer.options.schedule(0), trainer.begin, trainer.project)
     site = next(site for site in trainer.sites if site.name == "heads")
     value = site.map.value()[0].detach()
     plt = pyplot()
@@ -248,10 +281,45 @@ def heat_map(epochs: int, out: Path) -> None:
     plt.close(figure)
 
 
+def model_of(name: str, blocks: int) -> Model:
+    """The model that a name stands for."""
+    if name == "opt":
+        title = "OPT, 4 layers of 192, trained for a minute on the built-in text"
+        return Model(title, str(trained_opt()), "w3a16-asym", ("w3a16-asym", ()), None, 4, 256)
+    title = f"SmolLM2-135M-Instruct, its first {blocks} blocks quantized"
+    return Model(title, "demo", "w4a4", ("w3a16-asym", DENSE), blocks, 30, 512)
+
+
+def head(model: Model, options: argparse.Namespace) -> list[str]:
+    """The page's head: protocol, and what the tables' columns are."""
+    plain = row(model, model.scheme, "float", (), options)["perplexity"]
+    schemes = dict.fromkeys((model.scheme, model.matrix[0]))
+    rounded = [f"{scheme}, RTN: {row(model, scheme, 'rtn', (), options)['perplexity']:.3f}" for scheme in schemes]
+    dense = f" with {', '.join(model.matrix[1])} (online)" if model.matrix[1] else ""
+    return [
+        f"# AffineQuant ablations: {model.title}",
+        "",
+        f"Made by `make ablations`. Tables about matrices: scheme {model.matrix[0]}{dense}; others: {model.scheme}.",
+        f"Calibration {options.samples} x {LENGTH} tokens of the built-in text, seed {SEED}; {options.epochs}",
+        f"epochs; evaluation on its held-out part, {options.tokens} tokens in windows of {model.length}.",
+        f"CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}.",
+        "",
+        "Held-out loss: mean over blocks of the error relative to the float output. Condition: an upper bound.",
+        "Margin: the least $(|a_{ii}| - \\sum_j |a_{ij}|) / |a_{ii}|$ of any row, above 0 where all matrices are",
+        "strictly diagonally dominant. Merge error: relative squared error of the float block after merging.",
+        "",
+        f"float: {plain:.3f}; {'; '.join(rounded)} (perplexity).",
+        "",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["opt", "smollm2"], choices=["opt", "smollm2"])
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=16, help="calibration sequences")
+    parser.add_argument("--tokens", type=int, default=8192, help="that are evaluated")
     parser.add_argument("--blocks", type=int, default=3, help="SmolLM2's blocks that are quantized")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "ablations")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
@@ -259,46 +327,23 @@ def main() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        if name == "opt":
-            title = "OPT, 4 layers of 192, trained for a minute on the built-in text"
-            model = Model(title, str(trained_opt()), "w3a16-asym", None, 4, 256)
-        else:
-            title = f"SmolLM2-135M-Instruct, its first {options.blocks} blocks quantized"
-            model = Model(title, "demo", "w4a4", options.blocks, 30, 512)
-        base = [(recipe, row(model, recipe, [], options.epochs, options.fresh)) for recipe in ("float", "rtn")]
+        model = model_of(name, options.blocks)
+        lines = head(model, options)
         results: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-        lines = [
-            f"# AffineQuant ablations: {model.title}",
-            "",
-            f"Made by `make ablations`. Scheme {model.scheme}; calibration {SAMPLES} x {LENGTH} tokens of the",
-            f"built-in text, seed {SEED}; {options.epochs} epochs; evaluation on its held-out part, {TOKENS} tokens",
-            f"in windows of {model.length}. CPU, {torch.get_num_threads()} threads, torch {torch.__version__}.",
-            "",
-            "Held-out loss: mean over blocks of the error relative to the float output. Condition: an upper bound.",
-            "Margin: the least $(|a_{ii}| - \\sum_j |a_{ij}|) / |a_{ii}|$ of any row, above 0 where all matrices are",
-            "strictly diagonally dominant. Merge error: relative squared error of the float block after merging.",
-            "",
-            ", ".join(f"{recipe}: {found['perplexity']:.3f}" for recipe, found in base) + " (perplexity).",
-            "",
-        ]
-        for key, (heading, cases) in TABLES.items():
+        for key in options.tables:
+            heading, cases = TABLES[key]
+            scheme, base = model.matrix if key in MATRICES else (model.scheme, ())
             results[key] = []
             for case, settings in cases:
-                found = row(model, "affinequant", settings, options.epochs, options.fresh)
+                found = row(model, scheme, "affinequant", (*base, *settings), options)
                 results[key].append((case, found))
                 print(json.dumps({"model": name, "table": key, "case": case, **summary(found)}), flush=True)
             lines += table(heading, results[key])
-        plots(name, results, options.out)
-        lines += [
-            f"![loss, margin and condition by block](affinequant-{name}-stability.png)",
-            "",
-            f"![held-out loss by epoch](affinequant-{name}-loss.png)",
-            "",
-        ]
+        lines += plots(name, results, options.out)
         if name == "smollm2":
-            heat_map(options.epochs, options.out)
+            heat_map(options.epochs, options.samples, options.out)
             lines += ["![learned matrices](affinequant-matrix.png)", ""]
-        (options.out / f"affinequant-{name}.md").write_text("\n".join(lines))
+        (options.out / f"affinequant-{name}.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":
