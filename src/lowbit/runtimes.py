@@ -31,7 +31,7 @@ from lowbit.quant import QuantSpec, fake_quant_tokens, round_ste, round_trip
 Q8_0, Q8_K = 32, 256
 # Formats that a GGUF file holds in K types where groups are multiples of 256: see export/gguf_blocks.py.
 K_TYPES = {(2, True), (2, False), (3, True), (4, False), (5, False), (6, True)}
-WHOLE_ROW = 128  # onnxruntime's block where a weight has one scale a row
+MOST = 128  # a larger group is several blocks in ONNX
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,19 @@ def _llama_cpp(x: Tensor, weight: QuantSpec) -> Tensor:
     return q8_k(x) if wide and (weight.bits, weight.symmetric) in K_TYPES else q8_0(x)
 
 
+def onnx_block(group: int) -> int:
+    """The block of MatMulNBits for groups of that size: the largest power of two up to 128 that divides it.
+
+    >>> onnx_block(128), onnx_block(576), onnx_block(48)
+    (128, 64, 16)
+    """
+    return min(group & -group, MOST)
+
+
 def _onnxruntime(x: Tensor, weight: QuantSpec) -> Tensor:
-    size = weight.group_size or WHOLE_ROW
+    size = onnx_block(weight.group_size or x.shape[-1])
     # There is no int8 kernel for these; onnxruntime then computes in float.
-    return x if weight.bits == 2 and size in (16, 256) else blocks_of(x, size)
+    return x if weight.bits == 2 and size == 16 else blocks_of(x, size)
 
 
 RUNTIMES = {

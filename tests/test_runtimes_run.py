@@ -1,0 +1,107 @@
+"""The simulated rounding of inputs against the runtimes themselves, where they are installed, on an x86 CPU.
+
+Products of the simulated inputs are summed in float64. What is left is the runtime's own float32 sums (1e-7, and 2e-6
+where rows of one sign cancel against the zeros' part), where float inputs differ by half a percent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lowbit.quant import QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.runtimes import Inputs, q8_0, q8_k
+
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="kernels of another CPU")
+SUM = 5e-6
+
+
+def problem(spec: QuantSpec, columns: int = 512) -> tuple[torch.Tensor, QTensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, columns, generator=generator)
+    x = torch.randn(5, columns, generator=generator) * torch.linspace(0.1, 5, columns)
+    x[1], x[2] = x[1].abs(), -x[2].abs()
+    return x, quantize(weight, minmax_grid(weight, spec), spec)
+
+
+def error(got: torch.Tensor, x: torch.Tensor, q: QTensor) -> float:
+    wanted = x.double() @ q.dequantize().double().T
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+def packed(values: torch.Tensor, bits: int) -> np.ndarray[Any, Any]:
+    """Unsigned values in bytes along the last axis, low bits first."""
+    each = 8 // bits
+    whole = torch.nn.functional.pad(values.int(), (0, -values.shape[-1] % each)).unflatten(-1, (-1, each))
+    return (whole << bits * torch.arange(each)).sum(-1).to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "size"), [(4, 16), (4, 32), (4, 128), (8, 32), (8, 64), (2, 16), (2, 32)])
+def test_onnxruntime_multiplies_with_these_inputs(bits: int, size: int, symmetric: bool) -> None:
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    spec = QuantSpec(bits, size, symmetric)
+    x, q = problem(spec)
+    inputs = {
+        "B": packed(q.codes, bits).reshape(64, -1, size * bits // 8),
+        "scales": q.grid.scale.numpy(),
+        **({} if symmetric else {"zeros": packed(q.grid.zero, bits)}),
+    }
+    options = {"K": 512, "N": 64, "bits": bits, "block_size": size, "accuracy_level": 4}
+    node = onnx.helper.make_node("MatMulNBits", ["A", *inputs], ["Y"], domain="com.microsoft", **options)
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("A", "Y")]
+    held = [onnx.numpy_helper.from_array(value, name) for name, value in inputs.items()]
+    graph = onnx.helper.make_graph([node], "one", ends[:1], ends[1:], held)
+    sets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=sets, ir_version=10).SerializeToString()
+    session = runtime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {"A": x.numpy()})[0])
+    assert error(got, Inputs(spec, "onnxruntime").round(x), q) < SUM
+    assert (bits == 2 and size == 16) or error(got, x, q) > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "size"), [("q8_0", 32), ("q8_K", 256)])
+def test_llama_cpps_own_function_gives_these_blocks(kind: str, size: int) -> None:
+    llama = pytest.importorskip("llama_cpp")
+    folder = Path(llama.__file__).parent / "lib"
+    ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
+    function = getattr(ctypes.CDLL(str(folder / "libggml-cpu.so")), f"quantize_row_{kind}")
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+    layouts = {"q8_0": [("d", "<f2"), ("q", "i1", 32)], "q8_K": [("d", "<f4"), ("q", "i1", 256), ("s", "<i2", 16)]}
+    block = np.dtype(layouts[kind])
+    x, _ = problem(QuantSpec(4, 32))
+    blocks = np.zeros(x.numel() // size, block)
+    function(x.numpy().ctypes.data, blocks.ctypes.data, x.numel())
+    got = torch.from_numpy(blocks["q"].astype(np.float32) * blocks["d"].astype(np.float32)[:, None])
+    assert torch.equal(got.view(x.shape), q8_0(x) if kind == "q8_0" else q8_k(x))
+
+
+def test_xnnpack_multiplies_with_these_inputs(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    ao = pytest.importorskip("torchao.quantization")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    spec = QuantSpec(4, 32, scale_dtype=torch.bfloat16)
+    x, q = problem(spec)
+    weight = ao.IntxUnpackedToInt8Tensor(
+        (q.codes.int() - 8).to(torch.int8), q.grid.scale, torch.zeros_like(q.grid.zero, dtype=torch.int8),
+        target_dtype=torch.int4, block_size=(1, 32), dtype=torch.float32,
+        activation_quantization="int8_asym_per_token",
+    )  # fmt: skip
+    linear = torch.nn.Linear(512, 64, bias=False)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    exported = torch.export.export(torch.nn.Sequential(linear), (x,))
+    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+    (tmp_path / "one.pte").write_bytes(program.buffer)
+    (got,) = Runtime.get().load_program(str(tmp_path / "one.pte")).load_method("forward").execute([x])
+    assert error(got, Inputs(spec, "executorch").round(x), q) < SUM
+    assert error(got, x, q) > 1e-3
