@@ -251,6 +251,13 @@ def test_the_best_default_that_divides_the_widths_is_taken(tmp_path: Path) -> No
     assert torch.allclose(found["stock"], found["load"], atol=1e-5)
 
 
+def test_vllm_takes_activations_that_its_kernels_round(tmp_path: Path) -> None:
+    folder = quantized(tmp_path, "w4a8g32-sym", runs_on="vllm")
+    assert json.loads((folder / "lowbit.json").read_text())["transformers"] == {"loads": True, "why_not": None}
+    with pytest.raises(LowbitError, match=r"vllm cannot carry scheme w4a8, act: .*nearest that fits: w4a8-sym$"):
+        quantized(tmp_path / "other", "w4a8", runs_on="vllm")
+
+
 def test_another_runtime_is_another_run(made: Path) -> None:
     more: dict[str, Any] = {"data": str(made.parent / "model" / "calib.txt"), "samples": 2, "length": 16}
     with pytest.raises(LowbitError, match=r"scheme.runs_on is llama.cpp, this one's vllm"):
