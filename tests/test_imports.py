@@ -38,6 +38,9 @@ MAY = {
     "recipe": {"errors", "methods"},
     "skeleton": {"errors", "block", "families", "runtimes"},
     "evaluate": {"errors", "progress", "evaluate"},
+    "damage": {"block", "evaluate", "quant", "scheme"},
+    "budget": {"errors", "quant", "scheme"},
+    "proposal": {"errors", "budget", "damage", "plan", "runfolder", "scheme", "skeleton"},
     "report": {"errors", "progress", "report"},
     "export": {
         *(
@@ -63,13 +66,15 @@ MAY = {
 # The top of the tree: who alone may import it.
 ONLY = {
     "runner": {"api"},
-    "api": {"__init__", "cli", "cli_measure", "comparing", "demo", "tasking"},
+    "api": {"__init__", "cli", "cli_measure", "comparing", "demo", "diagnosing", "tasking"},
     "comparing": {"__init__", "cli_measure"},
+    "diagnosing": {"__init__", "cli_inspect"},
     "tasking": {"__init__", "cli_measure"},
     "exporting": {"__init__", "cli"},
     "demo": {"cli"},
-    "inspecting": {"cli_measure"},
+    "inspecting": {"cli_inspect"},
     "making_for": {"api"},
+    "cli_inspect": {"cli"},
     "cli_measure": {"cli"},
     "cli": {"__main__"},
 }

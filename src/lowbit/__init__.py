@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowbit.api import Evaluated, Quantized, evaluate, quantize
     from lowbit.comparing import Compared, compare
+    from lowbit.diagnosing import Diagnosis, diagnose
     from lowbit.errors import LowbitError
     from lowbit.export.verify import Verified
     from lowbit.exporting import Exported, export, verify
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Compared",
+    "Diagnosis",
     "Evaluated",
     "Exported",
     "Grid",
@@ -40,6 +42,7 @@ __all__ = [
     "TaskScores",
     "Verified",
     "compare",
+    "diagnose",
     "evaluate",
     "evaluate_tasks",
     "export",
@@ -53,6 +56,7 @@ __all__ = [
 _MODULES = {
     "api": ("Evaluated", "Quantized", "evaluate", "quantize"),
     "comparing": ("Compared", "compare"),
+    "diagnosing": ("Diagnosis", "diagnose"),
     "errors": ("LowbitError",),
     "export.verify": ("Verified",),
     "exporting": ("Exported", "export", "verify"),

@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lowbit.cli_measure import compare, evaluate, inspect
+from lowbit.cli_inspect import inspect
+from lowbit.cli_measure import compare, evaluate
 from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
 from lowbit.errors import LowbitError
 from lowbit.progress import say

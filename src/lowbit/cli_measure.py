@@ -1,4 +1,4 @@
-"""The commands that measure and tell: ``lowbit evaluate | compare | inspect``."""
+"""The commands that measure: ``lowbit evaluate | compare``."""
 
 from __future__ import annotations
 
@@ -165,34 +165,3 @@ def _show(exact: str, found: Compared, length: int) -> None:
             strict=True,
         ):
             Console().print(Text(f"{name}: {words}"))
-
-
-def inspect(
-    model: Model,
-    scheme: Annotated[str, typer.Option(help="The scheme to estimate for.")] = "w4a16g64-sym",
-    recipe: Annotated[str, typer.Option(help="The recipe to estimate for.")] = "gptq",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
-    revision: Revision = None,
-    allow_pickle: Pickle = False,
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
-) -> None:
-    """Family, edges and sizes of MODEL, and what a run would take in memory, disk and time."""
-    from lowbit.inspecting import inspect_model
-
-    found = inspect_model(model, scheme, recipe, samples, length, revision, allow_pickle, trust_remote_code)
-    if as_json:
-        print_json(found)
-        return
-    rows = table("", "")
-    for key, value in found.items():
-        text = (
-            "\n".join(map(str, value))
-            if isinstance(value, list)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else value
-        )
-        rows.add_row(key, Text(str(text)))
-    Console().print(rows)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowbit.block import Block, Calib, relative_error, run_all
 from lowbit.checkpoint import Checkpoint, block_params, read_json, write_json, write_tensors
+from lowbit.damage import damages
 from lowbit.errors import LowbitError
 from lowbit.packing import pack
 from lowbit.plan import Plan
@@ -106,7 +107,7 @@ class Walk:
             for _, step in self.recipe.steps:
                 done = step(done, calib, self.scheme)
             self._check(done)
-            self._write(done, time.monotonic() - began)
+            self._write(done, damages(done, x_fp[:1], self.scheme), time.monotonic() - began)
         del params, block
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
@@ -139,7 +140,7 @@ class Walk:
                     f"{most:g}; the checkpoint is broken, or the recipe scaled too much"
                 )
 
-    def _write(self, block: Block, seconds: float) -> None:
+    def _write(self, block: Block, damage: Mapping[int, Any], seconds: float) -> None:
         """Notes first, the shard last: a shard that is there is complete."""
         for index in block.indices:
             prefix = f"{index}."
@@ -156,9 +157,10 @@ class Walk:
                     stored = pack(q, self.plan.layout)
                     tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in stored.items()}
             notes = [note for note in block.notes if _about(note, block) == index]
+            figures = {"steps": dict(block.record[index])} if index in block.record else {}
             record = {
                 "notes": notes,
-                "record": {"steps": dict(block.record[index])} if index in block.record else {},
+                "record": {**figures, "damage": damage[index]},
                 "seconds": seconds / len(block.layers),
                 "peak_memory_bytes": peak_memory_bytes(),
             }
