@@ -19,7 +19,7 @@ import numpy as np
 
 from lowbit.errors import LowbitError
 from lowbit.quant import QuantSpec
-from lowbit.scheme import Scheme, override_text, with_overrides
+from lowbit.scheme import Scheme
 
 UNITS = 1 << 16  # steps of the budget at most; where its own unit is finer, costs are rounded up to this
 
@@ -149,5 +149,5 @@ def with_formats(scheme: Scheme, groups: Sequence[Sequence[Linear]], specs: Sequ
     """
     wanted = {one.name: spec for group, spec in zip(groups, specs, strict=True) for one in group}
     kept = replace(scheme, overrides=tuple(pair for pair in scheme.overrides if pair[0] not in wanted))
-    changed = {name: override_text(spec) for name, spec in wanted.items() if kept.weight_spec(name) != spec}
-    return with_overrides(kept, changed)
+    changed = tuple((name, spec) for name, spec in wanted.items() if kept.weight_spec(name) != spec)
+    return replace(kept, overrides=(*changed, *kept.overrides))

@@ -3,7 +3,7 @@
 A run folder holds rounded weights of a model whose maps have moved. The float weights that they were rounded from
 exist while a run works on their block and nowhere after, so this is where a single linear's damage can be measured
 for every recipe. With ``y`` the output of the block as its steps left it, in float, and ``y_p`` the same with
-linear ``p`` rounded as it ships (and its input, where the scheme rounds activations):
+linear ``p`` rounded as it ships (and its input, where scheme or runtime round activations):
 
     error(p) = mean over tokens of ||y_p - y||^2 / ||y||^2
 
@@ -83,9 +83,9 @@ def _alone(layer: Block, name: str, x: Tensor, y: Tensor, scheme: Scheme) -> dic
     """The error of one linear rounded, and the part of it that its rounded input makes."""
     q = layer.qweights[name]
     params: Mapping[str, Tensor] = {**layer.params, f"{name}.weight": q.dequantize()}
-    if scheme.act is None:
-        return {"error": _error(run(layer, x, params), y), "input": 0.0}
     alone = only(scheme, layer.full_name(name), q.spec)
+    if alone.inputs(layer.full_name(name)) is None:
+        return {"error": _error(run(layer, x, params), y), "input": 0.0}
     whole, part = run(layer, x, params, alone), run(layer, x, layer.params, alone)
     return {"error": _error(whole, y), "input": _error(part, y)}
 
