@@ -2,11 +2,10 @@
 
     python benchmarks/budget.py [--out build/budget.json] [--budgets 4.25 4.75]
 
-Round to nearest, w4a16g64-sym as the base. For each budget, schemes of the same number of bits: proposed from what
-the base run recorded, and that proposal's formats dealt to other blocks at random (each kind of linear keeps its
-formats, so bits are equal). At the first budget also what is proposed from KL divergences (``--float``, minutes);
-at the base's own 4.25 bits the uniform scheme is one more. Finished rows are kept in ``--out``, so that an
-interrupted command goes on.
+Round to nearest, w4a16g64-sym as the base. For each budget three schemes of the same number of bits: proposed from
+what the base run recorded, proposed from KL divergences (``--float``), and the formats of the latter dealt to other
+blocks at random (each kind of linear keeps its formats, so bits are equal). At the base's own 4.25 bits the uniform
+scheme is the fourth. Finished rows are kept in ``--out``, so that an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -84,10 +83,9 @@ def main() -> None:
 
     row("uniform", {"scheme": BASE})
     for budget in given.budgets:
-        made = proposed("recorded", budget)
-        row(f"recorded {budget:g}", made["scheme"])
-        row(f"dealt at random {budget:g}", dealt(made, seed=0))
-    row(f"measured {given.budgets[0]:g}", proposed("measured", given.budgets[0])["scheme"])
+        for basis in ("recorded", "measured"):
+            row(f"{basis} {budget:g}", proposed(basis, budget)["scheme"])
+        row(f"dealt at random {budget:g}", dealt(proposed("measured", budget), seed=0))
 
 
 if __name__ == "__main__":
