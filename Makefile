@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+# extras with runtimes that `make test` does not need
+RUNTIMES := executorch
 
-.PHONY: help demo test check slow format results ablations ablations-qllm gather fit-step memory clean
+.PHONY: help demo test check slow test-runtimes format results ablations ablations-qllm gather fit-step memory clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -22,6 +24,10 @@ check: $(DEV) ## the part of the gate under 3 minutes
 
 slow: $(DEV) ## tests on the real model
 	$(BIN)/python -m pytest -q -m slow
+
+test-runtimes: $(DEV) ## install ExecuTorch (takes minutes), and run what needs it
+	$(BIN)/python -m pip install --progress-bar on --editable '.[$(RUNTIMES)]'
+	$(BIN)/python -m pytest -q -m runtimes
 
 format: $(DEV) ## format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -113,19 +113,22 @@ app.command()(compare)
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp), gptq, awq, vllm.")],
+    to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp), executorch, gptq, awq, vllm.")],
     out: Annotated[Path | None, typer.Option(help="What to write; by default beside the run folder.")] = None,
     embeddings: Annotated[str, typer.Option(help="Float matrices: auto (loses nothing), f32, f16, q8_0.")] = "auto",
     pre: Annotated[str | None, typer.Option(help="llama.cpp's name of the tokenizer's splitting.")] = None,
     gptq_format: Annotated[
         str, typer.Option(help="gptq's zeros: v1 (minus one), v2 (as they are), auto (v1 if symmetric).")
     ] = "auto",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that executorch's cache holds.", show_default="2048, or less")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a finished run in a runtime's format, rounding nothing again."""
     from lowbit.exporting import export as write
 
-    made = write(run, to, out, embeddings, pre, gptq_format)
+    made = write(run, to, out, embeddings, pre, gptq_format, context)
     for warning in made.warnings:
         say(f"warning: {warning}")
     if as_json:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -55,17 +55,19 @@ def export(
     embeddings: str = "auto",
     pre: str | None = None,
     gptq_format: str = "auto",
+    context: int | None = None,
 ) -> Exported:
     """Write a finished run in the format of a runtime, without rounding anything again.
 
     Args:
         folder: the run folder.
-        to: ``gguf`` (or ``llama.cpp``), ``gptq``, ``awq`` or ``vllm``.
+        to: ``gguf`` (or ``llama.cpp``), ``executorch``, ``gptq``, ``awq`` or ``vllm``.
         out: what to write, which must not exist; by default beside the run, named after it and the target.
         embeddings: gguf only, how float matrices are stored: ``auto`` (smallest type that loses nothing), ``f32``,
             ``f16`` or ``q8_0``.
         pre: gguf only, llama.cpp's name for the tokenizer's splitting where it cannot be found out.
         gptq_format: gptq only, ``v1`` stores zeros minus one, ``v2`` as they are; ``auto``: v1 if all are symmetric.
+        context: executorch only, tokens that the program's cache holds: 2048 by default, or the model's positions.
 
     Raises:
         LowbitError: the folder is no finished run, or the target cannot carry it; nothing is written then.
@@ -85,7 +87,7 @@ def export(
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
-        warnings = exporter.write(run, partial, Options(embeddings, pre, gptq_format))
+        warnings = exporter.write(run, partial, Options(embeddings, pre, gptq_format, context))
         _to_disk(partial)
         os.rename(partial, final)
     except OSError as error:
@@ -112,13 +114,13 @@ def verify(folder: str | Path, files: Sequence[str | Path], logits: bool = True)
         raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
     run = open_run(Path(folder))
     ids = _text_ids(run)
-    simulated = lru_cache(maxsize=1)(lambda: _simulated(run, ids))
+    simulated = functools.lru_cache(maxsize=1)(lambda runs_on: _simulated(run, ids, runs_on))
     out = []
     for path in map(Path, files):
         target = target_of(path)
         exporter = exporter_of(target)
         found = verify_one(run, path, target, exporter)
-        out.append(run_one(found, exporter, ids, simulated) if logits else found)
+        out.append(run_one(found, exporter, ids, functools.partial(simulated, exporter.runs_on)) if logits else found)
     return out
 
 
@@ -129,9 +131,9 @@ def _text_ids(run: Run) -> Tensor:
     return ids[ids < config.vocab_size][: getattr(config, "max_position_embeddings", None)]
 
 
-def _simulated(run: Run, ids: Tensor) -> Tensor:
+def _simulated(run: Run, ids: Tensor, runs_on: str | None) -> Tensor:
     with torch.no_grad():
-        return load(run.folder)(ids[None]).logits[0].float()
+        return load(run.folder, runs_on=runs_on)(ids[None]).logits[0].float()
 
 
 def _files(path: Path) -> list[Path]:

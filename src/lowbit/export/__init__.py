@@ -14,6 +14,7 @@ from lowbit.export.target import Exporter
 
 # target: the module that has its EXPORTER
 EXPORTERS = {
+    "executorch": "lowbit.export.executorch",
     "gguf": "lowbit.export.gguf",
     "gptq": "lowbit.export.gptq",
     "awq": "lowbit.export.awq",

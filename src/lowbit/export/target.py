@@ -23,11 +23,13 @@ class Options:
         pre: llama.cpp's name for the tokenizer's splitting, where it cannot be found out.
         gptq_format: how gptq stores zeros: ``v1`` (minus one), ``v2`` (as they are), or ``auto``, v1 where all are
             symmetric.
+        context: how many tokens an executorch program's cache holds; ``None``: 2048, or the model's positions.
     """
 
     embeddings: str = "auto"
     pre: str | None = None
     gptq_format: str = "auto"
+    context: int | None = None
 
 
 def value_of(run: Run, name: str) -> Tensor:
@@ -43,7 +45,7 @@ class Executed:
     """What a target's runtime computed from an export.
 
     Attributes:
-        logits: ``(tokens, vocabulary)`` float32, of one forward from an empty cache.
+        logits: ``(tokens, vocabulary)`` float32 from an empty cache, for as many of the tokens as fit in it.
         explained: the largest relative error that the runtime's documented arithmetic explains, see
             ``verify.relative_error``.
     """
@@ -66,6 +68,8 @@ class Exporter:
         other: names of what else differs from what ``write`` would have written (metadata, config, tokenizer).
         expect: the value that a parameter must have there.
         execute: runs an export on token ids ``(tokens,)`` in its runtime; ``None`` where that is not installed.
+        runs_on: whose rounding of inputs the simulation computes with where logits are compared, see
+            ``runtimes.RUNTIMES``; ``None``: that of the run itself.
     """
 
     suffix: str
@@ -76,3 +80,4 @@ class Exporter:
     other: Callable[[Run, Path], Iterator[str]]
     expect: Callable[[Run, str], Tensor] = value_of
     execute: Callable[[Path, Tensor], Executed | None] = lambda path, ids: None
+    runs_on: str | None = None

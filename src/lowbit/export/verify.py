@@ -102,7 +102,8 @@ def run_one(found: Verified, exporter: Exporter, ids: Tensor, simulated: Callabl
         return replace(found, unreadable=f"its runtime says: {_line(error)}")
     if executed is None:
         return found
-    return replace(found, logits=relative_error(executed.logits, simulated()), explained=executed.explained)
+    gap = relative_error(executed.logits, simulated()[: len(executed.logits)])
+    return replace(found, logits=gap, explained=executed.explained)
 
 
 def relative_error(logits: Tensor, simulated: Tensor) -> float:

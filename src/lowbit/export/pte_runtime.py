@@ -1,0 +1,59 @@
+"""A ``.pte`` decoder in ExecuTorch's own runtime: logits and greedy text, as a phone computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Session:
+    """A loaded decoder; its cache is filled by position, so a new text simply starts at 0.
+
+    Attributes:
+        context: how many tokens the cache holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Load the file at ``path``."""
+        from executorch.extension.llm.custom_ops import custom_ops as _operators  # noqa: F401
+        from executorch.runtime import Runtime
+
+        self._program: Any = Runtime.get().load_program(path)
+        self._forward: Any = self._program.load_method("forward")
+        self.context = int(self._program.load_method("get_max_context_len").execute([])[0])
+
+    def step(self, tokens: Sequence[int], position: int) -> Tensor:
+        """Logits ``(vocabulary,)`` behind ``tokens``, the first of which is at ``position``."""
+        given = (torch.tensor([list(tokens)]), torch.tensor([position]))
+        logits: Tensor = self._forward.execute(given)[0]
+        return logits.flatten().clone()
+
+    def logits(self, ids: Sequence[int], prompt: int) -> Tensor:
+        """Logits ``(len(ids) - prompt + 1, vocabulary)`` behind the first ``prompt`` tokens and each one after them.
+
+        The prompt goes in at once, the others one by one: both ways that a runtime takes.
+        """
+        rows = [self.step(ids[:prompt], 0)]
+        rows += [self.step([token], position) for position, token in enumerate(ids[prompt:], prompt)]
+        return torch.stack(rows)
+
+    def greedy(self, ids: Sequence[int], stop: Sequence[int] = ()) -> Iterator[int]:
+        """Tokens that follow ``ids``, each the likeliest, until one of ``stop`` or the end of the cache."""
+        token = int(self.step(ids, 0).argmax())
+        for position in range(len(ids), self.context):
+            yield token
+            if token in stop:
+                return
+            token = int(self.step([token], position).argmax())
+
+
+def methods_of(path: Path) -> dict[str, list[Any]]:
+    """What the program's constant methods give, by name."""
+    from executorch.runtime import Runtime
+
+    program: Any = Runtime.get().load_program(path)
+    return {name: list(program.load_method(name).execute([])) for name in program.method_names - {"forward"}}

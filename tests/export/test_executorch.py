@@ -1,0 +1,184 @@
+"""An ExecuTorch program holds the run's own integers, and its runtime computes what the simulation says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.cli import call
+from lowbit.errors import LowbitError
+from lowbit.export.run import open_run
+from lowbit.export.xnnpack import signed_codes, stored, stored_bits, unpack, why_not
+from lowbit.quant import QuantSpec, minmax_grid, quantize
+from tiny import save_tiny, tiny_ids
+
+
+def make(folder: Path, family: str, scheme: str | None = "w4a16g32-sym", changes: Any = None, **more: Any) -> Path:
+    save_tiny(folder / "model", family, **{"num_hidden_layers": 2, **(changes or {})})
+    text = str(folder / "model" / "calib.txt")
+    made = {"recipe": "rtn", "data": text, "samples": 2, "length": 16, **more}
+    lowbit.quantize(str(folder / "model"), folder / "run", scheme=scheme, **made)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("w4a4", r"w4a4, act: .*nearest that fits: w4a16-asym$"),
+        ("w4a16g32-asym", r"weight: .*free zero.*nearest that fits: w4a16-asym$"),
+        ("w4a16g16-sym", r"weight: .*groups of 16.*nearest that fits: w4a16g32-sym$"),
+        ("w8a16g32-sym", r"weight: .*one scale a row.*nearest that fits: w8a16-sym$"),
+        ("w4a16kv8", r"kv: .*nearest that fits: w4a16-sym$"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, scheme: str, message: str) -> None:
+    run = make(tmp_path, "llama", scheme)
+    with pytest.raises(LowbitError, match=message) as caught:
+        lowbit.export(run, "executorch")
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "opt"])
+def test_attention_that_the_program_lacks_is_refused(tmp_path: Path, family: str) -> None:
+    run = make(tmp_path, family, changes={"num_hidden_layers": 3})
+    with pytest.raises(LowbitError, match="architecture: model_type"):
+        lowbit.export(run, "executorch")
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "size", "kind"),
+    [
+        (2, False, 64, "qbint4"), (3, False, 32, "qbint4"), (4, True, 32, "qbint4"), (4, True, None, "qcint4"),
+        (4, False, None, "qcint8"), (6, True, None, "qcint8"), (7, False, None, "qcint8"), (8, True, None, "qcint8"),
+    ],
+)  # fmt: skip
+def test_stores_hold_the_grid(bits: int, symmetric: bool, size: int | None, kind: str) -> None:
+    spec = QuantSpec(bits, size, symmetric, torch.bfloat16)
+    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(bits))
+    q = quantize(weight, minmax_grid(weight, spec), spec)
+    assert why_not(spec, 128) is None
+    assert stored_bits(spec) == int(kind[-1])
+    codes = signed_codes(q)
+    if kind.endswith("4"):  # as XNNPACK's serializer packs them
+        halves = (codes + 8).to(torch.uint8)
+        codes = halves[:, 1::2] << 4 | halves[:, ::2]
+    scale = q.grid.scale.to(torch.bfloat16) if kind == "qbint4" else q.grid.scale
+    raw = bytes(scale.contiguous().flatten().view(torch.uint8).tolist())
+    data = bytes(codes.contiguous().view(torch.uint8).flatten().tolist())
+    assert torch.equal(unpack(data, raw, kind, (6, 128)), q.dequantize())
+
+
+def test_scales_of_groups_are_rounded_and_no_others() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    for spec, moves in (
+        (QuantSpec(4, 32), True),
+        (QuantSpec(4), False),
+        (QuantSpec(4, 32, True, torch.bfloat16), False),
+    ):
+        q = quantize(weight, minmax_grid(weight, spec), spec)
+        gap = (stored(q).grid.scale - q.grid.scale).abs() / q.grid.scale
+        assert torch.equal(stored(q).codes, q.codes)
+        assert float(gap.max()) <= 2.0**-8  # half a step of bfloat16's 8 significant bits
+        assert bool(gap.any()) == moves
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that was made for ExecuTorch, and its export."""
+    pytest.importorskip("executorch", reason="pip install 'lowbit[executorch]'; make test-runtimes does")
+    folder = tmp_path_factory.mktemp("executorch")
+    run = make(folder, "llama", None, runs_on="executorch")
+    made = lowbit.export(run, "executorch", context=64)
+    assert made.warnings == []
+    assert {"model.pte", "tokenizer.json"} <= {file.name for file in made.out.iterdir()}
+    return run, made.out
+
+
+@pytest.mark.runtimes
+def test_integers_read_back_bit_for_bit_and_logits_are_the_simulations(program: tuple[Path, Path]) -> None:
+    (found,) = lowbit.verify(program[0], [program[1]])
+    assert found.ok, found
+    assert found.exact == found.tensors == len(lowbit.load(program[0]).state_dict())
+    # The same int8 inputs on both sides; what is left is the order of sums, which now and then moves a code.
+    assert found.logits is not None
+    assert found.logits < 0.01
+
+
+@pytest.mark.runtimes
+def test_text_goes_on_as_in_the_simulation(program: tuple[Path, Path]) -> None:
+    from lowbit.export.pte_runtime import Session
+
+    run, out = program
+    ids = tiny_ids(1, 12)
+    with torch.no_grad():
+        expected = lowbit.load(run).generate(ids, max_new_tokens=16, do_sample=False)[0, 12:].tolist()
+    session = Session(out / "model.pte")
+    got = [token for token, _ in zip(session.greedy(ids[0].tolist(), (2,)), range(16), strict=False)]
+    assert got == expected
+
+
+@pytest.mark.runtimes
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("model.layers.1.mlp.up_proj", "codes"),
+        ("model.layers.0.self_attn.k_proj", "scales"),
+        ("model.norm", "floats"),
+    ],
+)
+def test_one_wrong_byte_is_named(program: tuple[Path, Path], tmp_path: Path, name: str, key: str) -> None:
+    run, out = program
+    opened = open_run(run)
+    if key == "floats":
+        needle = bytes(opened.tensor(f"{name}.weight").float().view(torch.uint8).tolist())
+    else:
+        q = opened.qtensor(name)
+        halves = (signed_codes(q) + 8).to(torch.uint8)
+        packed = (halves[:, 1::2] << 4 | halves[:, ::2]).flatten()
+        needle = bytes((packed if key == "codes" else q.grid.scale.bfloat16().flatten().view(torch.uint8)).tolist())
+    content = bytearray((out / "model.pte").read_bytes())
+    assert content.count(needle) == 1
+    content[content.index(needle) + 9] ^= 0x10
+    (tmp_path / "m.pte").write_bytes(content)
+    (found,) = lowbit.verify(run, [tmp_path / "m.pte"], logits=False)
+    assert found.differs == [f"{name}.weight"]
+    assert found.max_difference > 0
+    assert call(["verify", str(run), str(tmp_path / "m.pte"), "--no-logits"]) == 1
+
+
+@pytest.mark.runtimes
+def test_a_cut_file_and_another_tokenizer_are_seen(program: tuple[Path, Path], tmp_path: Path) -> None:
+    run, out = program
+    (tmp_path / "m.pte").write_bytes((out / "model.pte").read_bytes()[:-3000])
+    assert lowbit.verify(run, [tmp_path / "m.pte"], logits=False)[0].unreadable
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in out.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "tokenizer.json").write_text("{}")
+    assert lowbit.verify(run, [copy], logits=False)[0].other == ["tokenizer.json"]
+
+
+@pytest.mark.runtimes
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "phi3"])
+def test_other_families_with_float16_scales(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("executorch")
+    run = make(tmp_path, family, changes={"num_hidden_layers": 3, "vocab_size": 128})
+    made = lowbit.export(run, "executorch", context=64)
+    assert "scales as bfloat16" in made.warnings[0]
+    (found,) = lowbit.verify(run, [made.out])
+    assert found.ok, found
+
+
+def test_without_the_package_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(tmp_path, "llama")
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    with pytest.raises(LowbitError, match=r"pip install 'lowbit\[executorch\]'"):
+        lowbit.export(run, "executorch")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
