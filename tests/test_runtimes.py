@@ -258,6 +258,20 @@ def test_vllm_takes_activations_that_its_kernels_round(tmp_path: Path) -> None:
         quantized(tmp_path / "other", "w4a8", runs_on="vllm")
 
 
+def test_a_run_for_executorch_rounds_its_scales_to_xnnpacks(tmp_path: Path) -> None:
+    folder = quantized(tmp_path, None, runs_on="executorch")
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    scale = Checkpoint(folder).read([name])[name]
+    assert scale.dtype == torch.bfloat16
+    found = logits(folder)
+    assert torch.allclose(found["load"], found["streamed"], atol=1e-4)
+    with torch.no_grad():  # the same weights, bit for bit, in stock transformers: what differs is the inputs
+        weights = lowbit.load(folder, runs_on="float")
+        assert torch.allclose(weights(tiny_ids(2)).logits, found["stock"], atol=1e-4)
+    with pytest.raises(LowbitError, match=r"gptq cannot carry .*scales were rounded to torch.bfloat16"):
+        lowbit.export(folder, "gptq")
+
+
 def test_another_runtime_is_another_run(made: Path) -> None:
     more: dict[str, Any] = {"data": str(made.parent / "model" / "calib.txt"), "samples": 2, "length": 16}
     with pytest.raises(LowbitError, match=r"scheme.runs_on is llama.cpp, this one's vllm"):
