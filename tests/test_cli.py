@@ -71,7 +71,7 @@ def test_help_lists_the_commands():
     done = python_m("--help")
     assert done.returncode == 0
     assert done.stderr == ""
-    for name in ("quantize", "evaluate", "compare", "generate", "inspect", "demo"):
+    for name in ("quantize", "evaluate", "compare", "report", "generate", "inspect", "demo"):
         assert f" {name} " in done.stdout
 
 
@@ -136,7 +136,7 @@ def test_evaluate_equals_a_plain_loop_for_every_text(model, command):
     code, out, err = command("evaluate", model, "--data", texts[0], "--data", texts[1], "--length", "64", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    facts = {"runs_on", "special", "scheme", "bits_per_weight"}
+    facts = {"runs_on", "special", "scheme", "bits_per_weight", "fingerprint"}
     assert set(found) == {"model", "perplexity", "tokens", "length", "seconds", "data_hash", *facts}
     assert found["length"] == 64
     assert found["tokens"] == {texts[0]: 3000 // 64 * 64, texts[1]: 700 // 64 * 64}
@@ -253,7 +253,7 @@ def test_a_recipe_and_a_scheme_from_files_are_those_by_options(model, tmp_path, 
     assert command(*arguments(model, tmp_path / "options", *options))[0] == 0
     assert manifest(tmp_path / "files")["recipe"] == manifest(tmp_path / "options")["recipe"]
     shards = sorted(path.name for path in (tmp_path / "files").glob("*.safetensors"))
-    assert len(shards) == 4
+    assert len(shards) == 5
     for name in shards:
         assert (tmp_path / "files" / name).read_bytes() == (tmp_path / "options" / name).read_bytes()
     assert manifest(tmp_path / "files")["identity"]["recipe_name"] == "mine"

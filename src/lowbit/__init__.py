@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lowbit.loading import load
     from lowbit.quant import Grid, QTensor, QuantSpec
     from lowbit.recipe import Recipe, load_recipe
+    from lowbit.reporting import Reported, report
     from lowbit.scheme import Scheme, parse_scheme
     from lowbit.tasking import TaskScores, evaluate_tasks
 
@@ -38,6 +39,7 @@ __all__ = [
     "QuantSpec",
     "Quantized",
     "Recipe",
+    "Reported",
     "Scheme",
     "TaskScores",
     "Verified",
@@ -50,6 +52,7 @@ __all__ = [
     "load_recipe",
     "parse_scheme",
     "quantize",
+    "report",
     "verify",
 ]
 
@@ -63,6 +66,7 @@ _MODULES = {
     "loading": ("load",),
     "quant": ("Grid", "QTensor", "QuantSpec"),
     "recipe": ("Recipe", "load_recipe"),
+    "reporting": ("Reported", "report"),
     "scheme": ("Scheme", "parse_scheme"),
     "tasking": ("TaskScores", "evaluate_tasks"),
 }

@@ -20,6 +20,7 @@ from lowbit.evaluate.perplexity import perplexity
 from lowbit.finish import finish, versions
 from lowbit.loading import load
 from lowbit.making_for import settle
+from lowbit.observed import write_observed
 from lowbit.plan import Plan, check_length, check_sizes, make_plan
 from lowbit.progress import say
 from lowbit.recipe import Recipe, load_recipe, recipe_to_dict, with_effort, with_settings
@@ -77,6 +78,7 @@ class Evaluated:
         runs_on: the runtime whose rounding of inputs was simulated, if any.
         special: the special tokens that the tokenizer puts before a text (once, not before each window).
         scheme, bits_per_weight: a run's; ``None`` for a float model.
+        fingerprint: digest of the model's weights, as a run of it has in its identity.
     """
 
     perplexity: dict[str, float]
@@ -88,6 +90,7 @@ class Evaluated:
     special: str = ""
     scheme: str | None = None
     bits_per_weight: float | None = None
+    fingerprint: str = ""
 
 
 def quantize(
@@ -186,6 +189,7 @@ def quantize(
         torch.manual_seed(seed)
         run = Walk(checkpoint, skeleton, chosen, formats, plan, out, device, torch_dtype)
         run.walk(tokens.ids)
+        write_observed(out, run.observed)
         manifest = finish(out, source.folder, plan, formats, identity, run.rows)
     else:
         say(f"{out} holds this run already, finished")
@@ -251,6 +255,7 @@ def evaluate(
         special_before(tokenizer),
         streamed.scheme.name if streamed.scheme else None,
         bits_of(source.folder),
+        source.identity,
     )
 
 

@@ -48,6 +48,7 @@ class Block:
             of its channels ``(in,)``, in steps.
         notes: what a reader of the report must know: a damping raised, a layer left in float.
         record: figures for the report, plain data by layer index and the step's name: losses, conditions.
+        pictures: small matrices for the report by layer index, step and site: ``7.affinequant.heads``.
     """
 
     layers: tuple[nn.Module, ...]
@@ -61,6 +62,7 @@ class Block:
     online: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     record: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def indices(self) -> range:
@@ -119,6 +121,7 @@ def part_of(block: Block, start: int, stop: int) -> Block:
         online=own(block.online),
         notes=(),
         record={},
+        pictures={},
     )
 
 

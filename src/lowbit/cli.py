@@ -1,4 +1,4 @@
-"""The command line: ``lowbit quantize | evaluate | compare | export | verify | generate | inspect | demo``.
+"""The command line: ``lowbit quantize | evaluate | compare | report | export | verify | generate | inspect | demo``.
 
 Results go to standard output, everything else to standard error. A mistake ends in one line and exit code 2.
 """
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lowbit.cli_inspect import inspect
-from lowbit.cli_measure import compare, evaluate
+from lowbit.cli_measure import compare, evaluate, report
 from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
 from lowbit.errors import LowbitError
 from lowbit.progress import say
@@ -108,6 +108,7 @@ def quantize(
 
 app.command()(evaluate)
 app.command()(compare)
+app.command()(report)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands that measure: ``lowbit evaluate | compare``."""
+"""The commands that measure, and tell of it: ``lowbit evaluate | compare | report``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
+from lowbit.errors import LowbitError
+from lowbit.progress import say
 
 if TYPE_CHECKING:
     from lowbit.api import Evaluated
@@ -47,7 +49,7 @@ def evaluate(
 ) -> None:
     """Perplexity or zero-shot accuracy of a float MODEL or of a run folder, streamed block by block.
 
-    With --tasks and --data both are measured.
+    With --tasks and --data both are measured. A run folder keeps the result for its report.
     """
     from lowbit.api import evaluate as run
 
@@ -62,6 +64,7 @@ def evaluate(
     found = run(model, data or ["builtin"], length, tokens, *place, runs_on) if data or not tasks else None
     if found:
         told |= asdict(found)
+    _keep(model, told)
     if as_json:
         print_json(told)
         return
@@ -106,6 +109,19 @@ def _run_facts(scheme: str | None, bits: float | None, runs_on: str | None) -> s
         return "float model"
     inputs = f", inputs of the linears rounded as {runs_on} does" if runs_on else ""
     return f"{scheme}, {bits:.3f} bits per weight{inputs}"
+
+
+def _keep(model: str, told: dict[str, Any]) -> None:
+    """Leave results with the run that they are about; a folder that is only read from may be read-only."""
+    from lowbit.evaluations import keep, results_of
+    from lowbit.runfolder import manifest_of
+
+    if not Path(model).is_dir() or manifest_of(Path(model)) is None:
+        return
+    try:
+        keep(Path(model), *results_of(told))
+    except LowbitError as error:
+        say(f"the result is not kept with the run: {error}")
 
 
 def compare(
@@ -165,3 +181,24 @@ def _show(exact: str, found: Compared, length: int) -> None:
             strict=True,
         ):
             Console().print(Text(f"{name}: {words}"))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders; several become a comparison.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What evaluate --json or compare --json printed of the runs or their float model; repeatable."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """One self-contained HTML page about runs: what was done, what it cost, where it broke, how to repeat it."""
+    from lowbit.reporting import report as write
+
+    made = write(runs, out, measured or [])
+    if as_json:
+        print_json({**asdict(made), "out": str(made.out)})
+    else:
+        print(f"{made.out}: {', '.join(made.runs)}, {made.size_bytes / 1e6:.1f} MB")

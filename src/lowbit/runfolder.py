@@ -8,9 +8,11 @@ It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a man
 ``model.safetensors.index.json`` which tensor is in which file
 ``config.json``, tokenizer      as in the source, plus ``quantization_config``
 ``README.md``                   the model card
+``lowbit-observed.safetensors`` each channel's largest activation, and pictures of learned matrices, for the report
+``lowbit-evaluations.json``     what ``lowbit evaluate`` measured on the finished run, if it did
 ``lowbit-timing.json``          seconds and memory for each block; the one file that differs between equal runs
 ``lowbit.json``                 the manifest, written last: a folder that has it is finished
-``.run/``                       while it is running: who is running what, and each block's notes
+``.run/``                       while it is running: who is running what, and each block's notes and pictures
 =============================== ================================================================================
 
 Shards are the only state of a run. A run that starts again replays the finished ones and goes on.
@@ -61,6 +63,11 @@ def block_file(index: int) -> str:
 def notes_file(index: int) -> str:
     """Where a running run keeps layer ``index``'s notes, seconds and memory, relative to the folder."""
     return f"{RUN}/block-{index:05d}.json"
+
+
+def pictures_file(index: int) -> str:
+    """Where a running run keeps layer ``index``'s pictures for the report, if it has any."""
+    return f"{RUN}/block-{index:05d}.safetensors"
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:

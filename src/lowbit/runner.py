@@ -26,12 +26,13 @@ from lowbit.block import Block, Calib, relative_error, run_all
 from lowbit.checkpoint import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.damage import damages
 from lowbit.errors import LowbitError
+from lowbit.observed import FLOAT, MAP, QUANTIZED, watched
 from lowbit.packing import pack
 from lowbit.plan import Plan
 from lowbit.progress import say, track
 from lowbit.quant import minmax_grid, quantize
 from lowbit.recipe import Recipe
-from lowbit.runfolder import ONLINE, REST, block_file, dequantized, notes_file, read_block
+from lowbit.runfolder import ONLINE, REST, block_file, dequantized, notes_file, pictures_file, read_block
 from lowbit.scheme import Scheme
 from lowbit.skeleton import Skeleton
 
@@ -54,6 +55,7 @@ class Walk:
         out: the run folder, claimed already.
         device, dtype: where and in what the blocks run; maths on weights is float32 everywhere.
         rows: one for each finished block, for the manifest.
+        observed: what the report shows of them, by its name in the file that ``observed`` writes.
     """
 
     checkpoint: Checkpoint
@@ -66,6 +68,7 @@ class Walk:
     dtype: torch.dtype = torch.float32
     batch: int = 4
     rows: list[dict[str, Any]] = field(default_factory=list)
+    observed: dict[str, Tensor] = field(default_factory=dict)
 
     def walk(self, ids: Tensor) -> None:
         """Quantize every block against calibration tokens ``(sequences, length)``, then write the rest."""
@@ -95,7 +98,9 @@ class Walk:
             layer = self.skeleton.layers[index]
             params |= block_params(self.checkpoint, self.skeleton.family.blocks, index, layer)
         block = self.skeleton.block(start, {n: p.to(self.device) for n, p in params.items()}, count)
-        y_fp = run_all(block, x_fp, batch=self.batch)
+        with watched(block) as peaks:
+            y_fp = run_all(block, x_fp, batch=self.batch)
+        self._see(FLOAT, peaks)
         if not bool(torch.stack(torch.aminmax(y_fp)).isfinite().all()):
             raise LowbitError(
                 f"block {start}: the float model's own output is NaN or infinite; its weights are broken, or too "
@@ -112,7 +117,12 @@ class Walk:
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
             ours = read_block(shard, self.skeleton, index, self.plan.specs, self.plan.layout, self.device)
-            x_q = run_all(ours, x_q, ours.quantized_params(), self.scheme, batch=self.batch)
+            with watched(ours) as peaks:
+                x_q = run_all(ours, x_q, ours.quantized_params(), self.scheme, batch=self.batch)
+            self._see(QUANTIZED, peaks)
+            if (self.out / pictures_file(index)).exists():
+                pictures = Checkpoint(self.out, [pictures_file(index)])
+                self._see(MAP, pictures.read(pictures.names))
             kept = read_json(self.out / notes_file(index))
             self.rows.append({"block": index, "notes": kept["notes"], **kept.get("record", {})})
         # The float stream is known at the window's end only; a window shares one error.
@@ -122,6 +132,9 @@ class Walk:
         for row in self.rows[-count:]:
             row["relative_error"] = error
         return y_fp, x_q
+
+    def _see(self, kind: str, found: Mapping[str, Tensor]) -> None:
+        self.observed |= {f"{kind}.{name}": value.cpu() for name, value in found.items()}
 
     def _check(self, block: Block) -> None:
         """A recipe must leave codes for exactly the planned linears, finite and in range."""
@@ -141,7 +154,7 @@ class Walk:
                 )
 
     def _write(self, block: Block, damage: Mapping[int, Any], seconds: float) -> None:
-        """Notes first, the shard last: a shard that is there is complete."""
+        """Notes and pictures first, the shard last: a shard that is there is complete."""
         for index in block.indices:
             prefix = f"{index}."
             tensors: dict[str, Tensor] = {}
@@ -165,6 +178,9 @@ class Walk:
                 "peak_memory_bytes": peak_memory_bytes(),
             }
             write_json(self.out / notes_file(index), record)
+            pictures = {name: value.cpu() for name, value in block.pictures.items() if name.startswith(prefix)}
+            if pictures:
+                write_tensors(self.out / pictures_file(index), pictures)
             write_tensors(self.out / block_file(index), tensors)
             for note in notes:
                 say(f"block {index}: {note}")

@@ -46,12 +46,14 @@ class TaskScores:
             tokenizer puts before a question), ``limit``, ``seed``, ``device``, ``dtype``, ``lm_eval`` (its version),
             ``runs_on``, ``scheme`` and ``bits_per_weight`` of a run.
         seconds: wall time.
+        fingerprint: digest of the model's weights, as a run of it has in its identity.
     """
 
     tasks: dict[str, dict[str, Any]]
     averages: dict[str, dict[str, Any]]
     protocol: dict[str, Any]
     seconds: float
+    fingerprint: str
 
 
 def evaluate_tasks(
@@ -108,7 +110,7 @@ def evaluate_tasks(
     protocol = {"shots": 0, "special": special_before(tokenizer), **asked, "lm_eval": harness}
     protocol |= {"scheme": scheme.name if scheme else None, "bits_per_weight": bits_of(source.folder)}
     averages = {name: {"tasks": list(AVERAGES[name]), **mean} for name, mean in means.items() if mean}
-    return TaskScores(found, averages, protocol, time.monotonic() - began)
+    return TaskScores(found, averages, protocol, time.monotonic() - began, source.identity)
 
 
 def task_names(given: str | Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ from lowbit.family import module_of
 from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.rtn import RTN
-from lowbit.methods.sites import SITES, apply, make_site, site_name, start
+from lowbit.methods.sites import SITES, Site, apply, make_site, site_name, start
 from lowbit.quant import fake_quant, minmax_grid
 from lowbit.scheme import Scheme
 
@@ -179,6 +179,7 @@ class AffineQuant:
                 online={**done.online, **fitted.online},
                 notes=(*done.notes, *fitted.notes),
                 record={**done.record, **fitted.record},
+                pictures={**done.pictures, **fitted.pictures},
             )
         return done
 
@@ -298,7 +299,12 @@ class Trainer:
         record = self.record(done, fitted)
         name = f"{self.block.start}." + self.block.family.attention
         notes = [f"affinequant: {name} and its block: {note}" for note in self._notes(fitted)]
-        return replace(done, notes=(*self.block.notes, *notes), record=recorded(self.block, "affinequant", record))
+        return replace(
+            done,
+            notes=(*self.block.notes, *notes),
+            record=recorded(self.block, "affinequant", record),
+            pictures={**self.block.pictures, **self.pictures()},
+        )
 
     def record(self, done: Block, fitted: Fitted) -> dict[str, Any]:
         """What the report shows: losses, the maps' conditions and margins, and what merging cost."""
@@ -308,7 +314,7 @@ class Trainer:
             facts: dict[str, Any] = {"map": site.map.kind, "condition": float(site.map.conditions().max())}
             if self.options.dominance != "off" and site.map.is_matrix:
                 facts["margin"] = float(site.map.margins().min())
-            sites[f"{module_of(site.edge.src).partition('.')[0]}.{site.name}"] = facts
+            sites[_key(site)] = facts
         return {
             "loss": fitted.train,
             "held_out": [value if math.isfinite(value) else None for value in fitted.held_out],
@@ -319,6 +325,11 @@ class Trainer:
             "sites": sites,
         }
 
+    def pictures(self) -> dict[str, Tensor]:
+        """The learned matrices, at a size to look at."""
+        keys = ((_key(site).partition("."), site.map) for site in self.sites if site.map.is_matrix)
+        return {f"{index}.affinequant.{name}": map.picture() for (index, _, name), map in keys}
+
     def _notes(self, fitted: Fitted) -> list[str]:
         notes = list(fitted.notes)
         if self.options.epochs and not fitted.best:
@@ -328,3 +339,8 @@ class Trainer:
         if self.options.qk == "matrix" and self.block.family.qk_norm_per_head:
             notes.append("q and k have norms, so only a diagonal tied within rotary pairs merges there")
         return notes
+
+
+def _key(site: Site) -> str:
+    """A site by its layer's index and its name: ``7.heads``."""
+    return f"{module_of(site.edge.src).partition('.')[0]}.{site.name}"

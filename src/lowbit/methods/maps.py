@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["masked", "lu", "blocks", "svd", "diagonal", "rotation"]
+PICTURE = 64  # rows and columns at which a report shows a matrix
 DOMINANCE = 0.99  # the share of its diagonal that a row's other entries may reach together
 
 
@@ -172,6 +173,11 @@ class LearnedMap:
         return (1 - others / diagonal).amin(-1)
 
     @torch.no_grad()
+    def picture(self) -> Tensor:
+        """Of matrices the one of the largest condition, ``PICTURE`` rows and columns at most; see ``pooled``."""
+        return pooled(self.value()[0][int(self.conditions().argmax())].float(), PICTURE)
+
+    @torch.no_grad()
     def keep_dominant(self) -> None:
         """Shrink the rows of ``masked`` and ``blocks`` that are not strictly diagonally dominant, so that they are.
 
@@ -208,6 +214,18 @@ class LearnedMap:
             near = torch.diag_embed(diagonal.clamp(1 / spread, spread).pow(0.9))
             self.leaves["full"][rows] = near + 0.9 * (full - torch.diag_embed(diagonal))
         return touched
+
+
+def pooled(matrix: Tensor, most: int) -> Tensor:
+    """A matrix at ``most`` rows and columns at most: of each tile the entry that is largest in absolute value.
+
+    >>> pooled(torch.tensor([[1.0, 2.0, 0.0, 0.0], [-3.0, 0.0, 0.0, 0.5]]), most=2).tolist()
+    [[2.0, 0.0], [-3.0, 0.5]]
+    """
+    for _ in range(2):  # rows, then columns
+        parts = matrix.tensor_split(min(most, matrix.shape[0]))
+        matrix = torch.cat([part.gather(0, part.abs().argmax(0, keepdim=True)) for part in parts]).mT
+    return matrix.contiguous()
 
 
 def _cayley(free: Tensor) -> Tensor:

@@ -1,0 +1,72 @@
+"""Results stay with the run that they are about, one for each protocol, and go with its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+import lowbit
+from lowbit.cli import call
+from lowbit.errors import LowbitError
+from lowbit.evaluations import EVALUATIONS, entry, keep, kept
+from tiny import save_tiny
+
+
+def one(value: float, length: int = 32, on: str = "a.txt") -> dict:
+    return entry(on, "perplexity", value, {"length": length})
+
+
+def test_equal_protocols_replace_others_stay(tmp_path):
+    keep(tmp_path, "f", [one(9.0), one(8.0, 64)])
+    keep(tmp_path, "f", [one(7.0), one(5.0, on="b.txt")])
+    found = {(e["on"], e["protocol"]["length"]): e["value"] for e in kept(tmp_path, "f")}
+    assert found == {("a.txt", 32): 7.0, ("a.txt", 64): 8.0, ("b.txt", 32): 5.0}
+
+
+def test_results_of_other_weights_go(tmp_path):
+    keep(tmp_path, "old", [one(9.0)])
+    assert kept(tmp_path, "new") == []
+    keep(tmp_path, "new", [one(8.0)])
+    assert kept(tmp_path, "old") == []
+
+
+def test_what_is_not_finite_and_where_a_text_lay_are_not_written(tmp_path):
+    keep(tmp_path, "f", [entry("/home/me/a.txt", "perplexity", math.inf, {})])
+    assert "Infinity" not in (tmp_path / EVALUATIONS).read_text()
+    assert kept(tmp_path, "f")[0] == {
+        "runtime": None,
+        "on": "a.txt",
+        "measure": "perplexity",
+        "value": None,
+        "error": None,
+        "protocol": {},
+    }
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", '{"format": 2}', '{"format": 1, "fingerprint": "f", "results": [{"on": 1}]}'],
+)
+def test_a_broken_file_is_one_line(content, tmp_path):
+    (tmp_path / EVALUATIONS).write_text(content)
+    with pytest.raises(LowbitError, match=EVALUATIONS):
+        kept(tmp_path, "f")
+
+
+def test_evaluate_keeps_its_result_with_a_run_and_leaves_a_float_model_alone(tmp_path, capsys):
+    save_tiny(tmp_path / "m", "llama")
+    text = str(tmp_path / "m/calib.txt")
+    lowbit.quantize(str(tmp_path / "m"), tmp_path / "run", "w4a8", "rtn", text, 2, 16)
+    for folder in ("m", "run"):
+        assert (
+            call(["evaluate", str(tmp_path / folder), "--data", text, "--length", "32", "--tokens", "64", "--json"])
+            == 0
+        )
+        told = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "m" / EVALUATIONS).exists()
+    (found,) = kept(tmp_path / "run", told["fingerprint"])
+    assert (found["on"], found["value"]) == ("calib.txt", told["perplexity"][text])
+    # The run is still the finished run that it was.
+    assert lowbit.quantize(str(tmp_path / "m"), tmp_path / "run", "w4a8", "rtn", text, 2, 16).seconds < 60
