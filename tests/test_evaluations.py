@@ -10,7 +10,7 @@ import pytest
 import lowbit
 from lowbit.cli import call
 from lowbit.errors import LowbitError
-from lowbit.evaluations import EVALUATIONS, entry, keep, kept
+from lowbit.evaluations import EVALUATIONS, entry, keep, kept, results_of
 from tiny import save_tiny
 
 
@@ -70,3 +70,19 @@ def test_evaluate_keeps_its_result_with_a_run_and_leaves_a_float_model_alone(tmp
     assert (found["on"], found["value"]) == ("calib.txt", told["perplexity"][text])
     # The run is still the finished run that it was.
     assert lowbit.quantize(str(tmp_path / "m"), tmp_path / "run", "w4a8", "rtn", text, 2, 16).seconds < 60
+
+
+def test_tasks_and_their_averages_are_entries_in_percent():
+    row = {"metrics": {"acc": 0.5, "perplexity": 8.0}, "errors": {"acc": 0.02}, "documents": 40, "version": 1.0}
+    tasks = {name: {**row, "data_hash": name} for name in ("piqa", "lambada_openai")}
+    protocol = {"shots": 0, "special": "", "limit": 40, "seed": 3, "lm_eval": "0.4", "runs_on": None}
+    means = {"qllm": {"tasks": list(tasks), "acc": 0.5, "acc_norm": 0.25}}
+    told = {"zero_shot": {"tasks": tasks, "averages": means, "protocol": protocol, "fingerprint": "f"}}
+    whose, entries = results_of(told)
+    assert whose == "f"
+    found = {(one["on"], one["measure"]): one for one in entries}
+    assert (found["piqa", "acc, %"]["value"], found["piqa", "acc, %"]["error"]) == (50.0, 2.0)
+    assert found["piqa", "perplexity"]["value"] == 8.0
+    assert found["piqa", "acc, %"]["protocol"]["limit"] == 40
+    assert found["mean of 2 tasks (qllm)", "acc_norm, %"]["value"] == 25.0
+    assert results_of(told | {"perplexity": {}})[1] == entries
