@@ -5,12 +5,15 @@ exist while a run works on their block and nowhere after, so this is where a sin
 for every recipe. With ``y`` the output of the block as its steps left it, in float, and ``y_p`` the same with
 linear ``p`` rounded as it ships (and its input, where scheme or runtime round activations):
 
-    error(p) = mean over tokens of ||y_p - y||^2 / ||y||^2
+    error(p) = mean over tokens of ||y_p - y||^2 / ||y||^2  +  sum over tokens of ||y_p - y||^2 / sum of ||y||^2
 
-on the float model's own input to that block, for the first calibration window. ``input`` is the part of it that comes
-with the rounded input alone, which no wider weight mends. ``rtn`` has the linear's own output error, relative in the
-same way, for rounding to nearest at several widths: how damage shrinks or grows with bits. It is measured on at most
-``2 * ROWS`` output rows, since rows are rounded independently of each other.
+on the float model's own input to that block, for the first calibration window. The first term lets every token count
+alike. The second counts what the few tokens with massive activations lose (Sun et al. 2024, arXiv 2402.17762): all
+later tokens attend to these, so an error there damages all, and a mean over tokens hides it.
+
+``input`` is the part of it that comes with the rounded input alone, which no wider weight mends. ``rtn`` has the
+linear's own output error, relative in the same way, for rounding to nearest at several widths: how damage shrinks or
+grows with bits. It is measured on fewer than ``2 * ROWS`` output rows, since each row is rounded on its own.
 
 Rejected: keeping the float weights (four times the folder), and the error of a linear's own output as its damage (an
 error of a tenth in k and one in down do not weigh the same).
@@ -26,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, part_of, run
+from lowbit.block import Block, part_of, relative_error, run
 from lowbit.evaluate.compare import token_error
 from lowbit.quant import QuantSpec, fake_quant, minmax_grid
 from lowbit.scheme import Scheme
@@ -70,13 +73,18 @@ def damages(block: Block, x: Tensor, scheme: Scheme) -> dict[int, dict[str, Any]
             | {"rtn": _by_bits(layer.weight(name), inputs[name], q.spec)}
             for name, q in layer.qweights.items()
         }
-        out[index] = {"tokens": y[..., 0].numel(), "error": _error(rounded, y), "linears": linears}
+        out[index] = {"tokens": y[..., 0].numel(), "error": relative_errors(rounded, y), "linears": linears}
         x = y
     return out
 
 
-def _error(got: Tensor, wanted: Tensor) -> float:
-    return token_error(got, wanted) / wanted[..., 0].numel()
+def relative_errors(got: Tensor, wanted: Tensor) -> float:
+    """The error of outputs ``(..., width)``: relative for each token, in the mean, and for all together, as a sum.
+
+    >>> relative_errors(torch.tensor([[1.0, 1.0], [6.0, 8.0]]), torch.tensor([[1.0, 0.0], [6.0, 8.0]]))
+    0.5099009900990099
+    """
+    return token_error(got, wanted) / wanted[..., 0].numel() + relative_error(got, wanted)
 
 
 def _alone(layer: Block, name: str, x: Tensor, y: Tensor, scheme: Scheme) -> dict[str, float]:
@@ -85,9 +93,9 @@ def _alone(layer: Block, name: str, x: Tensor, y: Tensor, scheme: Scheme) -> dic
     params: Mapping[str, Tensor] = {**layer.params, f"{name}.weight": q.dequantize()}
     alone = only(scheme, layer.full_name(name), q.spec)
     if alone.inputs(layer.full_name(name)) is None:
-        return {"error": _error(run(layer, x, params), y), "input": 0.0}
+        return {"error": relative_errors(run(layer, x, params), y), "input": 0.0}
     whole, part = run(layer, x, params, alone), run(layer, x, layer.params, alone)
-    return {"error": _error(whole, y), "input": _error(part, y)}
+    return {"error": relative_errors(whole, y), "input": relative_errors(part, y)}
 
 
 def _by_bits(weight: Tensor, x: Tensor, spec: QuantSpec) -> dict[str, float]:
@@ -98,5 +106,5 @@ def _by_bits(weight: Tensor, x: Tensor, spec: QuantSpec) -> dict[str, float]:
     out = {}
     for bits in sorted({*BITS, spec.bits}):
         one = replace(spec, bits=bits)
-        out[str(bits)] = _error(x @ fake_quant(rows, minmax_grid(rows, one), one).T, wanted)
+        out[str(bits)] = relative_errors(x @ fake_quant(rows, minmax_grid(rows, one), one).T, wanted)
     return out
