@@ -26,6 +26,7 @@ from widths import width_errors
 BUILD = ROOT / "build" / "ablations"
 SCHEME, LAYERS = "w4a4", 30
 LENGTH, SEED, WINDOW = 256, 0, 512
+SITES = {"self_attn.q_proj": "Q, K and V", "mlp.gate_proj": "gate and up", "mlp.down_proj": "down_proj"}
 RATIOS = (0.01, 0.03, 0.05)
 
 
@@ -147,12 +148,13 @@ def row(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def choices(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What reassembly chose at each kind of site, block by block; empty where it was no step."""
-    sites: dict[str, list[dict[str, Any]]] = {}
-    for block in found["blocks"]:
-        for name, figures in block.get("steps", {}).get("reassemble", {}).items():
-            sites.setdefault(name.split(".", 1)[1], []).append(figures)
-    return sites
+    """What reassembly chose before each kind of linear, block by block; empty where it was no step."""
+    steps = [(block["block"], block.get("steps", {}).get("reassemble", {})) for block in found["blocks"]]
+    sites = {
+        label: [figures[f"{index}.{name}"] for index, figures in steps if f"{index}.{name}" in figures]
+        for name, label in SITES.items()
+    }
+    return {label: figures for label, figures in sites.items() if figures}
 
 
 def table(heading: str, rows: list[tuple[str, dict[str, Any]]]) -> list[str]:

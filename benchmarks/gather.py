@@ -140,9 +140,8 @@ def rows_of(what: str, tokens: int, times: dict[str, list[float]]) -> list[dict[
 
 
 @torch.no_grad()
-def measure_model(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_model(model: Model, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Prefill and decoding of the whole model."""
-    model = Model(options.device, options.share)
     ids = torch.randint(3, 1000, (1, options.prompt), generator=torch.Generator().manual_seed(0)).to(options.device)
     model.take(FORMS[0])
     tasks = {
@@ -156,26 +155,26 @@ def measure_model(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def measure_norm(options: argparse.Namespace, width: int = 576) -> list[dict[str, Any]]:
-    """One norm, with rounding per token behind it; on a GPU also as one kernel."""
-    norm = GatheredRMSNorm(nn.Parameter(torch.ones(width)), 1e-5, 0.0, gather(width, options.share, 0))
-    norm, plain = norm.to(options.device), nn.RMSNorm(width, 1e-5).to(options.device)
-    x = torch.randn(options.prompt, width, device=options.device)
+def measure_norm(model: Model, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The model's first norm, with rounding per token behind it; on a GPU also as one kernel."""
+    _, _, forms = model.places[0]
+    x = torch.randn(options.prompt, model.model.config.hidden_size, device=options.device)
     spec, times = QuantSpec(4, symmetric=False), 20 if options.device == "cpu" else 500
 
     def often(work: Work) -> Work:
         return lambda: [work() for _ in range(times)][-1]
 
-    forms = {
-        FORMS[0]: often(lambda: fake_quant_tokens(plain(x), spec)),
-        FORMS[1]: often(lambda: fake_quant_tokens(apply_online(plain(x), norm.online), spec)),
-        FORMS[2]: often(lambda: fake_quant_tokens(norm(x), spec)),
-    }
+    def rounded(norm: nn.Module) -> Work:
+        return often(lambda: fake_quant_tokens(norm(x), spec))
+
+    works = {name: rounded(norm) for name, norm in forms.items()}
     if options.device.startswith("cuda") and importlib.util.find_spec("triton"):
         from lowbit.triton_norm import norm_gather_quantize
 
-        forms["one Triton kernel"] = often(lambda: norm_gather_quantize(norm, x, 4))
-    return rows_of(f"norm and rounding, {options.prompt} x {width}", options.prompt * times, compare(forms, options))
+        fused = forms[FORMS[-1]]
+        assert isinstance(fused, GatheredRMSNorm)
+        works["one Triton kernel"] = often(lambda: norm_gather_quantize(fused, x, 4))
+    return rows_of(f"norm and rounding, {' x '.join(map(str, x.shape))}", len(x) * times, compare(works, options))
 
 
 def main() -> None:
@@ -188,7 +187,8 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [*measure_model(options), *measure_norm(options)]
+    model = Model(options.device, options.share)
+    rows = [*measure_model(model, options), *measure_norm(model, options)]
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     print(
         f"SmolLM2-135M-Instruct, float32, {name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "

@@ -55,6 +55,7 @@ class Row:
         model, scheme: as for ``lowbit quantize``.
         recipe: a name, a recipe as YAML (one that starts with ``{``), or ``float``: the model as it is.
         settings: ``step.field=value``.
+        effort: share of the recipe's epochs; ``paper`` is all that it says.
         layers: how many decoder layers the model has.
         blocks: how many of the first ones are quantized; all, where ``None``.
         samples, length, seed: calibration.
@@ -72,6 +73,7 @@ class Row:
     seed: int = 0
     window: int = 512
     tokens: int = 8192
+    effort: str = "paper"
 
     def measure(self) -> dict[str, Any]:
         """Perplexity; of a quantized model also seconds, peak memory and the quantized blocks' records."""
@@ -82,7 +84,7 @@ class Row:
             if recipe.startswith("{"):
                 recipe = str(Path(name) / "recipe.yaml")
                 Path(recipe).write_text(self.recipe)
-            what = ["--out", str(folder), "--scheme", self.scheme, "--recipe", recipe]
+            what = ["--out", str(folder), "--scheme", self.scheme, "--recipe", recipe, "--effort", self.effort]
             drawn = ["--samples", str(self.samples), "--length", str(self.length), "--seed", str(self.seed)]
             options = [part for setting in self.settings for part in ("--set", setting)]
             for index in range(self.blocks or self.layers, self.layers):
