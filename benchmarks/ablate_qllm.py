@@ -3,7 +3,7 @@
     python benchmarks/ablate_qllm.py [--tables ratio rank ...] [--blocks 4] [--epochs 4] [--fresh]
 
 On SmolLM2-135M-Instruct, of which the first ``--blocks`` decoder layers are quantized and the others stay float, so
-that a row takes a minute (twice as many where windows of eight are compared). Every row is one ``lowbit quantize``
+that a row takes a minute (twice as many where a window of eight is compared). Every row is one ``lowbit quantize``
 and one ``lowbit evaluate`` in processes of their own; finished rows are kept in ``build/ablations`` by what they
 measured, and ``--found`` writes the page of those. ``widths`` alone is measured in this process: no checkpoint can
 hold layers of different widths.
@@ -41,7 +41,7 @@ class Case:
         steps: a recipe's steps.
         window: blocks that are corrected as one.
         samples: calibration sequences.
-        wide: quantize twice as many blocks, so that a window of eight is one.
+        wide: quantize twice as many blocks, so that eight can be a window.
     """
 
     steps: tuple[Any, ...]
@@ -124,7 +124,10 @@ def tables(epochs: int) -> dict[str, tuple[str, list[tuple[str, Case]]]]:
         ),
         "window": (
             "Blocks per window",
-            [(str(window), corrected(epochs, window, wide=True)) for window in (1, 2, 4, 8)],
+            [
+                *((str(window), corrected(epochs, window)) for window in (1, 2, 4)),
+                *((f"{window}, of eight blocks", corrected(epochs, window, wide=True)) for window in (4, 8)),
+            ],
         ),
         "samples": (
             "Calibration sequences",
@@ -246,7 +249,7 @@ def protocol(options: argparse.Namespace, plain: float) -> list[str]:
         "",
         f"Made by `python benchmarks/ablate_qllm.py {how}`",
         f"(`make ablations-qllm` leaves out the options). The first {options.blocks} blocks are at {SCHEME}, the",
-        f"others float (the first {2 * options.blocks} for the windows). Calibration: 8 x {LENGTH} tokens of the",
+        f"others float (twice as many in rows of eight blocks). Calibration: 8 x {LENGTH} tokens of the",
         f"built-in text, seed {SEED}; evaluation: its held-out part, {options.tokens} tokens in windows of {WINDOW}.",
         "Reassembly everywhere (`sites: all`) unless a row says otherwise, with 4 candidates scored on 2 sequences;",
         f"correction of rank 32 over windows of 4, {options.epochs} epochs. Rounded to nearest unless it says GPTQ.",
