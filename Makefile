@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 # extras with runtimes that `make test` does not need
-RUNTIMES := executorch
+RUNTIMES := llamacpp,executorch
 
 .PHONY: help demo test check slow test-runtimes format results ablations ablations-qllm gather fit-step memory clean
 help: ## show this list
@@ -25,7 +25,7 @@ check: $(DEV) ## the part of the gate under 3 minutes
 slow: $(DEV) ## tests on the real model
 	$(BIN)/python -m pytest -q -m slow
 
-test-runtimes: $(DEV) ## install ExecuTorch (takes minutes), and run what needs it
+test-runtimes: $(DEV) ## install llama.cpp (compiled once, 10 to 25 minutes) and ExecuTorch, and run what needs them
 	$(BIN)/python -m pip install --progress-bar on --editable '.[$(RUNTIMES)]'
 	$(BIN)/python -m pytest -q -m runtimes
 

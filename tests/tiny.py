@@ -132,16 +132,21 @@ def block_of(model: Any, start: int = 0, count: int = 1, dtype: torch.dtype = to
     return skeleton.block(start, params_of(model, skeleton, start, count, dtype), count), x.to(dtype)
 
 
-def tiny_tokenizer() -> Any:
+def tiny_tokenizer(merge: bool = False) -> Any:
     """A byte-level tokenizer over printable ASCII: three special tokens, then one token a character.
 
-    Byte-level, because some families' tokenizer classes bring their own byte-level splitting.
+    Byte-level, because some families' tokenizer classes bring their own byte-level splitting. With ``merge`` the last
+    token is "ab", merged of two: llama.cpp loads no tokenizer without merges.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(33 + i): 3 + i for i in range(VOCAB - 3)}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<pad>"))
+    merges = [("a", "b")] if merge else []
+    if merge:
+        del vocab[chr(33 + VOCAB - 4)]
+        vocab["ab"] = VOCAB - 1
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

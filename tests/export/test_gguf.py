@@ -18,8 +18,8 @@ import lowbit
 from lowbit.cli import call
 from lowbit.errors import LowbitError
 from lowbit.export.gguf_blocks import block_type, pack_blocks
-from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid, quantize
-from tiny import save_tiny, tiny_ids
+from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid
+from tiny import save_tiny, tiny_ids, tiny_tokenizer
 
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"layer_types": ["sliding_attention"] * 3},
@@ -29,6 +29,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def make(folder: Path, family: str, scheme: str = "w4a16g32-sym", **more: Any) -> Path:
     save_tiny(folder / "model", family, **CHANGES.get(family, {}))
+    tiny_tokenizer(merge=True).save_pretrained(folder / "model")
     text = str(folder / "model" / "calib.txt")
     lowbit.quantize(
         str(folder / "model"), folder / "run", scheme=scheme, recipe="rtn", data=text, samples=2, length=16, **more
@@ -83,15 +84,23 @@ def test_transformers_own_loader_reads_gemmas_tensors(tmp_path: Path) -> None:
     ("bits", "symmetric", "size", "kind"),
     [
         (2, True, 32, Kind.Q4_0), (3, False, 64, Kind.Q4_0), (4, True, None, Kind.Q4_0), (4, False, 32, Kind.Q5_0),
-        (5, True, 64, Kind.Q5_0), (7, False, None, Kind.Q8_0), (8, True, 32, Kind.Q8_0),
+        (5, True, 64, Kind.Q5_0), (7, False, 128, Kind.Q8_0), (8, True, 32, Kind.Q8_0), (2, True, 256, Kind.Q2_K),
+        (2, False, None, Kind.Q2_K), (3, True, 256, Kind.Q3_K), (3, False, 256, Kind.Q4_0), (4, True, 512, Kind.Q4_0),
+        (4, False, 256, Kind.Q4_K), (5, True, None, Kind.Q5_0), (5, False, 256, Kind.Q5_K), (6, True, 256, Kind.Q6_K),
+        (6, False, 256, Kind.Q8_0),
     ],
 )  # fmt: skip
 def test_blocks_hold_the_grid(bits: int, symmetric: bool, size: int | None, kind: Kind) -> None:
+    # Every code and every zero that the format has, not only those that some weight leads to.
     spec = QuantSpec(bits, size, symmetric)
-    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(bits))
-    q = quantize(weight, minmax_grid(weight, spec), spec)
-    assert block_type(spec, 128) == kind
-    assert np.array_equal(dequantize(pack_blocks(q, kind), kind), q.dequantize().numpy())
+    draw = torch.Generator().manual_seed(bits)
+    scale = minmax_grid(torch.randn(40, 512, generator=draw), spec).scale
+    codes = torch.randint(0, spec.levels + 1, (40, 512), generator=draw, dtype=torch.uint8)
+    zero = torch.randint(0, spec.levels + 1, scale.shape, generator=draw).float()
+    q = QTensor(codes, Grid(scale, torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else zero), spec)
+    assert block_type(spec, 512) == kind
+    back = dequantize(pack_blocks(q, kind), kind)
+    assert np.array_equal(back.view(np.int32), q.dequantize().numpy().view(np.int32))
 
 
 def test_golden_bytes() -> None:
@@ -105,6 +114,19 @@ def test_golden_bytes() -> None:
     low = bytes(17 * ((j + 8) % 16) for j in range(16))
     assert pack_blocks(q, Kind.Q5_0).tobytes() == b"\x00\x38" + b"\x00\xff\x00\xff" + low
     assert pack_blocks(q, Kind.Q8_0).tobytes() == b"\x00\x38" + bytes((c % 16 - 8) % 256 for c in range(32))
+
+
+def test_golden_bytes_of_k_types() -> None:
+    # Code i // 16 everywhere: value i of a half and value i + 32 differ by 2.
+    codes = torch.arange(256, dtype=torch.uint8)[None] // 16
+    q = QTensor(codes, Grid(torch.tensor([[0.5]]), torch.tensor([[9.0]])), QuantSpec(4, 256, False))
+    subs = b"\x01" * 4 + b"\x09" * 4 + b"\x91" * 4  # scales 1 and zeros 9: four, four, low nibbles of the other four
+    pairs = b"".join(bytes([(4 * j + 2 + h) << 4 | 4 * j + h]) * 16 for j in range(4) for h in range(2))
+    assert pack_blocks(q, Kind.Q4_K).tobytes() == b"\x00\x38\x00\x38" + subs + pairs
+    q = QTensor(codes % 4, Grid(torch.tensor([[0.5]]), torch.tensor([[3.0]])), QuantSpec(2, 256, False))
+    # Planes 32 apart: codes 0, 2, 0, 2 for the first 16 bytes of a half, 1, 3, 1, 3 for the others.
+    planes = (b"\x88" * 16 + b"\xdd" * 16) * 2
+    assert pack_blocks(q, Kind.Q2_K).tobytes() == b"\x31" * 16 + planes + b"\x00\x38\x00\x38"
 
 
 @pytest.mark.parametrize("name", ["blk.1.attn_k.weight", "blk.2.ffn_down.weight", "output_norm.weight"])

@@ -59,6 +59,10 @@ def unlike_llamacpp(config: Any) -> str | None:
         return f"activation '{activation}'; llama.cpp computes {wanted} for {arch}"
     if arch in ("qwen3", *WINDOWS) and getattr(config, "attention_bias", False):
         return f"llama.cpp's {arch} has no attention biases"
+    if arch == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
+        return f"heads of {head_dim(config)}; llama.cpp's qwen2 takes hidden_size / num_attention_heads"
+    if arch == "gemma2" and not config.tie_word_embeddings:
+        return "a head of its own (or a rounded one); llama.cpp's gemma2 takes the embedding for it"
     return _rope_unlike(config, arch) or _attention_unlike(config, arch)
 
 

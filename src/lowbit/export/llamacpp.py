@@ -1,0 +1,146 @@
+"""A ``.gguf`` file in llama.cpp itself: logits, greedy tokens and times, through the package ``llama-cpp-python``.
+
+The package's low-level functions are used, not its ``Llama`` class, which samples and keeps more than is needed here.
+llama.cpp rounds the inputs of quantized matrices, see ``runtimes.py``; with ``exact`` it keeps keys and values in
+float32, so that little but that rounding is between its logits and the run's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError, MissingExtra
+
+try:
+    import llama_cpp.llama_cpp as native
+except ModuleNotFoundError as error:
+    raise MissingExtra("llama-cpp-python", "llamacpp", "running a .gguf file") from error
+
+F32, F16 = 0, 1  # ggml.h, GGML_TYPE_*
+ERROR = 4  # ggml.h, GGML_LOG_LEVEL_ERROR
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model with a context of its own; see ``loaded``.
+
+    Attributes:
+        model, context: the library's handles.
+        vocabulary: columns of the logits.
+        length: tokens that the context holds.
+    """
+
+    model: Any
+    context: Any
+    vocabulary: int
+    length: int
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits after each token of a text of its own, float32 ``(len(ids), vocabulary)``."""
+        self.forget()
+        return self.decode(ids, 0, every=True)
+
+    def greedy(self, ids: Sequence[int], tokens: int) -> list[int]:
+        """The ``tokens`` ids that follow, each the likeliest after those before it."""
+        self.forget()
+        scores, out = self.decode(ids, 0), list[int]()
+        for i in range(tokens):
+            out.append(int(scores[-1].argmax()))
+            if i + 1 < tokens:
+                scores = self.decode(out[-1:], len(ids) + i)
+        return out
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text by llama.cpp's tokenizer, without what it would put around it."""
+        vocabulary = native.llama_model_get_vocab(self.model)
+        content = text.encode()
+        room = len(content) + 8
+        ids = (native.llama_token * room)()
+        count = native.llama_tokenize(vocabulary, content, len(content), ids, room, False, True)
+        return list(ids[:count])
+
+    def forget(self) -> None:
+        """Empty the cache of keys and values."""
+        native.llama_memory_clear(native.llama_get_memory(self.context), True)
+
+    def decode(self, ids: Sequence[int], start: int, every: bool = False) -> Tensor:
+        """Logits after the last token, or after ``every`` one, of ``ids`` at positions from ``start`` on."""
+        if start + len(ids) > self.length:
+            raise LowbitError(f"{start + len(ids)} tokens given to a context of {self.length}")
+        batch = native.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i] = int(token), start + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = every or i == len(ids) - 1
+            if code := native.llama_decode(self.context, batch):
+                raise LowbitError(f"llama.cpp cannot compute {len(ids)} tokens (llama_decode gives {code})")
+            shape = (len(ids) if every else 1, self.vocabulary)
+            return torch.from_numpy(np.ctypeslib.as_array(native.llama_get_logits(self.context), shape).copy())
+        finally:
+            native.llama_batch_free(batch)
+
+
+_COMPLAINTS: list[str] = []
+
+
+def _hear(level: int, text: bytes, _: Any) -> None:
+    if level == ERROR:
+        _COMPLAINTS.append(" ".join(text.decode(errors="replace").split()))
+
+
+# The library keeps the address of the function that it logs to, so that one must live as long as the process.
+_HEAR = native.llama_log_callback(_hear)
+
+
+def quiet() -> None:
+    """Keep the library's log off the screen; what it complains of from here on goes into error messages."""
+    _COMPLAINTS.clear()
+    native.llama_log_set(_HEAR, ctypes.c_void_p(0))
+
+
+@contextmanager
+def loaded(path: Path, length: int = 512, threads: int = 1, exact: bool = False) -> Iterator[Session]:
+    """The model of a file, for texts of up to ``length`` tokens.
+
+    Args:
+        path: the file.
+        length: tokens that fit, prompt and answer together.
+        threads: for prompts and for single tokens.
+        exact: keys and values in float32 and plain attention; llama.cpp's defaults round them to float16.
+
+    Raises:
+        LowbitError: llama.cpp does not load the file; its own reason is in the message.
+    """
+    quiet()
+    native.llama_backend_init()
+    model = native.llama_model_load_from_file(str(path).encode(), native.llama_model_default_params())
+    if not model:
+        raise LowbitError(f"llama.cpp does not load {path}: {'; '.join(_COMPLAINTS)[:300] or 'no reason given'}")
+    options = native.llama_context_default_params()
+    options.n_ctx = options.n_batch = options.n_ubatch = length
+    options.n_threads = options.n_threads_batch = threads
+    if exact:
+        options.type_k = options.type_v = F32
+        options.flash_attn_type = native.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = native.llama_init_from_model(model, options)
+    try:
+        if not context:
+            reason = "; ".join(_COMPLAINTS)[:300]
+            raise LowbitError(f"llama.cpp makes no context of {length} tokens for {path}: {reason}")
+        vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
+        yield Session(model, context, vocabulary, length)
+    finally:
+        if context:
+            native.llama_free(context)
+        native.llama_model_free(model)
