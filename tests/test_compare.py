@@ -127,8 +127,10 @@ def test_the_command_says_it_for_people_and_for_programs(places, capsys):
     assert [Path(run["run"]).name for run in told["runs"]] == ["fine", "coarse"]
     assert told["generations"]["float"].startswith("abc")
     assert len(told["generations"]["runs"]) == 2
-    assert call(given) == 0
+    assert call([*given, "--blocks", "--prompt", "abc", "--new-tokens", "3"]) == 0
     shown = capsys.readouterr().out
+    assert shown.count(" abc") == 3  # side by side
+    assert all(f"{row['block_error'][1]:.4f}" in shown for row in told["texts"][f"{model}/held.txt"]["runs"])
     (text,) = told["texts"].values()
     assert all(f"{row['perplexity']:.4f}"[:5] in shown for row in text["runs"])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from lowbit.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
@@ -135,6 +136,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Draws the windows of the bootstrap.")] = 0,
     prompt: Annotated[str | None, typer.Option(help="Text that all go on with, greedily.")] = None,
     new_tokens: Annotated[int, typer.Option(help="At most this many tokens behind the prompt.")] = 64,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Show each block's error; --json has it anyway.")] = False,
     device: Device = "cpu",
     dtype: DType = "float32",
     revision: Revision = None,
@@ -151,11 +153,12 @@ def compare(
     if as_json:
         print_json(found.to_dict())
         return
-    _show(exact, found, length)
+    _show(exact, found, length, blocks)
 
 
-def _show(exact: str, found: Compared, length: int) -> None:
-    """One table for each text, then what the models said."""
+def _show(exact: str, found: Compared, length: int, blocks: bool) -> None:
+    """One table for each text, each block's error if wanted, then what the models said, side by side."""
+    heads = [escape(one["run"]) for one in found.runs]
     for name, text in found.texts.items():
         rows = table("", "perplexity", "ratio", "95 % interval", "KL mean", "KL 99 %", "same top-1", "worst block")
         rows.title = f"{Path(name).name}: {text['tokens']:,} tokens in windows of {length}"
@@ -174,13 +177,15 @@ def _show(exact: str, found: Compared, length: int) -> None:
                 f"{worst} ({row['block_error'][worst]:.3f})",
             )
         Console().print(rows)
+        if blocks:
+            errors = table("block error", *heads)
+            for block, row in enumerate(zip(*(row["block_error"] for row in text["runs"]), strict=True)):
+                errors.add_row(str(block), *(f"{error:.4f}" for error in row))
+            Console().print(errors)
     if found.generations:
-        for name, words in zip(
-            [exact, *(one["run"] for one in found.runs)],
-            [found.generations["float"], *found.generations["runs"]],
-            strict=True,
-        ):
-            Console().print(Text(f"{name}: {words}"))
+        said = table(escape(exact), *heads)
+        said.add_row(*map(Text, [found.generations["float"], *found.generations["runs"]]))
+        Console().print(said)
 
 
 def report(
