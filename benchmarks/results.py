@@ -156,12 +156,14 @@ def intro(protocol: Protocol, exact: dict[str, Any], versions: dict[str, str]) -
         "",
         f"* **Perplexity**: {count} tokens of each text in {count // LENGTH} consecutive windows of {LENGTH}, each",
         f"  on its own; special tokens before a text: {special}. Hashes of the tokens: {texts}.",
-        f"* **Tasks**: zero-shot through lm-eval, with its versions {tasks}; {drawn}, from",
-        f"  {sources}; special tokens before a question: {special}. Cells are acc / acc_norm in percent, or",
-        "  acc where a task has no other; the means are those of AffineQuant's six tasks, ± one standard error.",
+        f"* **Tasks**: zero-shot through lm-eval; {drawn}, from {sources}; special tokens",
+        f"  before a question: {special}. Cells are acc / acc_norm in percent, or acc where a task has no other; the",
+        "  means are those of AffineQuant's six tasks, ± one standard error. Versions of the tasks:",
+        f"  {tasks}.",
         f"* **Calibration**: {SAMPLES} x {CALIBRATION_LENGTH} tokens of {calibration}, seed {SEED}; learned steps",
         f"  with `--effort {EFFORT}`. Seconds and peak memory are those of `lowbit quantize` on a CPU with 2 cores.",
-        f"* **Commit** {commit()}. Versions: {', '.join(f'{name} {version}' for name, version in every.items())}.",
+        f"* **Commit** {commit()}. Versions:",
+        f"  {', '.join(f'{name} {version}' for name, version in every.items())}.",
         "",
         "**Read with care:** this model's reference weights come from a 4-bit file: they lie on 16 levels for every",
         "32 columns. Formats near that one look better here than on other models; per-channel formats, groups of 64,",
@@ -171,9 +173,18 @@ def intro(protocol: Protocol, exact: dict[str, Any], versions: dict[str, str]) -
 
 
 def commit() -> str:
-    """The repository's commit, marked where the working tree differs from it."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown (no git repository)"
+    """The repository's commit, and whether the code that measures differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "src", "benchmarks")
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (no git repository)"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit import wheels
+from lowbit.data import evaluation
 from lowbit.evaluate import tasks
 from lowbit.source import load_tokenizer, resolve
 from lowbit.task_data import HubSet, documents
@@ -51,14 +53,28 @@ def test_what_the_packages_templates_added_is_taken_off(task, variant):
     assert {request.args for request in made} == {(one["context"], one["continuation"]) for one in asked}
 
 
-def test_scores_equal_those_of_lm_evals_hugging_face_class():
+@pytest.fixture(scope="module")
+def theirs():
+    """lm-eval's own class around the model as transformers loads it."""
     from lm_eval.models.huggingface import HFLM
 
     folder = resolve("demo").folder
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return HFLM(pretrained=whole, tokenizer=load_tokenizer(folder), batch_size=8)
+
+
+def test_perplexity_equals_that_of_lm_evals_hugging_face_class(theirs):
+    """Each window as lm-eval would ask for it: its first token is the question, the others are the answer."""
+    windows = evaluation("builtin", theirs.tokenizer, 256, 1024).ids.tolist()
+    asked = [(("", ""), window[:1], window[1:]) for window in windows]
+    total = sum(answer for answer, _ in theirs._loglikelihood_tokens(asked, disable_tqdm=True))
+    found = lowbit.evaluate("demo", "builtin", length=256, tokens=1024).perplexity["builtin"]
+    assert abs(found - math.exp(-total / len(windows) / 255)) < 1e-3
+
+
+def test_scores_equal_those_of_lm_evals_hugging_face_class(theirs):
     names = ["piqa", "arc_easy"]
     ours = lowbit.evaluate_tasks("demo", names, "package", LIMIT, fresh=True).tasks
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs = HFLM(pretrained=whole, tokenizer=load_tokenizer(folder), batch_size=8)
     for name in names:
         found = tasks.measure(name, drawn(name).rows, theirs)
         assert ours[name]["metrics"] == found.metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import random
 import string
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import lowbit
 from lowbit import task_data, wheels
 from lowbit.cli import call
+from lowbit.data import evaluation
 from lowbit.evaluate.continuations import loglikelihoods
 from lowbit.stream import StreamedModel
 from lowbit.task_data import FIELDS, HubSet, documents, settle
@@ -160,6 +162,16 @@ def test_a_run_is_measured_as_it_ships(model, data, harness, tmp_path):
     apart = sorted(abs(a[0] - b[0]) for a, b in zip(ours, whole, strict=True))
     assert apart[len(apart) * 9 // 10] < 2e-3
     assert 5 * apart[-1] < max(abs(a[0] - b[0]) for a, b in zip(ours, exact, strict=True))
+
+
+def test_perplexity_equals_that_of_lm_evals_hugging_face_class(model, harness):
+    """Each window as lm-eval would ask for it: its first token is the question, the others are the answer."""
+    text, whole = f"{model}/calib.txt", AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    windows = evaluation(text, tiny_tokenizer(), 64).ids.tolist()
+    asked = [(("", ""), window[:1], window[1:]) for window in windows]
+    total = sum(answer for answer, _ in theirs(whole)._loglikelihood_tokens(asked, disable_tqdm=True))
+    (found,) = lowbit.evaluate(str(model), text, length=64).perplexity.values()
+    assert found == pytest.approx(math.exp(-total / len(windows) / 63), abs=1e-3)
 
 
 def test_lm_evals_own_words_reach_neither_stdout_nor_stderr(model, data, harness, capfd):
