@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ import lowbit
 from lowbit.cli import call
 from lowbit.errors import LowbitError
 from lowbit.export.gguf_blocks import block_type, pack_blocks
+from lowbit.export.gguf_model import unlike_llamacpp
 from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid
-from tiny import save_tiny, tiny_ids, tiny_tokenizer
+from tiny import CONFIGS, save_tiny, tiny_ids, tiny_tokenizer
 
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"layer_types": ["sliding_attention"] * 3},
@@ -177,6 +180,32 @@ def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, scheme: st
         lowbit.export(run, "gguf")
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma2", {"tie_word_embeddings": False}, "gemma2 takes the embedding for it"),
+        ("qwen2", {"head_dim": 24}, "qwen2 takes hidden_size / num_attention_heads"),
+        ("qwen3", {"attention_bias": True}, "no attention biases"),
+        ("gemma3", {"query_pre_attn_scalar": 64}, "llama.cpp takes 16"),
+        ("mistral", {"sliding_window": 8}, "has none"),
+        ("llama", {"hidden_act": "gelu"}, "computes silu"),
+    ],
+)
+def test_what_llamacpps_graph_does_not_do_is_named(family: str, changes: dict[str, Any], message: str) -> None:
+    config = CONFIGS[family]()
+    config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
+    for key, value in (CHANGES.get(family, {}) | changes).items():
+        setattr(config, key, value)
+    assert message in (unlike_llamacpp(config) or "")
+
+
+def test_llamacpp_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
+    monkeypatch.delitem(sys.modules, "lowbit.export.llamacpp", raising=False)
+    with pytest.raises(LowbitError, match=r"llama-cpp-python.*pip install 'lowbit\[llamacpp\]'$"):
+        importlib.import_module("lowbit.export.llamacpp")
 
 
 def test_wrong_places_are_one_line(run: Path, tmp_path: Path) -> None:
