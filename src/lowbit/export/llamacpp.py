@@ -1,4 +1,4 @@
-"""A ``.gguf`` file in llama.cpp itself: logits, greedy tokens and times, through the package ``llama-cpp-python``.
+"""A ``.gguf`` file in llama.cpp itself: logits, greedy text and tokens of a text, through ``llama-cpp-python``.
 
 The package's low-level functions are used, not its ``Llama`` class, which samples and keeps more than is needed here.
 llama.cpp rounds the inputs of quantized matrices, see ``runtimes.py``; with ``exact`` it keeps keys and values in
@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtra("llama-cpp-python", "llamacpp", "running a .gguf file") from error
 
-F32, F16 = 0, 1  # ggml.h, GGML_TYPE_*
+F32 = 0  # ggml.h, GGML_TYPE_F32
 ERROR = 4  # ggml.h, GGML_LOG_LEVEL_ERROR
 
 
