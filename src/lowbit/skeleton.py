@@ -118,9 +118,9 @@ class Skeleton:
             self._recorders[-1].answer = None
 
     def block(self, start: int, params: Mapping[str, Tensor], count: int = 1) -> Block:
-        """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``); call ``start`` before.
+        """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``).
 
-        It is for sequences of the length that ``start`` saw last.
+        It is for sequences of the length that ``start`` saw last; before ``start`` it holds parameters and cannot run.
         """
         return Block(
             layers=tuple(self.layers[start : start + count]),
@@ -141,4 +141,5 @@ class Skeleton:
             recorder.kwargs.clear()
 
     def _kwargs(self, start: int, count: int, length: int) -> tuple[Mapping[str, Any], ...]:
-        return tuple(recorder.kwargs[length] for recorder in self._recorders[start : start + count])
+        chosen = self._recorders[start : start + count]
+        return tuple(recorder.kwargs[length] if length else {} for recorder in chosen)
