@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.block import Calib, run
+from lowbit.checkpoint import read_json, write_json
 from lowbit.cli import call
 from lowbit.damage import damages
 from lowbit.data import calibration, evaluation
@@ -217,6 +219,13 @@ def test_what_cannot_be_diagnosed_is_one_line(places, tmp_path, capsys):
     model, out = places
     save_tiny(tmp_path / "other", "llama", seed=1)
     (tmp_path / "there.yaml").touch()
+    broken, old = tmp_path / "broken", tmp_path / "old"
+    for copy, gone in ((broken, "input"), (old, "damage")):
+        shutil.copytree(out, copy)
+        manifest = read_json(copy / "lowbit.json")
+        row = manifest["blocks"][2]
+        del (row if gone == "damage" else row["damage"]["linears"]["mlp.up_proj"])[gone]
+        write_json(copy / "lowbit.json", manifest)
     capsys.readouterr()
     for given, words in (
         ([model, "--budget", "4"], "are for a finished run folder"),
@@ -229,6 +238,9 @@ def test_what_cannot_be_diagnosed_is_one_line(places, tmp_path, capsys):
         ([out, "--out", tmp_path / "new.yaml"], "none without --budget"),
         ([out, "--budget", "4.5", "--out", tmp_path / "new.txt"], ".yaml file"),
         ([out, "--budget", "4.5", "--out", tmp_path / "there.yaml"], "exists"),
+        ([out, "--budget", "4.5", "--out", tmp_path / "none/new.yaml"], "folder that is not there"),
+        ([broken, "--budget", "4.5"], "is broken (KeyError('input'))"),
+        ([old], "before runs recorded damage"),
         ([out, "--float", tmp_path / "other"], "was not made from"),
         ([out, "--float", model, "--data", f"{model}/held.txt", "--samples", "9999"], "--samples 9999"),
         ([out, "--float", model, "--data", f"{model}/held.txt", "--samples", "0"], "--samples 0"),

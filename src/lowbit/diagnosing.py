@@ -30,7 +30,7 @@ from lowbit.errors import LowbitError
 from lowbit.evaluate.sensitivity import divergences_alone
 from lowbit.plan import linear_shapes
 from lowbit.proposal import WIDTHS, Proposal, check_budget, propose
-from lowbit.runfolder import manifest_of, manifest_specs
+from lowbit.runfolder import MANIFEST, manifest_of, manifest_specs
 from lowbit.scheme import override_text
 from lowbit.skeleton import Skeleton
 from lowbit.source import Source, load_config, load_tokenizer, resolve
@@ -125,6 +125,8 @@ def diagnose(
     found = _opened(run, trust_remote_code)
     blocks, linears, measure = found.error, found.linears, ERROR
     protocol: dict[str, Any] = {"tokens": found.manifest["blocks"][0]["damage"]["tokens"], "text": "calibration"}
+    # Before anything is measured, so that a budget which nothing fits into is refused at once.
+    proposal = None if budget is None else propose(found.skeleton, found.manifest, linears, budget, bits)
     if exact is not None:
         source = resolve(exact, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         if source.identity != found.manifest["identity"]["fingerprint"]:
@@ -139,7 +141,7 @@ def diagnose(
         blocks, linears = _measured(found, models[0], models[1], ids)
         protocol, measure = {"text": text, "windows": samples, "length": length, "seed": seed}, KL
         protocol |= {"device": device, "dtype": dtype}
-    proposal = None if budget is None else propose(found.skeleton, found.manifest, linears, budget, bits)
+        proposal = None if budget is None else propose(found.skeleton, found.manifest, linears, budget, bits)
     if out is not None and proposal is not None:
         head = f"# lowbit inspect {shlex.quote(str(run))} --budget {budget:g}\n"
         write_bytes(Path(out), (head + yaml.safe_dump(proposal.scheme, sort_keys=False)).encode())
@@ -158,6 +160,8 @@ def _check_given(budget: float | None, bits: Sequence[int], out: str | Path | No
         raise LowbitError(f"--out {out} given; name a .yaml file, as 'quantize --scheme' takes it")
     if Path(out).exists():
         raise LowbitError(f"--out {out} exists; name a file that is new")
+    if not Path(out).absolute().parent.is_dir():
+        raise LowbitError(f"--out {out} is in a folder that is not there; make it, or name another file")
 
 
 def _opened(run: str | Path, trust_remote_code: bool) -> _Run:
@@ -171,11 +175,17 @@ def _opened(run: str | Path, trust_remote_code: bool) -> _Run:
     shapes = linear_shapes(skeleton)
     _, specs, _ = manifest_specs(manifest)
     linears = []
-    for row in manifest["blocks"]:
-        for name, told in row["damage"]["linears"].items():
-            full = f"{skeleton.family.blocks}.{row['block']}.{name}"
-            rtn = {int(b): error for b, error in told["rtn"].items()}
-            linears.append(Linear(full, row["block"], shapes[full], specs[full], told["error"], told["input"], rtn))
+    try:
+        for row in manifest["blocks"]:
+            for name, told in row["damage"]["linears"].items():
+                full = f"{skeleton.family.blocks}.{row['block']}.{name}"
+                errors = float(told["error"]), float(told["input"])
+                rtn = {int(b): float(error) for b, error in told["rtn"].items()}
+                linears.append(Linear(full, row["block"], shapes[full], specs[full], *errors, rtn))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LowbitError(
+            f"the damage recorded in {MANIFEST} of {run} is broken ({error!r}): quantize again"
+        ) from error
     return _Run(source, manifest, skeleton, linears)
 
 
