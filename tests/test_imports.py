@@ -54,6 +54,7 @@ MAY = {
             "checkpoint",
             "scheme",
             "runfolder",
+            "runtimes",
             "source",
             "family",
             "families",

@@ -114,7 +114,7 @@ app.command()(report)
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp), executorch, gptq, awq, vllm.")],
+    to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp), executorch, onnx, gptq, awq, vllm.")],
     out: Annotated[Path | None, typer.Option(help="What to write; by default beside the run folder.")] = None,
     embeddings: Annotated[str, typer.Option(help="Float matrices: auto (loses nothing), f32, f16, q8_0.")] = "auto",
     pre: Annotated[str | None, typer.Option(help="llama.cpp's name of the tokenizer's splitting.")] = None,
@@ -124,12 +124,16 @@ def export(
     context: Annotated[
         int | None, typer.Option(help="Tokens that executorch's cache holds.", show_default="2048, or less")
     ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(help="onnx: 0 multiplies in float32, 4 inputs rounded to 8 bits.", show_default="as evaluated"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a finished run in a runtime's format, rounding nothing again."""
     from lowbit.exporting import export as write
 
-    made = write(run, to, out, embeddings, pre, gptq_format, context)
+    made = write(run, to, out, embeddings, pre, gptq_format, context, accuracy_level)
     for warning in made.warnings:
         say(f"warning: {warning}")
     if as_json:

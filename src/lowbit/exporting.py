@@ -56,18 +56,22 @@ def export(
     pre: str | None = None,
     gptq_format: str = "auto",
     context: int | None = None,
+    accuracy_level: int | None = None,
 ) -> Exported:
     """Write a finished run in the format of a runtime, without rounding anything again.
 
     Args:
         folder: the run folder.
-        to: ``gguf`` (or ``llama.cpp``), ``executorch``, ``gptq``, ``awq`` or ``vllm``.
+        to: ``gguf`` (or ``llama.cpp``), ``executorch``, ``onnx`` (or ``onnxruntime``), ``gptq``, ``awq`` or
+            ``vllm``.
         out: what to write, which must not exist; by default beside the run, named after it and the target.
         embeddings: gguf only, how float matrices are stored: ``auto`` (smallest type that loses nothing), ``f32``,
             ``f16`` or ``q8_0``.
         pre: gguf only, llama.cpp's name for the tokenizer's splitting where it cannot be found out.
         gptq_format: gptq only, ``v1`` stores zeros minus one, ``v2`` as they are; ``auto``: v1 if all are symmetric.
         context: executorch only, tokens that the program's cache holds: 2048 by default, or the model's positions.
+        accuracy_level: onnx only, 0 multiplies in float32, 4 with inputs rounded to 8 bits, which is faster; by
+            default 4 if the run was made for onnxruntime, else 0.
 
     Raises:
         LowbitError: the folder is no finished run, or the target cannot carry it; nothing is written then.
@@ -87,7 +91,7 @@ def export(
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
-        warnings = exporter.write(run, partial, Options(embeddings, pre, gptq_format, context))
+        warnings = exporter.write(run, partial, Options(embeddings, pre, gptq_format, context, accuracy_level))
         _to_disk(partial)
         os.rename(partial, final)
     except OSError as error:
@@ -113,14 +117,14 @@ def verify(folder: str | Path, files: Sequence[str | Path], logits: bool = True)
     if not files:
         raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
     run = open_run(Path(folder))
-    ids = _text_ids(run)
+    ids = _text_ids(run) if logits else torch.empty(0)
     simulated = functools.lru_cache(maxsize=1)(lambda runs_on: _simulated(run, ids, runs_on))
     out = []
     for path in map(Path, files):
         target = target_of(path)
         exporter = exporter_of(target)
         found = verify_one(run, path, target, exporter)
-        out.append(run_one(found, exporter, ids, functools.partial(simulated, exporter.runs_on)) if logits else found)
+        out.append(run_one(found, exporter, ids, simulated) if logits else found)
     return out
 
 

@@ -19,8 +19,9 @@ EXPORTERS = {
     "gptq": "lowbit.export.gptq",
     "awq": "lowbit.export.awq",
     "vllm": "lowbit.export.vllm",
+    "onnx": "lowbit.export.onnx",
 }
-ALIASES = {"llama.cpp": "gguf"}
+ALIASES = {"llama.cpp": "gguf", "onnxruntime": "onnx"}
 
 
 def exporter_of(target: str) -> Exporter:

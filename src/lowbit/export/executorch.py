@@ -208,7 +208,7 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
     tokens = ids[: session.context].tolist()
     logits = session.logits(tokens, 1)
     logits[-1] = session.step(tokens, 0)
-    return Executed(logits, EXPLAINED)
+    return Executed(logits, EXPLAINED, "executorch")
 
 
-EXPORTER = Exporter("", limits, write, owns, read, other, expect, execute, "executorch")
+EXPORTER = Exporter("", limits, write, owns, read, other, expect, execute)

@@ -244,7 +244,7 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
     from lowbit.export.llamacpp import loaded
 
     with loaded(path, len(ids), exact=True) as session:
-        return Executed(session.logits(ids.tolist()), EXPLAINED)
+        return Executed(session.logits(ids.tolist()), EXPLAINED, "llama.cpp")
 
 
 def owns(path: Path) -> bool:
@@ -252,4 +252,4 @@ def owns(path: Path) -> bool:
     return path.is_file() and path.suffix == ".gguf"
 
 
-EXPORTER = Exporter(".gguf", limits, write, owns, read, other, expect, execute, "llama.cpp")
+EXPORTER = Exporter(".gguf", limits, write, owns, read, other, expect, execute)

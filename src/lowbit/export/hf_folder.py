@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.checkpoint import INDEX, Checkpoint, read_json, write_bytes, write_index, write_json, write_tensors
@@ -24,7 +25,11 @@ _OURS = (CONFIG, INDEX, "README.md")  # of the run folder: they speak of its own
 
 
 def write_folder(
-    run: Run, path: Path, quantization: Mapping[str, Any], store: Callable[[str, QTensor], Mapping[str, Tensor]]
+    run: Run,
+    path: Path,
+    quantization: Mapping[str, Any],
+    store: Callable[[str, QTensor], Mapping[str, Tensor]],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the folder, one shard in memory at a time.
 
@@ -33,11 +38,14 @@ def write_folder(
         path: a folder that does not exist yet.
         quantization: the ``quantization_config``.
         store: for a rounded module's name and weight the tensors by their names below the module.
+        dtype: of everything else; by default as it is stored.
     """
     path.mkdir()
     shards: dict[str, list[str]] = {}
     for file in track([file.name for file in run.checkpoint.files], f"writing {path.stem}"):
         tensors = {name: run.tensor(name) for name in run.floats if run.file_of(name) == file}
+        if dtype is not None:
+            tensors = {name: value.to(dtype) for name, value in tensors.items()}
         for module in (module for module in run.rounded if run.file_of(module) == file):
             tensors |= {f"{module}.{key}": value for key, value in store(module, run.qtensor(module)).items()}
         write_tensors(path / file, tensors)

@@ -24,12 +24,15 @@ class Options:
         gptq_format: how gptq stores zeros: ``v1`` (minus one), ``v2`` (as they are), or ``auto``, v1 where all are
             symmetric.
         context: how many tokens an executorch program's cache holds; ``None``: 2048, or the model's positions.
+        accuracy_level: how onnx multiplies: 0 in float32; 4 with inputs rounded to 8 bits, which is faster; by
+            default as the run was evaluated.
     """
 
     embeddings: str = "auto"
     pre: str | None = None
     gptq_format: str = "auto"
     context: int | None = None
+    accuracy_level: int | None = None
 
 
 def value_of(run: Run, name: str) -> Tensor:
@@ -48,10 +51,13 @@ class Executed:
         logits: ``(tokens, vocabulary)`` float32 from an empty cache, for as many of the tokens as fit in it.
         explained: the largest relative error that the runtime's documented arithmetic explains, see
             ``verify.relative_error``.
+        runs_on: whose inputs the simulation has to take, a runtime's name or ``float``; by default those of the
+            runtime that the run was made for.
     """
 
     logits: Tensor
     explained: float
+    runs_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,6 @@ class Exporter:
         other: names of what else differs from what ``write`` would have written (metadata, config, tokenizer).
         expect: the value that a parameter must have there.
         execute: runs an export on token ids ``(tokens,)`` in its runtime; ``None`` where that is not installed.
-        runs_on: whose rounding of inputs the simulation computes with where logits are compared, see
-            ``runtimes.RUNTIMES``; ``None``: that of the run itself.
     """
 
     suffix: str
@@ -80,4 +84,3 @@ class Exporter:
     other: Callable[[Run, Path], Iterator[str]]
     expect: Callable[[Run, str], Tensor] = value_of
     execute: Callable[[Path, Tensor], Executed | None] = lambda path, ids: None
-    runs_on: str | None = None

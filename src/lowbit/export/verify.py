@@ -85,14 +85,14 @@ def verify_one(run: Run, path: Path, target: str, exporter: Exporter) -> Verifie
     return Verified(str(path), target, count, count - len(differs), worst, differs, other)
 
 
-def run_one(found: Verified, exporter: Exporter, ids: Tensor, simulated: Callable[[], Tensor]) -> Verified:
+def run_one(found: Verified, exporter: Exporter, ids: Tensor, simulated: Callable[[str | None], Tensor]) -> Verified:
     """The same result with the logits of the target's runtime, if it is installed.
 
     Args:
         found: what comparing values gave; an export that failed there is not run.
         exporter: the target.
         ids: token ids ``(tokens,)``.
-        simulated: gives the simulation's logits for them, ``(tokens, vocabulary)``; called only where needed.
+        simulated: gives the simulation's logits for them, ``(tokens, vocabulary)``, for ``Executed.runs_on``.
     """
     if not found.ok:
         return found
@@ -102,7 +102,7 @@ def run_one(found: Verified, exporter: Exporter, ids: Tensor, simulated: Callabl
         return replace(found, unreadable=f"its runtime says: {_line(error)}")
     if executed is None:
         return found
-    gap = relative_error(executed.logits, simulated()[: len(executed.logits)])
+    gap = relative_error(executed.logits, simulated(executed.runs_on)[: len(executed.logits)])
     return replace(found, logits=gap, explained=executed.explained)
 
 
