@@ -137,9 +137,10 @@ def trained(kind: str) -> Any:
     from lowbit.export.gguf_tokenizer import _PATTERNS
 
     special = ["<unk>", "<s>", "</s>"]
-    if kind == "sentencepiece":
+    if kind.startswith("sentencepiece"):
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        first_space = [normalizers.Prepend("▁")] if kind == "sentencepiece, as Llama's" else []
+        tokenizer.normalizer = normalizers.Sequence([*first_space, normalizers.Replace(" ", "▁")])
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
@@ -160,7 +161,9 @@ def trained(kind: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "sentencepiece"])
+@pytest.mark.parametrize(
+    "kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "sentencepiece, as Llama's", "sentencepiece, as Gemma's"]
+)
 def test_llamacpp_cuts_text_into_the_same_tokens(tmp_path: Path, kind: str) -> None:
     tokenizer = trained(kind)
     save_tiny(tmp_path / "model", "llama", vocab_size=len(tokenizer))
