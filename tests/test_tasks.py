@@ -8,7 +8,9 @@ import json
 import math
 import random
 import string
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -210,6 +212,26 @@ def test_a_stopped_command_repeats_no_finished_task(model, data, harness, monkey
         name: row["metrics"] for name, row in again.tasks.items()
     }
     assert len(done) == 7
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_where_it_was(model, data, harness, tmp_path):
+    """Killed as soon as two tasks are on the disk: their files are not written again, and are said to be taken."""
+    names = ["piqa", "winogrande", "hellaswag", "boolq", "arc_easy", "lambada_openai"]
+    given = ["evaluate", str(model), "--tasks", ",".join(names), "--task-data", str(data)]
+    command = [sys.executable, "-m", "lowbit", *given]
+    kept = tmp_path / "cache" / "tasks"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        while running.poll() is None and len([*kept.glob("*.json")]) < 2:
+            time.sleep(0.01)
+        running.kill()
+    before = {path: path.stat().st_mtime_ns for path in kept.glob("*.json")}
+    assert len(before) >= 2
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("was measured before") == len(before)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len([*kept.glob("*.json")]) == len(names)
 
 
 def test_what_a_score_depends_on_decides_whether_it_is_measured_again(model, data, harness, monkeypatch, tmp_path):
