@@ -120,7 +120,8 @@ class Skeleton:
     def block(self, start: int, params: Mapping[str, Tensor], count: int = 1) -> Block:
         """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``).
 
-        It is for sequences of the length that ``start`` saw last; before ``start`` it holds parameters and cannot run.
+        It is for sequences of the length that ``start`` saw last; before ``start`` it holds parameters and cannot
+        run.
         """
         return Block(
             layers=tuple(self.layers[start : start + count]),
