@@ -34,7 +34,6 @@ format: $(DEV) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 results: $(DEV) ## measure the methods on SmolLM2, perplexity and tasks, into docs/results.md (WIKITEXT2=<folder> adds WikiText-2)
-	$(BIN)/python -m pip install --quiet --editable '.[eval]'
 	$(BIN)/python benchmarks/results.py $(if $(WIKITEXT2),--wikitext2 $(WIKITEXT2))
 
 ablations: $(DEV) ## AffineQuant's ablations on SmolLM2 and a small OPT, with plots, into docs/ablations
