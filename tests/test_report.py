@@ -92,6 +92,7 @@ def test_one_run_shows_its_charts(root, tmp_path):
         "affinequant: loss of each block on held-out sequences",
         "affinequant: loss of each block in training",
         "condition number of each learned map by block",
+        "error that each linear of affinequant makes alone",
         "dominance margin of each learned map by block",
         "mlp: gate_proj, up_proj: how many times the median channel the largest one is, by block",
     ):
@@ -128,7 +129,7 @@ def test_a_float_model_stands_in_the_row_of_its_protocol_only(root, measured, tm
     sizes = ("--data", root / "m/calib.txt", "--length", "32", "--tokens", "64", "--json")
     (tmp_path / "other.json").write_text(printed(capsys, "evaluate", root / "m", *sizes))
     page = page_of(tmp_path, root / "rtn", measured=(tmp_path / "other.json",))
-    assert page.text.count("not measured") == 2
+    assert sum(span.get("title") == "not measured" for span in page.all("span")) == 2
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing(root, tmp_path):

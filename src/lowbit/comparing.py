@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lowbit.api import check_device, check_ids
+from lowbit.checkpoint import Checkpoint
 from lowbit.data import evaluation
 from lowbit.errors import LowbitError
 from lowbit.evaluate.compare import CONFIDENCE, RESAMPLES, listen, summary
@@ -185,7 +186,7 @@ def _facts(name: str, source: Source) -> dict[str, Any]:
     return {
         "run": name,
         "bits_per_weight": manifest["bits_per_weight"] if manifest else None,
-        "size_bytes": sum(path.stat().st_size for path in source.folder.glob("*.safetensors")),
+        "size_bytes": sum(path.stat().st_size for path in Checkpoint(source.folder).files),
         "manifest": hashlib.sha256(content).hexdigest() if manifest else None,
     }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.api import evaluate, quantize
+from lowbit.checkpoint import Checkpoint
 from lowbit.generating import generate_text
 from lowbit.progress import say
 from lowbit.source import resolve
@@ -32,8 +33,8 @@ class Row:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of a folder's safetensors files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of a checkpoint's shards."""
+    return sum(path.stat().st_size for path in Checkpoint(folder).files)
 
 
 def run_demo(out: Path) -> dict[str, Any]:

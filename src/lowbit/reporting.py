@@ -17,7 +17,7 @@ from lowbit.export.run import Run, open_run
 from lowbit.measured import Measured, measured_of
 from lowbit.observed import FLOAT, MAP, OBSERVED, QUANTIZED, read_observed
 from lowbit.repeating import command
-from lowbit.report.facts import Array, RunFacts, Target
+from lowbit.report.facts import Array, RunFacts, Target, place_of
 from lowbit.report.page import render
 from lowbit.runfolder import MANIFEST, TIMING
 
@@ -138,16 +138,12 @@ def _peaks(run: Run, seen: Mapping[str, Tensor]) -> dict[str, tuple[Array, Array
         if set(before) != set(after) or len({value.shape for value in [*before.values(), *after.values()]}) != 1:
             raise LowbitError(f"{run.folder / OBSERVED} is broken: quantize again into another folder")
 
-    def place(linears: str) -> int:
-        ends = f".{linears.partition('+')[0]}"
-        return next((at for at, name in enumerate(run.rounded) if name.endswith(ends)), len(run.rounded))
-
     def stacked(kind: Mapping[int, Array]) -> Array:
         return np.stack([kind[block] for block in sorted(kind)])
 
     return {
         linears: (stacked(found[linears][FLOAT]), stacked(found[linears][QUANTIZED]))
-        for linears in sorted(found, key=place)
+        for linears in sorted(found, key=lambda name: place_of(name.partition("+")[0], run.rounded))
     }
 
 

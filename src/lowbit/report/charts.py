@@ -1,9 +1,9 @@
-"""The report's charts: lines, many lines by depth, bars."""
+"""The report's charts: lines, many lines by depth, bars, cells."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -134,4 +134,28 @@ def bars(label: str, values: Points, x_label: str, y_label: str, style: int = 0)
     for at, value in values:
         bar = add(group, "rect", kind="bar", x=x(at) - wide / 2, y=y(value), width=wide, height=y(0) - y(value))
         add(bar, "title", f"{x_label} {short(at)}: {short(value)}")
+    return markup(root)
+
+
+def cells(
+    label: str, rows: Sequence[str], values: Mapping[tuple[int, int], float], x_label: str, high: float
+) -> Markup | None:
+    """A grid of values by ``(row, x)``: the stronger the larger, logarithmic over three decades to ``high``."""
+    shown = {place: value for place, value in values.items() if value > 0 and math.isfinite(value)}
+    if not shown:
+        return None
+    strength, last = Scale(high / 1e3, high, 0.06, 1.0, log=True), max(at for _, at in shown)
+    tall, bottom = 26.0, TOP + 26.0 * len(rows)
+    root = drawing(label, height=round(bottom) + BOTTOM)
+    x = Scale(-0.5, last + 0.5, LEFT + 50, WIDTH - RIGHT)
+    for row, name in enumerate(rows):
+        add(root, "text", name, "tick", x=LEFT + 42.0, y=TOP + tall * (row + 0.5) + 5, text_anchor="end")
+    for (row, at), value in shown.items():
+        left, top, wide = x(at - 0.5) + 0.5, TOP + tall * row + 0.5, x(1) - x(0) - 1
+        cell = add(root, "rect", kind="cell", x=left, y=top, width=wide, height=tall - 1)
+        cell.set("fill-opacity", f"{strength(max(value, high / 1e3)):.2f}")
+        add(cell, "title", f"{x_label} {at}, {rows[row]}: {short(value)}")
+    for tick in x.ticks(6, least=1):
+        add(root, "text", short(tick), "tick", x=x(tick), y=bottom + 20, text_anchor="middle")
+    add(root, "text", x_label, "label", x=(x.start + x.stop) / 2, y=bottom + BOTTOM - 10, text_anchor="middle")
     return markup(root)

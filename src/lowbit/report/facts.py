@@ -70,3 +70,12 @@ class FloatFacts:
 
     name: str
     scores: Sequence[Mapping[str, Any]] = ()
+
+
+def place_of(linear: str, modules: Sequence[str]) -> int:
+    """Where a linear, named without its layer, comes first in execution order; behind all if it does not.
+
+    >>> place_of("mlp.up_proj", ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"])
+    1
+    """
+    return next((at for at, name in enumerate(modules) if name.endswith(f".{linear}")), len(modules))

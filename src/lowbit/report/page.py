@@ -14,8 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowbit.report import learned, outliers
-from lowbit.report.charts import Series, lines
-from lowbit.report.facts import FloatFacts, RunFacts
+from lowbit.report.charts import Series, cells, lines
+from lowbit.report.facts import FloatFacts, RunFacts, place_of
 from lowbit.report.scores import score_table
 from lowbit.report.svg import short
 
@@ -36,6 +36,7 @@ def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
         models=list(dict.fromkeys(run.manifest["identity"]["model"] for run in runs)),
         scores=score_table(runs, floats),
         quality=quality_charts(runs),
+        damage=damage_charts(runs),
         cost=cost_charts(runs),
         outlier_charts=outliers.comparison(runs),
     )
@@ -89,6 +90,30 @@ def quality_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
         ]
         charts.append((f"Relative error after each block, {text}", _by_block("relative error", series)))
     return [(title, chart) for title, chart in charts if chart]
+
+
+def damage_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
+    """Where each run broke: the error that each linear makes alone, for every block, on one scale for all runs."""
+    found = [(run, _damage(run)) for run in runs]
+    largest = max((value for _, values in found for value in values.values()), default=0.0)
+    charts = []
+    for run, values in found:
+        if not values:
+            continue
+        rows = sorted({name for name, _ in values}, key=lambda name: place_of(name, run.manifest["quantized"]))
+        (linear, block), worst = max(values.items(), key=lambda item: item[1])
+        label = f"error that each linear of {run.name} makes alone; most: block {block}, {linear}, {short(worst)}"
+        title = f"{run.name}: each linear alone, up to {short(worst)} (block {block}, {linear})"
+        places = {(rows.index(name), at): value for (name, at), value in values.items()}
+        short_names = [name.rpartition(".")[2] for name in rows]
+        charts.append((title, cells(label, short_names, places, "block", largest)))
+    return [(title, chart) for title, chart in charts if chart]
+
+
+def _damage(run: RunFacts) -> dict[tuple[str, int], float]:
+    """Errors by linear and block; see ``lowbit.damage``."""
+    rows = ((row["block"], row["damage"]["linears"]) for row in run.blocks if row.get("damage"))
+    return {(name, block): one["error"] for block, linears in rows for name, one in linears.items()}
 
 
 def cost_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:

@@ -72,7 +72,7 @@ def _cell(one: Mapping[str, Any] | None, exact: float | None) -> Cell | None:
     if one["value"] is None:
         return Cell("not finite")
     text = number(one["value"]) + (f" ± {number(one['error'])}" if one.get("error") else "")
-    return Cell(text, f"×{one['value'] / exact:.3f}" if exact else "")
+    return Cell(text, f"×{number(one['value'] / exact)}" if exact else "")
 
 
 def number(value: float) -> str:
