@@ -12,9 +12,12 @@ import torch
 import lowbit
 from lowbit.cli import call
 from lowbit.errors import LowbitError
+from lowbit.export.pte_model import int_tensor, program_of
 from lowbit.export.run import open_run
 from lowbit.export.xnnpack import signed_codes, stored, stored_bits, unpack, why_not
-from lowbit.quant import QuantSpec, minmax_grid, quantize
+from lowbit.generating import generate_text
+from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.runtimes import qd8
 from tiny import save_tiny, tiny_ids
 
 
@@ -104,10 +107,28 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_integers_read_back_bit_for_bit_and_logits_are_the_simulations(program: tuple[Path, Path]) -> None:
     (found,) = lowbit.verify(program[0], [program[1]])
     assert found.ok, found
-    assert found.exact == found.tensors == len(lowbit.load(program[0]).state_dict())
+    parameters = len(lowbit.load(program[0]).state_dict())
+    assert found.exact == found.tensors == parameters + 1  # and the frequencies of the rotary embedding
     # The same int8 inputs on both sides; what is left is the order of sums, which now and then moves a code.
     assert found.logits is not None
     assert found.logits < 0.01
+
+
+@pytest.mark.runtimes
+def test_inputs_are_rounded_as_the_simulation_says() -> None:
+    pytest.importorskip("executorch", reason="pip install 'lowbit[executorch]'; make test-runtimes does")
+    from executorch.runtime import Runtime
+
+    linear = torch.nn.Linear(64, 64, bias=False)  # the identity: what comes out is what went in, rounded
+    eye = QTensor(8 + torch.eye(64).byte(), Grid(torch.ones(64, 2), torch.full((64, 2), 8.0)), QuantSpec(4, 32))
+    linear.weight = torch.nn.Parameter(int_tensor(eye), requires_grad=False)
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 200)[:, None]
+    x[0], x[1], x[2], x[3] = 0.0, x[1].abs(), -x[2].abs(), 7.0  # no range, ranges that do not straddle 0, one value
+    x[100:] += torch.logspace(4, -4, 100)[:, None]
+    program = program_of(linear, (x,), None, {}).buffer
+    got = Runtime.get().load_program(program).load_method("forward").execute([x])[0]
+    # A code off by one would be 1 / 255 of the range; one rounding of the product with the scale is 2**-24 of it.
+    assert float(((got - qd8(x)).abs().amax(1) / x.abs().amax(1).clamp(min=1e-30)).max()) < 2.0**-20
 
 
 @pytest.mark.runtimes
@@ -121,6 +142,19 @@ def test_text_goes_on_as_in_the_simulation(program: tuple[Path, Path]) -> None:
     session = Session(out / "model.pte")
     got = [token for token, _ in zip(session.greedy(ids[0].tolist(), (2,)), range(16), strict=False)]
     assert got == expected
+
+
+@pytest.mark.runtimes
+def test_executorchs_own_text_runner_takes_the_folder(program: tuple[Path, Path]) -> None:
+    import executorch.extension.llm.custom_ops.custom_ops
+    import executorch.kernels.quantized  # noqa: F401
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    run, out = program
+    pieces: list[str] = []
+    runner = TextLLMRunner(str(out / "model.pte"), str(out / "tokenizer.json"))
+    runner.generate("ABCDEFGH", GenerationConfig(max_new_tokens=12, temperature=0.0, echo=False), pieces.append)
+    assert "".join(pieces) == generate_text(run, "ABCDEFGH", 12).removeprefix("ABCDEFGH")
 
 
 @pytest.mark.runtimes
@@ -166,10 +200,13 @@ def test_a_cut_file_and_another_tokenizer_are_seen(program: tuple[Path, Path], t
 
 
 @pytest.mark.runtimes
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "phi3"])
-def test_other_families_with_float16_scales(tmp_path: Path, family: str) -> None:
-    pytest.importorskip("executorch")
-    run = make(tmp_path, family, changes={"num_hidden_layers": 3, "vocab_size": 128})
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("qwen2", {}), ("qwen3", {"model.embed_tokens": "w8", "lm_head": "w8", "*.down_proj": "w6"}), ("phi3", {})],
+)
+def test_other_families_with_float16_scales(tmp_path: Path, family: str, overrides: dict[str, str]) -> None:
+    pytest.importorskip("executorch", reason="pip install 'lowbit[executorch]'; make test-runtimes does")
+    run = make(tmp_path, family, changes={"num_hidden_layers": 3, "vocab_size": 128}, overrides=overrides)
     made = lowbit.export(run, "executorch", context=64)
     assert "scales as bfloat16" in made.warnings[0]
     (found,) = lowbit.verify(run, [made.out])

@@ -47,9 +47,8 @@ def limits(subject: Subject) -> Misfit | None:
     if found is not None:
         return found
     for module, spec in subject.specs.items():
-        if module == family_of(subject.config).embed:
-            return weight_misfit(subject, module, "rounded embeddings have no place in it yet")
-        if why := why_not(spec, subject.shapes[module][1]):
+        embedding = module == family_of(subject.config).embed
+        if why := why_not(spec, None if embedding else subject.shapes[module][1]):
             return weight_misfit(subject, module, why)
     return None
 

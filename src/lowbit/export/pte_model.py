@@ -58,6 +58,21 @@ class Decoder(nn.Module):
         return logits
 
 
+class ByteEmbedding(nn.Module):
+    """A rounded embedding: rows of int8 codes, looked up and scaled by ExecuTorch's operator."""
+
+    def __init__(self, q: QTensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", signed_codes(q))
+        self.register_buffer("scales", q.grid.scale.to(torch.float32))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(1, n)`` tokens as ``(1, n, width)``."""
+        lookup = torch.ops.quantized_decomposed.embedding_byte.dtype
+        found: Tensor = lookup(self.codes, self.scales, None, -128, 127, tokens, dtype=torch.float32)
+        return found
+
+
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, start: Any, **_: Any
 ) -> tuple[Tensor, None]:
@@ -78,24 +93,49 @@ def lower(run: Run, path: Path, context: int, methods: Mapping[str, Any]) -> Non
         context: tokens that its cache holds.
         methods: constants that it answers to by name.
     """
+    example = (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    length = torch.export.Dim("length", min=1, max=context)
+    answers = {**methods, "get_max_seq_len": context, "get_max_context_len": context}
+    with path.open("wb") as file:
+        program_of(decoder_of(run, context), example, ({1: length}, None), answers).write_to_file(file)
+
+
+def program_of(module: nn.Module, example: tuple[Tensor, ...], shapes: Any, methods: Mapping[str, Any]) -> Any:
+    """ExecuTorch's program of a module, everything that XNNPACK computes handed to it.
+
+    Args:
+        module: what to compile.
+        example: its inputs.
+        shapes: which of their dimensions vary, as ``torch.export`` takes it.
+        methods: constants that the program answers to by name.
+    """
     with _quiet(), torch.no_grad():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-        example = (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-        length = torch.export.Dim("length", min=1, max=context)
-        exported = torch.export.export(
-            decoder_of(run, context), example, dynamic_shapes=({1: length}, None), strict=False
-        )
         lowered = to_edge_transform_and_lower(
-            exported,
-            partitioner=[XnnpackPartitioner()],
+            torch.export.export(module, example, dynamic_shapes=shapes, strict=False),
+            partitioner=[_partitioner()],
             # The attention's operators are ExecuTorch's own, which the check does not know.
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-            constant_methods={**methods, "get_max_seq_len": context, "get_max_context_len": context},
+            constant_methods=dict(methods),
         )
-        with path.open("wb") as file:
-            lowered.to_executorch().write_to_file(file)
+        return lowered.to_executorch()
+
+
+def _partitioner() -> Any:
+    """What hands operators to XNNPACK.
+
+    Under the key of its older partitioner of linears XNNPACK runs one pass over each part; otherwise 17, which look
+    for convolutions, batch norms and images, find none here, and take about half of the time.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec
+
+    partitioner = XnnpackPartitioner()
+    partitioner.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
+    return partitioner
 
 
 @contextmanager
@@ -113,15 +153,24 @@ def _quiet() -> Iterator[None]:
 
 def decoder_of(run: Run, context: int) -> Decoder:
     """The graph's module, ready to be exported; its linears hold the run's integers."""
-    from executorch.extension.llm.custom_ops import custom_ops as _operators  # noqa: F401
+    with _quiet():
+        # Imported for what they register: the attention, and the lookup in a rounded embedding.
+        import executorch.exir.passes.quant_fusion_pass
+        import executorch.extension.llm.custom_ops.custom_ops
+        import executorch.kernels.quantized  # noqa: F401
 
     model, config = _empty(run), run.subject.config
     for name in run.floats:
         _set(model, name, run.tensor(name).to(torch.float32))
+    family = family_of(config)
     for module in run.rounded:
-        _set(model, f"{module}.weight", int_tensor(run.qtensor(module)))
+        q = run.qtensor(module)
+        if module == family.embed:
+            model.set_submodule(module, ByteEmbedding(q))
+        else:
+            _set(model, f"{module}.weight", int_tensor(q))
     if config.tie_word_embeddings:
-        _set(model, f"{family_of(config).head}.weight", run.tensor(f"{family_of(config).embed}.weight").float())
+        _set(model, f"{family.head}.weight", run.tensor(f"{family.embed}.weight").float())
     return Decoder(model.eval(), context)
 
 

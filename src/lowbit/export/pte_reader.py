@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit.export.xnnpack import unpack
 
-SCHEMA = "schema.fbs"
+SCHEMA, LOOKUP, INT8 = "schema.fbs", "quantized_decomposed::embedding_byte", "qcint8"
 LINEAR, GAIN, EMBEDDING = "linear", "gain", "embedding"
 _FLOAT, _PREFIX = "xnn_datatype_fp32", "xnn_datatype_"
 
@@ -52,9 +52,11 @@ def constants(path: Path) -> Iterator[Constant]:
     for instruction in (one.instr_args for chain in plan.chains for one in chain.instructions):
         if not isinstance(instruction, DelegateCall | KernelCall):
             continue
-        for value in (plan.values[i].val for i in instruction.args):
-            if (found := _program_constant(program, value)) is not None:
-                yield found
+        values = [plan.values[i].val for i in instruction.args]
+        if isinstance(instruction, KernelCall) and plan.operators[instruction.op_index].name == LOOKUP:
+            yield _embedding(program, values[0], values[1])
+            continue
+        yield from filter(None, (_program_constant(program, value) for value in values))
         if isinstance(instruction, DelegateCall):
             blob = program.backend_delegate_data[plan.delegates[instruction.delegate_index].processed.index].data
             yield from _delegate(bytes(blob), data)
@@ -67,7 +69,19 @@ def _program_constant(program: Any, value: Any) -> Constant | None:
     kind, shape = {1: GAIN, 2: EMBEDDING}.get(len(value.sizes)), tuple(value.sizes)
     if kind is None or value.scalar_type.name != "FLOAT":  # a number, a table of the rotary embedding
         return None
-    return Constant(kind, _floats(bytes(program.constant_buffer[value.data_buffer_idx].storage), shape))
+    return Constant(kind, _floats(_storage(program, value), shape))
+
+
+def _embedding(program: Any, codes: Any, scales: Any) -> Constant:
+    """A rounded embedding ``(rows, columns)``: int8 codes and float32 scales for each row or group."""
+    rows, columns = codes.sizes
+    factors = _storage(program, scales)[: 4 * int(torch.Size(scales.sizes).numel())]
+    return Constant(EMBEDDING, unpack(_storage(program, codes), factors, INT8, (rows, columns)))
+
+
+def _storage(program: Any, value: Any) -> bytes:
+    """A constant's bytes, and what pads them."""
+    return bytes(program.constant_buffer[value.data_buffer_idx].storage)
 
 
 def _floats(raw: bytes, shape: tuple[int, ...]) -> Tensor:

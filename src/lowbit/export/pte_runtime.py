@@ -19,7 +19,9 @@ class Session:
 
     def __init__(self, path: Path) -> None:
         """Load the file at ``path``."""
-        from executorch.extension.llm.custom_ops import custom_ops as _operators  # noqa: F401
+        # Imported for the operators that they register.
+        import executorch.extension.llm.custom_ops.custom_ops
+        import executorch.kernels.quantized  # noqa: F401
         from executorch.runtime import Runtime
 
         self._program: Any = Runtime.get().load_program(path)
@@ -57,3 +59,10 @@ def methods_of(path: Path) -> dict[str, list[Any]]:
 
     program: Any = Runtime.get().load_program(path)
     return {name: list(program.load_method(name).execute([])) for name in program.method_names - {"forward"}}
+
+
+def set_threads(count: int) -> None:
+    """Threads that XNNPACK computes with from now on, in the whole process; no program may be running."""
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+    _unsafe_reset_threadpool(count)

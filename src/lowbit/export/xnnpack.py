@@ -27,8 +27,10 @@ def stored_bits(spec: QuantSpec) -> int:
     return 4 if spec.bits <= (4 if spec.symmetric else 3) else 8
 
 
-def why_not(spec: QuantSpec, columns: int) -> str | None:
+def why_not(spec: QuantSpec, columns: int | None) -> str | None:
     """Why XNNPACK cannot hold a grid for rows of ``columns`` values; ``None`` if it can.
+
+    ``columns`` is ``None`` for an embedding, which is int8 with float32 scales for groups of any size.
 
     >>> why_not(QuantSpec(4, 64), 128), why_not(QuantSpec(4, 16), 128)
     (None, 'groups of 16, XNNPACK has multiples of 32')
@@ -36,7 +38,7 @@ def why_not(spec: QuantSpec, columns: int) -> str | None:
     size = spec.group_size
     if spec.bits == 8 and not spec.symmetric:
         return "a free zero at 8 bits takes 9"
-    if size is None or size == columns:
+    if columns is None or size is None or size == columns:
         return None
     if stored_bits(spec) == 8:
         free = "" if spec.symmetric else " with a free zero"
