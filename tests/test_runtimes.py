@@ -270,6 +270,14 @@ def test_a_run_for_executorch_rounds_its_scales_to_xnnpacks(tmp_path: Path) -> N
         lowbit.export(folder, "gptq")
 
 
+def test_a_run_for_onnxruntime_takes_its_blocks(tmp_path: Path) -> None:
+    folder = quantized(tmp_path, None, runs_on="onnxruntime")
+    manifest = json.loads((folder / "lowbit.json").read_text())
+    assert manifest["scheme"] == {"scheme": "w4a16g32-sym", "overrides": [], "runs_on": "onnxruntime"}
+    with pytest.raises(LowbitError, match=r"onnxruntime cannot carry scheme w4a4, act: "):
+        quantized(tmp_path / "other", "w4a4", runs_on="onnxruntime")
+
+
 def test_another_runtime_is_another_run(made: Path) -> None:
     more: dict[str, Any] = {"data": str(made.parent / "model" / "calib.txt"), "samples": 2, "length": 16}
     with pytest.raises(LowbitError, match=r"scheme.runs_on is llama.cpp, this one's vllm"):
