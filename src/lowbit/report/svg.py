@@ -87,7 +87,7 @@ class Scale:
         """About ``count`` round values inside, on a linear scale at least ``least`` apart.
 
         >>> Scale(0, 29, 0, 1).ticks(), Scale(0.02, 3, 0, 1, log=True).ticks()
-        ([0.0, 10.0, 20.0], [0.1, 1.0])
+        ([0.0, 10.0, 20.0], [0.03, 0.1, 0.3, 1.0, 3.0])
         """
         if not self.log:
             step = _round_step(max((self.high - self.low) / count, least))
@@ -96,7 +96,7 @@ class Scale:
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         wide = math.log10(self.high / self.low)
         digits = (1,) if wide > 2.2 else (1, 3) if wide > 1.2 else (1, 2, 5) if wide > 0.6 else FINE
-        inside = [d * 10.0**e for e in decades for d in digits if self.low <= d * 10.0**e <= self.high]
+        inside = [v for e in decades for d in digits if self.low <= (v := float(f"{d}e{e}")) <= self.high]
         return inside[:: max(1, math.ceil(len(inside) / (count + 1)))]
 
 
