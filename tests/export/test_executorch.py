@@ -202,7 +202,12 @@ def test_a_cut_file_and_another_tokenizer_are_seen(program: tuple[Path, Path], t
 @pytest.mark.runtimes
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [("qwen2", {}), ("qwen3", {"model.embed_tokens": "w8", "lm_head": "w8", "*.down_proj": "w6"}), ("phi3", {})],
+    [
+        ("llama-odd", {}),
+        ("qwen2", {}),
+        ("qwen3", {"model.embed_tokens": "w8", "lm_head": "w8", "*.down_proj": "w6"}),
+        ("phi3", {}),
+    ],
 )
 def test_other_families_with_float16_scales(tmp_path: Path, family: str, overrides: dict[str, str]) -> None:
     pytest.importorskip("executorch", reason="pip install 'lowbit[executorch]'; make test-runtimes does")
@@ -211,6 +216,14 @@ def test_other_families_with_float16_scales(tmp_path: Path, family: str, overrid
     assert "scales as bfloat16" in made.warnings[0]
     (found,) = lowbit.verify(run, [made.out])
     assert found.ok, found
+
+
+def test_a_cache_longer_than_the_model_is_refused(tmp_path: Path) -> None:
+    run = make(tmp_path, "llama")
+    for context in (1, 129):
+        with pytest.raises(LowbitError, match=f"--context {context} given; allowed: 2 to 128"):
+            lowbit.export(run, "executorch", context=context)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
 
 
 def test_without_the_package_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
