@@ -7,7 +7,7 @@ DEV := $(VENV)/.installed-dev
 # extras with runtimes that `make test` does not need
 RUNTIMES := llamacpp,executorch
 
-.PHONY: help demo test check slow test-runtimes format results ablations ablations-qllm gather fit-step memory clean
+.PHONY: help demo test check slow test-runtimes format results ablations ablations-qllm gather budget fit-step memory clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -46,6 +46,9 @@ ablations-qllm: $(DEV) ## QLLM's ablations on SmolLM2, with plots, into docs/abl
 
 gather: $(DEV) ## what the gather after norms costs: prefill, decoding, one norm
 	$(BIN)/python benchmarks/gather.py
+
+budget: $(DEV) ## proposed overrides against uniform and random ones at equal bits, on SmolLM2
+	$(BIN)/python benchmarks/budget.py
 
 fit-step: $(DEV) ## cost of one optimisation step against a plain forward and backward
 	$(BIN)/python benchmarks/fit_step.py
