@@ -11,6 +11,7 @@ with 4, MatMulNBits first rounds its inputs to 8 bits, a block at a time, as run
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,12 +133,18 @@ def owns(path: Path) -> bool:
 
 
 def execute(path: Path, ids: Tensor) -> Executed | None:
-    """Logits of one forward from an empty cache, in onnxruntime on the CPU."""
-    try:
-        import numpy as np
-        import onnxruntime
-    except ModuleNotFoundError:
+    """What onnxruntime makes of token ids ``(tokens,)``; ``None`` where it is not installed."""
+    if importlib.util.find_spec("onnxruntime") is None:
         return None
+    runs_on, explained = LEVELS[accuracy_level(path)]
+    return Executed(logits_of(path, ids), explained, runs_on)
+
+
+def logits_of(path: Path, ids: Tensor) -> Tensor:
+    """Logits ``(tokens, vocabulary)`` of one forward from an empty cache, in onnxruntime on the CPU."""
+    import numpy as np
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path / GRAPH, providers=["CPUExecutionProvider"])
     decoder = json.loads((path / GENAI).read_text())["model"]["decoder"]
     empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
@@ -149,8 +156,7 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
     }
     feeds = {value.name: known.get(value.name, empty) for value in session.get_inputs()}
     (logits,) = session.run(["logits"], feeds)
-    runs_on, explained = LEVELS[accuracy_level(path)]
-    return Executed(torch.from_numpy(logits[0]), explained, runs_on)
+    return torch.from_numpy(logits[0])
 
 
 EXPORTER = Exporter("", limits, write, owns, read, other, expect, execute)
