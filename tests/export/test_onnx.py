@@ -79,6 +79,10 @@ def test_every_family_reads_back_bit_for_bit_and_computes_the_same(
     assert found.logits < 2e-6  # the operator multiplies by the same values; only sums have another order
 
 
+def test_who_reads_the_graph_reads_its_data(made: Path) -> None:
+    assert (made / "model.onnx.data").stat().st_mode == (made / "model.onnx").stat().st_mode
+
+
 def test_genai_continues_like_the_simulation(run: Path, made: Path) -> None:
     ids = tiny_ids(1, 6)
     with torch.no_grad():

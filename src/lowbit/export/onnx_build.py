@@ -123,6 +123,7 @@ def _drop_default_zeros(path: Path) -> None:
     for file in (path / GRAPH, path / f"{GRAPH}.data"):
         file.unlink()
     onnx.save(model, path / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data", size_threshold=0)
+    shutil.copymode(path / GRAPH, path / f"{GRAPH}.data")  # it comes out readable by its owner only
 
 
 def _is_default(packed: Tensor, attributes: dict[str, Any]) -> bool:
