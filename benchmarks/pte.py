@@ -29,6 +29,7 @@ from lowbit.exporting import TEXT
 from lowbit.source import load_tokenizer
 
 CONTEXT, PROMPT, DECODED, ROUNDS, ANSWER = 512, 128, 32, 5, 32
+MOVED = 1e-7
 QUESTION = "The best way to learn a new language is to"
 
 
@@ -50,7 +51,7 @@ def speeds(session: Session, ids: list[int], threads: int) -> dict[str, float]:
 
 
 def agreement(folder: Path, session: Session, ids: list[int], question: list[int]) -> dict[str, Any]:
-    """Logits against three simulations, and greedy text against the nearest of them."""
+    """Logits against three simulations, greedy text against the nearest, and how far that one parts from itself."""
     run, logits = open_run(folder), session.logits(ids, 1)
     out: dict[str, Any] = {}
     with torch.no_grad():
@@ -59,8 +60,15 @@ def agreement(folder: Path, session: Session, ids: list[int], question: list[int
             out[name] = relative_error(logits, model(torch.tensor([ids])).logits[0])
         for module in run.rounded:
             model.get_submodule(module).weight.data = stored(run.qtensor(module)).dequantize()
-        out["XNNPACK's inputs and scales"] = relative_error(logits, model(torch.tensor([ids])).logits[0])
+        simulated = model(torch.tensor([ids])).logits[0]
+        out["XNNPACK's inputs and scales"] = relative_error(logits, simulated)
         answer = model.generate(torch.tensor([question]), max_new_tokens=ANSWER, do_sample=False, eos_token_id=None)
+        embedding = model.get_input_embeddings()
+        noise = torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(0))
+        embedding.weight = torch.nn.Parameter(embedding.weight * (1 + MOVED * noise), requires_grad=False)
+        out[f"that simulation against itself, embeddings moved by {MOVED}"] = relative_error(
+            model(torch.tensor([ids])).logits[0], simulated
+        )
     theirs = list(itertools.islice(session.greedy(question), ANSWER))
     pairs = zip(answer[0, len(question) :].tolist(), theirs, strict=True)
     same = next((i for i, (ours, got) in enumerate(pairs) if ours != got), ANSWER)
