@@ -142,3 +142,11 @@ def test_split_always_leaves_something_to_train_on():
         assert sorted([*train.tolist(), *held.tolist()]) == list(range(n))
         assert bool(len(held)) == (n > 1)
     assert Schedule(1, decay="cosine").rate(10, 10) == pytest.approx(0.1)
+
+
+def test_every_block_and_step_holds_out_the_same_sequences():
+    """A step must not be judged by sequences that a step before it has learned from."""
+    splits = [Schedule(1, held_out=0.25, seed=seed).split(16) for seed in (0, 7)]
+    assert torch.equal(splits[0][1], splits[1][1])
+    assert len(splits[0][1]) == 4
+    assert not set(splits[0][0].tolist()) & set(splits[0][1].tolist())

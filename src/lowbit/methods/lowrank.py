@@ -81,7 +81,7 @@ class LowRank:
         return 1 + 4 * self.epochs
 
     def schedule(self, seed: int) -> Schedule:
-        """The loop's options; ``seed`` draws what is held out and the order of the rest."""
+        """The loop's options; ``seed`` draws the order of the sequences."""
         return Schedule(self.epochs, self.batch, self.held_out, self.grad_clip, self.decay, seed)
 
     def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
