@@ -60,9 +60,9 @@ class Schedule:
     def split(self, sequences: int) -> tuple[Tensor, Tensor]:
         """Indices of the training sequences and of the held-out ones; with one sequence nothing is held out.
 
-        The draw depends on their number alone: all blocks and steps of a run hold out the same ones. Were each to draw
-        its own, a later step would be judged by sequences that earlier ones have learned from: the start, which fits
-        those, then looks better than what is learned, and nothing is kept.
+        The draw depends on their number alone: all blocks and steps of a run hold out the same ones. Were each to
+        draw its own, a later step would be judged by sequences that earlier ones have learned from: the start, which
+        fits those, then looks better than what is learned, and nothing is kept.
 
         >>> train, held = Schedule(1, held_out=0.25).split(8)
         >>> len(train), len(held)
