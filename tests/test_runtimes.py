@@ -234,6 +234,12 @@ def test_what_llama_cpp_cannot_carry_is_refused_before_any_work(
     assert not out.exists()
 
 
+def test_the_recipe_is_named_where_only_the_larger_groups_fail_by_their_size(tmp_path: Path) -> None:
+    with pytest.raises(LowbitError, match=r"vllm cannot carry .*, recipe: reassemble leaves maps after norms online"):
+        quantized(tmp_path, None, recipe="qllm", runs_on="vllm")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_runtime_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match=r"unknown runtime 'vlm': did you mean 'vllm'"):
         lowbit.quantize(str(tmp_path), tmp_path / "run", runs_on="vlm")

@@ -41,7 +41,7 @@ def settle(
             refused.append(error)
         else:
             return scheme
-    raise refused[0]
+    raise refused[-1]  # the least demanding of them: its reason is not the size of its groups
 
 
 def subject_of(plan: Plan, scheme: Scheme, recipe: Recipe, skeleton: Skeleton) -> Subject:
