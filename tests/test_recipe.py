@@ -405,3 +405,9 @@ def test_nothing_moves_maps_past_what_stays_after_a_norm(first, mover):
         recipe_from_dict({"steps": [first, mover, "rtn"]}, "mine")
     recipe_from_dict({"steps": [{next(iter(first)): {}}, mover, "rtn"]}, "mine")  # where all merges, it may
     recipe_from_dict({"steps": [mover, first, "rtn"]}, "mine")
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if "omniquant" in n or n.startswith("paper/affinequant")])
+def test_what_the_papers_have_not_is_off_in_their_recipes(name):
+    (method,) = (method for step, method in load_recipe(name).steps if step == "affinequant")
+    assert method.signs is False

@@ -35,7 +35,7 @@ from lowbit.methods import METHODS
 
 Named = tuple[str, Any]  # a method's name and its dataclass
 # How much of the epochs that a recipe asks for is spent.
-MOVERS = ("smoothquant", "awq", "affinequant")  # steps that move maps from norms into linears
+MOVERS = ("smoothquant", "signs", "awq", "affinequant")  # steps that move maps from norms into linears
 EFFORTS = {"quick": 0.3, "normal": 0.5, "paper": 1.0}
 PROTOCOL: dict[str, type] = {"scheme": str, "data": str, "samples": int, "length": int, "seed": int, "effort": str}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 takes 1e-3 for text

@@ -15,11 +15,13 @@ from lowbit.methods.gptq import GPTQ
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.rtn import RTN
+from lowbit.methods.signs import Signs
 from lowbit.methods.smoothquant import SmoothQuant
 
 METHODS: dict[str, type[Any]] = {
     "rtn": RTN,
     "smoothquant": SmoothQuant,
+    "signs": Signs,
     "awq": AWQ,
     "gptq": GPTQ,
     "affinequant": AffineQuant,

@@ -11,7 +11,8 @@ maps are merged by the code that trained them. With diagonals only this is OmniQ
 Departures, with reasons:
 
 * Maps start at the identity on a block that has SmoothQuant's scale merged already, so one learning rate suits them.
-* Diagonals are ``exp(s)``: positive and bounded.
+* Diagonals are ``exp(s)``: positive and bounded. Their signs are chosen before, where inputs are rounded with a zero
+  point (``signs.py``): no gradient leads from one to the other.
 * q and k under a rotary embedding take scaled rotations of its pairs, the maps that commute with it. The released
   codes train maps there that change the function.
 * up -> down takes a diagonal; both papers leave this site out.
@@ -33,6 +34,7 @@ from lowbit.family import module_of
 from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.rtn import RTN
+from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import SITES, Site, apply, make_site, site_name, start
 from lowbit.quant import fake_quant, minmax_grid
 from lowbit.scheme import Scheme
@@ -60,6 +62,7 @@ class AffineQuant:
         heads: map from v to o, one for each KV head.
         qk: map between q and k; under a rotary embedding ``matrix`` means scaled rotations.
         channels: map from up to down (fc1 to fc2): ``off`` or ``diagonal``.
+        signs: turn channels over first, so that a token's outliers lie on one side of zero; not in the papers.
         shift: also learn shifts where both ends of a site have a bias.
         parametrisation: of the matrices: ``masked``, ``lu``, ``blocks`` or ``svd``.
         block_size: of ``blocks``; where it does not divide a width, the next smaller number that does.
@@ -89,6 +92,7 @@ class AffineQuant:
     heads: str = "matrix"
     qk: str = "matrix"
     channels: str = "diagonal"
+    signs: bool = True
     shift: bool = True
     parametrisation: str = "masked"
     block_size: int = 16
@@ -206,6 +210,11 @@ class Trainer:
         self.base = (
             start(block, self.sites, calib.x_fp, options.init_power, calib.batch) if smooth else dict(block.params)
         )
+        self.flipped: dict[str, int] = {}
+        if options.signs and smooth:
+            # Behind another step's maps its clips may stand, which are for the weights' ranges as they were.
+            moved, edges = replace(block, params=self.base), [site.edge for site in self.sites]
+            self.base, self.flipped = with_signs(moved, calib.x_fp, scheme, calib.batch, edges)
         # In float64 the weights are turned into it once, not at every step.
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
         self.logits = self._clip_logits() if options.clip else {}
@@ -321,6 +330,7 @@ class Trainer:
             "best_epoch": fitted.best,
             "skipped_steps": fitted.skipped,
             "pulled_to_condition": self.shrunk,
+            "flipped": self.flipped,
             "merge_error": relative_error(run_all(done, some), self.calib.y_fp[:2]),
             "sites": sites,
         }

@@ -1,0 +1,156 @@
+"""Signs: exact where they merge, never worse than none, and only where a zero point can use them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowbit.block import Calib, run_all
+from lowbit.methods import signs as module
+from lowbit.methods.affinequant import AffineQuant
+from lowbit.methods.signs import Signs, best_signs, with_signs
+from lowbit.quant import QuantSpec, fake_quant_tokens
+from lowbit.scheme import parse_scheme
+from tiny import NAMES, block_of, tiny_model
+
+W4A4 = parse_scheme("w4a4")
+SPEC = QuantSpec(4, symmetric=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def ranges(low, high, signs):
+    """The sum that is made small, without any bookkeeping."""
+    top = torch.where(signs < 0, -low, high).amax(1).clamp(min=0)
+    bottom = torch.where(signs < 0, -high, low).amin(1).clamp(max=0)
+    return float((top - bottom).square().sum())
+
+
+def drawn(seed, tokens, channels, copies=1):
+    """Channels of unequal size and leaning: what signs are for."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(tokens, channels, copies, generator=generator)
+    values += 3 * torch.randn(channels, 1, generator=generator)
+    return (values.amin(2), values.amax(2)) if copies > 1 else (values[..., 0], values[..., 0])
+
+
+def inputs(block, x, params, linear):
+    seen = []
+    run_all(block, x, params, taps={linear: lambda value: seen.append(value.flatten(0, -2))})
+    return torch.cat(seen)
+
+
+def noise(x):
+    return float(((fake_quant_tokens(x, SPEC) - x).square().mean(1) / x.square().mean(1)).mean())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_float_function_stays_in_float64(name):
+    block, x = block_of(tiny_model(name), 1)
+    block, x = replace(block, params={k: v.double() for k, v in block.params.items()}), x.double()
+    params, flipped = with_signs(block, x, W4A4, 4)
+    assert sum(flipped.values()) > 0
+    assert any(not torch.equal(params[k], block.params[k]) for k in params)
+    # Nothing but signs: no value changes its size, a norm's gain that is stored as a difference apart.
+    if not block.family.norm_offset:
+        assert all(torch.equal(params[k].abs(), block.params[k].abs()) for k in params)
+    # Norms that store 1 + w compute in float32 inside the library, whatever they are given.
+    tolerance = 1e-4 if block.family.norm_offset else 1e-10
+    wanted = run_all(block, x)
+    assert float((run_all(block, x, params) - wanted).abs().max() / wanted.abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_signs_are_a_minimum_and_nearly_the_best_of_all(seed, copies):
+    low, high = drawn(seed, 40, 8, copies)
+    found = best_signs(low, high)
+    least = ranges(low, high, found)
+    assert set(found.tolist()) <= {1.0, -1.0}
+    assert least <= ranges(low, high, torch.ones(8))
+    for channel in range(8):
+        other = found.clone()
+        other[channel] *= -1
+        assert least <= ranges(low, high, other) * (1 + 1e-6)
+    everything = [ranges(low, high, torch.tensor(signs)) for signs in itertools.product((1.0, -1.0), repeat=8)]
+    assert least <= min(everything) * 1.1
+    assert least < sorted(everything)[len(everything) // 4]
+
+
+def test_the_ends_are_kept_up_to_date():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(12, 50, generator=generator)
+    ends = module._Ends(values)
+    for channel in torch.randint(0, 12, (60,), generator=generator).tolist():
+        rest = torch.cat([values[:channel], values[channel + 1 :]])
+        assert torch.equal(ends.without(channel), rest.amax(0).clamp(min=0))
+        values[channel] = torch.randn(50, generator=generator)
+        ends.update(channel)
+        assert torch.equal(ends.value, values.amax(0).clamp(min=0))
+
+
+def test_two_opposite_outliers_come_to_one_side():
+    block, x = block_of(tiny_model("llama"), 1)
+    x = x.clone()
+    x[..., 3], x[..., 47] = 12 * x.std(), -12 * x.std()
+    before = noise(inputs(block, x, block.params, "1.self_attn.q_proj"))
+    params, flipped = with_signs(block, x, W4A4, 4)
+    after = noise(inputs(block, x, params, "1.self_attn.q_proj"))
+    assert flipped["1.input_layernorm"] > 0
+    assert after < 0.5 * before
+
+
+@pytest.mark.parametrize("scheme", ["w4a16g16-sym", "w8a8-sym"])
+def test_without_a_zero_point_nothing_moves(scheme):
+    scheme = parse_scheme(scheme)
+    if scheme.act is not None:
+        assert scheme.act.symmetric
+    block, x = block_of(tiny_model("llama"), 1)
+    params, flipped = with_signs(block, x, scheme, 4)
+    assert flipped == {}
+    assert all(params[name] is block.params[name] for name in params)
+
+
+def test_a_relu_keeps_its_signs_and_a_norm_with_a_map_behind_it_too():
+    block, x = block_of(tiny_model("opt"), 1)
+    _, flipped = with_signs(block, x, W4A4, 4)
+    assert "1.fc1" not in flipped
+    assert "1.self_attn_layer_norm" in flipped
+    width = block.params["1.self_attn_layer_norm.weight"].shape[0]
+    online = replace(block, online={"1.self_attn_layer_norm": torch.eye(width)})
+    _, flipped = with_signs(online, x, W4A4, 4)
+    assert "1.self_attn_layer_norm" not in flipped
+
+
+def test_the_step_records_what_it_turned_over():
+    block, x = block_of(tiny_model("llama"), 1)
+    done = Signs()(block, Calib(x, -x, run_all(block, x)), W4A4)
+    assert set(done.record[1]["signs"]["flipped"]) == {
+        "1.input_layernorm",
+        "1.post_attention_layernorm",
+        "1.self_attn.v_proj",
+        "1.mlp.up_proj",
+    }
+
+
+def test_affinequant_takes_signs_at_its_own_sites_and_not_behind_another_steps_clips():
+    block, x = block_of(tiny_model("llama"), 1)
+    calib = Calib(x, x, run_all(block, x))
+
+    def flipped(**options):
+        done = AffineQuant(epochs=0, held_out=0, **options)(block, calib, W4A4)
+        return set(done.record[1]["affinequant"]["flipped"])
+
+    assert "1.mlp.up_proj" in flipped()
+    assert "1.mlp.up_proj" not in flipped(channels="off")
+    assert flipped(signs=False) == set()
+    assert flipped(start="given") == set()
