@@ -126,7 +126,8 @@ def test_what_is_trained_is_what_ships(precision, scheme, name):
         assert torch.equal(q.dequantize(), last[f"{linear}.weight"]), linear
     for key, value in done.params.items():
         assert torch.equal(value, last[key]) or key.removesuffix(".weight") in done.qweights
-    y = run(done, calib.x_q, done.quantized_params(), scheme)
+    # In the dtype that it was trained in: one activation that is nearly a tie may round the other way in another.
+    y = run(done, calib.x_q.to(trainer.run_dtype), done.quantized_params(), scheme)
     assert relative_error(y, calib.y_fp) == pytest.approx(error, rel=1e-4)
 
 

@@ -42,7 +42,8 @@ def case(name, start=1, count=1):
 
 def scheme_for(steps, groups="g16"):
     """Activations too where the recipe is about them."""
-    return parse_scheme("w4a8" if "smoothquant" in steps else f"w4a16{groups}")
+    about_inputs = {"smoothquant", "signs"} & set(steps)
+    return parse_scheme("w4a8" if about_inputs else f"w4a16{groups}")
 
 
 def method_of(name):
