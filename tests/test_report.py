@@ -94,6 +94,7 @@ def test_one_run_shows_its_charts(root, tmp_path):
         "condition number of each learned map by block",
         "error that each linear of affinequant makes alone",
         "dominance margin of each learned map by block",
+        "channels turned over at each site by block",
         "mlp: gate_proj, up_proj: how many times the median channel the largest one is, by block",
     ):
         assert wanted in charts

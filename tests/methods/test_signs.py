@@ -134,7 +134,7 @@ def test_a_relu_keeps_its_signs_and_a_norm_with_a_map_behind_it_too():
 def test_the_step_records_what_it_turned_over():
     block, x = block_of(tiny_model("llama"), 1)
     done = Signs()(block, Calib(x, -x, run_all(block, x)), W4A4)
-    assert set(done.record[1]["signs"]["flipped"]) == {
+    assert set(done.record[1]["signs"]["turned_over"]) == {
         "1.input_layernorm",
         "1.post_attention_layernorm",
         "1.self_attn.v_proj",
@@ -148,9 +148,10 @@ def test_affinequant_takes_signs_at_its_own_sites_and_not_behind_another_steps_c
 
     def flipped(**options):
         done = AffineQuant(epochs=0, held_out=0, **options)(block, calib, W4A4)
-        return set(done.record[1]["affinequant"]["flipped"])
+        sites = done.record[1]["affinequant"]["sites"]
+        return {name for name, facts in sites.items() if "turned_over" in facts}
 
-    assert "1.mlp.up_proj" in flipped()
-    assert "1.mlp.up_proj" not in flipped(channels="off")
+    assert flipped() == {"1.qkv", "1.mlp", "1.heads", "1.channels"}
+    assert flipped(channels="off") == {"1.qkv", "1.mlp", "1.heads"}
     assert flipped(signs=False) == set()
     assert flipped(start="given") == set()

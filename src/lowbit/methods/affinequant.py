@@ -323,6 +323,8 @@ class Trainer:
             facts: dict[str, Any] = {"map": site.map.kind, "condition": float(site.map.conditions().max())}
             if self.options.dominance != "off" and site.map.is_matrix:
                 facts["margin"] = float(site.map.margins().min())
+            if (turned := self.flipped.get(module_of(site.edge.src))) is not None:
+                facts["turned_over"] = turned
             sites[_key(site)] = facts
         return {
             "loss": fitted.train,
@@ -330,7 +332,6 @@ class Trainer:
             "best_epoch": fitted.best,
             "skipped_steps": fitted.skipped,
             "pulled_to_condition": self.shrunk,
-            "flipped": self.flipped,
             "merge_error": relative_error(run_all(done, some), self.calib.y_fp[:2]),
             "sites": sites,
         }

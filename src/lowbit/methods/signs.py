@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, observe
+from lowbit.block import Block, Calib, observe, recorded
 from lowbit.family import Edge, module_of
 from lowbit.move import Params, move
 from lowbit.scheme import Scheme
@@ -40,8 +40,7 @@ class Signs:
     def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
         """The block with channels turned over; its float function is unchanged."""
         params, flipped = with_signs(block, calib.x_fp, scheme, calib.batch)
-        record = {**block.record, block.start: {**block.record.get(block.start, {}), "signs": {"flipped": flipped}}}
-        return replace(block, params=params, record=record)
+        return replace(block, params=params, record=recorded(block, "signs", {"turned_over": flipped}))
 
 
 def _can(block: Block, edge: Edge, scheme: Scheme) -> bool:

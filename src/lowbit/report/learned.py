@@ -91,8 +91,8 @@ def matrices(run: RunFacts) -> list[LearnedMatrix]:
 
 
 def conditions(run: RunFacts) -> list[tuple[str, Markup | None]]:
-    """Charts of the maps' condition numbers and, for matrices, dominance margins by block; a line for each site."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {"condition": {}, "margin": {}}
+    """Charts of the maps' conditions, of matrices' dominance margins, of signs, by block; a line for each site."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {"condition": {}, "margin": {}, "turned_over": {}}
     for _, _, figures in records(run):
         for name, one in figures.get("sites", {}).items():
             block, _, site = name.partition(".")
@@ -102,10 +102,14 @@ def conditions(run: RunFacts) -> list[tuple[str, Markup | None]]:
     if not found["condition"]:
         return []
     order = list(found["condition"])
-    labels = (("condition", "condition number", True), ("margin", "dominance margin", False))
+    labels = (
+        ("condition", "condition number", " of each learned map", True),
+        ("margin", "dominance margin", " of each learned map", False),
+        ("turned_over", "channels turned over", " at each site", False),
+    )
     return [
-        (label, lines(f"{label} of each learned map by block", series, "block", label, log=log))
-        for what, label, log in labels
+        (label, lines(f"{label}{of} by block", series, "block", label, log=log))
+        for what, label, of, log in labels
         if (series := [Series(site, points, order.index(site)) for site, points in found[what].items()])
     ]
 
