@@ -182,8 +182,8 @@ def main() -> None:
     runs = turns.runs_of(chosen, texts, *SCHEMES)
     with tempfile.TemporaryDirectory() as name:
         files, exact = our_files(runs, Path(name))
-        files |= their_files(float_run(texts.source.folder), texts.drawn.ids, Path(name))
-        rows = measure(files, texts.scored.ids, chosen.threads)
+        theirs = their_files(float_run(texts.source.folder), texts.drawn.ids, Path(name))
+        rows = measure({FLOAT: theirs[FLOAT], **files, **theirs}, texts.scored.ids, chosen.threads)
         busy = turns.machine(chosen.threads)
         beside = {name: agreement(run, path, texts.scored.ids) for name, (run, path) in exact.items()}
     found = {"rows": rows, "agreement": beside, "runs": turns.commands(runs)} | texts.told

@@ -62,7 +62,8 @@ def protocol(found: Mapping[str, Any], what: str, base: str) -> list[str]:
         f"* Speed: {found['speed']};",
         f"  in each round every {what} has its turn. Medians; ratios are medians of each round's ratio to",
         f"  {base}. With one thread, time is the process's own CPU time.",
-        f"* {found['runtime']}; {found['machine']}.",
+        f"* {found['runtime']}.",
+        f"* {found['machine']}.",
         "",
     ]
 
@@ -85,10 +86,10 @@ def files(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "This model's width, 576, is no multiple of 256: llama.cpp gives K types' matrices larger types there, so",
         "its Q4_K_M is a larger file. Its Q4_1 is left out: the reference weights come from a Q4_1 file, which that",
-        "type reproduces by construction; in a Q4_0 file with an importance matrix it gives that type to some",
-        "matrices, see the column. Embeddings, which are the head too, are Q8_0 in all rounded files. Our files and",
-        "llama.cpp's of the same name have the same types in the same places (but for that Q4_1), so they run at",
-        "the same speed but for noise.",
+        "type reproduces by construction; with an importance matrix it gives that type (in a Q5_0 file: Q5_1) to",
+        "some matrices, see the column. Embeddings, which are the head too, are Q8_0 in all rounded files. Our files",
+        "and llama.cpp's without importance matrix have the same types in the same places where they have the same",
+        "name, so they run at the same speed but for noise.",
         "",
     ]
 
@@ -104,7 +105,8 @@ def equal_size(rows: list[dict[str, Any]]) -> list[str]:
         )
         lines += [
             f"* **{ours['file']}**, {ours['bytes'] / 1e6:.1f} MB, perplexity {ours['perplexity']:.3f}.",
-            f"  Better: {_named(better)}. Worse: {_named(worse)}.",
+            f"  Better than it: {_named(better)}.",
+            f"  Worse than it: {_named(worse)}.",
         ]
     return [*lines, ""]
 
