@@ -131,7 +131,7 @@ def measure(folders: Mapping[str, Path], ids: Tensor, threads: int) -> list[dict
 
 def continuations(run: Run, folder: Path, threads: int) -> list[dict[str, Any]]:
     """Greedy text of our graph in onnxruntime-genai beside the simulation's; it goes on after an end of text."""
-    model = opened(folder, threads, eos_token_id=[])
+    model = opened(folder, threads, eos_token_id=-1)  # no token is the end
 
     def greedy(ids: list[int], tokens: int) -> list[int]:
         made = generator(model, len(ids) + tokens)
@@ -153,9 +153,9 @@ def main() -> None:
         raise LowbitError(f"--run: give one run, of {SCHEME}, which their quantizer's graph is made like")
     with tempfile.TemporaryDirectory() as name:
         folders = make_folders(run, texts.source.folder, Path(name))
+        spoken = continuations(run, folders[OURS.format(0)], chosen.threads)
         rows = measure(folders, texts.scored.ids, chosen.threads)
         busy = turns.machine(chosen.threads)
-        spoken = continuations(run, folders[OURS.format(0)], chosen.threads)
     found = {"rows": rows, "greedy": spoken, "runs": turns.commands([run])} | texts.told
     found |= {
         "simulated": {
