@@ -35,8 +35,9 @@ def onnx(found: Mapping[str, Any]) -> str:
             "* Level 0 multiplies in float32, level 4 rounds the inputs of every linear to 8 bits.",
             *protocol(found, "graph", "their graph at the same level (float: at level 0)"),
             *graphs(found["rows"], found["simulated"]),
-            "## Text",
+            "## Does it write what the simulation writes?",
             "",
+            *gaps("onnxruntime-genai"),
             *greedy(found["greedy"], "onnxruntime-genai"),
         ]
     )
@@ -105,14 +106,18 @@ def equal_size(rows: list[dict[str, Any]]) -> list[str]:
         )
         lines += [
             f"* **{ours['file']}**, {ours['bytes'] / 1e6:.1f} MB, perplexity {ours['perplexity']:.3f}.",
-            f"  Better than it: {_named(better)}.",
-            f"  Worse than it: {_named(worse)}.",
+            f"  Better than it: {_named(better, ours)}.",
+            f"  Worse than it: {_named(worse, ours)}.",
         ]
     return [*lines, ""]
 
 
-def _named(rows: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{row['file'].replace(', ', ' with ')} ({row['perplexity']:.3f})" for row in rows) or "none"
+def _named(rows: list[dict[str, Any]], ours: Mapping[str, Any]) -> str:
+    told = []
+    for row in rows:
+        name, change = row["file"].replace(", ", " with "), row["perplexity"] / ours["perplexity"] - 1
+        told.append(f"{name} ({row['perplexity']:.3f}, {change:+.1%})")
+    return ", ".join(told) or "none"
 
 
 def likeness(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -128,17 +133,24 @@ def likeness(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         *(f"| {name} | {' | '.join(f'{one[name]:.3f}' for one in found.values())} |" for name in names),
         "",
     ]
+    lines += gaps("llama.cpp")
     for name, one in found.items():
         lines += [f"### {name}, greedy text", "", *greedy(one["greedy"], "llama.cpp")]
     return lines
 
 
+def gaps(runtime: str) -> list[str]:
+    """What the last column of ``greedy`` is."""
+    return [
+        f"Greedy text: where {runtime} and the simulation (inputs in float) part, the gap between their tokens is",
+        "given, in the simulation's logits and in units of their spread. A small one is a near-tie.",
+        "",
+    ]
+
+
 def greedy(rows: list[dict[str, Any]], runtime: str) -> list[str]:
     """The table of a runtime's continuations."""
     lines = [
-        f"Where {runtime} and the simulation (inputs in float) part, the gap between their tokens is given, in the",
-        "simulation's logits and in units of their spread: a small one is a near-tie.",
-        "",
         f"| prompt | {runtime} goes on | same tokens | gap there |",
         "|---|---|---:|---:|",
     ]

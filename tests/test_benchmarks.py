@@ -126,8 +126,8 @@ def test_the_page_says_what_is_better_and_worse_at_equal_size():
     made = [{"file": name, "bytes": mb * 1e6, "perplexity": value} for name, (mb, value) in sizes.items()]
     lines = runtimes_page.equal_size(made)
     assert "* **lowbit Q5_0**, 105.0 MB, perplexity 37.500." in lines
-    assert "  Better than it: llama.cpp Q4_K_M with imatrix (37.000)." in lines
-    assert "  Worse than it: llama.cpp Q5_0 (38.000)." in lines
+    assert "  Better than it: llama.cpp Q4_K_M with imatrix (37.000, -1.3%)." in lines
+    assert "  Worse than it: llama.cpp Q5_0 (38.000, +1.3%)." in lines
 
 
 @pytest.mark.parametrize("kind", ["norm", "channels"])
