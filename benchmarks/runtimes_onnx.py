@@ -131,7 +131,8 @@ def measure(folders: Mapping[str, Path], ids: Tensor, threads: int) -> list[dict
 
 def continuations(run: Run, folder: Path, threads: int) -> list[dict[str, Any]]:
     """Greedy text of our graph in onnxruntime-genai beside the simulation's; it goes on after an end of text."""
-    model = opened(folder, threads, eos_token_id=-1)  # no token is the end
+    # It stops at a token of its config, which must be one of the vocabulary: the last, which no text here has.
+    model = opened(folder, threads, eos_token_id=run.subject.config.vocab_size - 1)
 
     def greedy(ids: list[int], tokens: int) -> list[int]:
         made = generator(model, len(ids) + tokens)
