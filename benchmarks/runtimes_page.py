@@ -171,4 +171,9 @@ def graphs(rows: list[dict[str, Any]], simulated: Mapping[str, float]) -> list[s
         beside = f"{simulated[row['file']]:.3f}" if row["file"] in simulated else ""
         cells = [row["file"], f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}", beside, speed(row)]
         lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    found = {row["file"]: row["perplexity"] for row in rows}
+    for name in simulated:
+        theirs = found[name.replace(OURS, "onnxruntime")]
+        lines.append(f"* {name}: {found[name] / theirs - 1:+.1%} in perplexity against theirs, at equal size.")
     return [*lines, ""]

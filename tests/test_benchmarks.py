@@ -130,6 +130,15 @@ def test_the_page_says_what_is_better_and_worse_at_equal_size():
     assert "  Worse than it: llama.cpp Q5_0 (38.000, +1.3%)." in lines
 
 
+def test_the_page_on_onnx_compares_graphs_of_one_level():
+    speeds = {"prefill": 1, "prefill_ratio": 1, "decode": 1, "decode_ratio": 1}
+    values = {"float": 9.0, "lowbit, level 0": 10.0, "onnxruntime, level 0": 12.5}
+    made = [{"file": name, "bytes": 1e8, "perplexity": value, **speeds} for name, value in values.items()]
+    lines = runtimes_page.graphs(made, {"lowbit, level 0": 10.001})
+    assert "| lowbit, level 0 | 100.0 | 10.000 | 10.001 | 1 | 1.00 | 1 | 1.00 |" in lines
+    assert "* lowbit, level 0: -20.0% in perplexity against theirs, at equal size." in lines
+
+
 @pytest.mark.parametrize("kind", ["norm", "channels"])
 def test_a_wider_layer_computes_what_the_layer_did(kind):
     block, x = block_of(tiny_model("llama"), 1, dtype=torch.float64)
