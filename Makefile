@@ -7,7 +7,7 @@ DEV := $(VENV)/.installed-dev
 # extras with runtimes that `make test` does not need
 RUNTIMES := llamacpp,executorch
 
-.PHONY: help demo test check slow test-runtimes format results ablations ablations-qllm gather budget fit-step memory clean
+.PHONY: help demo test check slow test-runtimes format results runtimes runtimes-onnx ablations ablations-qllm gather budget fit-step memory clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -35,6 +35,15 @@ format: $(DEV) ## format and fix what can be fixed
 
 results: $(DEV) ## measure the methods on SmolLM2, perplexity and tasks, into docs/results.md (WIKITEXT2=<folder> adds WikiText-2)
 	$(BIN)/python benchmarks/results.py $(if $(WIKITEXT2),--wikitext2 $(WIKITEXT2))
+
+TEXTS = $(if $(WIKITEXT2),--calibration $(WIKITEXT2)/wiki.valid.raw --evaluation $(WIKITEXT2)/wiki.test.raw)
+
+runtimes: $(DEV) ## our files beside llama.cpp's own in llama.cpp (compiled once), into docs/runtimes.md (WIKITEXT2=<folder>: on WikiText-2)
+	$(BIN)/python -m pip install --progress-bar on --editable '.[llamacpp]'
+	$(BIN)/python benchmarks/runtimes.py $(TEXTS)
+
+runtimes-onnx: $(DEV) ## our graph beside onnxruntime's own in onnxruntime, into docs/runtimes-onnx.md (WIKITEXT2=<folder>: on WikiText-2)
+	$(BIN)/python benchmarks/runtimes_onnx.py $(TEXTS)
 
 ablations: $(DEV) ## AffineQuant's ablations on SmolLM2 and a small OPT, with plots, into docs/ablations
 	$(BIN)/python -m pip install --quiet --editable '.[plots]'

@@ -1,4 +1,4 @@
-"""What ``runtimes.py`` measured, as a page."""
+"""What ``runtimes.py`` and ``runtimes_onnx.py`` measured, as pages."""
 
 from __future__ import annotations
 
@@ -6,74 +6,174 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-
-def page(found: Mapping[str, Any]) -> str:
-    """The measurements as Markdown."""
-    return "\n".join([*heading(found), *comparison(found["rows"]), *likeness(found["agreement"])])
+OURS, THEIRS, FLOAT = "lowbit", "llama.cpp", "float F32"
+NEAR = 0.01
 
 
-def heading(found: Mapping[str, Any]) -> list[str]:
-    """What was measured and how."""
+def llamacpp(found: Mapping[str, Any]) -> str:
+    """The page on llama.cpp."""
+    return "\n".join(
+        [
+            *heading("llama.cpp: our files beside its own quantizer's", "runtimes", found),
+            "* Theirs: llama.cpp's quantizer on the same float model; imatrix: with an importance matrix of those",
+            "  tokens, the mean square of each linear's inputs.",
+            *protocol(found, "file", "llama.cpp's Q4_0"),
+            *files(found["rows"]),
+            *equal_size(found["rows"]),
+            *likeness(found["agreement"]),
+        ]
+    )
+
+
+def onnx(found: Mapping[str, Any]) -> str:
+    """The page on ONNX Runtime."""
+    return "\n".join(
+        [
+            *heading("ONNX Runtime: our graph beside its own quantizer's", "runtimes-onnx", found),
+            "* Theirs: `MatMulNBitsQuantizer` with its default method, round to nearest, on the float graph of",
+            "  the same builder: blocks of 32, symmetric. Operators are the same; embeddings and head are float32.",
+            "* Level 0 multiplies in float32, level 4 rounds the inputs of every linear to 8 bits.",
+            *protocol(found, "graph", "their graph at the same level (float: at level 0)"),
+            *graphs(found["rows"], found["simulated"]),
+            "## Does it write what the simulation writes?",
+            "",
+            *gaps("onnxruntime-genai"),
+            *greedy(found["greedy"], "onnxruntime-genai"),
+        ]
+    )
+
+
+def heading(title: str, target: str, found: Mapping[str, Any]) -> list[str]:
+    """Title and our runs."""
     return [
-        "# llama.cpp: our file beside its own quantizer's",
+        f"# {title}",
         "",
-        "Made by `python benchmarks/runtimes.py`; the numbers are in `runtimes.json`. SmolLM2-135M-Instruct.",
+        f"Made by `make {target}`; the numbers are in `{target}.json`. SmolLM2-135M-Instruct.",
         "",
-        f"* Our run: `{found['run']}`.",
-        f"  It and the importance matrix (imatrix) saw {found['calibration']}.",
-        f"* Perplexity: llama.cpp's own logits on {found['evaluation']},",
+        f"* Ours, which saw {found['calibration']}:",
+        *(f"  `{command}`" for command in found["runs"]),
+    ]
+
+
+def protocol(found: Mapping[str, Any], what: str, base: str) -> list[str]:
+    """How perplexity and speed were measured."""
+    return [
+        f"* Perplexity: the runtime's own logits on {found['evaluation']},",
         "  no BOS, every token but a window's first.",
         f"* Speed: {found['speed']};",
-        "  in each round every file has its turn. Medians; ratios are medians of each round's ratio to llama.cpp's",
-        "  Q4_0. With one thread, time is the process's own CPU time.",
+        f"  in each round every {what} has its turn. Medians; ratios are medians of each round's ratio to",
+        f"  {base}. With one thread, time is the process's own CPU time.",
         f"* {found['runtime']}.",
+        f"* {found['machine']}.",
         "",
     ]
 
 
-def comparison(rows: list[dict[str, Any]]) -> list[str]:
+def speed(row: Mapping[str, Any]) -> str:
+    return " | ".join(f"{row[what]:.0f} | {row[what + '_ratio']:.2f}" for what in ("prefill", "decode"))
+
+
+def files(rows: list[dict[str, Any]]) -> list[str]:
     """The table of files."""
     lines = [
         "| file | MB | matrices | perplexity | prompt tok/s | ratio | decode tok/s | ratio |",
         "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        speed = [f"{row[what]:.0f} | {row[what + '_ratio']:.2f}" for what in ("prefill", "decode")]
-        cells = [row["file"], f"{row['bytes'] / 1e6:.1f}", row["types"], f"{row['perplexity']:.3f}", *speed]
+        cells = [row["file"], f"{row['bytes'] / 1e6:.1f}", row["types"], f"{row['perplexity']:.3f}", speed(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return [
         *lines,
         "",
         "This model's width, 576, is no multiple of 256: llama.cpp gives K types' matrices larger types there, so",
         "its Q4_K_M is a larger file. Its Q4_1 is left out: the reference weights come from a Q4_1 file, which that",
-        "type reproduces by construction; in a Q4_0 file with an importance matrix it gives that type to some",
-        "matrices, see the column. Embeddings, which are the head too, are Q8_0 in all rounded files. Our Q4_0 file",
-        "and llama.cpp's have the same types in the same places, so they run at the same speed but for noise.",
+        "type reproduces by construction; with an importance matrix it gives that type (in a Q5_0 file: Q5_1) to",
+        "some matrices, see the column. Embeddings, which are the head too, are Q8_0 in all rounded files. Our files",
+        "and llama.cpp's without importance matrix have the same types in the same places where they have the same",
+        "name, so they run at the same speed but for noise.",
         "",
     ]
 
 
-def likeness(found: Mapping[str, Any]) -> list[str]:
+def equal_size(rows: list[dict[str, Any]]) -> list[str]:
+    """What is better and what is worse than each file of ours, at its size."""
+    lines = [f"## At equal size (within {NEAR:.0%})", ""]
+    for ours in (row for row in rows if row["file"].startswith(OURS)):
+        near = [row for row in rows if row is not ours and abs(row["bytes"] / ours["bytes"] - 1) < NEAR]
+        near.sort(key=lambda row: float(row["perplexity"]))
+        better, worse = (
+            [row for row in near if (row["perplexity"] < ours["perplexity"]) is is_] for is_ in (True, False)
+        )
+        lines += [
+            f"* **{ours['file']}**, {ours['bytes'] / 1e6:.1f} MB, perplexity {ours['perplexity']:.3f}.",
+            f"  Better than it: {_named(better, ours)}.",
+            f"  Worse than it: {_named(worse, ours)}.",
+        ]
+    return [*lines, ""]
+
+
+def _named(rows: list[dict[str, Any]], ours: Mapping[str, Any]) -> str:
+    told = []
+    for row in rows:
+        name, change = row["file"].replace(", ", " with "), row["perplexity"] / ours["perplexity"] - 1
+        told.append(f"{name} ({row['perplexity']:.3f}, {change:+.1%})")
+    return ", ".join(told) or "none"
+
+
+def likeness(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """How llama.cpp's results compare with the simulation's."""
     names = ("simulation", "simulation, inputs at 8 bits", "llama.cpp")
     lines = [
         "## Does llama.cpp compute what was evaluated?",
         "",
-        "On the same tokens, our file with float embeddings, keys and values in float32:",
+        "On the same tokens, our files with float embeddings, keys and values in float32:",
         "",
-        "| | perplexity |",
-        "|---|---:|",
-        *(f"| {name} | {found[name]:.3f} |" for name in names),
+        f"| perplexity | {' | '.join(found)} |",
+        f"|---|{'---:|' * len(found)}",
+        *(f"| {name} | {' | '.join(f'{one[name]:.3f}' for one in found.values())} |" for name in names),
         "",
-        "Greedy text. Where llama.cpp and the simulation (inputs in float) part, the gap between their tokens is",
-        "given, in the simulation's logits and in units of their spread: a small one is a near-tie, which inputs",
-        "at 8 bits may decide.",
+    ]
+    lines += gaps("llama.cpp")
+    for name, one in found.items():
+        lines += [f"### {name}, greedy text", "", *greedy(one["greedy"], "llama.cpp")]
+    return lines
+
+
+def gaps(runtime: str) -> list[str]:
+    """What the last column of ``greedy`` is."""
+    return [
+        f"Greedy text: where {runtime} and the simulation (inputs in float) part, the gap between their tokens is",
+        "given, in the simulation's logits and in units of their spread. A small one is a near-tie.",
         "",
-        "| prompt | llama.cpp goes on | same tokens | gap there |",
+    ]
+
+
+def greedy(rows: list[dict[str, Any]], runtime: str) -> list[str]:
+    """The table of a runtime's continuations."""
+    lines = [
+        f"| prompt | {runtime} goes on | same tokens | gap there |",
         "|---|---|---:|---:|",
     ]
-    for one in found["greedy"]:
+    for one in rows:
         gap = "-" if one["gap"] is None else f"{one['gap']:.3f}"
         text = json.dumps(one["text"], ensure_ascii=False).replace("|", "\\|")
         lines.append(f"| {one['prompt']} | {text} | {one['same']} of {one['of']} | {gap} |")
+    return [*lines, ""]
+
+
+def graphs(rows: list[dict[str, Any]], simulated: Mapping[str, float]) -> list[str]:
+    """The table of graphs, the simulation's perplexity beside ours."""
+    lines = [
+        "| graph | MB | perplexity | simulation | prompt tok/s | ratio | decode tok/s | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        beside = f"{simulated[row['file']]:.3f}" if row["file"] in simulated else ""
+        cells = [row["file"], f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}", beside, speed(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    found = {row["file"]: row["perplexity"] for row in rows}
+    for name in simulated:
+        theirs = found[name.replace(OURS, "onnxruntime")]
+        lines.append(f"* {name}: {found[name] / theirs - 1:+.1%} in perplexity against theirs, at equal size.")
     return [*lines, ""]

@@ -18,6 +18,8 @@ import ablate_affinequant
 import ablate_qllm
 import results
 import rows
+import runtimes_page
+import turns
 import widths
 
 
@@ -73,6 +75,68 @@ def test_figures_are_kept_by_what_they_measured_and_by_the_sources(tmp_path, mon
     assert rows.kept(tmp_path, rows.Row("demo", "w4a4", "rtn", 30, blocks=4), measure, fresh=False) == {"figure": 3}
     monkeypatch.setattr(rows, "sources", lambda: "others")
     assert rows.kept(tmp_path, what, measure, fresh=False) == {"figure": 4}
+
+
+def test_speeds_are_measured_in_turns_and_compared_within_each_round(monkeypatch):
+    """A machine that gets slower by the round leaves ratios alone: ``b`` takes twice as long as ``a``."""
+    now, told = [0.0], []
+    monkeypatch.setattr(turns.time, "process_time", lambda: now[0])
+
+    def start(name, cost):
+        def spend(seconds):
+            now[0] += seconds * (1 + told.count(name))
+
+        def begin():
+            told.append(name)
+            return lambda: spend(10 * cost), lambda _: spend(cost)
+
+        return begin
+
+    timed = turns.speeds({"a": start("a", 1.0), "b": start("b", 2.0)}, 512, threads=1)
+    assert told == ["a", "b"] * (turns.ROUNDS + 1)
+    assert timed["a"]["prefill"] == pytest.approx([512 / 10 / slow for slow in (3, 4, 5, 6, 7)])
+    found = turns.medians(timed, lambda _: "b")
+    assert found["a"] == pytest.approx({"prefill": 10.24, "prefill_ratio": 2, "decode": 0.2, "decode_ratio": 2})
+
+
+def test_a_text_beside_the_simulations_parts_at_the_first_other_token():
+    model = tiny_model("llama").eval()
+    given = torch.tensor([[1, 2, 3]])
+    answer = model.generate(given, max_new_tokens=turns.ANSWER, do_sample=False, eos_token_id=None)[0, 3:].tolist()
+
+    class Tokenizer:
+        def __call__(self, prompt, return_tensors):
+            return type("Found", (), {"input_ids": given})
+
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    found = turns.beside(model, Tokenizer(), "x", lambda ids, tokens: answer[:tokens] if ids == [1, 2, 3] else [])
+    assert (found["same"], found["gap"]) == (turns.ANSWER, None)
+    other = (answer[4] + 1) % model.config.vocab_size
+    found = turns.beside(model, Tokenizer(), "x", lambda ids, tokens: [*answer[:4], other, *answer[5:tokens]])
+    scores = model(torch.tensor([[1, 2, 3, *answer[:4]]])).logits[0, -1].detach()
+    assert found["same"] == 4
+    assert found["gap"] == pytest.approx(float((scores[answer[4]] - scores[other]) / scores.std()))
+
+
+def test_the_page_says_what_is_better_and_worse_at_equal_size():
+    sizes = {"float F32": (540, 36.0), "lowbit Q5_0": (105, 37.5), "llama.cpp Q5_0": (105, 38.0)}
+    sizes |= {"llama.cpp Q4_K_M, imatrix": (105.5, 37.0), "llama.cpp Q4_0": (92, 39.0)}
+    made = [{"file": name, "bytes": mb * 1e6, "perplexity": value} for name, (mb, value) in sizes.items()]
+    lines = runtimes_page.equal_size(made)
+    assert "* **lowbit Q5_0**, 105.0 MB, perplexity 37.500." in lines
+    assert "  Better than it: llama.cpp Q4_K_M with imatrix (37.000, -1.3%)." in lines
+    assert "  Worse than it: llama.cpp Q5_0 (38.000, +1.3%)." in lines
+
+
+def test_the_page_on_onnx_compares_graphs_of_one_level():
+    speeds = {"prefill": 1, "prefill_ratio": 1, "decode": 1, "decode_ratio": 1}
+    values = {"float": 9.0, "lowbit, level 0": 10.0, "onnxruntime, level 0": 12.5}
+    made = [{"file": name, "bytes": 1e8, "perplexity": value, **speeds} for name, value in values.items()]
+    lines = runtimes_page.graphs(made, {"lowbit, level 0": 10.001})
+    assert "| lowbit, level 0 | 100.0 | 10.000 | 10.001 | 1 | 1.00 | 1 | 1.00 |" in lines
+    assert "* lowbit, level 0: -20.0% in perplexity against theirs, at equal size." in lines
 
 
 @pytest.mark.parametrize("kind", ["norm", "channels"])
