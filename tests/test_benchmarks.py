@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_a_scheme_of_the_results_has_its_own_table_with_float_in_the_first_row()
         mean = {"affinequant": {"acc": acc, "acc_norm": acc + 0.1}}
         return {"perplexity": {"a": perplexity}, "zero_shot": {"tasks": tasks, "averages": mean}, **more}
 
-    cost = {"bits_per_weight": 4.25, "seconds": 12.3, "peak_memory_bytes": 8e8}
+    cost = {"bits_per_weight": 4.25, "cost": {"seconds": 12.3, "peak_memory_bytes": 8e8}}
     protocol = results.Protocol("builtin", (("Text", "a"),), 1024, 4)
     rows_ = {"float": made(20.0, 0.75), "rtn": made(30.0, 0.5, **cost)}
     lines = results.table(protocol, "w4a16g64-sym", rows_)
@@ -59,6 +60,24 @@ def test_a_scheme_of_the_results_has_its_own_table_with_float_in_the_first_row()
     assert "| float | 32 | 20.000 | 1.000 | - | - |" in lines
     assert "| rtn | 4.250 | 30.000 | 1.500 | 12 | 0.80 GB |" in lines
     assert sum("| 50.0 ± 2.4 | 60.0 |" in line for line in lines) == 1
+
+
+def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
+    """Two blocks of 3 and 4 seconds, then an evaluation of 99 that tells its seconds under the same name."""
+
+    def command(verb, *words):
+        if verb == "evaluate":
+            return {"perplexity": {"a": 9.0}, "seconds": 99.0, "peak_memory_bytes": 5e9}
+        folder = Path(words[words.index("--out") + 1])
+        folder.mkdir()
+        blocks = [{"seconds": 3.0, "peak_memory_bytes": 7e8}, {"seconds": 4.0, "peak_memory_bytes": 8e8}]
+        (folder / "lowbit-timing.json").write_text(json.dumps({"blocks": blocks}))
+        (folder / "lowbit.json").write_text(json.dumps({"versions": {}}))
+        return {"bits_per_weight": 4.25, "warnings": [], "seconds": 8.0, "peak_memory_bytes": 8e8}
+
+    monkeypatch.setattr(results, "lowbit", command)
+    row = results.Protocol("builtin", (("Text", "a"),), 1024, 4).measure("w4a16g64-sym", "rtn")
+    assert row["cost"] == {"seconds": 7.0, "peak_memory_bytes": 8e8}
 
 
 def test_figures_are_kept_by_what_they_measured_and_by_the_sources(tmp_path, monkeypatch):
