@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.block import Block, observe
+from lowbit.learn import loss_unit, relative_loss
 from lowbit.methods.signs import with_signs
 from lowbit.methods.smoothquant import SmoothQuant
 from lowbit.quant import QuantSpec, fake_quant_tokens
@@ -33,9 +34,8 @@ def noise(block: Block, params: Mapping[str, Tensor], x: Tensor, spec: QuantSpec
     observe(block, x, {name: rows.append for name, rows in seen.items()}, params, batch=BATCH)
     out = []
     for rows in seen.values():
-        value = torch.cat(rows).flatten(0, 1)
-        error = (fake_quant_tokens(value, spec) - value).square().mean(1) / value.square().mean(1)
-        out.append(float(error.mean()))
+        value = torch.cat(rows)
+        out.append(float(relative_loss(fake_quant_tokens(value, spec), value, loss_unit(value, "token"))))
     return out
 
 

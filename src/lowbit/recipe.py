@@ -34,8 +34,8 @@ from lowbit.errors import LowbitError, unknown
 from lowbit.methods import METHODS
 
 Named = tuple[str, Any]  # a method's name and its dataclass
-# How much of the epochs that a recipe asks for is spent.
 MOVERS = ("smoothquant", "signs", "awq", "affinequant")  # steps that move maps from norms into linears
+# How much of the epochs that a recipe asks for is spent.
 EFFORTS = {"quick": 0.3, "normal": 0.5, "paper": 1.0}
 PROTOCOL: dict[str, type] = {"scheme": str, "data": str, "samples": int, "length": int, "seed": int, "effort": str}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 takes 1e-3 for text

@@ -22,14 +22,6 @@ from tiny import NAMES, block_of, tiny_model
 W4A4, W3 = parse_scheme("w4a4"), parse_scheme("w3a16g16-asym")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def case(name, dtype=torch.float32, start=1):
     block, x = block_of(tiny_model(name), start, dtype=dtype)
     return block, Calib(x, x, run_all(block, x))

@@ -25,14 +25,6 @@ W4A4 = parse_scheme("w4a4")
 KINDS = ["bipartite", "one-to-one"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def problem(channels=14, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(30, channels, generator=generator, dtype=torch.float64)

@@ -23,15 +23,6 @@ RECIPES = [name for name in recipe_names() if "/" not in name]
 RECIPE_CASES = EVERYWHERE + [(recipe, name) for recipe in RECIPES if recipe != "rtn" for name in FAMILIES]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors this small are computed faster by one thread, on a busy machine by far."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def case(name, start=1, count=1):
     """A block with outlier channels and its calibration data; the quantized stream is a little off the float one."""

@@ -21,14 +21,6 @@ EVERYTHING = {"share": "input", "ranks": "adaptive", "norms": True}
 FAMILIES = ["llama-odd", "gemma3", "phi3", "opt"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def case(name, count=2):
     block, x = block_of(tiny_model(name), 1, count)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))

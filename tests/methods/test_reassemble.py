@@ -28,14 +28,6 @@ LINEARS = [f"0.self_attn.{n}_proj" for n in "qkvo"] + [f"0.mlp.{n}_proj" for n i
 W4A4 = parse_scheme("w4a4")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def case(name, dtype=torch.float32, outlier=0.0):
     """A layer whose up rows 5 and 9 are ``outlier`` times larger: outlier channels before down."""
     block, x = block_of(tiny_model(name), 1, dtype=dtype)

@@ -20,14 +20,6 @@ W4A4 = parse_scheme("w4a4")
 SPEC = QuantSpec(4, symmetric=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ranges(low, high, signs):
     """The sum that is made small, without any bookkeeping."""
     top = torch.where(signs < 0, -low, high).amax(1).clamp(min=0)
@@ -96,6 +88,16 @@ def test_the_ends_are_kept_up_to_date():
         values[channel] = torch.randn(50, generator=generator)
         ends.update(channel)
         assert torch.equal(ends.value, values.amax(0).clamp(min=0))
+
+
+def test_what_is_held_does_not_grow_with_the_text(monkeypatch):
+    block, x = block_of(tiny_model("llama"), 1)
+    looked = []
+    monkeypatch.setattr(module, "TOKENS", 8)
+    monkeypatch.setattr(module, "best_signs", lambda low, high: looked.append(len(low)) or torch.ones(low.shape[1]))
+    with_signs(block, x.repeat(5, 1, 1), W4A4, 4)
+    assert len(looked) == 4
+    assert max(looked) <= 10  # 480 tokens were given; each batch of four sequences rounds up by itself
 
 
 def test_two_opposite_outliers_come_to_one_side():

@@ -27,7 +27,7 @@ from lowbit.scheme import Scheme
 
 MOMENT = 7  # the channels' starting sign is that of a high odd moment: their extremes decide ranges
 SWEEPS = 8  # at most; two or three are usual
-TOKENS = 2048  # that are looked at, at most, evenly spread over the calibration text
+TOKENS = 2048  # that are looked at, about, evenly spread over the calibration text
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def with_signs(
     if not readers:
         return params, {}
     seen: dict[str, list[Tensor]] = {name: [] for name in readers}
-    observe(block, x, {name: _keep(rows) for name, rows in seen.items()}, batch=batch)
+    every = -(-x.shape[:-1].numel() // TOKENS)
+    observe(block, x, {name: _keep(rows, every) for name, rows in seen.items()}, batch=batch)
     flipped = {}
     for name, edge in readers.items():
         rows = torch.cat(seen.pop(name))
-        rows = rows[:: max(1, len(rows) // TOKENS)]
         rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
         low = high = rows
         if edge.kind == "heads":  # the query heads of a group share their KV head's channels
@@ -87,8 +87,9 @@ def with_signs(
     return params, flipped
 
 
-def _keep(rows: list[Tensor]) -> Callable[[Tensor], None]:
-    return lambda x: rows.append(x.detach().flatten(0, -2).float())
+def _keep(rows: list[Tensor], every: int) -> Callable[[Tensor], None]:
+    """A tap that copies one token in ``every``, so that what is held does not grow with the calibration text."""
+    return lambda x: rows.append(x.flatten(0, -2)[::every].float().clone())
 
 
 def best_signs(low: Tensor, high: Tensor) -> Tensor:
