@@ -150,3 +150,31 @@ def test_every_block_and_step_holds_out_the_same_sequences():
     assert torch.equal(splits[0][1], splits[1][1])
     assert len(splits[0][1]) == 4
     assert not set(splits[0][0].tolist()) & set(splits[0][1].tolist())
+
+
+def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(tmp_path):
+    """Masks, a step that was not finite and a rate that falls: all that the next epoch depends on is kept."""
+
+    def attempt(keep=None, stop=None):
+        x, y = leaf(30.0, 1.0), leaf(4.0)
+        seen = []
+
+        def loss(chosen):
+            seen.append(len(chosen))
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            bad = math.inf if float(y) < 3.9 and float(y) > 3.7 else 1.0
+            return ((x - chosen.double().mean()).square().sum() + y.square().sum()) * bad
+
+        return fit([([x], 0.5), ([y], 0.1)], loss, 8, Schedule(5, 2, decay="cosine"), keep=keep), x, y
+
+    whole, *values = attempt()
+    assert whole.skipped
+    file = tmp_path / "state.safetensors"
+    for stop in (3, 9, 12, 4):
+        with pytest.raises(KeyboardInterrupt):
+            attempt(file, stop)
+    again, *found = attempt(file)
+    assert again == whole
+    assert all(torch.equal(a, b) for a, b in zip(found, values, strict=True))
+    assert attempt(file)[0] == whole  # finished: read, not trained

@@ -31,6 +31,7 @@ from lowbit.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
 from lowbit.skeleton import Skeleton
 from lowbit.source import Source, load_config, load_tokenizer, resolve
 from lowbit.stream import StreamedModel
+from lowbit.tuning import tune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULTS: dict[str, Any] = {
@@ -184,10 +185,12 @@ def quantize(
     if (state := look(out, identity)) != "finished":
         if state == "new":
             check_finite(checkpoint, shapes)
-        check_space(out, _size_on_disk(plan))
+        check_space(out, _size_on_disk(plan, chosen))
         claim(out, identity)
         torch.manual_seed(seed)
         run = Walk(checkpoint, skeleton, chosen, formats, plan, out, device, torch_dtype)
+        if chosen.tune is not None:
+            tune(chosen.tune, run, tokens.ids)
         run.walk(tokens.ids)
         write_observed(out, run.observed)
         manifest = finish(out, source.folder, plan, formats, identity, run.rows)
@@ -311,10 +314,11 @@ def _calibration(
     return calibration(data, tokenizer, samples, length, seed, sampler=sampler)
 
 
-def _size_on_disk(plan: Plan) -> int:
-    """An upper bound: codes as stored plus the float part at 32 bits."""
+def _size_on_disk(plan: Plan, recipe: Recipe) -> int:
+    """An upper bound: codes as stored plus the float part at 32 bits, and what a run keeps until it ends."""
     stored = plan.stored_bits if plan.layout == "pack-quantized" else plan.stored_bits + 8 * plan.quantized_weights
-    return int(stored / 8) + 4 * plan.float_weights
+    result = int(stored / 8) + 4 * plan.float_weights
+    return result if recipe.tune is None else 2 * (result + plan.quantized_weights)
 
 
 def _warnings(manifest: Mapping[str, Any]) -> list[str]:

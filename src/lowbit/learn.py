@@ -9,17 +9,22 @@ Choices:
 * The parameters that count are those with the least loss on sequences that were not trained on.
 * A loss or gradient that is not finite never reaches a parameter: the step is skipped, the parameters go back to the
   best so far, the learning rate is halved, and the result says so.
+* A fit that takes long keeps its state on disk after each epoch, and one that starts again goes on from there with
+  the same bits: everything that the next step depends on is in the file, or follows from the schedule.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint import Checkpoint, write_tensors
 from lowbit.errors import LowbitError
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -151,6 +156,7 @@ def fit(
     schedule: Schedule,
     begin: Callable[[int], None] = lambda epoch: None,
     project: Callable[[], None] = lambda: None,
+    keep: Path | None = None,
 ) -> Fitted:
     """Train the tensors of ``groups`` in place and leave them at their best.
 
@@ -161,45 +167,60 @@ def fit(
         schedule: epochs, batches, what is held out.
         begin: called with the epoch (1, 2, ...) before it starts, for masks that open; with the best one at the end.
         project: called after each step, without gradients, for constraints.
+        keep: file for the state after each epoch. If it is there, of this same fit, the fit goes on from it.
     """
     tensors = [t for ts, _ in groups for t in ts]
-    fitted = Fitted()
     train, held = schedule.split(sequences)
-    fitted.held_out.append(_mean_loss(loss, held, schedule.batch) if len(held) else math.nan)
-    best, least = [t.detach().clone() for t in tensors], fitted.held_out[0]
+    adam = Adam(groups)
+    state = _State([t.detach().clone() for t in tensors])
+    fitted = state.fitted
+    if keep is not None and keep.exists():
+        _load(keep, state, tensors, adam)
+    else:
+        state.least = _mean_loss(loss, held, schedule.batch) if len(held) else math.nan
+        fitted.held_out.append(state.least)
     if not tensors or not schedule.epochs:
         return fitted
-    adam, factor, failures = Adam(groups), 1.0, 0
     generator = torch.Generator().manual_seed(schedule.seed)
-    steps = schedule.epochs * -(-len(train) // schedule.batch)
-    step = 0
+    per_epoch = -(-len(train) // schedule.batch)
+    steps = schedule.epochs * per_epoch
     for epoch in range(1, schedule.epochs + 1):
+        order = train[torch.randperm(len(train), generator=generator)]
+        if epoch <= state.epoch:
+            continue
         begin(epoch)
         losses = []
-        for chosen in train[torch.randperm(len(train), generator=generator)].split(schedule.batch):
+        for step, chosen in enumerate(order.split(schedule.batch), (epoch - 1) * per_epoch):
             value = _backward(tensors, loss, chosen, schedule.grad_clip)
             if value is None:
-                fitted.skipped, failures, factor = fitted.skipped + 1, failures + 1, factor / 2
-                _restore(tensors, best)
+                fitted.skipped, state.failures, state.factor = (
+                    fitted.skipped + 1,
+                    state.failures + 1,
+                    state.factor / 2,
+                )
+                _restore(tensors, state.best)
             else:
                 losses.append(value)
-                adam.step(factor * schedule.rate(step, steps))
+                adam.step(state.factor * schedule.rate(step, steps))
                 with torch.no_grad():
                     project()
-                failures = 0
-            step += 1
-            if failures >= PATIENCE:
+                state.failures = 0
+            if state.failures >= PATIENCE:
                 break
         if losses:
             fitted.train.append(sum(losses) / len(losses))
-        if failures >= PATIENCE:
+        state.epoch = epoch
+        if state.failures >= PATIENCE:
             fitted.notes.append(f"gave up in epoch {epoch}: {PATIENCE} steps in a row were not finite")
-            break
-        now = _mean_loss(loss, held, schedule.batch) if len(held) else math.nan
-        fitted.held_out.append(now)
-        if not len(held) or now < least or (math.isfinite(now) and not math.isfinite(least)):
-            best, least, fitted.best = [t.detach().clone() for t in tensors], now, epoch
-    _restore(tensors, best)
+            state.epoch = schedule.epochs
+        else:
+            now = _mean_loss(loss, held, schedule.batch) if len(held) else math.nan
+            fitted.held_out.append(now)
+            if not len(held) or now < state.least or (math.isfinite(now) and not math.isfinite(state.least)):
+                state.best, state.least, fitted.best = [t.detach().clone() for t in tensors], now, epoch
+        if keep is not None:
+            _save(keep, state, tensors, adam)
+    _restore(tensors, state.best)
     begin(fitted.best)
     if fitted.skipped:
         fitted.notes.append(
@@ -207,6 +228,42 @@ def fit(
             f"back to the parameters of epoch {fitted.best}"
         )
     return fitted
+
+
+@dataclass
+class _State:
+    """What a fit is at between two epochs, beside its tensors and Adam's moments."""
+
+    best: list[Tensor]
+    least: float = math.nan
+    epoch: int = 0
+    factor: float = 1.0
+    failures: int = 0
+    fitted: Fitted = field(default_factory=Fitted)
+
+
+def _save(path: Path, state: _State, tensors: Sequence[Tensor], adam: Adam) -> None:
+    """Everything that the next epoch depends on, in one file."""
+    facts = asdict(state.fitted) | {name: getattr(state, name) for name in ("least", "epoch", "factor", "failures")}
+    content = {"facts": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)}
+    for at, (tensor, best, (_, _, *moments)) in enumerate(zip(tensors, state.best, adam.entries, strict=True)):
+        parts = zip(("now", "best", "mean", "square", "count"), (tensor, best, *moments), strict=True)
+        content |= {f"{at}.{name}": value.detach().cpu() for name, value in parts}
+    write_tensors(path, content)
+
+
+@torch.no_grad()
+def _load(path: Path, state: _State, tensors: Sequence[Tensor], adam: Adam) -> None:
+    """The inverse of ``_save``, into tensors that are there already."""
+    kept = Checkpoint(path.parent, [path.name])
+    facts = json.loads(bytes(kept.read(["facts"])["facts"].tolist()))
+    for at, (tensor, best, (_, _, *moments)) in enumerate(zip(tensors, state.best, adam.entries, strict=True)):
+        for name, into in zip(("now", "best", "mean", "square", "count"), (tensor, best, *moments), strict=True):
+            into.copy_(kept.read([f"{at}.{name}"])[f"{at}.{name}"])
+    for name in ("least", "epoch", "factor", "failures"):
+        setattr(state, name, facts[name])
+    for name in asdict(state.fitted):
+        setattr(state.fitted, name, facts[name])
 
 
 @torch.no_grad()

@@ -182,8 +182,18 @@ def minmax_grid(weight: Tensor, spec: QuantSpec, low: Tensor | float = 1.0, high
     ([[1.0]], [[1.0]])
     """
     grouped = _group(weight, spec)
-    top = grouped.amax(-1).clamp(min=0) * high
-    bottom = grouped.amin(-1).clamp(max=0) * low
+    return range_grid(grouped.amin(-1).clamp(max=0) * low, grouped.amax(-1).clamp(min=0) * high, spec)
+
+
+def range_grid(bottom: Tensor, top: Tensor, spec: QuantSpec) -> Grid:
+    """The grid from ``bottom`` (0 or less) to ``top`` (0 or more), ``(rows, groups)`` each; differentiable in both.
+
+    A symmetric grid takes the larger of the two for both sides.
+
+    >>> grid = range_grid(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), QuantSpec(2, symmetric=False))
+    >>> grid.scale.tolist(), grid.zero.tolist()
+    ([[1.0]], [[1.0]])
+    """
     if spec.symmetric:
         scale = stored_scale(torch.maximum(top, -bottom) / (spec.levels / 2), spec.scale_dtype)
         return Grid(scale, torch.full_like(scale, 2 ** (spec.bits - 1)))

@@ -6,8 +6,8 @@
       - awq: {clip: true}
       - rtn
 
-A recipe ends with a step that rounds. It may name the protocol that it is meant for, which counts where a person gave
-nothing:
+A recipe ends with a step that rounds; behind it may stand ``tune``, the one step that works on the whole model. It
+may name the protocol that it is meant for, which counts where a person gave nothing:
 
 .. code-block:: yaml
 
@@ -31,7 +31,8 @@ from typing import Any
 import yaml
 
 from lowbit.errors import LowbitError, unknown
-from lowbit.methods import METHODS
+from lowbit.methods import AFTER, METHODS
+from lowbit.methods.tune import Tune
 
 Named = tuple[str, Any]  # a method's name and its dataclass
 MOVERS = ("smoothquant", "signs", "awq", "affinequant")  # steps that move maps from norms into linears
@@ -61,7 +62,9 @@ class Recipe:
         if not self.steps:
             raise LowbitError(f"recipe '{self.name}' has no steps: list at least one that rounds, such as rtn")
         rounding = [name for name, method in self.steps if method.rounds]
-        if len(rounding) != 1 or not self.steps[-1][1].rounds:
+        if misplaced := [name for name, _ in self.block_steps if name in AFTER]:
+            raise LowbitError(f"recipe '{self.name}': {misplaced[0]} comes last, behind the step that rounds, once")
+        if len(rounding) != 1 or not self.block_steps[-1][1].rounds:
             known = ", ".join(name for name, method in METHODS.items() if method.rounds)
             raise LowbitError(f"recipe '{self.name}': exactly one step rounds, and it comes last; one of {known}")
         for at, (name, method) in enumerate(self.steps):
@@ -73,6 +76,17 @@ class Recipe:
                 )
         if self.window < 1:
             raise LowbitError(f"recipe '{self.name}': window {self.window} given; it must be 1 or more")
+
+    @property
+    def block_steps(self) -> tuple[Named, ...]:
+        """The steps that work on a block or a window."""
+        return self.steps[:-1] if len(self.steps) > 1 and self.steps[-1][0] in AFTER else self.steps
+
+    @property
+    def tune(self) -> Tune | None:
+        """The step behind them, if there is one that does anything."""
+        last = self.steps[-1][1]
+        return last if isinstance(last, Tune) and last.epochs else None
 
 
 def _stays_after_norms(method: Any) -> bool:
@@ -181,12 +195,13 @@ def _step(entry: Any, recipe: str) -> Named:
             f"recipe '{recipe}': a step is a method's name, or one name with its options; got {entry!r}"
         )
     name, options = next(iter(entry.items()))
-    if name not in METHODS:
-        raise unknown("step", str(name), METHODS)
+    known = METHODS | AFTER
+    if name not in known:
+        raise unknown("step", str(name), known)
     options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise LowbitError(f"recipe '{recipe}': the options of {name} must be 'field: value' pairs; got {options!r}")
-    return name, _build(name, METHODS[name](), options)
+    return name, _build(name, known[name](), options)
 
 
 def _build(step: str, method: Any, options: Mapping[str, Any]) -> Any:

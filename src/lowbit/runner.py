@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, relative_error, run_all
+from lowbit.block import Block, Calib, part_of, relative_error, run_all
 from lowbit.checkpoint import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.damage import damages
 from lowbit.errors import LowbitError
+from lowbit.latent import write_latents
 from lowbit.observed import FLOAT, MAP, QUANTIZED, watched
 from lowbit.packing import pack
 from lowbit.plan import Plan
@@ -54,6 +55,7 @@ class Walk:
         plan: formats and layout of every module, checked against the model.
         out: the run folder, claimed already.
         device, dtype: where and in what the blocks run; maths on weights is float32 everywhere.
+        latents: keep where the float weights lie on their grids, for a step behind.
         rows: one for each finished block, for the manifest.
         observed: what the report shows of them, by its name in the file that ``observed`` writes.
     """
@@ -67,37 +69,64 @@ class Walk:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     batch: int = 4
+    latents: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     observed: dict[str, Tensor] = field(default_factory=dict)
 
-    def walk(self, ids: Tensor) -> None:
-        """Quantize every block against calibration tokens ``(sequences, length)``, then write the rest."""
+    def walk(self, ids: Tensor) -> Tensor:
+        """Quantize every block against calibration tokens ``(sequences, length)``; write the rest before.
+
+        Returns the float model's last hidden states.
+        """
         rest = self.checkpoint.read(self.skeleton.rest_names)
         self._fill(rest)
         x_fp = self.skeleton.start(ids.to(self.device))
         self._write_rest(rest)
         x_q = x_fp
         if self.plan.embed in self.plan.specs:
-            self._fill(dequantized(Checkpoint(self.out, [REST]), rest, self.plan.specs, self.plan.layout))
+            self._fill(self._shipped_rest(rest))
             x_q = self.skeleton.start(ids.to(self.device))
         del rest
         layers = len(self.skeleton.layers)
         for start in track(range(0, layers, self.recipe.window), "quantizing"):
             count = min(self.recipe.window, layers - start)
             x_fp, x_q = self._window(start, count, x_fp, x_q)
+        return x_fp
 
-    def _fill(self, rest: Mapping[str, Tensor]) -> None:
-        self.skeleton.fill({name: value.to(self.device, self.dtype) for name, value in rest.items()})
-        self.skeleton.model.to(self.device)
-
-    def _window(self, start: int, count: int, x_fp: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
-        """One window: run it in float, quantize it unless its shards are there, run what the shards hold."""
-        began = time.monotonic()
+    def float_block(self, start: int, count: int = 1) -> Block:
+        """Layers of the float model, for sequences as long as those walked."""
         params: dict[str, Tensor] = {}
         for index in range(start, start + count):
             layer = self.skeleton.layers[index]
             params |= block_params(self.checkpoint, self.skeleton.family.blocks, index, layer)
-        block = self.skeleton.block(start, {n: p.to(self.device) for n, p in params.items()}, count)
+        return self.skeleton.block(start, {name: value.to(self.device) for name, value in params.items()}, count)
+
+    def ends(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
+        """Embeddings and head of the float model and of what ships, after a walk over ``ids``; often one and same."""
+        rest = self.checkpoint.read(self.skeleton.rest_names)
+        exact = self.skeleton
+        if {self.plan.embed, self.plan.head} & set(self.plan.specs):
+            exact = self.skeleton.empty()
+            self._fill(self._shipped_rest(rest))
+            if self.plan.head in self.plan.specs and (inputs := self.scheme.inputs(self.plan.head)) is not None:
+                self.skeleton.round_head_input(inputs)
+        self._fill(rest, exact)
+        for skeleton in (exact, self.skeleton):
+            skeleton.start(ids[:1].to(self.device))
+        return exact, self.skeleton
+
+    def _shipped_rest(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dequantized(Checkpoint(self.out, [REST]), rest, self.plan.specs, self.plan.layout)
+
+    def _fill(self, rest: Mapping[str, Tensor], skeleton: Skeleton | None = None) -> None:
+        skeleton = skeleton or self.skeleton
+        skeleton.fill({name: value.to(self.device, self.dtype) for name, value in rest.items()})
+        skeleton.model.to(self.device)
+
+    def _window(self, start: int, count: int, x_fp: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
+        """One window: run it in float, quantize it unless its shards are there, run what the shards hold."""
+        began = time.monotonic()
+        block = self.float_block(start, count)
         with watched(block) as peaks:
             y_fp = run_all(block, x_fp, batch=self.batch)
         self._see(FLOAT, peaks)
@@ -109,11 +138,11 @@ class Walk:
         if not all((self.out / block_file(i)).exists() for i in block.indices):
             calib = Calib(x_fp, x_q, y_fp, self.batch)
             done = block
-            for _, step in self.recipe.steps:
+            for _, step in self.recipe.block_steps:
                 done = step(done, calib, self.scheme)
             self._check(done)
-            self._write(done, damages(done, x_fp[:1], self.scheme), time.monotonic() - began)
-        del params, block
+            self.write(done, damages(done, x_fp[:1], self.scheme), time.monotonic() - began)
+        del block
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
             ours = read_block(shard, self.skeleton, index, self.plan.specs, self.plan.layout, self.device)
@@ -153,7 +182,7 @@ class Walk:
                     f"{most:g}; the checkpoint is broken, or the recipe scaled too much"
                 )
 
-    def _write(self, block: Block, damage: Mapping[int, Any], seconds: float) -> None:
+    def write(self, block: Block, damage: Mapping[int, Any], seconds: float) -> None:
         """Notes and pictures first, the shard last: a shard that is there is complete."""
         for index in block.indices:
             prefix = f"{index}."
@@ -181,6 +210,8 @@ class Walk:
             pictures = {name: value.cpu() for name, value in block.pictures.items() if name.startswith(prefix)}
             if pictures:
                 write_tensors(self.out / pictures_file(index), pictures)
+            if self.latents:
+                write_latents(self.out, part_of(block, index - block.start, index - block.start + 1))
             write_tensors(self.out / block_file(index), tensors)
             for note in notes:
                 say(f"block {index}: {note}")

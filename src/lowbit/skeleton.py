@@ -52,7 +52,7 @@ class Skeleton:
 
     def __init__(self, config: Any, trust_remote_code: bool = False) -> None:
         """Build it from a config; ``fill`` gives it its parameters."""
-        self.config = config
+        self.config, self._trusted = config, trust_remote_code
         self.family = family_of(config)
         self.heads = self.family.heads(config)
         with init_empty_weights(include_buffers=False):
@@ -63,6 +63,10 @@ class Skeleton:
         self._recorders = [_Recorder() for _ in self.layers]
         self._length = 0  # of the sequences that ``start`` saw last
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
+
+    def empty(self) -> Skeleton:
+        """Another one of the same model, not filled."""
+        return Skeleton(self.config, self._trusted)
 
     @property
     def tied(self) -> bool:
@@ -82,6 +86,7 @@ class Skeleton:
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta:
                 raise LowbitError(f"no tensor '{name}' (nor anything that it is tied to) was given for the model")
+            parameter.requires_grad_(False)
 
     def round_head_input(self, inputs: Inputs) -> None:
         """From now on the head sees its input rounded, as a quantized linear of the scheme does."""
@@ -105,11 +110,11 @@ class Skeleton:
             handle.remove()
         return torch.cat(seen)
 
-    @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits ``(sequences, length, vocabulary)`` from the last block's output for the same ``ids``.
 
         Of the positions ``keep`` only, where they are given: a head over a large vocabulary makes much of few tokens.
+        Differentiable in ``hidden``.
         """
         self._recorders[-1].answer = hidden
         try:

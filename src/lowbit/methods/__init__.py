@@ -3,6 +3,8 @@
 A method is a frozen dataclass of its options, with ``__call__(block, calib, scheme) -> Block`` and some facts:
 ``rounds`` (it chooses codes, so it ends a recipe), ``passes`` (how often it runs the block over the calibration
 tokens, for estimates of time) and, where it is true, ``corrects`` (it changes the float function on purpose).
+
+``AFTER`` has what works on the whole model, behind the step that rounds: options only, run by a module of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import Signs
 from lowbit.methods.smoothquant import SmoothQuant
+from lowbit.methods.tune import Tune
 
 METHODS: dict[str, type[Any]] = {
     "rtn": RTN,
@@ -28,3 +31,4 @@ METHODS: dict[str, type[Any]] = {
     "reassemble": Reassemble,
     "lowrank": LowRank,
 }
+AFTER: dict[str, type[Any]] = {"tune": Tune}

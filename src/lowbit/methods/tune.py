@@ -1,0 +1,50 @@
+"""Options of the last step, end-to-end correction; ``lowbit.tuning`` has what it does and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lowbit.errors import LowbitError
+from lowbit.learn import Schedule
+
+
+@dataclass(frozen=True)
+class Tune:
+    """A merged correction of the whole model against the float model's next-token distributions.
+
+    Attributes:
+        rank: of each linear's pair ``B A``; merged, it costs nothing when running.
+        ends: learn the ends of the weights' ranges, and with them scales and zeros.
+        norms: learn the norms' gains.
+        epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``; 0 epochs leave the step out.
+        lr, lr_ends, lr_norms: learning rates of the pairs, of the ends' logarithms, of the gains.
+    """
+
+    rank: int = 32
+    ends: bool = True
+    norms: bool = True
+    epochs: int = 20
+    batch: int = 1
+    lr: float = 5e-3
+    lr_ends: float = 2e-3
+    lr_norms: float = 2e-3
+    held_out: float = 0.125
+    grad_clip: float = 0.0
+    decay: str = "cosine"
+    rounds: ClassVar[bool] = False
+    corrects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or min(self.lr, self.lr_ends, self.lr_norms) < 0:
+            raise LowbitError("tune: rank must be 1 or more, learning rates 0 or more")
+        self.schedule()
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that it costs: each block is run twice and differentiated once a step."""
+        return 5 * self.epochs
+
+    def schedule(self) -> Schedule:
+        """The loop's options."""
+        return Schedule(self.epochs, self.batch, self.held_out, self.grad_clip, self.decay)

@@ -1,0 +1,302 @@
+"""End-to-end correction: its start is what would have shipped, its gradient is the whole model's, its end ships."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lowbit
+from lowbit import tuning as module
+from lowbit.block import Calib, relative_error, run, run_all
+from lowbit.checkpoint import Checkpoint, read_json
+from lowbit.errors import LowbitError
+from lowbit.latent import Latents, latent, latent_file, places, started, write_latents
+from lowbit.learn import Fitted
+from lowbit.methods import METHODS
+from lowbit.methods.tune import Tune
+from lowbit.quant import Grid, QuantSpec, minmax_grid, quantize, range_grid
+from lowbit.recipe import load_recipe, recipe_from_dict
+from lowbit.scheme import parse_scheme
+from lowbit.stream import StreamedModel
+from lowbit.tuning import Tuning
+from tiny import block_of, params_of, save_tiny, skeleton_of, tiny_ids, tiny_model
+
+FAMILIES = ["llama-odd", "qwen3", "gemma2", "phi3", "opt"]
+
+
+def recipe_file(folder, *steps):
+    path = folder / "recipe.yaml"
+    path.write_text("steps: [" + ", ".join(steps) + "]\n")
+    return str(path)
+
+
+def quantized(folder: Path, out: Path, scheme: str, recipe: str, **more):
+    return lowbit.quantize(str(folder), out, scheme, recipe, str(folder / "calib.txt"), samples=6, length=24, **more)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [None, 16])
+def test_places_round_to_the_codes_that_ship_on_the_grid_that_ships(group, symmetric, bits):
+    spec = QuantSpec(bits, group, symmetric)
+    weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(bits))
+    weight[0], weight[1], weight[2] = 0.0, weight[1].abs(), -weight[2].abs()
+    clip = torch.linspace(0.3, 1.0, 12)[:, None]
+    q = quantize(weight, minmax_grid(weight, spec, clip, clip), spec)
+    # Codes that are not the nearest, as GPTQ chooses them.
+    other = (q.codes.int() + torch.randint(-1, 2, q.codes.shape)).clamp(0, spec.levels).to(torch.uint8)
+    for given in (q, replace(q, codes=other)):
+        grid = range_grid(*started(given.grid, spec), spec)
+        assert torch.equal(grid.scale, given.grid.scale)
+        assert torch.equal(grid.zero, given.grid.zero)
+        assert torch.equal(quantize(latent(places(weight, given), given.grid), grid, spec).codes, given.codes)
+    # Where a weight is inside its cell and the range, its place is its own to 1/256 of a step.
+    step = q.grid.scale.repeat_interleave(64 // q.grid.scale.shape[1], 1)
+    inside = ((weight - q.dequantize()).abs() < 0.49 * step) & (weight != 0)
+    error = ((latent(places(weight, q), q.grid) - weight) / step)[inside]
+    assert len(error) > 100
+    assert float(error.abs().max()) < 1 / 256 + 1e-3
+
+
+def first_folder(name, scheme, folder, steps=("rtn",), count=3):
+    """What ``Walk`` leaves for the step, of a tiny model's blocks, each with ``steps`` on float inputs."""
+    model = tiny_model(name)
+    skeleton, ids = skeleton_of(model), tiny_ids(4)
+    (folder / ".run").mkdir(parents=True)
+    x = start = skeleton.start(ids)
+    blocks = []
+    for index in range(count):
+        block = skeleton.block(index, params_of(model, skeleton, index))
+        y = run_all(block, x)
+        for step in steps:
+            method = METHODS[step]() if isinstance(step, str) else step
+            block = method(block, Calib(x, x, y), scheme)
+        write_latents(folder, block)
+        blocks.append(block)
+        x = y
+    walk = SimpleNamespace(
+        out=folder, scheme=scheme, device="cpu", dtype=torch.float32, ends=lambda ids: (skeleton, skeleton)
+    )
+    return walk, ids, x, blocks, start
+
+
+def divergence(skeleton, ids, exact, got):
+    p, q = (skeleton.logits(ids, hidden).log_softmax(-1) for hidden in (exact, got))
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("scheme", ["w4a4", "w3a16g16-sym", "w4a8kv4"])
+def test_value_and_gradient_are_those_of_the_whole_model_in_one_graph(scheme, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOGIT_BYTES", 4 * 96 * 7)  # few positions at a time: several parts a step
+    scheme = parse_scheme(scheme)
+    walk, ids, y_fp, blocks, start = first_folder(name, scheme, tmp_path)
+    tuning = Tuning(Tune(rank=4), walk, ids, y_fp)
+    chosen = torch.tensor([2, 0])
+    with torch.no_grad():
+        shipped = start[chosen]
+        for block in blocks:
+            shipped = run(block, shipped, block.quantized_params(), scheme)
+        wanted = float(divergence(tuning.student, ids[chosen], y_fp[chosen], shipped))
+        assert float(tuning.loss(chosen)) == pytest.approx(wanted, rel=1e-4)  # the start is what would have shipped
+        generator = torch.Generator().manual_seed(7)
+        for group, _ in tuning.groups():
+            for leaf in group:
+                leaf.add_(0.02 * torch.randn(leaf.shape, generator=generator))
+    leaves = [leaf for group, _ in tuning.groups() for leaf in group]
+    value = tuning.loss(chosen)
+    assert value.requires_grad
+    got = torch.autograd.grad(value, leaves, allow_unused=True)
+    x = tuning.x[chosen]
+    for index in tuning.layers:
+        x = tuning._through(index, x)
+    naive = divergence(tuning.student, ids[chosen], y_fp[chosen], x)
+    assert value.item() == pytest.approx(naive.item(), rel=1e-4)
+    for mine, theirs in zip(got, torch.autograd.grad(naive, leaves, allow_unused=True), strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert float((mine - theirs).norm()) <= 1e-4 * float(theirs.norm()) + 1e-9
+
+
+def test_the_gradient_of_the_gains_is_the_finite_difference(tmp_path):
+    """Nothing rounds on the way from a gain to the loss where activations stay float."""
+    walk, ids, y_fp, _, _ = first_folder("llama", parse_scheme("w3a16g16-sym"), tmp_path)
+    tuning = Tuning(Tune(), walk, ids, y_fp)
+    chosen = torch.arange(4)
+    tuning.loss(chosen).backward()
+    assert len(tuning.gains) == 6
+    for gain in tuning.gains.values():
+        direction = torch.randn(gain.shape, generator=torch.Generator().manual_seed(3))
+        values = []
+        for step in (5e-3, -5e-3):
+            with torch.no_grad():
+                kept = gain.clone()
+                gain.add_(step * direction)
+                values.append(float(tuning.loss(chosen)))
+                gain.copy_(kept)
+        slope = float((gain.grad * direction).sum())
+        assert slope == pytest.approx((values[0] - values[1]) / 1e-2, rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("steps", [("gptq",), ("smoothquant", "gptq"), ("affinequant", "rtn")], ids="-".join)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_steps_what_other_methods_rounded_comes_out_as_it_was(name, steps, tmp_path):
+    scheme = parse_scheme("w3a16g16-asym")
+    made = [METHODS[s](epochs=1) if s == "affinequant" else s for s in steps]
+    walk, ids, y_fp, blocks, _ = first_folder(name, scheme, tmp_path, made)
+    tuning = Tuning(Tune(), walk, ids, y_fp)
+    for index, block in enumerate(blocks):
+        lowbit.checkpoint.write_json(tmp_path / f".run/block-{index:05d}.json", {"notes": [], "record": {}})
+        done = tuning.rounded(index, Fitted(best=1))
+        assert set(done.qweights) == set(block.qweights)
+        for linear, q in block.qweights.items():
+            assert torch.equal(done.qweights[linear].codes, q.codes), linear
+            assert torch.equal(done.qweights[linear].grid.scale, q.grid.scale)
+        rounded = {f"{linear}.weight" for linear in block.qweights}
+        assert all(torch.equal(done.params[key], block.params[key]) for key in set(block.params) - rounded)
+        assert set(done.params) == set(block.params)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w3a16g16-asym"])
+@pytest.mark.parametrize("name", ["llama-odd", "gemma2", "opt"])
+def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
+    save_tiny(tmp_path / "m", name)
+    made = quantized(
+        tmp_path / "m", tmp_path / "out", scheme, recipe_file(tmp_path, "rtn", "tune: {epochs: 16, lr: 1.0e-3}")
+    )
+    record = made.manifest["blocks"][0]["steps"]["tune"]
+    assert record["best_epoch"] > 0
+    assert record["loss"][-1] < 0.8 * record["loss"][0]
+    assert min(record["held_out"]) == record["held_out"][record["best_epoch"]] < record["held_out"][0]
+    ids = lowbit.data.calibration(
+        str(tmp_path / "m/calib.txt"), lowbit.source.load_tokenizer(tmp_path / "m"), 6, 24, 0
+    ).ids
+    held = ids[Tune().schedule().split(6)[1]]
+    exact, ours = (
+        torch.cat([logits for _, logits in StreamedModel(folder).logits(held)]).log_softmax(-1)
+        for folder in (tmp_path / "m", tmp_path / "out")
+    )
+    shipped = float((exact.exp() * (exact - ours)).sum(-1).mean())
+    assert shipped == pytest.approx(record["held_out"][record["best_epoch"]], rel=1e-3)
+    # The rest of the manifest is of what ships, too.
+    x_fp, x_q = (StreamedModel(folder) for folder in (tmp_path / "m", tmp_path / "out"))
+    a, b = x_fp.skeleton.start(ids), x_q.skeleton.start(ids)
+    for index in range(3):
+        a = run_all(x_fp.block(index), a)
+        block = x_q.block(index)
+        b = run_all(block, b, block.quantized_params(), x_q.scheme)
+        assert relative_error(b, a) == made.manifest["blocks"][index]["relative_error"]
+    assert not (tmp_path / "out" / ".run").exists()
+
+
+def test_rounded_embeddings_and_heads_are_trained_with(tmp_path):
+    save_tiny(tmp_path / "m", "llama")
+    overrides = {"lm_head": "w4", "*embed_tokens": "w4"}
+    recipe = recipe_file(tmp_path, "rtn", "tune: {epochs: 2}")
+    made = quantized(tmp_path / "m", tmp_path / "out", "w4a8", recipe, overrides=overrides)
+    record = made.manifest["blocks"][0]["steps"]["tune"]
+    ids = lowbit.data.calibration(
+        str(tmp_path / "m/calib.txt"), lowbit.source.load_tokenizer(tmp_path / "m"), 6, 24, 0
+    ).ids
+    held = ids[Tune().schedule().split(6)[1]]
+    exact, ours = (
+        torch.cat([logits for _, logits in StreamedModel(folder).logits(held)]).log_softmax(-1)
+        for folder in (tmp_path / "m", tmp_path / "out")
+    )
+    shipped = float((exact.exp() * (exact - ours)).sum(-1).mean())
+    assert shipped == pytest.approx(record["held_out"][record["best_epoch"]], rel=1e-3)
+
+
+def test_what_stays_online_is_trained_with_and_kept(tmp_path):
+    save_tiny(tmp_path / "m", "llama")
+    reassemble = "reassemble: {sites: all, most: 0.2}"
+    made = quantized(
+        tmp_path / "m", tmp_path / "out", "w4a4", recipe_file(tmp_path, reassemble, "rtn", "tune: {epochs: 3}")
+    )
+    assert made.manifest["online"]
+    assert set(made.manifest["blocks"][0]["steps"]) == {"reassemble", "tune"}
+    record = made.manifest["blocks"][0]["steps"]["tune"]
+    assert record["held_out"][record["best_epoch"]] < record["held_out"][0]
+
+
+def test_no_epochs_leave_the_step_out(tmp_path):
+    save_tiny(tmp_path / "m", "qwen2")
+    recipe = recipe_file(tmp_path, "gptq", "tune: {epochs: 0}")
+    quantized(tmp_path / "m", tmp_path / "with", "w4a8", recipe)
+    quantized(tmp_path / "m", tmp_path / "without", "w4a8", "gptq")
+    for index in range(3):
+        name = f"block-{index:05d}.safetensors"
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_stopped_in_an_epoch_and_between_shards_it_gives_the_same_bytes(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "m", "llama")
+    recipe = recipe_file(tmp_path, "gptq", "tune: {epochs: 3}")
+
+    def call(out):
+        quantized(tmp_path / "m", tmp_path / out, "w4a8", recipe)
+        files = sorted(p for p in (tmp_path / out).rglob("*") if p.is_file() and p.name != "lowbit-timing.json")
+        return {str(p.relative_to(tmp_path / out)): p.read_bytes() for p in files}
+
+    class Killed(BaseException):
+        pass
+
+    wanted, deaths = call("whole"), []
+    loss, write = Tuning.loss, lowbit.runner.Walk.write
+
+    def dying_loss(self, chosen, calls=[0]):  # noqa: B006
+        calls[0] += 1
+        if calls[0] in (9, 14):  # in the second epoch, and after it was begun again in the third
+            deaths.append("loss")
+            raise Killed
+        return loss(self, chosen)
+
+    def dying_write(self, block, *rest, calls=[0]):  # noqa: B006
+        calls[0] += not self.latents
+        if not self.latents and calls[0] == 2:
+            deaths.append("write")
+            raise Killed
+        return write(self, block, *rest)
+
+    monkeypatch.setattr(Tuning, "loss", dying_loss)
+    monkeypatch.setattr(lowbit.runner.Walk, "write", dying_write)
+    while True:
+        try:
+            got = call("stopped")
+            break
+        except Killed:
+            assert read_json(tmp_path / "stopped/.run/identity.json")
+    assert deaths == ["loss", "loss", "write"]
+    assert got == wanted
+
+
+def test_the_step_stands_last_and_its_options_are_checked():
+    for steps in (["tune", "rtn"], ["rtn", "tune", "tune"], ["tune"]):
+        with pytest.raises(LowbitError, match=r"tune comes last|exactly one step rounds"):
+            recipe_from_dict({"steps": steps}, "x")
+    with pytest.raises(LowbitError, match="rank must be 1 or more"):
+        Tune(rank=0)
+    with pytest.raises(LowbitError, match="lr_end"):
+        recipe_from_dict({"steps": ["rtn", {"tune": {"lr_end": 1.0}}]}, "x")
+    recipe = recipe_from_dict({"steps": ["rtn", "tune"]}, "x")
+    assert [name for name, _ in recipe.block_steps] == ["rtn"]
+    assert recipe.tune == Tune()
+    assert load_recipe("rtn").tune is None
+
+
+def test_latents_are_taken_apart_as_they_were_put_together(tmp_path):
+    block, x = block_of(tiny_model("opt"), 1, 1)
+    scheme = parse_scheme("w4a8")
+    done = METHODS["rtn"]()(block, Calib(x, x, x), scheme)
+    done = replace(done, online={"1.fc2": torch.tensor([0.9, 0.8])})
+    write_latents(tmp_path, done)
+    file = Checkpoint(tmp_path, [latent_file(1)])
+    found = Latents(file.read(file.names))
+    assert set(found.params) == {n for n in done.params if n.removesuffix(".weight") not in done.qweights}
+    assert set(found.places) == set(done.qweights)
+    assert all(isinstance(grid, Grid) for grid in found.grids.values())
+    assert torch.equal(found.online["1.fc2"], done.online["1.fc2"])
