@@ -13,7 +13,7 @@ import yaml
 import lowbit
 from lowbit.api import DEFAULTS
 from lowbit.errors import LowbitError
-from lowbit.methods import METHODS
+from lowbit.methods import AFTER, METHODS
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.rtn import RTN
@@ -39,9 +39,9 @@ def test_the_recipes_that_people_will_ask_for_are_there():
 def test_every_recipe_of_the_package_loads_ends_in_rounding_and_survives_the_round_trip(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    rounds = [method.rounds for _, method in recipe.steps]
+    rounds = [method.rounds for _, method in recipe.block_steps]
     assert rounds == [False] * (len(rounds) - 1) + [True]
-    assert all(type(method) is METHODS[step] for step, method in recipe.steps)
+    assert all(type(method) is (METHODS | AFTER)[step] for step, method in recipe.steps)
     plain = recipe_to_dict(recipe)
     recipe = replace(recipe, run={})  # settled before a manifest is written
     assert recipe_from_dict(plain, name) == recipe

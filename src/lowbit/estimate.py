@@ -1,8 +1,9 @@
 """What a run will take, before it starts: memory, disk and time, from shapes and a short measurement.
 
 Memory is embeddings and head, one window of blocks (float weights, a copy that a method works on, second moments)
-and the streams of hidden states. Time counts the floating-point operations of forward passes and divides by what
-a matrix product reaches here; searches and factorisations come on top, so it is a lower estimate.
+and the streams of hidden states; for ``tune`` also all that it learns, with gradients and Adam's moments. Time counts
+the floating-point operations of forward passes and divides by what a matrix product reaches here; searches and
+factorisations come on top, so it is a lower estimate.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from lowbit.plan import Plan, linear_shapes
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
 from lowbit.skeleton import Skeleton
+
+
+LEAF_COPIES = 6  # of what a fit learns: itself, its best, its gradient, Adam's two moments and step counts
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, scheme: Scheme, sam
     moments = 2 * widest * widest * 8
     activations = 4 * length * widest * 4 * 6
     memory = 400_000_000 + 2 * rest * 4 + 3 * block * 4 + streams + moments + activations
+    if recipe.tune is not None:
+        pairs = sum(recipe.tune.rank * sum(shape) for shape in linear_shapes(skeleton).values())
+        memory += 4 * pairs * LEAF_COPIES
     stored = plan.stored_bits / 8 if layout_of(scheme) == "pack-quantized" else float(sum(weights))
     disk = int(stored) + 4 * plan.float_weights
     passes = 2 + sum(method.passes for _, method in recipe.steps)

@@ -45,7 +45,7 @@ def method_of(name):
 
 def applied(recipe, block, calib, scheme):
     torch.manual_seed(0)
-    for _, step in load_recipe(recipe).steps:
+    for _, step in load_recipe(recipe).block_steps:
         block = (replace(step, epochs=2) if hasattr(step, "epochs") else step)(block, calib, scheme)
     return block
 
