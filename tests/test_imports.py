@@ -36,7 +36,7 @@ MAY = {
     "observed": {"errors", "block", "checkpoint"},
     "evaluations": {"errors", "checkpoint"},
     "repeating": {"errors", "data", "recipe"},
-    "learn": {"errors", "progress", "quant", "scheme", "family", "block", "move"},
+    "learn": {"errors", "progress", "checkpoint", "quant", "scheme", "family", "block", "move"},
     "methods": {"errors", "quant", "scheme", "family", "block", "move", "learn", "methods"},
     "recipe": {"errors", "methods"},
     "skeleton": {"errors", "block", "families", "runtimes"},
@@ -69,7 +69,8 @@ MAY = {
 }
 # The top of the tree: who alone may import it.
 ONLY = {
-    "runner": {"api"},
+    "runner": {"api", "tuning"},
+    "tuning": {"api"},
     "api": {"__init__", "cli", "cli_measure", "comparing", "demo", "diagnosing", "tasking"},
     "comparing": {"__init__", "cli_measure", "measured"},
     "diagnosing": {"__init__", "cli_inspect"},

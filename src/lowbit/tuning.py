@@ -230,6 +230,7 @@ def _record(fitted: Fitted) -> dict[str, Any]:
         "held_out": [value if math.isfinite(value) else None for value in fitted.held_out],
         "best_epoch": fitted.best,
         "skipped_steps": fitted.skipped,
+        "unit": "nats a token",
     }
 
 

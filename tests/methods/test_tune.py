@@ -215,12 +215,15 @@ def test_what_stays_online_is_trained_with_and_kept(tmp_path):
     save_tiny(tmp_path / "m", "llama")
     reassemble = "reassemble: {sites: all, most: 0.2}"
     made = quantized(
-        tmp_path / "m", tmp_path / "out", "w4a4", recipe_file(tmp_path, reassemble, "rtn", "tune: {epochs: 3}")
+        tmp_path / "m", tmp_path / "out", "w4a4", recipe_file(tmp_path, reassemble, "rtn", "tune: {epochs: 12}")
     )
     assert made.manifest["online"]
     assert set(made.manifest["blocks"][0]["steps"]) == {"reassemble", "tune"}
     record = made.manifest["blocks"][0]["steps"]["tune"]
     assert record["held_out"][record["best_epoch"]] < record["held_out"][0]
+    page = lowbit.report([tmp_path / "out"], tmp_path / "report.html").out.read_text()
+    first, least = record["held_out"][0], min(record["held_out"])
+    assert f"of the whole model: from {first:.3f} to {least:.3f} nats a token on held-out sequences" in page
 
 
 def test_no_epochs_leave_the_step_out(tmp_path):

@@ -53,8 +53,12 @@ def _losses(step: str, fits: Mapping[int, Mapping[str, Any]]) -> Losses:
     ]
     gains = [min(v for _, v in c.points) / c.points[0][1] for c in held if c.points and c.points[0][1] > 0]
     start = sum(f.get("best_epoch", 0) == 0 for f in fits.values())
-    said = [f"{len(fits)} fits"]
-    if gains:
+    said = ["one fit" if len(fits) == 1 else f"{len(fits)} fits"]
+    unit = next(iter(fits.values())).get("unit")
+    if unit and held[0].points:
+        (_, first), least = held[0].points[0], min(value for _, value in held[0].points)
+        said = [f"of the whole model: from {first:.3f} to {least:.3f} {unit} on held-out sequences"]
+    elif gains:
         said.append(
             f"the median one took the held-out error to {100 * sorted(gains)[len(gains) // 2]:.0f} % of its start"
         )
