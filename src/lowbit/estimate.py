@@ -19,7 +19,6 @@ from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
 from lowbit.skeleton import Skeleton
 
-
 LEAF_COPIES = 6  # of what a fit learns: itself, its best, its gradient, Adam's two moments and step counts
 
 

@@ -31,7 +31,8 @@ def latent_file(index: int) -> str:
 def places(weight: Tensor, q: QTensor) -> Tensor:
     """Places of ``weight`` ``(rows, columns)`` on the grid that it was rounded to, as ``int16``.
 
-    >>> q = QTensor(torch.tensor([[1, 3]], dtype=torch.uint8), Grid(torch.tensor([[2.0]]), torch.tensor([[1.0]])), QuantSpec(2))
+    >>> grid = Grid(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+    >>> q = QTensor(torch.tensor([[1, 3]], dtype=torch.uint8), grid, QuantSpec(2))
     >>> places(torch.tensor([[0.5, 9.0]]), q).tolist()  # a quarter step above code 1; beyond the last code
     [[160, 447]]
     """
