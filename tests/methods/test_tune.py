@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lowbit
+from held import Held
 from lowbit import tuning as module
 from lowbit.block import Calib, relative_error, run, run_all
 from lowbit.checkpoint import Checkpoint, read_json
@@ -64,7 +65,7 @@ def test_places_round_to_the_codes_that_ship_on_the_grid_that_ships(group, symme
 
 def first_folder(name, scheme, folder, steps=("rtn",), count=3):
     """What ``Walk`` leaves for the step, of a tiny model's blocks, each with ``steps`` on float inputs."""
-    model = tiny_model(name)
+    model = tiny_model(name, num_hidden_layers=count)
     skeleton, ids = skeleton_of(model), tiny_ids(4)
     (folder / ".run").mkdir(parents=True)
     x = start = skeleton.start(ids)
@@ -140,6 +141,23 @@ def test_the_gradient_of_the_gains_is_the_finite_difference(tmp_path):
                 gain.copy_(kept)
         slope = float((gain.grad * direction).sum())
         assert slope == pytest.approx((values[0] - values[1]) / 1e-2, rel=0.02, abs=1e-3)
+
+
+def test_a_step_holds_one_block_whatever_the_depth(tmp_path):
+    held, learned = {}, {}
+    for count in (3, 6):
+        walk, ids, y_fp, _, start = first_folder("llama", parse_scheme("w4a4"), tmp_path / str(count), count=count)
+        tuning = Tuning(Tune(rank=2), walk, ids, y_fp)
+        with Held() as counted:
+            tuning.loss(torch.tensor([1])).backward()
+        held[count] = counted.numbers
+        learned[count] = sum(leaf.numel() for group, _ in tuning.groups() for leaf in group)
+    block = sum(parameter.numel() for parameter in tuning.student.layers[0].parameters())
+    # Three more blocks: gradients of what they learn, and the input that each of them keeps.
+    more = learned[6] - learned[3] + 3 * start[1].numel()
+    assert more < block / 2
+    assert held[6] - held[3] < 1.5 * more
+    assert held[3] > block
 
 
 @pytest.mark.parametrize("steps", [("gptq",), ("smoothquant", "gptq"), ("affinequant", "rtn")], ids="-".join)
