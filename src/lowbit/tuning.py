@@ -88,6 +88,7 @@ class Tuning:
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self.ends: dict[str, tuple[Tensor, ...]] = {}
         self.gains: dict[str, Tensor] = {}
+        self.begun = 0
         for index in self.layers:
             self._start(index)
 
@@ -125,9 +126,10 @@ class Tuning:
         ]
 
     def begin(self, epoch: int) -> None:
-        """Say where the fit is: an epoch goes through the whole model for every sequence."""
-        if epoch:
+        """Say where the fit is, since an epoch goes through the whole model for every sequence."""
+        if epoch > self.begun:
             say(f"tune: epoch {epoch} of {self.options.epochs}")
+            self.begun = epoch
 
     def loss(self, chosen: Tensor) -> Tensor:
         """The mean divergence, in nats a token, over the chosen sequences; differentiable in all leaves."""
