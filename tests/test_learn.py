@@ -163,7 +163,7 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(tmp_path):
             seen.append(len(chosen))
             if len(seen) == stop:
                 raise KeyboardInterrupt
-            bad = math.inf if float(y) < 3.9 and float(y) > 3.7 else 1.0
+            bad = math.inf if 3.7 < y.item() < 3.9 else 1.0
             return ((x - chosen.double().mean()).square().sum() + y.square().sum()) * bad
 
         return fit([([x], 0.5), ([y], 0.1)], loss, 8, Schedule(5, 2, decay="cosine"), keep=keep), x, y
