@@ -21,7 +21,7 @@ from lowbit.finish import finish, versions
 from lowbit.loading import load
 from lowbit.making_for import settle
 from lowbit.observed import write_observed
-from lowbit.plan import Plan, check_length, check_sizes, make_plan
+from lowbit.plan import Plan, check_length, check_sizes, linear_shapes, make_plan
 from lowbit.progress import say
 from lowbit.recipe import Recipe, load_recipe, recipe_to_dict, with_effort, with_settings
 from lowbit.runfolder import claim, look, manifest_of
@@ -185,7 +185,7 @@ def quantize(
     if (state := look(out, identity)) != "finished":
         if state == "new":
             check_finite(checkpoint, shapes)
-        check_space(out, _size_on_disk(plan, chosen))
+        check_space(out, _size_on_disk(plan, chosen, skeleton))
         claim(out, identity)
         torch.manual_seed(seed)
         run = Walk(checkpoint, skeleton, chosen, formats, plan, out, device, torch_dtype)
@@ -314,11 +314,14 @@ def _calibration(
     return calibration(data, tokenizer, samples, length, seed, sampler=sampler)
 
 
-def _size_on_disk(plan: Plan, recipe: Recipe) -> int:
+def _size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:
     """An upper bound: codes as stored plus the float part at 32 bits, and what a run keeps until it ends."""
     stored = plan.stored_bits if plan.layout == "pack-quantized" else plan.stored_bits + 8 * plan.quantized_weights
     result = int(stored / 8) + 4 * plan.float_weights
-    return result if recipe.tune is None else 2 * (result + plan.quantized_weights)
+    if recipe.tune is None:
+        return result
+    state = 4 * 5 * recipe.tune.learned(linear_shapes(skeleton).values())  # as ``learn.fit`` keeps it
+    return 2 * (result + plan.quantized_weights) + state
 
 
 def _warnings(manifest: Mapping[str, Any]) -> list[str]:

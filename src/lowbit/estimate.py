@@ -44,8 +44,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, scheme: Scheme, sam
     activations = 4 * length * widest * 4 * 6
     memory = 400_000_000 + 2 * rest * 4 + 3 * block * 4 + streams + moments + activations
     if recipe.tune is not None:
-        pairs = sum(recipe.tune.rank * sum(shape) for shape in linear_shapes(skeleton).values())
-        memory += 4 * pairs * LEAF_COPIES
+        memory += 4 * recipe.tune.learned(linear_shapes(skeleton).values()) * LEAF_COPIES
     stored = plan.stored_bits / 8 if layout_of(scheme) == "pack-quantized" else float(sum(weights))
     disk = int(stored) + 4 * plan.float_weights
     passes = 2 + sum(method.passes for _, method in recipe.steps)

@@ -5,7 +5,7 @@ and held within the cell of its code, so that rounding to nearest gives the very
 chose them; the grid; and the layer's other parameters. Two bytes a weight.
 
 Rejected: float weights (four bytes, and GPTQ's codes are not the nearest to them), and the codes alone: a weight in
-the middle of its cell has far to go until it rounds otherwise, and the correction learns less (docs/tune.md).
+the middle of its cell has far to go until it rounds otherwise.
 """
 
 from __future__ import annotations

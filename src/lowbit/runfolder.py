@@ -15,7 +15,8 @@ It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a man
 ``.run/``                       while it is running: who is running what, and each block's notes and pictures
 =============================== ================================================================================
 
-Shards are the only state of a run. A run that starts again replays the finished ones and goes on.
+Shards are the only state of a run, but for ``tune``, which keeps its own in ``.run/``. A run that starts again
+replays the finished ones and goes on.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, part_of, relative_error, run_all
+from lowbit.block import Block, Calib, relative_error, run_all
 from lowbit.checkpoint import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.damage import damages
 from lowbit.errors import LowbitError
@@ -101,7 +101,7 @@ class Walk:
             params |= block_params(self.checkpoint, self.skeleton.family.blocks, index, layer)
         return self.skeleton.block(start, {name: value.to(self.device) for name, value in params.items()}, count)
 
-    def ends(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
+    def skeletons(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
         """Embeddings and head of the float model and of what ships, after a walk over ``ids``; often one and same."""
         rest = self.checkpoint.read(self.skeleton.rest_names)
         exact = self.skeleton
@@ -140,8 +140,9 @@ class Walk:
             done = block
             for _, step in self.recipe.block_steps:
                 done = step(done, calib, self.scheme)
-            self._check(done)
             self.write(done, damages(done, x_fp[:1], self.scheme), time.monotonic() - began)
+            for note in done.notes:
+                say(f"block {_about(note, done)}: {note}")
         del block
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
@@ -183,7 +184,10 @@ class Walk:
                 )
 
     def write(self, block: Block, damage: Mapping[int, Any], seconds: float) -> None:
-        """Notes and pictures first, the shard last: a shard that is there is complete."""
+        """Notes and pictures first, the shard last: a shard that is there is complete, and its block was checked."""
+        self._check(block)
+        if self.latents:
+            write_latents(self.out, block)
         for index in block.indices:
             prefix = f"{index}."
             tensors: dict[str, Tensor] = {}
@@ -210,11 +214,7 @@ class Walk:
             pictures = {name: value.cpu() for name, value in block.pictures.items() if name.startswith(prefix)}
             if pictures:
                 write_tensors(self.out / pictures_file(index), pictures)
-            if self.latents:
-                write_latents(self.out, part_of(block, index - block.start, index - block.start + 1))
             write_tensors(self.out / block_file(index), tensors)
-            for note in notes:
-                say(f"block {index}: {note}")
 
     def _write_rest(self, rest: Mapping[str, Tensor]) -> None:
         """Embeddings, norms and head in the dtype they came in, rounded to nearest where an override asks for it."""

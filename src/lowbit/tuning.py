@@ -8,9 +8,9 @@ window is four blocks), the ends of the weights' ranges (scales and zeros: Chen 
 2407.11062, section 3.3) and the norms' gains. Everything merges: ``fake_quant(W + B A / r)`` is both what is trained
 and what ships, on a grid whose scale is stored as it is used.
 
-Memory does not grow with the model. A step runs the blocks one after another from files (``lowbit.latent``), keeps
-nothing but each block's input, and on the way back runs each block again to differentiate it: gradient checkpointing
-with the weights on disk. What stays in memory is learned: pairs, ends, gains, Adam's moments.
+The weights in memory are those of one block. A step runs the blocks one after another from files (``lowbit.latent``),
+keeps nothing but each block's input, and on the way back runs each block again to differentiate it: gradient
+checkpointing with the weights on disk. What is learned stays in memory: pairs, ends, gains, Adam's moments.
 
 The start is the model that would have shipped; the end is the best on held-out sequences, so the start if nothing is
 better. After each epoch the state goes to disk, and a run that was killed goes on from there with the same bits.
@@ -36,7 +36,7 @@ from lowbit.latent import Latents, latent, latent_file, started
 from lowbit.learn import Fitted, fit
 from lowbit.methods.tune import Tune
 from lowbit.progress import say
-from lowbit.quant import Grid, QTensor, fake_quant, quantize, range_grid
+from lowbit.quant import Grid, QuantSpec, fake_quant, quantize, range_grid
 from lowbit.runfolder import RUN, block_file, notes_file, pictures_file
 from lowbit.runner import Walk
 
@@ -64,13 +64,14 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
     fitted = fit(
         tuning.groups(), tuning.loss, len(ids), options.schedule(), begin=tuning.begin, keep=walk.out / RUN / STATE
     )
+    for note in _notes(fitted):
+        say(note)
     x = tuning.teacher.start(ids[:1].to(walk.device))
     for index in range(layers):
         block, float_block = tuning.rounded(index, fitted), first.float_block(index)
         if not (walk.out / block_file(index)).exists():
-            seconds = read_json(first.out / notes_file(index))["seconds"] * len(block.layers)
-            damage = damages(block, x, walk.scheme)
-            walk.write(block, damage, seconds + (time.monotonic() - began) / layers)
+            before = read_json(first.out / notes_file(index))["seconds"]
+            walk.write(block, damages(block, x, walk.scheme), before + (time.monotonic() - began) / layers)
         x = run_all(float_block, x)
 
 
@@ -79,10 +80,9 @@ class Tuning:
 
     def __init__(self, options: Tune, first: Walk, ids: Tensor, y_fp: Tensor) -> None:
         """Take over from ``first``, whose files are all there; ``y_fp`` is the float model's last hidden state."""
-        self.options, self.scheme, self.device, self.dtype = options, first.scheme, first.device, first.dtype
-        self.folder = first.out
+        self.options, self.scheme, self.device, self.folder = options, first.scheme, first.device, first.out
         self.ids, self.y_fp = ids.to(first.device), y_fp
-        self.teacher, self.student = first.ends(ids)
+        self.teacher, self.student = first.skeletons(ids)
         self.x = self.student.start(self.ids)
         self.layers = range(len(self.student.layers))
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -153,7 +153,7 @@ class Tuning:
     def _own_gains(self, index: int) -> dict[str, Tensor]:
         return {name: value for name, value in self.gains.items() if name.startswith(f"{index}.")}
 
-    def _linears(self, block: Block, latents: Latents) -> dict[str, tuple[Tensor, Grid, Any]]:
+    def _linears(self, block: Block, latents: Latents) -> dict[str, tuple[Tensor, Grid, QuantSpec]]:
         """Weight with its correction, grid and format of each rounded linear."""
         out = {}
         for name, grid in latents.grids.items():
@@ -200,9 +200,7 @@ class Tuning:
         notes = list(kept["notes"])
         if index == 0:
             steps["tune"] = _record(fitted)
-            notes += [f"tune: {note}" for note in fitted.notes]
-            if not fitted.best:
-                notes.append("tune: nothing learned was better on held-out sequences; nothing was corrected")
+            notes += _notes(fitted)
         pictures: Mapping[str, Tensor] = {}
         if (self.folder / pictures_file(index)).exists():
             file = Checkpoint(self.folder, [pictures_file(index)])
@@ -214,15 +212,17 @@ class Tuning:
                 **{name: value.detach() for name, value in self._own_gains(index).items()},
                 **{f"{name}.weight": weight for name, (weight, _, _) in linears.items()},
             },
-            qweights={name: _rounded(*linear) for name, linear in linears.items()},
+            qweights={name: quantize(*linear) for name, linear in linears.items()},
             notes=tuple(notes),
             record={index: steps} if steps else {},
             pictures=pictures,
         )
 
 
-def _rounded(weight: Tensor, grid: Grid, spec: Any) -> QTensor:
-    return quantize(weight, grid, spec)
+def _notes(fitted: Fitted) -> list[str]:
+    """What a reader of the report must know."""
+    nothing = [] if fitted.best else ["nothing learned was better on held-out sequences; nothing was corrected"]
+    return [f"tune: {note}" for note in [*fitted.notes, *nothing]]
 
 
 def _record(fitted: Fitted) -> dict[str, Any]:

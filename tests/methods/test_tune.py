@@ -80,7 +80,7 @@ def first_folder(name, scheme, folder, steps=("rtn",), count=3):
         blocks.append(block)
         x = y
     walk = SimpleNamespace(
-        out=folder, scheme=scheme, device="cpu", dtype=torch.float32, ends=lambda ids: (skeleton, skeleton)
+        out=folder, scheme=scheme, device="cpu", dtype=torch.float32, skeletons=lambda ids: (skeleton, skeleton)
     )
     return walk, ids, x, blocks, start
 
@@ -179,6 +179,21 @@ def test_without_steps_what_other_methods_rounded_comes_out_as_it_was(name, step
         assert set(done.params) == set(block.params)
 
 
+def calibration_ids(model: Path) -> torch.Tensor:
+    """The tokens that ``quantized`` calibrates on."""
+    return lowbit.data.calibration(str(model / "calib.txt"), lowbit.source.load_tokenizer(model), 6, 24, 0).ids
+
+
+def shipped_divergence(model: Path, run: Path, ids: torch.Tensor) -> float:
+    """``KL(float || run)`` of two folders, in nats a token, on the sequences that the fit holds out."""
+    held = ids[Tune().schedule().split(len(ids))[1]]
+    exact, ours = (
+        torch.cat([logits for _, logits in StreamedModel(folder).logits(held)]).log_softmax(-1)
+        for folder in (model, run)
+    )
+    return float((exact.exp() * (exact - ours)).sum(-1).mean())
+
+
 @pytest.mark.parametrize("scheme", ["w4a8", "w3a16g16-asym"])
 @pytest.mark.parametrize("name", ["llama-odd", "gemma2", "opt"])
 def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
@@ -190,16 +205,9 @@ def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
     assert record["best_epoch"] > 0
     assert record["loss"][-1] < 0.8 * record["loss"][0]
     assert min(record["held_out"]) == record["held_out"][record["best_epoch"]] < record["held_out"][0]
-    ids = lowbit.data.calibration(
-        str(tmp_path / "m/calib.txt"), lowbit.source.load_tokenizer(tmp_path / "m"), 6, 24, 0
-    ).ids
-    held = ids[Tune().schedule().split(6)[1]]
-    exact, ours = (
-        torch.cat([logits for _, logits in StreamedModel(folder).logits(held)]).log_softmax(-1)
-        for folder in (tmp_path / "m", tmp_path / "out")
-    )
-    shipped = float((exact.exp() * (exact - ours)).sum(-1).mean())
-    assert shipped == pytest.approx(record["held_out"][record["best_epoch"]], rel=1e-3)
+    ids = calibration_ids(tmp_path / "m")
+    kept = record["held_out"][record["best_epoch"]]
+    assert shipped_divergence(tmp_path / "m", tmp_path / "out", ids) == pytest.approx(kept, rel=1e-3)
     # The rest of the manifest is of what ships, too.
     x_fp, x_q = (StreamedModel(folder) for folder in (tmp_path / "m", tmp_path / "out"))
     a, b = x_fp.skeleton.start(ids), x_q.skeleton.start(ids)
@@ -217,16 +225,9 @@ def test_rounded_embeddings_and_heads_are_trained_with(tmp_path):
     recipe = recipe_file(tmp_path, "rtn", "tune: {epochs: 2}")
     made = quantized(tmp_path / "m", tmp_path / "out", "w4a8", recipe, overrides=overrides)
     record = made.manifest["blocks"][0]["steps"]["tune"]
-    ids = lowbit.data.calibration(
-        str(tmp_path / "m/calib.txt"), lowbit.source.load_tokenizer(tmp_path / "m"), 6, 24, 0
-    ).ids
-    held = ids[Tune().schedule().split(6)[1]]
-    exact, ours = (
-        torch.cat([logits for _, logits in StreamedModel(folder).logits(held)]).log_softmax(-1)
-        for folder in (tmp_path / "m", tmp_path / "out")
-    )
-    shipped = float((exact.exp() * (exact - ours)).sum(-1).mean())
-    assert shipped == pytest.approx(record["held_out"][record["best_epoch"]], rel=1e-3)
+    kept = record["held_out"][record["best_epoch"]]
+    ids = calibration_ids(tmp_path / "m")
+    assert shipped_divergence(tmp_path / "m", tmp_path / "out", ids) == pytest.approx(kept, rel=1e-3)
 
 
 def test_what_stays_online_is_trained_with_and_kept(tmp_path):
@@ -321,3 +322,19 @@ def test_latents_are_taken_apart_as_they_were_put_together(tmp_path):
     assert set(found.places) == set(done.qweights)
     assert all(isinstance(grid, Grid) for grid in found.grids.values())
     assert torch.equal(found.online["1.fc2"], done.online["1.fc2"])
+
+
+def test_a_block_that_is_not_finite_is_never_written(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "m", "llama")
+    rounded = Tuning.rounded
+
+    def broken(self, index, fitted):
+        block = rounded(self, index, fitted)
+        norm = f"{index}.input_layernorm.weight"
+        return replace(block, params={**block.params, norm: block.params[norm] * torch.nan}) if index == 1 else block
+
+    monkeypatch.setattr(Tuning, "rounded", broken)
+    with pytest.raises(LowbitError, match=r"block 1: '1.input_layernorm.weight' became NaN or infinite"):
+        quantized(tmp_path / "m", tmp_path / "out", "w4a8", recipe_file(tmp_path, "rtn", "tune: {epochs: 2}"))
+    assert (tmp_path / "out/block-00000.safetensors").exists()
+    assert not (tmp_path / "out/block-00001.safetensors").exists()

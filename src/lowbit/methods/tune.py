@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +45,14 @@ class Tune:
     def passes(self) -> int:
         """Forward passes that it costs: each block is run twice and differentiated once a step."""
         return 5 * self.epochs
+
+    def learned(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """An upper bound on the numbers that are learned for linears ``(rows, columns)``, but for groups' ends.
+
+        >>> Tune(rank=4).learned([(10, 20)])  # a pair of 4 x 30, and two ends of each row
+        140
+        """
+        return sum(self.rank * (rows + columns) + 2 * rows for rows, columns in shapes)
 
     def schedule(self) -> Schedule:
         """The loop's options."""
