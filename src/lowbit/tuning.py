@@ -91,6 +91,13 @@ class Tuning:
         self.begun = 0
         for index in self.layers:
             self._start(index)
+        self.rate = options.rate(self.start())
+
+    @torch.no_grad()
+    def start(self) -> float:
+        """The divergence before the first step, of up to four training sequences, in nats a token."""
+        train, _ = self.options.schedule().split(len(self.ids))
+        return float(self.loss(train[:4]))
 
     def _start(self, index: int) -> None:
         """Leaves of a layer: corrections of 0, ends where they are, gains as they are."""
@@ -120,9 +127,9 @@ class Tuning:
         """What is learned, with learning rates."""
         options = self.options
         return [
-            ([leaf for pair in self.pairs.values() for leaf in pair], options.lr),
-            ([leaf for both in self.ends.values() for leaf in both], options.lr_ends),
-            ([self.gains[name] for name in sorted(self.gains)], options.lr_norms),
+            ([leaf for pair in self.pairs.values() for leaf in pair], self.rate * options.lr),
+            ([leaf for both in self.ends.values() for leaf in both], self.rate * options.lr_ends),
+            ([self.gains[name] for name in sorted(self.gains)], self.rate * options.lr_norms),
         ]
 
     def begin(self, epoch: int) -> None:
@@ -199,7 +206,7 @@ class Tuning:
         steps: dict[str, Any] = {**kept["record"].get("steps", {})}
         notes = list(kept["notes"])
         if index == 0:
-            steps["tune"] = _record(fitted)
+            steps["tune"] = _record(fitted) | {"rate": self.rate}
             notes += _notes(fitted)
         pictures: Mapping[str, Tensor] = {}
         if (self.folder / pictures_file(index)).exists():

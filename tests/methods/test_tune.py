@@ -123,6 +123,31 @@ def test_value_and_gradient_are_those_of_the_whole_model_in_one_graph(scheme, na
             assert float((mine - theirs).norm()) <= 1e-4 * float(theirs.norm()) + 1e-9
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w3a16g16-sym"])
+def test_rates_fall_with_the_root_of_what_is_lost_at_the_start(scheme, tmp_path):
+    scheme = parse_scheme(scheme)
+    walk, ids, y_fp, blocks, start = first_folder("llama", scheme, tmp_path)
+    train, held = Tune().schedule().split(len(ids))
+    assert len(train) == 3
+    assert len(held) == 1
+    shipped = start[train]
+    with torch.no_grad():
+        for block in blocks:
+            shipped = run(block, shipped, block.quantized_params(), scheme)
+        lost = float(divergence(walk.skeletons(ids)[0], ids[train], y_fp[train], shipped))
+    tuning = Tuning(Tune(), walk, ids, y_fp)
+    assert 0 < lost < 1
+    assert tuning.rate == pytest.approx(lost**0.5, rel=1e-3)
+    assert [rate for _, rate in tuning.groups()] == [tuning.rate * 5e-3, tuning.rate * 2e-3, tuning.rate * 2e-3]
+    given = Tuning(Tune(scale=False), walk, ids, y_fp)
+    assert [rate for _, rate in given.groups()] == [5e-3, 2e-3, 2e-3]
+
+
+def test_a_start_that_is_far_off_or_no_number_keeps_the_rates_and_one_at_zero_learns_nothing():
+    assert [Tune().rate(start) for start in (1.0, 7.0, float("inf"), float("nan"))] == [1.0] * 4
+    assert Tune().rate(-1e-9) == 0.0
+
+
 def test_the_gradient_of_the_gains_is_the_finite_difference(tmp_path):
     """Nothing rounds on the way from a gain to the loss where activations stay float."""
     walk, ids, y_fp, _, _ = first_folder("llama", parse_scheme("w3a16g16-sym"), tmp_path)
@@ -199,7 +224,10 @@ def shipped_divergence(model: Path, run: Path, ids: torch.Tensor) -> float:
 def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
     save_tiny(tmp_path / "m", name)
     made = quantized(
-        tmp_path / "m", tmp_path / "out", scheme, recipe_file(tmp_path, "rtn", "tune: {epochs: 16, lr: 1.0e-3}")
+        tmp_path / "m",
+        tmp_path / "out",
+        scheme,
+        recipe_file(tmp_path, "rtn", "tune: {epochs: 16, lr: 1.0e-3, scale: false}"),
     )
     record = made.manifest["blocks"][0]["steps"]["tune"]
     assert record["best_epoch"] > 0

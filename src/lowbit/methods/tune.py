@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +21,7 @@ class Tune:
         norms: learn the norms' gains.
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``; 0 epochs leave the step out.
         lr, lr_ends, lr_norms: learning rates of the pairs, of the ends' logarithms, of the gains.
+        scale: let the learning rates fall with the root of what is lost at the start; see ``rate``.
     """
 
     rank: int = 32
@@ -30,6 +32,7 @@ class Tune:
     lr: float = 5e-3
     lr_ends: float = 2e-3
     lr_norms: float = 2e-3
+    scale: bool = True
     held_out: float = 0.125
     grad_clip: float = 0.0
     decay: str = "cosine"
@@ -53,6 +56,18 @@ class Tune:
         140
         """
         return sum(self.rank * (rows + columns) + 2 * rows for rows, columns in shapes)
+
+    def rate(self, start: float) -> float:
+        """The factor on the learning rates for a start that is ``start`` nats a token from the float model.
+
+        Adam's steps have the length of the learning rate, however little there is to win. Near its least a divergence
+        is quadratic in the parameters: steps half as long stray a quarter as far. Rates that go with the root of the
+        start's divergence stray by the same share of it, whatever the scheme. From 1 nat upwards they stay as given.
+
+        >>> Tune().rate(0.09), Tune().rate(4.0), Tune(scale=False).rate(0.09)
+        (0.3, 1.0, 1.0)
+        """
+        return min(1.0, math.sqrt(max(start, 0.0))) if self.scale and math.isfinite(start) else 1.0
 
     def schedule(self) -> Schedule:
         """The loop's options."""
