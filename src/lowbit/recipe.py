@@ -39,6 +39,7 @@ MOVERS = ("smoothquant", "signs", "awq", "affinequant")  # steps that move maps 
 # How much of the epochs that a recipe asks for is spent.
 EFFORTS = {"quick": 0.3, "normal": 0.5, "paper": 1.0}
 PROTOCOL: dict[str, type] = {"scheme": str, "data": str, "samples": int, "length": int, "seed": int, "effort": str}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 takes 1e-3 for text
 
 
@@ -211,11 +212,11 @@ def _build(step: str, method: Any, options: Mapping[str, Any]) -> Any:
     for key, value in options.items():
         if key not in known:
             raise unknown(f"field of {step}", str(key), known)
-        values[key] = _typed(f"{step}.{key}", value, hints[key])
+        values[key] = _typed(f"{step}.{key}", value, hints[key], getattr(method, key))
     return replace(method, **values)
 
 
-def _typed(where: str, value: Any, wanted: Any) -> Any:
+def _typed(where: str, value: Any, wanted: Any, usual: Any = None) -> Any:
     """``value`` as the field's type; whole numbers and ``1e-3`` are taken for a float, false for ``off``, no more.
 
     Infinity and NaN are refused: they slip through comparisons.
@@ -227,8 +228,9 @@ def _typed(where: str, value: Any, wanted: Any) -> Any:
         value = "off"  # what YAML makes of a bare off
     if type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value)):
         return value
-    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
-    raise LowbitError(f"{where}: expected {names}, got {value!r}")
+    names = " or ".join(_KINDS.get(kind, str(kind)) for kind in allowed)
+    default = "" if usual is None else f" (default: {usual!r})"
+    raise LowbitError(f"{where}: {value!r} given; {names} is allowed{default}")
 
 
 def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
