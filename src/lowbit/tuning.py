@@ -91,10 +91,10 @@ class Tuning:
         self.begun = 0
         for index in self.layers:
             self._start(index)
-        self.rate = options.rate(self.start())
+        self.rate = options.rate(self.lost())
 
     @torch.no_grad()
-    def start(self) -> float:
+    def lost(self) -> float:
         """The divergence before the first step, of up to four training sequences, in nats a token."""
         train, _ = self.options.schedule().split(len(self.ids))
         return float(self.loss(train[:4]))
