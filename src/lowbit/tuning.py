@@ -91,7 +91,7 @@ class Tuning:
         self.begun = 0
         for index in self.layers:
             self._start(index)
-        self.rate = options.rate(self.lost())
+        self.rate = options.rate(self.lost()) if options.scale else 1.0
 
     @torch.no_grad()
     def lost(self) -> float:
