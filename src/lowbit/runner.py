@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class Walk:
             calib = Calib(x_fp, x_q, y_fp, self.batch)
             done = block
             for _, step in self.recipe.block_steps:
-                done = step(done, calib, self.scheme)
+                done = step(done, self._shown(step, calib), self.scheme)
             self.write(done, damages(done, x_fp[:1], self.scheme), time.monotonic() - began)
             for note in done.notes:
                 say(f"block {_about(note, done)}: {note}")
@@ -162,6 +162,18 @@ class Walk:
         for row in self.rows[-count:]:
             row["relative_error"] = error
         return y_fp, x_q
+
+    def _shown(self, step: Any, calib: Calib) -> Calib:
+        """What a step may look at: codes fitted to data leave out the sequences that ``tune`` will judge them by.
+
+        Had a rounding such as GPTQ's seen these, the start would look better there than it is, and what is learned
+        behind it would be thrown away.
+        """
+        tune = self.recipe.tune
+        if tune is None or not step.rounds:
+            return calib
+        train, _ = tune.schedule().split(len(calib.x_q))
+        return replace(calib, x_fp=calib.x_fp[train], x_q=calib.x_q[train], y_fp=calib.y_fp[train])
 
     def _see(self, kind: str, found: Mapping[str, Tensor]) -> None:
         self.observed |= {f"{kind}.{name}": value.cpu() for name, value in found.items()}
