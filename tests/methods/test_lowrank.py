@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowbit.block import Calib, part_of, relative_error, run_all
+from lowbit.block import Calib, relative_error, run_all
 from lowbit.errors import LowbitError
-from lowbit.learn import fit, loss_unit, relative_loss
+from lowbit.learn import fit
 from lowbit.methods import RTN
 from lowbit.methods.affinequant import AffineQuant
-from lowbit.methods.lowrank import ALONE, Correction, LowRank, adaptive_ranks
+from lowbit.methods.lowrank import Correction, LowRank, adaptive_ranks
 from lowbit.scheme import parse_scheme
 from tiny import block_of, tiny_model
 
@@ -105,44 +105,6 @@ def test_adaptive_ranks_keep_to_their_budget_and_go_where_the_error_is():
     assert min(ranks.values()) >= 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_block_alone_is_what_windows_of_one_do(name):
-    block, calib = case(name)
-    alone = LowRank(epochs=2, alone=1.0)(block, calib, W4A4)
-    x_fp, x_q = calib.x_fp, calib.x_q
-    for at in range(2):
-        part = part_of(block, at, at + 1)
-        y_fp = run_all(part, x_fp)
-        single = RTN()(LowRank(epochs=2)(part, Calib(x_fp, x_q, y_fp), W4A4), calib, W4A4)
-        for key, value in single.params.items():
-            assert torch.equal(alone.params[key], value), key
-        for linear, clips in single.clips.items():
-            assert all(torch.equal(a, b) for a, b in zip(alone.clips[linear], clips, strict=True))
-        x_fp, x_q = y_fp, run_all(single, x_q, single.quantized_params(), W4A4)
-    assert {i: list(steps) for i, steps in alone.record.items()} == {1: [ALONE], 2: [ALONE]}
-
-
-def test_together_starts_where_each_block_alone_ended():
-    block, calib = case("llama-odd")
-    alone = LowRank(epochs=2, alone=1.0, held_out=0.5)(block, calib, W3)
-    both = LowRank(epochs=4, alone=0.5, held_out=0.5)(block, calib, W3)
-    _, held = LowRank(held_out=0.5).schedule(0).split(len(calib.x_q))
-    only = Calib(calib.x_fp[held], calib.x_q[held], calib.y_fp[held])
-    rounded = RTN()(alone, only, W3)
-    got = run_all(rounded, only.x_q, rounded.quantized_params(), W3)
-    wanted = float(relative_loss(got, only.y_fp, loss_unit(only.y_fp, "token")))
-    record = both.record[1]["lowrank"]
-    assert record["held_out"][0] == pytest.approx(wanted, rel=1e-4)
-    assert len(record["loss"]) == 2
-    assert {i: list(steps) for i, steps in both.record.items()} == {1: [ALONE, "lowrank"], 2: [ALONE]}
-    assert both.clips.keys() == alone.clips.keys()
-    # Too few epochs for any alone, or one block only: as without.
-    for given, options in ((block, {"epochs": 2, "alone": 0.2}), (part_of(block, 0, 1), {"epochs": 2, "alone": 1.0})):
-        fed = calib if given is block else Calib(calib.x_fp, calib.x_q, run_all(given, calib.x_fp))
-        plain, done = LowRank(epochs=2)(given, fed, W3), LowRank(**options)(given, fed, W3)
-        assert all(torch.equal(done.params[key], value) for key, value in plain.params.items())
-
-
 def test_weight_decay_holds_the_correction_small():
     block, calib = case("llama")
     size = {}
@@ -161,9 +123,7 @@ def test_what_stays_online_is_seen():
     assert relative_error(run_all(done, calib.x_fp), calib.y_fp) < 0.1
 
 
-@pytest.mark.parametrize(
-    "bad", [{"rank": 0}, {"ranks": "some"}, {"share": "all"}, {"loss": "kl"}, {"epochs": -1}, {"alone": 1.5}]
-)
+@pytest.mark.parametrize("bad", [{"rank": 0}, {"ranks": "some"}, {"share": "all"}, {"loss": "kl"}, {"epochs": -1}])
 def test_options_that_make_no_sense_are_refused(bad):
     with pytest.raises(LowbitError, match=next(iter(bad))):
         LowRank(**bad)

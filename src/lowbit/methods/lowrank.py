@@ -19,16 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, part_of, recorded, run, run_all
+from lowbit.block import Block, Calib, recorded, run
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
 from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
-from lowbit.methods.rtn import RTN
 from lowbit.quant import fake_quant, minmax_grid, quantize
 from lowbit.scheme import Scheme
 
 CHOICES = {"ranks": ("fixed", "adaptive"), "share": ("none", "input"), "loss": ("token", "mse")}
-ALONE = "lowrank, each block alone"  # the name of those figures in the report
 CLIP_START = 0.982  # where no earlier step has clipped: sigmoid(4), as in learnable weight clipping
 
 
@@ -40,8 +38,6 @@ class LowRank:
         rank: of each linear's pair (the paper's is 4; merged, it costs nothing when running); with ``ranks:
             adaptive`` the budget is what this rank would take in all.
         ranks: ``fixed``, or ``adaptive``: larger where the rounding error's singular values are.
-        alone: share of the epochs in which each block of a window is fitted by itself, in turn, before they are
-            together. Together means one more pair; both merge.
         share: ``input`` adds one pair over all linears that read one input, beside one each (each of half the rank).
         loss: ``token`` or ``mse``; see ``AffineQuant``.
         clips: learn the factors on the ends of the weights' ranges again.
@@ -55,7 +51,6 @@ class LowRank:
 
     rank: int = 32
     ranks: str = "fixed"
-    alone: float = 0.0
     share: str = "none"
     loss: str = "token"
     clips: bool = True
@@ -78,8 +73,6 @@ class LowRank:
                 raise unknown(f"lowrank.{name}", getattr(self, name), allowed)
         if self.rank < 1 or min(self.lr, self.lr_clips, self.lr_norms, self.weight_decay) < 0:
             raise LowbitError("lowrank: rank must be 1 or more, learning rates and weight_decay 0 or more")
-        if not 0 <= self.alone <= 1:
-            raise LowbitError(f"lowrank.alone: {self.alone:g} given; a share from 0 to 1 is allowed")
         self.schedule(0)
 
     @property
@@ -95,36 +88,9 @@ class LowRank:
         """The window with corrections merged; its float function changes, towards the quantized one's target."""
         if all(block.weight_spec(name, scheme) is None for name in block.linears()):
             return block
-        first = round(self.alone * self.epochs) if len(block.layers) > 1 else 0
-        if first:
-            block = self._in_turn(block, calib, scheme, first)
-        joint = replace(self, epochs=self.epochs - first)
-        if first and not joint.epochs:
-            return block
-        correction = Correction(joint, block, calib, scheme)
-        fitted = fit(correction.groups(), correction.loss, len(calib.x_q), joint.schedule(block.start))
+        correction = Correction(self, block, calib, scheme)
+        fitted = fit(correction.groups(), correction.loss, len(calib.x_q), self.schedule(block.start))
         return correction.merged(fitted)
-
-    def _in_turn(self, block: Block, calib: Calib, scheme: Scheme, epochs: int) -> Block:
-        """The window with each block's own correction, for the block as the ones before it will be rounded."""
-        single, done = replace(self, epochs=epochs, alone=0.0), block
-        x_fp, x_q = calib.x_fp, calib.x_q
-        for at in range(len(block.layers)):
-            part = part_of(block, at, at + 1)
-            y_fp = run_all(part, x_fp, batch=calib.batch)
-            fitted = single(part, Calib(x_fp, x_q, y_fp, calib.batch), scheme)
-            rounded = RTN()(fitted, calib, scheme)
-            x_fp, x_q = y_fp, run_all(rounded, x_q, rounded.quantized_params(), scheme, batch=calib.batch)
-            # Its figures stand beside those of the fit that follows.
-            figures = {i: {ALONE: steps["lowrank"]} for i, steps in fitted.record.items()}
-            done = replace(
-                done,
-                params={**done.params, **fitted.params},
-                clips={**done.clips, **fitted.clips},
-                notes=(*done.notes, *fitted.notes),
-                record={i: {**done.record.get(i, {}), **figures.get(i, {})} for i in {*done.record, *figures}},
-            )
-        return done
 
 
 @dataclass(frozen=True)
