@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.attention import quantized_attention
+from lowbit.compiled import fake_quant_tokens
 from lowbit.family import Edge, Family, Heads, Part, Ref
 from lowbit.feed import joined, parts
-from lowbit.quant import Grid, QTensor, QuantSpec, fake_quant_tokens, minmax_grid
+from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid
 from lowbit.runtimes import Inputs
 from lowbit.scheme import Scheme
 

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowbit.block import Block, run, run_all
 from lowbit.checkpoint import Checkpoint, read_json
+from lowbit.compiled import on_grid
 from lowbit.damage import damages
 from lowbit.family import module_of
 from lowbit.feed import Rows
@@ -37,7 +38,7 @@ from lowbit.latent import Latents, latent, latent_file, started
 from lowbit.learn import Fitted, fit
 from lowbit.methods.tune import Tune
 from lowbit.progress import say
-from lowbit.quant import Grid, QuantSpec, fake_quant, quantize, range_grid
+from lowbit.quant import Grid, QuantSpec, quantize, range_grid
 from lowbit.runfolder import RUN, block_file, notes_file, pictures_file
 from lowbit.runner import Walk, entered
 
@@ -159,7 +160,7 @@ class Tuning:
         """Hidden states through a layer as it will ship."""
         block, latents = self._read(index)
         rounded = {
-            f"{name}.weight": fake_quant(weight, grid, spec)
+            f"{name}.weight": on_grid(weight, grid, spec)
             for name, (weight, grid, spec) in self._linears(block, latents).items()
         }
         return run(block, x, {**block.params, **self._own_gains(index), **rounded}, self.scheme)

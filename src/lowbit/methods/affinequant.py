@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lowbit.block import Block, Calib, part_of, recorded, relative_error, run, run_all
+from lowbit.compiled import rounded_weight
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
 from lowbit.feed import Rows
@@ -37,7 +38,6 @@ from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import SITES, Site, apply, make_site, site_name, start
-from lowbit.quant import fake_quant, minmax_grid
 from lowbit.scheme import Scheme
 
 CHOICES = {
@@ -277,9 +277,8 @@ class Trainer:
         for name in self.block.linears():
             if (spec := self.block.weight_spec(name, self.scheme)) is None:
                 continue
-            weight = params[f"{name}.weight"]
             low, high = (logit.sigmoid() for logit in self.logits[name]) if name in self.logits else (1.0, 1.0)
-            rounded[f"{name}.weight"] = fake_quant(weight, minmax_grid(weight, spec, low, high), spec)
+            rounded[f"{name}.weight"] = rounded_weight(params[f"{name}.weight"], spec, low, high)
         online = {name: value.float() for name, value in online.items()}
         return {**params, **rounded}, online | {name: logit.sigmoid() for name, logit in self.act_logits.items()}
 

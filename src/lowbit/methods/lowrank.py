@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from lowbit.block import Block, Calib, recorded, run
+from lowbit.compiled import rounded_weight
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
 from lowbit.feed import Rows
 from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
-from lowbit.quant import fake_quant, minmax_grid, quantize
+from lowbit.quant import minmax_grid, quantize
 from lowbit.scheme import Scheme
 
 CHOICES = {"ranks": ("fixed", "adaptive"), "share": ("none", "input"), "loss": ("token", "mse")}
@@ -197,10 +198,9 @@ class Correction:
         """Parameters as they will ship; differentiable."""
         params, clips = self.params(), self.clips()
         for name in self.linears:
-            spec, weight = self.block.weight_spec(name, self.scheme), params[f"{name}.weight"]
+            spec = self.block.weight_spec(name, self.scheme)
             assert spec is not None
-            low, high = clips.get(name, (1.0, 1.0))
-            params[f"{name}.weight"] = fake_quant(weight, minmax_grid(weight, spec, low, high), spec)
+            params[f"{name}.weight"] = rounded_weight(params[f"{name}.weight"], spec, *clips.get(name, (1.0, 1.0)))
         return params
 
     def loss(self, chosen: Tensor) -> Tensor:
