@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowbit.quant import QuantSpec, fake_quant_tokens
+from lowbit.compiled import fake_quant_tokens
+from lowbit.quant import QuantSpec
 
 
 def attention_name(spec: QuantSpec, base: str) -> str:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.attention import quantized_attention
+from lowbit.compiled import fake_quant_tokens
 from lowbit.family import Edge, Family, Heads, Part, Ref
-from lowbit.quant import Grid, QTensor, QuantSpec, fake_quant_tokens, minmax_grid
+from lowbit.feed import joined, parts
+from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid
 from lowbit.runtimes import Inputs
 from lowbit.scheme import Scheme
 
@@ -63,6 +65,11 @@ class Block:
     notes: tuple[str, ...] = ()
     record: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block is computed: its parameters are all on one device."""
+        return next(iter(self.params.values())).device
 
     @property
     def indices(self) -> range:
@@ -140,7 +147,10 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Calib:
-    """What a method may look at, each ``(sequences, length, hidden)`` in float32.
+    """What a method may look at, each ``(sequences, length, hidden)`` in the dtype that blocks run in.
+
+    They live where ``feed.home`` says, which for a block on a GPU is the host: ``feed.parts`` and ``feed.Rows`` bring
+    what is at work to the block's device.
 
     Attributes:
         x_fp: the block's input in the float model.
@@ -253,7 +263,7 @@ def observe(
         taps[last](value)
         raise _Seen
 
-    for part in x.split(batch):
+    for part in parts(x, batch, block.device):
         try:
             run(block, part, params, scheme, {**taps, last: stop})
         except _Seen:
@@ -313,8 +323,9 @@ def run_all(
     taps: Mapping[str, Tap] | None = None,
     batch: int = 4,
 ) -> Tensor:
-    """``run`` over all sequences, ``batch`` at a time, without gradients."""
-    return torch.cat([run(block, part, params, scheme, taps) for part in x.split(batch)])
+    """``run`` over all sequences, ``batch`` at a time, without gradients; the result lives where ``x`` does."""
+    done = (run(block, part, params, scheme, taps) for part in parts(x, batch, block.device))
+    return joined(done, len(x), x.device)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

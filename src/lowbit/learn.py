@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowbit.checkpoint import Checkpoint, write_tensors
 from lowbit.errors import LowbitError
+from lowbit.feed import parts
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 PATIENCE = 8  # steps in a row that were not finite before the fit gives up
@@ -107,17 +108,21 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
 
-def loss_unit(wanted: Tensor, loss: str) -> Tensor:
+def loss_unit(wanted: Tensor, loss: str, device: torch.device | None = None, batch: int = 4) -> Tensor:
     """What errors are measured in: the mean square of ``wanted`` ``(sequences, length, hidden)``, as ``(.., .., 1)``.
 
-    ``token``: of each token for itself. ``mse``: of all tokens together, so that the largest decide.
+    ``token``: of each token for itself. ``mse``: of all tokens together, so that the largest decide. With ``device``
+    it is made there, ``batch`` sequences at a time where ``wanted`` lives elsewhere.
 
     >>> loss_unit(torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]), "token").flatten().tolist()
     [1.0, 9.0]
     >>> loss_unit(torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]), "mse").flatten().tolist()
     [5.0, 5.0]
     """
-    power = wanted.float().square().mean(-1, keepdim=True).clamp(min=1e-12)
+    if device is None or device.type == wanted.device.type:
+        batch = len(wanted)
+    pieces = parts(wanted, batch, device or wanted.device)
+    power = torch.cat([piece.float().square().mean(-1, keepdim=True).clamp(min=1e-12) for piece in pieces])
     return power if loss == "token" else power.double().mean().float().expand_as(power)
 
 
@@ -157,6 +162,7 @@ def fit(
     begin: Callable[[int], None] = lambda epoch: None,
     project: Callable[[], None] = lambda: None,
     keep: Path | None = None,
+    ahead: Callable[[Tensor], None] = lambda chosen: None,
 ) -> Fitted:
     """Train the tensors of ``groups`` in place and leave them at their best.
 
@@ -168,29 +174,30 @@ def fit(
         begin: called with the epoch (1, 2, ...) before it starts, for masks that open; with the best one at the end.
         project: called after each step, without gradients, for constraints.
         keep: file for the state after each epoch. If it is there, of this same fit, the fit goes on from it.
+        ahead: called before a loss is computed, with the indices of the one after it, so that what these need can be
+            fetched meanwhile; each loss is announced once, but for the first.
     """
     tensors = [t for ts, _ in groups for t in ts]
     train, held = schedule.split(sequences)
+    batches, looked = _batches(train, schedule), list(held.split(max(schedule.batch, 4))) if len(held) else []
     adam = Adam(groups)
     state = _State([t.detach().clone() for t in tensors])
     fitted = state.fitted
     if keep is not None and keep.exists():
         _load(keep, state, tensors, adam)
     else:
-        state.least = _mean_loss(loss, held, schedule.batch) if len(held) else math.nan
+        state.least = _mean_loss(loss, looked, ahead, batches[0][:1] if tensors and batches else [])
         fitted.held_out.append(state.least)
     if not tensors or not schedule.epochs:
         return fitted
-    generator = torch.Generator().manual_seed(schedule.seed)
-    per_epoch = -(-len(train) // schedule.batch)
+    per_epoch = len(batches[0])
     steps = schedule.epochs * per_epoch
-    for epoch in range(1, schedule.epochs + 1):
-        order = train[torch.randperm(len(train), generator=generator)]
-        if epoch <= state.epoch:
-            continue
+    for epoch in range(state.epoch + 1, schedule.epochs + 1):
         begin(epoch)
         losses = []
-        for step, chosen in enumerate(order.split(schedule.batch), (epoch - 1) * per_epoch):
+        following = batches[epoch][:1] if epoch < schedule.epochs else []
+        order = _announced(batches[epoch - 1], looked[:1] or following, ahead)
+        for step, chosen in enumerate(order, (epoch - 1) * per_epoch):
             value = _backward(tensors, loss, chosen, schedule.grad_clip)
             if value is None:
                 fitted.skipped, state.failures, state.factor = (
@@ -214,9 +221,9 @@ def fit(
             fitted.notes.append(f"gave up in epoch {epoch}: {PATIENCE} steps in a row were not finite")
             state.epoch = schedule.epochs
         else:
-            now = _mean_loss(loss, held, schedule.batch) if len(held) else math.nan
+            now = _mean_loss(loss, looked, ahead, following)
             fitted.held_out.append(now)
-            if not len(held) or now < state.least or (math.isfinite(now) and not math.isfinite(state.least)):
+            if not looked or now < state.least or (math.isfinite(now) and not math.isfinite(state.least)):
                 state.best, state.least, fitted.best = [t.detach().clone() for t in tensors], now, epoch
         if keep is not None:
             _save(keep, state, tensors, adam)
@@ -228,6 +235,23 @@ def fit(
             f"back to the parameters of epoch {fitted.best}"
         )
     return fitted
+
+
+def _batches(train: Tensor, schedule: Schedule) -> list[list[Tensor]]:
+    """The indices of every step, by epoch."""
+    generator = torch.Generator().manual_seed(schedule.seed)
+    orders = (train[torch.randperm(len(train), generator=generator)] for _ in range(schedule.epochs))
+    return [list(order.split(schedule.batch)) for order in orders]
+
+
+def _announced(
+    steps: Sequence[Tensor], following: Sequence[Tensor], ahead: Callable[[Tensor], None]
+) -> Iterator[Tensor]:
+    """``steps`` in turn, each after ``ahead`` was told of the one behind it; behind the last come ``following``."""
+    for at, chosen in enumerate(steps):
+        for then in [*steps[at + 1 : at + 2], *following][:1]:
+            ahead(then)
+        yield chosen
 
 
 @dataclass
@@ -293,6 +317,12 @@ def _backward(
 
 
 @torch.no_grad()
-def _mean_loss(loss: Callable[[Tensor], Tensor], chosen: Tensor, batch: int) -> float:
-    parts = [(len(part), float(loss(part))) for part in chosen.split(max(batch, 4))]
-    return sum(count * value for count, value in parts) / len(chosen)
+def _mean_loss(
+    loss: Callable[[Tensor], Tensor],
+    looked: Sequence[Tensor],
+    ahead: Callable[[Tensor], None],
+    following: Sequence[Tensor],
+) -> float:
+    """The mean loss over held-out sequences, in parts; NaN if there are none."""
+    means = [(len(part), float(loss(part))) for part in _announced(looked, following, ahead)]
+    return sum(count * value for count, value in means) / sum(map(len, looked)) if means else math.nan

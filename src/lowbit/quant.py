@@ -181,8 +181,14 @@ def minmax_grid(weight: Tensor, spec: QuantSpec, low: Tensor | float = 1.0, high
     >>> grid.scale.tolist(), grid.zero.tolist()
     ([[1.0]], [[1.0]])
     """
+    bottom, top = weight_ends(weight, spec)
+    return range_grid(bottom * low, top * high, spec)
+
+
+def weight_ends(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The ends of each group's range, 0 included, ``(rows, groups)`` each; differentiable."""
     grouped = _group(weight, spec)
-    return range_grid(grouped.amin(-1).clamp(max=0) * low, grouped.amax(-1).clamp(min=0) * high, spec)
+    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
 
 def range_grid(bottom: Tensor, top: Tensor, spec: QuantSpec) -> Grid:
@@ -248,21 +254,41 @@ def fake_quant_tokens(
     >>> fake_quant_tokens(torch.tensor([[0.0, 1.0, 2.0, 3.1]]), QuantSpec(2, symmetric=False)).tolist()
     [[0.0, 1.0333333015441895, 2.066666603088379, 3.0999999046325684]]
     """
-    bottom = x.amin(-1, keepdim=True).clamp(max=0) * low
-    top = x.amax(-1, keepdim=True).clamp(min=0) * high
-    code_min, code_max = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
-    eps = torch.finfo(x.dtype).eps
+    bottom, top = token_ends(x)
+    scale, zero = token_grid(bottom * low, top * high, spec)
+    return on_token_grid(x, scale, zero, offset, spec)
+
+
+def token_ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends of each token's range, 0 included, ``(..., 1)`` each; differentiable."""
+    return x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+
+
+def token_grid(bottom: Tensor, top: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of ranges from ``bottom`` to ``top``, ``(..., 1)`` each; a symmetric format has no zero."""
+    eps = torch.finfo(bottom.dtype).eps
     if spec.symmetric:
         scale = torch.maximum(bottom.abs(), top.abs()) / (spec.levels / 2)
-        scale = torch.where(scale == 0, eps, scale)
-        steps = x / scale if offset is None else x / scale + offset
-        return round_ste(steps.clamp(code_min, code_max)) * scale
+        return torch.where(scale == 0, eps, scale), None
     scale = (top - bottom) / spec.levels
     # An all-zero vector has scale 0; any positive scale then gives zeros, and eps is what the library takes.
     scale = torch.where(scale == 0, eps, scale)
-    zero = round_ste((code_min - bottom / scale).clamp(code_min, code_max))
+    code_min, code_max = _token_codes(spec)
+    return scale, round_ste((code_min - bottom / scale).clamp(code_min, code_max))
+
+
+def on_token_grid(x: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Activations at the nearest points of the grids of ``token_grid``; see ``fake_quant_tokens``."""
+    code_min, code_max = _token_codes(spec)
     steps = x / scale if offset is None else x / scale + offset
+    if zero is None:
+        return round_ste(steps.clamp(code_min, code_max)) * scale
     return (round_ste((steps + zero).clamp(code_min, code_max)) - zero) * scale
+
+
+def _token_codes(spec: QuantSpec) -> tuple[int, int]:
+    """The least and the largest signed code."""
+    return -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
 
 
 def _group(x: Tensor, spec: QuantSpec) -> Tensor:

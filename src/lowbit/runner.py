@@ -26,6 +26,7 @@ from lowbit.block import Block, Calib, relative_error, run_all
 from lowbit.checkpoint import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.damage import damages
 from lowbit.errors import LowbitError
+from lowbit.feed import home, joined, parts
 from lowbit.latent import write_latents
 from lowbit.observed import FLOAT, MAP, QUANTIZED, watched
 from lowbit.packing import pack
@@ -37,11 +38,32 @@ from lowbit.runfolder import ONLINE, REST, block_file, dequantized, notes_file, 
 from lowbit.scheme import Scheme
 from lowbit.skeleton import Skeleton
 
+STARTED = 16  # sequences that are embedded at once on a GPU
+
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has held resident so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def entered(skeleton: Skeleton, ids: Tensor, device: str) -> Tensor:
+    """What block 0 is called with for ``ids`` ``(sequences, length)``, made on ``device``, at the streams' home."""
+    where = home(device)
+    if where == torch.device(device):
+        return skeleton.start(ids.to(device))
+    return joined((skeleton.start(some.to(device)) for some in ids.split(STARTED)), len(ids), where)
+
+
+def stream_error(got: Tensor, wanted: Tensor, device: str, batch: int) -> float:
+    """``relative_error`` of two streams; for a GPU summed there, over parts."""
+    on = torch.device(device)
+    if home(on) == on:
+        return relative_error(got, wanted)
+    sums = torch.zeros(2, dtype=torch.float64, device=on)
+    for ours, exact in zip(parts(got, batch, on), parts(wanted, batch, on), strict=True):
+        sums += torch.stack([(ours - exact).double().square().sum(), exact.double().square().sum()])
+    return float(sums[0] / sums[1].clamp(min=1e-300))
 
 
 @dataclass
@@ -76,16 +98,16 @@ class Walk:
     def walk(self, ids: Tensor) -> Tensor:
         """Quantize every block against calibration tokens ``(sequences, length)``; write the rest before.
 
-        Returns the float model's last hidden states.
+        Returns the float model's last hidden states, where ``feed.home`` says that streams live.
         """
         rest = self.checkpoint.read(self.skeleton.rest_names)
         self._fill(rest)
-        x_fp = self.skeleton.start(ids.to(self.device))
+        x_fp = entered(self.skeleton, ids, self.device)
         self._write_rest(rest)
         x_q = x_fp
         if self.plan.embed in self.plan.specs:
             self._fill(self._shipped_rest(rest))
-            x_q = self.skeleton.start(ids.to(self.device))
+            x_q = entered(self.skeleton, ids, self.device)
         del rest
         layers = len(self.skeleton.layers)
         for start in track(range(0, layers, self.recipe.window), "quantizing"):
@@ -140,7 +162,7 @@ class Walk:
             done = block
             for _, step in self.recipe.block_steps:
                 done = step(done, self._shown(step, calib), self.scheme)
-            self.write(done, damages(done, x_fp[:1], self.scheme), time.monotonic() - began)
+            self.write(done, damages(done, x_fp[:1].to(self.device), self.scheme), time.monotonic() - began)
             for note in done.notes:
                 say(f"block {_about(note, done)}: {note}")
         del block
@@ -156,7 +178,7 @@ class Walk:
             kept = read_json(self.out / notes_file(index))
             self.rows.append({"block": index, "notes": kept["notes"], **kept.get("record", {})})
         # The float stream is known at the window's end only; a window shares one error.
-        error = relative_error(x_q, y_fp)
+        error = stream_error(x_q, y_fp, self.device, self.batch)
         if not math.isfinite(error):
             raise LowbitError(f"block {start}: the quantized model's output is NaN or infinite: take another recipe")
         for row in self.rows[-count:]:

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.quant import QuantSpec, fake_quant_tokens, round_ste, round_trip
+from lowbit.compiled import fake_quant_tokens
+from lowbit.quant import QuantSpec, round_ste, round_trip
 
 Q8_0, Q8_K = 32, 256
 # Formats that a GGUF file holds in K types where groups are multiples of 256: see export/gguf_blocks.py.

@@ -30,15 +30,17 @@ from torch.utils.checkpoint import checkpoint
 
 from lowbit.block import Block, run, run_all
 from lowbit.checkpoint import Checkpoint, read_json
+from lowbit.compiled import on_grid
 from lowbit.damage import damages
 from lowbit.family import module_of
+from lowbit.feed import Rows
 from lowbit.latent import Latents, latent, latent_file, started
 from lowbit.learn import Fitted, fit
 from lowbit.methods.tune import Tune
 from lowbit.progress import say
-from lowbit.quant import Grid, QuantSpec, fake_quant, quantize, range_grid
+from lowbit.quant import Grid, QuantSpec, quantize, range_grid
 from lowbit.runfolder import RUN, block_file, notes_file, pictures_file
-from lowbit.runner import Walk
+from lowbit.runner import Walk, entered
 
 FIRST = "first"  # in .run: the folder of what the steps before this one make
 STATE = "tune.safetensors"
@@ -62,7 +64,13 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
     began = time.monotonic()
     tuning = Tuning(options, first, ids, y_fp)
     fitted = fit(
-        tuning.groups(), tuning.loss, len(ids), options.schedule(), begin=tuning.begin, keep=walk.out / RUN / STATE
+        tuning.groups(),
+        tuning.loss,
+        len(ids),
+        options.schedule(),
+        begin=tuning.begin,
+        keep=walk.out / RUN / STATE,
+        ahead=tuning.rows.prepare,
     )
     for note in _notes(fitted):
         say(note)
@@ -81,9 +89,9 @@ class Tuning:
     def __init__(self, options: Tune, first: Walk, ids: Tensor, y_fp: Tensor) -> None:
         """Take over from ``first``, whose files are all there; ``y_fp`` is the float model's last hidden state."""
         self.options, self.scheme, self.device, self.folder = options, first.scheme, first.device, first.out
-        self.ids, self.y_fp = ids.to(first.device), y_fp
         self.teacher, self.student = first.skeletons(ids)
-        self.x = self.student.start(self.ids)
+        x = entered(self.student, ids, self.device)
+        self.rows = Rows(torch.device(self.device), x, y_fp, ids.to(self.device))
         self.layers = range(len(self.student.layers))
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self.ends: dict[str, tuple[Tensor, ...]] = {}
@@ -91,12 +99,12 @@ class Tuning:
         self.begun = 0
         for index in self.layers:
             self._start(index)
-        self.rate = options.rate(self.lost()) if options.scale else 1.0
+        self.rate = options.rate(self.lost(len(ids))) if options.scale else 1.0
 
     @torch.no_grad()
-    def lost(self) -> float:
+    def lost(self, sequences: int) -> float:
         """The divergence before the first step, of up to four training sequences, in nats a token."""
-        train, _ = self.options.schedule().split(len(self.ids))
+        train, _ = self.options.schedule().split(sequences)
         return float(self.loss(train[:4]))
 
     def _start(self, index: int) -> None:
@@ -140,19 +148,19 @@ class Tuning:
 
     def loss(self, chosen: Tensor) -> Tensor:
         """The mean divergence, in nats a token, over the chosen sequences; differentiable in all leaves."""
-        x = self.x[chosen]
+        x, y_fp, ids = self.rows(chosen)
         for index in self.layers:
             if torch.is_grad_enabled():
                 x = checkpoint(self._through, index, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self._through(index, x)
-        return self._divergence(x, chosen)
+        return self._divergence(x, y_fp, ids)
 
     def _through(self, index: int, x: Tensor) -> Tensor:
         """Hidden states through a layer as it will ship."""
         block, latents = self._read(index)
         rounded = {
-            f"{name}.weight": fake_quant(weight, grid, spec)
+            f"{name}.weight": on_grid(weight, grid, spec)
             for name, (weight, grid, spec) in self._linears(block, latents).items()
         }
         return run(block, x, {**block.params, **self._own_gains(index), **rounded}, self.scheme)
@@ -175,13 +183,12 @@ class Tuning:
             out[name] = weight, grid, spec
         return out
 
-    def _divergence(self, hidden: Tensor, chosen: Tensor) -> Tensor:
-        """``KL(float || quantized)`` from the last block's output ``(sequences, length, hidden)``, mean over tokens.
+    def _divergence(self, hidden: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """``KL(float || quantized)`` from the last block's outputs ``(sequences, length, hidden)``, mean over tokens.
 
         Logits of few positions at a time are made and differentiated at once; nothing of them is kept but the
         gradient with respect to ``hidden``.
         """
-        ids, y = self.ids[chosen], self.y_fp[chosen]
         wanted = torch.is_grad_enabled()
         leaf = hidden.detach().requires_grad_(wanted)
         tokens, vocabulary = ids.numel(), self.student.config.vocab_size

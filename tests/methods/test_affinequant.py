@@ -127,7 +127,7 @@ def test_what_is_trained_is_what_ships(precision, scheme, name):
 @pytest.mark.parametrize("kind", ["masked", "lu", "svd"])
 def test_gradients_agree_with_finite_differences(kind, name, monkeypatch):
     """Rounding has no true gradient, so a smooth stand-in takes its place; everything around it is the real thing."""
-    monkeypatch.setattr(module, "fake_quant", lambda weight, grid, spec: weight + 0.05 * torch.sin(5 * weight))
+    monkeypatch.setattr(module, "rounded_weight", lambda weight, *grid: weight + 0.05 * torch.sin(5 * weight))
     # The shipped parameters are float32; for differences of losses that is too coarse.
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     scheme = parse_scheme("w4a16")

@@ -112,7 +112,7 @@ def test_value_and_gradient_are_those_of_the_whole_model_in_one_graph(scheme, na
     value = tuning.loss(chosen)
     assert value.requires_grad
     got = torch.autograd.grad(value, leaves, allow_unused=True)
-    x = tuning.x[chosen]
+    x = tuning.rows(chosen)[0]
     for index in tuning.layers:
         x = tuning._through(index, x)
     naive = divergence(tuning.student, ids[chosen], y_fp[chosen], x)

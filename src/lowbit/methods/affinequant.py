@@ -29,14 +29,15 @@ import torch
 from torch import Tensor
 
 from lowbit.block import Block, Calib, part_of, recorded, relative_error, run, run_all
+from lowbit.compiled import rounded_weight
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
+from lowbit.feed import Rows
 from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import SITES, Site, apply, make_site, site_name, start
-from lowbit.quant import fake_quant, minmax_grid
 from lowbit.scheme import Scheme
 
 CHOICES = {
@@ -164,6 +165,7 @@ class AffineQuant:
             self.schedule(block.start),
             trainer.begin,
             trainer.project,
+            ahead=trainer.rows.prepare,
         )
         return trainer.merged(fitted)
 
@@ -193,7 +195,7 @@ class Trainer:
 
     def __init__(self, options: AffineQuant, block: Block, calib: Calib, scheme: Scheme) -> None:
         self.options, self.block, self.calib, self.scheme = options, block, calib, scheme
-        device = calib.x_q.device
+        device = block.device
         self.dtype = torch.float32 if options.precision == "float" else torch.float64
         self.run_dtype = torch.float64 if options.precision == "double" else calib.x_q.dtype
         kind = cast(Kind, options.parametrisation)
@@ -219,8 +221,9 @@ class Trainer:
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
         self.logits = self._clip_logits() if options.clip else {}
         self.act_logits = self._act_logits() if options.act_clip else {}
-        self.unit = loss_unit(calib.y_fp, options.loss)
-        self.y_aug = run_all(block, calib.x_q, batch=calib.batch) if options.aug_loss else None
+        self.unit = loss_unit(calib.y_fp, options.loss, device, calib.batch)
+        also = [run_all(block, calib.x_q, batch=calib.batch)] if options.aug_loss else []
+        self.rows = Rows(device, calib.x_q, calib.y_fp, self.unit, *also)
         self.shrunk = 0
 
     def _clip_logits(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -241,7 +244,7 @@ class Trainer:
         """One pair for the linears that read one tensor: they share its rounding."""
         logits: dict[str, Tensor] = {}
         for group in self.block.linear_groups():
-            shared = torch.full((2,), CLIP_START, device=self.calib.x_q.device, requires_grad=True)
+            shared = torch.full((2,), CLIP_START, device=self.block.device, requires_grad=True)
             for name in group:
                 if self.scheme.act_spec(self.block.full_name(name)) is not None:
                     logits[name] = shared
@@ -274,21 +277,20 @@ class Trainer:
         for name in self.block.linears():
             if (spec := self.block.weight_spec(name, self.scheme)) is None:
                 continue
-            weight = params[f"{name}.weight"]
             low, high = (logit.sigmoid() for logit in self.logits[name]) if name in self.logits else (1.0, 1.0)
-            rounded[f"{name}.weight"] = fake_quant(weight, minmax_grid(weight, spec, low, high), spec)
+            rounded[f"{name}.weight"] = rounded_weight(params[f"{name}.weight"], spec, low, high)
         online = {name: value.float() for name, value in online.items()}
         return {**params, **rounded}, online | {name: logit.sigmoid() for name, logit in self.act_logits.items()}
 
     def loss(self, chosen: Tensor) -> Tensor:
         """The block's error on the chosen sequences, relative to its float output's mean square."""
         params, online = self.quantized()
-        x = self.calib.x_q[chosen].to(self.run_dtype)
+        x, y_fp, unit, *also = self.rows(chosen)
         # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in 32.
-        y = run(replace(self.block, online=online), x, params, self.scheme)
-        error = relative_loss(y, self.calib.y_fp[chosen], self.unit[chosen])
-        if self.y_aug is not None:
-            error = error + self.options.aug_loss * relative_loss(y, self.y_aug[chosen], self.unit[chosen])
+        y = run(replace(self.block, online=online), x.to(self.run_dtype), params, self.scheme)
+        error = relative_loss(y, y_fp, unit)
+        for y_aug in also:
+            error = error + self.options.aug_loss * relative_loss(y, y_aug, unit)
         return error
 
     @torch.no_grad()
@@ -317,7 +319,7 @@ class Trainer:
 
     def record(self, done: Block, fitted: Fitted) -> dict[str, Any]:
         """What the report shows: losses, the maps' conditions and margins, and what merging cost."""
-        some = self.calib.x_fp[:2]
+        some, wanted = (stream[:2].to(self.block.device) for stream in (self.calib.x_fp, self.calib.y_fp))
         sites = {}
         for site in self.sites:
             facts: dict[str, Any] = {"map": site.map.kind, "condition": float(site.map.conditions().max())}
@@ -332,7 +334,7 @@ class Trainer:
             "best_epoch": fitted.best,
             "skipped_steps": fitted.skipped,
             "pulled_to_condition": self.shrunk,
-            "merge_error": relative_error(run_all(done, some), self.calib.y_fp[:2]),
+            "merge_error": relative_error(run_all(done, some), wanted),
             "sites": sites,
         }
 

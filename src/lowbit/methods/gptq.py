@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lowbit.block import Block, Calib, observe
 from lowbit.errors import LowbitError, unknown
+from lowbit.feed import parts
 from lowbit.methods.statistics import input_moments
 from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid
 from lowbit.scheme import Scheme
@@ -87,7 +88,8 @@ class GPTQ:
             moments = input_moments(block, calib.x_q, [linear], (kind,), params, scheme, calib.batch)
             return getattr(moments[linear], kind), None
         gram, cross = torch.zeros(()), torch.zeros(())
-        for x_q, x_fp in zip(calib.x_q.split(calib.batch), calib.x_fp.split(calib.batch), strict=True):
+        both = (parts(x, calib.batch, block.device) for x in (calib.x_q, calib.x_fp))
+        for x_q, x_fp in zip(*both, strict=True):
             seen: list[Tensor] = []
             observe(block, x_q, {linear: seen.append}, params, scheme, calib.batch)
             observe(block, x_fp, {linear: seen.append}, batch=calib.batch)

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from lowbit.block import Block, Calib, recorded, run
+from lowbit.compiled import rounded_weight
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
+from lowbit.feed import Rows
 from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
-from lowbit.quant import fake_quant, minmax_grid, quantize
+from lowbit.quant import minmax_grid, quantize
 from lowbit.scheme import Scheme
 
 CHOICES = {"ranks": ("fixed", "adaptive"), "share": ("none", "input"), "loss": ("token", "mse")}
@@ -89,7 +91,13 @@ class LowRank:
         if all(block.weight_spec(name, scheme) is None for name in block.linears()):
             return block
         correction = Correction(self, block, calib, scheme)
-        fitted = fit(correction.groups(), correction.loss, len(calib.x_q), self.schedule(block.start))
+        fitted = fit(
+            correction.groups(),
+            correction.loss,
+            len(calib.x_q),
+            self.schedule(block.start),
+            ahead=correction.streams.prepare,
+        )
         return correction.merged(fitted)
 
 
@@ -125,7 +133,8 @@ class Correction:
         self.logits = {name: self._logits(name) for name in self.linears} if options.clips else {}
         self.gains = self._gains() if options.norms else {}
         self.power = {name: block.weight(name).square().sum() for name in self.linears}
-        self.unit = loss_unit(calib.y_fp, options.loss)
+        self.unit = loss_unit(calib.y_fp, options.loss, block.device, calib.batch)
+        self.streams = Rows(block.device, calib.x_q, calib.y_fp, self.unit)
 
     def _half(self, rank: int) -> int:
         return max(1, rank // 2)
@@ -133,7 +142,7 @@ class Correction:
     def _pair(self, linears: tuple[str, ...], rank: int, generator: torch.Generator) -> Pair:
         """``B`` starts at 0, so the correction does; ``A`` is drawn as torch draws a linear's weight (Kaiming)."""
         columns = self.block.weight(linears[0]).shape[1]
-        device = self.calib.x_q.device
+        device = self.block.device
         down = (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
         up = torch.zeros(sum(self.rows[name] for name in linears), rank, device=device)
         return Pair(linears, up.requires_grad_(), down.to(device).requires_grad_())
@@ -189,16 +198,15 @@ class Correction:
         """Parameters as they will ship; differentiable."""
         params, clips = self.params(), self.clips()
         for name in self.linears:
-            spec, weight = self.block.weight_spec(name, self.scheme), params[f"{name}.weight"]
+            spec = self.block.weight_spec(name, self.scheme)
             assert spec is not None
-            low, high = clips.get(name, (1.0, 1.0))
-            params[f"{name}.weight"] = fake_quant(weight, minmax_grid(weight, spec, low, high), spec)
+            params[f"{name}.weight"] = rounded_weight(params[f"{name}.weight"], spec, *clips.get(name, (1.0, 1.0)))
         return params
 
     def loss(self, chosen: Tensor) -> Tensor:
         """The window's error on the chosen sequences, relative to its float output, and the decay's share."""
-        y = run(self.block, self.calib.x_q[chosen], self.quantized(), self.scheme)
-        error = relative_loss(y, self.calib.y_fp[chosen], self.unit[chosen])
+        x, y_fp, unit = self.streams(chosen)
+        error = relative_loss(run(self.block, x, self.quantized(), self.scheme), y_fp, unit)
         if not (self.options.weight_decay and torch.is_grad_enabled()):
             return error
         sizes = [

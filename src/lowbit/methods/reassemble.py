@@ -191,10 +191,10 @@ class Reassemble:
 
     def _score(self, block: Block, calib: Calib, scheme: Scheme) -> float:
         """The rounded layer's error, each token relative to its float output."""
-        some = slice(0, self.sequences)
+        x, wanted = (stream[: self.sequences].to(block.device) for stream in (calib.x_q, calib.y_fp))
         rounded = RTN()(block, calib, scheme)
-        y = run_all(rounded, calib.x_q[some], rounded.quantized_params(), scheme, batch=calib.batch)
-        return float(relative_loss(y, calib.y_fp[some], loss_unit(calib.y_fp[some], "token")))
+        y = run_all(rounded, x, rounded.quantized_params(), scheme, batch=calib.batch)
+        return float(relative_loss(y, wanted, loss_unit(wanted, "token")))
 
 
 def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:
