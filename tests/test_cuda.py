@@ -16,14 +16,12 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import compiled, feed, learn, quant, replay, runner
+from lowbit import compiled, feed, learn, quant, runner
 from lowbit.block import Calib, relative_error, run_all
 from lowbit.checkpoint import Checkpoint
 from lowbit.feed import Rows, joined, parts
 from lowbit.learn import loss_unit
-from lowbit.methods import affinequant, lowrank
 from lowbit.methods.affinequant import AffineQuant, Trainer
-from lowbit.methods.lowrank import LowRank
 from lowbit.quant import QuantSpec, fake_quant, minmax_grid
 from lowbit.scheme import parse_scheme
 from lowbit.stream import StreamedModel
@@ -83,17 +81,17 @@ def test_a_learned_recipe_reaches_what_it_reaches_on_a_cpu(recipe, scheme, tmp_p
     assert 1 / REACHED < ours / theirs < REACHED
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "affinequant", "qllm", "affinequant+qllm"])
-def test_sixteen_bits_reach_what_float32_reaches(recipe, tmp_path):
-    """Activations in bfloat16 have 8 bits; their noise is far below that of 4-bit codes."""
+@pytest.mark.parametrize("recipe", ["gptq", "affinequant", "qllm", "affinequant+qllm"])
+def test_sixteen_bits_are_no_worse_than_rounding_to_nearest(recipe, tmp_path):
+    """Slack of a tenth: activations in bfloat16 have 8 bits, their noise is far below that of 4-bit codes."""
     save_tiny(tmp_path / "m", "llama")
     exact, errors = exact_logits(tmp_path), {}
-    for dtype in ("float32", "bfloat16"):
-        got = streamed_logits(on("cuda", tmp_path, "w4a4", recipe, dtype=dtype), tiny_ids())
+    for name in ("rtn", recipe):
+        got = streamed_logits(on("cuda", tmp_path, "w4a4", name, dtype="bfloat16"), tiny_ids())
         assert bool(got.isfinite().all())
-        errors[dtype] = relative_error(got, exact)
-    print(recipe, errors)
-    assert errors["bfloat16"] <= REACHED * errors["float32"]
+        errors[name] = relative_error(got, exact)
+    print(errors)
+    assert errors[recipe] <= 1.1 * errors["rtn"]
 
 
 class Stopped(BaseException):
@@ -374,66 +372,3 @@ def test_a_fits_loss_is_the_same_number_compiled(scheme):
         assert (mine is None) == (theirs is None)
         if mine is not None:  # some are differences of large terms
             assert float((mine - theirs).norm()) <= 1e-3 * float(theirs.norm()) + 1e-5 * largest
-
-
-def steps_of(name, method, replays, monkeypatch):
-    """A fit on a GPU with or without its recording: the block that it makes, and its recording."""
-    block, x = block_of(tiny_model(name), 1, 2)
-    block, x = on_gpu(block), x.cuda()
-    made = []
-
-    class Watched(replay.Replay):
-        def __init__(self, *given):
-            super().__init__(*given)
-            made.append(self)
-
-        wanted = property(lambda self: replays and replay.Replay.wanted.fget(self))
-
-    for module in (affinequant, lowrank):
-        monkeypatch.setattr(module, "Replay", Watched)
-    scheme = parse_scheme("w4a8kv4" if name == "qwen3" else "w4a4")
-    return method(block, Calib(x, x, run_all(block, x)), scheme), made
-
-
-@pytest.mark.parametrize("name", ["llama-odd", "qwen3", "gemma3", "phi3", "opt"])
-@pytest.mark.parametrize(
-    "method",
-    [
-        AffineQuant(epochs=3, window=2, dominance="enforce", aug_loss=0.1),
-        AffineQuant(epochs=3, window=2, qkv="matrix", parametrisation="svd", precision="float-double"),
-        LowRank(epochs=3, share="input", norms=True, weight_decay=0.1, grad_clip=0.1),
-    ],
-    ids=["affinequant", "online", "lowrank"],
-)
-def test_a_recorded_step_gives_the_bits_of_the_plain_one(method, name, monkeypatch):
-    plain, (none,) = steps_of(name, method, False, monkeypatch)
-    again, _ = steps_of(name, method, False, monkeypatch)
-    got, (used,) = steps_of(name, method, True, monkeypatch)
-    assert none.replayed == 0
-    assert used.refused == ""
-    assert used.replayed == 3 * 3 - replay.EAGER  # four sequences, one of them held out
-    fixed = [n for n, value in plain.params.items() if torch.equal(value, again.params[n])]
-    print(f"{len(fixed)} of {len(plain.params)} parameters are the same in two plain fits")
-    for key in fixed:
-        assert torch.equal(got.params[key], plain.params[key]), key
-    for key, value in plain.params.items():  # kernels that add in no fixed order differ from themselves too
-        assert relative_error(got.params[key], value) < 1e-2, key
-    assert fixed
-
-
-def test_what_cannot_be_recorded_runs_plainly_and_is_said():
-    weight = torch.ones(4, device=CUDA, requires_grad=True)
-    x = torch.arange(16.0, device=CUDA).reshape(4, 4)
-
-    def error(rows):
-        (one,) = rows
-        return (one @ weight).square().mean() * float(one.sum() > -1)  # asks the device for a number
-
-    rows = Rows(CUDA, x)
-    used = replay.Replay(rows, error)
-    schedule = learn.Schedule(epochs=2, held_out=0.0)
-    told = learn.fit([([weight], 0.1)], lambda chosen: error(rows(chosen)), 4, schedule, replay=used)
-    assert used.refused
-    assert used.replayed == 0
-    assert [note for note in told.notes if "operation by operation" in note]
-    assert told.train[1] < told.train[0]

@@ -27,7 +27,6 @@ from torch import Tensor
 from lowbit.checkpoint import Checkpoint, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.feed import parts
-from lowbit.replay import Replay
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 PATIENCE = 8  # steps in a row that were not finite before the fit gives up
@@ -164,7 +163,6 @@ def fit(
     project: Callable[[], None] = lambda: None,
     keep: Path | None = None,
     ahead: Callable[[Tensor], None] = lambda chosen: None,
-    replay: Replay | None = None,
 ) -> Fitted:
     """Train the tensors of ``groups`` in place and leave them at their best.
 
@@ -178,7 +176,6 @@ def fit(
         keep: file for the state after each epoch. If it is there, of this same fit, the fit goes on from it.
         ahead: called before a loss is computed, with the indices of the one after it, so that what these need can be
             fetched meanwhile; each loss is announced once, but for the first.
-        replay: the same loss for a GPU, which launches a step as one.
     """
     tensors = [t for ts, _ in groups for t in ts]
     train, held = schedule.split(sequences)
@@ -201,7 +198,7 @@ def fit(
         following = batches[epoch][:1] if epoch < schedule.epochs else []
         order = _announced(batches[epoch - 1], looked[:1] or following, ahead)
         for step, chosen in enumerate(order, (epoch - 1) * per_epoch):
-            value = _backward(tensors, loss, chosen, schedule.grad_clip, replay)
+            value = _backward(tensors, loss, chosen, schedule.grad_clip)
             if value is None:
                 fitted.skipped, state.failures, state.factor = (
                     fitted.skipped + 1,
@@ -232,8 +229,6 @@ def fit(
             _save(keep, state, tensors, adam)
     _restore(tensors, state.best)
     begin(fitted.best)
-    if replay is not None and replay.refused:
-        fitted.notes.append(f"its steps ran operation by operation: {replay.refused}")
     if fitted.skipped:
         fitted.notes.append(
             f"{fitted.skipped} of {steps} steps were not finite: skipped, learning rate halved each time, "
@@ -302,23 +297,15 @@ def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _backward(
-    tensors: Sequence[Tensor],
-    loss: Callable[[Tensor], Tensor],
-    chosen: Tensor,
-    grad_clip: float,
-    replay: Replay | None,
+    tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], chosen: Tensor, grad_clip: float
 ) -> float | None:
     """Gradients for the chosen sequences; the loss, or ``None`` if it or a gradient is not finite."""
-    value = None if replay is None else replay(tensors, chosen)
-    if value is None:
-        for tensor in tensors:
-            tensor.grad = None
-        value = loss(chosen)
-        if not bool(torch.isfinite(value)):
-            return None
-        value.backward()
-    elif not bool(torch.isfinite(value)):
+    for tensor in tensors:
+        tensor.grad = None
+    value = loss(chosen)
+    if not bool(torch.isfinite(value)):
         return None
+    value.backward()
     grads = [t.grad for t in tensors if t.grad is not None]
     norm = torch.stack([g.norm() for g in grads]).norm()
     if not bool(torch.isfinite(norm)):

@@ -56,7 +56,7 @@ class Runtime:
 
 def over(number: float, x: Tensor) -> Tensor:
     """``number / x``, rounded once; the operator multiplies by the reciprocal, which rounds twice."""
-    return torch.div(x.new_full((), number), x)
+    return torch.div(torch.tensor(number, dtype=x.dtype, device=x.device), x)
 
 
 def symmetric_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:

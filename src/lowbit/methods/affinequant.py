@@ -22,7 +22,6 @@ Departures, with reasons:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
@@ -39,7 +38,6 @@ from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import SITES, Site, apply, make_site, site_name, start
-from lowbit.replay import Replay
 from lowbit.scheme import Scheme
 
 CHOICES = {
@@ -168,7 +166,6 @@ class AffineQuant:
             trainer.begin,
             trainer.project,
             ahead=trainer.rows.prepare,
-            replay=Replay(trainer.rows, trainer.error),
         )
         return trainer.merged(fitted)
 
@@ -287,12 +284,8 @@ class Trainer:
 
     def loss(self, chosen: Tensor) -> Tensor:
         """The block's error on the chosen sequences, relative to its float output's mean square."""
-        return self.error(self.rows(chosen))
-
-    def error(self, rows: Sequence[Tensor]) -> Tensor:
-        """``loss`` from the sequences themselves: input, float output, its unit, and a second target if any."""
         params, online = self.quantized()
-        x, y_fp, unit, *also = rows
+        x, y_fp, unit, *also = self.rows(chosen)
         # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in 32.
         y = run(replace(self.block, online=online), x.to(self.run_dtype), params, self.scheme)
         error = relative_loss(y, y_fp, unit)

@@ -13,7 +13,6 @@ is added that the architecture lacks: no bias, no online product.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,7 +26,6 @@ from lowbit.family import module_of
 from lowbit.feed import Rows
 from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
 from lowbit.quant import minmax_grid, quantize
-from lowbit.replay import Replay
 from lowbit.scheme import Scheme
 
 CHOICES = {"ranks": ("fixed", "adaptive"), "share": ("none", "input"), "loss": ("token", "mse")}
@@ -99,7 +97,6 @@ class LowRank:
             len(calib.x_q),
             self.schedule(block.start),
             ahead=correction.streams.prepare,
-            replay=Replay(correction.streams, correction.error),
         )
         return correction.merged(fitted)
 
@@ -208,11 +205,7 @@ class Correction:
 
     def loss(self, chosen: Tensor) -> Tensor:
         """The window's error on the chosen sequences, relative to its float output, and the decay's share."""
-        return self.error(self.streams(chosen))
-
-    def error(self, rows: Sequence[Tensor]) -> Tensor:
-        """``loss`` from the sequences themselves: input, float output, its unit."""
-        x, y_fp, unit = rows
+        x, y_fp, unit = self.streams(chosen)
         error = relative_loss(run(self.block, x, self.quantized(), self.scheme), y_fp, unit)
         if not (self.options.weight_decay and torch.is_grad_enabled()):
             return error

@@ -112,11 +112,8 @@ class LearnedMap:
         return band(size, share, self.stability).to(self.device, self.dtype)
 
     def begin(self, epoch: int, epochs: int) -> None:
-        """Open the mask for an epoch; 0 is the start, where only the diagonal takes part.
-
-        In place: a step that was recorded reads it where it was.
-        """
-        self._mask.copy_(self._band(open_share(self.mask, epoch, epochs, self._mask.shape[-1])))
+        """Open the mask for an epoch; 0 is the start, where only the diagonal takes part."""
+        self._mask = self._band(open_share(self.mask, epoch, epochs, self._mask.shape[-1]))
 
     def value(self) -> tuple[Tensor, Tensor | None]:
         """The maps and, for matrices, their inverses: ``(count, size)`` or ``(count, size, size)``; rotations
