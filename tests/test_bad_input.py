@@ -130,6 +130,7 @@ OPTIONS = [
     ),
     ("dtype", {}, ["--dtype", "int8"], ["--dtype int8 given", "float32, bfloat16, float16"]),
     ("bfloat16 on a CPU", {}, ["--dtype", "bfloat16"], ["--dtype bfloat16 on a CPU", "use float32"]),
+    ("compiling for a CPU", {}, ["--compile"], ["--compile with --device cpu", "use --device cuda"]),
     ("unknown option", {}, ["--sample", "3"], ["No such option", "--samples", "--help"]),
     ("revision of a folder", {}, ["--revision", "main"], ["--revision is for hub ids", "leave it out"]),
     ("no text", {}, ["--data", "{m}/no.txt"], ["cannot read", "no.txt", "No such file", ".jsonl"]),

@@ -372,3 +372,18 @@ def test_a_fits_loss_is_the_same_number_compiled(scheme):
         assert (mine is None) == (theirs is None)
         if mine is not None:  # some are differences of large terms
             assert float((mine - theirs).norm()) <= 1e-3 * float(theirs.norm()) + 1e-5 * largest
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("recipe", ["affinequant", "affinequant+qllm"])
+def test_a_compiled_run_reaches_what_a_plain_one_reaches_and_says_that_it_was(recipe, tmp_path):
+    save_tiny(tmp_path / "m", "llama")
+    exact, errors = exact_logits(tmp_path), []
+    for fused in (False, True):
+        out = tmp_path / f"out-{fused}"
+        made = quantized(tmp_path / "m", out, "w4a4", recipe, device="cuda", effort="quick", compiled=fused)
+        assert made.manifest["identity"].get("compiled", False) == fused
+        errors.append(relative_error(streamed_logits(out, tiny_ids()), exact))
+    print(recipe, errors)
+    assert errors[1] <= REACHED * errors[0]
+    assert not compiled._using[0]

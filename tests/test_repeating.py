@@ -51,6 +51,8 @@ def test_a_recipe_of_the_package_needs_no_file_and_few_settings():
     text, recipe = command(identity)
     assert recipe is None
     assert "--recipe affinequant --effort quick --data" in text
+    fused, _ = command({**identity, "device": "cuda", "compiled": True})
+    assert fused == f"{text} --device cuda --compile"
 
 
 def read_json_like(name: str) -> dict:

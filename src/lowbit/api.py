@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.checks import building, check_finite, check_tensors, check_tied, refuse_foreign_quantization, shapes_of
+from lowbit.compiled import on as fused
 from lowbit.data import Tokens, calibration, evaluation, self_sample
 from lowbit.errors import LowbitError, unknown
 from lowbit.evaluate.perplexity import perplexity
@@ -112,6 +114,7 @@ def quantize(
     trust_remote_code: bool = False,
     effort: str | None = None,
     runs_on: str | None = None,
+    compiled: bool = False,
 ) -> Quantized:
     """Quantize a model into a folder that is a Hugging Face checkpoint; a run that was stopped goes on.
 
@@ -134,12 +137,15 @@ def quantize(
         runs_on: the runtime that the result is for: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It
             gives the default scheme, what it cannot carry is refused now, and its own rounding of the linears' inputs
             is simulated in calibration and evaluation.
+        compiled: round in fused kernels while learning, on an NVIDIA GPU: see ``lowbit.compiled``.
 
     Raises:
         LowbitError: for anything that a person can mend, before any work where it can be known then.
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
+    if compiled and not device.startswith("cuda"):
+        raise LowbitError(f"--compile with --device {device}: kernels are fused for an NVIDIA GPU; use --device cuda")
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     given = {"data": data, "samples": samples, "length": length, "seed": seed, "effort": effort}
     protocol = {**DEFAULTS, **chosen.run, **{key: value for key, value in given.items() if value is not None}}
@@ -180,6 +186,7 @@ def quantize(
         "device": device,
         "dtype": dtype,
         "versions": versions(),
+        **({"compiled": True} if compiled else {}),
     }
     out = Path(out)
     if (state := look(out, identity)) != "finished":
@@ -189,9 +196,10 @@ def quantize(
         claim(out, identity)
         torch.manual_seed(seed)
         run = Walk(checkpoint, skeleton, chosen, formats, plan, out, device, torch_dtype)
-        if chosen.tune is not None:
-            tune(chosen.tune, run, tokens.ids)
-        run.walk(tokens.ids)
+        with fused() if compiled else nullcontext():
+            if chosen.tune is not None:
+                tune(chosen.tune, run, tokens.ids)
+            run.walk(tokens.ids)
         write_observed(out, run.observed)
         manifest = finish(out, source.folder, plan, formats, identity, run.rows)
     else:

@@ -73,6 +73,9 @@ def quantize(
     ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On an NVIDIA GPU: fused rounding while learning, for wide models.")
+    ] = False,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
@@ -86,7 +89,7 @@ def quantize(
 
     made = run(
         model, out, scheme, recipe, data, samples, length, seed, device, dtype, set_ or [],
-        _pairs(override or []), revision, allow_pickle, trust_remote_code, effort, runs_on,
+        _pairs(override or []), revision, allow_pickle, trust_remote_code, effort, runs_on, compiled,
     )  # fmt: skip
     result = {
         "out": str(made.out),

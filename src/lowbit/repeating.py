@@ -34,6 +34,7 @@ def command(identity: Mapping[str, Any]) -> tuple[str, str | None]:
     words += ["--seed", str(identity["seed"])]
     for key, default in (("device", "cpu"), ("dtype", "float32")):
         words += [f"--{key}", identity[key]] if identity[key] != default else []
+    words += ["--compile"] if identity.get("compiled") else []
     return shlex.join(words), file
 
 
