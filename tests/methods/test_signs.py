@@ -78,6 +78,22 @@ def test_the_signs_are_a_minimum_and_nearly_the_best_of_all(seed, copies):
     assert least < sorted(everything)[len(everything) // 4]
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_channels_that_are_passed_over_would_not_have_turned(seed, copies, monkeypatch):
+    """The search that looks at every channel, outermost or not, finds the very same signs."""
+    low, high = drawn(seed, 24, 60, copies)
+    looked, reach = [], module._Ends.without
+    monkeypatch.setattr(
+        module._Ends, "without", lambda self, channel: (looked.append(channel), reach(self, channel))[1]
+    )
+    found = best_signs(low, high)
+    few = len(looked)
+    monkeypatch.setattr(module._Ends, "outermost", lambda self: set(range(60)))
+    assert torch.equal(best_signs(low, high), found)
+    assert few < 0.8 * (len(looked) - few)
+
+
 def test_the_ends_are_kept_up_to_date():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(12, 50, generator=generator)

@@ -110,7 +110,8 @@ def best_signs(low: Tensor, high: Tensor) -> Tensor:
     """
     if low.shape[1] == 1:
         return torch.ones_like(low[0])
-    given = (high.T.contiguous(), low.T.contiguous())  # (channels, tokens)
+    # Channel after channel, a few thousand numbers each: a GPU would be waiting for the host most of the time.
+    given = (high.T.contiguous().cpu(), low.T.contiguous().cpu())  # (channels, tokens)
     moment = (given[0] + given[1]).double().pow(MOMENT).sum(1)
     start = torch.where(moment < 0, -1.0, 1.0)
     none = torch.ones_like(start)
@@ -118,7 +119,7 @@ def best_signs(low: Tensor, high: Tensor) -> Tensor:
     if _squares(*given, signs) > _squares(*given, none):
         signs = none
     # All signs turned over are as good; of the two the one that leaves more channels as they are.
-    return (signs if (signs > 0).sum() * 2 >= len(signs) else -signs).to(low.dtype)
+    return (signs if (signs > 0).sum() * 2 >= len(signs) else -signs).to(low)
 
 
 def _reach(high: Tensor, low: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,9 +140,13 @@ def _descend(high: Tensor, low: Tensor, signs: Tensor) -> Tensor:
     up, down = _reach(high, low, signs)
     ranges = _Ends(up), _Ends(down)
     order = torch.maximum(up, down).amax(1).argsort(descending=True).tolist()
+    outermost = ranges[0].outermost() | ranges[1].outermost()
     for _ in range(SWEEPS):
         changed = False
         for channel in order:
+            # One that ends no token's range makes none smaller, whatever its sign; most channels are such.
+            if channel not in outermost:
+                continue
             top, bottom = (ends.without(channel) for ends in ranges)
             now = ranges[0].value + ranges[1].value
             new = torch.maximum(top, down[channel]) + torch.maximum(bottom, up[channel])
@@ -151,6 +156,7 @@ def _descend(high: Tensor, low: Tensor, signs: Tensor) -> Tensor:
             signs[channel] *= -1
             for ends in ranges:
                 ends.update(channel)
+            outermost = ranges[0].outermost() | ranges[1].outermost()
             changed = True
         if not changed:
             break
@@ -171,6 +177,10 @@ class _Ends:
     def value(self) -> Tensor:
         """``(tokens,)``."""
         return self.two[0].clamp(min=0)
+
+    def outermost(self) -> set[int]:
+        """The channels that reach furthest in some token."""
+        return set(self.at[0].unique().tolist())
 
     def without(self, channel: int) -> Tensor:
         """``value`` as if ``channel`` were not there."""
