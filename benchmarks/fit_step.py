@@ -39,12 +39,12 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from lowbit import compiled
+from lowbit.adam import Adam
 from lowbit.block import Block, Calib, run, run_all
 from lowbit.checkpoint import Checkpoint, block_params
 from lowbit.data import calibration
 from lowbit.families import family_of
 from lowbit.feed import Rows
-from lowbit.learn import Adam
 from lowbit.methods.affinequant import AffineQuant, Trainer
 from lowbit.scheme import parse_scheme
 from lowbit.skeleton import Skeleton

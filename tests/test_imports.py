@@ -21,6 +21,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path
 MAY = {
     "errors": set(),
     "progress": set(),
+    "adam": set(),
     "quant": {"errors"},
     "compiled": {"errors", "quant"},
     "runtimes": {"errors", "compiled", "quant"},
@@ -38,7 +39,7 @@ MAY = {
     "observed": {"errors", "block", "checkpoint"},
     "evaluations": {"errors", "checkpoint"},
     "repeating": {"errors", "data", "recipe"},
-    "learn": {"errors", "progress", "checkpoint", "quant", "scheme", "family", "feed", "block", "move"},
+    "learn": {"errors", "adam", "progress", "checkpoint", "quant", "scheme", "family", "feed", "block", "move"},
     "methods": {"errors", "quant", "scheme", "family", "feed", "block", "move", "learn", "methods", "compiled"},
     "recipe": {"errors", "methods"},
     "skeleton": {"errors", "block", "families", "runtimes"},

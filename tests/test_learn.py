@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from lowbit.adam import Adam
 from lowbit.errors import LowbitError
-from lowbit.learn import PATIENCE, Adam, Schedule, fit
+from lowbit.learn import PATIENCE, Schedule, fit
 
 
 def leaf(*values):

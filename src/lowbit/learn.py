@@ -2,10 +2,7 @@
 
 Choices:
 
-* AdamW without weight decay, as the papers take it, with a step counter for each *entry*: an entry that a mask
-  releases late starts with moments of zero, and a counter that had run all the time would make its first step about
-  three times too long. Where every entry takes part from the start this is ``torch.optim.AdamW``, bit for bit up to
-  the order of operations; a test compares them.
+* The optimiser is AdamW without weight decay, as the papers take it; see ``adam.py``.
 * The parameters that count are those with the least loss on sequences that were not trained on.
 * A loss or gradient that is not finite never reaches a parameter: the step is skipped, the parameters go back to the
   best so far, the learning rate is halved, and the result says so.
@@ -24,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.adam import Adam
 from lowbit.checkpoint import Checkpoint, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.feed import parts
 
-BETAS, EPS = (0.9, 0.999), 1e-8
 PATIENCE = 8  # steps in a row that were not finite before the fit gives up
 
 
@@ -130,28 +127,6 @@ def relative_loss(got: Tensor, wanted: Tensor, unit: Tensor) -> Tensor:
     """The mean over tokens of the squared error in units of ``unit``, in float32 or better."""
     exact = got if got.dtype == torch.float64 else got.float()
     return ((exact - wanted).square().mean(-1, keepdim=True) / unit).mean()
-
-
-class Adam:
-    """AdamW without decay and with a step counter for each entry, over ``(tensors, learning rate)`` groups."""
-
-    def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]]) -> None:
-        flat = [(tensor, lr) for tensors, lr in groups for tensor in tensors]
-        self.entries = [(t, lr, torch.zeros_like(t), torch.zeros_like(t), torch.zeros_like(t)) for t, lr in flat]
-
-    @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step along the tensors' gradients with the learning rates times ``factor``."""
-        for tensor, lr, mean, square, count in self.entries:
-            if tensor.grad is None or lr == 0:
-                continue
-            grad = tensor.grad
-            count.add_(((count > 0) | (grad != 0)).to(count.dtype))
-            mean.lerp_(grad, 1 - BETAS[0])
-            square.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-            since = count.clamp(min=1)
-            size = (square / (1 - BETAS[1] ** since)).sqrt_().add_(EPS)
-            tensor.addcdiv_(mean / (1 - BETAS[0] ** since), size, value=-lr * factor)
 
 
 def fit(
