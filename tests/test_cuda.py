@@ -202,6 +202,17 @@ def test_few_parts_are_on_the_device_at_once():
     assert torch.cuda.max_memory_allocated() - before < 100 << 20  # five parts and what keeps the device busy
 
 
+def test_few_pieces_wait_on_the_device_while_they_are_joined():
+    size, count = 1 << 22, 24  # numbers in a piece, pieces; each is made far faster than it is copied
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    pieces = (torch.full((1, size), float(i), device=CUDA) for i in range(count))
+    out = joined(pieces, count, torch.device("cpu"))
+    assert torch.equal(out[:, 0], torch.arange(float(count)))
+    assert torch.equal(out[:, -1], torch.arange(float(count)))
+    assert torch.cuda.max_memory_allocated() - before <= 4 * 4 * size
+
+
 def test_rows_are_the_chosen_ones_prepared_or_not(monkeypatch):
     x, y, here = torch.randn(9, 64, 512).pin_memory(), torch.randn(9, 33), torch.randn(9, 5, device=CUDA)
     sent = []

@@ -5,11 +5,14 @@ What a GPU adds is tested in ``test_cuda.py``.
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
+from lowbit import compiled as module
 from lowbit.block import run_all
-from lowbit.compiled import compiled, on, options, rounded_weight
+from lowbit.compiled import check_compiler, compiled, on, options, rounded_weight
 from lowbit.errors import LowbitError
 from lowbit.feed import Rows, home, joined, parts
 from lowbit.learn import Schedule, fit
@@ -122,3 +125,15 @@ def test_a_torch_that_cannot_keep_the_numbers_is_refused(monkeypatch):
     monkeypatch.setattr(torch._inductor, "list_options", lambda: [n for n in known if "precision_casts" not in n])
     with pytest.raises(LowbitError, match="emulate_precision_casts"), on():
         pass
+
+
+def test_what_compiling_needs_is_asked_for_before_any_work(monkeypatch):
+    with pytest.raises(LowbitError, match="--device mps"):
+        check_compiler("mps")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LowbitError, match="pip install triton"):
+        check_compiler("cuda:0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(module, "SETTINGS", (("no.such_setting",),))
+    with pytest.raises(LowbitError, match="cannot keep eager numerics"):
+        check_compiler("cuda:0")

@@ -102,6 +102,27 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_parameter():
     assert "gave up" in fitted.notes[0]
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_fit_that_gave_up_stays_so_whatever_epochs_are_left_and_when_it_goes_on(kept, tmp_path):
+    x, steps = leaf(3.0), []
+
+    def loss(chosen):
+        if not torch.is_grad_enabled():
+            return (x - 1).square().sum()
+        steps.append(chosen)  # the first are broken, later ones would not be
+        return (x - 1).square().sum() * (math.nan if len(steps) <= PATIENCE else 1.0)
+
+    keep = tmp_path / "state.safetensors" if kept else None
+    for _ in range(2 if kept else 1):  # the second time it goes on from the file
+        told = fit([([x], 0.1)], loss, 40, Schedule(4), keep=keep)
+        assert told.skipped == len(steps) == PATIENCE
+        assert "gave up in epoch 1" in told.notes[0]
+        assert len([note for note in told.notes if "gave up" in note]) == 1
+        assert len(told.held_out) == 1  # nothing was measured after it
+        assert told.best == 0
+        assert float(x) == 3.0
+
+
 def test_epochs_of_zero_change_nothing_and_draws_do_not_depend_on_global_state():
     x = leaf(3.0)
     assert fit([([x], 0.1)], lambda i: x.square().sum(), 8, Schedule(0)).held_out == [9.0]

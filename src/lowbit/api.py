@@ -15,6 +15,7 @@ import torch
 
 from lowbit.checkpoint import Checkpoint
 from lowbit.checks import building, check_finite, check_tensors, check_tied, refuse_foreign_quantization, shapes_of
+from lowbit.compiled import check_compiler
 from lowbit.compiled import on as fused
 from lowbit.data import Tokens, calibration, evaluation, self_sample
 from lowbit.errors import LowbitError, unknown
@@ -144,8 +145,8 @@ def quantize(
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
-    if compiled and not device.startswith("cuda"):
-        raise LowbitError(f"--compile with --device {device}: kernels are fused for an NVIDIA GPU; use --device cuda")
+    if compiled:
+        check_compiler(device)
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     given = {"data": data, "samples": samples, "length": length, "seed": seed, "effort": effort}
     protocol = {**DEFAULTS, **chosen.run, **{key: value for key, value in given.items() if value is not None}}

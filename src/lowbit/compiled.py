@@ -16,6 +16,7 @@ A GPU's test compares both, bit for bit. Were the running torch without one of t
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -63,6 +64,19 @@ def options() -> dict[str, bool]:
             )
         out[found[0]] = True
     return out | {name: True for name in ALSO if name in known}
+
+
+def check_compiler(device: str) -> None:
+    """Refuse what ``on`` cannot do for ``device``, before any work.
+
+    Raises:
+        LowbitError: no NVIDIA GPU, no Triton, or a torch that cannot keep eager numerics.
+    """
+    if not device.startswith("cuda"):
+        raise LowbitError(f"--compile with --device {device}: kernels are fused for an NVIDIA GPU; use --device cuda")
+    if importlib.util.find_spec("triton") is None:
+        raise LowbitError("--compile needs Triton: pip install triton, or leave --compile out")
+    options()
 
 
 @contextmanager

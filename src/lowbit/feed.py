@@ -103,6 +103,7 @@ def joined(pieces: Iterable[Tensor], sequences: int, where: torch.device) -> Ten
     near: list[Tensor] = []
     at = 0
     side: Any = None
+    before: Any = None
     for piece in pieces:
         if piece.device.type != "cuda" or where.type == "cuda":
             near.append(piece)
@@ -113,13 +114,24 @@ def joined(pieces: Iterable[Tensor], sequences: int, where: torch.device) -> Ten
         side.wait_stream(torch.cuda.current_stream(piece.device))
         with torch.cuda.stream(side):
             out[at : at + len(piece)].copy_(piece, non_blocking=True)
+            done = side.record_event()
         piece.record_stream(side)
         at += len(piece)
+        # A piece may be made faster than it is copied; without this, all of them might wait on the device.
+        if before is not None:
+            before.synchronize()
+        before = done
     if out is None:
         return torch.cat(near)
     side.synchronize()
     assert at == sequences, f"{at} of {sequences} sequences came"
     return out
+
+
+def taken(x: Tensor, chosen: Tensor) -> Tensor:
+    """The sequences ``chosen`` of a stream as a stream of their own, pinned if it was."""
+    out = x[chosen.to(x.device)]
+    return out.pin_memory() if x.is_pinned() else out
 
 
 class Rows:

@@ -202,6 +202,8 @@ def fit(
                 state.best, state.least, fitted.best = [t.detach().clone() for t in tensors], now, epoch
         if keep is not None:
             _save(keep, state, tensors, adam)
+        if state.failures >= PATIENCE:
+            break
     _restore(tensors, state.best)
     begin(fitted.best)
     if fitted.skipped:

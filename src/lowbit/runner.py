@@ -26,7 +26,7 @@ from lowbit.block import Block, Calib, relative_error, run_all
 from lowbit.checkpoint import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.damage import damages
 from lowbit.errors import LowbitError
-from lowbit.feed import home, joined, parts
+from lowbit.feed import home, joined, parts, taken
 from lowbit.latent import write_latents
 from lowbit.observed import FLOAT, MAP, QUANTIZED, watched
 from lowbit.packing import pack
@@ -192,10 +192,11 @@ class Walk:
         behind it would be thrown away.
         """
         tune = self.recipe.tune
-        if tune is None or not step.rounds:
+        if tune is None or not step.rounds or not step.passes:  # round-to-nearest looks at nothing
             return calib
         train, _ = tune.schedule().split(len(calib.x_q))
-        return replace(calib, x_fp=calib.x_fp[train], x_q=calib.x_q[train], y_fp=calib.y_fp[train])
+        x_fp, x_q, y_fp = (taken(stream, train) for stream in (calib.x_fp, calib.x_q, calib.y_fp))
+        return replace(calib, x_fp=x_fp, x_q=x_q, y_fp=y_fp)
 
     def _see(self, kind: str, found: Mapping[str, Tensor]) -> None:
         self.observed |= {f"{kind}.{name}": value.cpu() for name, value in found.items()}
