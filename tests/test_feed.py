@@ -10,13 +10,16 @@ import importlib.util
 import pytest
 import torch
 
+from held import Held
 from lowbit import compiled as module
-from lowbit.block import run_all
+from lowbit.block import Calib, run_all
 from lowbit.compiled import check_compiler, compiled, on, options, rounded_weight
 from lowbit.errors import LowbitError
 from lowbit.feed import Rows, home, joined, parts
 from lowbit.learn import Schedule, fit
+from lowbit.methods.reassemble import Reassemble
 from lowbit.quant import QuantSpec, fake_quant, minmax_grid, weight_ends
+from lowbit.scheme import parse_scheme
 from tiny import block_of, tiny_model
 
 CPU = torch.device("cpu")
@@ -137,3 +140,20 @@ def test_what_compiling_needs_is_asked_for_before_any_work(monkeypatch):
     monkeypatch.setattr(module, "SETTINGS", (("no.such_setting",),))
     with pytest.raises(LowbitError, match="cannot keep eager numerics"):
         check_compiler("cuda:0")
+
+
+def test_a_stream_through_a_block_is_held_once():
+    block, x = block_of(tiny_model("llama"), 1)
+    x = x.repeat(64, 1, 1)
+    with Held(x.numel() // 8) as held:  # what one part makes is smaller than that
+        run_all(block, x, batch=1)
+    assert held.numbers == x.numel()
+
+
+def test_a_step_through_a_window_holds_the_streams_that_are_estimated():
+    block, x = block_of(tiny_model("llama"), 0, 3)
+    x = x.repeat(64, 1, 1)
+    calib = Calib(x, x, run_all(block, x), batch=1)  # three streams, of which two are one here
+    with Held(x.numel() // 8) as held:
+        Reassemble(sequences=1)(block, calib, parse_scheme("w4a4"))
+    assert held.numbers == 4 * x.numel()

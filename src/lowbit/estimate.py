@@ -39,7 +39,9 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, scheme: Scheme, sam
     tokens, hidden = samples * length, skeleton.config.hidden_size
     widest = max(columns for _, columns in linear_shapes(skeleton).values())
     rest = sum(p.numel() for n, p in skeleton.model.named_parameters() if n in skeleton.rest_names)
-    streams = 4 * tokens * hidden * 4  # x_fp, x_q and what replaces them
+    # x_fp, x_q and what replaces them; steps that go through a window block by block have such four of their own, of
+    # which one is the window's.
+    streams = (7 if recipe.window > 1 else 4) * tokens * hidden * 4
     moments = 2 * widest * widest * 8
     activations = 4 * length * widest * 4 * 6
     memory = 400_000_000 + 2 * rest * 4 + 3 * block * 4 + streams + moments + activations

@@ -97,34 +97,37 @@ def _arrived(copies: list[Tensor], event: Any, device: torch.device) -> list[Ten
 def joined(pieces: Iterable[Tensor], sequences: int, where: torch.device) -> Tensor:
     """``pieces`` ``(some, ...)``, made one after the other, as one tensor of ``sequences`` on ``where``.
 
-    Pieces on a GPU that shall live on the host go into one pinned buffer while the next piece is made.
+    Each goes into its place at once, so that nothing is held twice. Pieces on a GPU that shall live on the host go
+    into a pinned buffer while the next piece is made. Without gradients.
     """
     out: Tensor | None = None
-    near: list[Tensor] = []
     at = 0
     side: Any = None
     before: Any = None
     for piece in pieces:
-        if piece.device.type != "cuda" or where.type == "cuda":
-            near.append(piece)
-            continue
+        far = piece.device.type == "cuda" and where.type != "cuda"
         if out is None:
-            out = torch.empty((sequences, *piece.shape[1:]), dtype=piece.dtype, pin_memory=True)
-            side = _stream(piece.device, "out")
+            place = where if far else piece.device
+            out = torch.empty((sequences, *piece.shape[1:]), dtype=piece.dtype, device=place, pin_memory=far)
+            side = _stream(piece.device, "out") if far else None
+        to = out[at : at + len(piece)]
+        at += len(piece)
+        if not far:
+            to.copy_(piece)
+            continue
         side.wait_stream(torch.cuda.current_stream(piece.device))
         with torch.cuda.stream(side):
-            out[at : at + len(piece)].copy_(piece, non_blocking=True)
+            to.copy_(piece, non_blocking=True)
             done = side.record_event()
         piece.record_stream(side)
-        at += len(piece)
         # A piece may be made faster than it is copied; without this, all of them might wait on the device.
         if before is not None:
             before.synchronize()
         before = done
-    if out is None:
-        return torch.cat(near)
-    side.synchronize()
+    assert out is not None
     assert at == sequences, f"{at} of {sequences} sequences came"
+    if side is not None:
+        side.synchronize()
     return out
 
 
