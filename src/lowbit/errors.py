@@ -27,8 +27,12 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> LowbitError:
 
     >>> str(unknown("recipe", "gtpq", ["rtn", "gptq"]))
     "unknown recipe 'gtpq': did you mean 'gptq'? Known: gptq, rtn"
+    >>> str(unknown("field of rtn", "bits", []))
+    "unknown field of rtn 'bits': there is none to set"
     """
     names = sorted(known)
+    if not names:
+        return LowbitError(f"unknown {kind} '{given}': there is none to set")
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" did you mean '{near[0]}'?" if near else ""
     return LowbitError(f"unknown {kind} '{given}':{hint} Known: {', '.join(names)}")
