@@ -16,7 +16,7 @@ demo: $(RUN) ## quantize a real model, compare it with its float self, let both 
 
 test: check slow ## the gate: format, lint, types, fast tests, then real-model tests
 
-check: $(DEV) ## the part of the gate under 3 minutes
+check: $(DEV) ## the fast part of the gate: format, lint, types, tests on tiny models
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
