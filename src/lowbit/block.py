@@ -26,7 +26,6 @@ from lowbit.runtimes import Inputs
 from lowbit.scheme import Scheme
 
 Tap = Callable[[Tensor], None]
-Seen = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,6 @@ def run(
     params: Mapping[str, Tensor] | None = None,
     scheme: Scheme | None = None,
     taps: Mapping[str, Tap] | None = None,
-    seen: Seen | None = None,
 ) -> Tensor:
     """The block's output for hidden states ``x`` ``(sequences, length, hidden)``; differentiable in ``params``.
 
@@ -187,7 +185,6 @@ def run(
             rounded ones).
         scheme: where given, inputs of the linears and Q, K, V are rounded as it says.
         taps: for a linear's name a function that is shown the linear's input as the linear sees it.
-        seen: makes what a linear sees of its input and that input rounded, where it is rounded: see ``drop.Drop``.
     """
     params = block.params if params is None else params
     for layer, index, kwargs in zip(block.layers, block.indices, block.kwargs, strict=True):
@@ -196,7 +193,7 @@ def run(
         with ExitStack() as stack:
             attention = layer.get_submodule(block.family.attention)
             stack.enter_context(quantized_attention(attention.config, scheme.kv if scheme else None))
-            for name, hook in _hooks(block, index, scheme, taps or {}, seen or _rounded):
+            for name, hook in _hooks(block, index, scheme, taps or {}):
                 handle = layer.get_submodule(name).register_forward_pre_hook(hook)
                 stack.callback(handle.remove)
             for name, value in block.online.items():
@@ -273,12 +270,8 @@ def observe(
             continue
 
 
-def _rounded(x: Tensor, rounded: Tensor) -> Tensor:
-    return rounded
-
-
 def _hooks(
-    block: Block, index: int, scheme: Scheme | None, taps: Mapping[str, Tap], seen: Seen
+    block: Block, index: int, scheme: Scheme | None, taps: Mapping[str, Tap]
 ) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
     """For the linears of a layer that need it: round the input, then show it to the tap.
 
@@ -303,10 +296,10 @@ def _hooks(
             ) -> tuple[Any, ...] | None:
                 x = args[0]
                 if inputs is not None and ends is not None:
-                    x = seen(x, rounded_input(x, inputs.spec, ends))
+                    x = rounded_input(x, inputs.spec, ends)
                 elif inputs is not None:
                     if inputs not in cache or cache[inputs][0] is not x:
-                        cache[inputs] = (x, seen(x, inputs.round(x)))
+                        cache[inputs] = (x, inputs.round(x))
                     x = cache[inputs][1]
                 if tap is not None:
                     tap(x)

@@ -32,7 +32,6 @@ from lowbit.block import Block, run, run_all
 from lowbit.checkpoint import Checkpoint, read_json
 from lowbit.compiled import on_grid
 from lowbit.damage import damages
-from lowbit.drop import Drop
 from lowbit.family import module_of
 from lowbit.feed import Rows
 from lowbit.latent import Latents, latent, latent_file, started
@@ -97,7 +96,7 @@ class Tuning:
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self.ends: dict[str, tuple[Tensor, ...]] = {}
         self.gains: dict[str, Tensor] = {}
-        self.begun, self.sequences = 0, len(ids)
+        self.begun = 0
         for index in self.layers:
             self._start(index)
         self.rate = options.rate(self.lost(len(ids))) if options.scale else 1.0
@@ -150,24 +149,21 @@ class Tuning:
     def loss(self, chosen: Tensor) -> Tensor:
         """The mean divergence, in nats a token, over the chosen sequences; differentiable in all leaves."""
         x, y_fp, ids = self.rows(chosen)
-        step = self.begun * self.sequences + int(chosen[0])  # of the fit, also where it goes on after a crash
         for index in self.layers:
             if torch.is_grad_enabled():
-                x = checkpoint(self._through, index, x, step, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(self._through, index, x, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self._through(index, x, step)
+                x = self._through(index, x)
         return self._divergence(x, y_fp, ids)
 
-    def _through(self, index: int, x: Tensor, step: int) -> Tensor:
-        """Hidden states through a layer as it will ship; what ``drop`` leaves float is drawn for layer and step."""
+    def _through(self, index: int, x: Tensor) -> Tensor:
+        """Hidden states through a layer as it will ship."""
         block, latents = self._read(index)
         rounded = {
             f"{name}.weight": on_grid(weight, grid, spec)
             for name, (weight, grid, spec) in self._linears(block, latents).items()
         }
-        params = {**block.params, **self._own_gains(index), **rounded}
-        seen = Drop(self.options.drop, self.device, step * len(self.layers) + index)
-        return run(block, x, params, self.scheme, seen=seen)
+        return run(block, x, {**block.params, **self._own_gains(index), **rounded}, self.scheme)
 
     def _own_gains(self, index: int) -> dict[str, Tensor]:
         return {name: value for name, value in self.gains.items() if name.startswith(f"{index}.")}

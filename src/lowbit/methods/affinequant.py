@@ -30,7 +30,6 @@ from torch import Tensor
 
 from lowbit.block import Block, Calib, part_of, recorded, relative_error, run, run_all
 from lowbit.compiled import rounded_weight
-from lowbit.drop import Drop, check_drop
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
 from lowbit.feed import Rows
@@ -80,7 +79,6 @@ class AffineQuant:
         loss: ``token`` divides each token's squared error by the mean square of its float output; with ``mse``, the
             papers', the few tokens with massive activations decide alone.
         aug_loss: weight of a second error, against the float block on the quantized input.
-        drop: share of the linears' inputs that stays float in a training step, by chance; see ``drop.py``.
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``.
         lr_maps, lr_clips: learning rates of maps and shifts, and of the clipping factors' logits. The papers' 5e-3
             and 1e-2 are for thousands of steps; a quick run has some 80.
@@ -108,7 +106,6 @@ class AffineQuant:
     act_clip: bool = False
     loss: str = "token"
     aug_loss: float = 0.0
-    drop: float = 0.0
     epochs: int = 20
     batch: int = 1
     lr_maps: float = 2e-2
@@ -147,7 +144,6 @@ class AffineQuant:
                 "affinequant: stability, aug_loss and learning rates must be 0 or more, condition above 1, "
                 "block_size and window 1 or more, init_power from 0 to 1"
             )
-        check_drop("affinequant", self.drop)
         self.schedule(0)
 
     def schedule(self, seed: int) -> Schedule:
@@ -228,7 +224,6 @@ class Trainer:
         self.unit = loss_unit(calib.y_fp, options.loss, device, calib.batch)
         also = [run_all(block, calib.x_q, batch=calib.batch)] if options.aug_loss else []
         self.rows = Rows(device, calib.x_q, calib.y_fp, self.unit, *also)
-        self.drop = Drop(options.drop, device, block.start)
         self.shrunk = 0
 
     def _clip_logits(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -292,7 +287,7 @@ class Trainer:
         params, online = self.quantized()
         x, y_fp, unit, *also = self.rows(chosen)
         # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in 32.
-        y = run(replace(self.block, online=online), x.to(self.run_dtype), params, self.scheme, seen=self.drop)
+        y = run(replace(self.block, online=online), x.to(self.run_dtype), params, self.scheme)
         error = relative_loss(y, y_fp, unit)
         for y_aug in also:
             error = error + self.options.aug_loss * relative_loss(y, y_aug, unit)

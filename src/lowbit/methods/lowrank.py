@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lowbit.block import Block, Calib, recorded, run
 from lowbit.compiled import rounded_weight
-from lowbit.drop import Drop, check_drop
 from lowbit.errors import LowbitError, unknown
 from lowbit.family import module_of
 from lowbit.feed import Rows
@@ -64,7 +63,6 @@ class LowRank:
     lr_clips: float = 0.1
     lr_norms: float = 1e-4
     weight_decay: float = 0.0
-    drop: float = 0.0
     held_out: float = 0.125
     grad_clip: float = 0.0
     decay: str = "cosine"
@@ -77,7 +75,6 @@ class LowRank:
                 raise unknown(f"lowrank.{name}", getattr(self, name), allowed)
         if self.rank < 1 or min(self.lr, self.lr_clips, self.lr_norms, self.weight_decay) < 0:
             raise LowbitError("lowrank: rank must be 1 or more, learning rates and weight_decay 0 or more")
-        check_drop("lowrank", self.drop)
         self.schedule(0)
 
     @property
@@ -138,7 +135,6 @@ class Correction:
         self.power = {name: block.weight(name).square().sum() for name in self.linears}
         self.unit = loss_unit(calib.y_fp, options.loss, block.device, calib.batch)
         self.streams = Rows(block.device, calib.x_q, calib.y_fp, self.unit)
-        self.drop = Drop(options.drop, block.device, block.start)
 
     def _half(self, rank: int) -> int:
         return max(1, rank // 2)
@@ -210,8 +206,7 @@ class Correction:
     def loss(self, chosen: Tensor) -> Tensor:
         """The window's error on the chosen sequences, relative to its float output, and the decay's share."""
         x, y_fp, unit = self.streams(chosen)
-        y = run(self.block, x, self.quantized(), self.scheme, seen=self.drop)
-        error = relative_loss(y, y_fp, unit)
+        error = relative_loss(run(self.block, x, self.quantized(), self.scheme), y_fp, unit)
         if not (self.options.weight_decay and torch.is_grad_enabled()):
             return error
         sizes = [

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowbit.drop import check_drop
 from lowbit.errors import LowbitError
 from lowbit.learn import Schedule
 
@@ -22,7 +21,6 @@ class Tune:
         norms: learn the norms' gains.
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``; 0 epochs leave the step out.
         lr, lr_ends, lr_norms: learning rates of the pairs, of the ends' logarithms, of the gains.
-        drop: share of the linears' inputs that stays float in a training step, by chance; see ``drop.py``.
         scale: let the learning rates fall with the root of what is lost at the start; see ``rate``.
     """
 
@@ -34,7 +32,6 @@ class Tune:
     lr: float = 5e-3
     lr_ends: float = 2e-3
     lr_norms: float = 2e-3
-    drop: float = 0.0
     scale: bool = True
     held_out: float = 0.125
     grad_clip: float = 0.0
@@ -45,7 +42,6 @@ class Tune:
     def __post_init__(self) -> None:
         if self.rank < 1 or min(self.lr, self.lr_ends, self.lr_norms) < 0:
             raise LowbitError("tune: rank must be 1 or more, learning rates 0 or more")
-        check_drop("tune", self.drop)
         self.schedule()
 
     @property
