@@ -28,6 +28,7 @@ from lowbit.damage import damages
 from lowbit.errors import LowbitError
 from lowbit.feed import home, joined, parts, taken
 from lowbit.latent import write_latents
+from lowbit.methods.refit import Refit
 from lowbit.observed import FLOAT, MAP, QUANTIZED, watched
 from lowbit.packing import pack
 from lowbit.plan import Plan
@@ -186,15 +187,17 @@ class Walk:
         return y_fp, x_q
 
     def _shown(self, step: Any, calib: Calib) -> Calib:
-        """What a step may look at: codes fitted to data leave out the sequences that ``tune`` will judge them by.
+        """What a step may look at: what is fitted in closed form leaves out the sequences that judge learned steps.
 
-        Had a rounding such as GPTQ's seen these, the start would look better there than it is, and what is learned
-        behind it would be thrown away.
+        Had a rounding such as GPTQ's or a refit seen these, the start would look better there than it is, and what
+        is learned behind it would be thrown away.
         """
-        tune = self.recipe.tune
-        if tune is None or not step.rounds or not step.passes:  # round-to-nearest looks at nothing
+        at = [method for _, method in self.recipe.steps].index(step)
+        behind = (method for _, method in self.recipe.steps[at + 1 :] if getattr(method, "epochs", 0))
+        judge = next(behind, None)
+        if judge is None or not step.passes or not (step.rounds or isinstance(step, Refit)):
             return calib
-        train, _ = tune.schedule().split(len(calib.x_q))
+        train, _ = judge.schedule(0).split(len(calib.x_q))
         x_fp, x_q, y_fp = (taken(stream, train) for stream in (calib.x_fp, calib.x_q, calib.y_fp))
         return replace(calib, x_fp=x_fp, x_q=x_q, y_fp=y_fp)
 

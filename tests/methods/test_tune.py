@@ -143,26 +143,34 @@ def test_rates_fall_with_the_root_of_what_is_lost_at_the_start(scheme, tmp_path)
     assert [rate for _, rate in given.groups()] == [5e-3, 2e-3, 2e-3]
 
 
-def test_codes_fitted_to_data_do_not_see_what_tune_judges_them_by(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("gptq", "gptq, {{tune: {{epochs: {}}}}}"),
+        ("refit", "refit, rtn, {{tune: {{epochs: {}}}}}"),
+        ("refit", "refit, {{lowrank: {{epochs: {}}}}}, rtn"),
+    ],
+)
+def test_what_is_fitted_in_closed_form_does_not_see_what_judges_the_learned(name, steps, tmp_path, monkeypatch):
     save_tiny(tmp_path / "m", "llama-odd")
-    shown, fitted = [], METHODS["gptq"].__call__
+    shown, fitted = [], METHODS[name].__call__
 
     def watching(step, block, calib, scheme):
         shown.append(calib)
         return fitted(step, block, calib, scheme)
 
-    monkeypatch.setattr(METHODS["gptq"], "__call__", watching)
+    monkeypatch.setattr(METHODS[name], "__call__", watching)
     seen = {}
     for epochs in (0, 1):
-        recipe = recipe_file(tmp_path, "gptq", f"{{tune: {{epochs: {epochs}}}}}")
+        recipe = recipe_file(tmp_path, steps.format(epochs))
         quantized(tmp_path / "m", tmp_path / f"out{epochs}", "w4a4", recipe)
         seen[epochs] = shown[0]  # of the first block, whose input is the same in both
         shown.clear()
     train, held = Tune().schedule().split(len(seen[0].x_q))  # without tune nothing judges: all are used
     assert len(seen[0].x_q) == 6
     assert len(held) == 1
-    for name in ("x_fp", "x_q", "y_fp"):
-        assert torch.equal(getattr(seen[1], name), getattr(seen[0], name)[train])
+    for stream in ("x_fp", "x_q", "y_fp"):
+        assert torch.equal(getattr(seen[1], stream), getattr(seen[0], stream)[train])
 
 
 def test_a_start_that_is_far_off_or_no_number_keeps_the_rates_and_one_at_zero_learns_nothing():

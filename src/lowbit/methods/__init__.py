@@ -16,6 +16,7 @@ from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.reassemble import Reassemble
+from lowbit.methods.refit import Refit
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import Signs
 from lowbit.methods.smoothquant import SmoothQuant
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Any]] = {
     "gptq": GPTQ,
     "affinequant": AffineQuant,
     "reassemble": Reassemble,
+    "refit": Refit,
     "lowrank": LowRank,
 }
 AFTER: dict[str, type[Any]] = {"tune": Tune}

@@ -23,9 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, observe
+from lowbit.block import Block, Calib
 from lowbit.errors import LowbitError, unknown
-from lowbit.feed import parts
+from lowbit.methods.refit import output_target, paired_moments
 from lowbit.methods.statistics import input_moments
 from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid
 from lowbit.scheme import Scheme
@@ -87,18 +87,7 @@ class GPTQ:
         if self.target == "weights":
             moments = input_moments(block, calib.x_q, [linear], (kind,), params, scheme, calib.batch)
             return getattr(moments[linear], kind), None
-        gram, cross = torch.zeros(()), torch.zeros(())
-        both = (parts(x, calib.batch, block.device) for x in (calib.x_q, calib.x_fp))
-        for x_q, x_fp in zip(*both, strict=True):
-            seen: list[Tensor] = []
-            observe(block, x_q, {linear: seen.append}, params, scheme, calib.batch)
-            observe(block, x_fp, {linear: seen.append}, batch=calib.batch)
-            rows, wanted = (value.flatten(0, -2).float() for value in seen)
-            if self.tokens == "even":
-                unit = rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
-                rows, wanted = rows / unit, wanted / unit
-            gram, cross = gram + rows.T @ rows, cross + wanted.T @ rows
-        return gram, cross
+        return paired_moments(block, block, calib, linear, scheme, self.tokens == "even")
 
     def _round(self, block: Block, linears: list[str], gram: Tensor, cross: Tensor | None, scheme: Scheme) -> Block:
         """Round linears that read one input with the moments that ``_moments`` gives."""
@@ -147,26 +136,6 @@ def _by_format(block: Block, linears: list[str], scheme: Scheme) -> dict[QuantSp
         if spec is not None:
             out.setdefault(spec, []).append(name)
     return out
-
-
-def output_target(weight: Tensor, gram: Tensor, cross: Tensor, pull: float) -> Tensor:
-    """The weight ``V`` ``(out, in)`` of least ``|W x - V x_q|^2 + pull * mean |V - W|^2``, before any rounding.
-
-    Args:
-        weight: ``W`` ``(out, in)``.
-        gram: ``sum x_q x_q^T``.
-        cross: ``sum x x_q^T``, ``x`` the same input in the float model.
-        pull: in units of ``gram``'s mean diagonal.
-
-    Half of what the input should be asks for twice the weight:
-
-    >>> output_target(torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), 2.0), 1e-9)
-    tensor([[2.]])
-    """
-    hold = pull * gram.diagonal().double().mean().clamp(min=1e-30)
-    eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    right = weight.double() @ (cross.double() + hold * eye)
-    return torch.linalg.solve(gram.double() + hold * eye, right, left=False).to(weight.dtype)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:

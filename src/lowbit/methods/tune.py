@@ -69,6 +69,6 @@ class Tune:
         """
         return min(1.0, math.sqrt(max(start, 0.0))) if self.scale and math.isfinite(start) else 1.0
 
-    def schedule(self) -> Schedule:
+    def schedule(self, seed: int = 0) -> Schedule:
         """The loop's options."""
-        return Schedule(self.epochs, self.batch, self.held_out, self.grad_clip, self.decay)
+        return Schedule(self.epochs, self.batch, self.held_out, self.grad_clip, self.decay, seed)

@@ -1,0 +1,123 @@
+"""Refit: every linear fitted again, in closed form, to the float model's output from the input that it will get.
+
+A linear of the quantized model reads an input that differs from the float model's: it is rounded, and it carries what
+the layers before have lost. Its weight was trained for the exact input; for the inexact one another weight is better.
+At four bits much of an input's variance lies in directions in which rounding noise is stronger than the signal, and a
+weight that listens less there loses less. The best weight is a ridge regression away: no gradient, no rounding in the
+objective, one factorisation for the linears that read one input. What is learned or rounded behind starts there.
+
+Source: the objective is that of asymmetric calibration in GPTAQ, Li et al., arXiv 2504.02692, without its rounding;
+the ridge towards the given weight holds what few calibration tokens do not decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.block import Block, Calib, grid_of, observe, recorded
+from lowbit.errors import LowbitError, unknown
+from lowbit.feed import parts
+from lowbit.quant import quantize
+from lowbit.scheme import Scheme
+
+TOKENS = ("all", "even")
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Weights for the inputs that the quantized model has; merged, since they are all that changes.
+
+    Attributes:
+        pull: what holds a weight near the given one, in units of the mean square of the input's channels: the larger,
+            the less the few calibration tokens decide.
+        tokens: ``all`` sums the error over tokens as they are; ``even`` divides each token by its root mean square
+            first, so that a few tokens with massive activations do not decide alone.
+    """
+
+    pull: float = 1.0
+    tokens: str = "even"
+    rounds: ClassVar[bool] = False
+    passes: ClassVar[int] = 8
+    corrects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.tokens not in TOKENS:
+            raise unknown("refit.tokens", self.tokens, TOKENS)
+        if self.pull <= 0:
+            raise LowbitError(f"refit: pull {self.pull:g} given; allowed: above 0")
+
+    @torch.no_grad()
+    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+        """The block with every linear refitted, in execution order, behind those before it, refitted and rounded.
+
+        Its float function changes, towards one whose quantized form is nearer to the float model.
+        """
+        done, shipped = block, dict(block.params)
+        changes: dict[str, float] = {}
+        for group in block.linear_groups():
+            wanted = [name for name in group if block.weight_spec(name, scheme) is not None]
+            if not wanted:
+                continue
+            quantized = replace(done, params=shipped)
+            gram, cross = paired_moments(quantized, block, calib, wanted[0], scheme, self.tokens == "even")
+            for name in wanted:
+                weight = block.weight(name)
+                found = output_target(weight, gram, cross, self.pull)
+                done = replace(done, params={**done.params, f"{name}.weight": found})
+                spec = block.weight_spec(name, scheme)
+                assert spec is not None
+                shipped[f"{name}.weight"] = quantize(found, grid_of(done, name, spec), spec).dequantize()
+                changes[name] = float((found - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+        return replace(done, record=recorded(block, "refit", {"relative_change": changes})) if changes else block
+
+
+def paired_moments(
+    quantized: Block, exact: Block, calib: Calib, linear: str, scheme: Scheme, even: bool
+) -> tuple[Tensor, Tensor]:
+    """``sum x_q x_q^T`` and ``sum x x_q^T``, both ``(in, in)``, of one linear's input.
+
+    Args:
+        quantized: the block as it will ship up to the linear; ``x_q`` is the linear's input there, rounded.
+        exact: the same in the float model; ``x`` is its input there.
+        calib: the streams before the block.
+        linear: its name.
+        scheme: how inputs are rounded.
+        even: divide both by the root mean square of ``x_q``, token by token.
+    """
+    gram, cross = torch.zeros(()), torch.zeros(())
+    both = (parts(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
+    params = quantized.quantized_params()
+    for x_q, x_fp in zip(*both, strict=True):
+        seen: list[Tensor] = []
+        observe(quantized, x_q, {linear: seen.append}, params, scheme, calib.batch)
+        observe(exact, x_fp, {linear: seen.append}, batch=calib.batch)
+        rows, wanted = (value.flatten(0, -2).float() for value in seen)
+        if even:
+            unit = rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+            rows, wanted = rows / unit, wanted / unit
+        gram, cross = gram + rows.T @ rows, cross + wanted.T @ rows
+    return gram, cross
+
+
+def output_target(weight: Tensor, gram: Tensor, cross: Tensor, pull: float) -> Tensor:
+    """The weight ``V`` ``(out, in)`` of least ``|W x - V x_q|^2 + pull * mean |V - W|^2``, before any rounding.
+
+    Args:
+        weight: ``W`` ``(out, in)``.
+        gram: ``sum x_q x_q^T``.
+        cross: ``sum x x_q^T``, ``x`` the same input in the float model.
+        pull: in units of ``gram``'s mean diagonal.
+
+    Half of what the input should be asks for twice the weight:
+
+    >>> output_target(torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), 2.0), 1e-9)
+    tensor([[2.]])
+    """
+    hold = pull * gram.diagonal().double().mean().clamp(min=1e-30)
+    eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    right = weight.double() @ (cross.double() + hold * eye)
+    return torch.linalg.solve(gram.double() + hold * eye, right, left=False).to(weight.dtype)

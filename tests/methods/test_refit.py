@@ -1,0 +1,134 @@
+"""Refit: the least-squares answer, in execution order, and only where an input is not the float model's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowbit.block import Calib, relative_error, run_all
+from lowbit.errors import LowbitError
+from lowbit.methods.lowrank import LowRank
+from lowbit.methods.refit import Refit, output_target, paired_moments
+from lowbit.methods.rtn import RTN
+from lowbit.quant import minmax_grid, quantize
+from lowbit.scheme import parse_scheme, with_overrides
+from tiny import NAMES, block_of, tiny_model
+
+W4A4 = parse_scheme("w4a4")
+
+
+def case(name="llama-odd", count=1, noise=0.3, start=1):
+    """A block, and a quantized stream that is some way off the float one."""
+    block, x = block_of(tiny_model(name), start, count)
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    return block, Calib(x, x + noise * x.std() * drawn, run_all(block, x))
+
+
+def inputs(block, x, params, linear, scheme=None):
+    """A linear's input, token by token, in float64."""
+    seen = []
+    run_all(block, x, params, scheme, {linear: lambda value: seen.append(value.flatten(0, -2))})
+    return torch.cat(seen).double()
+
+
+def rounded(weight, spec):
+    return quantize(weight, minmax_grid(weight, spec), spec).dequantize()
+
+
+@pytest.mark.parametrize("tokens", ["all", "even"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_weight_is_the_ridge_regression_behind_the_refitted_and_rounded_linears_before_it(count, tokens):
+    block, calib = case(count=count, start=0)
+    done = Refit(pull=0.5, tokens=tokens)(block, calib, W4A4)
+    shipped = dict(block.params)
+    for group in block.linear_groups():
+        x = inputs(block, calib.x_q, shipped, group[0], W4A4)
+        y = inputs(block, calib.x_fp, block.params, group[0])
+        if tokens == "even":
+            unit = x.square().mean(1, keepdim=True).sqrt()
+            x, y = x / unit, y / unit
+        for name in group:
+            # One tall least-squares problem: the tokens, and the pull as rows of their own.
+            weight, hold = block.weight(name).double(), (0.5 * x.square().sum() / x.shape[1]).sqrt()
+            tall = torch.cat([x, hold * torch.eye(x.shape[1], dtype=torch.float64)])
+            answer = torch.linalg.lstsq(tall, torch.cat([y @ weight.T, hold * weight.T])).solution.T
+            assert torch.allclose(done.weight(name).double(), answer, atol=1e-4 * float(answer.abs().max()))
+            assert not torch.allclose(done.weight(name).double(), weight, atol=1e-2 * float(weight.abs().max()))
+            shipped[f"{name}.weight"] = rounded(done.weight(name), block.weight_spec(name, W4A4))
+    others = [name for name in block.params if name.removesuffix(".weight") not in block.linears()]
+    assert all(torch.equal(done.params[name], block.params[name]) for name in others)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_input_that_is_the_float_models_leaves_the_weights(name):
+    """Behind float linears, with float inputs and one stream, nothing is to be made up for."""
+    block, x = block_of(tiny_model(name), 1)
+    calib = Calib(x, x, run_all(block, x))
+    last = block.linears()[-1]
+    scheme = with_overrides(parse_scheme("w4a16"), {block.full_name(last): "w4", "*": "float"})
+    done = Refit()(block, calib, scheme)
+    weight = block.weight(last)
+    assert torch.allclose(done.weight(last), weight, atol=1e-5 * float(weight.abs().max()))
+    assert done.record[1]["refit"]["relative_change"][last] < 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rounded_block_is_nearer_to_the_float_one(name):
+    block, calib = case(name)
+    errors = []
+    for given in (block, Refit()(block, calib, W4A4)):
+        done = RTN()(given, calib, W4A4)
+        errors.append(relative_error(run_all(done, calib.x_q, done.quantized_params(), W4A4), calib.y_fp))
+    assert errors[1] < errors[0]
+
+
+def test_the_clips_and_online_maps_of_earlier_steps_count():
+    block, calib = case()
+    name = block.linear_groups()[0][0]
+    later = block.linear_groups()[1][0]
+    plain = Refit()(block, calib, W4A4)
+    clipped = Refit()(replace(block, clips={name: (torch.full((1, 1), 0.6), torch.full((1, 1), 0.6))}), calib, W4A4)
+    assert torch.equal(plain.weight(name), clipped.weight(name))  # the regression sees no rounding of its own weight
+    assert not torch.equal(plain.weight(later), clipped.weight(later))
+    shrunk = Refit()(replace(block, online={name: torch.tensor([0.7, 0.7])}), calib, W4A4)
+    assert not torch.equal(plain.weight(name), shrunk.weight(name))
+
+
+def test_the_moments_are_those_of_a_loop_over_tokens():
+    block, calib = case(noise=0.1)
+    name = block.linears()[-1]
+    moved = replace(
+        block, params={**block.params, f"{block.linears()[0]}.weight": block.weight(block.linears()[0]) * 1.1}
+    )
+    gram, cross = paired_moments(moved, block, replace(calib, batch=1), name, W4A4, even=False)
+    x, y = inputs(block, calib.x_q, moved.params, name, W4A4), inputs(block, calib.x_fp, block.params, name)
+    wanted = sum(torch.outer(a, a) for a in x), sum(torch.outer(b, a) for a, b in zip(x, y, strict=True))
+    for got, exact in zip((gram, cross), wanted, strict=True):
+        assert torch.allclose(got.double(), exact, atol=1e-4 * float(exact.abs().max()))
+
+
+def test_the_answer_is_where_the_gradient_is_zero():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    found = output_target(weight, x.T @ x, y.T @ x, 0.3).requires_grad_()
+    hold = 0.3 * x.square().sum() / 12
+    ((y @ weight.T - x @ found.T).square().sum() + hold * (found - weight).square().sum()).backward()
+    assert found.grad.abs().max() < 1e-10
+
+
+def test_the_correction_behind_starts_lower_and_ends_lower():
+    block, calib = case(count=2, start=0)
+    step = LowRank(rank=4, epochs=2)
+    plain, refitted = (step(given, calib, W4A4) for given in (block, Refit()(block, calib, W4A4)))
+    without, with_it = (done.record[0]["lowrank"]["held_out"] for done in (plain, refitted))
+    assert with_it[0] < without[0]
+    assert min(with_it) < min(without)
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": "some"}, {"pull": 0.0}, {"pull": -1.0}])
+def test_what_is_no_option_is_refused(wrong):
+    with pytest.raises(LowbitError, match=f"refit[.:] ?{next(iter(wrong))}"):
+        Refit(**wrong)
