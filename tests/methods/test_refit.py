@@ -10,7 +10,7 @@ import torch
 from lowbit.block import Calib, relative_error, run_all
 from lowbit.errors import LowbitError
 from lowbit.methods.lowrank import LowRank
-from lowbit.methods.refit import Refit, output_target, paired_moments
+from lowbit.methods.refit import PULLS, Refit, best_pull, output_target, paired_moments
 from lowbit.methods.rtn import RTN
 from lowbit.quant import minmax_grid, quantize
 from lowbit.scheme import parse_scheme, with_overrides
@@ -41,7 +41,7 @@ def rounded(weight, spec):
 @pytest.mark.parametrize("count", [1, 2])
 def test_each_weight_is_the_ridge_regression_behind_the_refitted_and_rounded_linears_before_it(count, tokens):
     block, calib = case(count=count, start=0)
-    done = Refit(pull=0.5, tokens=tokens)(block, calib, W4A4)
+    done = Refit(pull=0.5, search=False, tokens=tokens)(block, calib, W4A4)
     shipped = dict(block.params)
     for group in block.linear_groups():
         x = inputs(block, calib.x_q, shipped, group[0], W4A4)
@@ -71,7 +71,7 @@ def test_an_input_that_is_the_float_models_leaves_the_weights(name):
     done = Refit()(block, calib, scheme)
     weight = block.weight(last)
     assert torch.allclose(done.weight(last), weight, atol=1e-5 * float(weight.abs().max()))
-    assert done.record[1]["refit"]["relative_change"][last] < 1e-9
+    assert done.record[1]["refit"][last]["relative_change"] < 1e-9
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,6 +117,44 @@ def test_the_answer_is_where_the_gradient_is_zero():
     hold = 0.3 * x.square().sum() / 12
     ((y @ weight.T - x @ found.T).square().sum() + hold * (found - weight).square().sum()).backward()
     assert found.grad.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_pull_is_the_one_whose_weight_errs_least_on_the_judging_tokens(seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    y = torch.randn(2, 20, 12, generator=generator, dtype=torch.float64)
+    x = y + (0.2 + 0.3 * seed) * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    moments = [(a.T @ a, b.T @ a) for a, b in zip(x, y, strict=True)]
+    errors = {
+        pull: float((y[1] @ weight.T - x[1] @ output_target(weight, *moments[0], pull).T).square().sum())
+        for pull in PULLS
+    }
+    assert best_pull(weight, *moments, PULLS) == min(errors, key=errors.get)
+
+
+def test_the_search_judges_by_every_fourth_sequence_and_fits_all():
+    block, calib = case()
+    name = block.linears()[0]
+    done = Refit()(block, calib, W4A4)
+    judging = torch.arange(len(calib.x_q)) % 4 == 3
+    assert 0 < judging.sum() < len(judging)
+    parts = [replace(calib, x_fp=calib.x_fp[some], x_q=calib.x_q[some]) for some in (~judging, judging)]
+    weight = torch.cat([block.weight(one) for one in block.linear_groups()[0]])
+    moments = [paired_moments(block, block, part, name, W4A4, even=True) for part in parts]
+    pull = best_pull(weight, *moments, PULLS)
+    assert done.record[1]["refit"][name]["pull"] == pull
+    given = Refit(pull=pull, search=False)(block, calib, W4A4)
+    assert torch.allclose(done.weight(name), given.weight(name), atol=1e-5)
+    pulls = {figures["pull"] for figures in done.record[1]["refit"].values()}
+    assert len(pulls) > 1  # each input has its own
+
+
+def test_one_sequence_cannot_judge_and_takes_the_pull_as_it_is():
+    block, calib = case()
+    one = replace(calib, x_fp=calib.x_fp[:1], x_q=calib.x_q[:1], y_fp=calib.y_fp[:1])
+    done = Refit(pull=0.7)(block, one, W4A4)
+    assert {figures["pull"] for figures in done.record[1]["refit"].values()} == {0.7}
 
 
 def test_the_correction_behind_starts_lower_and_ends_lower():

@@ -12,6 +12,7 @@ the ridge towards the given weight holds what few calibration tokens do not deci
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from lowbit.block import Block, Calib, grid_of, observe, recorded
 from lowbit.errors import LowbitError, unknown
-from lowbit.feed import parts
+from lowbit.feed import parts, taken
 from lowbit.quant import quantize
 from lowbit.scheme import Scheme
 
 TOKENS = ("all", "even")
+PULLS = (0.1, 0.3, 1.0, 3.0, 10.0)  # that are tried, in units of ``Refit.pull``
+JUDGE = 4  # every fourth sequence judges them
+Moments = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,14 @@ class Refit:
     Attributes:
         pull: what holds a weight near the given one, in units of the mean square of the input's channels: the larger,
             the less the few calibration tokens decide.
+        search: try ``PULLS`` times ``pull`` for each input, and take the one with the least error on sequences that
+            were not fitted (a quarter of them; the fit that is kept uses all).
         tokens: ``all`` sums the error over tokens as they are; ``even`` divides each token by its root mean square
             first, so that a few tokens with massive activations do not decide alone.
     """
 
     pull: float = 1.0
+    search: bool = True
     tokens: str = "even"
     rounds: ClassVar[bool] = False
     passes: ClassVar[int] = 8
@@ -57,27 +64,71 @@ class Refit:
         Its float function changes, towards one whose quantized form is nearer to the float model.
         """
         done, shipped = block, dict(block.params)
-        changes: dict[str, float] = {}
+        figures: dict[str, dict[str, float]] = {}
         for group in block.linear_groups():
             wanted = [name for name in group if block.weight_spec(name, scheme) is not None]
             if not wanted:
                 continue
             quantized = replace(done, params=shipped)
-            gram, cross = paired_moments(quantized, block, calib, wanted[0], scheme, self.tokens == "even")
+            moments = [
+                paired_moments(quantized, block, part, wanted[0], scheme, self.tokens == "even")
+                for part in self._parts(calib)
+            ]
+            pull = self.pull
+            if len(moments) > 1:
+                weight = torch.cat([block.weight(name) for name in wanted])
+                pull = best_pull(weight, moments[0], moments[1], [self.pull * factor for factor in PULLS])
+            gram, cross = (sum(some[1:], start=some[0]) for some in zip(*moments, strict=True))
             for name in wanted:
                 weight = block.weight(name)
-                found = output_target(weight, gram, cross, self.pull)
+                found = output_target(weight, gram, cross, pull)
                 done = replace(done, params={**done.params, f"{name}.weight": found})
                 spec = block.weight_spec(name, scheme)
                 assert spec is not None
                 shipped[f"{name}.weight"] = quantize(found, grid_of(done, name, spec), spec).dequantize()
-                changes[name] = float((found - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
-        return replace(done, record=recorded(block, "refit", {"relative_change": changes})) if changes else block
+                change = (found - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+                figures[name] = {"pull": pull, "relative_change": float(change)}
+        return replace(done, record=recorded(block, "refit", figures)) if figures else block
+
+    def _parts(self, calib: Calib) -> list[Calib]:
+        """The sequences that choose a pull: those fitted, those that judge; or all as one."""
+        count = len(calib.x_q)
+        if not self.search or count < 2:
+            return [calib]
+        judging = torch.arange(count) % JUDGE == min(JUDGE, count) - 1
+        return [
+            replace(calib, x_fp=taken(calib.x_fp, some), x_q=taken(calib.x_q, some), y_fp=taken(calib.y_fp, some))
+            for some in (torch.nonzero(~judging).flatten(), torch.nonzero(judging).flatten())
+        ]
 
 
-def paired_moments(
-    quantized: Block, exact: Block, calib: Calib, linear: str, scheme: Scheme, even: bool
-) -> tuple[Tensor, Tensor]:
+def best_pull(weight: Tensor, fitted: Moments, judge: Moments, pulls: Sequence[float]) -> float:
+    """The pull whose ``output_target`` of the ``fitted`` moments has the least squared error by those of ``judge``.
+
+    With the eigenvectors ``Q`` and eigenvalues ``l`` of the fitted ``gram``, the change of the weight is
+    ``W (cross - gram) Q diag(1 / (l + hold)) Q^T``: one decomposition serves all pulls. For a change ``D`` the error
+    ``sum |W x - (W + D) x_q|^2`` is ``tr(D gram D^T) - 2 tr(D (W (cross - gram))^T)`` and what no pull changes.
+
+    Where fitted and judging tokens say the same, holding back gains nothing:
+
+    >>> one, two = torch.eye(1), torch.full((1, 1), 2.0)
+    >>> best_pull(one, (one, two), (one, two), [0.1, 1.0, 10.0])
+    0.1
+    >>> best_pull(one, (one, two), (one, one), [0.1, 1.0, 10.0])
+    10.0
+    """
+    values, vectors = torch.linalg.eigh(fitted[0].double())
+    mean = values.mean().clamp(min=1e-30)
+    change, wanted = (weight.double() @ (cross - gram).double() @ vectors for gram, cross in (fitted, judge))
+    gram = vectors.T @ judge[0].double() @ vectors
+    errors = []
+    for pull in pulls:
+        step = change / (values.clamp(min=0) + pull * mean)
+        errors.append(float((step * (step @ gram - 2 * wanted)).sum()))
+    return pulls[errors.index(min(errors))]
+
+
+def paired_moments(quantized: Block, exact: Block, calib: Calib, linear: str, scheme: Scheme, even: bool) -> Moments:
     """``sum x_q x_q^T`` and ``sum x x_q^T``, both ``(in, in)``, of one linear's input.
 
     Args:
