@@ -28,7 +28,6 @@ from lowbit.damage import damages
 from lowbit.errors import LowbitError
 from lowbit.feed import home, joined, parts, taken
 from lowbit.latent import write_latents
-from lowbit.methods.refit import Refit
 from lowbit.observed import FLOAT, MAP, QUANTIZED, watched
 from lowbit.packing import pack
 from lowbit.plan import Plan
@@ -192,10 +191,10 @@ class Walk:
         Had a rounding such as GPTQ's or a refit seen these, the start would look better there than it is, and what
         is learned behind it would be thrown away.
         """
-        at = [method for _, method in self.recipe.steps].index(step)
-        behind = (method for _, method in self.recipe.steps[at + 1 :] if getattr(method, "epochs", 0))
-        judge = next(behind, None)
-        if judge is None or not step.passes or not (step.rounds or isinstance(step, Refit)):
+        steps = [method for _, method in self.recipe.steps]
+        behind = steps[steps.index(step) + 1 :]
+        judge = next((method for method in behind if getattr(method, "epochs", 0)), None)
+        if judge is None or not getattr(step, "solves", False):
             return calib
         train, _ = judge.schedule(0).split(len(calib.x_q))
         x_fp, x_q, y_fp = (taken(stream, train) for stream in (calib.x_fp, calib.x_q, calib.y_fp))

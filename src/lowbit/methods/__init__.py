@@ -2,7 +2,8 @@
 
 A method is a frozen dataclass of its options, with ``__call__(block, calib, scheme) -> Block`` and some facts:
 ``rounds`` (it chooses codes, so it ends a recipe), ``passes`` (how often it runs the block over the calibration
-tokens, for estimates of time) and, where it is true, ``corrects`` (it changes the float function on purpose).
+tokens, for estimates of time) and, where they are true, ``corrects`` (it changes the float function on purpose) and
+``solves`` (it fits weights or codes to the data at once, with no sequences held out of its own).
 
 ``AFTER`` has what works on the whole model, behind the step that rounds: options only, run by a module of its own.
 """

@@ -58,6 +58,7 @@ class GPTQ:
     pull: float = 0.1
     rounds: ClassVar[bool] = True
     passes: ClassVar[int] = 4
+    solves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tokens not in GRAMS:

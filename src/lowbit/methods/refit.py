@@ -50,6 +50,7 @@ class Refit:
     rounds: ClassVar[bool] = False
     passes: ClassVar[int] = 8
     corrects: ClassVar[bool] = True
+    solves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tokens not in TOKENS:
@@ -65,14 +66,14 @@ class Refit:
         """
         done, shipped = block, dict(block.params)
         figures: dict[str, dict[str, float]] = {}
+        streams = self._parts(calib)
         for group in block.linear_groups():
             wanted = [name for name in group if block.weight_spec(name, scheme) is not None]
             if not wanted:
                 continue
             quantized = replace(done, params=shipped)
             moments = [
-                paired_moments(quantized, block, part, wanted[0], scheme, self.tokens == "even")
-                for part in self._parts(calib)
+                paired_moments(quantized, block, part, wanted[0], scheme, self.tokens == "even") for part in streams
             ]
             pull = self.pull
             if len(moments) > 1:
