@@ -106,12 +106,12 @@ def trained_opt(seconds: float = 60.0) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-    from lowbit.data import calibration
+    from lowbit.data.text import calibration
 
     folder = BUILD / "opt"
     if (folder / "model.safetensors").exists():
         return folder
-    from lowbit.source import load_tokenizer, resolve
+    from lowbit.checkpoints.resolve import load_tokenizer, resolve
 
     demo = load_tokenizer(resolve("demo").folder)
     ids = calibration("builtin", demo, 256, 1024, SEED).ids
@@ -261,9 +261,9 @@ def loss_plot(rows: list[tuple[str, dict[str, Any]]], path: Path) -> None:
 def heat_map(epochs: int, samples: int, out: Path) -> None:
     """The matrices over v -> o that SmolLM2's first block learns."""
     from fit_step import first_block
-    from lowbit.learn import fit
     from lowbit.methods.affinequant import AffineQuant, Trainer
-    from lowbit.scheme import parse_scheme
+    from lowbit.methods.training import fit
+    from lowbit.quant.scheme import parse_scheme
 
     block, calib = first_block(samples * LENGTH, "cpu")
     trainer = Trainer(AffineQuant(epochs=epochs), block, calib, parse_scheme("w4a4"))

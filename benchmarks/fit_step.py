@@ -8,7 +8,7 @@ that of the medians. The plain side makes gradients for all the block's paramete
 inverses, quantizers, their gradients, the optimiser and the projections. Fails if a ratio is above 2.
 
 ``--like 7b`` takes a block with random weights of Llama 2 7B's shape: nothing is downloaded, and on a GPU products
-are large enough to be what takes the time. ``--compile`` adds each case with fused rounding (``lowbit.compiled``).
+are large enough to be what takes the time. ``--compile`` adds each case with fused rounding.
 
 On a GPU times are of the device, between events, and two columns say how far from the card's best a step is: the
 block's own products, ``6 x weights x tokens`` for its linears and ``12 x tokens x length x hidden`` for attention
@@ -38,17 +38,17 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from lowbit import compiled
-from lowbit.adam import Adam
-from lowbit.block import Block, Calib, run, run_all
-from lowbit.checkpoint import Checkpoint, block_params
-from lowbit.data import calibration
-from lowbit.families import family_of
-from lowbit.feed import Rows
+from lowbit.checkpoints.resolve import load_config, load_tokenizer, resolve
+from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
+from lowbit.data.text import calibration
+from lowbit.methods.adam import Adam
 from lowbit.methods.affinequant import AffineQuant, Trainer
-from lowbit.scheme import parse_scheme
-from lowbit.skeleton import Skeleton
-from lowbit.source import load_config, load_tokenizer, resolve
+from lowbit.models.block import Block, Calib, run, run_all
+from lowbit.models.families import family_of
+from lowbit.models.offload import Rows
+from lowbit.models.skeleton import Skeleton
+from lowbit.quant import inductor as compiled
+from lowbit.quant.scheme import parse_scheme
 
 ALLOWED = 2.0
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import lowbit
-from lowbit.block import apply_online
-from lowbit.families import family_of
-from lowbit.family import module_of
-from lowbit.fused import GatheredRMSNorm, gathered_norm
-from lowbit.quant import QuantSpec, fake_quant_tokens
-from lowbit.source import resolve
+from lowbit.checkpoints.resolve import resolve
+from lowbit.models.architecture import module_of
+from lowbit.models.block import apply_online
+from lowbit.models.families import family_of
+from lowbit.models.gathered_norm import GatheredRMSNorm, gathered_norm
+from lowbit.quant.affine import QuantSpec, fake_quant_tokens
 
 Work = Callable[[], object]
 FORMS = ("no gather", "norm, then gather", "one module")
@@ -169,7 +169,7 @@ def measure_norm(model: Model, options: argparse.Namespace) -> list[dict[str, An
 
     works = {name: rounded(norm) for name, norm in forms.items()}
     if options.device.startswith("cuda") and importlib.util.find_spec("triton"):
-        from lowbit.triton_norm import norm_gather_quantize
+        from lowbit.models.gathered_norm_triton import norm_gather_quantize
 
         fused = forms[FORMS[-1]]
         assert isinstance(fused, GatheredRMSNorm)

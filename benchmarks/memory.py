@@ -20,7 +20,7 @@ from typing import Any
 QUIET = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576"}
 WORK = """
 import json, sys
-from lowbit.runner import peak_memory_bytes
+from lowbit.pipeline.runner import peak_memory_bytes
 import lowbit
 before = peak_memory_bytes()
 folder, out, recipe, scheme = sys.argv[1:]
@@ -36,7 +36,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    from lowbit.checkpoint import write_index, write_tensors
+    from lowbit.checkpoints.safetensors_folder import write_index, write_tensors
 
     config = LlamaConfig(
         vocab_size=1024,

@@ -20,13 +20,13 @@ import torch
 
 import lowbit
 import turns
-from lowbit.export.executorch import PROGRAM
-from lowbit.export.pte_runtime import Session, set_threads
-from lowbit.export.run import open_run
-from lowbit.export.verify import relative_error
-from lowbit.export.xnnpack import stored
-from lowbit.exporting import TEXT
-from lowbit.source import load_tokenizer
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.exporters.api import TEXT
+from lowbit.exporters.executorch import PROGRAM
+from lowbit.exporters.pte_runtime import Session, set_threads
+from lowbit.exporters.run import open_run
+from lowbit.exporters.verify import relative_error
+from lowbit.exporters.xnnpack import stored
 
 CONTEXT, PROMPT = 512, 128
 MOVED = 1e-7

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.runfolder import TIMING
-from lowbit.scheme import parse_scheme
+from lowbit.quant.scheme import parse_scheme
+from lowbit.runs.folder import TIMING
 from rows import ROOT, kept, lowbit
 
 BUILD = ROOT / "build" / "results"

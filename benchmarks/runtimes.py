@@ -31,15 +31,15 @@ except ModuleNotFoundError as error:
 
 import lowbit
 import turns
-from lowbit.checkpoint import Checkpoint
-from lowbit.cli import guarded
+from lowbit.checkpoints.resolve import load_config, load_tokenizer
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.cli.main import guarded
 from lowbit.errors import LowbitError
-from lowbit.export import gguf as exporter
-from lowbit.export.llamacpp import Session, loaded, quiet
-from lowbit.export.run import Run, Subject
-from lowbit.export.target import Options
-from lowbit.scheme import parse_scheme
-from lowbit.source import load_config, load_tokenizer
+from lowbit.exporters import gguf as exporter
+from lowbit.exporters.llamacpp import Session, loaded, quiet
+from lowbit.exporters.run import Run, Subject
+from lowbit.exporters.target import Options
+from lowbit.quant.scheme import parse_scheme
 from runtimes_page import FLOAT, OURS, THEIRS, llamacpp
 
 SCHEMES = ("w4a16g32-sym", "w5a16g32-sym")

@@ -35,14 +35,14 @@ except ModuleNotFoundError as error:
 import lowbit
 import runtimes_page
 import turns
-from lowbit.cli import guarded
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.cli.main import guarded
 from lowbit.errors import LowbitError
-from lowbit.export.onnx import LEVELS, logits_of, write
-from lowbit.export.onnx_read import GRAPH
-from lowbit.export.run import Run
-from lowbit.export.target import Options
-from lowbit.scheme import parse_scheme
-from lowbit.source import load_tokenizer
+from lowbit.exporters.onnx import LEVELS, logits_of, write
+from lowbit.exporters.onnx_read import GRAPH
+from lowbit.exporters.run import Run
+from lowbit.exporters.target import Options
+from lowbit.quant.scheme import parse_scheme
 
 SCHEME, BLOCK = "w4a16g32-sym", 32
 OURS, THEIRS, FLOAT = "lowbit, level {}", "onnxruntime, level {}", "float"

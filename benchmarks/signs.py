@@ -15,12 +15,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, observe
-from lowbit.learn import loss_unit, relative_loss
 from lowbit.methods.signs import with_signs
 from lowbit.methods.smoothquant import SmoothQuant
-from lowbit.quant import QuantSpec, fake_quant_tokens
-from lowbit.scheme import parse_scheme
+from lowbit.methods.training import loss_unit, relative_loss
+from lowbit.models.block import Block, observe
+from lowbit.quant.affine import QuantSpec, fake_quant_tokens
+from lowbit.quant.scheme import parse_scheme
 from widths import first_blocks
 
 SCHEME = parse_scheme("w4a4")

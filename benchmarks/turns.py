@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import lowbit
-from lowbit.data import Tokens, calibration, evaluation
+from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
+from lowbit.data.text import Tokens, calibration, evaluation
 from lowbit.errors import LowbitError
-from lowbit.evaluate.perplexity import perplexity
-from lowbit.export.run import Run, open_run
-from lowbit.repeating import command
-from lowbit.source import Source, load_tokenizer, resolve
+from lowbit.exporters.run import Run, open_run
+from lowbit.metrics.perplexity import perplexity
+from lowbit.reports.command import command
 from rows import ROOT
 
 BUILD = ROOT / "build" / "runtimes"

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, run_all
-from lowbit.checkpoint import Checkpoint, block_params
-from lowbit.data import calibration
-from lowbit.family import Edge, module_of
-from lowbit.learn import loss_unit, relative_loss
+from lowbit.checkpoints.resolve import load_config, load_tokenizer, resolve
+from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
+from lowbit.data.text import calibration
 from lowbit.methods.assembly import MergePlan
 from lowbit.methods.dropping import DropPlan
 from lowbit.methods.reassemble import candidate_counts, fold, gate_of
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import input_moments
-from lowbit.scheme import parse_scheme
-from lowbit.skeleton import Skeleton
-from lowbit.source import load_config, load_tokenizer, resolve
+from lowbit.methods.training import loss_unit, relative_loss
+from lowbit.models.architecture import Edge, module_of
+from lowbit.models.block import Block, Calib, run_all
+from lowbit.models.skeleton import Skeleton
+from lowbit.quant.scheme import parse_scheme
 
 SCHEME = parse_scheme("w4a4")
 SITES = {"norm": "after norms", "channels": "before down_proj"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.cli import call
+from lowbit.cli.main import call
 from tiny import save_tiny
 
 QUANTIZE = ["quantize", "{m}", "--out", "{out}", "--data", "{m}/calib.txt", "--samples", "2", "--length", "16"]
@@ -265,7 +265,7 @@ def test_space_that_a_stopped_run_has_taken_is_not_asked_for_again(m, capsys, mo
     def stop(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowbit.runner.Walk._window", stop)
+    monkeypatch.setattr("lowbit.pipeline.runner.Walk._window", stop)
     assert call(filled(QUANTIZE, m)) == 130
     monkeypatch.undo()
     rest = (m.parent / "out/model-rest.safetensors").stat().st_size
@@ -309,7 +309,7 @@ def test_a_full_disk_inside_a_shard_is_one_line(m, capsys, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lowbit.checkpoint.save_file", half)
+    monkeypatch.setattr("lowbit.checkpoints.safetensors_folder.save_file", half)
     line = refusal(capsys, filled(QUANTIZE, m))
     assert "model-rest.safetensors" in line
     assert [name for name in contents(m.parent / "out") if not name.startswith(".run/")] == []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit.cli import call
+from lowbit.cli.main import call
 from test_bad_input import EVALUATE, GENERATE, INSPECT, QUANTIZE, contents, filled, refusal
 from tiny import save_tiny
 

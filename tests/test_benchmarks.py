@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.block import run
-from lowbit.family import module_of
-from lowbit.recipe import load_recipe, recipe_from_dict, with_settings
+from lowbit.models.architecture import module_of
+from lowbit.models.block import run
+from lowbit.pipeline.recipe import load_recipe, recipe_from_dict, with_settings
 from tiny import block_of, tiny_model
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))

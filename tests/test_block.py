@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from lowbit.block import run, run_all
 from lowbit.errors import LowbitError
-from lowbit.move import map_width, move
-from lowbit.scheme import parse_scheme
+from lowbit.models.block import run, run_all
+from lowbit.models.equivalence import map_width, move
+from lowbit.quant.scheme import parse_scheme
 from tiny import NAMES, block_of, params_of, skeleton_of, tiny_ids, tiny_model
 
 

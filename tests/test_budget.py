@@ -8,11 +8,11 @@ import random
 
 import pytest
 
-from lowbit import budget as budgets
-from lowbit.budget import Linear, formats, fused, least_loss, with_formats, within_budget
+from lowbit.analysis import bit_allocation as budgets
+from lowbit.analysis.bit_allocation import Linear, formats, fused, least_loss, with_formats, within_budget
 from lowbit.errors import LowbitError
-from lowbit.quant import QuantSpec
-from lowbit.scheme import parse_scheme, with_overrides
+from lowbit.quant.affine import QuantSpec
+from lowbit.quant.scheme import parse_scheme, with_overrides
 
 BITS = (3, 4, 8)
 

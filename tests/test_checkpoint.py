@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit import checkpoint
-from lowbit.checkpoint import (
+from lowbit.checkpoints import safetensors_folder as checkpoint
+from lowbit.checkpoints.safetensors_folder import (
     INDEX,
     SINGLE,
     Checkpoint,
@@ -277,7 +277,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from lowbit.checkpoint import write_json, write_tensors
+from lowbit.checkpoints.safetensors_folder import write_json, write_tensors
 out = Path(sys.argv[1])
 names = {"b", "a", "zz", "y", "q"}  # a set of texts has another order in every process
 write_json(out / "j", {name: {"ä": [1, 2.5, None], "k": name} for name in names})

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lowbit.checkpoint import Checkpoint
-from lowbit.checks import check_tied
+from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
-from lowbit.runner import _about
-from lowbit.skeleton import Skeleton
+from lowbit.models.skeleton import Skeleton
+from lowbit.models.validate import check_tied
+from lowbit.pipeline.runner import _about
 from tiny import block_of, save_tiny, tiny_model
 
 

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowbit
-from lowbit.api import Evaluated
-from lowbit.cli import call
-from lowbit.data import calibration
-from lowbit.source import load_tokenizer
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.cli.main import call
+from lowbit.data.text import calibration
+from lowbit.evaluation.evaluate import Evaluated
 from tiny import VOCAB, save_tiny, tiny_ids
 
 
@@ -172,7 +172,7 @@ def test_evaluate_for_a_reader(model, command, tmp_path):
 
 def test_an_infinite_perplexity_is_null_in_json(monkeypatch, command):
     endless = Evaluated({"x": float("inf")}, {"x": 4}, 2, 0.0, {"x": ""})
-    monkeypatch.setattr("lowbit.api.evaluate", lambda *given: endless)
+    monkeypatch.setattr("lowbit.evaluation.evaluate.evaluate", lambda *given: endless)
     assert json.loads(command("evaluate", "any", "--json")[1])["perplexity"] == {"x": None}
 
 
@@ -273,7 +273,7 @@ def test_an_interrupt_is_one_line_and_code_130(model, tmp_path, monkeypatch, com
     def stop(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowbit.runner.Walk.walk", stop)
+    monkeypatch.setattr("lowbit.pipeline.runner.Walk.walk", stop)
     code, out, err = command(*arguments(model, tmp_path / "out"))
     assert (code, out) == (130, "")
     assert (err.startswith("lowbit: stopped"), len(err.splitlines())) == (True, 1)
@@ -297,7 +297,7 @@ def test_what_the_machine_lacks_is_one_line(raised, said, monkeypatch, command):
     def fail(*given):
         raise raised
 
-    monkeypatch.setattr("lowbit.api.quantize", fail)
+    monkeypatch.setattr("lowbit.pipeline.quantize.quantize", fail)
     code, out, err = command("quantize", "any", "--out", "x")
     assert (code, out) == (2, "")
     assert (err.startswith(f"lowbit: error: {said}"), len(err.splitlines())) == (True, 1)
@@ -308,6 +308,6 @@ def test_a_bug_keeps_its_traceback(raised, monkeypatch):
     def fail(*given):
         raise raised
 
-    monkeypatch.setattr("lowbit.api.quantize", fail)
+    monkeypatch.setattr("lowbit.pipeline.quantize.quantize", fail)
     with pytest.raises(type(raised), match="a bug"):
         call(["quantize", "any", "--out", "x"])

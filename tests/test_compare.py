@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.cli import call
-from lowbit.data import evaluation
-from lowbit.evaluate.compare import percentile, ratio_interval
-from lowbit.source import load_tokenizer
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.cli.main import call
+from lowbit.data.text import evaluation
+from lowbit.metrics.kl import percentile, ratio_interval
 from tiny import save_tiny, tiny_ids
 
 LENGTH = 32

@@ -16,15 +16,19 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import compiled, feed, learn, quant, runner
-from lowbit.block import Calib, relative_error, run_all
-from lowbit.checkpoint import Checkpoint
-from lowbit.feed import Rows, joined, parts
-from lowbit.learn import loss_unit
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.methods import training as learn
 from lowbit.methods.affinequant import AffineQuant, Trainer
-from lowbit.quant import QuantSpec, fake_quant, minmax_grid
-from lowbit.scheme import parse_scheme
-from lowbit.stream import StreamedModel
+from lowbit.methods.training import loss_unit
+from lowbit.models import offload as feed
+from lowbit.models.block import Calib, relative_error, run_all
+from lowbit.models.offload import Rows, joined, parts
+from lowbit.pipeline import runner
+from lowbit.quant import affine as quant
+from lowbit.quant import inductor as compiled
+from lowbit.quant.affine import QuantSpec, fake_quant, minmax_grid
+from lowbit.quant.scheme import parse_scheme
+from lowbit.runs.streamed_model import StreamedModel
 from test_runner import folder_bytes, quantized, streamed_logits
 from tiny import block_of, save_tiny, tiny_ids, tiny_model
 

@@ -18,7 +18,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowbit import data, wheels
+from lowbit.checkpoints import pypi as wheels
+from lowbit.data import text as data
 from lowbit.errors import LowbitError, MissingExtra
 
 WORDS = 60

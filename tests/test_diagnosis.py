@@ -10,16 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.block import Calib, run
-from lowbit.checkpoint import read_json, write_json
-from lowbit.cli import call
-from lowbit.damage import damages
-from lowbit.data import calibration, evaluation
-from lowbit.evaluate import sensitivity
-from lowbit.evaluate.sensitivity import divergence
+from lowbit.analysis.linear_error import damages
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.cli.main import call
+from lowbit.data.text import calibration, evaluation
 from lowbit.methods import METHODS
-from lowbit.scheme import load_scheme, parse_scheme
-from lowbit.source import load_tokenizer
+from lowbit.metrics import sensitivity
+from lowbit.metrics.sensitivity import divergence
+from lowbit.models.block import Calib, run
+from lowbit.quant.scheme import load_scheme, parse_scheme
 from tiny import NAMES, block_of, save_tiny, tiny_ids, tiny_model
 
 COARSE = "model.layers.1.mlp.up_proj"

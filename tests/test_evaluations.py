@@ -8,9 +8,9 @@ import math
 import pytest
 
 import lowbit
-from lowbit.cli import call
+from lowbit.cli.main import call
 from lowbit.errors import LowbitError
-from lowbit.evaluations import EVALUATIONS, entry, keep, kept, results_of
+from lowbit.evaluation.results import EVALUATIONS, entry, keep, kept, results_of
 from tiny import save_tiny
 
 

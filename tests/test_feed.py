@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from held import Held
-from lowbit import compiled as module
-from lowbit.block import Calib, run_all
-from lowbit.compiled import check_compiler, compiled, on, options, rounded_weight
 from lowbit.errors import LowbitError
-from lowbit.feed import Rows, home, joined, parts
-from lowbit.learn import Schedule, fit
 from lowbit.methods.reassemble import Reassemble
-from lowbit.quant import QuantSpec, fake_quant, minmax_grid, weight_ends
-from lowbit.scheme import parse_scheme
+from lowbit.methods.training import Schedule, fit
+from lowbit.models.block import Calib, run_all
+from lowbit.models.offload import Rows, home, joined, parts
+from lowbit.quant import inductor as module
+from lowbit.quant.affine import QuantSpec, fake_quant, minmax_grid, weight_ends
+from lowbit.quant.inductor import check_compiler, compiled, on, options, rounded_weight
+from lowbit.quant.scheme import parse_scheme
 from tiny import block_of, tiny_model
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def test_what_is_compiled_traces_whole_and_is_plain_without_a_gpu(spec, monkeypa
     with on():
         plain = rounded_weight(weight, spec)
         assert compiled.cache_info().currsize == 0  # on a CPU nothing is compiled
-        monkeypatch.setattr("lowbit.compiled._compiles", lambda x: True)
+        monkeypatch.setattr("lowbit.quant.inductor._compiles", lambda x: True)
         fused = rounded_weight(weight, spec)
     assert compiled.cache_info().currsize == 2
     compiled.cache_clear()

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.block import apply_online
-from lowbit.families import family_of
-from lowbit.fused import GatheredRMSNorm, gathered_norm
 from lowbit.methods import RTN
 from lowbit.methods.reassemble import Reassemble
-from lowbit.quant import QuantSpec, fake_quant_tokens
-from lowbit.recipe import Recipe
-from lowbit.stream import StreamedModel
+from lowbit.models.block import apply_online
+from lowbit.models.families import family_of
+from lowbit.models.gathered_norm import GatheredRMSNorm, gathered_norm
+from lowbit.pipeline.recipe import Recipe
+from lowbit.quant.affine import QuantSpec, fake_quant_tokens
+from lowbit.runs.streamed_model import StreamedModel
 from test_runner import quantized
 from tiny import save_tiny, tiny_ids, tiny_model
 
@@ -76,7 +76,7 @@ def test_load_restores_it(name, fused, tmp_path):
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("width", [64, 96])
 def test_the_kernel_gives_the_plain_forms_numbers(width, bits):
-    from lowbit.triton_norm import norm_gather_quantize
+    from lowbit.models.gathered_norm_triton import norm_gather_quantize
 
     device = "cuda" if CUDA else "cpu"
     generator = torch.Generator().manual_seed(0)

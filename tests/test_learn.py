@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from lowbit.adam import Adam
 from lowbit.errors import LowbitError
-from lowbit.learn import PATIENCE, Schedule, fit
+from lowbit.methods.adam import Adam
+from lowbit.methods.training import PATIENCE, Schedule, fit
 
 
 def leaf(*values):

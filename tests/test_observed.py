@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.data import calibration
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.data.text import calibration
 from lowbit.methods.maps import PICTURE, LearnedMap
-from lowbit.observed import OBSERVED, read_observed
-from lowbit.source import load_tokenizer
+from lowbit.runs.activation_stats import OBSERVED, read_observed
 from tiny import save_tiny
 
 BFLOAT16 = 2**-8  # the file's precision: half a step of 8 significant bits
@@ -87,4 +87,4 @@ def test_a_picture_is_of_the_map_of_the_largest_condition():
 
 def test_a_run_of_before_has_seen_nothing(made, tmp_path):
     assert read_observed(tmp_path) == {}
-    assert OBSERVED in lowbit.runfolder.manifest_of(made / "run")["files"]
+    assert OBSERVED in lowbit.runs.folder.manifest_of(made / "run")["files"]

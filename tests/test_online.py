@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.block import relative_error, run, run_all
-from lowbit.checkpoint import Checkpoint, read_json, write_json, write_tensors
+from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json, write_tensors
 from lowbit.errors import LowbitError
-from lowbit.family import module_of
-from lowbit.quant import QuantSpec, fake_quant_tokens
-from lowbit.runfolder import block_file, refuse_online
-from lowbit.scheme import parse_scheme
-from lowbit.stream import StreamedModel
+from lowbit.models.architecture import module_of
+from lowbit.models.block import relative_error, run, run_all
+from lowbit.quant.affine import QuantSpec, fake_quant_tokens
+from lowbit.quant.scheme import parse_scheme
+from lowbit.runs.folder import block_file, refuse_online
+from lowbit.runs.streamed_model import StreamedModel
 from test_runner import folder_bytes, quantized
 from tiny import block_of, save_tiny, tiny_ids, tiny_model
 
@@ -138,7 +138,7 @@ def test_a_run_with_online_maps_that_was_stopped_gives_the_same_bytes(tmp_path, 
 
     real = run_all
     with monkeypatch.context() as patched:
-        patched.setattr("lowbit.runner.run_all", dies)
+        patched.setattr("lowbit.pipeline.runner.run_all", dies)
         with pytest.raises(Killed):
             quantized(tmp_path / "m", tmp_path / "stopped", "w4a4", "affinequant", settings=settings)
     assert (tmp_path / "stopped" / block_file(0)).exists()

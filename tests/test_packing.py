@@ -7,9 +7,9 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 
-from lowbit.packing import layout_of, pack, packed_names, quantization_config, unpack
-from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid, quantize
-from lowbit.scheme import Scheme, parse_scheme
+from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.quant.compressed_tensors import layout_of, pack, packed_names, quantization_config, unpack
+from lowbit.quant.scheme import Scheme, parse_scheme
 
 LAYOUTS = ["pack-quantized", "int-quantized"]
 # Neither rows nor codes of a row fill whole words: 40 columns at 3 bits are 3.75 words.

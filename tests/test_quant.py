@@ -11,7 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from lowbit.errors import LowbitError
-from lowbit.quant import (
+from lowbit.quant.affine import (
     Grid,
     QuantSpec,
     fake_quant,

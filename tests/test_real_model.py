@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.data import evaluation
-from lowbit.source import load_tokenizer, resolve
-from lowbit.stream import StreamedModel
+from lowbit.checkpoints.resolve import load_tokenizer, resolve
+from lowbit.data.text import evaluation
+from lowbit.runs.streamed_model import StreamedModel
 
 pytestmark = pytest.mark.slow
 

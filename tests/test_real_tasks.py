@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit import wheels
-from lowbit.data import evaluation
-from lowbit.evaluate import tasks
-from lowbit.source import load_tokenizer, resolve
-from lowbit.task_data import HubSet, documents
+from lowbit.checkpoints import pypi as wheels
+from lowbit.checkpoints.resolve import load_tokenizer, resolve
+from lowbit.data.tasks import HubSet, documents
+from lowbit.data.text import evaluation
+from lowbit.metrics import lm_eval as tasks
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")

@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 import lowbit
-from lowbit.api import DEFAULTS
 from lowbit.errors import LowbitError
 from lowbit.methods import AFTER, METHODS
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.rtn import RTN
 from lowbit.methods.smoothquant import SmoothQuant
-from lowbit.recipe import (
+from lowbit.pipeline.quantize import DEFAULTS
+from lowbit.pipeline.recipe import (
     Recipe,
     load_recipe,
     recipe_from_dict,
@@ -27,7 +27,7 @@ from lowbit.recipe import (
     with_effort,
     with_settings,
 )
-from lowbit.scheme import parse_scheme
+from lowbit.quant.scheme import parse_scheme
 from tiny import save_tiny
 
 

@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-from lowbit.checkpoint import read_json
-from lowbit.cli import call
-from lowbit.repeating import command
+from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.cli.main import call
+from lowbit.reports.command import command
 from tiny import save_tiny
 
 MINE = "steps: [{smoothquant: {alpha: 0.3}}, {gptq: {damping: 0.05}}]\nwindow: 2\n"
@@ -57,7 +57,7 @@ def test_a_recipe_of_the_package_needs_no_file_and_few_settings():
 
 def read_json_like(name: str) -> dict:
     """The identity of a quick run of a recipe."""
-    from lowbit.recipe import load_recipe, recipe_to_dict, with_effort
+    from lowbit.pipeline.recipe import load_recipe, recipe_to_dict, with_effort
 
     return {
         "model": "demo",

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import lowbit
-from lowbit.cli import call
-from lowbit.report.charts import Series, bars, lines
-from lowbit.report.pixels import signed
+from lowbit.cli.main import call
+from lowbit.reports.charts import Series, bars, lines
+from lowbit.reports.pixels import signed
 from tiny import save_tiny
 
 RECIPES = {
@@ -214,7 +214,7 @@ def test_what_a_manifest_says_is_text(root, tmp_path):
 
 
 def test_where_it_can_run_is_what_the_exports_say(root, tmp_path):
-    from lowbit.export import EXPORTERS
+    from lowbit.exporters import EXPORTERS
 
     page = page_of(tmp_path, root / "rtn")
     for name in EXPORTERS:

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.block import relative_error
-from lowbit.checkpoint import read_json
-from lowbit.stream import StreamedModel
+from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.models.block import relative_error
+from lowbit.runs.streamed_model import StreamedModel
 from tiny import NAMES, save_tiny, tiny_ids
 
 # Two correct computations of one function in float32 differ by rounding; logits here are of order 10.
@@ -117,15 +117,15 @@ def test_the_error_in_the_manifest_is_the_error_of_the_folder(tmp_path):
 
     save_tiny(tmp_path / "m", "llama", shards=True)
     made = quantized(tmp_path / "m", tmp_path / "out", "w4a8", "smoothquant+gptq")
-    ids = lowbit.data.calibration(
-        str(tmp_path / "m/calib.txt"), lowbit.source.load_tokenizer(tmp_path / "m"), 4, 24, 0
+    ids = lowbit.data.text.calibration(
+        str(tmp_path / "m/calib.txt"), lowbit.checkpoints.resolve.load_tokenizer(tmp_path / "m"), 4, 24, 0
     ).ids
     float_model, ours = StreamedModel(tmp_path / "m"), StreamedModel(tmp_path / "out")
     x_fp, x_q = float_model.skeleton.start(ids), ours.skeleton.start(ids)
     for index in range(3):
         block, rounded = float_model.block(index), ours.block(index)
-        x_fp = lowbit.block.run_all(block, x_fp)
-        x_q = lowbit.block.run_all(rounded, x_q, rounded.quantized_params(), ours.scheme)
+        x_fp = lowbit.models.block.run_all(block, x_fp)
+        x_q = lowbit.models.block.run_all(rounded, x_q, rounded.quantized_params(), ours.scheme)
         assert relative_error(x_q, x_fp) == made.manifest["blocks"][index]["relative_error"]
 
 
@@ -221,7 +221,7 @@ def test_learned_maps_merge_into_a_folder_that_stock_transformers_loads(name, tm
 def test_a_finished_run_is_not_done_again(tmp_path, monkeypatch):
     save_tiny(tmp_path / "m", "llama")
     first = quantized(tmp_path / "m", tmp_path / "out", "w4a16g16-sym")
-    monkeypatch.setattr("lowbit.runner.Walk.walk", lambda *a: pytest.fail("ran again"))
+    monkeypatch.setattr("lowbit.pipeline.runner.Walk.walk", lambda *a: pytest.fail("ran again"))
     again = quantized(tmp_path / "m", tmp_path / "out", "w4a16g16-sym")
     assert again.manifest == first.manifest
 

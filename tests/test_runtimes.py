@@ -13,15 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.block import run as run_block
-from lowbit.checkpoint import Checkpoint
-from lowbit.cli import call
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.cli.main import call
 from lowbit.errors import LowbitError
-from lowbit.export.gguf_blocks import block_type
-from lowbit.quant import QuantSpec
-from lowbit.runtimes import K_TYPES, Inputs, blocks_of, q8_0, q8_k, qd8
-from lowbit.scheme import for_runtime, parse_scheme, scheme_from_dict, scheme_to_dict
-from lowbit.stream import StreamedModel
+from lowbit.exporters.gguf_blocks import block_type
+from lowbit.models.block import run as run_block
+from lowbit.quant.affine import QuantSpec
+from lowbit.quant.runtimes import K_TYPES, Inputs, blocks_of, q8_0, q8_k, qd8
+from lowbit.quant.scheme import for_runtime, parse_scheme, scheme_from_dict, scheme_to_dict
+from lowbit.runs.streamed_model import StreamedModel
 from tiny import block_of, quantized, save_tiny, tiny_ids, tiny_model
 
 F = np.float32

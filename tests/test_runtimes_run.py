@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.quant import QTensor, QuantSpec, minmax_grid, quantize
-from lowbit.runtimes import Inputs, q8_0, q8_k
+from lowbit.quant.affine import QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.quant.runtimes import Inputs, q8_0, q8_k
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="kernels of another CPU")
 SUM = 5e-6

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from lowbit.checkpoint import read_json, write_json
+from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
-from lowbit.quant import QuantSpec
-from lowbit.scheme import (
+from lowbit.quant.affine import QuantSpec
+from lowbit.quant.scheme import (
     load_scheme,
     override_text,
     parse_override,

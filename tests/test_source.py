@@ -16,9 +16,8 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowbit import wheels
-from lowbit.errors import LowbitError
-from lowbit.source import (
+from lowbit.checkpoints import pypi as wheels
+from lowbit.checkpoints.resolve import (
     DEMO_MEMBER,
     HUB_FAILURES,
     Source,
@@ -28,6 +27,7 @@ from lowbit.source import (
     needs_remote_code,
     resolve,
 )
+from lowbit.errors import LowbitError
 from test_gguf_source import write_gguf
 from tiny import tiny_model
 
@@ -223,7 +223,7 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch:
     assert load_config(out).hidden_size == 64
     assert load_tokenizer(out)("he").input_ids
     assert [f.name for f in out.parent.iterdir()] == [out.name]
-    monkeypatch.setattr("lowbit.source.convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("lowbit.checkpoints.resolve.convert", lambda *_: pytest.fail("converted again"))
     shutil.copyfile(file, tmp_path / "copy.gguf")
     assert resolve(str(tmp_path / "copy.gguf")).folder == out
     assert resolve(str(file), cache=cache).folder == out

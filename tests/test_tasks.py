@@ -17,12 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit import task_data, wheels
-from lowbit.cli import call
-from lowbit.data import evaluation
-from lowbit.evaluate.continuations import loglikelihoods
-from lowbit.stream import StreamedModel
-from lowbit.task_data import FIELDS, HubSet, documents, settle
+from lowbit.checkpoints import pypi as wheels
+from lowbit.cli.main import call
+from lowbit.data import tasks as task_data
+from lowbit.data.tasks import FIELDS, HubSet, documents, settle
+from lowbit.data.text import evaluation
+from lowbit.metrics.loglikelihood import loglikelihoods
+from lowbit.runs.streamed_model import StreamedModel
 from tiny import save_tiny, tiny_ids, tiny_tokenizer
 
 NOWHERE = HubSet("nobody/nothing", None, "test")
@@ -89,7 +90,7 @@ def _cache(tmp_path, monkeypatch):
 def harness():
     """lm-eval, and our functions on it."""
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
-    from lowbit.evaluate import tasks
+    from lowbit.metrics import lm_eval as tasks
 
     return tasks
 
@@ -191,7 +192,7 @@ def test_lm_evals_own_words_reach_neither_stdout_nor_stderr(model, data, harness
 
 def test_a_stopped_command_repeats_no_finished_task(model, data, harness, monkeypatch):
     """Stopped in the third task: the same command then measures the third alone."""
-    from lowbit import tasking
+    from lowbit.evaluation import tasks as tasking
 
     done, real = [], tasking.measure
 
@@ -235,7 +236,7 @@ def test_a_killed_command_goes_on_where_it_was(model, data, harness, tmp_path):
 
 
 def test_what_a_score_depends_on_decides_whether_it_is_measured_again(model, data, harness, monkeypatch, tmp_path):
-    from lowbit import tasking
+    from lowbit.evaluation import tasks as tasking
 
     done, real = [], tasking.measure
     monkeypatch.setattr(tasking, "measure", lambda *given: done.append(given[0]) or real(*given))

@@ -102,7 +102,7 @@ def tiny_ids(n: int = 4, length: int = 24, seed: int = 1) -> torch.Tensor:
 
 def skeleton_of(model: Any) -> Any:
     """The model's skeleton, filled from its own parameters."""
-    from lowbit.skeleton import Skeleton
+    from lowbit.models.skeleton import Skeleton
 
     skeleton = Skeleton(model.config)
     state = model.state_dict()
@@ -126,7 +126,7 @@ def block_of(model: Any, start: int = 0, count: int = 1, dtype: torch.dtype = to
     skeleton = skeleton_of(model)
     x = skeleton.start(tiny_ids())
     for i in range(start):
-        from lowbit.block import run_all
+        from lowbit.models.block import run_all
 
         x = run_all(skeleton.block(i, params_of(model, skeleton, i)), x)
     return skeleton.block(start, params_of(model, skeleton, start, count, dtype), count), x.to(dtype)

@@ -10,23 +10,22 @@ Names are loaded when they are first used (PEP 562): ``lowbit --help`` need not 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowbit.api import Evaluated, Quantized, evaluate, quantize
-    from lowbit.comparing import Compared, compare
-    from lowbit.diagnosing import Diagnosis, diagnose
+    from lowbit.analysis.diagnose import Diagnosis, diagnose
     from lowbit.errors import LowbitError
-    from lowbit.export.verify import Verified
-    from lowbit.exporting import Exported, export, verify
-    from lowbit.loading import load
-    from lowbit.quant import Grid, QTensor, QuantSpec
-    from lowbit.recipe import Recipe, load_recipe
-    from lowbit.reporting import Reported, report
-    from lowbit.scheme import Scheme, parse_scheme
-    from lowbit.tasking import TaskScores, evaluate_tasks
+    from lowbit.evaluation.compare import Compared, compare
+    from lowbit.evaluation.evaluate import Evaluated, evaluate
+    from lowbit.evaluation.tasks import TaskScores, evaluate_tasks
+    from lowbit.exporters.api import Exported, export, verify
+    from lowbit.exporters.verify import Verified
+    from lowbit.pipeline.quantize import Quantized, quantize
+    from lowbit.pipeline.recipe import Recipe, load_recipe
+    from lowbit.quant.affine import Grid, QTensor, QuantSpec
+    from lowbit.quant.scheme import Scheme, parse_scheme
+    from lowbit.reports.build import Reported, report
+    from lowbit.runs.load import load
 
 __all__ = [
     "Compared",
@@ -57,36 +56,26 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("Evaluated", "Quantized", "evaluate", "quantize"),
-    "comparing": ("Compared", "compare"),
-    "diagnosing": ("Diagnosis", "diagnose"),
+    "analysis.diagnose": ("Diagnosis", "diagnose"),
     "errors": ("LowbitError",),
-    "export.verify": ("Verified",),
-    "exporting": ("Exported", "export", "verify"),
-    "loading": ("load",),
-    "quant": ("Grid", "QTensor", "QuantSpec"),
-    "recipe": ("Recipe", "load_recipe"),
-    "reporting": ("Reported", "report"),
-    "scheme": ("Scheme", "parse_scheme"),
-    "tasking": ("TaskScores", "evaluate_tasks"),
+    "evaluation.compare": ("Compared", "compare"),
+    "evaluation.evaluate": ("Evaluated", "evaluate"),
+    "evaluation.tasks": ("TaskScores", "evaluate_tasks"),
+    "exporters.api": ("Exported", "export", "verify"),
+    "exporters.verify": ("Verified",),
+    "pipeline.quantize": ("Quantized", "quantize"),
+    "pipeline.recipe": ("Recipe", "load_recipe"),
+    "quant.affine": ("Grid", "QTensor", "QuantSpec"),
+    "quant.scheme": ("Scheme", "parse_scheme"),
+    "reports.build": ("Reported", "report"),
+    "runs.load": ("load",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-
-class _Package(ModuleType):
-    """Python sets a submodule on its package when it is imported; ``lowbit.evaluate`` stays the function even so."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 if not TYPE_CHECKING:  # a type checker shall still see that lowbit.quantise does not exist
 
     def __getattr__(name: str) -> Any:
-        """A public name, or a submodule such as ``lowbit.data``."""
+        """A public name, or a subpackage such as ``lowbit.data``."""
         if name in _HOME:
             value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
             globals()[name] = value

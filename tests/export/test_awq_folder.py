@@ -10,9 +10,9 @@ import torch
 
 import lowbit
 from lowbit.errors import LowbitError
-from lowbit.export.awq import pack_module, unpack_words
-from lowbit.export.run import open_run
-from lowbit.quant import QuantSpec, minmax_grid, quantize
+from lowbit.exporters.awq import pack_module, unpack_words
+from lowbit.exporters.run import open_run
+from lowbit.quant.affine import QuantSpec, minmax_grid, quantize
 from tiny import quantized, spoil
 
 

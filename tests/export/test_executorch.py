@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.cli import call
+from lowbit.cli.main import call
 from lowbit.errors import LowbitError
-from lowbit.export.pte_model import int_tensor, program_of
-from lowbit.export.run import open_run
-from lowbit.export.xnnpack import signed_codes, stored, stored_bits, unpack, why_not
-from lowbit.generating import generate_text
-from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid, quantize
-from lowbit.runtimes import qd8
+from lowbit.evaluation.generate import generate_text
+from lowbit.exporters.pte_model import int_tensor, program_of
+from lowbit.exporters.run import open_run
+from lowbit.exporters.xnnpack import signed_codes, stored, stored_bits, unpack, why_not
+from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.quant.runtimes import qd8
 from tiny import save_tiny, tiny_ids
 
 
@@ -133,7 +133,7 @@ def test_inputs_are_rounded_as_the_simulation_says() -> None:
 
 @pytest.mark.runtimes
 def test_text_goes_on_as_in_the_simulation(program: tuple[Path, Path]) -> None:
-    from lowbit.export.pte_runtime import Session
+    from lowbit.exporters.pte_runtime import Session
 
     run, out = program
     ids = tiny_ids(1, 12)

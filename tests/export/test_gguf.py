@@ -17,11 +17,11 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.cli import call
+from lowbit.cli.main import call
 from lowbit.errors import LowbitError
-from lowbit.export.gguf_blocks import block_type, pack_blocks
-from lowbit.export.gguf_model import unlike_llamacpp
-from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid
+from lowbit.exporters.gguf_blocks import block_type, pack_blocks
+from lowbit.exporters.gguf_model import unlike_llamacpp
+from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid
 from tiny import CONFIGS, save_tiny, tiny_ids, tiny_tokenizer
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -203,9 +203,9 @@ def test_what_llamacpps_graph_does_not_do_is_named(family: str, changes: dict[st
 
 def test_llamacpp_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
-    monkeypatch.delitem(sys.modules, "lowbit.export.llamacpp", raising=False)
+    monkeypatch.delitem(sys.modules, "lowbit.exporters.llamacpp", raising=False)
     with pytest.raises(LowbitError, match=r"llama-cpp-python.*pip install 'lowbit\[llamacpp\]'$"):
-        importlib.import_module("lowbit.export.llamacpp")
+        importlib.import_module("lowbit.exporters.llamacpp")
 
 
 def test_wrong_places_are_one_line(run: Path, tmp_path: Path) -> None:

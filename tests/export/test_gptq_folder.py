@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.cli import call
+from lowbit.cli.main import call
 from lowbit.errors import LowbitError
-from lowbit.export.gptq import pack_module, unpack_words
-from lowbit.export.run import open_run
-from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.exporters.gptq import pack_module, unpack_words
+from lowbit.exporters.run import open_run
+from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid, quantize
 from tiny import quantized, spoil
 
 

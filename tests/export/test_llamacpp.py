@@ -12,14 +12,14 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 
 import lowbit
-from lowbit.data import evaluation
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.data.text import evaluation
 from lowbit.errors import LowbitError
-from lowbit.evaluate.perplexity import perplexity
-from lowbit.source import load_tokenizer
+from lowbit.metrics.perplexity import perplexity
 from tiny import save_tiny, tiny_ids, tiny_tokenizer
 
 pytest.importorskip("llama_cpp", reason="pip install 'lowbit[llamacpp]'")
-from lowbit.export.llamacpp import loaded
+from lowbit.exporters.llamacpp import loaded
 
 pytestmark = pytest.mark.runtimes
 
@@ -134,7 +134,7 @@ def trained(kind: str) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from lowbit.export.gguf_tokenizer import _PATTERNS
+    from lowbit.exporters.gguf_tokenizer import _PATTERNS
 
     special = ["<unk>", "<s>", "</s>"]
     if kind.startswith("sentencepiece"):

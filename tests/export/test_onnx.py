@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.cli import call
+from lowbit.cli.main import call
 from lowbit.errors import LowbitError
-from lowbit.export import onnx as target
-from lowbit.export.onnx_grid import block_of, in_blocks, stored_bits
-from lowbit.export.verify import relative_error
-from lowbit.quant import QuantSpec, minmax_grid, quantize
+from lowbit.exporters import onnx as target
+from lowbit.exporters.onnx_grid import block_of, in_blocks, stored_bits
+from lowbit.exporters.verify import relative_error
+from lowbit.quant.affine import QuantSpec, minmax_grid, quantize
 from tiny import save_tiny, tiny_ids
 
 onnx = pytest.importorskip("onnx")

@@ -10,10 +10,10 @@ import pytest
 from torch import Tensor
 
 import lowbit
-from lowbit import exporting
-from lowbit.cli import call
-from lowbit.export import exporter_of
-from lowbit.export.target import Executed
+from lowbit.cli.main import call
+from lowbit.exporters import api as exporting
+from lowbit.exporters import exporter_of
+from lowbit.exporters.target import Executed
 from tiny import save_tiny
 
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowbit.block import Calib, grid_of, relative_error, run, run_all
 from lowbit.errors import LowbitError
-from lowbit.learn import Fitted
 from lowbit.methods import METHODS, RTN
 from lowbit.methods import affinequant as module
 from lowbit.methods.affinequant import AffineQuant, Trainer
 from lowbit.methods.sites import SITES, apply
-from lowbit.move import can_shift
-from lowbit.quant import fake_quant, quantize
-from lowbit.scheme import parse_scheme
+from lowbit.methods.training import Fitted
+from lowbit.models.block import Calib, grid_of, relative_error, run, run_all
+from lowbit.models.equivalence import can_shift
+from lowbit.quant.affine import fake_quant, quantize
+from lowbit.quant.scheme import parse_scheme
 from tiny import NAMES, block_of, tiny_model
 
 W4A4, W3 = parse_scheme("w4a4"), parse_scheme("w3a16g16-asym")
@@ -380,7 +380,7 @@ def test_options_that_make_no_sense_are_refused_by_name(bad):
 
 
 def test_nothing_to_round_means_nothing_to_learn():
-    from lowbit.scheme import with_overrides
+    from lowbit.quant.scheme import with_overrides
 
     block, calib = case("llama")
     assert AffineQuant()(block, calib, with_overrides(W4A4, {"*": "float"})) is block

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.block import Calib, apply_online, run, run_all
 from lowbit.errors import LowbitError
-from lowbit.family import module_of
 from lowbit.methods import RTN
 from lowbit.methods import assembly as module
 from lowbit.methods.assembly import MergePlan, distances
 from lowbit.methods.reassemble import Reassemble, fold, gather_after
-from lowbit.recipe import Recipe
-from lowbit.scheme import parse_scheme
-from lowbit.stream import StreamedModel
+from lowbit.models.architecture import module_of
+from lowbit.models.block import Calib, apply_online, run, run_all
+from lowbit.pipeline.recipe import Recipe
+from lowbit.quant.scheme import parse_scheme
+from lowbit.runs.streamed_model import StreamedModel
 from test_runner import quantized
 from tiny import block_of, save_tiny, tiny_ids, tiny_model
 

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowbit.block import Calib, grid_of, run_all
 from lowbit.errors import LowbitError
-from lowbit.family import module_of
 from lowbit.methods.awq import AWQ, scaled_error
 from lowbit.methods.rtn import RTN
-from lowbit.move import map_width
-from lowbit.quant import QuantSpec, fake_quant, minmax_grid
-from lowbit.scheme import parse_scheme, with_overrides
+from lowbit.models.architecture import module_of
+from lowbit.models.block import Calib, grid_of, run_all
+from lowbit.models.equivalence import map_width
+from lowbit.quant.affine import QuantSpec, fake_quant, minmax_grid
+from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import block_of, tiny_model
 
 SCHEME = parse_scheme("w3a16g16-asym")

@@ -8,11 +8,11 @@ from functools import cache
 import pytest
 import torch
 
-from lowbit.block import Calib, relative_error, run_all
 from lowbit.methods import METHODS
-from lowbit.quant import QuantSpec, fake_quant
-from lowbit.recipe import load_recipe, recipe_names
-from lowbit.scheme import parse_scheme, with_overrides
+from lowbit.models.block import Calib, relative_error, run_all
+from lowbit.pipeline.recipe import load_recipe, recipe_names
+from lowbit.quant.affine import QuantSpec, fake_quant
+from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import NAMES, block_of, tiny_model
 
 FAMILIES = ["llama-odd", "qwen3", "gemma3", "phi3", "opt"]

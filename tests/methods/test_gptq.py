@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowbit.block import Calib, run_all
 from lowbit.errors import LowbitError
 from lowbit.methods import gptq
 from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
-from lowbit.quant import QTensor, QuantSpec, minmax_grid, quantize
-from lowbit.scheme import parse_scheme, with_overrides
+from lowbit.models.block import Calib, run_all
+from lowbit.quant.affine import QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import block_of, tiny_model
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from held import Held
-from lowbit.block import Calib, run_all
-from lowbit.family import module_of
 from lowbit.methods.lowrank import Correction, LowRank
 from lowbit.methods.reassemble import Reassemble
-from lowbit.scheme import parse_scheme
+from lowbit.models.architecture import module_of
+from lowbit.models.block import Calib, run_all
+from lowbit.quant.scheme import parse_scheme
 from tiny import block_of, tiny_model
 
 W4A4 = parse_scheme("w4a4")

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowbit.block import Calib, relative_error, run_all
 from lowbit.errors import LowbitError
-from lowbit.learn import fit
 from lowbit.methods import RTN
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.lowrank import Correction, LowRank, adaptive_ranks
-from lowbit.scheme import parse_scheme
+from lowbit.methods.training import fit
+from lowbit.models.block import Calib, relative_error, run_all
+from lowbit.quant.scheme import parse_scheme
 from tiny import block_of, tiny_model
 
 W4A4, W3 = parse_scheme("w4a4"), parse_scheme("w3a16g16-asym")
@@ -130,7 +130,7 @@ def test_options_that_make_no_sense_are_refused(bad):
 
 
 def test_a_correction_of_nothing_is_the_block_itself():
-    from lowbit.scheme import with_overrides
+    from lowbit.quant.scheme import with_overrides
 
     block, calib = case("llama")
     assert LowRank()(block, calib, with_overrides(W3, {"*": "float"})) is block

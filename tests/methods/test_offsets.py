@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.block import Calib, relative_error, run, run_all
 from lowbit.errors import LowbitError
-from lowbit.family import module_of
 from lowbit.methods import GPTQ, RTN
 from lowbit.methods.offsets import copy_offsets, offset_weight, with_offsets
 from lowbit.methods.reassemble import Reassemble, fold
-from lowbit.quant import QuantSpec, fake_quant, fake_quant_tokens, minmax_grid
-from lowbit.recipe import Recipe
-from lowbit.scheme import parse_scheme
-from lowbit.stream import StreamedModel
+from lowbit.models.architecture import module_of
+from lowbit.models.block import Calib, relative_error, run, run_all
+from lowbit.pipeline.recipe import Recipe
+from lowbit.quant.affine import QuantSpec, fake_quant, fake_quant_tokens, minmax_grid
+from lowbit.quant.scheme import parse_scheme
+from lowbit.runs.streamed_model import StreamedModel
 from test_runner import quantized
 from tiny import block_of, save_tiny, tiny_ids, tiny_model
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.block import Calib, relative_error, run, run_all
 from lowbit.errors import LowbitError
-from lowbit.family import module_of
 from lowbit.methods import RTN
 from lowbit.methods.affinequant import AffineQuant, Trainer
 from lowbit.methods.dropping import DropPlan, damped_inverse
 from lowbit.methods.reassemble import Reassemble, candidate_counts, fold, gate_of
 from lowbit.methods.sites import apply
 from lowbit.methods.statistics import input_moments
-from lowbit.quant import quantize
-from lowbit.recipe import Recipe, load_recipe, with_settings
-from lowbit.scheme import parse_scheme, with_overrides
-from lowbit.stream import StreamedModel
+from lowbit.models.architecture import module_of
+from lowbit.models.block import Calib, relative_error, run, run_all
+from lowbit.pipeline.recipe import Recipe, load_recipe, with_settings
+from lowbit.quant.affine import quantize
+from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.runs.streamed_model import StreamedModel
 from test_runner import quantized
 from tiny import NAMES, block_of, save_tiny, tiny_ids, tiny_model
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowbit.block import Calib, relative_error, run_all
 from lowbit.errors import LowbitError
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.refit import PULLS, Refit, best_pull, output_target, paired_moments
 from lowbit.methods.rtn import RTN
-from lowbit.quant import minmax_grid, quantize
-from lowbit.scheme import parse_scheme, with_overrides
+from lowbit.models.block import Calib, relative_error, run_all
+from lowbit.quant.affine import minmax_grid, quantize
+from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import NAMES, block_of, tiny_model
 
 W4A4 = parse_scheme("w4a4")

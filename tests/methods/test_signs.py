@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowbit.block import Calib, run_all
 from lowbit.methods import signs as module
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.signs import Signs, best_signs, with_signs
-from lowbit.quant import QuantSpec, fake_quant_tokens
-from lowbit.scheme import parse_scheme
+from lowbit.models.block import Calib, run_all
+from lowbit.quant.affine import QuantSpec, fake_quant_tokens
+from lowbit.quant.scheme import parse_scheme
 from tiny import NAMES, block_of, tiny_model
 
 W4A4 = parse_scheme("w4a4")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.block import Calib, run_all
 from lowbit.errors import LowbitError
 from lowbit.methods.smoothquant import SmoothQuant, smooth_scale
-from lowbit.scheme import parse_scheme
+from lowbit.models.block import Calib, run_all
+from lowbit.quant.scheme import parse_scheme
 from tiny import block_of, tiny_model
 
 SCHEME = parse_scheme("w8a8")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.block import Calib, run_all
 from lowbit.errors import LowbitError
 from lowbit.methods import reassemble
 from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
 from lowbit.methods.reassemble import Reassemble, candidate_counts
 from lowbit.methods.statistics import Moments
-from lowbit.quant import minmax_grid
-from lowbit.scheme import parse_scheme, with_overrides
+from lowbit.models.block import Calib, run_all
+from lowbit.quant.affine import minmax_grid
+from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import block_of, tiny_model
 
 W4A4 = parse_scheme("w4a4")

@@ -11,19 +11,19 @@ import torch
 
 import lowbit
 from held import Held
-from lowbit import tuning as module
-from lowbit.block import Calib, relative_error, run, run_all
-from lowbit.checkpoint import Checkpoint, read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
 from lowbit.errors import LowbitError
-from lowbit.latent import Latents, latent, latent_file, places, started, write_latents
-from lowbit.learn import Fitted
 from lowbit.methods import METHODS
+from lowbit.methods.training import Fitted
 from lowbit.methods.tune import Tune
-from lowbit.quant import Grid, QuantSpec, minmax_grid, quantize, range_grid
-from lowbit.recipe import load_recipe, recipe_from_dict
-from lowbit.scheme import parse_scheme
-from lowbit.stream import StreamedModel
-from lowbit.tuning import Tuning
+from lowbit.models.block import Calib, relative_error, run, run_all
+from lowbit.pipeline import end_to_end as module
+from lowbit.pipeline.end_to_end import Tuning
+from lowbit.pipeline.recipe import load_recipe, recipe_from_dict
+from lowbit.quant.affine import Grid, QuantSpec, minmax_grid, quantize, range_grid
+from lowbit.quant.scheme import parse_scheme
+from lowbit.runs.latent_weights import Latents, latent, latent_file, places, started, write_latents
+from lowbit.runs.streamed_model import StreamedModel
 from tiny import block_of, params_of, save_tiny, skeleton_of, tiny_ids, tiny_model
 
 FAMILIES = ["llama-odd", "qwen3", "gemma2", "phi3", "opt"]
@@ -223,7 +223,9 @@ def test_without_steps_what_other_methods_rounded_comes_out_as_it_was(name, step
     walk, ids, y_fp, blocks, _ = first_folder(name, scheme, tmp_path, made)
     tuning = Tuning(Tune(), walk, ids, y_fp)
     for index, block in enumerate(blocks):
-        lowbit.checkpoint.write_json(tmp_path / f".run/block-{index:05d}.json", {"notes": [], "record": {}})
+        lowbit.checkpoints.safetensors_folder.write_json(
+            tmp_path / f".run/block-{index:05d}.json", {"notes": [], "record": {}}
+        )
         done = tuning.rounded(index, Fitted(best=1))
         assert set(done.qweights) == set(block.qweights)
         for linear, q in block.qweights.items():
@@ -236,7 +238,9 @@ def test_without_steps_what_other_methods_rounded_comes_out_as_it_was(name, step
 
 def calibration_ids(model: Path) -> torch.Tensor:
     """The tokens that ``quantized`` calibrates on."""
-    return lowbit.data.calibration(str(model / "calib.txt"), lowbit.source.load_tokenizer(model), 6, 24, 0).ids
+    return lowbit.data.text.calibration(
+        str(model / "calib.txt"), lowbit.checkpoints.resolve.load_tokenizer(model), 6, 24, 0
+    ).ids
 
 
 def shipped_divergence(model: Path, run: Path, ids: torch.Tensor) -> float:
@@ -326,7 +330,7 @@ def test_stopped_in_an_epoch_and_between_shards_it_gives_the_same_bytes(tmp_path
         pass
 
     wanted, deaths = call("whole"), []
-    loss, write = Tuning.loss, lowbit.runner.Walk.write
+    loss, write = Tuning.loss, lowbit.pipeline.runner.Walk.write
 
     def dying_loss(self, chosen, calls=[0]):  # noqa: B006
         calls[0] += 1
@@ -343,7 +347,7 @@ def test_stopped_in_an_epoch_and_between_shards_it_gives_the_same_bytes(tmp_path
         return write(self, block, *rest)
 
     monkeypatch.setattr(Tuning, "loss", dying_loss)
-    monkeypatch.setattr(lowbit.runner.Walk, "write", dying_write)
+    monkeypatch.setattr(lowbit.pipeline.runner.Walk, "write", dying_write)
     while True:
         try:
             got = call("stopped")

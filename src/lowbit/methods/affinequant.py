@@ -28,17 +28,17 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, part_of, recorded, relative_error, run, run_all
-from lowbit.compiled import rounded_weight
 from lowbit.errors import LowbitError, unknown
-from lowbit.family import module_of
-from lowbit.feed import Rows
-from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import SITES, Site, apply, make_site, site_name, start
-from lowbit.scheme import Scheme
+from lowbit.methods.training import Fitted, Schedule, fit, loss_unit, relative_loss
+from lowbit.models.architecture import module_of
+from lowbit.models.block import Block, Calib, part_of, recorded, relative_error, run, run_all
+from lowbit.models.offload import Rows
+from lowbit.quant.inductor import rounded_weight
+from lowbit.quant.scheme import Scheme
 
 CHOICES = {
     **dict.fromkeys(SITES, ("off", "diagonal", "matrix")),

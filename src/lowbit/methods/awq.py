@@ -20,13 +20,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib
 from lowbit.errors import LowbitError
-from lowbit.family import Edge, module_of
 from lowbit.methods.statistics import Moments, input_moments
-from lowbit.move import map_width, move
-from lowbit.quant import QuantSpec, fake_quant, minmax_grid
-from lowbit.scheme import Scheme
+from lowbit.models.architecture import Edge, module_of
+from lowbit.models.block import Block, Calib
+from lowbit.models.equivalence import map_width, move
+from lowbit.quant.affine import QuantSpec, fake_quant, minmax_grid
+from lowbit.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)

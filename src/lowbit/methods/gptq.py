@@ -23,12 +23,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib
 from lowbit.errors import LowbitError, unknown
 from lowbit.methods.refit import output_target, paired_moments
 from lowbit.methods.statistics import input_moments
-from lowbit.quant import Grid, QTensor, QuantSpec, minmax_grid
-from lowbit.scheme import Scheme
+from lowbit.models.block import Block, Calib
+from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid
+from lowbit.quant.scheme import Scheme
 
 GRAMS = {"all": "gram", "even": "even_gram"}  # which second moments
 TARGETS = ("weights", "output")

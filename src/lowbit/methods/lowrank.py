@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, recorded, run
-from lowbit.compiled import rounded_weight
 from lowbit.errors import LowbitError, unknown
-from lowbit.family import module_of
-from lowbit.feed import Rows
-from lowbit.learn import Fitted, Schedule, fit, loss_unit, relative_loss
-from lowbit.quant import minmax_grid, quantize
-from lowbit.scheme import Scheme
+from lowbit.methods.training import Fitted, Schedule, fit, loss_unit, relative_loss
+from lowbit.models.architecture import module_of
+from lowbit.models.block import Block, Calib, recorded, run
+from lowbit.models.offload import Rows
+from lowbit.quant.affine import minmax_grid, quantize
+from lowbit.quant.inductor import rounded_weight
+from lowbit.quant.scheme import Scheme
 
 CHOICES = {"ranks": ("fixed", "adaptive"), "share": ("none", "input"), "loss": ("token", "mse")}
 CLIP_START = 0.982  # where no earlier step has clipped: sigmoid(4), as in learnable weight clipping

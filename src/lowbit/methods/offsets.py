@@ -24,9 +24,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, grid_of
 from lowbit.errors import LowbitError
-from lowbit.scheme import Scheme
+from lowbit.models.block import Block, grid_of
+from lowbit.quant.scheme import Scheme
 
 OFFSETS = ("none", "weights", "both")
 

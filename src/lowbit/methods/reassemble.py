@@ -28,18 +28,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, apply_online, part_of, recorded, run_all
 from lowbit.errors import LowbitError, unknown
-from lowbit.family import Edge, Part, Ref, module_of
-from lowbit.learn import loss_unit, relative_loss
 from lowbit.methods.assembly import MergePlan, check_assembly
 from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GRAMS
 from lowbit.methods.offsets import OFFSETS, with_offsets
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import input_moments
-from lowbit.move import rows_of
-from lowbit.scheme import Scheme
+from lowbit.methods.training import loss_unit, relative_loss
+from lowbit.models.architecture import Edge, Part, Ref, module_of
+from lowbit.models.block import Block, Calib, apply_online, part_of, recorded, run_all
+from lowbit.models.equivalence import rows_of
+from lowbit.quant.scheme import Scheme
 
 SITES = {"down": ("channels",), "norms": ("norm",), "all": ("channels", "norm")}  # which kinds of edge
 PEAKS = {"absolute": "peak", "relative": "crest"}  # which moments

@@ -19,11 +19,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, grid_of, observe, recorded
 from lowbit.errors import LowbitError, unknown
-from lowbit.feed import parts, taken
-from lowbit.quant import quantize
-from lowbit.scheme import Scheme
+from lowbit.models.block import Block, Calib, grid_of, observe, recorded
+from lowbit.models.offload import parts, taken
+from lowbit.quant.affine import quantize
+from lowbit.quant.scheme import Scheme
 
 TOKENS = ("all", "even")
 PULLS = (0.1, 0.3, 1.0, 3.0, 10.0)  # that are tried, in units of ``Refit.pull``

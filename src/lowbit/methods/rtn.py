@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from lowbit.block import Block, Calib, grid_of
-from lowbit.quant import quantize
-from lowbit.scheme import Scheme
+from lowbit.models.block import Block, Calib, grid_of
+from lowbit.quant.affine import quantize
+from lowbit.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib, observe, recorded
-from lowbit.family import Edge, module_of
-from lowbit.move import Params, move
-from lowbit.scheme import Scheme
+from lowbit.models.architecture import Edge, module_of
+from lowbit.models.block import Block, Calib, observe, recorded
+from lowbit.models.equivalence import Params, move
+from lowbit.quant.scheme import Scheme
 
 MOMENT = 7  # the channels' starting sign is that of a high odd moment: their extremes decide ranges
 SWEEPS = 8  # at most; two or three are usual

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, observe
-from lowbit.family import Edge, module_of
 from lowbit.methods.maps import Kind, LearnedMap
-from lowbit.move import Params, can_shift, map_width, move
+from lowbit.models.architecture import Edge, module_of
+from lowbit.models.block import Block, observe
+from lowbit.models.equivalence import Params, can_shift, map_width, move
 
 SITES = ("qkv", "mlp", "heads", "qk", "channels")
 

@@ -12,12 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, Calib
 from lowbit.errors import LowbitError
-from lowbit.family import module_of
 from lowbit.methods.statistics import input_moments
-from lowbit.move import move
-from lowbit.scheme import Scheme
+from lowbit.models.architecture import module_of
+from lowbit.models.block import Block, Calib
+from lowbit.models.equivalence import move
+from lowbit.quant.scheme import Scheme
 
 
 def smooth_scale(activation_peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:

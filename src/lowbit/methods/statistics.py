@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowbit.block import Block, observe
-from lowbit.scheme import Scheme
+from lowbit.models.block import Block, observe
+from lowbit.quant.scheme import Scheme
 
 
 @dataclass

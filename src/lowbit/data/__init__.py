@@ -1,0 +1,1 @@
+"""Text and task documents: what is calibrated on and what is measured on."""

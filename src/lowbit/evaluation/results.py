@@ -1,0 +1,124 @@
+"""Results that stay with a run: what ``lowbit evaluate`` measured on its folder, in one file for ``lowbit report``.
+
+An entry is plain data: ``on`` (the text or task), ``measure``, ``value`` (``None`` for one that is not finite),
+``error`` (its standard error, or ``None``), ``protocol``, everything that the value depends on beside the model, and
+``runtime``, whose rounding of inputs was simulated, or ``None``. An entry takes the place of one that differs from it
+in ``value`` and ``error`` only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.errors import LowbitError
+
+EVALUATIONS = "lowbit-evaluations.json"
+FORMAT = 1
+Entry = dict[str, Any]
+
+
+def entry(
+    on: str,
+    measure: str,
+    value: float | None,
+    protocol: Mapping[str, Any],
+    runtime: str | None = None,
+    error: float | None = None,
+) -> Entry:
+    """One result; a text that was given as a path goes by the file's name."""
+    finite = value is not None and math.isfinite(value)
+    return {
+        "on": Path(on).name,
+        "measure": measure,
+        "value": value if finite else None,
+        "error": error,
+        "protocol": dict(protocol),
+        "runtime": runtime,
+    }
+
+
+def results_of(found: Mapping[str, Any]) -> tuple[str, list[Entry]]:
+    """The model's fingerprint, and entries, from what ``lowbit evaluate --json`` prints.
+
+    >>> found = {"perplexity": {"a.txt": 9.5}, "tokens": {"a.txt": 64}, "data_hash": {"a.txt": "0f"}, "length": 32}
+    >>> results_of(found | {"fingerprint": "f"})[1][0]["protocol"]
+    {'tokens': 64, 'length': 32, 'hash': '0f'}
+    """
+    out = []
+    for name, value in found.get("perplexity", {}).items():
+        protocol = text_protocol(found["tokens"][name], found["length"], found["data_hash"][name])
+        out.append(entry(name, "perplexity", value, protocol, found.get("runs_on")))
+    if tasks := found.get("zero_shot"):
+        return tasks["fingerprint"], [*out, *_accuracies(tasks)]
+    return found["fingerprint"], out
+
+
+def _accuracies(found: Mapping[str, Any]) -> Iterator[Entry]:
+    """Entries of tasks, and of the papers' averages of them; shares in percent."""
+    given = found["protocol"]
+    drawn = {"limit": given["limit"], "seed": given["seed"]} if given["limit"] is not None else {}
+    common = {"shots": given["shots"], **drawn, "special": given["special"], "lm_eval": given["lm_eval"]}
+    for task, row in found["tasks"].items():
+        protocol = {"documents": row["documents"], "version": row["version"], **common, "hash": row["data_hash"]}
+        for measure, value in row["metrics"].items():
+            unit, sign = (1, "") if measure == "perplexity" else (100, ", %")
+            error = row["errors"].get(measure)
+            shown = None if error is None else unit * error
+            yield entry(task, f"{measure}{sign}", unit * value, protocol, given["runs_on"], shown)
+    for name, mean in found["averages"].items():
+        digest = sha256(" ".join(found["tasks"][task]["data_hash"] for task in mean["tasks"]).encode()).hexdigest()
+        for measure in ("acc", "acc_norm"):
+            on, protocol = f"mean of {len(mean['tasks'])} tasks ({name})", {**common, "hash": digest}
+            yield entry(on, f"{measure}, %", 100 * mean[measure], protocol, given["runs_on"])
+
+
+def text_protocol(tokens: int, length: int, digest: str) -> dict[str, Any]:
+    """What a figure on a text depends on: how many tokens, in windows of what length, and which ones."""
+    return {"tokens": tokens, "length": length, "hash": digest}
+
+
+def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
+    """``old`` with ``new``, which win; in a stable order."""
+    found = {}
+    for one in [*old, *new]:
+        same = {key: value for key, value in one.items() if key not in ("value", "error")}
+        found[json.dumps(same, sort_keys=True)] = one
+    return [found[name] for name in sorted(found)]
+
+
+def keep(folder: Path, fingerprint: str, entries: Iterable[Entry]) -> None:
+    """Merge entries into the run folder's file; results of other weights, from before, go."""
+    results = merged(kept(folder, fingerprint), entries)
+    write_json(folder / EVALUATIONS, {"format": FORMAT, "fingerprint": fingerprint, "results": results})
+
+
+def kept(folder: Path, fingerprint: str) -> list[Entry]:
+    """What was kept for a run folder whose weights have this fingerprint."""
+    path = folder / EVALUATIONS
+    if not path.exists():
+        return []
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise LowbitError(f"{path} has format {content.get('format')!r}; this lowbit reads {FORMAT}: delete the file")
+    if content.get("fingerprint") != fingerprint:
+        return []
+    results = content.get("results")
+    if not isinstance(results, list) or not all(map(_valid, results)):
+        raise LowbitError(f"{path} is broken: delete the file and evaluate again")
+    return results
+
+
+def _valid(one: Any) -> bool:
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("on", "measure"), (str,)),
+        **dict.fromkeys(("value", "error"), (int, float, type(None))),
+        "protocol": (dict,),
+        "runtime": (str, type(None)),
+    }
+    return isinstance(one, dict) and all(isinstance(one.get(name, ...), kind) for name, kind in kinds.items())

@@ -1,0 +1,194 @@
+"""``lowbit.evaluate_tasks``: zero-shot tasks on a float model or a run; a task that was finished is not repeated.
+
+Each finished task is one small file in the cache, named by the digest of everything its scores depend on: the model's
+weights and tokenizer, the documents, device, dtype, versions and lowbit's own code. So the same command goes on where
+it was stopped, from whatever folder, and a command with more tasks measures only those.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoints.pypi import cache_dir, sha256_of
+from lowbit.checkpoints.resolve import TOKENIZER_FILES, Source, load_tokenizer, resolve
+from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.data.tasks import Documents, HubSet, documents, settle
+from lowbit.errors import LowbitError, unknown
+from lowbit.evaluation.evaluate import bits_of, special_before
+from lowbit.metrics.lm_eval import AVERAGES, CONFIGS, average, harness_model, harness_version, hub_set, measure
+from lowbit.models.device import check_device
+from lowbit.progress import say
+from lowbit.quant.scheme import simulated_on
+from lowbit.runs.folder import MANIFEST, manifest_of, manifest_specs
+from lowbit.runs.streamed_model import StreamedModel
+from lowbit.runs.versions import versions
+
+SETS = {**AVERAGES, "all": tuple(CONFIGS)}
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What ``evaluate_tasks`` measured.
+
+    Attributes:
+        tasks: by lm-eval's name: ``metrics`` (``acc``, ``acc_norm`` from 0 to 1, ``perplexity``), their standard
+            ``errors``, ``documents`` asked of ``total``, the task's ``version``, ``source`` and ``data_hash`` of the
+            documents, ``seconds``.
+        averages: ``qllm`` and ``affinequant``, each where all of its tasks were measured: ``tasks``, and the mean
+            ``acc`` and ``acc_norm`` (``acc`` where a task has no other).
+        protocol: what the scores depend on beside model and documents: ``shots`` (0), ``special`` (tokens that the
+            tokenizer puts before a question), ``limit``, ``seed``, ``device``, ``dtype``, ``lm_eval`` (its version),
+            ``runs_on``, ``scheme`` and ``bits_per_weight`` of a run.
+        seconds: wall time.
+        fingerprint: digest of the model's weights, as a run of it has in its identity.
+    """
+
+    tasks: dict[str, dict[str, Any]]
+    averages: dict[str, dict[str, Any]]
+    protocol: dict[str, Any]
+    seconds: float
+    fingerprint: str
+
+
+def evaluate_tasks(
+    model: str,
+    tasks: str | Sequence[str],
+    task_data: str = "auto",
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    runs_on: str | None = None,
+    fresh: bool = False,
+) -> TaskScores:
+    """Zero-shot accuracy of a float model or of a run folder, read block by block.
+
+    Args:
+        model: as for ``quantize``, or a run folder.
+        tasks: names of tasks, or ``qllm``, ``affinequant`` (the papers' five and six) or ``all``.
+        task_data: ``hub``, ``package``, a folder with ``TASK.jsonl``, or ``auto``: the hub if it answers, else the
+            package.
+        limit: at most this many documents of each task, drawn at random with ``seed``; all by default.
+        device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
+        runs_on: as for ``evaluate``.
+        fresh: measure again what was measured before.
+
+    Raises:
+        LowbitError: an unknown task, unreadable documents, and everything that ``evaluate`` refuses; ``MissingExtra``
+            without lm-eval.
+    """
+    began = time.monotonic()
+    torch_dtype = check_device(device, dtype)
+    names = task_names(tasks)
+    _check_draw(limit, seed)
+    harness = harness_version()
+    where = settle(task_data, names[0], HubSet(*hub_set(names[0])))
+    source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    manifest = manifest_of(source.folder)
+    scheme = simulated_on(manifest_specs(manifest)[0] if manifest else None, runs_on)
+    asked: dict[str, Any] = {"device": device, "dtype": dtype, "limit": limit, "seed": seed}
+    asked["runs_on"] = scheme.runs_on if scheme else None
+    identity = {**_model_identity(source), **asked, "versions": {**versions(), "lm_eval": harness}, "code": _code()}
+    opened = _Opened(lambda: StreamedModel(source.folder, device, torch_dtype, trust_remote_code, runs_on), tokenizer)
+    found = {}
+    for name in names:
+        chosen = documents(name, where, HubSet(*hub_set(name)), limit, seed)
+        facts = {"task": name, "source": chosen.source, "data_hash": chosen.hash}
+        found[name] = _once({**identity, **facts}, functools.partial(opened.measure, name, chosen), fresh)
+    scores = {name: row["metrics"] for name, row in found.items()}
+    means = {name: average(scores, members) for name, members in AVERAGES.items()}
+    protocol = {"shots": 0, "special": special_before(tokenizer), **asked, "lm_eval": harness}
+    protocol |= {"scheme": scheme.name if scheme else None, "bits_per_weight": bits_of(source.folder)}
+    averages = {name: {"tasks": list(AVERAGES[name]), **mean} for name, mean in means.items() if mean}
+    return TaskScores(found, averages, protocol, time.monotonic() - began, source.identity)
+
+
+def task_names(given: str | Sequence[str]) -> list[str]:
+    """The tasks that were asked for, each once, sets and comma-separated names taken apart.
+
+    >>> task_names("boolq,qllm")
+    ['boolq', 'piqa', 'arc_easy', 'arc_challenge', 'hellaswag', 'winogrande']
+    """
+    words = [word.strip() for text in ([given] if isinstance(given, str) else given) for word in text.split(",")]
+    names: list[str] = []
+    for word in filter(None, words):
+        if word not in SETS and word not in CONFIGS:
+            raise unknown("task", word, [*CONFIGS, *SETS])
+        names += SETS.get(word, (word,))
+    if not names:
+        raise LowbitError(f"no task given; known: {', '.join([*CONFIGS, *SETS])}")
+    return list(dict.fromkeys(names))
+
+
+class _Opened:
+    """The model, read when the first task needs it."""
+
+    def __init__(self, open_: Callable[[], StreamedModel], tokenizer: Any) -> None:
+        self._open, self._tokenizer = open_, tokenizer
+        self._model: StreamedModel | None = None
+
+    def measure(self, task: str, on: Documents) -> dict[str, Any]:
+        """One task's row of ``TaskScores.tasks``."""
+        began = time.monotonic()
+        self._model = self._model or self._open()
+        lm = harness_model(self._model, self._tokenizer, self._model.config.max_position_embeddings, task)
+        found = measure(task, on.rows, lm)
+        facts = {"total": on.total, "source": on.source, "data_hash": on.hash}
+        return {**asdict(found), **facts, "seconds": time.monotonic() - began}
+
+
+def _once(identity: dict[str, Any], measured: Callable[[], dict[str, Any]], fresh: bool) -> dict[str, Any]:
+    """What ``measured()`` gives, from the cache if this very measurement was finished before."""
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = cache_dir() / "tasks" / f"{name}.json"
+    if path.exists() and not fresh:
+        kept: dict[str, Any] = read_json(path).get("row", {})
+        if "metrics" not in kept:
+            raise LowbitError(f"{path} is no task's result any more: delete it")
+        say(f"{identity['task']} was measured before: taken from {path}")
+        return kept
+    row: dict[str, Any] = measured()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LowbitError(f"cannot make the cache folder {path.parent}: {error}; set LOWBIT_CACHE") from error
+    write_json(path, {"identity": identity, "row": row})
+    return row
+
+
+def _model_identity(source: Source) -> dict[str, str | None]:
+    """Digests of weights, tokenizer and, of a run, the manifest (which lists the digest of every file)."""
+    files = {path for pattern in (*TOKENIZER_FILES, "tokenizer_config.json") for path in source.folder.glob(pattern)}
+    digests = "\n".join(f"{path.name} {sha256_of(path)}" for path in sorted(files))
+    manifest = source.folder / MANIFEST
+    return {
+        "fingerprint": source.identity,
+        "tokenizer": hashlib.sha256(digests.encode()).hexdigest(),
+        "manifest": sha256_of(manifest) if manifest.exists() else None,
+    }
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of this package's sources: a version that is being worked on changes without its number."""
+    root = Path(__file__).parent
+    files = "\n".join(f"{path.relative_to(root)} {sha256_of(path)}" for path in sorted(root.rglob("*.py")))
+    return hashlib.sha256(files.encode()).hexdigest()
+
+
+def _check_draw(limit: int | None, seed: int) -> None:
+    if limit is not None and limit < 1:
+        raise LowbitError(f"--limit {limit} given; at least 1 document is needed")
+    if not 0 <= seed < 2**63:
+        raise LowbitError(f"--seed {seed} given; it must be 0 or more and below 2**63")

@@ -1,0 +1,157 @@
+"""``lowbit.export`` and ``lowbit.verify``: a run folder in other formats, and the proof that they hold it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.checkpoints.safetensors_folder import PARTIAL
+from lowbit.errors import LowbitError
+from lowbit.exporters import ALIASES, exporter_of, target_of
+from lowbit.exporters.fit import check
+from lowbit.exporters.run import Run, open_run
+from lowbit.exporters.target import Options
+from lowbit.exporters.verify import Verified, run_one, verify_one
+from lowbit.runs.load import load
+
+# What runtimes are compared on; ours, so that it needs no download.
+TEXT = (
+    "A map is smaller than the country it shows, and that is why people carry it. Whoever draws one must choose: the "
+    "rivers stay, the fences go, and a road that bends a little becomes straight. The traveller does not mind, as "
+    "long as every turn is still where the map says it is."
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What ``export`` wrote.
+
+    Attributes:
+        out: the file or folder.
+        target: its format.
+        size_bytes: what it takes on disk.
+        warnings: what the target does differently.
+    """
+
+    out: Path
+    target: str
+    size_bytes: int
+    warnings: list[str]
+
+
+def export(
+    folder: str | Path,
+    to: str,
+    out: str | Path | None = None,
+    embeddings: str = "auto",
+    pre: str | None = None,
+    gptq_format: str = "auto",
+    context: int | None = None,
+    accuracy_level: int | None = None,
+) -> Exported:
+    """Write a finished run in the format of a runtime, without rounding anything again.
+
+    Args:
+        folder: the run folder.
+        to: ``gguf`` (or ``llama.cpp``), ``executorch``, ``onnx`` (or ``onnxruntime``), ``gptq``, ``awq`` or
+            ``vllm``.
+        out: what to write, which must not exist; by default beside the run, named after it and the target.
+        embeddings: gguf only, how float matrices are stored: ``auto`` (smallest type that loses nothing), ``f32``,
+            ``f16`` or ``q8_0``.
+        pre: gguf only, llama.cpp's name for the tokenizer's splitting where it cannot be found out.
+        gptq_format: gptq only, ``v1`` stores zeros minus one, ``v2`` as they are; ``auto``: v1 if all are symmetric.
+        context: executorch only, tokens that the program's cache holds: 2048 by default, or the model's positions.
+        accuracy_level: onnx only, 0 multiplies in float32, 4 with inputs rounded to 8 bits, which is faster; by
+            default 4 if the run was made for onnxruntime, else 0.
+
+    Raises:
+        LowbitError: the folder is no finished run, or the target cannot carry it; nothing is written then.
+    """
+    folder, target = Path(folder), ALIASES.get(to, to)
+    exporter = exporter_of(target)
+    run = open_run(folder)
+    check(target, exporter.limits, run.subject)
+    name = folder.resolve().name
+    beside = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
+    final = Path(out) if out is not None else beside
+    if final.exists():
+        raise LowbitError(f"--out {final} exists: name another, or delete it")
+    if exporter.suffix and final.suffix != exporter.suffix:
+        raise LowbitError(f"--out {final} given; a {target} export is a file that ends in {exporter.suffix}")
+    partial = final.with_name(final.name + PARTIAL)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        warnings = exporter.write(run, partial, Options(embeddings, pre, gptq_format, context, accuracy_level))
+        _to_disk(partial)
+        os.rename(partial, final)
+    except OSError as error:
+        raise LowbitError(f"cannot write {final}: {error.strerror or error}; choose another --out") from error
+    finally:
+        with suppress(OSError):
+            _remove(partial)
+    return Exported(final, target, sum(file.stat().st_size for file in _files(final)), warnings)
+
+
+def verify(folder: str | Path, files: Sequence[str | Path], logits: bool = True) -> list[Verified]:
+    """Compare exports with their run, every value bit for bit; see ``Verified.ok``.
+
+    Args:
+        folder: the run folder.
+        files: what ``export`` wrote.
+        logits: run each in its runtime, where that is installed, and compare logits with the simulation's on a
+            built-in text. This takes the memory of the whole model in float32.
+
+    Raises:
+        LowbitError: the folder is no finished run, or a path is no export.
+    """
+    if not files:
+        raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
+    run = open_run(Path(folder))
+    ids = _text_ids(run) if logits else torch.empty(0)
+    simulated = functools.lru_cache(maxsize=1)(lambda runs_on: _simulated(run, ids, runs_on))
+    out = []
+    for path in map(Path, files):
+        target = target_of(path)
+        exporter = exporter_of(target)
+        found = verify_one(run, path, target, exporter)
+        out.append(run_one(found, exporter, ids, simulated) if logits else found)
+    return out
+
+
+def _text_ids(run: Run) -> Tensor:
+    """Token ids of ``TEXT``, at least one and at most as many as the model has positions."""
+    config = run.subject.config
+    ids = torch.tensor(load_tokenizer(run.folder)(TEXT).input_ids)
+    return ids[ids < config.vocab_size][: getattr(config, "max_position_embeddings", None)]
+
+
+def _simulated(run: Run, ids: Tensor, runs_on: str | None) -> Tensor:
+    with torch.no_grad():
+        return load(run.folder, runs_on=runs_on)(ids[None]).logits[0].float()
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+
+
+def _to_disk(path: Path) -> None:
+    for file in _files(path):
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""A run as a Hugging Face folder in the AWQ layout (GEMM), which vLLM, SGLang and onnxruntime-genai read.
+
+For a linear ``(out, in)``; eight 4-bit values in an int32 word, low bits first, are those of eight neighbouring
+outputs in the order 0, 2, 4, 6, 1, 3, 5, 7:
+
+=========== ==================================== ===========================================
+``qweight`` int32 ``(in, out / 8)``              codes, packed along the output
+``qzeros``  int32 ``(groups, out / 8)``          zeros as they are, packed in the same way
+``scales``  float16 ``(groups, out)``
+=========== ==================================== ===========================================
+
+There is one width, 4 bits, and one group size for all modules; a symmetric grid is one whose zeros are 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.exporters.fit import Misfit, no_activations, no_online, weight_misfit, wrong_scale
+from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
+from lowbit.exporters.run import Run, Subject
+from lowbit.exporters.target import Exporter, Options
+from lowbit.quant.affine import QTensor
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+WORD = len(ORDER)
+
+
+def limits(subject: Subject) -> Misfit | None:
+    """4 bits, one group size, outputs in multiples of 8, activations in float, embeddings and head in float."""
+    found = no_online(subject) or no_activations(subject, "what runs AWQ folders takes them in float")
+    if found is not None:
+        return found
+    size = subject.scheme.weight.group_size
+    for module, spec in subject.specs.items():
+        rows, columns = subject.shapes[module]
+        if module in (embedding_of(subject.config), "lm_head"):
+            why = "the layout has no place for a rounded embedding or head"
+        elif spec.bits != 4:
+            why = f"{spec.bits} bits; the layout has 4"
+        elif spec.group_size != size:
+            why = f"groups of {spec.group_size}; the layout has one size for all modules, {size}"
+        elif columns % (size or columns):
+            why = f"groups of {size} do not divide a width of {columns}"
+        elif rows % WORD:
+            why = f"{rows} outputs do not fill words of {WORD}"
+        else:
+            why = wrong_scale(spec) or ""
+        if why:
+            return weight_misfit(subject, module, why)
+    return None
+
+
+def pack_words(values: Tensor) -> Tensor:
+    """``(n, out)`` values of 4 bits as int32 ``(n, out / 8)``.
+
+    >>> hex(int(pack_words(torch.arange(8)[None])))
+    '0x75316420'
+    """
+    words = values.long().unflatten(1, (-1, WORD))[:, :, list(ORDER)]
+    return (words << 4 * torch.arange(WORD)).sum(-1).to(torch.int32)
+
+
+def unpack_words(words: Tensor) -> Tensor:
+    """The inverse of ``pack_words``: ``(n, out / 8)`` -> ``(n, out)``."""
+    out = torch.empty(*words.shape, WORD, dtype=torch.long)
+    for place, column in enumerate(ORDER):
+        out[:, :, column] = words.long() >> 4 * place & 15
+    return out.flatten(1)
+
+
+def pack_module(q: QTensor) -> dict[str, Tensor]:
+    """A rounded weight ``(out, in)`` as the tensors of the layout, by their names below the module."""
+    scales = q.grid.scale.T.to(torch.float16)
+    return {"qweight": pack_words(q.codes.T), "qzeros": pack_words(q.grid.zero.T), "scales": scales}
+
+
+def quantization_config(subject: Subject) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``."""
+    config = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
+    size = subject.scheme.weight.group_size or -1
+    return {**config, "group_size": size, "modules_to_not_convert": [*subject.floats, "lm_head"]}
+
+
+def write(run: Run, path: Path, options: Options) -> list[str]:
+    """Write the folder."""
+    write_folder(run, path, quantization_config(run.subject), lambda module, q: pack_module(q))
+    return []
+
+
+def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter, as the folder's own config says that it is to be read."""
+    size = int(stored_config(path)["group_size"])
+
+    def value(module: str, stored: Mapping[str, Tensor]) -> Tensor:
+        codes = unpack_words(stored["qweight"]).float()
+        group = torch.arange(len(codes)) // (len(codes) if size == -1 else size)
+        zeros, scales = unpack_words(stored["qzeros"]).float(), stored["scales"].float()
+        return ((codes - zeros[group]) * scales[group]).T.contiguous()
+
+    return read_folder(path, "qweight", value)
+
+
+def other(run: Run, path: Path) -> Iterator[str]:
+    """Files that differ."""
+    return other_files(run, path, quantization_config(run.subject))
+
+
+EXPORTER = Exporter("", limits, write, owns("awq"), read, other)

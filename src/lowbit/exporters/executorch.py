@@ -1,0 +1,214 @@
+"""A run as an ExecuTorch program for phones: int4 linears of XNNPACK (8da4w) that hold the run's own codes.
+
+A folder: ``model.pte`` with its cache of keys and values, and the tokenizer's files beside it. XNNPACK rounds the
+linears' inputs to int8 per token on the fly. It keeps the scales of 4-bit groups as bfloat16: a run that was made for
+ExecuTorch has such scales and is held exactly; of any other run the codes are exact and the scales are rounded, by
+at most one part in 256, which the export says and ``expect`` knows.
+
+The program answers ``forward(tokens, position)`` with the logits behind the last token, and carries the methods that
+ExecuTorch's own text runners ask for (``get_max_context_len``, ``get_eos_ids`` and so on).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoints.safetensors_folder import read_json, write_bytes
+from lowbit.errors import LowbitError, MissingExtra
+from lowbit.exporters.fit import Misfit, no_activations, no_online, weight_misfit
+from lowbit.exporters.hf_folder import carried
+from lowbit.exporters.pte_model import frequencies, lower
+from lowbit.exporters.pte_reader import EMBEDDING, GAIN, LINEAR, constants
+from lowbit.exporters.pte_runtime import Session, methods_of
+from lowbit.exporters.run import Run, Subject
+from lowbit.exporters.target import Executed, Exporter, Options, value_of
+from lowbit.exporters.xnnpack import stored, why_not
+from lowbit.models.families import family_of
+
+PROGRAM, CONTEXT = "model.pte", 2048
+MODELS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+ROTARY = "model.rotary_emb.inv_freq"
+NORMS = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm")
+# Of the logits' spread, beside a simulation with XNNPACK's inputs: sums in another order move an int8 code now and
+# then, and so do scales that became bfloat16.
+EXPLAINED = 0.1
+
+
+def limits(subject: Subject) -> Misfit | None:
+    """Grids that XNNPACK stores, activations in float, attention that ExecuTorch's operator computes."""
+    if (why := _unlike(subject.config)) is not None:
+        return Misfit("architecture", why)
+    found = no_online(subject) or no_activations(subject, "XNNPACK rounds them to int8 in its own way")
+    if found is not None:
+        return found
+    for module, spec in subject.specs.items():
+        embedding = module == family_of(subject.config).embed
+        if why := why_not(spec, None if embedding else subject.shapes[module][1]):
+            return weight_misfit(subject, module, why)
+    return None
+
+
+def _unlike(config: Any) -> str | None:
+    """What in a config the program could not compute."""
+    if config.model_type not in MODELS:
+        return f"model_type {config.model_type}; exported are {', '.join(MODELS)}"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or (config.model_type in ("mistral", "phi3") and config.sliding_window):
+        return "attention with a window, which the cache does not have"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        return f"rope_type {rope}, whose frequencies change with the length of the text"
+    return None
+
+
+def write(run: Run, path: Path, options: Options) -> list[str]:
+    """Write the folder."""
+    positions = run.subject.config.max_position_embeddings
+    context = min(CONTEXT, positions) if options.context is None else options.context
+    if not 2 <= context <= positions:
+        raise LowbitError(f"--context {context} given; allowed: 2 to {positions}, this model's positions")
+    _need("--to executorch")
+    path.mkdir()
+    lower(run, path / PROGRAM, context, _methods(run))
+    for name in carried(run):
+        write_bytes(path / name, (run.folder / name).read_bytes())
+    return _warnings(run)
+
+
+def _missing() -> str | None:
+    """The first package of the extra that is not installed."""
+    for package in ("executorch", "torchao"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError:
+            return package
+    return None
+
+
+def _need(what: str) -> None:
+    if package := _missing():
+        raise MissingExtra(package, "executorch", what)
+
+
+def _methods(run: Run) -> dict[str, Any]:
+    """What ExecuTorch's text runners ask a program beside logits."""
+    config, generation = run.subject.config, run.folder / "generation_config.json"
+    stops = read_json(generation).get("eos_token_id") if generation.exists() else None
+    stops = config.eos_token_id if stops is None else stops
+    begin = {} if config.bos_token_id is None else {"get_bos_id": config.bos_token_id}
+    return {
+        **begin,
+        "get_eos_ids": stops if isinstance(stops, list) else [] if stops is None else [stops],
+        "get_vocab_size": config.vocab_size,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+
+
+def _warnings(run: Run) -> list[str]:
+    """How far the scales move, if they do."""
+    worst, count = 0.0, 0
+    for module in run.rounded:
+        q = run.qtensor(module)
+        moved = (stored(q).grid.scale - q.grid.scale).abs() / q.grid.scale
+        count += bool(moved.any())
+        worst = max(worst, float(moved.max()))
+    if not count:
+        return []
+    return [
+        f"XNNPACK keeps scales as bfloat16: those of {count} of {len(run.rounded)} linears are rounded, by "
+        f"{worst:.2%} at most; codes are as they were. 'lowbit quantize --for executorch' avoids it"
+    ]
+
+
+def expect(run: Run, name: str) -> Tensor:
+    """A parameter as the file must have it: the run's value, scales as XNNPACK holds them."""
+    module = name.removesuffix(".weight")
+    if name == ROTARY:
+        return frequencies(run)
+    if module in run.subject.specs and name.endswith(".weight"):
+        return stored(run.qtensor(module)).dequantize()
+    return value_of(run, name)
+
+
+def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by their place in the program."""
+    _need("verifying a .pte file")
+    names = {kind: iter(order) for kind, order in _order(run).items()}
+    rotary = frequencies(run).shape
+    for found in constants(_program(path)):
+        if found.kind == GAIN and found.weight.shape == rotary:
+            yield ROTARY, found.weight
+            continue
+        name = next(names[found.kind], f"one {found.kind} too many")
+        if found.kind == LINEAR and name == _head(run) and run.subject.config.tie_word_embeddings:
+            yield from _tied(run, name, found.weight)
+            continue
+        yield f"{name}.weight", found.weight
+        if found.bias is not None:
+            yield f"{name}.bias", found.bias
+
+
+def _tied(run: Run, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The head that is the embedding's own matrix is no parameter of the model; here it is stored a second time."""
+    own = run.tensor(f"{family_of(run.subject.config).embed}.weight").float()
+    if not torch.equal(weight.view(torch.int32), own.view(torch.int32)):
+        yield f"{name}.weight", weight
+
+
+def _head(run: Run) -> str:
+    return family_of(run.subject.config).head
+
+
+def _order(run: Run) -> dict[str, list[str]]:
+    """Modules by kind in the order in which the model runs them."""
+    family, layers = family_of(run.subject.config), range(run.subject.config.num_hidden_layers)
+    there = {name.removesuffix(".weight") for name in run.floats}
+    linears = [f"{family.blocks}.{i}.{name}" for i in layers for group in family.linears for name in group]
+    norms = [f"{family.blocks}.{i}.{name}" for i in layers for name in NORMS]
+    return {
+        EMBEDDING: [family.embed],
+        LINEAR: [*linears, family.head],
+        GAIN: [name for name in [*norms, "model.norm"] if name in there],
+    }
+
+
+def other(run: Run, path: Path) -> Iterator[str]:
+    """Files beside the program, and the program's own methods, that are not as they were written."""
+    found = methods_of(_program(path))
+    for name, value in _methods(run).items():
+        if found.get(name) != (value if isinstance(value, list) else [value]):
+            yield name
+    for name in carried(run) if path.is_dir() else ():
+        if not (path / name).is_file() or (path / name).read_bytes() != (run.folder / name).read_bytes():
+            yield name
+
+
+def _program(path: Path) -> Path:
+    return path / PROGRAM if path.is_dir() else path
+
+
+def owns(path: Path) -> bool:
+    """A ``.pte`` file, or a folder with one."""
+    return (path / PROGRAM).is_file() if path.is_dir() else path.suffix == ".pte"
+
+
+def execute(path: Path, ids: Tensor) -> Executed | None:
+    """Logits of the program: each token's from its own step, and the last one's from all tokens at once."""
+    if _missing():
+        return None
+    session = Session(_program(path))
+    tokens = ids[: session.context].tolist()
+    logits = session.logits(tokens, 1)
+    logits[-1] = session.step(tokens, 0)
+    return Executed(logits, EXPLAINED, "executorch")
+
+
+EXPORTER = Exporter("", limits, write, owns, read, other, expect, execute)

@@ -1,0 +1,255 @@
+"""A run as one ``.gguf`` file for llama.cpp and what builds on it: the codes as they are, nothing rounded again.
+
+The usual route (dequantize, convert, quantize) rounds a second time, on another grid. Here codes are relabelled into
+blocks, see ``gguf_blocks``; names come from the ``gguf`` package's own map, metadata from ``gguf_model`` and
+``gguf_tokenizer``. Two things look different in the file and compute the same:
+
+* Under the ``llama`` architecture rotary pairs are neighbours, so the rows of q and k (codes, scales, biases) are
+  interleaved within each head: ``(heads, 2, d / 2) -> (heads, d / 2, 2)``.
+* Gemma's norms multiply by ``1 + weight``, and that sum is stored; the library computes the same sum in float32.
+
+Float matrices keep every bit: F16 if that loses nothing, else BF16 if that does not, else F32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.exporters.fit import Misfit, no_activations, no_online, weight_misfit
+from lowbit.exporters.gguf_blocks import BLOCK, block_type, pack_blocks
+from lowbit.exporters.gguf_model import WINDOWS, architecture, head_dim, model_metadata, rope_factors, unlike_llamacpp
+from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
+from lowbit.exporters.run import Run, Subject
+from lowbit.exporters.target import Executed, Exporter, Options, value_of
+from lowbit.progress import track
+from lowbit.quant.affine import Grid, QTensor
+
+FLOATS = {"auto": None, "f32": Kind.F32, "f16": Kind.F16, "q8_0": Kind.Q8_0}
+FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; of a K type the one without larger types for some tensors
+    Kind.F32: 0, Kind.Q4_0: 2, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q2_K: 10, Kind.Q3_K: 11, Kind.Q4_K: 14,
+    Kind.Q5_K: 16, Kind.Q6_K: 18,
+}  # fmt: skip
+# The simulation rounds inputs as llama.cpp does; what is left is a step of an input here and there that falls on the
+# other side of an edge between codes. It stays below 5% of the logits' spread in SmolLM2's thirty blocks.
+EXPLAINED = 0.1
+ROPE = "rope_freqs.weight"
+
+
+def limits(subject: Subject) -> Misfit | None:
+    """Any grid whose signed codes fit a block type, groups and widths in multiples of 32, activations in float."""
+    if (why := unlike_llamacpp(subject.config)) is not None:
+        return Misfit("architecture", why)
+    found = no_online(subject) or no_activations(subject, "llama.cpp rounds them to its own 8-bit blocks")
+    if found is not None:
+        return found
+    for module, spec in subject.specs.items():
+        kind = block_type(spec, subject.shapes[module][1])
+        if isinstance(kind, str):
+            return weight_misfit(subject, module, kind)
+    return None
+
+
+def write(run: Run, path: Path, options: Options) -> list[str]:
+    """Write the file; at most one tensor is in memory."""
+    if options.embeddings not in FLOATS:
+        raise LowbitError(f"--embeddings {options.embeddings} given; allowed: {', '.join(FLOATS)}")
+    metadata, warnings = metadata_of(run, options.pre)
+    writer = gguf.GGUFWriter(path, architecture(run.subject.config) or "")
+    try:
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        kinds = _kinds(run, options, warnings)
+        for name, (kind, shape) in kinds.items():
+            _declare(writer, gguf_name(run, name), kind, shape)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, (kind, _) in track(list(kinds.items()), f"writing {path.stem}"):
+            writer.write_tensor_data(_data(run, name, kind))
+    finally:
+        writer.close()
+    return warnings
+
+
+def metadata_of(run: Run, pre: str | None) -> tuple[dict[str, Any], list[str]]:
+    """All keys and values but ``general.architecture``, and warnings."""
+    config = run.subject.config
+    kinds = Counter(block_type(spec, run.subject.shapes[name][1]) for name, spec in run.subject.specs.items())
+    name = Path(str(run.manifest["identity"].get("model", "model"))).name
+    tokens, warnings = tokenizer_metadata(run.folder, config.vocab_size, pre)
+    commonest: Any = kinds.most_common(1)[0][0] if kinds else Kind.F32
+    return model_metadata(config, name) | {"general.file_type": FILE_TYPES[commonest]} | tokens, warnings
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def gguf_name(run: Run, name: str) -> str:
+    """A parameter's name in the file."""
+    if name == ROPE:
+        return ROPE
+    arch = gguf.MODEL_ARCH_NAMES
+    kind = next(key for key, value in arch.items() if value == architecture(run.subject.config))
+    names = gguf.get_tensor_name_map(kind, run.subject.config.num_hidden_layers)
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise LowbitError(f"the installed gguf package has no name for '{name}' of {run.folder}: update gguf")
+    return str(found)
+
+
+def names_of(run: Run) -> list[str]:
+    """The model's names of all parameters, and the factors of the rotary frequencies where there are any."""
+    extra = [ROPE] if rope_factors(run.subject.config) is not None else []
+    return [*extra, *run.floats, *(f"{module}.weight" for module in run.rounded)]
+
+
+def expect(run: Run, name: str) -> Tensor:
+    """A parameter as the file must have it, but for the order of rows."""
+    if name == ROPE:
+        factors = rope_factors(run.subject.config)
+        return factors if factors is not None else torch.empty(0)
+    value = value_of(run, name)
+    return value + 1.0 if _is_gain(run, name) else value
+
+
+def _is_gain(run: Run, name: str) -> bool:
+    return architecture(run.subject.config) in WINDOWS and name.endswith("norm.weight")
+
+
+def _kinds(run: Run, options: Options, warnings: list[str]) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Type and shape by the model's names."""
+    out: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    for name in names_of(run):
+        module = name.removesuffix(".weight")
+        if module in run.subject.specs:
+            shape = run.subject.shapes[module]
+            out[name] = block_type(run.subject.specs[module], shape[1]), shape
+            continue
+        value = expect(run, name)
+        kind = Kind.F32 if value.ndim == 1 else (FLOATS[options.embeddings] or _lossless(value))
+        if kind == Kind.Q8_0 and value.shape[1] % BLOCK:
+            raise LowbitError(f"{name} has rows of {value.shape[1]}, no multiple of {BLOCK}: use --embeddings auto")
+        if kind not in (Kind.F32, Kind.BF16) and (kind == Kind.Q8_0 or not _holds(value, torch.float16)):
+            warnings.append(f"{name} is rounded to {kind.name}: the file is not what was evaluated")
+        out[name] = kind, tuple(value.shape)
+    return out
+
+
+def _lossless(value: Tensor) -> Any:
+    """The smallest float type that keeps every bit."""
+    if _holds(value, torch.float16):
+        return Kind.F16
+    return Kind.BF16 if _holds(value, torch.bfloat16) else Kind.F32
+
+
+def _holds(value: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(value.to(dtype).to(value.dtype), value)
+
+
+def _declare(writer: Any, name: str, kind: Kind, shape: tuple[int, ...]) -> None:
+    """Announce a tensor; its data follow when all are announced."""
+    if kind in (Kind.F32, Kind.F16):
+        dtype = np.dtype(np.float32 if kind == Kind.F32 else np.float16)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+        return
+    stored = gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
+
+
+def _data(run: Run, name: str, kind: Kind) -> Any:
+    module = name.removesuffix(".weight")
+    order = _rows(run, name)
+    if module in run.subject.specs:
+        q = run.qtensor(module)
+        if order is not None:
+            q = QTensor(q.codes[order], Grid(q.grid.scale[order], q.grid.zero[order]), q.spec)
+        return pack_blocks(q, kind)
+    value = expect(run, name)
+    value = value if order is None else value[order]
+    return gguf.quants.quantize(value.contiguous().numpy(), kind)
+
+
+def _heads(run: Run, name: str) -> int:
+    """Heads whose rows the file interleaves, or 0."""
+    config = run.subject.config
+    if architecture(config) != "llama":
+        return 0
+    part = name.rpartition("self_attn.")[2].partition(".")[0]
+    return int({"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(part, 0))
+
+
+def _rows(run: Run, name: str) -> Tensor | None:
+    """The order in which a parameter's rows are written, or ``None`` for their own."""
+    if not (heads := _heads(run, name)):
+        return None
+    dim = head_dim(run.subject.config)
+    return torch.arange(heads * dim).reshape(heads, 2, dim // 2).transpose(1, 2).flatten()
+
+
+def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the file through the package's reader, q and k with their rows put back."""
+    names = {gguf_name(run, name): name for name in names_of(run)}
+    for tensor in gguf.GGUFReader(path).tensors:
+        name = names.get(tensor.name, tensor.name)
+        value = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        if heads := _heads(run, name):
+            split = value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:])
+            value = np.ascontiguousarray(split.swapaxes(1, 2)).reshape(value.shape)
+        yield name, torch.from_numpy(value)
+
+
+def other(run: Run, path: Path) -> Iterator[str]:
+    """Metadata that differ from the run's."""
+    fields = gguf.GGUFReader(path).fields
+    found = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
+    try:
+        expected, _ = metadata_of(run, None)
+    except LowbitError:
+        expected, _ = metadata_of(run, str(found.get("tokenizer.ggml.pre")))
+    expected["general.architecture"] = architecture(run.subject.config)
+    for key in sorted({**expected, **found}):
+        wanted, got = expected.get(key), found.get(key)
+        if isinstance(wanted, float):
+            wanted = float(np.float32(wanted))
+        if wanted != got and not (wanted == [] and got is None):
+            yield key
+
+
+def execute(path: Path, ids: Tensor) -> Executed | None:
+    """llama.cpp's logits, where ``llama-cpp-python`` is installed."""
+    if find_spec("llama_cpp") is None:
+        return None
+    from lowbit.exporters.llamacpp import loaded
+
+    with loaded(path, len(ids), exact=True) as session:
+        return Executed(session.logits(ids.tolist()), EXPLAINED, "llama.cpp")
+
+
+def owns(path: Path) -> bool:
+    """A file named ``.gguf``; what is in it is for the reader to say."""
+    return path.is_file() and path.suffix == ".gguf"
+
+
+EXPORTER = Exporter(".gguf", limits, write, owns, read, other, expect, execute)

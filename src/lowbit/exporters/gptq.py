@@ -1,0 +1,175 @@
+"""A run as a Hugging Face folder in the GPTQ layout, which vLLM, GPTQModel, ExLlama and onnxruntime-genai read.
+
+For a linear ``(out, in)``, values packed densely into int32 words, low bits first:
+
+=========== ======================================= ===================================================
+``qweight`` int32 ``(in * bits / 32, out)``         codes, packed along the input
+``qzeros``  int32 ``(groups, out * bits / 32)``     zeros, packed along the output
+``scales``  float16 ``(groups, out)``
+``g_idx``   int32 ``(in,)``                         the group of each input channel: ``i // group_size``
+=========== ======================================= ===================================================
+
+With 3 bits, 32 values fill 3 words, and two of them cross a word's end. There are two conventions for zeros, named by
+``checkpoint_format``: ``gptq`` (v1) stores ``zero - 1``, ``gptq_v2`` the zero itself. Readers that know one only
+(onnxruntime-genai, older vLLM) know v1; but v1 has no word for a zero of 0, which readers then take for 0 or for
+``2**bits``. Hence ``auto``: v1 where every grid is symmetric, v2 where one is not. Modules with a format of their own
+are named under ``dynamic``, as GPTQModel and vLLM read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.exporters.fit import Misfit, no_activations, no_online, weight_misfit, wrong_scale
+from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
+from lowbit.exporters.run import Run, Subject
+from lowbit.exporters.target import Exporter, Options
+from lowbit.quant.affine import QTensor, QuantSpec
+
+BITS = (2, 3, 4, 8)
+FORMATS = {"v1": "gptq", "v2": "gptq_v2"}
+
+
+def limits(subject: Subject) -> Misfit | None:
+    """2, 3, 4 or 8 bits, any group size, widths that fill words, activations in float, embeddings in float."""
+    found = no_online(subject) or no_activations(subject, "what runs GPTQ folders takes them in float")
+    if found is not None:
+        return found
+    for module, spec in subject.specs.items():
+        if module == embedding_of(subject.config):
+            return weight_misfit(subject, module, "the layout has no place for rounded embeddings")
+        if why := wrong_scale(spec) or _why_not(spec, subject.shapes[module]):
+            return weight_misfit(subject, module, why)
+    return None
+
+
+def _why_not(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+    if spec.bits not in BITS:
+        return f"{spec.bits} bits; the layout has 2, 3, 4 and 8"
+    if shape[1] % (spec.group_size or shape[1]):
+        return f"groups of {spec.group_size} do not divide a width of {shape[1]}"
+    whole = 32 if spec.bits == 3 else 32 // spec.bits
+    if odd := next((size for size in shape if size % whole), None):
+        return f"a size of {odd} does not fill words of {whole} values"
+    return None
+
+
+def pack_module(q: QTensor, checkpoint_format: str) -> dict[str, Tensor]:
+    """A rounded weight ``(out, in)`` as the tensors of the layout, by their names below the module.
+
+    In v1 a zero of 0 becomes ``2**bits - 1``.
+    """
+    columns = q.codes.shape[1]
+    group = q.spec.group_size or columns
+    stored = q.grid.zero.int() - int(checkpoint_format == "gptq")
+    return {
+        "qweight": _packed(q.codes.T.int(), q.spec.bits, 0),
+        "qzeros": _packed(stored.T & q.spec.levels, q.spec.bits, 1),
+        "scales": q.grid.scale.T.to(torch.float16),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // group,
+    }
+
+
+def _packed(values: Tensor, bits: int, dim: int) -> Tensor:
+    """Unsigned values as dense int32 words along a dimension; the library's function takes signed ones."""
+    return pack_to_int32((values - 2 ** (bits - 1)).to(torch.int8), bits, 0 if dim == 0 else 1)
+
+
+def quantization_config(subject: Subject, checkpoint_format: str) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``; the commonest format is the default."""
+    common = Counter(subject.specs.values()).most_common(1)[0][0]
+    dynamic: dict[str, Any] = {
+        f"+:{_pattern(name)}": _format(spec) for name, spec in subject.specs.items() if spec != common
+    }
+    dynamic |= {f"-:{_pattern(name)}": {} for name in subject.floats}
+    config = {
+        "quant_method": "gptq",
+        **_format(common),
+        "desc_act": False,
+        "checkpoint_format": checkpoint_format,
+        "pack_dtype": "int32",
+        "lm_head": "lm_head" in subject.specs,
+    }
+    return config | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _format(spec: QuantSpec) -> dict[str, Any]:
+    return {"bits": spec.bits, "group_size": spec.group_size or -1, "sym": spec.symmetric}
+
+
+def _pattern(module: str) -> str:
+    """A module or a tensor below it: some readers match one, some the other, both from the beginning."""
+    return rf"{re.escape(module)}(\.|$)"
+
+
+def checkpoint_format(subject: Subject, asked: str = "auto") -> str:
+    """The convention for zeros, ``gptq`` or ``gptq_v2``, from ``auto``, ``v1`` or ``v2``."""
+    if asked == "auto":
+        return FORMATS["v1" if all(spec.symmetric for spec in subject.specs.values()) else "v2"]
+    if asked not in FORMATS:
+        raise LowbitError(f"--gptq-format {asked} given; allowed: auto, v1, v2")
+    return FORMATS[asked]
+
+
+def write(run: Run, path: Path, options: Options) -> list[str]:
+    """Write the folder."""
+    convention = checkpoint_format(run.subject, options.gptq_format)
+    odd: list[str] = []
+
+    def store(module: str, q: QTensor) -> dict[str, Tensor]:
+        if convention == "gptq" and bool((q.grid.zero == 0).any()):
+            odd.append(module)
+        return pack_module(q, convention)
+
+    write_folder(run, path, quantization_config(run.subject, convention), store)
+    if not odd:
+        return []
+    return [f"{len(odd)} modules have zeros of 0, which some readers of v1 take for 2**bits: use --gptq-format v2"]
+
+
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """``count`` unsigned values of each row of int32 words ``(rows, n)``, low bits first; a value may cross words.
+
+    >>> unpack_words(torch.tensor([[0x21, 0x43]], dtype=torch.int32), 4, 10).tolist()
+    [[1, 2, 0, 0, 0, 0, 0, 0, 3, 4]]
+    """
+    start = torch.arange(count) * bits
+    unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
+    pairs = unsigned[:, start // 32] | unsigned[:, start // 32 + 1] << 32
+    return pairs >> start % 32 & 2**bits - 1
+
+
+def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter, as the folder's own config says that it is to be read."""
+    config = stored_config(path)
+
+    def value(module: str, stored: Mapping[str, Tensor]) -> Tensor:
+        dynamic = config.get("dynamic", {}).items()
+        bits = next((own["bits"] for p, own in dynamic if re.match(p.removeprefix("+:"), module)), config["bits"])
+        scales, group = stored["scales"].float(), stored["g_idx"].long()
+        codes = unpack_words(stored["qweight"].T, bits, len(group)).T
+        zeros = unpack_words(stored["qzeros"], bits, scales.shape[1])
+        if config["checkpoint_format"] == "gptq":
+            zeros = zeros + 1 & 2**bits - 1
+        return ((codes.float() - zeros[group].float()) * scales[group]).T.contiguous()
+
+    return read_folder(path, "qweight", value)
+
+
+def other(run: Run, path: Path) -> Iterator[str]:
+    """Files that differ, whichever convention the folder was written in."""
+    found = str(stored_config(path).get("checkpoint_format"))
+    convention = found if found in FORMATS.values() else checkpoint_format(run.subject)
+    return other_files(run, path, quantization_config(run.subject, convention))
+
+
+EXPORTER = Exporter("", limits, write, owns("gptq"), read, other)

@@ -1,0 +1,135 @@
+"""A run as a Hugging Face folder in another layout: rounded modules stored differently, all else as it is.
+
+The shards keep their names and their order; config, index and tokenizer go with them. A target brings two things: the
+``quantization_config`` and the tensors that it stores for one rounded module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoints.safetensors_folder import (
+    INDEX,
+    Checkpoint,
+    read_json,
+    write_bytes,
+    write_index,
+    write_json,
+    write_tensors,
+)
+from lowbit.errors import LowbitError
+from lowbit.exporters.run import Run
+from lowbit.models.families import family_of
+from lowbit.progress import track
+from lowbit.quant.affine import QTensor
+
+CONFIG = "config.json"
+_OURS = (CONFIG, INDEX, "README.md")  # of the run folder: they speak of its own layout
+
+
+def write_folder(
+    run: Run,
+    path: Path,
+    quantization: Mapping[str, Any],
+    store: Callable[[str, QTensor], Mapping[str, Tensor]],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the folder, one shard in memory at a time.
+
+    Args:
+        run: the run.
+        path: a folder that does not exist yet.
+        quantization: the ``quantization_config``.
+        store: for a rounded module's name and weight the tensors by their names below the module.
+        dtype: of everything else; by default as it is stored.
+    """
+    path.mkdir()
+    shards: dict[str, list[str]] = {}
+    for file in track([file.name for file in run.checkpoint.files], f"writing {path.stem}"):
+        tensors = {name: run.tensor(name) for name in run.floats if run.file_of(name) == file}
+        if dtype is not None:
+            tensors = {name: value.to(dtype) for name, value in tensors.items()}
+        for module in (module for module in run.rounded if run.file_of(module) == file):
+            tensors |= {f"{module}.{key}": value for key, value in store(module, run.qtensor(module)).items()}
+        write_tensors(path / file, tensors)
+        shards[file] = sorted(tensors)
+    write_index(path, shards)
+    for name in carried(run):
+        write_bytes(path / name, (run.folder / name).read_bytes())
+    write_json(path / CONFIG, config_of(run, quantization))
+
+
+def config_of(run: Run, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``config.json``.
+
+    vLLM reads scales in the dtype that it computes in, and bfloat16 would round them: the config asks for float16,
+    except for Gemma, which vLLM refuses to run in float16.
+    """
+    config = {**read_json(run.folder / CONFIG), "quantization_config": dict(quantization)}
+    if not str(config["model_type"]).startswith("gemma"):
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
+    return config
+
+
+def carried(run: Run) -> list[str]:
+    """Files that go over as they are: the tokenizer's, and how to generate."""
+    return [name for name in run.manifest["files"] if not name.endswith(".safetensors") and name not in _OURS]
+
+
+def stored_config(path: Path) -> dict[str, Any]:
+    """The ``quantization_config`` of a folder; empty for anything else."""
+    if not (path / CONFIG).is_file():
+        return {}
+    found = read_json(path / CONFIG).get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
+def owns(method: str) -> Callable[[Path], bool]:
+    """Whether a path is a folder whose ``quant_method`` is ``method``."""
+    return lambda path: path.is_dir() and stored_config(path).get("quant_method") == method
+
+
+def read_folder(
+    path: Path, key: str, value: Callable[[str, Mapping[str, Tensor]], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """All parameters of a folder in float32.
+
+    Args:
+        path: the folder.
+        key: the tensor whose presence says that a module is rounded, such as ``qweight``.
+        value: a rounded module's weight ``(out, in)`` from its name and its tensors by the names below it.
+    """
+    checkpoint = Checkpoint(path)
+    rounded = [name.removesuffix(f".{key}") for name in checkpoint.names if name.endswith(f".{key}")]
+    seen: set[str] = set()
+    for module in rounded:
+        own = [n for n in checkpoint.names if n.startswith(f"{module}.") and n != f"{module}.bias"]
+        seen |= set(own)
+        stored = {name.removeprefix(f"{module}."): tensor for name, tensor in checkpoint.read(own).items()}
+        try:
+            weight = value(module, stored)
+        except Exception as error:  # broken bytes trip a reader in many ways; the name says where
+            raise LowbitError(f"'{module}' cannot be read: {error}") from error
+        yield f"{module}.weight", weight
+    for name in checkpoint.names:
+        if name not in seen:
+            yield name, checkpoint.read([name])[name].float()
+
+
+def other_files(run: Run, path: Path, quantization: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the files beside the weights that are not as ``write_folder`` makes them."""
+    if read_json(path / CONFIG) != config_of(run, quantization):
+        yield CONFIG
+    for name in carried(run):
+        if not (path / name).is_file() or (path / name).read_bytes() != (run.folder / name).read_bytes():
+            yield name
+
+
+def embedding_of(run_config: Any) -> str:
+    """The name of the embedding's module."""
+    return family_of(run_config).embed

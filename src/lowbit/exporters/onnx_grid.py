@@ -1,0 +1,57 @@
+"""The run's grid as MatMulNBits holds it: 2, 4 or 8 bits, blocks of a power of two.
+
+Operator: com.microsoft.MatMulNBits, https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+Nothing is rounded: codes and zeros of 3, 5, 6 and 7 bits move up together into 4 or 8 bits, and a group that is
+larger than a block becomes several blocks with one scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lowbit.quant.affine import Grid, QTensor
+from lowbit.quant.runtimes import onnx_block
+
+SMALLEST = 16
+
+
+def stored_bits(bits: int) -> int:
+    """The bits that codes take in the file.
+
+    >>> [stored_bits(b) for b in range(2, 9)]
+    [2, 4, 4, 8, 8, 8, 8]
+    """
+    return next(stored for stored in (2, 4, 8) if bits <= stored)
+
+
+def block_of(group: int) -> int | None:
+    """The block for groups of that size; ``None`` where the operator has none.
+
+    >>> block_of(128), block_of(48), block_of(40)
+    (128, 16, None)
+    """
+    block = onnx_block(group)
+    return block if block >= SMALLEST else None
+
+
+def in_blocks(q: QTensor) -> QTensor:
+    """The same values on a grid that MatMulNBits holds.
+
+    >>> import torch
+    >>> from lowbit.quant.affine import QuantSpec
+    >>> codes = torch.arange(48, dtype=torch.uint8)[None] % 8
+    >>> q = QTensor(codes, Grid(torch.ones(1, 1), torch.full((1, 1), 4.0)), QuantSpec(3))
+    >>> stored = in_blocks(q)
+    >>> stored.spec.bits, stored.spec.group_size, stored.grid.zero.tolist()
+    (4, 16, [[8.0, 8.0, 8.0]])
+    >>> torch.equal(stored.dequantize(), q.dequantize())
+    True
+    """
+    columns = q.codes.shape[1]
+    group = q.spec.group_size or columns
+    block, bits = block_of(group) or group, stored_bits(q.spec.bits)
+    up = 2 ** (bits - 1) - 2 ** (
+        q.spec.bits - 1
+    )  # a symmetric grid's zero stays in the middle, the operator's default
+    scale, zero = (x.repeat_interleave(group // block, 1) for x in q.grid)
+    return QTensor(q.codes + up, Grid(scale, zero + up), replace(q.spec, bits=bits, group_size=block))

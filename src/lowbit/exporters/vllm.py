@@ -1,0 +1,137 @@
+"""A run in the layout of compressed-tensors that vLLM runs, where that is not the run folder's own.
+
+A run folder is written for stock ``transformers``, which reads activations only beside one int8 a code. vLLM's
+integer kernels (Humming: weights of 2 to 8 bits, activations of 4 or 8) read the packed layout. Codes, scales and
+zeros go over as they are; only their packing changes:
+
+=========================================== ================= ===============================================
+scheme                                      run folder        here
+=========================================== ================= ===============================================
+weights only, symmetric                     pack-quantized    the same
+weights only, asymmetric (4 or 8 bits)      pack-quantized    the same, scales as float16, no ``dequantize``
+activations, symmetric, per token           int-quantized     pack-quantized
+``w8a8-sym``, one scale a row               int-quantized     the same: vLLM's int8 kernels read it
+=========================================== ================= ===============================================
+
+What vLLM takes is from its source of 2026 (``compressed_tensors.py``, ``schemes/``); it has not been run here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.exporters.fit import Misfit, no_kv, no_online, weight_misfit
+from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
+from lowbit.exporters.run import Run, Subject
+from lowbit.exporters.target import Exporter, Options
+from lowbit.models.families import family_of
+from lowbit.quant.affine import QTensor
+from lowbit.quant.compressed_tensors import pack
+from lowbit.runs.folder import MANIFEST
+
+ACT_BITS = (4, 8)
+FREE_ZEROS = (4, 8)  # widths that its kernels have with a zero of their own
+
+
+def limits(subject: Subject) -> Misfit | None:
+    """Activations symmetric at 4 or 8 bits, free zeros at 4 or 8 bits, one format for what runs as one linear."""
+    found = no_online(subject) or no_kv(subject)
+    if found is not None:
+        return found
+    act = subject.scheme.act
+    if act is not None and not act.symmetric:
+        return Misfit("act", "inputs have a range of their own at both ends; vLLM's kernels round symmetrically")
+    if act is not None and act.bits not in ACT_BITS:
+        return Misfit("act", f"inputs at {act.bits} bits; vLLM has 4 and 8")
+    for module, spec in subject.specs.items():
+        if module in (embedding_of(subject.config), "lm_head"):
+            return weight_misfit(subject, module, "vLLM keeps embeddings and head in float")
+        if not spec.symmetric and spec.bits not in FREE_ZEROS:
+            return weight_misfit(subject, module, f"a free zero at {spec.bits} bits; vLLM has it at 4 and 8")
+        if subject.shapes[module][1] % (spec.group_size or 1):
+            return weight_misfit(subject, module, f"groups of {spec.group_size} do not divide its width")
+    return _fused(subject)
+
+
+def _fused(subject: Subject) -> Misfit | None:
+    """vLLM runs linears that read one tensor as one: they need one format."""
+    family = family_of(subject.config)
+    for index in range(subject.config.num_hidden_layers):
+        for group in family.linears:
+            names = [f"{family.blocks}.{index}.{name}" for name in group]
+            if len({subject.specs.get(name) for name in names}) > 1:
+                odd = next(name for name in names if subject.scheme.override(name))
+                beside = next(name for name in names if subject.specs.get(name) != subject.specs.get(odd))
+                return weight_misfit(subject, odd, f"vLLM runs it as one with {beside}, whose format differs")
+    return None
+
+
+def layout_for(subject: Subject) -> str:
+    """The layout that vLLM has a kernel for."""
+    act, weights = subject.scheme.act, set(subject.specs.values())
+    plain = all(spec.bits == 8 and spec.symmetric and spec.group_size is None for spec in weights)
+    return "int-quantized" if act is not None and act.bits == 8 and plain else "pack-quantized"
+
+
+def store(q: QTensor, layout: str) -> dict[str, Tensor]:
+    """A rounded weight as the tensors of the layout, by their names below the module."""
+    return {**pack(q, layout), "weight_scale": q.grid.scale.to(q.spec.scale_dtype)}
+
+
+def quantization_config(run: Run) -> dict[str, Any]:
+    """The run's own ``quantization_config`` with vLLM's layout."""
+    config = {**stored_config(run.folder), "format": layout_for(run.subject)}
+    config.pop("dequantize", None)
+    return config
+
+
+def write(run: Run, path: Path, options: Options) -> list[str]:
+    """Write the folder."""
+    layout = layout_for(run.subject)
+    write_folder(run, path, quantization_config(run), lambda module, q: store(q, layout))
+    return []
+
+
+def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter through the library's own ``decompress``, scales in float32 so that products are exact."""
+    config = stored_config(path)
+    groups = {name: QuantizationScheme.model_validate(group) for name, group in config["config_groups"].items()}
+    library: Any = BaseCompressor.get_value_from_registry(config["format"])
+
+    def value(module: str, stored: Mapping[str, Tensor]) -> Tensor:
+        named = next((g for g in groups.values() if any(_names(t, module) for t in g.targets)), None)
+        scheme = named or next(group for group in groups.values() if "Linear" in group.targets)
+        scales = {"weight_scale": stored["weight_scale"].float()}
+        weight: Tensor = library.decompress({**stored, **scales}, scheme)["weight"].float()
+        if "weight_shape" in stored and stored["weight_shape"].tolist() != list(weight.shape):
+            raise LowbitError(
+                f"weight_shape is {stored['weight_shape'].tolist()}, the codes are {list(weight.shape)}"
+            )
+        return weight
+
+    key = "weight_packed" if config["format"] == "pack-quantized" else "weight_scale"
+    return read_folder(path, key, value)
+
+
+def _names(target: str, module: str) -> bool:
+    return target.startswith("re:") and re.match(target.removeprefix("re:"), module) is not None
+
+
+def other(run: Run, path: Path) -> Iterator[str]:
+    """Files that differ."""
+    return other_files(run, path, quantization_config(run))
+
+
+def _owns(path: Path) -> bool:
+    return owns("compressed-tensors")(path) and not (path / MANIFEST).exists()
+
+
+EXPORTER = Exporter("", limits, write, _owns, read, other)

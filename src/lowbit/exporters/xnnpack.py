@@ -1,0 +1,89 @@
+"""How XNNPACK stores a rounded weight, and which grids that holds.
+
+========== ======================= =========================== ==================
+store      codes                   scales                      grids
+========== ======================= =========================== ==================
+``qbint4`` int4, groups of ``32k`` bfloat16, one a group       sym 2-4, asym 2-3
+``qcint4`` int4                    float32, one a row          sym 2-4, asym 2-3
+``qcint8`` int8                    float32, one a row          sym 5-8, asym 4-7
+========== ======================= =========================== ==================
+
+What is stored is ``code - zero``, so zeros cost nothing where the difference fits. (From the schema and the
+serializer that ``executorch`` 1.5 installs: ``backends/xnnpack``.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.quant.affine import Grid, QTensor, QuantSpec
+
+BLOCK = 32
+
+
+def stored_bits(spec: QuantSpec) -> int:
+    """Bits of a stored ``code - zero``: 4 or 8."""
+    return 4 if spec.bits <= (4 if spec.symmetric else 3) else 8
+
+
+def why_not(spec: QuantSpec, columns: int | None) -> str | None:
+    """Why XNNPACK cannot hold a grid for rows of ``columns`` values; ``None`` if it can.
+
+    ``columns`` is ``None`` for an embedding, which is int8 with float32 scales for groups of any size.
+
+    >>> why_not(QuantSpec(4, 64), 128), why_not(QuantSpec(4, 16), 128)
+    (None, 'groups of 16, XNNPACK has multiples of 32')
+    """
+    size = spec.group_size
+    if spec.bits == 8 and not spec.symmetric:
+        return "a free zero at 8 bits takes 9"
+    if columns is None or size is None or size == columns:
+        return None
+    if stored_bits(spec) == 8:
+        free = "" if spec.symmetric else " with a free zero"
+        return f"{spec.bits} bits{free} are stored as int8, which has one scale a row"
+    if size % BLOCK or columns % size:
+        return f"groups of {size}, XNNPACK has multiples of {BLOCK}"
+    return None
+
+
+def rounds_scales(spec: QuantSpec, columns: int) -> bool:
+    """XNNPACK may have to round the scales: float16 ones of groups become bfloat16."""
+    return spec.group_size not in (None, columns) and spec.scale_dtype != torch.bfloat16
+
+
+def signed_codes(q: QTensor) -> Tensor:
+    """``code - zero`` as int8 ``(out, in)``.
+
+    >>> grid = Grid(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
+    >>> signed_codes(QTensor(torch.tensor([[0, 2, 3]], dtype=torch.uint8), grid, QuantSpec(2))).tolist()
+    [[-2, 0, 1]]
+    """
+    zero = q.grid.zero.repeat_interleave(q.codes.shape[1] // q.grid.zero.shape[1], 1)
+    return (q.codes.to(torch.int16) - zero.to(torch.int16)).to(torch.int8)
+
+
+def stored(q: QTensor) -> QTensor:
+    """The weight as XNNPACK holds it: equal, but for float16 scales of groups, which become bfloat16."""
+    if not rounds_scales(q.spec, q.codes.shape[1]):
+        return q
+    return QTensor(q.codes, Grid(q.grid.scale.to(torch.bfloat16).to(q.grid.scale.dtype), q.grid.zero), q.spec)
+
+
+def unpack(data: bytes, scales: bytes, kind: str, shape: tuple[int, int]) -> Tensor:
+    """Values ``(out, in)`` of a stored weight, in float32; ``kind`` is its name in the table above.
+
+    >>> unpack(bytes([0x79, 0x80]), b"\\x00\\x3f", "qbint4", (1, 4)).tolist()
+    [[0.5, -0.5, -4.0, 0.0]]
+    """
+    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if kind == "qcint8":
+        codes = raw.view(torch.int8).to(torch.float32)
+    else:
+        codes = torch.stack([raw & 15, raw >> 4], -1).to(torch.float32) - 8
+    dtype = torch.bfloat16 if kind == "qbint4" else torch.float32
+    scale = torch.frombuffer(bytearray(scales), dtype=dtype).to(torch.float32)
+    rows, columns = shape
+    grouped = codes.flatten()[: rows * columns].reshape(rows, len(scale) // rows, -1)
+    return (grouped * scale.reshape(rows, -1, 1)).reshape(rows, columns)

@@ -1,0 +1,220 @@
+"""Zero-shot tasks through EleutherAI's lm-eval, with a streamed model behind its interface.
+
+Questions, answers, metrics and versions are lm-eval's own: its task configs are read as they are and only the data
+set is replaced by documents that the caller has. So a score here equals what lm-eval's Hugging Face class gives on
+the same documents (a test compares). Nothing here knows where documents come from or how the model was made.
+
+The papers average over tasks, each over its own: QLLM over five, AffineQuant over six. Both report accuracy for
+PIQA, BoolQ and WinoGrande and, by the size of their figures, length-normalised accuracy for HellaSwag and ARC, from
+harness versions of their time: ``average`` therefore gives both means, and neither compares with a paper's table.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import LowbitError, MissingExtra
+from lowbit.metrics.loglikelihood import Stream, loglikelihoods
+
+CONFIGS = {  # below lm-eval's folder of tasks
+    "piqa": "piqa/piqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "lambada_openai": "lambada/lambada_openai.yaml",
+}
+AVERAGES = {
+    "qllm": ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"),
+    "affinequant": ("piqa", "arc_easy", "winogrande", "boolq", "arc_challenge", "hellaswag"),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one task gave.
+
+    Attributes:
+        metrics: by lm-eval's name: ``acc``, ``acc_norm`` (0 to 1), ``perplexity``.
+        errors: standard errors of the accuracies.
+        documents: how many questions were asked.
+        version: of lm-eval's task.
+    """
+
+    metrics: dict[str, float]
+    errors: dict[str, float]
+    documents: int
+    version: float
+
+
+def harness_version() -> str:
+    """The installed lm-eval's version; ``MissingExtra`` without it."""
+    _harness()
+    return version("lm_eval")
+
+
+def hub_set(task: str) -> tuple[str, str | None, str]:
+    """Where lm-eval's config of a task looks on the hub: repository, its config, and the split that is measured."""
+    config = _config(task)
+    return config["dataset_path"], config.get("dataset_name"), _split(config)
+
+
+def measure(task: str, documents: Sequence[Mapping[str, Any]], lm: Any) -> Measured:
+    """One task over ``documents``, zero-shot; ``lm`` is what ``harness_model`` makes, or any of lm-eval's models.
+
+    Raises:
+        LowbitError: documents that lm-eval's config of the task cannot make questions of.
+    """
+    lm_eval = _harness()
+    with _quiet():
+        made = _task(task, documents)
+        # Without draws, since lm-eval prints to standard output when it draws; accuracies need none.
+        found = lm_eval.evaluator.evaluate(
+            lm=lm, task_dict={"tasks": {task: made}, "groups": {}}, bootstrap_iters=0, log_samples=False
+        )
+    rows = {name.partition(",")[0]: value for name, value in found["results"][task].items()}
+    metrics = {name: float(rows[name]) for name in ("acc", "acc_norm", "perplexity") if name in rows}
+    count = len(made.eval_docs)
+    errors = {name: standard_error(share, count) for name, share in metrics.items() if name != "perplexity"}
+    return Measured(metrics, errors, count, float(made.VERSION))
+
+
+def harness_model(model: Stream, tokenizer: Any, positions: int, title: str) -> Any:
+    """A streamed model as lm-eval's ``LM``; it tokenizes as lm-eval's Hugging Face class does.
+
+    ``positions`` is how many tokens the model can see, ``title`` stands beside the progress bar.
+    """
+    _harness()
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import has_bos_prefix
+
+    class Streamed(TemplateLM):  # type: ignore[misc]  # lm-eval tells no types
+        """Only likelihoods: no task in ``CONFIGS`` asks for text or for rolling likelihoods."""
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            first = tokenizer.bos_token_id
+            return self.eot_token_id if first is None else int(first)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            if add_special_tokens is None and has_bos_prefix(string, tokenizer.decode(self.prefix_token_id)):
+                add_special_tokens = False
+            given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+            return list(tokenizer.encode(string, **given))
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+            return loglikelihoods(model, [(context, answer) for _, context, answer in requests], positions, title)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+            raise NotImplementedError("rolling likelihoods: lowbit evaluate --data measures perplexity")
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+            raise NotImplementedError("tasks that generate text are not among those measured here")
+
+    return Streamed()
+
+
+def average(found: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float] | None:
+    """The plain mean over ``tasks`` of ``acc``, and of ``acc_norm`` where a task has it (else ``acc``).
+
+    ``None`` where a task is missing: a mean over others is another figure.
+
+    >>> average({"piqa": {"acc": 0.5, "acc_norm": 0.75}, "boolq": {"acc": 0.25}}, ["piqa", "boolq"])
+    {'acc': 0.375, 'acc_norm': 0.5}
+    """
+    if any(task not in found for task in tasks):
+        return None
+    rows = [found[task] for task in tasks]
+    return {
+        "acc": sum(row["acc"] for row in rows) / len(rows),
+        "acc_norm": sum(row.get("acc_norm", row["acc"]) for row in rows) / len(rows),
+    }
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share of right answers: ``sqrt(p (1 - p) / (n - 1))``, as lm-eval has it; NaN for one answer.
+
+    >>> standard_error(0.5, 101)
+    0.05
+    """
+    return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.evaluator
+    except ImportError as error:
+        raise MissingExtra("lm_eval", "eval", "--tasks") from error
+    return lm_eval
+
+
+def _config(task: str) -> dict[str, Any]:
+    """lm-eval's config of a task. Its ``TaskManager`` would read all 13,000 of them first."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config: dict[str, Any] = load_yaml(Path(_harness().__file__).parent / "tasks" / CONFIGS[task])
+    return config
+
+
+def _split(config: Mapping[str, Any]) -> str:
+    return str(config.get("test_split") or config["validation_split"])
+
+
+def _task(task: str, documents: Sequence[Mapping[str, Any]]) -> Any:
+    """lm-eval's task over ``documents``, with its requests built."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    class Local(ConfigurableTask):  # type: ignore[misc]
+        """A task whose documents are at hand."""
+
+        def download(self, *_: Any, **__: Any) -> None:
+            self.dataset = {"test": rows}
+
+        def build_all_requests(self, **given: Any) -> None:
+            with redirect_stderr(io.StringIO()):  # a bar that no option turns off, over less than a second
+                super().build_all_requests(**given)
+
+    config = {key: value for key, value in _config(task).items() if key != "tag"}
+    process = config.pop("process_docs", None)
+    config |= {"test_split": "test", "validation_split": None, "training_split": None, "num_fewshot": 0}
+    try:
+        with redirect_stderr(io.StringIO()):
+            rows = datasets.Dataset.from_list([dict(document) for document in documents])
+            rows = process(rows) if process else rows
+        made = Local(config=config)
+        made.set_fewshot_seed(0)  # no shots are drawn, yet lm-eval asks for the generator
+        made.build_all_requests()
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise LowbitError(f"lm-eval cannot make questions of {task} out of these documents ({reason})") from error
+    return made
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's remarks on configs, which are not the user's."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Architectures, decoder blocks as values, and the equivalent transforms between their layers."""

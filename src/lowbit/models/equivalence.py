@@ -1,0 +1,239 @@
+"""Moving an invertible map along an edge of a block: the float function stays, the numbers change.
+
+The contract, tested for every edge of every family: ``run(block, x, move(block, edge, t)) == run(block, x)``.
+Activations are rows ``x``; the map turns them into ``x A^-1`` and a weight ``W`` ``(out, in)`` that reads them
+into ``W A^T`` (AffineQuant, arXiv 2403.12544, section 3). The same code fits and merges: it is differentiable in
+the map and does not touch the block's own parameters.
+
+========== =============================== ===========================================================
+edge       shape of ``map``                what it is
+========== =============================== ===========================================================
+norm       ``(width,)``                    the diagonal of A
+heads      ``(kv, dim)``                   one diagonal per KV head
+heads      ``(kv, dim, dim)``              one matrix A per KV head, shared by its query heads
+channels   ``(width,)``                    the diagonal of A
+qk         ``(kv, rotary / 2)``            rotary: one scale per pair of dimensions
+qk         ``(kv, rotary / 2, 2)``         rotary: ``(a, b)`` of the scaled rotation ``[[a, -b], [b, a]]``
+qk         ``(rotary / 2,)``               rotary, norms on q and k: one scale per pair, shared by heads
+qk         ``(kv, dim)``, ``(kv, dim, dim)`` no rotary embedding: a diagonal or a matrix per head
+========== =============================== ===========================================================
+
+For qk, K becomes ``K C^T`` and Q ``Q C^-1``. A dense matrix after a norm never merges, so it is refused here.
+
+Norm and heads edges also take a shift ``s``: activations become ``(x - s) A^-1``, which costs nothing where both ends
+have a bias (``can_shift``). Over the heads that is exact because the rows of the softmax sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.models.architecture import Edge, Heads, Part, Ref, module_of
+from lowbit.models.block import Block
+
+Params = dict[str, Tensor]
+
+
+def move(
+    block: Block,
+    edge: Edge,
+    map: Tensor,
+    params: Mapping[str, Tensor] | None = None,
+    shift: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> Params:
+    """Parameters with ``map`` moved along ``edge``; all others are passed through.
+
+    Args:
+        block: where the edge lies; its parameters are the start unless ``params`` is given.
+        edge: one of ``block.edges()``.
+        map: see the table above; it must be invertible.
+        params: parameters to start from, for several moves in a row.
+        shift: what is taken from the activations before the map: ``(width,)`` for a norm, ``(kv, dim)`` for heads.
+        inverse: the inverse of a matrix ``map`` where the caller has it already.
+
+    Raises:
+        LowbitError: the map's shape does not fit the edge, or the edge cannot take a shift.
+
+    Example: a norm with gain 2 before a linear with weight 3, and the map 4: the gain becomes 0.5, the weight
+    12, and their product stays 6.
+    """
+    out: Params = dict(block.params if params is None else params)
+    if shift is not None:
+        _shift(block, out, edge, shift)
+    if edge.kind == "norm":
+        _norm(block, out, edge, map)
+    elif edge.kind == "channels":
+        _channels(block, out, edge, map)
+    elif edge.kind == "heads":
+        _heads(block, out, edge, map, inverse)
+    elif block.heads.rotary == 0:
+        _qk_free(block, out, edge, map, inverse)
+    else:
+        _qk_rotary(block, out, edge, map)
+    return out
+
+
+def can_shift(block: Block, edge: Edge) -> bool:
+    """Whether a shift over the edge merges: only over norms and heads, and both ends must have a bias."""
+    ends = [module_of(ref) for ref in (edge.src, *edge.dst)]
+    return edge.kind in ("norm", "heads") and all(f"{end}.bias" in block.params for end in ends)
+
+
+def map_width(block: Block, edge: Edge) -> int:
+    """How many channels a diagonal map over the edge has (for ``heads``: all KV heads together)."""
+    src = block.params[f"{module_of(edge.src)}.weight"]
+    return rows_of(edge.src, block.heads, src.shape[0]).stop - rows_of(edge.src, block.heads, src.shape[0]).start
+
+
+def rows_of(ref: Ref, heads: Heads, rows: int) -> slice:
+    """The output rows of a linear with ``rows`` of them that a reference means.
+
+    >>> rows_of(Part("qkv", "k"), Heads(query=4, kv=2, dim=8, rotary=8), 64)
+    slice(32, 48, None)
+    """
+    if not isinstance(ref, Part):
+        return slice(0, rows)
+    q, kv = heads.query * heads.dim, heads.kv * heads.dim
+    bounds = {
+        "q": (0, q),
+        "k": (q, q + kv),
+        "v": (q + kv, q + 2 * kv),
+        "gate": (0, rows // 2),
+        "up": (rows // 2, rows),
+    }
+    return slice(*bounds[ref.part])
+
+
+def _expect(edge: Edge, map: Tensor, *shapes: tuple[int, ...]) -> None:
+    if tuple(map.shape) not in shapes:
+        allowed = " or ".join(str(shape) for shape in shapes)
+        extra = "; a dense matrix after a norm does not merge" if edge.kind == "norm" and map.ndim == 2 else ""
+        raise LowbitError(f"a map of shape {tuple(map.shape)} for the {edge.kind} edge: expected {allowed}{extra}")
+
+
+def _shift(block: Block, out: Params, edge: Edge, shift: Tensor) -> None:
+    """Take ``shift`` from the source's bias and give its image to the biases behind the edge: ``b + W s``."""
+    if not can_shift(block, edge):
+        raise LowbitError(f"a shift over the {edge.kind} edge from {module_of(edge.src)}: both ends need a bias")
+    spread = shift
+    if edge.kind == "heads":
+        spread = shift.repeat_interleave(block.heads.group, 0).flatten()
+    for dst in edge.dst:
+        name = module_of(dst)
+        out[f"{name}.bias"] = out[f"{name}.bias"] + out[f"{name}.weight"] @ spread
+    name = f"{module_of(edge.src)}.bias"
+    rows, bias = rows_of(edge.src, block.heads, out[name].shape[0]), out[name]
+    out[name] = torch.cat([bias[: rows.start], bias[rows] - shift.flatten(), bias[rows.stop :]])
+
+
+def _norm(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
+    src = module_of(edge.src)
+    gain = out[f"{src}.weight"]
+    _expect(edge, map, tuple(gain.shape))
+    offset = block.family.norm_offset
+    out[f"{src}.weight"] = (gain + offset) / map - offset
+    if f"{src}.bias" in out:
+        out[f"{src}.bias"] = out[f"{src}.bias"] / map
+    for dst in edge.dst:
+        out[f"{module_of(dst)}.weight"] = out[f"{module_of(dst)}.weight"] * map
+
+
+def _channels(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
+    _expect(edge, map, (map_width(block, edge),))
+    _on_rows(block, out, edge.src, lambda rows: rows / _as_rows(map, rows))
+    for dst in edge.dst:
+        out[f"{module_of(dst)}.weight"] = out[f"{module_of(dst)}.weight"] * map
+
+
+def _heads(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
+    heads = block.heads
+    _expect(edge, map, (heads.kv, heads.dim), (heads.kv, heads.dim, heads.dim))
+    # Query head h reads KV head h // group.
+    spread = map.repeat_interleave(heads.group, 0)
+    if map.ndim == 2:
+        _on_rows(block, out, edge.src, lambda rows: rows / _as_rows(map.flatten(), rows))
+        for dst in edge.dst:
+            out[f"{module_of(dst)}.weight"] = out[f"{module_of(dst)}.weight"] * spread.flatten()
+        return
+    back = torch.linalg.inv(map) if inverse is None else inverse
+    # V becomes V A^-1 per head; as rows of the weight that is A^-T W_v.
+    _on_rows(block, out, edge.src, lambda rows: _per_head(back.mT, rows, heads.kv))
+    for dst in edge.dst:
+        name = f"{module_of(dst)}.weight"
+        columns = out[name].unflatten(-1, (heads.query, heads.dim))  # (out, query, dim)
+        out[name] = torch.einsum("ohd,hed->ohe", columns, spread).flatten(-2)
+
+
+def _qk_free(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
+    """Without a rotary embedding: any matrix per KV head."""
+    heads = block.heads
+    _expect(edge, map, (heads.kv, heads.dim), (heads.kv, heads.dim, heads.dim))
+    if map.ndim == 2:
+        map, inverse = torch.diag_embed(map), torch.diag_embed(1 / map)
+    _apply_qk(block, out, edge, map, inverse)
+
+
+def _qk_rotary(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
+    """Under a rotary embedding: a scaled rotation of each pair, which commutes with it."""
+    heads, pairs = block.heads, block.heads.rotary // 2
+    if block.family.qk_norm_per_head:
+        _expect(edge, map, (pairs,))
+        scale = torch.cat([map, map, map.new_ones(heads.dim - heads.rotary)])
+        offset = block.family.norm_offset
+        q, k = f"{module_of(edge.src)}.weight", f"{module_of(edge.dst[0])}.weight"
+        out[q] = (out[q] + offset) / scale - offset
+        out[k] = (out[k] + offset) * scale - offset
+        return
+    _expect(edge, map, (heads.kv, pairs), (heads.kv, pairs, 2))
+    a, b = (map, torch.zeros_like(map)) if map.ndim == 2 else map.unbind(-1)
+    size = a.square() + b.square()
+    # The inverse of a scaled rotation is one too.
+    _apply_qk(block, out, edge, _rotary_matrix(a, b, heads), _rotary_matrix(a / size, -b / size, heads))
+
+
+def _rotary_matrix(a: Tensor, b: Tensor, heads: Heads) -> Tensor:
+    """``(kv, dim, dim)`` from the pairs' ``a`` and ``b`` ``(kv, pairs)``; identity where nothing is rotated."""
+    rest = heads.dim - heads.rotary
+    one = a.new_ones(a.shape[0], rest)
+    blocks = [
+        torch.cat([torch.diag_embed(a), torch.diag_embed(-b)], -1),
+        torch.cat([torch.diag_embed(b), torch.diag_embed(a)], -1),
+    ]
+    turned = torch.nn.functional.pad(torch.cat(blocks, -2), (0, rest, 0, rest))
+    return turned + torch.diag_embed(torch.cat([torch.zeros_like(a), torch.zeros_like(a), one], -1))
+
+
+def _apply_qk(block: Block, out: Params, edge: Edge, c: Tensor, inverse: Tensor | None) -> None:
+    """K rows times C, Q rows times C^-T, ``c`` being ``(kv, dim, dim)``."""
+    heads = block.heads
+    for dst in edge.dst:
+        _on_rows(block, out, dst, lambda rows: _per_head(c, rows, heads.kv))
+    back = (torch.linalg.inv(c) if inverse is None else inverse).mT.repeat_interleave(heads.group, 0)
+    _on_rows(block, out, edge.src, lambda rows: _per_head(back, rows, heads.query))
+
+
+def _per_head(matrix: Tensor, rows: Tensor, count: int) -> Tensor:
+    """``matrix`` ``(count, dim, dim)`` applied to the rows ``(count * dim, ...)`` of a weight or bias."""
+    split = rows.unflatten(0, (count, -1))
+    return torch.einsum("hde,he...->hd...", matrix, split).flatten(0, 1)
+
+
+def _as_rows(map: Tensor, rows: Tensor) -> Tensor:
+    """A factor per row, shaped to multiply the rows of a weight or of a bias."""
+    return map.reshape(-1, *[1] * (rows.ndim - 1))
+
+
+def _on_rows(block: Block, out: Params, ref: Ref, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace the rows that ``ref`` means of a linear's weight, and of its bias where it has one."""
+    for kind in ("weight", "bias"):
+        name = f"{module_of(ref)}.{kind}"
+        if name not in out:
+            continue
+        rows = rows_of(ref, block.heads, out[name].shape[0])
+        whole = out[name]
+        out[name] = torch.cat([whole[: rows.start], change(whole[rows]), whole[rows.stop :]])

@@ -1,0 +1,29 @@
+"""The known architectures: one value each, listed here, found by ``config.architectures``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowbit.errors import LowbitError, unknown
+from lowbit.models.architecture import Family, check_heads
+from lowbit.models.families.gemma import GEMMA2, GEMMA3
+from lowbit.models.families.llama import LLAMA
+from lowbit.models.families.opt import OPT
+from lowbit.models.families.phi import PHI3
+from lowbit.models.families.qwen import QWEN2, QWEN3
+
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a Hugging Face config; an architecture that is not listed is an error, never a default."""
+    given = getattr(config, "architectures", None)
+    if not isinstance(given, list) or not given:
+        raise LowbitError("config.json names no architecture: add 'architectures', for example ['LlamaForCausalLM']")
+    for family in FAMILIES:
+        if given[0] in family.architectures:
+            if reason := family.refuse(config):
+                raise LowbitError(reason)
+            check_heads(family.heads(config))
+            return family
+    raise unknown("architecture", given[0], [name for family in FAMILIES for name in family.architectures])

@@ -1,0 +1,50 @@
+"""OPT: LayerNorm, biases, ReLU, learned positions, no rotary embedding.
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/opt/modeling_opt.py
+"""
+
+from typing import Any
+
+from lowbit.models.architecture import Edge, Family, Heads
+
+LINEARS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.out_proj",),
+    ("fc1",),
+    ("fc2",),
+)
+
+
+def _heads(config: Any) -> Heads:
+    count = config.num_attention_heads
+    return Heads(count, count, config.hidden_size // count, rotary=0)
+
+
+def _refuse(config: Any) -> str | None:
+    if not config.do_layer_norm_before:
+        # The scaled norm output would also feed the residual stream, so no map can move (OPT-350M).
+        return "OPT with layer norms after the residual sum (do_layer_norm_before: false) is not supported"
+    if config.activation_function != "relu":
+        return f"OPT with activation '{config.activation_function}': only relu passes a positive scale through"
+    if not config.layer_norm_elementwise_affine:
+        return "OPT without layer norm gains has nothing that a scale could merge into"
+    return None
+
+
+OPT = Family(
+    name="opt",
+    architectures=("OPTForCausalLM",),
+    blocks="model.decoder.layers",
+    linears=LINEARS,
+    edges=(
+        Edge("norm", "self_attn_layer_norm", LINEARS[0]),
+        Edge("norm", "final_layer_norm", LINEARS[2]),
+        Edge("heads", "self_attn.v_proj", ("self_attn.out_proj",)),
+        Edge("channels", "fc1", ("fc2",), positive=True),
+        Edge("qk", "self_attn.q_proj", ("self_attn.k_proj",)),
+    ),
+    heads=_heads,
+    embed="model.decoder.embed_tokens",
+    flat_mlp=True,
+    refuse=_refuse,
+)

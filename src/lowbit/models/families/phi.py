@@ -1,0 +1,25 @@
+"""Phi-3: q, k, v in one linear, gate and up in another.
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/phi3/modeling_phi3.py
+"""
+
+from dataclasses import replace
+
+from lowbit.models.architecture import Edge, Part
+from lowbit.models.families.llama import LLAMA
+
+QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+
+PHI3 = replace(
+    LLAMA,
+    name="phi3",
+    architectures=("Phi3ForCausalLM",),
+    linears=((QKV,), ("self_attn.o_proj",), (GATE_UP,), ("mlp.down_proj",)),
+    edges=(
+        Edge("norm", "input_layernorm", (QKV,)),
+        Edge("norm", "post_attention_layernorm", (GATE_UP,)),
+        Edge("heads", Part(QKV, "v"), ("self_attn.o_proj",)),
+        Edge("channels", Part(GATE_UP, "up"), ("mlp.down_proj",)),
+        Edge("qk", Part(QKV, "q"), (Part(QKV, "k"),)),
+    ),
+)

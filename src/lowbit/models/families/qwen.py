@@ -1,0 +1,22 @@
+"""Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k, head width of its own).
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/modeling_qwen2.py
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3/modeling_qwen3.py
+"""
+
+from dataclasses import replace
+
+from lowbit.models.architecture import Edge
+from lowbit.models.families.llama import HEADS_AND_CHANNELS, LLAMA, NORMS
+
+# A norm over a head undoes any scale of q_proj or k_proj; what is left is a scale of the two norms' gains.
+QK_NORMS = Edge("qk", "self_attn.q_norm", ("self_attn.k_norm",))
+
+QWEN2 = replace(LLAMA, name="qwen2", architectures=("Qwen2ForCausalLM",))
+QWEN3 = replace(
+    LLAMA,
+    name="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    edges=(*NORMS, *HEADS_AND_CHANNELS, QK_NORMS),
+    qk_norm_per_head=True,
+)

@@ -1,0 +1,73 @@
+"""One Triton kernel: RMS norm, gather and rounding per token, as a runtime for reassembled channels would do it.
+
+Source: QLLM, Liu et al., arXiv 2310.08041, section 3.2, whose own kernel was not published. One program a token: the
+row is read once for ``rstd``, once more in the new order (from cache), and codes leave; the gather has no own pass.
+
+Needs Triton: pip install triton. Runs on a GPU, or anywhere with ``TRITON_INTERPRET=1`` set before the import.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.models.gathered_norm import GatheredRMSNorm
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _kernel(  # type: ignore[no-untyped-def]
+    x, idx, gain, factor, codes, scales, zeros, eps, width, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    whole = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(whole * whole, 0) / width + eps)
+    place = tl.load(idx + column, mask=inside, other=0)
+    value = tl.load(x + row * width + place, mask=inside, other=0.0).to(tl.float32) * rstd
+    value = value * tl.load(gain + place, mask=inside, other=0.0) * tl.load(factor + column, mask=inside, other=0.0)
+    bottom, top = tl.minimum(tl.min(value, 0), 0.0), tl.maximum(tl.max(value, 0), 0.0)
+    scale = (top - bottom) / (HIGH - LOW)
+    scale = tl.where(scale == 0.0, 1.1920929e-07, scale)
+    magic = 12582912.0  # 1.5 * 2**23: adding and taking it away rounds to the nearest integer, ties to even
+    zero = tl.minimum(tl.maximum(LOW - bottom / scale, LOW), HIGH)
+    zero = (zero + magic) - magic
+    code = tl.minimum(tl.maximum(value / scale + zero, LOW), HIGH)
+    code = (code + magic) - magic
+    tl.store(codes + row * width + column, code.to(tl.int8), mask=inside)
+    tl.store(scales + row, scale)
+    tl.store(zeros + row, zero)
+
+
+def norm_gather_quantize(norm: GatheredRMSNorm, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 ``(tokens, width)``, scales and zeros float32 ``(tokens,)``: ``value = (code - zero) * scale``.
+
+    The plain form is ``norm(x)`` and then the asymmetric ``quant.fake_quant_tokens``.
+
+    Args:
+        norm: with a gather ``(2, width)``.
+        x: ``(tokens, width)``, contiguous.
+        bits: 2 to 8.
+
+    Raises:
+        LowbitError: merged channels, or a width of ``x`` that is not the norm's.
+    """
+    if norm.online.shape[0] != 2 or x.ndim != 2 or x.shape[1] != norm.online.shape[1]:
+        raise LowbitError(
+            f"norm_gather_quantize: online {tuple(norm.online.shape)} and x {tuple(x.shape)} given; (2, width) and "
+            "(tokens, width) are allowed: reassemble with assembly 'drop'"
+        )
+    tokens, width = x.shape
+    codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
+    scales, zeros = (torch.empty(tokens, device=x.device) for _ in range(2))
+    gain = (norm.weight.float() + norm.norm_offset).contiguous()
+    arguments: list[Any] = [x.contiguous(), norm.online[0].int(), gain, norm.online[1].float().contiguous()]
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    block = triton.next_power_of_2(width)
+    _kernel[(tokens,)](*arguments, codes, scales, zeros, norm.eps, width, LOW=low, HIGH=high, BLOCK=block)
+    return codes, scales, zeros

@@ -1,0 +1,265 @@
+"""End-to-end correction: what the blocks' fits could not see, learned against the float model's own distributions.
+
+Every learned step before this one fits hidden states, a block or a window at a time. What counts in the end is the
+next-token distribution, and an error weighs as much as the blocks behind it make of it. Here all blocks are corrected
+at once, towards the least mean of ``KL(float || quantized)`` over calibration tokens, in nats a token: a low-rank
+pair ``B A`` for every rounded linear (as in QLLM's correction, Liu et al. 2024, arXiv 2310.08041, section 3.3, whose
+window is four blocks), the ends of the weights' ranges (scales and zeros: Chen et al. 2024, EfficientQAT, arXiv
+2407.11062, section 3.3) and the norms' gains. Everything merges: ``fake_quant(W + B A / r)`` is both what is trained
+and what ships, on a grid whose scale is stored as it is used.
+
+The weights in memory are those of one block. A step runs the blocks one after another from files
+(``runs/latent_weights.py``), keeps nothing but each block's input, and on the way back runs each block again
+to differentiate it: gradient checkpointing with the weights on disk. What is learned stays in memory: pairs, ends,
+gains, Adam's moments.
+
+The start is the model that would have shipped; the end is the best on held-out sequences, so the start if nothing is
+better. After each epoch the state goes to disk, and a run that was killed goes on from there with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lowbit.analysis.linear_error import damages
+from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
+from lowbit.methods.training import Fitted, fit
+from lowbit.methods.tune import Tune
+from lowbit.models.architecture import module_of
+from lowbit.models.block import Block, run, run_all
+from lowbit.models.offload import Rows
+from lowbit.pipeline.runner import Walk, entered
+from lowbit.progress import say
+from lowbit.quant.affine import Grid, QuantSpec, quantize, range_grid
+from lowbit.quant.inductor import on_grid
+from lowbit.runs.folder import RUN, block_file, notes_file, pictures_file
+from lowbit.runs.latent_weights import Latents, latent, latent_file, started
+
+FIRST = "first"  # in .run: the folder of what the steps before this one make
+STATE = "tune.safetensors"
+LOGIT_BYTES = 1 << 27  # logits of one model that are held at once
+
+
+def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
+    """Run a recipe's steps and correct their result end to end: writes every block's shard of ``walk``'s folder.
+
+    Args:
+        options: the step.
+        walk: of the run; what it finds in its folder afterwards it only measures.
+        ids: calibration tokens ``(sequences, length)``.
+    """
+    layers = len(walk.skeleton.layers)
+    if all((walk.out / block_file(index)).exists() for index in range(layers)):
+        return
+    first = replace(walk, out=walk.out / RUN / FIRST, latents=True, rows=[], observed={})
+    (first.out / RUN).mkdir(parents=True, exist_ok=True)
+    y_fp = first.walk(ids)
+    began = time.monotonic()
+    tuning = Tuning(options, first, ids, y_fp)
+    fitted = fit(
+        tuning.groups(),
+        tuning.loss,
+        len(ids),
+        options.schedule(),
+        begin=tuning.begin,
+        keep=walk.out / RUN / STATE,
+        ahead=tuning.rows.prepare,
+    )
+    for note in _notes(fitted):
+        say(note)
+    x = tuning.teacher.start(ids[:1].to(walk.device))
+    for index in range(layers):
+        block, float_block = tuning.rounded(index, fitted), first.float_block(index)
+        if not (walk.out / block_file(index)).exists():
+            before = read_json(first.out / notes_file(index))["seconds"]
+            walk.write(block, damages(block, x, walk.scheme), before + (time.monotonic() - began) / layers)
+        x = run_all(float_block, x)
+
+
+class Tuning:
+    """The fit: what is learned, the loss, and the rounded blocks at its end."""
+
+    def __init__(self, options: Tune, first: Walk, ids: Tensor, y_fp: Tensor) -> None:
+        """Take over from ``first``, whose files are all there; ``y_fp`` is the float model's last hidden state."""
+        self.options, self.scheme, self.device, self.folder = options, first.scheme, first.device, first.out
+        self.teacher, self.student = first.skeletons(ids)
+        x = entered(self.student, ids, self.device)
+        self.rows = Rows(torch.device(self.device), x, y_fp, ids.to(self.device))
+        self.layers = range(len(self.student.layers))
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        self.ends: dict[str, tuple[Tensor, ...]] = {}
+        self.gains: dict[str, Tensor] = {}
+        self.begun = 0
+        for index in self.layers:
+            self._start(index)
+        self.rate = options.rate(self.lost(len(ids))) if options.scale else 1.0
+
+    @torch.no_grad()
+    def lost(self, sequences: int) -> float:
+        """The divergence before the first step, of up to four training sequences, in nats a token."""
+        train, _ = self.options.schedule().split(sequences)
+        return float(self.loss(train[:4]))
+
+    def _start(self, index: int) -> None:
+        """Leaves of a layer: corrections of 0, ends where they are, gains as they are."""
+        generator = torch.Generator().manual_seed(index)
+        block, latents = self._read(index)
+        for name, grid in latents.grids.items():
+            rows, columns = latents.places[name].shape
+            rank = min(self.options.rank, rows, columns)
+            down = (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
+            up = torch.zeros(rows, rank, device=self.device)
+            self.pairs[name] = up.requires_grad_(), down.to(self.device).requires_grad_()
+            if self.options.ends:
+                spec = block.weight_spec(name, self.scheme)
+                sides = 1 if spec is not None and spec.symmetric else 2
+                self.ends[name] = tuple(torch.zeros_like(grid.scale).requires_grad_() for _ in range(sides))
+        if self.options.norms:
+            for norm in {f"{module_of(edge.src)}.weight" for edge in block.edges() if edge.kind == "norm"}:
+                self.gains[norm] = block.params[norm].clone().requires_grad_()
+
+    def _read(self, index: int) -> tuple[Block, Latents]:
+        """A layer from its file: what is not rounded as a block, and the rest."""
+        file = Checkpoint(self.folder, [latent_file(index)])
+        latents = Latents({name: value.to(self.device) for name, value in file.read(file.names).items()})
+        return replace(self.student.block(index, latents.params), online=latents.online), latents
+
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        """What is learned, with learning rates."""
+        options = self.options
+        return [
+            ([leaf for pair in self.pairs.values() for leaf in pair], self.rate * options.lr),
+            ([leaf for both in self.ends.values() for leaf in both], self.rate * options.lr_ends),
+            ([self.gains[name] for name in sorted(self.gains)], self.rate * options.lr_norms),
+        ]
+
+    def begin(self, epoch: int) -> None:
+        """Say where the fit is, since an epoch goes through the whole model for every sequence."""
+        if epoch > self.begun:
+            say(f"tune: epoch {epoch} of {self.options.epochs}")
+            self.begun = epoch
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        """The mean divergence, in nats a token, over the chosen sequences; differentiable in all leaves."""
+        x, y_fp, ids = self.rows(chosen)
+        for index in self.layers:
+            if torch.is_grad_enabled():
+                x = checkpoint(self._through, index, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._through(index, x)
+        return self._divergence(x, y_fp, ids)
+
+    def _through(self, index: int, x: Tensor) -> Tensor:
+        """Hidden states through a layer as it will ship."""
+        block, latents = self._read(index)
+        rounded = {
+            f"{name}.weight": on_grid(weight, grid, spec)
+            for name, (weight, grid, spec) in self._linears(block, latents).items()
+        }
+        return run(block, x, {**block.params, **self._own_gains(index), **rounded}, self.scheme)
+
+    def _own_gains(self, index: int) -> dict[str, Tensor]:
+        return {name: value for name, value in self.gains.items() if name.startswith(f"{index}.")}
+
+    def _linears(self, block: Block, latents: Latents) -> dict[str, tuple[Tensor, Grid, QuantSpec]]:
+        """Weight with its correction, grid and format of each rounded linear."""
+        out = {}
+        for name, grid in latents.grids.items():
+            spec = block.weight_spec(name, self.scheme)
+            assert spec is not None
+            up, down = self.pairs[name]
+            weight = latent(latents.places[name], grid) + (up @ down) / up.shape[1]
+            if name in self.ends:
+                bottom, top = started(grid, spec)
+                low, high = self.ends[name][0], self.ends[name][-1]
+                grid = range_grid(bottom * low.exp(), top * high.exp(), spec)
+            out[name] = weight, grid, spec
+        return out
+
+    def _divergence(self, hidden: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """``KL(float || quantized)`` from the last block's outputs ``(sequences, length, hidden)``, mean over tokens.
+
+        Logits of few positions at a time are made and differentiated at once; nothing of them is kept but the
+        gradient with respect to ``hidden``.
+        """
+        wanted = torch.is_grad_enabled()
+        leaf = hidden.detach().requires_grad_(wanted)
+        tokens, vocabulary = ids.numel(), self.student.config.vocab_size
+        total = torch.zeros((), device=hidden.device)
+        positions = torch.arange(ids.shape[1], device=hidden.device)
+        for keep in positions.split(max(1, LOGIT_BYTES // (4 * vocabulary * len(ids)))):
+            with torch.no_grad():
+                exact = self.teacher.logits(ids, y, keep).float().log_softmax(-1)
+            got = self.student.logits(ids, leaf, keep).float().log_softmax(-1)
+            part = (exact.exp() * (exact - got)).sum() / tokens
+            if wanted:
+                part.backward()
+            total += part.detach()
+        return _Known.apply(hidden, total, leaf.grad) if wanted else total
+
+    @torch.no_grad()
+    def rounded(self, index: int, fitted: Fitted) -> Block:
+        """A layer as it ships, with what its steps and this one have to say."""
+        block, latents = self._read(index)
+        linears = self._linears(block, latents)
+        kept = read_json(self.folder / notes_file(index))
+        steps: dict[str, Any] = {**kept["record"].get("steps", {})}
+        notes = list(kept["notes"])
+        if index == 0:
+            steps["tune"] = _record(fitted) | {"rate": self.rate}
+            notes += _notes(fitted)
+        pictures: Mapping[str, Tensor] = {}
+        if (self.folder / pictures_file(index)).exists():
+            file = Checkpoint(self.folder, [pictures_file(index)])
+            pictures = file.read(file.names)
+        return replace(
+            block,
+            params={
+                **block.params,
+                **{name: value.detach() for name, value in self._own_gains(index).items()},
+                **{f"{name}.weight": weight for name, (weight, _, _) in linears.items()},
+            },
+            qweights={name: quantize(*linear) for name, linear in linears.items()},
+            notes=tuple(notes),
+            record={index: steps} if steps else {},
+            pictures=pictures,
+        )
+
+
+def _notes(fitted: Fitted) -> list[str]:
+    """What a reader of the report must know."""
+    nothing = [] if fitted.best else ["nothing learned was better on held-out sequences; nothing was corrected"]
+    return [f"tune: {note}" for note in [*fitted.notes, *nothing]]
+
+
+def _record(fitted: Fitted) -> dict[str, Any]:
+    """Figures for the report; losses are in nats a token."""
+    return {
+        "loss": fitted.train,
+        "held_out": [value if math.isfinite(value) else None for value in fitted.held_out],
+        "best_epoch": fitted.best,
+        "skipped_steps": fitted.skipped,
+        "unit": "nats a token",
+    }
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradient with respect to ``x`` is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad[0] * gradient, None, None

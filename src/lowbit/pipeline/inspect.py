@@ -1,0 +1,81 @@
+"""What ``lowbit inspect MODEL`` tells before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowbit.checkpoints.resolve import load_config, resolve
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.models.architecture import Edge, Part, Ref
+from lowbit.models.skeleton import Skeleton
+from lowbit.models.validate import building, check_tensors, refuse_foreign_quantization, shapes_of
+from lowbit.pipeline.estimate import estimate
+from lowbit.pipeline.recipe import load_recipe, with_effort
+from lowbit.quant.scheme import load_scheme
+from lowbit.runs.folder import manifest_of
+from lowbit.runs.plan import check_length, check_sizes, make_plan
+
+
+def inspect_model(
+    model: str,
+    scheme: str,
+    recipe: str,
+    samples: int,
+    length: int,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Facts and estimates as plain data; for a run folder, what was done in place of estimates."""
+    check_sizes(samples, length)
+    source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    config = load_config(source.folder, trust_remote_code)
+    manifest = manifest_of(source.folder)
+    refuse_foreign_quantization(config, manifest, source.folder)
+    with building(source.folder):
+        skeleton = Skeleton(config, trust_remote_code)
+    checkpoint = Checkpoint(source.folder)
+    family, heads = skeleton.family, skeleton.heads
+    facts: dict[str, Any] = {
+        "model": source.name,
+        "architecture": config.architectures[0],
+        "family": family.name,
+        "blocks": len(skeleton.layers),
+        "hidden": config.hidden_size,
+        "heads": f"{heads.query} query, {heads.kv} key/value, width {heads.dim}, {heads.rotary} of it rotary",
+        "tied_embeddings": skeleton.tied,
+        "linears": [" + ".join(group) for group in family.linears],
+        "edges": [_edge_text(edge) for edge in family.edges],
+        "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
+    }
+    if manifest is not None:
+        steps = [next(iter(step)) for step in manifest["recipe"]["steps"]]
+        return facts | {
+            "scheme": manifest["scheme"]["scheme"],
+            "recipe": " -> ".join(steps),
+            "bits_per_weight": round(manifest["bits_per_weight"], 4),
+            "loads_in_transformers": manifest["transformers"]["loads"],
+            "relative_error_of_last_block": manifest["blocks"][-1]["relative_error"],
+        }
+    check_tensors(checkpoint, shapes_of(skeleton), family.blocks, {})
+    chosen, formats = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
+    plan = make_plan(skeleton, formats)
+    check_length(config, length)
+    guess = estimate(skeleton, plan, chosen, formats, samples, length)
+    return facts | {
+        "parameters": plan.quantized_weights + plan.float_weights,
+        "scheme": formats.name,
+        "recipe": chosen.name,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "estimated_memory_bytes": guess.memory_bytes,
+        "estimated_disk_bytes": guess.disk_bytes,
+        "estimated_seconds_at_least": round(guess.seconds, 1),
+    }
+
+
+def _edge_text(edge: Edge) -> str:
+    return f"{edge.kind}: {_ref_text(edge.src)} -> {', '.join(map(_ref_text, edge.dst))}"
+
+
+def _ref_text(ref: Ref) -> str:
+    return f"{ref.part} of {ref.module}" if isinstance(ref, Part) else ref

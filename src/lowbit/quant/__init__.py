@@ -1,0 +1,1 @@
+"""Number formats and their arithmetic, schemes, runtimes' own arithmetic, compressed-tensors layouts."""

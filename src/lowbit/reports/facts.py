@@ -1,0 +1,81 @@
+"""What a report is made from: plain data, gathered by ``lowbit.reports.build``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Somewhere a run could go: a loader, or a format of ``lowbit export``.
+
+    Attributes:
+        name: as a person would ask for it.
+        carries: whether it can; ``None`` where that could not be found out.
+        why: why not, or what to do to find out.
+    """
+
+    name: str
+    carries: bool | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run.
+
+    Attributes:
+        name: its folder's, made different where two are alike.
+        manifest: the content of ``lowbit.json``.
+        timing: for each block its seconds and the process's peak memory in bytes so far.
+        size_bytes: of its weights on disk.
+        targets: where it can run.
+        command: repeats it; ``recipe`` is the YAML file that the command needs, if any.
+        scores: entries as in ``lowbit.evaluation.results``.
+        block_error: by text, the error after each block against the float model from the embeddings on
+            (``lowbit compare``).
+        peaks: for the linears that read one tensor the largest absolute value of each channel, ``(blocks, in)``, in
+            the float model and in the run.
+        pictures: learned matrices by block, step and site.
+    """
+
+    name: str
+    manifest: Mapping[str, Any]
+    timing: Sequence[Mapping[str, Any]]
+    size_bytes: int
+    targets: Sequence[Target]
+    command: str
+    recipe: str | None = None
+    scores: Sequence[Mapping[str, Any]] = ()
+    block_error: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    peaks: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
+    pictures: Mapping[tuple[int, str, str], Array] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> Sequence[Mapping[str, Any]]:
+        """The manifest's rows, one for each block."""
+        rows: Sequence[Mapping[str, Any]] = self.manifest["blocks"]
+        return rows
+
+
+@dataclass(frozen=True)
+class FloatFacts:
+    """A float model that runs were made from: its name and what was measured on it."""
+
+    name: str
+    scores: Sequence[Mapping[str, Any]] = ()
+
+
+def place_of(linear: str, modules: Sequence[str]) -> int:
+    """Where a linear, named without its layer, comes first in execution order; behind all if it does not.
+
+    >>> place_of("mlp.up_proj", ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"])
+    1
+    """
+    return next((at for at, name in enumerate(modules) if name.endswith(f".{linear}")), len(modules))

@@ -1,0 +1,61 @@
+"""What a run saw on its way, for the report: each channel's largest activation, and pictures of learned matrices.
+
+Activations are watched in the passes that a run makes anyway, so that looking costs nothing: in the float block on
+the float stream, and in the block as it ships on the quantized one. All goes into one file beside the shards, in
+bfloat16: it is looked at, never computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.checkpoints.safetensors_folder import Checkpoint, write_tensors
+from lowbit.models.block import Block
+
+OBSERVED = "lowbit-observed.safetensors"
+FLOAT, QUANTIZED, MAP = "float", "quantized", "map"  # first words of the names in the file
+
+
+@contextmanager
+def watched(block: Block) -> Iterator[dict[str, Tensor]]:
+    """Within it, runs of ``block`` note the largest absolute value of each channel ``(in,)`` that linears read.
+
+    Keys are a layer's index and the linears that read the tensor: ``7.mlp.gate_proj+mlp.up_proj``. Values are taken
+    before a linear's input is rounded, else a channel below half a step would look as if it were not there: hooks run
+    in the order in which they were registered, and those that round come later.
+    """
+    peaks: dict[str, Tensor] = {}
+
+    def watch(key: str, linear: nn.Module) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found = args[0].detach().flatten(0, -2).abs().amax(0)
+            peaks[key] = torch.maximum(peaks[key], found) if key in peaks else found
+
+        return linear.register_forward_pre_hook(hook)
+
+    with ExitStack() as stack:
+        for layer, index in zip(block.layers, block.indices, strict=True):
+            for group in block.family.linears:
+                hook = watch(f"{index}.{'+'.join(group)}", layer.get_submodule(group[0]))
+                stack.callback(hook.remove)
+        yield peaks
+
+
+def write_observed(out: Path, found: Mapping[str, Tensor]) -> None:
+    """Write everything that was seen to its file in the run folder ``out``."""
+    write_tensors(out / OBSERVED, {name: value.to("cpu", torch.bfloat16) for name, value in found.items()})
+
+
+def read_observed(folder: Path) -> dict[str, Tensor]:
+    """What a run saw, in float32, by ``float.7.mlp.down_proj``, ``quantized.7...`` and ``map.7.affinequant.heads``;
+    empty for a run of a version that did not look."""
+    if not (folder / OBSERVED).exists():
+        return {}
+    file = Checkpoint(folder, [OBSERVED])
+    return file.read(file.names, torch.float32)

@@ -1,0 +1,176 @@
+"""A model read from disk block by block: what evaluation needs, at the memory of one block.
+
+It takes a float checkpoint or a finished run folder. For a run folder the blocks are those that ship: codes read
+back from the shards, inputs of linears and Q, K, V rounded as the scheme says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoints.resolve import load_config
+from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
+from lowbit.errors import LowbitError
+from lowbit.models.block import Block, run_all
+from lowbit.models.skeleton import Skeleton
+from lowbit.models.validate import building, check_tensors, check_tied, refuse_foreign_quantization, shapes_of
+from lowbit.progress import track
+from lowbit.quant.affine import QuantSpec
+from lowbit.quant.scheme import Scheme, simulated_on
+from lowbit.runs.folder import dequantized, manifest_of, manifest_specs, read_block
+
+# Hidden states of this many bytes are held at once; longer texts are done in several passes over the blocks.
+HELD_BYTES = 1 << 30
+
+
+class StreamedModel:
+    """A causal language model on disk.
+
+    Attributes:
+        config: its Hugging Face config.
+        scheme: the run's scheme; ``None`` for a float checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+        runs_on: str | None = None,
+    ) -> None:
+        """Open ``folder``; embeddings and head are read now, blocks when they are needed.
+
+        ``runs_on`` names a runtime whose inputs are simulated, or ``float``; by default the one the run was made for.
+        """
+        manifest = manifest_of(folder)
+        self.config: Any = load_config(folder, trust_remote_code)
+        refuse_foreign_quantization(self.config, manifest, folder)
+        self.device, self.dtype = device, dtype
+        self.scheme: Scheme | None = None
+        self._specs: dict[str, QuantSpec] = {}
+        self._layout = ""
+        if manifest is not None:
+            self.scheme, self._specs, self._layout = manifest_specs(manifest)
+        self.scheme = simulated_on(self.scheme, runs_on)
+        self.checkpoint = Checkpoint(folder)
+        with building(folder):
+            self.skeleton = Skeleton(self.config, trust_remote_code)
+        check_tensors(self.checkpoint, shapes_of(self.skeleton), self.skeleton.family.blocks, self._specs)
+        check_tied(self.checkpoint, self.skeleton)
+        rest = dequantized(self.checkpoint, self.skeleton.rest_names, self._specs, self._layout)
+        self.skeleton.fill({name: value.to(device, dtype) for name, value in rest.items()})
+        self.skeleton.model.to(device)
+        head = self.skeleton.family.head
+        if self.scheme and head in self._specs and (inputs := self.scheme.inputs(head)) is not None:
+            self.skeleton.round_head_input(inputs)
+
+    def block(self, index: int) -> Block:
+        """Layer ``index``, read now."""
+        if self.scheme is not None:
+            return read_block(self.checkpoint, self.skeleton, index, self._specs, self._layout, self.device)
+        params = block_params(self.checkpoint, self.skeleton.family.blocks, index, self.skeleton.layers[index])
+        return self.skeleton.block(index, {name: value.to(self.device) for name, value in params.items()})
+
+    @property
+    def width(self) -> int:
+        """Bytes of one token's hidden state."""
+        return int(self.config.hidden_size) * self.dtype.itemsize
+
+    @property
+    def blocks(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.skeleton.layers)
+
+    def check_length(self, length: int) -> None:
+        """Refuse windows that are longer than the model's positions."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit and length > limit:
+            raise LowbitError(f"length {length} given; this model's positions end at {limit}: use --length {limit}")
+
+    def enter(self, ids: Tensor) -> Tensor:
+        """What block 0 is called with for ``ids`` ``(windows, length)``: ``(windows, length, hidden)``."""
+        return self.skeleton.start(ids.to(self.device))
+
+    def through(self, index: int, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Batches of hidden states through block ``index``, which is read now and held no longer.
+
+        Their lengths may differ; ``enter`` has seen each of them since the last ``forget``.
+        """
+        block = self.block(index)
+        params = block.quantized_params()
+        return [
+            run_all(self.skeleton.fitted(block, x.shape[1]), x, params, self.scheme, batch=len(x)) for x in batches
+        ]
+
+    def scores(self, ids: Tensor, hidden: Tensor, start: int, stop: int) -> Tensor:
+        """Logits ``(windows, stop - start, vocabulary)`` at positions ``start`` to ``stop`` of the windows."""
+        keep = torch.arange(start, stop, device=self.device)
+        return self.skeleton.logits(ids.to(self.device), hidden, keep)
+
+    def token_scores(self, hidden: Tensor) -> Tensor:
+        """Logits ``(tokens, vocabulary)`` of tokens ``(tokens, hidden)`` from anywhere: norm and head mix none."""
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+        return self.skeleton.logits(ids, hidden[None])[0]
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, batch: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(ids, logits)`` in batches, ``(b, length)`` and ``(b, length, vocabulary)``, in the given order.
+
+        ``ids`` is ``(sequences, length)``, unpadded. Every block is read once for each gigabyte of hidden states.
+        """
+        for _, some, found in self.logits_of([ids], batch):
+            yield some, found
+
+    @torch.no_grad()
+    def logits_of(self, texts: Sequence[Tensor], batch: int = 4) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """``logits`` of several texts in one pass over the blocks: ``(which text, ids, logits)``, texts in order.
+
+        No batch holds windows of two texts, so that each comes out with the very bits that it has alone.
+        """
+        for which, ids, hidden in self.last_hidden(texts, batch):
+            yield which, ids, self.skeleton.logits(ids, hidden)
+
+    @torch.no_grad()
+    def last_hidden(
+        self, texts: Sequence[Tensor], batch: int = 4, title: str = "blocks"
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The last block's output ``(which text, ids, (windows, length, hidden))``, in batches of one text each.
+
+        Texts may differ in length. Every block is read once for each gigabyte of hidden states; ``title`` stands
+        beside the bar of each such pass.
+        """
+        for text in texts:
+            self.check_length(text.shape[1])
+        groups = list(passes(texts, self.width, batch))
+        for number, some in enumerate(groups, 1):
+            self.skeleton.forget()
+            xs = [self.enter(ids) for _, ids in some]
+            part = f"{title} {number}/{len(groups)}" if len(groups) > 1 else title
+            for index in track(range(self.blocks), part):
+                xs = self.through(index, xs)
+            for (which, ids), hidden in zip(some, xs, strict=True):
+                yield which, ids.to(self.device), hidden
+
+
+def passes(texts: Sequence[Tensor], width: int, batch: int = 4) -> Iterator[list[tuple[int, Tensor]]]:
+    """Batches ``(which text, ids)`` of ``batch`` windows at most, in groups that go over the blocks together.
+
+    A group's hidden states, ``width`` bytes a token, fit into ``HELD_BYTES``; it holds one batch at least.
+    """
+    group: list[tuple[int, Tensor]] = []
+    held = 0
+    for which, text in enumerate(texts):
+        for ids in text.split(batch):
+            if group and held + ids.numel() * width > HELD_BYTES:
+                yield group
+                group, held = [], 0
+            group.append((which, ids))
+            held += ids.numel() * width
+    if group:
+        yield group
