@@ -52,8 +52,8 @@ def agreement(folder: Path, session: Session, ids: list[int]) -> dict[str, Any]:
         return list(itertools.islice(session.greedy(given), tokens))
 
     with torch.no_grad():
-        for name, runs_on in (("float inputs", "float"), ("XNNPACK's inputs", "executorch")):
-            model = lowbit.load(folder, runs_on=runs_on)
+        for name, target in (("float inputs", "float"), ("XNNPACK's inputs", "executorch")):
+            model = lowbit.load(folder, target=target)
             out[name] = relative_error(logits, model(torch.tensor([ids])).logits[0])
         for module in run.rounded:
             model.get_submodule(module).weight.data = stored(run.qtensor(module)).dequantize()

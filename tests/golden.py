@@ -151,7 +151,7 @@ def make(name: str, run: Run, place: Path) -> dict[str, str]:
     else:
         recipe = recipe_from_dict(recipe, name)
     if run.get("target"):
-        more["runs_on"] = run["target"]
+        more["target"] = run["target"]
     out = place / "runs" / name.replace(" ", "-").replace("/", "-")
     model = "demo" if family is None else str(place / family)
     lowbit.quantize(model, out, scheme=run["scheme"], recipe=recipe, overrides=run.get("overrides"), **more)

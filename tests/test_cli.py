@@ -136,7 +136,7 @@ def test_evaluate_equals_a_plain_loop_for_every_text(model, command):
     code, out, err = command("evaluate", model, "--data", texts[0], "--data", texts[1], "--length", "64", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    facts = {"runs_on", "special", "scheme", "bits_per_weight", "fingerprint"}
+    facts = {"target", "special", "scheme", "bits_per_weight", "fingerprint"}
     assert set(found) == {"model", "perplexity", "tokens", "length", "seconds", "data_hash", *facts}
     assert found["length"] == 64
     assert found["tokens"] == {texts[0]: 3000 // 64 * 64, texts[1]: 700 // 64 * 64}

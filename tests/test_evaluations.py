@@ -75,7 +75,7 @@ def test_evaluate_keeps_its_result_with_a_run_and_leaves_a_float_model_alone(tmp
 def test_tasks_and_their_averages_are_entries_in_percent():
     row = {"metrics": {"acc": 0.5, "perplexity": 8.0}, "errors": {"acc": 0.02}, "documents": 40, "version": 1.0}
     tasks = {name: {**row, "data_hash": name} for name in ("piqa", "lambada_openai")}
-    protocol = {"shots": 0, "special": "", "limit": 40, "seed": 3, "lm_eval": "0.4", "runs_on": None}
+    protocol = {"shots": 0, "special": "", "limit": 40, "seed": 3, "lm_eval": "0.4", "target": None}
     means = {"qllm": {"tasks": list(tasks), "acc": 0.5, "acc_norm": 0.25}}
     told = {"zero_shot": {"tasks": tasks, "averages": means, "protocol": protocol, "fingerprint": "f"}}
     whose, entries = results_of(told)

@@ -133,7 +133,7 @@ def test_a_scheme_says_what_it_runs_on() -> None:
     assert scheme.inputs("model.layers.0.mlp.up_proj") == Inputs(scheme.weight, "executorch")
     assert for_runtime(parse_scheme("w4a16"), "vllm").inputs("x") is None
     assert for_runtime(parse_scheme("w4a8-sym"), "vllm").inputs("x") == Inputs(QuantSpec(8))
-    assert "runs_on" not in scheme_to_dict(parse_scheme("w4a16"))
+    assert "target" not in scheme_to_dict(parse_scheme("w4a16"))
     with pytest.raises(LowbitError, match=r"unknown runtime 'llamacpp': did you mean 'llama.cpp'"):
         for_runtime(parse_scheme("w4a16"), "llamacpp")
 
@@ -163,12 +163,12 @@ def logits(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized(tmp_path_factory.mktemp("for"), None, runs_on="llama.cpp", recipe="gptq")
+    return quantized(tmp_path_factory.mktemp("for"), None, target="llama.cpp", recipe="gptq")
 
 
 def test_a_run_for_llama_cpp_takes_its_scheme_and_its_arithmetic(made: Path) -> None:
     manifest = json.loads((made / "lowbit.json").read_text())
-    assert manifest["scheme"] == {"scheme": "w4a16g32-sym", "overrides": [], "runs_on": "llama.cpp"}
+    assert manifest["scheme"] == {"scheme": "w4a16g32-sym", "overrides": [], "target": "llama.cpp"}
     assert manifest["transformers"]["loads"]
     assert "llama.cpp: int8 blocks of 32" in manifest["transformers"]["inputs"]
     assert "computes with float inputs" in (made / "README.md").read_text()
@@ -183,21 +183,21 @@ def test_inputs_can_be_those_of_another_runtime_or_float(made: Path) -> None:
     ids = tiny_ids(2)
     with torch.no_grad():
         stock = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)(ids).logits
-        assert torch.allclose(lowbit.load(made, runs_on="float")(ids).logits, stock, atol=1e-5)
-        xnnpack = lowbit.load(made, runs_on="executorch")(ids).logits
+        assert torch.allclose(lowbit.load(made, target="float")(ids).logits, stock, atol=1e-5)
+        xnnpack = lowbit.load(made, target="executorch")(ids).logits
         assert not torch.allclose(xnnpack, stock, atol=1e-4)
-        assert torch.equal(lowbit.load(made, runs_on="llama.cpp")(ids).logits, lowbit.load(made)(ids).logits)
+        assert torch.equal(lowbit.load(made, target="llama.cpp")(ids).logits, lowbit.load(made)(ids).logits)
     text = str(made.parent / "model" / "calib.txt")
-    found = {name: lowbit.evaluate(str(made), text, 32, 640, runs_on=name) for name in (None, "float", "onnxruntime")}
-    assert [one.runs_on for one in found.values()] == ["llama.cpp", None, "onnxruntime"]
+    found = {name: lowbit.evaluate(str(made), text, 32, 640, target=name) for name in (None, "float", "onnxruntime")}
+    assert [one.target for one in found.values()] == ["llama.cpp", None, "onnxruntime"]
     assert len({one.perplexity[text] for one in found.values()}) == 3
 
 
 def test_rounding_inputs_that_are_float_or_rounded_already_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match="this is a float model"):
-        lowbit.load(made.parent / "model", runs_on="llama.cpp")
+        lowbit.load(made.parent / "model", target="llama.cpp")
     with pytest.raises(LowbitError, match="scheme w4a8, which has a format of its own"):
-        lowbit.load(quantized(tmp_path, "w4a8"), runs_on="llama.cpp")
+        lowbit.load(quantized(tmp_path, "w4a8"), target="llama.cpp")
 
 
 def test_methods_calibrate_on_what_will_run(made: Path, tmp_path: Path) -> None:
@@ -228,7 +228,9 @@ def test_what_llama_cpp_cannot_carry_is_refused_before_any_work(
     save_tiny(tmp_path / "model", "llama")
     text, out = str(tmp_path / "model" / "calib.txt"), tmp_path / "run"
     sizes = ["--data", text, "--samples", "2", "--length", "16", "--recipe", "rtn"]
-    assert call(["quantize", str(tmp_path / "model"), "--out", str(out), "--for", "llama.cpp", *sizes, *options]) == 2
+    assert (
+        call(["quantize", str(tmp_path / "model"), "--out", str(out), "--target", "llama.cpp", *sizes, *options]) == 2
+    )
     said = capsys.readouterr().err
     assert re.search(message, said.strip().splitlines()[-1])
     assert not out.exists()
@@ -236,18 +238,18 @@ def test_what_llama_cpp_cannot_carry_is_refused_before_any_work(
 
 def test_the_recipe_is_named_where_only_the_larger_groups_fail_by_their_size(tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match=r"vllm cannot carry .*, recipe: reassemble leaves maps after norms online"):
-        quantized(tmp_path, None, recipe="qllm", runs_on="vllm")
+        quantized(tmp_path, None, recipe="qllm", target="vllm")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_runtime_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match=r"unknown runtime 'vlm': did you mean 'vllm'"):
-        lowbit.quantize(str(tmp_path), tmp_path / "run", runs_on="vlm")
+        lowbit.quantize(str(tmp_path), tmp_path / "run", target="vlm")
 
 
 def test_the_best_default_that_divides_the_widths_is_taken(tmp_path: Path) -> None:
     # 64 and 96 wide: neither 128 nor 64 divides both.
-    folder = quantized(tmp_path, None, runs_on="vllm")
+    folder = quantized(tmp_path, None, target="vllm")
     manifest = json.loads((folder / "lowbit.json").read_text())
     assert manifest["scheme"]["scheme"] == "w4a16g32-sym"
     assert "inputs" not in manifest["transformers"]
@@ -256,37 +258,37 @@ def test_the_best_default_that_divides_the_widths_is_taken(tmp_path: Path) -> No
 
 
 def test_vllm_takes_activations_that_its_kernels_round(tmp_path: Path) -> None:
-    folder = quantized(tmp_path, "w4a8g32-sym", runs_on="vllm")
+    folder = quantized(tmp_path, "w4a8g32-sym", target="vllm")
     assert json.loads((folder / "lowbit.json").read_text())["transformers"] == {"loads": True, "why_not": None}
     with pytest.raises(LowbitError, match=r"vllm cannot carry scheme w4a8, act: .*nearest that fits: w4a8-sym$"):
-        quantized(tmp_path / "other", "w4a8", runs_on="vllm")
+        quantized(tmp_path / "other", "w4a8", target="vllm")
 
 
 def test_a_run_for_executorch_rounds_its_scales_to_xnnpacks(tmp_path: Path) -> None:
-    folder = quantized(tmp_path, None, runs_on="executorch")
+    folder = quantized(tmp_path, None, target="executorch")
     name = "model.layers.0.mlp.up_proj.weight_scale"
     scale = Checkpoint(folder).read([name])[name]
     assert scale.dtype == torch.bfloat16
     found = logits(folder)
     assert torch.allclose(found["load"], found["streamed"], atol=1e-4)
     with torch.no_grad():  # the same weights, bit for bit, in stock transformers: what differs is the inputs
-        weights = lowbit.load(folder, runs_on="float")
+        weights = lowbit.load(folder, target="float")
         assert torch.allclose(weights(tiny_ids(2)).logits, found["stock"], atol=1e-4)
     with pytest.raises(LowbitError, match=r"gptq cannot carry .*scales were rounded to torch.bfloat16"):
         lowbit.export(folder, "gptq")
 
 
 def test_a_run_for_onnxruntime_takes_its_blocks(tmp_path: Path) -> None:
-    folder = quantized(tmp_path, None, runs_on="onnxruntime")
+    folder = quantized(tmp_path, None, target="onnxruntime")
     manifest = json.loads((folder / "lowbit.json").read_text())
-    assert manifest["scheme"] == {"scheme": "w4a16g32-sym", "overrides": [], "runs_on": "onnxruntime"}
+    assert manifest["scheme"] == {"scheme": "w4a16g32-sym", "overrides": [], "target": "onnxruntime"}
     with pytest.raises(LowbitError, match=r"onnxruntime cannot carry scheme w4a4, act: "):
-        quantized(tmp_path / "other", "w4a4", runs_on="onnxruntime")
+        quantized(tmp_path / "other", "w4a4", target="onnxruntime")
 
 
 def test_another_runtime_is_another_run(made: Path) -> None:
     more: dict[str, Any] = {"data": str(made.parent / "model" / "calib.txt"), "samples": 2, "length": 16}
-    with pytest.raises(LowbitError, match=r"scheme.runs_on is llama.cpp, this one's vllm"):
+    with pytest.raises(LowbitError, match=r"scheme.target is llama.cpp, this one's vllm"):
         lowbit.quantize(
-            str(made.parent / "model"), made, "w4a16g32-sym", "gptq", effort="quick", runs_on="vllm", **more
+            str(made.parent / "model"), made, "w4a16g32-sym", "gptq", effort="quick", target="vllm", **more
         )

@@ -96,7 +96,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run that was made for ExecuTorch, and its export."""
     pytest.importorskip("executorch", reason="pip install 'lowbit[executorch]'; make test-runtimes does")
     folder = tmp_path_factory.mktemp("executorch")
-    run = make(folder, "llama", None, runs_on="executorch")
+    run = make(folder, "llama", None, target="executorch")
     made = lowbit.export(run, "executorch", context=64)
     assert made.warnings == []
     assert {"model.pte", "tokenizer.json"} <= {file.name for file in made.out.iterdir()}

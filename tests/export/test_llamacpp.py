@@ -50,7 +50,7 @@ def exported(folder: Path, family: str, scheme: str, **changes: Any) -> tuple[Pa
 def logits(run: Path, file: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of llama.cpp, of the run, and of the run with its inputs rounded as llama.cpp rounds them."""
     ids = tiny_ids(1, 48)
-    rounding = through_the_table(lowbit.load(run, runs_on="llama.cpp"))
+    rounding = through_the_table(lowbit.load(run, target="llama.cpp"))
     with torch.no_grad(), loaded(file, 64, exact=True) as session:
         return session.logits(ids[0].tolist()), lowbit.load(run)(ids).logits[0], rounding(ids).logits[0]
 
@@ -98,7 +98,7 @@ def test_llamacpp_computes_every_block_type(tmp_path: Path, scheme: str, kind: K
 def test_llamacpp_goes_on_as_the_run_does(tmp_path: Path) -> None:
     run, file = exported(tmp_path, "llama", "w4a16g32-sym")
     ids = tiny_ids(1, 12)
-    model = lowbit.load(run, runs_on="llama.cpp")
+    model = lowbit.load(run, target="llama.cpp")
     ours = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 12:].tolist()
     with loaded(file, 64, exact=True) as session:
         assert session.greedy(ids[0].tolist(), 20) == ours

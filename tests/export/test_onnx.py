@@ -114,7 +114,7 @@ def test_level_4_rounds_inputs_and_says_so(run: Path, tmp_path: Path) -> None:
     executed = target.execute(out, ids)
     assert executed is not None
     with torch.no_grad():
-        rounded, plain = (lowbit.load(run, runs_on=name)(ids[None]).logits[0] for name in ("onnxruntime", "float"))
+        rounded, plain = (lowbit.load(run, target=name)(ids[None]).logits[0] for name in ("onnxruntime", "float"))
     assert relative_error(executed.logits, rounded) < 1e-5 < 0.01 < relative_error(executed.logits, plain)
     with pytest.raises(LowbitError, match="allowed: 0, 4"):
         lowbit.export(run, "onnx", tmp_path / "level2", accuracy_level=2)

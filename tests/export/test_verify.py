@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def runtime(run: Path, factor: float) -> Any:
     def execute(path: Path, ids: Tensor) -> Executed:
-        model = lowbit.load(run, runs_on="llama.cpp")
+        model = lowbit.load(run, target="llama.cpp")
         return Executed(model(ids[None]).logits[0].detach() * factor, 0.01, "llama.cpp")
 
     return lambda target: replace(exporter_of(target), execute=execute)

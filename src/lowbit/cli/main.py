@@ -67,9 +67,11 @@ def quantize(
     override: Annotated[
         list[str] | None, typer.Option(help="GLOB=FORMAT, such as '*.down_proj=w8' or 'lm_head=w8'; repeatable.")
     ] = None,
-    runs_on: Annotated[
+    target: Annotated[
         str | None,
-        typer.Option("--for", help="llama.cpp, vllm, executorch or onnxruntime: fits scheme, recipe and arithmetic."),
+        typer.Option(
+            "--target", help="llama.cpp, vllm, executorch or onnxruntime: fits scheme, recipe and arithmetic."
+        ),
     ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
@@ -89,7 +91,7 @@ def quantize(
 
     made = run(
         model, out, scheme, recipe, data, samples, length, seed, device, dtype, set_ or [],
-        _pairs(override or []), revision, allow_pickle, trust_remote_code, effort, runs_on, compiled,
+        _pairs(override or []), revision, allow_pickle, trust_remote_code, effort, target, compiled,
     )  # fmt: skip
     result = {
         "out": str(made.out),

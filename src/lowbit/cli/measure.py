@@ -29,9 +29,9 @@ def evaluate(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
-    runs_on: Annotated[
+    target: Annotated[
         str | None,
-        typer.Option("--for", help="Round inputs as this runtime does, or float; by default that of the run."),
+        typer.Option("--target", help="Round inputs as this runtime does, or float; by default that of the run."),
     ] = None,
     tasks: Annotated[
         list[str] | None,
@@ -60,9 +60,9 @@ def evaluate(
     if tasks:
         from lowbit.evaluation.tasks import evaluate_tasks
 
-        scores = evaluate_tasks(model, tasks, task_data, limit, seed, *place, runs_on, fresh)
+        scores = evaluate_tasks(model, tasks, task_data, limit, seed, *place, target, fresh)
         told["zero_shot"] = asdict(scores)
-    found = run(model, data or ["builtin"], length, tokens, *place, runs_on) if data or not tasks else None
+    found = run(model, data or ["builtin"], length, tokens, *place, target) if data or not tasks else None
     if found:
         told |= asdict(found)
     _keep(model, told)
@@ -81,7 +81,7 @@ def _show_perplexity(found: Evaluated) -> None:
         count = found.tokens[name]
         rows.add_row(Text(Path(name).name), str(count), f"{count // found.length} x {found.length}", f"{value:.4f}")
     Console().print(rows)
-    facts = _run_facts(found.scheme, found.bits_per_weight, found.runs_on)
+    facts = _run_facts(found.scheme, found.bits_per_weight, found.target)
     print(f"special tokens before the text: {found.special or 'none'}; {facts}")
 
 
@@ -101,14 +101,14 @@ def _show_tasks(scores: TaskScores) -> None:
     given = scores.protocol
     drawn = "all documents" if given["limit"] is None else f"limit {given['limit']}, seed {given['seed']}"
     special = f"special tokens before a question: {given['special'] or 'none'}"
-    facts = _run_facts(given["scheme"], given["bits_per_weight"], given["runs_on"])
+    facts = _run_facts(given["scheme"], given["bits_per_weight"], given["target"])
     print(f"lm-eval {given['lm_eval']}, 0 shots, {drawn}; {special}; {facts}")
 
 
-def _run_facts(scheme: str | None, bits: float | None, runs_on: str | None) -> str:
+def _run_facts(scheme: str | None, bits: float | None, target: str | None) -> str:
     if scheme is None or bits is None:
         return "float model"
-    inputs = f", inputs of the linears rounded as {runs_on} does" if runs_on else ""
+    inputs = f", inputs of the linears rounded as {target} does" if target else ""
     return f"{scheme}, {bits:.3f} bits per weight{inputs}"
 
 

@@ -28,7 +28,7 @@ class Evaluated:
         length: tokens in a window.
         seconds: wall time.
         data_hash: hash of the evaluated tokens, by data name.
-        runs_on: the runtime whose rounding of inputs was simulated, if any.
+        target: the runtime whose rounding of inputs was simulated, if any.
         special: the special tokens that the tokenizer puts before a text (once, not before each window).
         scheme, bits_per_weight: a run's; ``None`` for a float model.
         fingerprint: digest of the model's weights, as a run of it has in its identity.
@@ -39,7 +39,7 @@ class Evaluated:
     length: int
     seconds: float
     data_hash: dict[str, str]
-    runs_on: str | None = None
+    target: str | None = None
     special: str = ""
     scheme: str | None = None
     bits_per_weight: float | None = None
@@ -56,7 +56,7 @@ def evaluate(
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    runs_on: str | None = None,
+    target: str | None = None,
 ) -> Evaluated:
     """Perplexity of a float model or of a run folder, read block by block; several texts share one pass.
 
@@ -66,7 +66,7 @@ def evaluate(
         length: tokens in a window. Perplexities of different lengths do not compare.
         tokens: how many tokens of each text at most; all by default.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
-        runs_on: a runtime whose rounding of inputs is simulated, or ``float``; by default the one of the run.
+        target: a runtime whose rounding of inputs is simulated, or ``float``; by default the one of the run.
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
@@ -74,7 +74,7 @@ def evaluate(
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     windows = {name: evaluation(name, tokenizer, length, tokens) for name in names}
-    streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, runs_on)
+    streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target)
     for found in windows.values():
         check_ids(found.ids, streamed.skeleton, source.folder)
     batches = streamed.logits_of([found.ids for found in windows.values()])
@@ -88,7 +88,7 @@ def evaluate(
         length,
         time.monotonic() - began,
         {name: found.hash for name, found in windows.items()},
-        streamed.scheme.runs_on if streamed.scheme else None,
+        streamed.scheme.target if streamed.scheme else None,
         special_before(tokenizer),
         streamed.scheme.name if streamed.scheme else None,
         bits_of(source.folder),

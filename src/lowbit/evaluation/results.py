@@ -53,7 +53,7 @@ def results_of(found: Mapping[str, Any]) -> tuple[str, list[Entry]]:
     out = []
     for name, value in found.get("perplexity", {}).items():
         protocol = text_protocol(found["tokens"][name], found["length"], found["data_hash"][name])
-        out.append(entry(name, "perplexity", value, protocol, found.get("runs_on")))
+        out.append(entry(name, "perplexity", value, protocol, found.get("target")))
     if tasks := found.get("zero_shot"):
         return tasks["fingerprint"], [*out, *_accuracies(tasks)]
     return found["fingerprint"], out
@@ -70,12 +70,12 @@ def _accuracies(found: Mapping[str, Any]) -> Iterator[Entry]:
             unit, sign = (1, "") if measure == "perplexity" else (100, ", %")
             error = row["errors"].get(measure)
             shown = None if error is None else unit * error
-            yield entry(task, f"{measure}{sign}", unit * value, protocol, given["runs_on"], shown)
+            yield entry(task, f"{measure}{sign}", unit * value, protocol, given["target"], shown)
     for name, mean in found["averages"].items():
         digest = sha256(" ".join(found["tasks"][task]["data_hash"] for task in mean["tasks"]).encode()).hexdigest()
         for measure in ("acc", "acc_norm"):
             on, protocol = f"mean of {len(mean['tasks'])} tasks ({name})", {**common, "hash": digest}
-            yield entry(on, f"{measure}, %", 100 * mean[measure], protocol, given["runs_on"])
+            yield entry(on, f"{measure}, %", 100 * mean[measure], protocol, given["target"])
 
 
 def text_protocol(tokens: int, length: int, digest: str) -> dict[str, Any]:

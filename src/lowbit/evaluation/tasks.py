@@ -45,7 +45,7 @@ class TaskScores:
             ``acc`` and ``acc_norm`` (``acc`` where a task has no other).
         protocol: what the scores depend on beside model and documents: ``shots`` (0), ``special`` (tokens that the
             tokenizer puts before a question), ``limit``, ``seed``, ``device``, ``dtype``, ``lm_eval`` (its version),
-            ``runs_on``, ``scheme`` and ``bits_per_weight`` of a run.
+            ``target``, ``scheme`` and ``bits_per_weight`` of a run.
         seconds: wall time.
         fingerprint: digest of the model's weights, as a run of it has in its identity.
     """
@@ -68,7 +68,7 @@ def evaluate_tasks(
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    runs_on: str | None = None,
+    target: str | None = None,
     fresh: bool = False,
 ) -> TaskScores:
     """Zero-shot accuracy of a float model or of a run folder, read block by block.
@@ -80,7 +80,7 @@ def evaluate_tasks(
             package.
         limit: at most this many documents of each task, drawn at random with ``seed``; all by default.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
-        runs_on: as for ``evaluate``.
+        target: as for ``evaluate``.
         fresh: measure again what was measured before.
 
     Raises:
@@ -96,11 +96,11 @@ def evaluate_tasks(
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
-    scheme = simulated_on(manifest_specs(manifest)[0] if manifest else None, runs_on)
+    scheme = simulated_on(manifest_specs(manifest)[0] if manifest else None, target)
     asked: dict[str, Any] = {"device": device, "dtype": dtype, "limit": limit, "seed": seed}
-    asked["runs_on"] = scheme.runs_on if scheme else None
+    asked["target"] = scheme.target if scheme else None
     identity = {**_model_identity(source), **asked, "versions": {**versions(), "lm_eval": harness}, "code": _code()}
-    opened = _Opened(lambda: StreamedModel(source.folder, device, torch_dtype, trust_remote_code, runs_on), tokenizer)
+    opened = _Opened(lambda: StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target), tokenizer)
     found = {}
     for name in names:
         chosen = documents(name, where, HubSet(*hub_set(name)), limit, seed)

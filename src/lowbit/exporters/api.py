@@ -118,7 +118,7 @@ def verify(folder: str | Path, files: Sequence[str | Path], logits: bool = True)
         raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
     run = open_run(Path(folder))
     ids = _text_ids(run) if logits else torch.empty(0)
-    simulated = functools.lru_cache(maxsize=1)(lambda runs_on: _simulated(run, ids, runs_on))
+    simulated = functools.lru_cache(maxsize=1)(lambda runtime: _simulated(run, ids, runtime))
     out = []
     for path in map(Path, files):
         target = target_of(path)
@@ -135,9 +135,9 @@ def _text_ids(run: Run) -> Tensor:
     return ids[ids < config.vocab_size][: getattr(config, "max_position_embeddings", None)]
 
 
-def _simulated(run: Run, ids: Tensor, runs_on: str | None) -> Tensor:
+def _simulated(run: Run, ids: Tensor, runtime: str | None) -> Tensor:
     with torch.no_grad():
-        return load(run.folder, runs_on=runs_on)(ids[None]).logits[0].float()
+        return load(run.folder, target=runtime)(ids[None]).logits[0].float()
 
 
 def _files(path: Path) -> list[Path]:

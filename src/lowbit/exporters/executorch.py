@@ -124,7 +124,7 @@ def _warnings(run: Run) -> list[str]:
         return []
     return [
         f"XNNPACK keeps scales as bfloat16: those of {count} of {len(run.rounded)} linears are rounded, by "
-        f"{worst:.2%} at most; codes are as they were. 'lowbit quantize --for executorch' avoids it"
+        f"{worst:.2%} at most; codes are as they were. 'lowbit quantize --target executorch' avoids it"
     ]
 
 

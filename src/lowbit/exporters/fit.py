@@ -54,7 +54,9 @@ def wrong_scale(spec: QuantSpec) -> str | None:
     """For targets that store scales as float16."""
     if spec.scale_dtype == torch.float16:
         return None
-    return f"scales were rounded to {spec.scale_dtype} for another runtime, this stores float16: quantize with --for"
+    return (
+        f"scales were rounded to {spec.scale_dtype} for another runtime, this stores float16: quantize with --target"
+    )
 
 
 def no_online(subject: Subject) -> Misfit | None:
@@ -127,7 +129,7 @@ def _schemes(given: Scheme) -> Iterator[Scheme]:
                 suffix = "sym" if weight.symmetric else "asym"
                 name = f"w{weight.bits}a{bits}{f'kv{kv.bits}' if kv else ''}{group}-{suffix}"
                 stored = replace(weight, scale_dtype=given.weight.scale_dtype)
-                yield Scheme(name, stored, act, kv, given.overrides, given.runs_on)
+                yield Scheme(name, stored, act, kv, given.overrides, given.target)
 
 
 def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ them in onnxruntime-genai, whose own builder makes the graph, see ``onnx_build``
 finished file again (``onnx_read``), since that builder passes them through float16 on their way.
 
 Embeddings, head, norms and everything between the linears are float32. ``--accuracy-level 0`` multiplies in float32;
-with 4, MatMulNBits first rounds its inputs to 8 bits, a block at a time, as runs made ``--for onnxruntime`` simulate.
+with 4, MatMulNBits first rounds its inputs to 8 bits, a block at a time, as runs made ``--target onnxruntime`` simulate.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     """Build the folder; raises ``LowbitError`` if the builder fails or an integer does not arrive unchanged."""
     level = options.accuracy_level
     if level is None:
-        level = 4 if run.subject.scheme.runs_on == "onnxruntime" else 0
+        level = 4 if run.subject.scheme.target == "onnxruntime" else 0
     if level not in LEVELS:
         raise LowbitError(f"--accuracy-level {level} given; allowed: {', '.join(map(str, LEVELS))}")
     build(run, path, level)
@@ -136,8 +136,8 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
     """What onnxruntime makes of token ids ``(tokens,)``; ``None`` where it is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    runs_on, explained = LEVELS[accuracy_level(path)]
-    return Executed(logits_of(path, ids), explained, runs_on)
+    runtime, explained = LEVELS[accuracy_level(path)]
+    return Executed(logits_of(path, ids), explained, runtime)
 
 
 def logits_of(path: Path, ids: Tensor) -> Tensor:

@@ -51,13 +51,13 @@ class Executed:
         logits: ``(tokens, vocabulary)`` float32 from an empty cache, for as many of the tokens as fit in it.
         explained: the largest relative error that the runtime's documented arithmetic explains, see
             ``verify.relative_error``.
-        runs_on: whose inputs the simulation has to take, a runtime's name or ``float``; by default those of the
+        runtime: whose inputs the simulation has to take, a runtime's name or ``float``; by default those of the
             runtime that the run was made for.
     """
 
     logits: Tensor
     explained: float
-    runs_on: str | None = None
+    runtime: str | None = None
 
 
 @dataclass(frozen=True)

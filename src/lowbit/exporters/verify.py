@@ -92,7 +92,7 @@ def run_one(found: Verified, exporter: Exporter, ids: Tensor, simulated: Callabl
         found: what comparing values gave; an export that failed there is not run.
         exporter: the target.
         ids: token ids ``(tokens,)``.
-        simulated: gives the simulation's logits for them, ``(tokens, vocabulary)``, for ``Executed.runs_on``.
+        simulated: gives the simulation's logits for them, ``(tokens, vocabulary)``, for ``Executed.runtime``.
     """
     if not found.ok:
         return found
@@ -102,7 +102,7 @@ def run_one(found: Verified, exporter: Exporter, ids: Tensor, simulated: Callabl
         return replace(found, unreadable=f"its runtime says: {_line(error)}")
     if executed is None:
         return found
-    gap = relative_error(executed.logits, simulated(executed.runs_on)[: len(executed.logits)])
+    gap = relative_error(executed.logits, simulated(executed.runtime)[: len(executed.logits)])
     return replace(found, logits=gap, explained=executed.explained)
 
 

@@ -113,7 +113,7 @@ def _manifest(
 
 def _inputs(scheme: Mapping[str, Any]) -> dict[str, str]:
     """What stock ``transformers`` computes with where a runtime's rounding of inputs is simulated."""
-    runtime = scheme.get("runs_on")
+    runtime = scheme.get("target")
     if runtime is None or parse_scheme(scheme["scheme"]).act is not None or not RUNTIMES[runtime].rounds:
         return {}
     return {"inputs": f"float inputs; lowbit's figures are with those of {runtime}: {RUNTIMES[runtime].rounds}"}
@@ -138,7 +138,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "|---|---|",
         f"| recipe | {identity['recipe_name']} ({steps}) |",
         f"| scheme | {identity['scheme']['scheme']} |",
-        *[f"| made for | {name} |" for name in [identity["scheme"].get("runs_on")] if name],
+        *[f"| made for | {name} |" for name in [identity["scheme"].get("target")] if name],
         *[f"| override | `{glob}`: {text} |" for glob, text in (pair for one in overrides for pair in one.items())],
         f"| effective bits per rounded weight | {manifest['bits_per_weight']:.3f} (codes, scales, zeros, online) |",
         f"| rounded modules | {len(manifest['quantized'])} |",

@@ -90,7 +90,7 @@ def quantize(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     effort: str | None = None,
-    runs_on: str | None = None,
+    target: str | None = None,
     compiled: bool = False,
 ) -> Quantized:
     """Quantize a model into a folder that is a Hugging Face checkpoint; a run that was stopped goes on.
@@ -111,7 +111,7 @@ def quantize(
         allow_pickle, trust_remote_code: both off unless asked for.
         effort: ``quick``, ``normal`` or ``paper``: how much of a recipe's epochs learned steps spend. A ``Recipe``
             that is given as one keeps its epochs unless this is given; ``settings`` are exact.
-        runs_on: the runtime that the result is for: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It
+        target: the runtime that the result is for: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It
             gives the default scheme, what it cannot carry is refused now, and its own rounding of the linears' inputs
             is simulated in calibration and evaluation.
         compiled: round in fused kernels while learning, on an NVIDIA GPU: see ``lowbit.quant.inductor``.
@@ -131,9 +131,9 @@ def quantize(
     if isinstance(recipe, str) or effort is not None:
         chosen = with_effort(chosen, protocol["effort"])
     chosen = with_settings(chosen, settings)
-    if runs_on is not None and runs_on not in RUNTIMES:
-        raise unknown("runtime", runs_on, RUNTIMES)
-    if scheme is None and (runs_on is None or "scheme" in chosen.run):
+    if target is not None and target not in RUNTIMES:
+        raise unknown("runtime", target, RUNTIMES)
+    if scheme is None and (target is None or "scheme" in chosen.run):
         scheme = protocol["scheme"]
     named = load_scheme(scheme) if isinstance(scheme, str) else scheme
     formats = None if named is None else with_overrides(named, overrides or {})
@@ -143,7 +143,7 @@ def quantize(
     with building(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
     checkpoint = Checkpoint(source.folder)
-    formats = _settled(formats, runs_on, overrides or {}, chosen, skeleton)
+    formats = _settled(formats, target, overrides or {}, chosen, skeleton)
     plan = make_plan(skeleton, formats)
     check_length(config, length)
     shapes = shapes_of(skeleton)
@@ -187,10 +187,10 @@ def quantize(
 
 
 def _settled(
-    given: Scheme | None, runs_on: str | None, overrides: Mapping[str, str], recipe: Recipe, skeleton: Skeleton
+    given: Scheme | None, target: str | None, overrides: Mapping[str, str], recipe: Recipe, skeleton: Skeleton
 ) -> Scheme:
     """The scheme, made for a runtime where one is asked for, here or in the scheme itself."""
-    runtime = runs_on or (given.runs_on if given else None)
+    runtime = target or (given.target if given else None)
     if runtime is not None:
         return settle(runtime, given, overrides, recipe, skeleton)
     assert given is not None  # it is left out for a runtime only

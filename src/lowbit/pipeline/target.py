@@ -1,4 +1,4 @@
-"""What ``--for RUNTIME`` settles before any work: the scheme, and that the runtime can carry it and the recipe."""
+"""What ``--target RUNTIME`` settles before any work: the scheme, and that the runtime can carry it and the recipe."""
 
 from __future__ import annotations
 

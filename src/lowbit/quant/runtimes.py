@@ -1,7 +1,7 @@
 """What the runtimes do to the input of a rounded linear: their own arithmetic, operation for operation.
 
 Weights at 4 bits and activations "in float" are run as int8 products on most devices: the runtime rounds each input
-on the fly, in its own blocks and its own way. A run that is made for a runtime (``--for``) puts that rounding into
+on the fly, in its own blocks and its own way. A run that is made for a runtime (``--target``) puts that rounding into
 every quantized block, so that methods calibrate on, and evaluation measures, what will run. The weights and the
 folder's layout stay those of the scheme.
 

@@ -46,7 +46,7 @@ class Scheme:
         kv: format of Q, K and V inside the attention, dynamic per token and head; ``None``: float.
         overrides: ``(glob, format)`` pairs over module names such as ``model.layers.3.mlp.down_proj`` or
             ``lm_head``; the first match wins; ``None`` leaves the module in float.
-        runs_on: the runtime whose arithmetic is simulated, a name of ``RUNTIMES``; ``None``: the scheme's own. Set it
+        target: the runtime whose arithmetic is simulated, a name of ``RUNTIMES``; ``None``: the scheme's own. Set it
             with ``for_runtime``.
     """
 
@@ -55,7 +55,7 @@ class Scheme:
     act: QuantSpec | None = None
     kv: QuantSpec | None = None
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
-    runs_on: str | None = None
+    target: str | None = None
 
     def override(self, module: str) -> tuple[str, QuantSpec | None] | None:
         """The first override that matches a module's full name, or ``None``."""
@@ -77,7 +77,7 @@ class Scheme:
             return None
         if self.act is not None:
             return Inputs(self.act)
-        return Inputs(weight, self.runs_on) if self.runs_on and RUNTIMES[self.runs_on].round else None
+        return Inputs(weight, self.target) if self.target and RUNTIMES[self.target].round else None
 
 
 def parse_scheme(name: str) -> Scheme:
@@ -147,7 +147,7 @@ def for_runtime(scheme: Scheme, name: str | None) -> Scheme:
         raise unknown("runtime", name, RUNTIMES)
     dtype = RUNTIMES[name].scale_dtype
     pairs = tuple((glob, spec and replace(spec, scale_dtype=dtype)) for glob, spec in scheme.overrides)
-    return replace(scheme, weight=replace(scheme.weight, scale_dtype=dtype), overrides=pairs, runs_on=name)
+    return replace(scheme, weight=replace(scheme.weight, scale_dtype=dtype), overrides=pairs, target=name)
 
 
 def simulated_on(scheme: Scheme | None, name: str | None) -> Scheme | None:
@@ -159,10 +159,10 @@ def simulated_on(scheme: Scheme | None, name: str | None) -> Scheme | None:
         return scheme
     if scheme is None or scheme.act is not None:
         what = "a float model" if scheme is None else f"scheme {scheme.name}, which has a format of its own"
-        raise LowbitError(f"--for {name} given: it rounds the inputs of a weight-only run, and this is {what}")
+        raise LowbitError(f"--target {name} given: it rounds the inputs of a weight-only run, and this is {what}")
     if name not in (known := [*RUNTIMES, "float"]):
         raise unknown("runtime", name, known)
-    return replace(scheme, runs_on=None if name == "float" else name)
+    return replace(scheme, target=None if name == "float" else name)
 
 
 def load_scheme(given: str) -> Scheme:
@@ -181,18 +181,18 @@ def scheme_from_dict(content: Any, where: str = "scheme") -> Scheme:
     if not isinstance(content, dict) or "scheme" not in content:
         raise LowbitError(f"{where}: expected the keys 'scheme' (a name) and 'overrides' (glob: format)")
     for key in content:
-        if key not in (known := ("scheme", "overrides", "runs_on")):
+        if key not in (known := ("scheme", "overrides", "target")):
             raise unknown(f"key in {where}", str(key), known)
     overrides = content.get("overrides") or {}
     if isinstance(overrides, list) and all(isinstance(entry, dict) for entry in overrides):
         overrides = {glob: text for entry in overrides for glob, text in entry.items()}
     if not isinstance(overrides, dict):
         raise LowbitError(f"{where}: 'overrides' must map a glob to a format such as w8g64 or float")
-    return for_runtime(with_overrides(parse_scheme(str(content["scheme"])), overrides), content.get("runs_on"))
+    return for_runtime(with_overrides(parse_scheme(str(content["scheme"])), overrides), content.get("target"))
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     """Plain data for a manifest or a YAML file; overrides as a list, since their order counts."""
-    runs_on = {} if scheme.runs_on is None else {"runs_on": scheme.runs_on}
+    target = {} if scheme.target is None else {"target": scheme.target}
     overrides = [{glob: override_text(spec)} for glob, spec in scheme.overrides]
-    return {"scheme": scheme.name, "overrides": overrides, **runs_on}
+    return {"scheme": scheme.name, "overrides": overrides, **target}

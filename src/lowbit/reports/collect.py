@@ -52,7 +52,7 @@ class _Pool:
         self.prints = [fingerprint(run.folder) for run in runs]
         self.manifests = [hashlib.sha256((run.folder / MANIFEST).read_bytes()).hexdigest() for run in runs]
         self.runs = [Measured(kept(run.folder, own)) for run, own in zip(runs, self.prints, strict=True)]
-        self.runtimes = [run.subject.scheme.runs_on for run in runs]  # compare runs each as it was made for
+        self.runtimes = [run.subject.scheme.target for run in runs]  # compare runs each as it was made for
         identities = [run.manifest["identity"] for run in runs]
         self.models = {str(one.get("fingerprint")): str(one.get("model")) for one in identities}
         self.floats: dict[str, tuple[str, list[Entry]]] = {}

@@ -26,7 +26,7 @@ def command(identity: Mapping[str, Any]) -> tuple[str, str | None]:
         file = yaml.safe_dump(dict(recipe), sort_keys=False)
     data, scheme = identity["data"], identity["scheme"]
     words = ["lowbit", "quantize", identity["model"], "--out", "DIR", "--scheme", scheme["scheme"], *options]
-    words += ["--for", scheme["runs_on"]] if scheme.get("runs_on") else []
+    words += ["--target", scheme["target"]] if scheme.get("target") else []
     for override in scheme["overrides"]:
         words += [f"--override={glob}={text}" for glob, text in override.items()]
     for key, value in (("data", corpus_of(data["corpus"])), ("samples", data["samples"]), ("length", data["length"])):

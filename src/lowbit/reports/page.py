@@ -48,7 +48,7 @@ class _Shown:
     def __init__(self, facts: RunFacts, style: int) -> None:
         self.facts, self.style = facts, style
         self.manifest, self.identity = facts.manifest, facts.manifest["identity"]
-        self.runtime = self.identity["scheme"].get("runs_on")
+        self.runtime = self.identity["scheme"].get("target")
         self.steps = " → ".join(next(iter(step)) for step in self.identity["recipe"]["steps"])
         self.seconds = sum(row["seconds"] for row in facts.timing) if facts.timing else None
         self.memory = max((row["peak_memory_bytes"] for row in facts.timing), default=None)

@@ -32,12 +32,12 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-    runs_on: str | None = None,
+    target: str | None = None,
 ) -> Any:
     """A ``transformers`` causal language model from a run folder (or a float checkpoint), ready to generate.
 
     It computes what was evaluated, activations and KV included. ``lowbit.load(DIR).generate(...)`` works as usual.
-    ``runs_on`` names a runtime whose inputs are simulated, or ``float``; by default the one the run was made for.
+    ``target`` names a runtime whose inputs are simulated, or ``float``; by default the one the run was made for.
 
     Raises:
         LowbitError: the folder is no model, is broken, or was quantized by another tool.
@@ -51,7 +51,7 @@ def load(
         family = family_of(config)
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     scheme, specs, layout = manifest_specs(manifest) if manifest else (None, {}, "")
-    scheme = simulated_on(scheme, runs_on)
+    scheme = simulated_on(scheme, target)
     tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     checkpoint = Checkpoint(folder)

@@ -42,11 +42,11 @@ class StreamedModel:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
-        runs_on: str | None = None,
+        target: str | None = None,
     ) -> None:
         """Open ``folder``; embeddings and head are read now, blocks when they are needed.
 
-        ``runs_on`` names a runtime whose inputs are simulated, or ``float``; by default the one the run was made for.
+        ``target`` names a runtime whose inputs are simulated, or ``float``; by default the one the run was made for.
         """
         manifest = manifest_of(folder)
         self.config: Any = load_config(folder, trust_remote_code)
@@ -57,7 +57,7 @@ class StreamedModel:
         self._layout = ""
         if manifest is not None:
             self.scheme, self._specs, self._layout = manifest_specs(manifest)
-        self.scheme = simulated_on(self.scheme, runs_on)
+        self.scheme = simulated_on(self.scheme, target)
         self.checkpoint = Checkpoint(folder)
         with building(folder):
             self.skeleton = Skeleton(self.config, trust_remote_code)
