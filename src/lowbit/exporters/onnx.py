@@ -5,7 +5,7 @@ them in onnxruntime-genai, whose own builder makes the graph, see ``onnx_build``
 finished file again (``onnx_read``), since that builder passes them through float16 on their way.
 
 Embeddings, head, norms and everything between the linears are float32. ``--accuracy-level 0`` multiplies in float32;
-with 4, MatMulNBits first rounds its inputs to 8 bits, a block at a time, as runs made ``--target onnxruntime`` simulate.
+with 4, MatMulNBits first rounds its inputs to 8 bits, a block at a time, as runs with ``--target onnxruntime`` do.
 """
 
 from __future__ import annotations
