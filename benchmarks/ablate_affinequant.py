@@ -42,11 +42,11 @@ TABLES: dict[str, tuple[str, list[tuple[str, list[str]]]]] = {
         [(f"{value:g}", [f"stability={value}"]) for value in STABILITIES],
     ),
     "precision": (
-        "Precision of the maps (paper, table 4)",
+        "Precision of the transforms (paper, table 4)",
         [(name, [f"precision={name}"]) for name in ("float", "float-double", "double")],
     ),
     "parametrisation": (
-        "Parametrisation of the matrices",
+        "Parametrization of the matrices",
         [(name, [f"parametrisation={name}"]) for name in ("masked", "lu", "blocks", "svd")],
     ),
     "dominance": (
@@ -63,17 +63,17 @@ TABLES: dict[str, tuple[str, list[tuple[str, list[str]]]]] = {
         ],
     ),
     "rates": (
-        "Learning rates of maps and clips",
+        "Learning rates of transforms and clipping ratios",
         [
-            ("0.02, 0.3, falling", []),
-            ("0.05, 0.3, falling", ["lr_maps=0.05"]),
-            ("0.02, 0.1, falling", ["lr_clips=0.1"]),
+            ("0.02, 0.3, cosine", []),
+            ("0.05, 0.3, cosine", ["lr_maps=0.05"]),
+            ("0.02, 0.1, cosine", ["lr_clips=0.1"]),
             ("0.005, 0.01, constant (papers)", ["lr_maps=0.005", "lr_clips=0.01", "decay=none"]),
         ],
     ),
     "loss": (
         "Loss",
-        [("every token alike", []), ("plain mean (papers)", ["loss=mse"]), ("with aug_loss", ["aug_loss=1.0"])],
+        [("per-token normalized", []), ("plain mean (papers)", ["loss=mse"]), ("with aug_loss", ["aug_loss=1.0"])],
     ),
 }
 
@@ -295,20 +295,27 @@ def head(model: Model, options: argparse.Namespace) -> list[str]:
     plain = row(model, model.scheme, "float", (), options)["perplexity"]
     schemes = dict.fromkeys((model.scheme, model.matrix[0]))
     rounded = [f"{scheme}, RTN: {row(model, scheme, 'rtn', (), options)['perplexity']:.3f}" for scheme in schemes]
-    dense = f" with {', '.join(model.matrix[1])} (online)" if model.matrix[1] else ""
+    dense = f" with {', '.join(model.matrix[1])} (at run time)" if model.matrix[1] else ""
     return [
         f"# AffineQuant ablations: {model.title}",
         "",
-        f"Made by `make ablations`. Tables about matrices: scheme {model.matrix[0]}{dense}; others: {model.scheme}.",
-        f"Calibration {options.samples} x {LENGTH} tokens of the built-in text, seed {SEED}; {options.epochs}",
-        f"epochs; evaluation on its held-out part, {options.tokens} tokens in windows of {model.length}.",
-        f"CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}.",
+        "One aspect of `affinequant` varies per table. Made by `make ablations`.",
         "",
-        "Held-out loss: mean over blocks of the error relative to the float output. Condition: an upper bound.",
-        "Margin: the least $(|a_{ii}| - \\sum_j |a_{ij}|) / |a_{ii}|$ of any row, above 0 where all matrices are",
-        "strictly diagonally dominant. Merge error: relative squared error of the float block after merging.",
+        "## Protocol",
         "",
-        f"float: {plain:.3f}; {'; '.join(rounded)} (perplexity).",
+        f"* Tables about matrices: scheme {model.matrix[0]}{dense}; others: {model.scheme}.",
+        f"* Calibration {options.samples} x {LENGTH} tokens of the built-in text, seed {SEED}; {options.epochs}",
+        f"  epochs; evaluation on its evaluation split, {options.tokens} tokens in windows of {model.length}.",
+        f"* CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}.",
+        "* Held-out loss: mean over blocks of the error on the validation split, relative to the float output.",
+        "  Condition: an upper bound of the condition number. Margin: the smallest",
+        "  $(|a_{ii}| - \\sum_j |a_{ij}|) / |a_{ii}|$ of any row, above 0 where all matrices are strictly diagonally",
+        "  dominant. Merge error: relative squared error of the float block after folding. s, GB: seconds and peak",
+        "  memory of `lowbit quantize`.",
+        "",
+        "## Results",
+        "",
+        f"Perplexity without AffineQuant: float: {plain:.3f}; {'; '.join(rounded)}.",
         "",
     ]
 

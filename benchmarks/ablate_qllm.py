@@ -75,7 +75,7 @@ def tables(epochs: int) -> dict[str, tuple[str, list[tuple[str, Case]]]]:
             ],
         ),
         "ratio": (
-            "Disassembly ratio: the same share of channels everywhere, or searched for each layer",
+            "Disassembly ratio: a fixed share of the channels, or searched per layer",
             [
                 ("none", rtn),
                 *((f"{ratio:.0%} of the channels", reassembled(theta="most", most=ratio)) for ratio in RATIOS),
@@ -83,7 +83,7 @@ def tables(epochs: int) -> dict[str, tuple[str, list[tuple[str, Case]]]]:
             ],
         ),
         "theta": (
-            "The threshold: one for all layers or searched, and what is compared with it",
+            "Threshold: searched or fixed, absolute or relative peaks",
             [
                 ("searched, absolute peaks (the paper's)", base),
                 ("searched, relative peaks", reassembled(peaks="relative")),
@@ -94,7 +94,7 @@ def tables(epochs: int) -> dict[str, tuple[str, list[tuple[str, Case]]]]:
             ],
         ),
         "assembly": (
-            "Room for the copies after norms (no reassembly before down_proj)",
+            "Making room for copies after norms (no reassembly before down_proj)",
             [
                 (f"{kind}, {label}", reassembled(sites="norms", assembly=kind, **options))
                 for label, options in (("3% everywhere", {"theta": "most", "most": 0.03}), ("searched", {}))
@@ -102,9 +102,9 @@ def tables(epochs: int) -> dict[str, tuple[str, list[tuple[str, Case]]]]:
             ],
         ),
         "copies": (
-            "Copies that round differently",
+            "Offsets between copies",
             [
-                ("rounded alike", base),
+                ("no offsets", base),
                 ("offsets on weights", reassembled(offsets="weights")),
                 ("offsets on weights and activations", reassembled(offsets="both")),
                 ("GPTQ, no reassembly", Case(("gptq",))),
@@ -118,8 +118,8 @@ def tables(epochs: int) -> dict[str, tuple[str, list[tuple[str, Case]]]]:
                 *((str(rank), corrected(epochs, rank=rank)) for rank in (1, 4, 16)),
                 ("32", qllm),
                 ("64", corrected(epochs, rank=64)),
-                ("32 on average, by the rounding error", corrected(epochs, ranks="adaptive")),
-                ("16 each and 16 for what reads one input", corrected(epochs, share="input")),
+                ("32 on average, by the quantization error", corrected(epochs, ranks="adaptive")),
+                ("16 each and 16 shared per input", corrected(epochs, share="input")),
             ],
         ),
         "window": (
@@ -165,7 +165,7 @@ def choices(figures: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def table(heading: str, rows: Rows) -> list[str]:
     """One ablation as Markdown."""
-    lines = [f"### {heading}", "", "| | perplexity | error behind the blocks | copies | bits/weight | s | GB |"]
+    lines = [f"### {heading}", "", "| | perplexity | error after the blocks | copies | bits/weight | s | GB |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name, figures in rows:
         if figures is None:
@@ -183,11 +183,11 @@ def table(heading: str, rows: Rows) -> list[str]:
 def width_table(figures: dict[str, Any], blocks: int) -> list[str]:
     """What widths cost and bring, as Markdown: rows are ways to make room, columns ratios."""
     lines = [
-        "### With and without assembly: the layers' own error",
+        "### Width: error of the layers with and without assembly",
         "",
-        f"Mean over the first {blocks} blocks, each on its float input with one site reassembled; every token's",
-        "squared error relative to its float output. Moments are of 4 x 256 tokens, errors of 4 x 256 others.",
-        "Without assembly a layer is wider by its copies, which no checkpoint can hold.",
+        f"Mean over the first {blocks} blocks, each with its float input and one site reassembled, of every token's",
+        "squared error relative to its float output. Moments use 4 x 256 tokens, errors 4 x 256 others. Without",
+        "assembly a layer is wider by its copies, which a checkpoint cannot store.",
         "",
         f"| copies, of the channels | {' | '.join(f'{ratio:.0%}' for ratio in RATIOS)} |",
         "|---|" + "---:|" * len(RATIOS),
@@ -247,18 +247,25 @@ def protocol(options: argparse.Namespace, plain: float) -> list[str]:
     return [
         "# QLLM ablations: SmolLM2-135M-Instruct",
         "",
-        f"Made by `python benchmarks/ablate_qllm.py {how}`",
-        f"(`make ablations-qllm` leaves out the options). The first {options.blocks} blocks are at {SCHEME}, the",
-        f"others float (twice as many in rows of eight blocks). Calibration: 8 x {LENGTH} tokens of the",
-        f"built-in text, seed {SEED}; evaluation: its held-out part, {options.tokens} tokens in windows of {WINDOW}.",
-        "Reassembly everywhere (`sites: all`) unless a row says otherwise, with 4 candidates scored on 2 sequences;",
-        f"correction of rank 32 over windows of 4, {options.epochs} epochs. Rounded to nearest unless it says GPTQ.",
-        "Seconds are those of `lowbit quantize`; other work beside it makes them longer. CPU,",
-        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}.",
+        "Channel reassembly and low-rank correction, one aspect per table. Made by",
+        f"`python benchmarks/ablate_qllm.py {how}`",
+        "(`make ablations-qllm` uses the default options).",
         "",
-        "Copies: added in all quantized blocks, before Q, K and V + before gate and up + before down_proj. Error:",
-        "squared, relative to the float model's hidden states behind the last quantized block, on calibration",
-        "tokens. Bits per weight count the gathers, which stay online.",
+        "## Protocol",
+        "",
+        f"* The first {options.blocks} blocks are at {SCHEME}, the others float (twice as many in rows of eight",
+        "  blocks).",
+        f"* Calibration: 8 x {LENGTH} tokens of the built-in text, seed {SEED}; evaluation: its evaluation split,",
+        f"  {options.tokens} tokens in windows of {WINDOW}.",
+        "* Unless a row says otherwise: reassembly at all sites (`sites: all`) with 4 candidates scored on 2",
+        f"  sequences; correction of rank 32 over windows of 4, {options.epochs} epochs; round to nearest.",
+        f"* CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}.",
+        "* Error after the blocks: squared, relative to the float model's hidden states after the last quantized",
+        "  block, on calibration tokens. Copies: added in all quantized blocks, before Q, K and V + gate and up +",
+        "  down_proj. Bits per weight count the gathers, which remain at run time. s, GB: seconds and peak",
+        "  memory of `lowbit quantize`; concurrent work increases the seconds.",
+        "",
+        "## Results",
         "",
         f"Perplexity of the float model: {plain:.2f}.",
         "",

@@ -23,19 +23,19 @@ import yaml
 import lowbit
 
 BASE, RECIPE, SAMPLES, LENGTH = "w4a16g64-sym", "rtn", 4, 256
-EVALUATED = 512, 4096  # tokens in a window, and of the text
 
 
 def quantized(out: Path, scheme: str) -> Any:
     """A run of the demo model."""
-    return lowbit.quantize("demo", out, scheme, RECIPE, "builtin", SAMPLES, LENGTH)
+    return lowbit.quantize("demo", out, scheme=scheme, recipe=RECIPE, data="builtin", samples=SAMPLES, length=LENGTH)
 
 
 def measure(scheme: str) -> dict[str, Any]:
     """Bits and perplexity of a run that is forgotten again."""
     with tempfile.TemporaryDirectory() as folder:
         made = quantized(Path(folder) / "run", scheme)
-        (perplexity,) = lowbit.evaluate(str(made.out), "builtin", *EVALUATED).perplexity.values()
+        found = lowbit.evaluate(str(made.out), data="builtin", length=512, tokens=4096)
+        (perplexity,) = found.perplexity.values()
     return {"bits_per_weight": made.bits_per_weight, "perplexity": perplexity}
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     def proposed(basis: str, budget: float) -> dict[str, Any]:
         name = f"{basis} {budget:g}: proposal"
         if name not in kept:
-            found = lowbit.diagnose(base, "demo" if basis == "measured" else None, budget=budget)
+            found = lowbit.diagnose(base, exact="demo" if basis == "measured" else None, budget=budget)
             assert found.proposal is not None
             kept[name] = {**asdict(found.proposal), "seconds": found.seconds}
             given.out.write_text(json.dumps(kept, indent=1))

@@ -69,7 +69,7 @@ class Model:
     """SmolLM2 with its norms in one of the ``FORMS``."""
 
     def __init__(self, device: str, share: float) -> None:
-        self.model = lowbit.load(resolve("demo").folder, device)
+        self.model = lowbit.load(resolve("demo").folder, device=device)
         self.device = device
         family = family_of(self.model.config)
         names = sorted({module_of(edge.src) for edge in family.edges if edge.kind == "norm"})

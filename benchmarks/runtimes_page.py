@@ -14,9 +14,9 @@ def llamacpp(found: Mapping[str, Any]) -> str:
     """The page on llama.cpp."""
     return "\n".join(
         [
-            *heading("llama.cpp: our files beside its own quantizer's", "runtimes", found),
-            "* Theirs: llama.cpp's quantizer on the same float model; imatrix: with an importance matrix of those",
-            "  tokens, the mean square of each linear's inputs.",
+            *heading("lowbit in llama.cpp, compared with its own quantizer", "runtimes", found),
+            "* llama.cpp's files: its own quantizer on the same float model; imatrix: with an importance matrix from",
+            "  the calibration tokens, the mean square of each linear's inputs.",
             *protocol(found, "file", "llama.cpp's Q4_0"),
             *files(found["rows"]),
             *equal_size(found["rows"]),
@@ -29,13 +29,14 @@ def onnx(found: Mapping[str, Any]) -> str:
     """The page on ONNX Runtime."""
     return "\n".join(
         [
-            *heading("ONNX Runtime: our graph beside its own quantizer's", "runtimes-onnx", found),
-            "* Theirs: `MatMulNBitsQuantizer` with its default method, round to nearest, on the float graph of",
-            "  the same builder: blocks of 32, symmetric. Operators are the same; embeddings and head are float32.",
-            "* Level 0 multiplies in float32, level 4 rounds the inputs of every linear to 8 bits.",
-            *protocol(found, "graph", "their graph at the same level (float: at level 0)"),
+            *heading("lowbit in ONNX Runtime, compared with its own quantizer", "runtimes-onnx", found),
+            "* onnxruntime's graphs: `MatMulNBitsQuantizer` with its default method, round to nearest, on the float",
+            "  graph of the same builder: blocks of 32, symmetric. Operators are the same; embeddings and head are",
+            "  float32.",
+            "* Level 0 multiplies in float32, level 4 quantizes the inputs of every linear to 8 bits.",
+            *protocol(found, "graph", "onnxruntime's graph at the same level (float: at level 0)"),
             *graphs(found["rows"], found["simulated"]),
-            "## Does it write what the simulation writes?",
+            "## Agreement with the simulation",
             "",
             *gaps("onnxruntime-genai"),
             *greedy(found["greedy"], "onnxruntime-genai"),
@@ -48,9 +49,13 @@ def heading(title: str, target: str, found: Mapping[str, Any]) -> list[str]:
     return [
         f"# {title}",
         "",
-        f"Made by `make {target}`; the numbers are in `{target}.json`. SmolLM2-135M-Instruct.",
+        "Size, perplexity and speed of SmolLM2-135M-Instruct in the runtime itself, and agreement with the",
+        "simulation.",
+        f"Made by `make {target}`; the figures are in `{target}.json`.",
         "",
-        f"* Ours, which saw {found['calibration']}:",
+        "## Protocol",
+        "",
+        f"* lowbit's runs, calibrated on {found['calibration']}:",
         *(f"  `{command}`" for command in found["runs"]),
     ]
 
@@ -59,12 +64,14 @@ def protocol(found: Mapping[str, Any], what: str, base: str) -> list[str]:
     """How perplexity and speed were measured."""
     return [
         f"* Perplexity: the runtime's own logits on {found['evaluation']},",
-        "  no BOS, every token but a window's first.",
+        "  no BOS, every token except the first of a window.",
         f"* Speed: {found['speed']};",
-        f"  in each round every {what} has its turn. Medians; ratios are medians of each round's ratio to",
-        f"  {base}. With one thread, time is the process's own CPU time.",
+        f"  every round measures each {what} in turn. Medians; ratios are medians of each round's ratio to",
+        f"  {base}. With one thread, time is the CPU time of the process.",
         f"* {found['runtime']}.",
         f"* {found['machine']}.",
+        "",
+        "## Results",
         "",
     ]
 
@@ -85,12 +92,13 @@ def files(rows: list[dict[str, Any]]) -> list[str]:
     return [
         *lines,
         "",
-        "This model's width, 576, is no multiple of 256: llama.cpp gives K types' matrices larger types there, so",
-        "its Q4_K_M is a larger file. Its Q4_1 is left out: the reference weights come from a Q4_1 file, which that",
-        "type reproduces by construction; with an importance matrix it gives that type (in a Q5_0 file: Q5_1) to",
-        "some matrices, see the column. Embeddings, which are the head too, are Q8_0 in all rounded files. Our files",
-        "and llama.cpp's without importance matrix have the same types in the same places where they have the same",
-        "name, so they run at the same speed but for noise.",
+        "* This model's width, 576, is not a multiple of 256; llama.cpp then replaces K types by larger types, so",
+        "  its Q4_K_M is a larger file.",
+        "* Q4_1 is omitted: the reference weights come from a Q4_1 file, which that type reproduces by construction.",
+        "  With an importance matrix, llama.cpp assigns it (in a Q5_0 file: Q5_1) to some matrices, see the column.",
+        "* Embeddings, which are also the head, are Q8_0 in all quantized files.",
+        "* Files of lowbit and of llama.cpp (without importance matrix) of the same name have the same types in the",
+        "  same places, so they run at the same speed except for noise.",
         "",
     ]
 
@@ -124,9 +132,9 @@ def likeness(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """How llama.cpp's results compare with the simulation's."""
     names = ("simulation", "simulation, inputs at 8 bits", "llama.cpp")
     lines = [
-        "## Does llama.cpp compute what was evaluated?",
+        "## Agreement with the simulation",
         "",
-        "On the same tokens, our files with float embeddings, keys and values in float32:",
+        "Perplexity on the same tokens; lowbit's files with float embeddings, keys and values in float32:",
         "",
         f"| perplexity | {' | '.join(found)} |",
         f"|---|{'---:|' * len(found)}",
@@ -142,8 +150,8 @@ def likeness(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def gaps(runtime: str) -> list[str]:
     """What the last column of ``greedy`` is."""
     return [
-        f"Greedy text: where {runtime} and the simulation (inputs in float) part, the gap between their tokens is",
-        "given, in the simulation's logits and in units of their spread. A small one is a near-tie.",
+        f"Greedy text: where {runtime} and the simulation (float inputs) first differ, the table gives the gap",
+        "between the two tokens in the simulation's logits, in units of their spread. A small gap is a near-tie.",
         "",
     ]
 
@@ -151,7 +159,7 @@ def gaps(runtime: str) -> list[str]:
 def greedy(rows: list[dict[str, Any]], runtime: str) -> list[str]:
     """The table of a runtime's continuations."""
     lines = [
-        f"| prompt | {runtime} goes on | same tokens | gap there |",
+        f"| prompt | continuation in {runtime} | same tokens | gap |",
         "|---|---|---:|---:|",
     ]
     for one in rows:

@@ -107,7 +107,7 @@ def runs_of(chosen: argparse.Namespace, texts: Texts, *schemes: str) -> list[Run
 
 def commands(found: Sequence[Run]) -> list[str]:
     """The commands that repeat runs."""
-    return [command(run.manifest["identity"])[0] for run in found]
+    return [command(run.manifest["request"])[0] for run in found]
 
 
 def scored(logits: Callable[[Tensor], Tensor], ids: Tensor) -> float:

@@ -121,7 +121,7 @@ def hashes(folder: Path) -> dict[str, str]:
     tensors = {}
     for file in [*folder.glob("block-*.safetensors"), folder / "model-rest.safetensors"]:
         with safe_open(file, "pt") as opened:
-            names = [name for name in opened.keys() if ".online" not in name]  # noqa: SIM118
+            names = [name for name in opened.keys() if ".runtime." not in name]  # noqa: SIM118
             tensors |= {name: opened.get_tensor(name) for name in names}
     for name in sorted(tensors):
         value = tensors[name].contiguous()

@@ -148,7 +148,7 @@ def test_evaluate_equals_a_plain_loop_for_every_text(model, command):
 
 
 def test_evaluate_of_a_run_folder_equals_a_plain_loop_over_the_loaded_model(model, run, command):
-    found = lowbit.evaluate(str(run), f"{model}/held.txt", length=50, tokens=349)
+    found = lowbit.evaluate(str(run), data=f"{model}/held.txt", length=50, tokens=349)
     assert found.tokens == {f"{model}/held.txt": 300}
     ours = lowbit.load(run)
     (value,) = found.perplexity.values()
@@ -163,7 +163,7 @@ def test_evaluate_for_a_reader(model, command, tmp_path):
     text.write_text((model / "held.txt").read_text())
     code, out, err = command("evaluate", model, "--data", text, "--length", "64", "--tokens", "128")
     assert (code, err) == (0, "")
-    (value,) = lowbit.evaluate(str(model), str(text), 64, 128).perplexity.values()
+    (value,) = lowbit.evaluate(str(model), data=str(text), length=64, tokens=128).perplexity.values()
     assert f"{value:.4f}" in out
     assert " 128 " in out
     assert "held [bold]:on:.txt" in out
@@ -172,7 +172,7 @@ def test_evaluate_for_a_reader(model, command, tmp_path):
 
 def test_an_infinite_perplexity_is_null_in_json(monkeypatch, command):
     endless = Evaluated({"x": float("inf")}, {"x": 4}, 2, 0.0, {"x": ""})
-    monkeypatch.setattr("lowbit.evaluation.evaluate.evaluate", lambda *given: endless)
+    monkeypatch.setattr("lowbit.evaluation.evaluate.evaluate", lambda *given, **options: endless)
     assert json.loads(command("evaluate", "any", "--json")[1])["perplexity"] == {"x": None}
 
 
@@ -294,7 +294,7 @@ def test_an_interrupt_is_one_line_and_code_130(model, tmp_path, monkeypatch, com
     ],
 )
 def test_what_the_machine_lacks_is_one_line(raised, said, monkeypatch, command):
-    def fail(*given):
+    def fail(*given, **options):
         raise raised
 
     monkeypatch.setattr("lowbit.pipeline.quantize.quantize", fail)
@@ -305,7 +305,7 @@ def test_what_the_machine_lacks_is_one_line(raised, said, monkeypatch, command):
 
 @pytest.mark.parametrize("raised", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")])
 def test_a_bug_keeps_its_traceback(raised, monkeypatch):
-    def fail(*given):
+    def fail(*given, **options):
         raise raised
 
     monkeypatch.setattr("lowbit.pipeline.quantize.quantize", fail)

@@ -36,7 +36,7 @@ def places(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(places):
     model, fine, coarse = map(str, places)
-    return lowbit.compare(model, [fine, coarse], f"{model}/held.txt", length=LENGTH)
+    return lowbit.compare(model, [fine, coarse], data=f"{model}/held.txt", length=LENGTH)
 
 
 def text_of(found):
@@ -82,7 +82,7 @@ def test_the_figures_are_those_of_whole_models(places, found, run):
 
 def test_the_perplexities_are_those_of_evaluate(places, found):
     for folder, row in zip(places[1:], text_of(found)["runs"], strict=True):
-        (value,) = lowbit.evaluate(str(folder), f"{places[0]}/held.txt", length=LENGTH).perplexity.values()
+        (value,) = lowbit.evaluate(str(folder), data=f"{places[0]}/held.txt", length=LENGTH).perplexity.values()
         assert row["perplexity"] == pytest.approx(value, rel=1e-6)
 
 
@@ -95,7 +95,8 @@ def test_a_coarser_run_is_further_away(found):
 
 
 def test_a_model_against_itself_differs_nowhere(places):
-    row = text_of(lowbit.compare(str(places[0]), str(places[0]), f"{places[0]}/held.txt", length=LENGTH))["runs"][0]
+    made = lowbit.compare(str(places[0]), str(places[0]), data=f"{places[0]}/held.txt", length=LENGTH)
+    row = text_of(made)["runs"][0]
     assert row["kl_mean"] == row["kl_p99"] == 0
     assert row["top1_agreement"] == 1
     assert row["ratio"] == row["ratio_low"] == row["ratio_high"] == 1

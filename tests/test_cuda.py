@@ -154,16 +154,18 @@ def test_evaluate_and_load_give_the_cpus_numbers(scheme, close, apart, tmp_path)
     save_tiny(tmp_path / "m", "llama")
     out = on("cuda", tmp_path, scheme, "rtn")
     text = str(tmp_path / "m" / "calib.txt")
-    found = [lowbit.evaluate(str(out), text, 24, device=device).perplexity[text] for device in ("cpu", "cuda")]
+    found = [
+        lowbit.evaluate(str(out), data=text, length=24, device=device).perplexity[text] for device in ("cpu", "cuda")
+    ]
     assert found[1] == pytest.approx(found[0], rel=close)
     ids, wanted = tiny_ids(), streamed_logits(out, tiny_ids())
-    loaded = lowbit.load(out, "cuda")
+    loaded = lowbit.load(out, device="cuda")
     assert {p.device.type for p in loaded.parameters()} == {"cuda"}
     with torch.no_grad():
         got = loaded(ids.cuda(), use_cache=False).logits.cpu()
     assert relative_error(got, wanted) < apart
     with torch.no_grad():
-        half = lowbit.load(out, "cuda", torch.bfloat16)(ids.cuda(), use_cache=False).logits
+        half = lowbit.load(out, device="cuda", dtype=torch.bfloat16)(ids.cuda(), use_cache=False).logits
     assert bool(half.isfinite().all())
 
 
@@ -281,9 +283,16 @@ def test_memory_on_the_device_does_not_grow_with_calibration(recipe, tmp_path):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         lowbit.quantize(
-            str(tmp_path / "m"), tmp_path / str(run), "w4a4", recipe, str(tmp_path / "m" / "calib.txt"), samples, 512,
-            device="cuda", settings=settings,
-        )  # fmt: skip
+            str(tmp_path / "m"),
+            tmp_path / str(run),
+            scheme="w4a4",
+            recipe=recipe,
+            data=str(tmp_path / "m" / "calib.txt"),
+            samples=samples,
+            length=512,
+            device="cuda",
+            settings=settings,
+        )
         peaks.append(torch.cuda.max_memory_allocated() - before)
     stream = 96 * 512 * 64 * 4
     print(recipe, [f"{peak / 2**20:.1f} MiB" for peak in peaks])

@@ -45,7 +45,7 @@ def places(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(places):
     model, out = places
-    return lowbit.diagnose(out, str(model), f"{model}/held.txt", samples=3, length=24, seed=5)
+    return lowbit.diagnose(out, exact=str(model), data=f"{model}/held.txt", samples=3, length=24, seed=5)
 
 
 def plain_error(got, y):
@@ -113,7 +113,7 @@ def test_measured_divergences_are_those_of_whole_models(places, measured):
 def test_streams_that_do_not_fit_together_give_the_same(places, measured, monkeypatch):
     model, out = places
     monkeypatch.setattr(sensitivity, "HELD_BYTES", 1)
-    again = lowbit.diagnose(out, str(model), f"{model}/held.txt", samples=3, length=24, seed=5)
+    again = lowbit.diagnose(out, exact=str(model), data=f"{model}/held.txt", samples=3, length=24, seed=5)
     assert (again.linears, again.blocks) == (measured.linears, measured.blocks)
 
 
@@ -155,7 +155,7 @@ def test_a_window_of_blocks_records_what_single_blocks_do(places, tmp_path):
 def test_maps_that_moved_leave_a_share_of_the_blocks_divergence(places, tmp_path):
     model, _ = places
     out = quantize(model, tmp_path / "out", "--recipe", "awq+gptq")
-    found = lowbit.diagnose(out, str(model), f"{model}/held.txt", samples=3, length=24)
+    found = lowbit.diagnose(out, exact=str(model), data=f"{model}/held.txt", samples=3, length=24)
     error = {row["block"]: (row["damage"], row["error"]) for row in found.blocks}
     for row in found.linears:
         kl, whole = error[row["block"]]
@@ -171,7 +171,13 @@ def test_a_proposal_fits_its_budget_and_quantize_takes_it(places, tmp_path, budg
     proposal = json.loads(capsys.readouterr().out)["diagnosis"]["proposal"]
     assert (proposal["damage_proposed"] < proposal["damage_now"]) == (budget >= 5)  # the run has 4.87
     made = lowbit.quantize(
-        str(model), tmp_path / "made", str(file), "rtn", f"{model}/calib.txt", samples=2, length=LENGTH
+        str(model),
+        tmp_path / "made",
+        scheme=str(file),
+        recipe="rtn",
+        data=f"{model}/calib.txt",
+        samples=2,
+        length=LENGTH,
     )
     assert made.bits_per_weight == pytest.approx(proposal["bits_per_weight"], abs=1e-12)
     assert made.bits_per_weight <= budget

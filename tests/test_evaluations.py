@@ -58,7 +58,9 @@ def test_a_broken_file_is_one_line(content, tmp_path):
 def test_evaluate_keeps_its_result_with_a_run_and_leaves_a_float_model_alone(tmp_path, capsys):
     save_tiny(tmp_path / "m", "llama")
     text = str(tmp_path / "m/calib.txt")
-    lowbit.quantize(str(tmp_path / "m"), tmp_path / "run", "w4a8", "rtn", text, 2, 16)
+    lowbit.quantize(
+        str(tmp_path / "m"), tmp_path / "run", scheme="w4a8", recipe="rtn", data=text, samples=2, length=16
+    )
     for folder in ("m", "run"):
         assert (
             call(["evaluate", str(tmp_path / folder), "--data", text, "--length", "32", "--tokens", "64", "--json"])
@@ -69,7 +71,12 @@ def test_evaluate_keeps_its_result_with_a_run_and_leaves_a_float_model_alone(tmp
     (found,) = kept(tmp_path / "run", told["fingerprint"])
     assert (found["on"], found["value"]) == ("calib.txt", told["perplexity"][text])
     # The run is still the finished run that it was.
-    assert lowbit.quantize(str(tmp_path / "m"), tmp_path / "run", "w4a8", "rtn", text, 2, 16).seconds < 60
+    assert (
+        lowbit.quantize(
+            str(tmp_path / "m"), tmp_path / "run", scheme="w4a8", recipe="rtn", data=text, samples=2, length=16
+        ).seconds
+        < 60
+    )
 
 
 def test_tasks_and_their_averages_are_entries_in_percent():

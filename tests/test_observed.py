@@ -25,7 +25,16 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("observed")
     save_tiny(root / "m", "llama")
     calib = str(root / "m/calib.txt")
-    lowbit.quantize(str(root / "m"), root / "run", "w4a8", "affinequant", calib, 6, 24, settings=SETTINGS)
+    lowbit.quantize(
+        str(root / "m"),
+        root / "run",
+        scheme="w4a8",
+        recipe="affinequant",
+        data=calib,
+        samples=6,
+        length=24,
+        settings=SETTINGS,
+    )
     return root
 
 

@@ -34,15 +34,15 @@ def windows(folder):
 
 @pytest.fixture(scope="module")
 def float_perplexity():
-    return lowbit.evaluate("demo", "builtin", LENGTH, TOKENS).perplexity["builtin"]
+    return lowbit.evaluate("demo", data="builtin", length=LENGTH, tokens=TOKENS).perplexity["builtin"]
 
 
 def quantized(out: Path, scheme: str, recipe: str) -> lowbit.Quantized:
-    return lowbit.quantize("demo", out, scheme, recipe, "builtin", samples=16, length=256)
+    return lowbit.quantize("demo", out, scheme=scheme, recipe=recipe, data="builtin", samples=16, length=256)
 
 
 def measured(out: Path) -> float:
-    return lowbit.evaluate(str(out), "builtin", LENGTH, TOKENS).perplexity["builtin"]
+    return lowbit.evaluate(str(out), data="builtin", length=LENGTH, tokens=TOKENS).perplexity["builtin"]
 
 
 def test_streamed_perplexity_equals_a_plain_transformers_loop(folder, windows, float_perplexity):
@@ -71,7 +71,7 @@ print(tokenizer.decode(out[0]))
 @pytest.mark.parametrize("scheme", ["w4a16g32-sym", "w8a8"])
 def test_stock_transformers_generates_from_the_folder(scheme, tmp_path):
     out = tmp_path / "run"
-    lowbit.quantize("demo", out, scheme, "rtn", samples=4, length=64)
+    lowbit.quantize("demo", out, scheme=scheme, recipe="rtn", samples=4, length=64)
     command = [sys.executable, "-c", STOCK, str(out), str(tmp_path / "logits.pt")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
@@ -113,7 +113,9 @@ def test_affinequant_beats_omniquant_beats_rounding_where_activations_have_four_
     found = {}
     for recipe in ("rtn", "omniquant", "affinequant"):
         out = tmp_path / recipe
-        lowbit.quantize("demo", out, "w4a4", recipe, samples=16, length=256, effort="quick", overrides=overrides)
+        lowbit.quantize(
+            "demo", out, scheme="w4a4", recipe=recipe, samples=16, length=256, effort="quick", overrides=overrides
+        )
         found[recipe] = measured(out)
     assert found["affinequant"] < found["omniquant"] < found["rtn"]
 
@@ -123,7 +125,14 @@ def test_tune_brings_the_distributions_of_the_real_model_closer(tmp_path):
     recipe = tmp_path / "tuned.yaml"
     recipe.write_text("steps: [smoothquant, rtn, tune: {epochs: 2, held_out: 0.25}]\n")
     made = lowbit.quantize(
-        "demo", tmp_path / "out", "w4a4", str(recipe), samples=16, length=128, effort="paper", overrides=overrides
+        "demo",
+        tmp_path / "out",
+        scheme="w4a4",
+        recipe=str(recipe),
+        samples=16,
+        length=128,
+        effort="paper",
+        overrides=overrides,
     )
     start, *after = made.manifest["blocks"][0]["steps"]["tune"]["held_out"]
     assert min(after) < 0.95 * start

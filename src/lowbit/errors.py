@@ -22,6 +22,23 @@ class MissingExtra(LowbitError):
         super().__init__(f"{what} needs the package '{package}': pip install 'lowbit[{extra}]'")
 
 
+def check_least(name: str, given: int, least: int, advice: str) -> None:
+    """Refuse a whole number that is too small: what is given, what is allowed, what to do.
+
+    >>> check_least("--samples", 0, 1, "give the number of calibration windows")
+    Traceback (most recent call last):
+    lowbit.errors.LowbitError: --samples 0 given; it must be 1 or more: give the number of calibration windows
+    """
+    if given < least:
+        raise LowbitError(f"{name} {given} given; it must be {least} or more: {advice}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise LowbitError(f"--seed {seed} given; it must be 0 or more and below 2**63: choose another number")
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> LowbitError:
     """An error for a name that is not known: suggests the nearest one and lists all.
 

@@ -1,12 +1,15 @@
-"""Progress on standard error: a bar with time left on a terminal, nothing elsewhere.
+"""Progress on standard error: a bar with time left on a terminal, a line now and then anywhere else.
 
-Standard output carries results only (so that ``--json`` is one document), hence everything here writes to
-standard error. Off a terminal there are no bars: a log file full of carriage returns helps nobody.
+Standard output carries results only (so that ``--json`` is one document), hence everything here writes to standard
+error. In a log or a pipe a bar would be a screenful of carriage returns: there a step that takes long says how far it
+is, first after ``FIRST`` seconds, then at most every ``EVERY`` seconds. Short work prints nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -21,18 +24,21 @@ from rich.progress import (
 
 T = TypeVar("T")
 
+FIRST, EVERY = 15.0, 30.0  # seconds
 console = Console(stderr=True)
+clock: Callable[[], float] = time.monotonic
+_printed = -math.inf  # when a line of any step was printed last
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` while a bar shows how many are done and how long the rest takes.
+    """Yield ``items`` and show how many are done and how long the rest takes.
 
     ``total`` is only needed where ``items`` has no length.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
     if not console.is_terminal:
-        yield from items
+        yield from _log(items, description, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -49,3 +55,40 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def say(message: str) -> None:
     """One line on standard error that is worth reading also in a log: a warning, a fallback, a choice."""
     console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _log(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    """Yield ``items``; between them, if it is time for it, a line."""
+    global _printed
+    began = clock()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = clock()
+        if done != total and now - began >= FIRST and now - _printed >= EVERY:
+            _printed = now
+            say(line(description, done, total, now - began))
+
+
+def line(description: str, done: int, total: int | None, seconds: float) -> str:
+    """How far a step is.
+
+    >>> line("quantizing", 6, 30, 90.0)
+    'quantizing: 6 of 30 (20 %), about 6 min left'
+    >>> line("converting", 6, None, 90.0)
+    'converting: 6 done in 90 s'
+    """
+    if total is None:
+        return f"{description}: {done} done in {seconds:.0f} s"
+    left = duration(seconds / done * (total - done))
+    return f"{description}: {done} of {total} ({100 * done / total:.0f} %), about {left} left"
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    >>> duration(42.3), duration(400), duration(9000)
+    ('42 s', '7 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -135,7 +135,7 @@ def test_golden_bytes_of_k_types() -> None:
 @pytest.mark.parametrize("name", ["blk.1.attn_k.weight", "blk.2.ffn_down.weight", "output_norm.weight"])
 @pytest.mark.parametrize("offset", [0, 7])  # of a block: in the scale, in the codes
 def test_one_wrong_byte_is_named(run: Path, tmp_path: Path, name: str, offset: int) -> None:
-    made = lowbit.export(run, "gguf", tmp_path / "m.gguf")
+    made = lowbit.export(run, "gguf", out=tmp_path / "m.gguf")
     (at,) = (t.data_offset for t in gguf.GGUFReader(made.out).tensors if t.name == name)
     content = bytearray(made.out.read_bytes())
     content[at + offset] ^= 0x10
@@ -149,7 +149,7 @@ def test_one_wrong_byte_is_named(run: Path, tmp_path: Path, name: str, offset: i
 
 
 def test_a_wrong_piece_and_a_cut_file_are_seen(run: Path, tmp_path: Path) -> None:
-    made = lowbit.export(run, "gguf", tmp_path / "m.gguf")
+    made = lowbit.export(run, "gguf", out=tmp_path / "m.gguf")
     content = made.out.read_bytes()
     made.out.write_bytes(content.replace(b"</s>", b"</t>", 1))
     assert lowbit.verify(run, [made.out])[0].other == ["tokenizer.ggml.tokens"]
@@ -222,6 +222,6 @@ def test_wrong_places_are_one_line(run: Path, tmp_path: Path) -> None:
         (run, "gguf", tmp_path / "x.bin", "ends in .gguf"),
     ]:
         with pytest.raises(LowbitError, match=message) as caught:
-            lowbit.export(folder, to, out)
+            lowbit.export(folder, to, out=out)
         assert "\n" not in str(caught.value)
     assert sorted(tmp_path.iterdir()) == before

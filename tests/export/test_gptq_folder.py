@@ -112,21 +112,21 @@ def test_golden_words() -> None:
 
 
 def test_symmetric_goes_out_as_v1_and_free_zeros_as_v2(run: Path, tmp_path: Path) -> None:
-    made = lowbit.export(run, "gptq", tmp_path / "sym")
+    made = lowbit.export(run, "gptq", out=tmp_path / "sym")
     assert json.loads((made.out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq"
     free = quantized(tmp_path, "w2a16g16-asym")
-    v2 = lowbit.export(free, "gptq", tmp_path / "free")
+    v2 = lowbit.export(free, "gptq", out=tmp_path / "free")
     assert json.loads((v2.out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
     assert not v2.warnings
-    assert "zeros of 0" in lowbit.export(free, "gptq", tmp_path / "v1", gptq_format="v1").warnings[0]
+    assert "zeros of 0" in lowbit.export(free, "gptq", out=tmp_path / "v1", gptq_format="v1").warnings[0]
     with pytest.raises(LowbitError, match="--gptq-format v3 given"):
-        lowbit.export(run, "gptq", tmp_path / "x", gptq_format="v3")
+        lowbit.export(run, "gptq", out=tmp_path / "x", gptq_format="v3")
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("key", ["qweight", "qzeros", "scales", "g_idx"])
 def test_one_wrong_byte_is_named(run: Path, tmp_path: Path, key: str) -> None:
-    made = lowbit.export(run, "gptq", tmp_path / "m")
+    made = lowbit.export(run, "gptq", out=tmp_path / "m")
     spoil(made.out / "block-00001.safetensors", f"model.layers.1.mlp.up_proj.{key}")
     (found,) = lowbit.verify(run, [made.out])
     assert "model.layers.1.mlp.up_proj" in " ".join([*found.differs, found.unreadable or ""])
@@ -135,7 +135,7 @@ def test_one_wrong_byte_is_named(run: Path, tmp_path: Path, key: str) -> None:
 
 
 def test_a_wrong_config_or_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
-    made = lowbit.export(run, "gptq", tmp_path / "m")
+    made = lowbit.export(run, "gptq", out=tmp_path / "m")
     for name in ("config.json", "tokenizer.json"):
         path = made.out / name
         content = path.read_bytes()

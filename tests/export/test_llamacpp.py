@@ -107,7 +107,7 @@ def test_llamacpp_goes_on_as_the_run_does(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_llamacpp_computes_smollm2(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    lowbit.quantize("demo", run, "w4a16g32-sym", "rtn", samples=1, length=32)
+    lowbit.quantize("demo", run, scheme="w4a16g32-sym", recipe="rtn", samples=1, length=32)
     file = lowbit.export(run, "gguf").out
     (found,) = lowbit.verify(run, [file])
     assert found.ok
@@ -170,7 +170,9 @@ def test_llamacpp_cuts_text_into_the_same_tokens(tmp_path: Path, kind: str) -> N
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "calib.txt").write_text(TEXT * 5)
     text = str(tmp_path / "calib.txt")
-    lowbit.quantize(str(tmp_path / "model"), tmp_path / "run", "w4a16g32-sym", "rtn", data=text, samples=1, length=8)
+    lowbit.quantize(
+        str(tmp_path / "model"), tmp_path / "run", scheme="w4a16g32-sym", recipe="rtn", data=text, samples=1, length=8
+    )
     file = lowbit.export(tmp_path / "run", "gguf").out
     with loaded(file, 64) as session:
         for sample in (TEXT, "</s>ab 12345", "  x\n\n  y"):

@@ -117,7 +117,7 @@ def test_level_4_rounds_inputs_and_says_so(run: Path, tmp_path: Path) -> None:
         rounded, plain = (lowbit.load(run, target=name)(ids[None]).logits[0] for name in ("onnxruntime", "float"))
     assert relative_error(executed.logits, rounded) < 1e-5 < 0.01 < relative_error(executed.logits, plain)
     with pytest.raises(LowbitError, match="allowed: 0, 4"):
-        lowbit.export(run, "onnx", tmp_path / "level2", accuracy_level=2)
+        lowbit.export(run, "onnx", out=tmp_path / "level2", accuracy_level=2)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -193,7 +193,7 @@ def test_an_integer_changed_by_the_builder_is_refused(
 
     monkeypatch.setattr(target, "build", build)
     with pytest.raises(LowbitError, match=r"changes 'model.layers.1.self_attn.o_proj.weight'"):
-        lowbit.export(run, "onnx", tmp_path / "out")
+        lowbit.export(run, "onnx", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -201,7 +201,7 @@ def test_a_builder_that_gives_up_is_one_line(run: Path, tmp_path: Path, monkeypa
     failed = SimpleNamespace(returncode=1, stderr="Traceback\nKeyError: 'rope_type'\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(LowbitError, match=r"gave up on .*: KeyError: 'rope_type'$"):
-        lowbit.export(run, "onnx", tmp_path / "out")
+        lowbit.export(run, "onnx", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -212,7 +212,7 @@ def test_a_missing_package_is_one_line(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if "onnx" in name else find(name, *rest)
     )
-    for act in (lambda: lowbit.export(run, "onnx", tmp_path / "out"), lambda: lowbit.verify(run, [made])):
+    for act in (lambda: lowbit.export(run, "onnx", out=tmp_path / "out"), lambda: lowbit.verify(run, [made])):
         with pytest.raises(LowbitError, match=r"pip install 'lowbit\[onnx\]'"):
             act()
     assert not list(tmp_path.iterdir())
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
 @pytest.mark.slow
 def test_smollm2_speaks_in_genai_as_in_the_simulation(tmp_path: Path) -> None:
     prompt = "The best way to learn a new language is"
-    lowbit.quantize("demo", tmp_path / "run", "w4a16g32-sym", recipe="rtn", samples=2, length=64)
+    lowbit.quantize("demo", tmp_path / "run", scheme="w4a16g32-sym", recipe="rtn", samples=2, length=64)
     made = lowbit.export(tmp_path / "run", "onnx")
     (found,) = lowbit.verify(tmp_path / "run", [made.out])
     assert found.ok

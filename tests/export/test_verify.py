@@ -23,7 +23,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_tiny(folder / "model", "llama")
     text = str(folder / "model" / "calib.txt")
     scheme = "w4a16g32-sym"
-    lowbit.quantize(str(folder / "model"), folder / "run", scheme, recipe="rtn", data=text, samples=2, length=16)
+    lowbit.quantize(
+        str(folder / "model"), folder / "run", scheme=scheme, recipe="rtn", data=text, samples=2, length=16
+    )
     return folder / "run", lowbit.export(folder / "run", "gguf").out
 
 

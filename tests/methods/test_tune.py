@@ -36,7 +36,9 @@ def recipe_file(folder, *steps):
 
 
 def quantized(folder: Path, out: Path, scheme: str, recipe: str, **more):
-    return lowbit.quantize(str(folder), out, scheme, recipe, str(folder / "calib.txt"), samples=6, length=24, **more)
+    return lowbit.quantize(
+        str(folder), out, scheme=scheme, recipe=recipe, data=str(folder / "calib.txt"), samples=6, length=24, **more
+    )
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -302,7 +304,7 @@ def test_what_stays_online_is_trained_with_and_kept(tmp_path):
     assert set(made.manifest["blocks"][0]["steps"]) == {"reassemble", "tune"}
     record = made.manifest["blocks"][0]["steps"]["tune"]
     assert record["held_out"][record["best_epoch"]] < record["held_out"][0]
-    page = lowbit.report([tmp_path / "out"], tmp_path / "report.html").out.read_text()
+    page = lowbit.report([tmp_path / "out"], out=tmp_path / "report.html").out.read_text()
     first, least = record["held_out"][0], min(record["held_out"])
     assert f"of the whole model: from {first:.3f} to {least:.3f} nats a token on held-out sequences" in page
 

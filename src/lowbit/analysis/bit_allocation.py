@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lowbit.errors import LowbitError
-from lowbit.quant.affine import QuantSpec
+from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import Scheme
 
 UNITS = 1 << 16  # steps of the budget at most; where its own unit is finer, costs are rounded up to this
@@ -41,7 +41,7 @@ class Linear:
     name: str
     block: int
     shape: tuple[int, int]
-    spec: QuantSpec
+    spec: IntFormat
     damage: float
     input: float
     rtn: dict[int, float]
@@ -49,7 +49,7 @@ class Linear:
     def damage_at(self, bits: int) -> float:
         """The damage at another width: the weight's part of it grows and shrinks as the error of rounding does.
 
-        >>> one = Linear("q", 0, (2, 2), QuantSpec(4), 0.5, 0.1, {4: 0.02, 8: 0.0001})
+        >>> one = Linear("q", 0, (2, 2), IntFormat(4), 0.5, 0.1, {4: 0.02, 8: 0.0001})
         >>> one.damage_at(4), round(one.damage_at(8), 6)
         (0.5, 0.102)
         """
@@ -61,7 +61,7 @@ class Linear:
         part = max(self.damage - self.input, 0.0)
         return self.damage - part + part * then / now
 
-    def bits_at(self, spec: QuantSpec) -> int:
+    def bits_at(self, spec: IntFormat) -> int:
         """Bits that the weight takes in a format: codes, scales and zeros."""
         return round(self.shape[0] * self.shape[1] * spec.bits_per_value(self.shape[1]))
 
@@ -75,7 +75,7 @@ def fused(linears: Sequence[Linear], groups: Sequence[tuple[str, ...]]) -> list[
     return [found[key] for key in sorted(found)]
 
 
-def formats(group: Sequence[Linear], base: QuantSpec, bits: Sequence[int]) -> list[QuantSpec]:
+def formats(group: Sequence[Linear], base: IntFormat, bits: Sequence[int]) -> list[IntFormat]:
     """One format for all of a group at each width; where their formats differ by more, the scheme's own is taken."""
     shared = {replace(one.spec, bits=base.bits) for one in group}
     like = shared.pop() if len(shared) == 1 else base
@@ -83,8 +83,8 @@ def formats(group: Sequence[Linear], base: QuantSpec, bits: Sequence[int]) -> li
 
 
 def within_budget(
-    groups: Sequence[Sequence[Linear]], base: QuantSpec, bits: Sequence[int], room: int
-) -> list[QuantSpec]:
+    groups: Sequence[Sequence[Linear]], base: IntFormat, bits: Sequence[int], room: int
+) -> list[IntFormat]:
     """The format of each group that damages least while all together take ``room`` bits at most.
 
     Raises ``LowbitError`` where even the smallest widths take more.
@@ -142,12 +142,17 @@ def least_loss(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]
     return out[::-1]
 
 
-def with_formats(scheme: Scheme, groups: Sequence[Sequence[Linear]], specs: Sequence[QuantSpec]) -> Scheme:
+def with_formats(scheme: Scheme, groups: Sequence[Sequence[Linear]], specs: Sequence[IntFormat]) -> Scheme:
     """``scheme`` with the formats of the groups' linears, by full names; what it said of them before goes.
 
     Overrides by glob stay, since they may cover embeddings or what is left in float; a full name comes before them.
     """
     wanted = {one.name: spec for group, spec in zip(groups, specs, strict=True) for one in group}
     kept = replace(scheme, overrides=tuple(pair for pair in scheme.overrides if pair[0] not in wanted))
-    changed = tuple((name, spec) for name, spec in wanted.items() if kept.weight_spec(name) != spec)
+    changed = tuple((name, spec) for name, spec in wanted.items() if _weight(kept, name) != spec)
     return replace(kept, overrides=(*changed, *kept.overrides))
+
+
+def _weight(scheme: Scheme, linear: str) -> IntFormat | None:
+    found = scheme.override(linear)
+    return found[1] if found else scheme.weight

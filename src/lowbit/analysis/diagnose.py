@@ -21,19 +21,19 @@ import yaml
 from torch import Tensor
 
 from lowbit.analysis.bit_allocation import Linear
-from lowbit.analysis.linear_error import only
 from lowbit.analysis.mixed_precision import WIDTHS, Proposal, check_budget, propose
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import write_bytes
 from lowbit.data.text import evaluation
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.metrics.sensitivity import divergences_alone
 from lowbit.models.block import run_all
 from lowbit.models.device import check_device
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_ids
+from lowbit.quant.integer import integer
 from lowbit.quant.scheme import override_text
-from lowbit.runs.folder import MANIFEST, manifest_of, manifest_specs
+from lowbit.runs.folder import MANIFEST, manifest_of, run_formats, run_scheme
 from lowbit.runs.plan import linear_shapes
 from lowbit.runs.streamed_model import StreamedModel
 
@@ -92,6 +92,7 @@ class _Run:
 
 def diagnose(
     run: str | Path,
+    *,
     exact: str | None = None,
     data: str = "builtin",
     samples: int = 2,
@@ -174,7 +175,7 @@ def _opened(run: str | Path, trust_remote_code: bool) -> _Run:
         raise LowbitError(f"{run} was made before runs recorded damage: quantize again into another folder")
     skeleton = Skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)
     shapes = linear_shapes(skeleton)
-    _, specs, _ = manifest_specs(manifest)
+    weights = run_formats(manifest, run_scheme(manifest), skeleton.family.embed).weights
     linears = []
     try:
         for row in manifest["blocks"]:
@@ -182,7 +183,8 @@ def _opened(run: str | Path, trust_remote_code: bool) -> _Run:
                 full = f"{skeleton.family.blocks}.{row['block']}.{name}"
                 errors = float(told["error"]), float(told["input"])
                 rtn = {int(b): float(error) for b, error in told["rtn"].items()}
-                linears.append(Linear(full, row["block"], shapes[full], specs[full], *errors, rtn))
+                format = integer(weights[full], "a bit allocation")
+                linears.append(Linear(full, row["block"], shapes[full], format, *errors, rtn))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LowbitError(
             f"the damage recorded in {MANIFEST} of {run} is broken ({error!r}): quantize again"
@@ -195,11 +197,13 @@ def _windows(
 ) -> tuple[Tensor, str]:
     """``samples`` of a text's windows ``(samples, length)``, drawn by the seed without repetition."""
     model.check_length(length)
-    if samples < 1 or not 0 <= seed < 2**63:
-        raise LowbitError(f"--samples {samples} and --seed {seed} given; at least 1 and 0 are needed")
+    check_least("--samples", samples, 1, "give the number of windows to measure on")
+    check_seed(seed)
     text = evaluation(data, load_tokenizer(source.folder, trust_remote_code), length)
     if samples > len(text.ids):
-        raise LowbitError(f"--samples {samples} given; '{data}' has {len(text.ids)} windows of {length} tokens")
+        raise LowbitError(
+            f"--samples {samples} given; '{data}' has {len(text.ids)} windows of {length} tokens: give no more"
+        )
     check_ids(text.ids, model.skeleton, source.folder)
     order = torch.randperm(len(text.ids), generator=torch.Generator().manual_seed(seed))
     return text.ids[order[:samples]], text.corpus
@@ -221,9 +225,9 @@ def _measured(
         block, rounded = exact.block(index), ours.block(index)
         for full in names[index]:
             name = full.removeprefix(f"{block.family.blocks}.")
-            q = rounded.qweights[name]
-            alone = only(ours.scheme, full, q.spec) if ours.scheme else None
-            yield run_all(block, x, {**block.params, f"{name}.weight": q.dequantize()}, alone, batch=len(x))
+            params = {**block.params, f"{name}.weight": rounded.qweights[name].dequantize()}
+            alone = replace(block, formats={name: rounded.formats[name]}, ops=rounded.ops)
+            yield run_all(alone, x, params, quantized=True, batch=len(x))
 
     kls = divergences_alone(exact, [1 + len(some) for some in names], changed, ids)
     alone = {

@@ -30,33 +30,26 @@ import torch
 from torch import Tensor
 
 from lowbit.metrics.kl import token_error
-from lowbit.models.block import Block, part_of, relative_error, run
-from lowbit.quant.affine import QuantSpec, fake_quant, minmax_grid
-from lowbit.quant.scheme import Scheme
+from lowbit.models.block import Block, relative_error, run
+from lowbit.quant.format import Format
+from lowbit.quant.integer import integer
 
 BITS = (2, 3, 4, 5, 6, 8)  # widths whose damage is measured
 ROWS = 64
 
 
-def only(scheme: Scheme, linear: str, spec: QuantSpec) -> Scheme:
-    """The scheme with one linear left in it, by its full name: all others, Q, K and V stay float.
-
-    >>> from lowbit.quant.scheme import parse_scheme
-    >>> one = only(parse_scheme("w4a8kv8"), "model.layers.0.mlp.up_proj", QuantSpec(4))
-    >>> one.act_spec("model.layers.0.mlp.up_proj").bits, one.act_spec("model.layers.0.mlp.gate_proj"), one.kv
-    (8, None, None)
-    """
-    return replace(scheme, kv=None, overrides=((linear, spec), ("*", None)))
+def only(block: Block, linear: str) -> Block:
+    """The block with one linear's formats left: all others, Q, K and V stay float."""
+    return replace(block, formats={linear: block.formats[linear]}, kv=None)
 
 
 @torch.no_grad()
-def damages(block: Block, x: Tensor, scheme: Scheme) -> dict[int, dict[str, Any]]:
+def damages(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
     """Plain data for each layer of a rounded block, by the layer's index.
 
     Args:
         block: the block with its float parameters and the rounded weights beside them.
         x: the block's input in the float model, ``(sequences, length, hidden)``.
-        scheme: the run's.
 
     Returns:
         ``tokens``, ``error`` (all that the run rounds in the layer, at once) and, in ``linears``, by a linear's name
@@ -64,16 +57,16 @@ def damages(block: Block, x: Tensor, scheme: Scheme) -> dict[int, dict[str, Any]
     """
     out = {}
     for at, index in enumerate(block.indices):
-        layer = part_of(block, at, at + 1)
+        layer = block.part(at, at + 1)
         inputs: dict[str, Tensor] = {}
         y = run(layer, x, taps={name: partial(inputs.__setitem__, name) for name in layer.qweights})
-        rounded = run(layer, x, layer.quantized_params(), scheme)
+        quantized = run(layer, x, layer.quantized_params(), quantized=True)
         linears = {
-            name.removeprefix(f"{index}."): _alone(layer, name, x, y, scheme)
-            | {"rtn": _by_bits(layer.weight(name), inputs[name], q.spec)}
+            name.removeprefix(f"{index}."): _alone(layer, name, x, y)
+            | {"rtn": _by_bits(layer.weight(name), inputs[name], q.format)}
             for name, q in layer.qweights.items()
         }
-        out[index] = {"tokens": y[..., 0].numel(), "error": relative_errors(rounded, y), "linears": linears}
+        out[index] = {"tokens": y[..., 0].numel(), "error": relative_errors(quantized, y), "linears": linears}
         x = y
     return out
 
@@ -87,24 +80,24 @@ def relative_errors(got: Tensor, wanted: Tensor) -> float:
     return token_error(got, wanted) / wanted[..., 0].numel() + relative_error(got, wanted)
 
 
-def _alone(layer: Block, name: str, x: Tensor, y: Tensor, scheme: Scheme) -> dict[str, float]:
-    """The error of one linear rounded, and the part of it that its rounded input makes."""
-    q = layer.qweights[name]
-    params: Mapping[str, Tensor] = {**layer.params, f"{name}.weight": q.dequantize()}
-    alone = only(scheme, layer.full_name(name), q.spec)
-    if alone.inputs(layer.full_name(name)) is None:
+def _alone(layer: Block, name: str, x: Tensor, y: Tensor) -> dict[str, float]:
+    """The error of one linear quantized, and the part of it that its quantized input makes."""
+    params: Mapping[str, Tensor] = {**layer.params, f"{name}.weight": layer.qweights[name].dequantize()}
+    if layer.input_format(name) is None:
         return {"error": relative_errors(run(layer, x, params), y), "input": 0.0}
-    whole, part = run(layer, x, params, alone), run(layer, x, layer.params, alone)
+    alone = only(layer, name)
+    whole, part = run(alone, x, params, quantized=True), run(alone, x, layer.params, quantized=True)
     return {"error": relative_errors(whole, y), "input": relative_errors(part, y)}
 
 
-def _by_bits(weight: Tensor, x: Tensor, spec: QuantSpec) -> dict[str, float]:
-    """Relative error of ``x @ weight.T`` with the weight rounded to nearest, for ``BITS`` and the spec's own."""
+def _by_bits(weight: Tensor, x: Tensor, format: Format) -> dict[str, float]:
+    """Relative error of ``x @ weight.T``, the weight rounded to nearest, for ``BITS`` and the format's own width."""
     rows = weight[:: max(1, len(weight) // ROWS)].float()
     x = x.float()
     wanted = x @ rows.T
+    own = integer(format, "a table of errors by bits")
     out = {}
-    for bits in sorted({*BITS, spec.bits}):
-        one = replace(spec, bits=bits)
-        out[str(bits)] = relative_errors(x @ fake_quant(rows, minmax_grid(rows, one), one).T, wanted)
+    for bits in sorted({*BITS, own.bits}):
+        quantized = own.with_bits(bits).fake_quant_clipped(rows)
+        out[str(bits)] = relative_errors(x @ quantized.T, wanted)
     return out

@@ -11,7 +11,7 @@ from lowbit.analysis.linear_error import BITS
 from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.scheme import override_text, scheme_to_dict
-from lowbit.runs.folder import manifest_specs
+from lowbit.runs.folder import run_scheme
 from lowbit.runs.plan import make_plan
 
 WIDTHS = (3, 4, 5, 6, 8)  # what a proposal chooses among by default
@@ -67,7 +67,7 @@ def propose(
         budget: effective bits per rounded weight.
         bits: widths to choose among.
     """
-    scheme, _, _ = manifest_specs(manifest)
+    scheme = run_scheme(manifest)
     plan = make_plan(skeleton, scheme)
     online = (manifest["bits_per_weight"] - plan.bits_per_weight) * plan.quantized_weights
     outside = plan.stored_bits - sum(one.bits_at(one.spec) for one in linears) + online

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import typer
 from rich.table import Table
 
-Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct).")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
-DType = Annotated[str, typer.Option(help="What blocks run in on a GPU: float32, bfloat16, float16. A CPU: float32.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+Device = Annotated[str, typer.Option(help="Where blocks run: cpu, cuda, cuda:N or mps.")]
+DType = Annotated[str, typer.Option(help="Of blocks on a GPU: float32, bfloat16 or float16; a CPU takes float32.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the model's repository.")]
+
+
+class Place(TypedDict):
+    """Arguments that every function that opens a model takes: where it computes, and what may be opened."""
+
+    device: str
+    dtype: str
+    revision: str | None
+    allow_pickle: bool
+    trust_remote_code: bool
+
+
+def place_of(device: str, dtype: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Place:
+    """The options ``--device`` to ``--trust-remote-code`` as keyword arguments."""
+    return {
+        "device": device,
+        "dtype": dtype,
+        "revision": revision,
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+    }
 
 
 def table(*columns: str) -> Table:
@@ -32,7 +56,7 @@ def print_json(content: Any) -> None:
 
 
 def _as_json(content: Any) -> Any:
-    """JSON has no infinity (a model gone wild has a perplexity of that): it becomes ``null``."""
+    """JSON has no infinity (a diverged model has that perplexity): it becomes ``null``."""
     if isinstance(content, dict):
         return {key: _as_json(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

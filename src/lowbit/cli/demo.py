@@ -50,7 +50,16 @@ def run_demo(out: Path) -> dict[str, Any]:
         kept = recipe == RECIPES[-1]
         folder = out if kept else out.with_name(out.name + "-" + recipe)
         say(f"quantizing with {recipe}")
-        made = quantize("demo", folder, SCHEME, recipe, "builtin", SAMPLES, LENGTH, effort=EFFORT)
+        made = quantize(
+            "demo",
+            folder,
+            scheme=SCHEME,
+            recipe=recipe,
+            data="builtin",
+            samples=SAMPLES,
+            length=LENGTH,
+            effort=EFFORT,
+        )
         rows.append(_row(recipe, SCHEME, made.bits_per_weight, folder, made.seconds))
         if not kept:
             shutil.rmtree(folder)
@@ -63,5 +72,5 @@ def run_demo(out: Path) -> dict[str, Any]:
 
 
 def _row(recipe: str, scheme: str, bits: float, folder: Path, seconds: float | None) -> Row:
-    found = evaluate(str(folder), "builtin", 512, EVALUATED).perplexity["builtin"]
+    found = evaluate(str(folder), data="builtin", length=512, tokens=EVALUATED).perplexity["builtin"]
     return Row(recipe, scheme, bits, folder_size(folder), found, seconds, generate_text(folder, PROMPT, 24))

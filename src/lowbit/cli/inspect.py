@@ -1,4 +1,4 @@
-"""The command that tells before anything starts, and where it broke after it has: ``lowbit inspect``."""
+"""``lowbit inspect``: sizes and estimates of a model; the layer sensitivity of a finished run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
+from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, place_of, print_json, table
 from lowbit.errors import LowbitError
 
 if TYPE_CHECKING:
@@ -46,24 +46,42 @@ def inspect(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Sizes of MODEL and what a run would take; for a run folder, where it lost what it lost and what would help."""
+    """Show sizes and what a run takes; of a run, its sensitivity.
+
+    For a run folder: the layers that lose most, and with --budget overrides that help.
+    """
     from lowbit.pipeline.inspect import inspect_model
     from lowbit.runs.folder import manifest_of
 
     is_run = Path(model).is_dir() and manifest_of(Path(model)) is not None
     if not is_run and (budget is not None or exact is not None or out is not None):
         raise LowbitError(f"--float, --budget and --out are for a finished run folder, which {model} is not")
-    sizes = (32 if samples is None else samples, 512 if length is None else length)
-    found = inspect_model(model, scheme, recipe, *sizes, revision, allow_pickle, trust_remote_code)
+    found = inspect_model(
+        model,
+        scheme,
+        recipe,
+        samples=32 if samples is None else samples,
+        length=512 if length is None else length,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
     told = None
     if is_run:
         from lowbit.analysis.diagnose import diagnose
 
-        windows = (2 if samples is None else samples, 128 if length is None else length)
         told = diagnose(
-            model, exact, data, *windows, seed, budget, _widths(bits), out, device, dtype, revision, allow_pickle,
-            trust_remote_code,
-        )  # fmt: skip
+            model,
+            exact=exact,
+            data=data,
+            samples=2 if samples is None else samples,
+            length=128 if length is None else length,
+            seed=seed,
+            budget=budget,
+            bits=_widths(bits),
+            out=out,
+            **place_of(device, dtype, revision, allow_pickle, trust_remote_code),
+        )
     if as_json:
         print_json(found if told is None else {**found, "diagnosis": told.to_dict()})
         return

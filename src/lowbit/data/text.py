@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints import pypi as wheels
-from lowbit.errors import LowbitError, MissingExtra, unknown
+from lowbit.errors import LowbitError, MissingExtra, check_least, unknown
 from lowbit.progress import track
 
 if TYPE_CHECKING:
@@ -181,8 +181,8 @@ def _tokens(ids: Tensor, corpus: str, seed: int | None = None) -> Tokens:
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < (least := 2 if name == "length" else 1):
-            raise LowbitError(f"{name} {size} given; it must be {least} or more")
+        what = "tokens in a window" if name == "length" else "windows"
+        check_least(name, size, 2 if name == "length" else 1, f"give the number of {what}")
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> Tensor:

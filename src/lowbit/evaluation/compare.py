@@ -14,7 +14,7 @@ import torch
 from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.data.text import evaluation
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.evaluation.generate import generate_text
 from lowbit.metrics.kl import CONFIDENCE, RESAMPLES, listen, summary
 from lowbit.models.device import check_device
@@ -61,6 +61,7 @@ class Compared:
 def compare(
     exact: str,
     runs: str | Sequence[str],
+    *,
     data: str | Sequence[str] = "builtin",
     length: int = 2048,
     tokens: int | None = None,
@@ -108,12 +109,10 @@ def compare(
 
 
 def _check_given(folders: Sequence[str], seed: int, prompt: str | None, new_tokens: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise LowbitError(f"--seed {seed} given; it must be 0 or more and below 2**63")
+    check_seed(seed)
     if prompt == "":
         raise LowbitError("--prompt is empty; give some text to continue, or leave it out")
-    if new_tokens < 1:
-        raise LowbitError(f"--new-tokens {new_tokens} given; at least 1 is needed")
+    check_least("--new-tokens", new_tokens, 1, "give how many tokens may follow the prompt")
     if not folders:
         raise LowbitError("no run given; name at least one run folder behind the float model")
     if twice := [name for at, name in enumerate(folders) if name in folders[:at]]:

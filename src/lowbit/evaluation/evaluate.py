@@ -48,6 +48,7 @@ class Evaluated:
 
 def evaluate(
     model: str,
+    *,
     data: str | Sequence[str] = "builtin",
     length: int = 2048,
     tokens: int | None = None,

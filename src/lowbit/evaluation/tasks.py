@@ -20,13 +20,13 @@ from lowbit.checkpoints.pypi import cache_dir, sha256_of
 from lowbit.checkpoints.resolve import TOKENIZER_FILES, Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.data.tasks import Documents, HubSet, documents, settle
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError, check_least, check_seed, unknown
 from lowbit.evaluation.evaluate import bits_of, special_before
 from lowbit.metrics.lm_eval import AVERAGES, CONFIGS, average, harness_model, harness_version, hub_set, measure
 from lowbit.models.device import check_device
 from lowbit.progress import say
 from lowbit.quant.scheme import simulated_on
-from lowbit.runs.folder import MANIFEST, manifest_of, manifest_specs
+from lowbit.runs.folder import MANIFEST, manifest_of, run_scheme
 from lowbit.runs.streamed_model import StreamedModel
 from lowbit.runs.versions import versions
 
@@ -60,6 +60,7 @@ class TaskScores:
 def evaluate_tasks(
     model: str,
     tasks: str | Sequence[str],
+    *,
     task_data: str = "auto",
     limit: int | None = None,
     seed: int = 0,
@@ -96,7 +97,7 @@ def evaluate_tasks(
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
-    scheme = simulated_on(manifest_specs(manifest)[0] if manifest else None, target)
+    scheme = simulated_on(run_scheme(manifest) if manifest else None, target)
     asked: dict[str, Any] = {"device": device, "dtype": dtype, "limit": limit, "seed": seed}
     asked["target"] = scheme.target if scheme else None
     identity = {**_model_identity(source), **asked, "versions": {**versions(), "lm_eval": harness}, "code": _code()}
@@ -188,7 +189,6 @@ def _code() -> str:
 
 
 def _check_draw(limit: int | None, seed: int) -> None:
-    if limit is not None and limit < 1:
-        raise LowbitError(f"--limit {limit} given; at least 1 document is needed")
-    if not 0 <= seed < 2**63:
-        raise LowbitError(f"--seed {seed} given; it must be 0 or more and below 2**63")
+    if limit is not None:
+        check_least("--limit", limit, 1, "give a number of documents, or leave it out for all")
+    check_seed(seed)

@@ -51,6 +51,7 @@ class Exported:
 def export(
     folder: str | Path,
     to: str,
+    *,
     out: str | Path | None = None,
     embeddings: str = "auto",
     pre: str | None = None,
@@ -79,7 +80,7 @@ def export(
     folder, target = Path(folder), ALIASES.get(to, to)
     exporter = exporter_of(target)
     run = open_run(folder)
-    check(target, exporter.limits, run.subject)
+    check(target, exporter.misfit, run.subject)
     name = folder.resolve().name
     beside = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
     final = Path(out) if out is not None else beside
@@ -102,7 +103,7 @@ def export(
     return Exported(final, target, sum(file.stat().st_size for file in _files(final)), warnings)
 
 
-def verify(folder: str | Path, files: Sequence[str | Path], logits: bool = True) -> list[Verified]:
+def verify(folder: str | Path, files: Sequence[str | Path], *, logits: bool = True) -> list[Verified]:
     """Compare exports with their run, every value bit for bit; see ``Verified.ok``.
 
     Args:

@@ -14,6 +14,7 @@ There is one width, 4 bits, and one group size for all modules; a symmetric grid
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,36 +22,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.exporters.fit import Misfit, no_activations, no_online, weight_misfit, wrong_scale
+from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
 from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
-from lowbit.quant.affine import QTensor
+from lowbit.quant.format import QTensor
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 WORD = len(ORDER)
 
 
+def _group(subject: Subject) -> int | None:
+    """The group size of most modules."""
+    return Counter(format.group for format in subject.integers.values()).most_common(1)[0][0]
+
+
 def limits(subject: Subject) -> Misfit | None:
     """4 bits, one group size, outputs in multiples of 8, activations in float, embeddings and head in float."""
-    found = no_online(subject) or no_activations(subject, "what runs AWQ folders takes them in float")
+    found = no_activations(subject, "what runs AWQ folders takes them in float")
     if found is not None:
         return found
-    size = subject.scheme.weight.group_size
-    for module, spec in subject.specs.items():
+    size = _group(subject)
+    for module, format in subject.integers.items():
         rows, columns = subject.shapes[module]
         if module in (embedding_of(subject.config), "lm_head"):
             why = "the layout has no place for a rounded embedding or head"
-        elif spec.bits != 4:
-            why = f"{spec.bits} bits; the layout has 4"
-        elif spec.group_size != size:
-            why = f"groups of {spec.group_size}; the layout has one size for all modules, {size}"
+        elif format.bits != 4:
+            why = f"{format.bits} bits; the layout has 4"
+        elif format.group != size:
+            why = f"groups of {format.group}; the layout has one size for all modules, {size}"
         elif columns % (size or columns):
             why = f"groups of {size} do not divide a width of {columns}"
         elif rows % WORD:
             why = f"{rows} outputs do not fill words of {WORD}"
         else:
-            why = wrong_scale(spec) or ""
+            why = wrong_scale(format) or ""
         if why:
             return weight_misfit(subject, module, why)
     return None
@@ -76,14 +82,14 @@ def unpack_words(words: Tensor) -> Tensor:
 
 def pack_module(q: QTensor) -> dict[str, Tensor]:
     """A rounded weight ``(out, in)`` as the tensors of the layout, by their names below the module."""
-    scales = q.grid.scale.T.to(torch.float16)
-    return {"qweight": pack_words(q.codes.T), "qzeros": pack_words(q.grid.zero.T), "scales": scales}
+    scales = q.qparams.scale.T.to(torch.float16)
+    return {"qweight": pack_words(q.codes.T), "qzeros": pack_words(q.qparams.zero.T), "scales": scales}
 
 
 def quantization_config(subject: Subject) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``."""
     config = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
-    size = subject.scheme.weight.group_size or -1
+    size = _group(subject) or -1
     return {**config, "group_size": size, "modules_to_not_convert": [*subject.floats, "lm_head"]}
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import read_json, write_bytes
 from lowbit.errors import LowbitError, MissingExtra
-from lowbit.exporters.fit import Misfit, no_activations, no_online, weight_misfit
+from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
 from lowbit.exporters.hf_folder import carried
 from lowbit.exporters.pte_model import frequencies, lower
 from lowbit.exporters.pte_reader import EMBEDDING, GAIN, LINEAR, constants
@@ -44,12 +44,12 @@ def limits(subject: Subject) -> Misfit | None:
     """Grids that XNNPACK stores, activations in float, attention that ExecuTorch's operator computes."""
     if (why := _unlike(subject.config)) is not None:
         return Misfit("architecture", why)
-    found = no_online(subject) or no_activations(subject, "XNNPACK rounds them to int8 in its own way")
+    found = no_activations(subject, "XNNPACK rounds them to int8 in its own way")
     if found is not None:
         return found
-    for module, spec in subject.specs.items():
+    for module, format in subject.integers.items():
         embedding = module == family_of(subject.config).embed
-        if why := why_not(spec, None if embedding else subject.shapes[module][1]):
+        if why := why_not(format, None if embedding else subject.shapes[module][1]):
             return weight_misfit(subject, module, why)
     return None
 
@@ -115,15 +115,15 @@ def _methods(run: Run) -> dict[str, Any]:
 def _warnings(run: Run) -> list[str]:
     """How far the scales move, if they do."""
     worst, count = 0.0, 0
-    for module in run.rounded:
+    for module in run.quantized:
         q = run.qtensor(module)
-        moved = (stored(q).grid.scale - q.grid.scale).abs() / q.grid.scale
+        moved = (stored(q).qparams.scale - q.qparams.scale).abs() / q.qparams.scale
         count += bool(moved.any())
         worst = max(worst, float(moved.max()))
     if not count:
         return []
     return [
-        f"XNNPACK keeps scales as bfloat16: those of {count} of {len(run.rounded)} linears are rounded, by "
+        f"XNNPACK keeps scales as bfloat16: those of {count} of {len(run.quantized)} linears are rounded, by "
         f"{worst:.2%} at most; codes are as they were. 'lowbit quantize --target executorch' avoids it"
     ]
 
@@ -133,7 +133,7 @@ def expect(run: Run, name: str) -> Tensor:
     module = name.removesuffix(".weight")
     if name == ROTARY:
         return frequencies(run)
-    if module in run.subject.specs and name.endswith(".weight"):
+    if module in run.subject.weights and name.endswith(".weight"):
         return stored(run.qtensor(module)).dequantize()
     return value_of(run, name)
 

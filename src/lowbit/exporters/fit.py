@@ -13,8 +13,10 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Subject
-from lowbit.quant.affine import QuantSpec
-from lowbit.quant.scheme import Scheme, override_text
+from lowbit.models.families import family_of
+from lowbit.quant.activations import IntTokens
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
 
 GROUPS = (128, 64, 32, None)
 
@@ -50,34 +52,24 @@ def weight_misfit(subject: Subject, module: str, why: str) -> Misfit:
     return Misfit(f"override {found[0]}", f"{module}: {why}", found[0])
 
 
-def wrong_scale(spec: QuantSpec) -> str | None:
+def wrong_scale(format: IntFormat) -> str | None:
     """For targets that store scales as float16."""
-    if spec.scale_dtype == torch.float16:
+    if format.scale_dtype == torch.float16:
         return None
-    return (
-        f"scales were rounded to {spec.scale_dtype} for another runtime, this stores float16: quantize with --target"
-    )
-
-
-def no_online(subject: Subject) -> Misfit | None:
-    """For targets that carry a plain model only."""
-    if subject.online is None:
-        return None
-    mend = "quantize with diagonal maps after norms (qkv and mlp), sites=down and without act_clip"
-    return Misfit("recipe", f"{subject.online}; {mend}")
+    return f"scales were rounded to {format.scale_dtype} for another runtime, this stores float16: give --target"
 
 
 def no_activations(subject: Subject, who: str) -> Misfit | None:
     """For targets whose runtimes round activations in their own way or not at all."""
-    if subject.scheme.act is not None:
-        return Misfit("act", f"inputs are rounded to {subject.scheme.act.bits} bits per token, {who}")
+    if subject.act is not None:
+        return Misfit("act", f"inputs are quantized to {subject.act.bits} bits per token, {who}")
     return no_kv(subject)
 
 
 def no_kv(subject: Subject) -> Misfit | None:
     """For targets that cannot say that keys and values are rounded."""
-    if subject.scheme.kv is not None:
-        return Misfit("kv", "keys and values rounded inside the attention have no place in it")
+    if subject.formats.kv is not None:
+        return Misfit("kv", "keys and values quantized inside the attention have no place in it")
     return None
 
 
@@ -106,28 +98,29 @@ def nearest(limits: Limits, subject: Subject, found: Misfit) -> str | None:
 
 def _with(subject: Subject, scheme: Scheme) -> Subject:
     """The subject under another scheme; a size that does not divide a width is left for ``limits`` to refuse."""
-    shapes, kept = dict(subject.shapes), set(subject.floats)
-    specs = {name: spec for name in shapes if (spec := scheme.weight_spec(name)) is not None}
-    dropped = tuple(name for name in subject.specs if name not in specs and name != "lm_head")
-    return replace(subject, scheme=scheme, specs=specs, floats=(*sorted(kept - set(specs)), *dropped))
+    embed, kept = family_of(subject.config).embed, set(subject.floats)
+    found = {name: formats for name in subject.shapes if (formats := scheme.module(name)) is not None}
+    modules = {name: ModuleFormats(f.weight) if name == embed else f for name, f in found.items()}
+    dropped = tuple(name for name in subject.weights if name not in modules and name != "lm_head")
+    floats = (*sorted(kept - set(modules)), *dropped)
+    return replace(subject, scheme=scheme, formats=ModelFormats(modules, scheme.kv), floats=floats)
 
 
-def _specs() -> Iterator[QuantSpec]:
-    yield from (QuantSpec(bits, size, sym) for bits in range(2, 9) for size in GROUPS for sym in (True, False))
+def _specs() -> Iterator[IntFormat]:
+    yield from (IntFormat(bits, size, sym) for bits in range(2, 9) for size in GROUPS for sym in (True, False))
 
 
 def _schemes(given: Scheme) -> Iterator[Scheme]:
     """Schemes that a person could have meant instead, with the given overrides."""
     for weight in {
         *_specs(),
-        *(QuantSpec(b, given.weight.group_size, s) for b in range(2, 9) for s in (True, False)),
+        *(IntFormat(b, given.weight.group, s) for b in range(2, 9) for s in (True, False)),
     }:
         for bits in (4, 6, 8, 16):
-            act = None if bits == 16 else QuantSpec(bits, None, weight.symmetric)
+            act = None if bits == 16 else IntTokens(bits, weight.symmetric)
             for kv in {given.kv, None}:
-                group = f"g{weight.group_size}" if weight.group_size else ""
-                suffix = "sym" if weight.symmetric else "asym"
-                name = f"w{weight.bits}a{bits}{f'kv{kv.bits}' if kv else ''}{group}-{suffix}"
+                rest = weight.name.removeprefix(f"w{weight.bits}")
+                name = f"w{weight.bits}a{bits}{f'kv{kv.bits}' if kv else ''}{rest}"
                 stored = replace(weight, scale_dtype=given.weight.scale_dtype)
                 yield Scheme(name, stored, act, kv, given.overrides, given.target)
 
@@ -137,6 +130,6 @@ def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:
     return (abs(ours - theirs), theirs < ours, a.kv != b.kv, *_spec_distance(a.weight, b.weight))
 
 
-def _spec_distance(a: QuantSpec, b: QuantSpec) -> tuple[float, ...]:
-    size = abs((a.group_size or 4096) - (b.group_size or 4096))
+def _spec_distance(a: IntFormat, b: IntFormat) -> tuple[float, ...]:
+    size = abs((a.group or 4096) - (b.group or 4096))
     return (abs(a.bits - b.bits), a.symmetric != b.symmetric, size, a.bits > b.bits)

@@ -27,14 +27,13 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.exporters.fit import Misfit, no_activations, no_online, weight_misfit
+from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
 from lowbit.exporters.gguf_blocks import BLOCK, block_type, pack_blocks
 from lowbit.exporters.gguf_model import WINDOWS, architecture, head_dim, model_metadata, rope_factors, unlike_llamacpp
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.progress import track
-from lowbit.quant.affine import Grid, QTensor
 
 FLOATS = {"auto": None, "f32": Kind.F32, "f16": Kind.F16, "q8_0": Kind.Q8_0}
 FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; of a K type the one without larger types for some tensors
@@ -51,11 +50,11 @@ def limits(subject: Subject) -> Misfit | None:
     """Any grid whose signed codes fit a block type, groups and widths in multiples of 32, activations in float."""
     if (why := unlike_llamacpp(subject.config)) is not None:
         return Misfit("architecture", why)
-    found = no_online(subject) or no_activations(subject, "llama.cpp rounds them to its own 8-bit blocks")
+    found = no_activations(subject, "llama.cpp rounds them to its own 8-bit blocks")
     if found is not None:
         return found
-    for module, spec in subject.specs.items():
-        kind = block_type(spec, subject.shapes[module][1])
+    for module, format in subject.integers.items():
+        kind = block_type(format, subject.shapes[module][1])
         if isinstance(kind, str):
             return weight_misfit(subject, module, kind)
     return None
@@ -86,7 +85,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
 def metadata_of(run: Run, pre: str | None) -> tuple[dict[str, Any], list[str]]:
     """All keys and values but ``general.architecture``, and warnings."""
     config = run.subject.config
-    kinds = Counter(block_type(spec, run.subject.shapes[name][1]) for name, spec in run.subject.specs.items())
+    kinds = Counter(block_type(format, run.subject.shapes[name][1]) for name, format in run.subject.integers.items())
     name = Path(str(run.manifest["identity"].get("model", "model"))).name
     tokens, warnings = tokenizer_metadata(run.folder, config.vocab_size, pre)
     commonest: Any = kinds.most_common(1)[0][0] if kinds else Kind.F32
@@ -122,7 +121,7 @@ def gguf_name(run: Run, name: str) -> str:
 def names_of(run: Run) -> list[str]:
     """The model's names of all parameters, and the factors of the rotary frequencies where there are any."""
     extra = [ROPE] if rope_factors(run.subject.config) is not None else []
-    return [*extra, *run.floats, *(f"{module}.weight" for module in run.rounded)]
+    return [*extra, *run.floats, *(f"{module}.weight" for module in run.quantized)]
 
 
 def expect(run: Run, name: str) -> Tensor:
@@ -143,9 +142,9 @@ def _kinds(run: Run, options: Options, warnings: list[str]) -> dict[str, tuple[A
     out: dict[str, tuple[Any, tuple[int, ...]]] = {}
     for name in names_of(run):
         module = name.removesuffix(".weight")
-        if module in run.subject.specs:
+        if module in run.subject.weights:
             shape = run.subject.shapes[module]
-            out[name] = block_type(run.subject.specs[module], shape[1]), shape
+            out[name] = block_type(run.subject.integers[module], shape[1]), shape
             continue
         value = expect(run, name)
         kind = Kind.F32 if value.ndim == 1 else (FLOATS[options.embeddings] or _lossless(value))
@@ -181,10 +180,10 @@ def _declare(writer: Any, name: str, kind: Kind, shape: tuple[int, ...]) -> None
 def _data(run: Run, name: str, kind: Kind) -> Any:
     module = name.removesuffix(".weight")
     order = _rows(run, name)
-    if module in run.subject.specs:
+    if module in run.subject.weights:
         q = run.qtensor(module)
         if order is not None:
-            q = QTensor(q.codes[order], Grid(q.grid.scale[order], q.grid.zero[order]), q.spec)
+            q = q.select_rows(order)
         return pack_blocks(q, kind)
     value = expect(run, name)
     value = value if order is None else value[order]

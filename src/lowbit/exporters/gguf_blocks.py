@@ -37,7 +37,8 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
-from lowbit.quant.affine import QTensor, QuantSpec
+from lowbit.quant.format import QTensor
+from lowbit.quant.integer import IntFormat
 
 BLOCK = 32
 # By size; of two equal ones the one with the narrower block first. Signed: range of n. With an offset: codes, zeros.
@@ -47,26 +48,25 @@ TYPES = (Kind.Q2_K, Kind.Q3_K, Kind.Q4_0, Kind.Q4_K, Kind.Q5_0, Kind.Q5_K, Kind.
 Bytes = npt.NDArray[Any]  # of uint8; numpy's annotations call it signed once it is shifted by a number
 
 
-def block_type(spec: QuantSpec, columns: int) -> Kind | str:
+def block_type(format: IntFormat, columns: int) -> Kind | str:
     """The smallest type that holds every grid of a format exactly, or why there is none.
 
-    >>> block_type(QuantSpec(4, 64, symmetric=False), 128).name
+    >>> block_type(IntFormat(4, 64, symmetric=False), 128).name
     'Q5_0'
-    >>> block_type(QuantSpec(4, 256, symmetric=False), 512).name
+    >>> block_type(IntFormat(4, 256, symmetric=False), 512).name
     'Q4_K'
     """
     if columns % BLOCK:
         return f"rows of {columns} are not a multiple of {BLOCK}"
-    if spec.group_size is not None and spec.group_size % BLOCK:
-        return f"groups of {spec.group_size} are not a multiple of {BLOCK}"
-    if spec.scale_dtype != torch.float16:
-        return f"scales are {spec.scale_dtype}, blocks hold float16"
+    if format.group is not None and format.group % BLOCK:
+        return f"groups of {format.group} are not a multiple of {BLOCK}"
+    if format.scale_dtype != torch.float16:
+        return f"scales are {format.scale_dtype}, blocks hold float16"
     for kind in TYPES:
-        if (spec.group_size or columns) % width(kind) == 0 and _holds(kind, spec):
+        if (format.group or columns) % width(kind) == 0 and _holds(kind, format):
             return kind
-    return (
-        f"{spec.bits}-bit codes with a free zero span {-spec.levels} .. {spec.levels}, beyond the widest type's 127"
-    )
+    span = f"{-format.levels} .. {format.levels}"
+    return f"{format.bits}-bit codes with a free zero span {span}, beyond the widest type's 127"
 
 
 def width(kind: Kind) -> int:
@@ -74,13 +74,13 @@ def width(kind: Kind) -> int:
     return int(GGML_QUANT_SIZES[kind][0])
 
 
-def _holds(kind: Kind, spec: QuantSpec) -> bool:
+def _holds(kind: Kind, format: IntFormat) -> bool:
     """Every code with every zero has its place in the type."""
-    half = 2 ** (spec.bits - 1)
+    half = 2 ** (format.bits - 1)
     if kind in OFFSET:
         code, zero = OFFSET[kind]
-        return spec.levels <= code and (half if spec.symmetric else spec.levels) <= zero
-    low, high = (-half, half - 1) if spec.symmetric else (-spec.levels, spec.levels)
+        return format.levels <= code and (half if format.symmetric else format.levels) <= zero
+    low, high = (-half, half - 1) if format.symmetric else (-format.levels, format.levels)
     least, most = SIGNED[kind]
     return least <= low and high <= most
 
@@ -88,10 +88,10 @@ def _holds(kind: Kind, spec: QuantSpec) -> bool:
 def pack_blocks(q: QTensor, kind: Kind) -> Bytes:
     """``uint8 (rows, bytes of a row)`` that dequantize to ``q.dequantize()``, bit for bit."""
     rows, columns = q.codes.shape
-    size, wide = columns // q.grid.zero.shape[1], width(kind)
+    size, wide = columns // q.qparams.zero.shape[1], width(kind)
     codes = q.codes.numpy().astype(np.int16).reshape(rows, -1, wide)
-    zeros = q.grid.zero.numpy().astype(np.int16).repeat(size // wide, 1)[..., None]
-    scales = q.grid.scale.to(torch.float16).numpy().astype("<f2").repeat(size // wide, 1)[..., None].view(np.uint8)
+    zeros = q.qparams.zero.numpy().astype(np.int16).repeat(size // wide, 1)[..., None]
+    scales = q.qparams.scale.to(torch.float16).numpy().astype("<f2").repeat(size // wide, 1)[..., None].view(np.uint8)
     if kind in OFFSET:
         parts = _offset(kind, codes.astype(np.uint8), zeros.astype(np.uint8), scales)
     else:

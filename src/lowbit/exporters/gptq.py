@@ -29,11 +29,12 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.exporters.fit import Misfit, no_activations, no_online, weight_misfit, wrong_scale
+from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
 from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
-from lowbit.quant.affine import QTensor, QuantSpec
+from lowbit.quant.format import QTensor
+from lowbit.quant.integer import IntFormat, integer
 
 BITS = (2, 3, 4, 8)
 FORMATS = {"v1": "gptq", "v2": "gptq_v2"}
@@ -41,23 +42,23 @@ FORMATS = {"v1": "gptq", "v2": "gptq_v2"}
 
 def limits(subject: Subject) -> Misfit | None:
     """2, 3, 4 or 8 bits, any group size, widths that fill words, activations in float, embeddings in float."""
-    found = no_online(subject) or no_activations(subject, "what runs GPTQ folders takes them in float")
+    found = no_activations(subject, "what runs GPTQ folders takes them in float")
     if found is not None:
         return found
-    for module, spec in subject.specs.items():
+    for module, format in subject.integers.items():
         if module == embedding_of(subject.config):
             return weight_misfit(subject, module, "the layout has no place for rounded embeddings")
-        if why := wrong_scale(spec) or _why_not(spec, subject.shapes[module]):
+        if why := wrong_scale(format) or _why_not(format, subject.shapes[module]):
             return weight_misfit(subject, module, why)
     return None
 
 
-def _why_not(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
-    if spec.bits not in BITS:
-        return f"{spec.bits} bits; the layout has 2, 3, 4 and 8"
-    if shape[1] % (spec.group_size or shape[1]):
-        return f"groups of {spec.group_size} do not divide a width of {shape[1]}"
-    whole = 32 if spec.bits == 3 else 32 // spec.bits
+def _why_not(format: IntFormat, shape: tuple[int, int]) -> str | None:
+    if format.bits not in BITS:
+        return f"{format.bits} bits; the layout has 2, 3, 4 and 8"
+    if shape[1] % (format.group or shape[1]):
+        return f"groups of {format.group} do not divide a width of {shape[1]}"
+    whole = 32 if format.bits == 3 else 32 // format.bits
     if odd := next((size for size in shape if size % whole), None):
         return f"a size of {odd} does not fill words of {whole} values"
     return None
@@ -68,14 +69,13 @@ def pack_module(q: QTensor, checkpoint_format: str) -> dict[str, Tensor]:
 
     In v1 a zero of 0 becomes ``2**bits - 1``.
     """
-    columns = q.codes.shape[1]
-    group = q.spec.group_size or columns
-    stored = q.grid.zero.int() - int(checkpoint_format == "gptq")
+    columns, format = q.codes.shape[1], integer(q.format, "the GPTQ layout")
+    stored = q.qparams.zero.int() - int(checkpoint_format == "gptq")
     return {
-        "qweight": _packed(q.codes.T.int(), q.spec.bits, 0),
-        "qzeros": _packed(stored.T & q.spec.levels, q.spec.bits, 1),
-        "scales": q.grid.scale.T.to(torch.float16),
-        "g_idx": torch.arange(columns, dtype=torch.int32) // group,
+        "qweight": _packed(q.codes.T.int(), format.bits, 0),
+        "qzeros": _packed(stored.T & format.levels, format.bits, 1),
+        "scales": q.qparams.scale.T.to(torch.float16),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // (format.group or columns),
     }
 
 
@@ -86,9 +86,9 @@ def _packed(values: Tensor, bits: int, dim: int) -> Tensor:
 
 def quantization_config(subject: Subject, checkpoint_format: str) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``; the commonest format is the default."""
-    common = Counter(subject.specs.values()).most_common(1)[0][0]
+    common = Counter(subject.integers.values()).most_common(1)[0][0]
     dynamic: dict[str, Any] = {
-        f"+:{_pattern(name)}": _format(spec) for name, spec in subject.specs.items() if spec != common
+        f"+:{_pattern(name)}": _format(format) for name, format in subject.integers.items() if format != common
     }
     dynamic |= {f"-:{_pattern(name)}": {} for name in subject.floats}
     config = {
@@ -97,13 +97,13 @@ def quantization_config(subject: Subject, checkpoint_format: str) -> dict[str, A
         "desc_act": False,
         "checkpoint_format": checkpoint_format,
         "pack_dtype": "int32",
-        "lm_head": "lm_head" in subject.specs,
+        "lm_head": "lm_head" in subject.weights,
     }
     return config | ({"dynamic": dynamic} if dynamic else {})
 
 
-def _format(spec: QuantSpec) -> dict[str, Any]:
-    return {"bits": spec.bits, "group_size": spec.group_size or -1, "sym": spec.symmetric}
+def _format(format: IntFormat) -> dict[str, Any]:
+    return {"bits": format.bits, "group_size": format.group or -1, "sym": format.symmetric}
 
 
 def _pattern(module: str) -> str:
@@ -114,7 +114,7 @@ def _pattern(module: str) -> str:
 def checkpoint_format(subject: Subject, asked: str = "auto") -> str:
     """The convention for zeros, ``gptq`` or ``gptq_v2``, from ``auto``, ``v1`` or ``v2``."""
     if asked == "auto":
-        return FORMATS["v1" if all(spec.symmetric for spec in subject.specs.values()) else "v2"]
+        return FORMATS["v1" if all(format.symmetric for format in subject.integers.values()) else "v2"]
     if asked not in FORMATS:
         raise LowbitError(f"--gptq-format {asked} given; allowed: auto, v1, v2")
     return FORMATS[asked]
@@ -126,7 +126,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     odd: list[str] = []
 
     def store(module: str, q: QTensor) -> dict[str, Tensor]:
-        if convention == "gptq" and bool((q.grid.zero == 0).any()):
+        if convention == "gptq" and bool((q.qparams.zero == 0).any()):
             odd.append(module)
         return pack_module(q, convention)
 

@@ -26,7 +26,7 @@ from lowbit.errors import LowbitError
 from lowbit.exporters.run import Run
 from lowbit.models.families import family_of
 from lowbit.progress import track
-from lowbit.quant.affine import QTensor
+from lowbit.quant.format import QTensor
 
 CONFIG = "config.json"
 _OURS = (CONFIG, INDEX, "README.md")  # of the run folder: they speak of its own layout
@@ -54,7 +54,7 @@ def write_folder(
         tensors = {name: run.tensor(name) for name in run.floats if run.file_of(name) == file}
         if dtype is not None:
             tensors = {name: value.to(dtype) for name, value in tensors.items()}
-        for module in (module for module in run.rounded if run.file_of(module) == file):
+        for module in (module for module in run.quantized if run.file_of(module) == file):
             tensors |= {f"{module}.{key}": value for key, value in store(module, run.qtensor(module)).items()}
         write_tensors(path / file, tensors)
         shards[file] = sorted(tensors)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
-from lowbit.exporters.fit import Misfit, no_activations, no_online, weight_misfit, wrong_scale
+from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
 from lowbit.exporters.hf_folder import embedding_of
 from lowbit.exporters.onnx_build import build, needed
 from lowbit.exporters.onnx_grid import block_of, stored_bits
@@ -47,22 +47,22 @@ def limits(subject: Subject) -> Misfit | None:
     """Any bits, sym and asym, groups and widths in multiples of 16, activations and embeddings in float."""
     if (why := _unlike_builder(subject.config)) is not None:
         return Misfit("architecture", why)
-    found = no_online(subject) or no_activations(subject, "MatMulNBits takes floats (--accuracy-level 4 rounds them)")
+    found = no_activations(subject, "MatMulNBits takes floats (--accuracy-level 4 rounds them)")
     if found is not None:
         return found
     if subject.floats:
         return weight_misfit(
             subject, subject.floats[0], "stays float; the builder takes a block's linears all rounded"
         )
-    for module, spec in subject.specs.items():
+    for module, format in subject.integers.items():
         if module == embedding_of(subject.config):
             return weight_misfit(subject, module, "the builder has no place for rounded embeddings")
-        if why := wrong_scale(spec):
+        if why := wrong_scale(format):
             return weight_misfit(subject, module, why)
         rows, columns = subject.shapes[module]
-        if columns % (spec.group_size or columns) or block_of(spec.group_size or columns) is None:
-            return weight_misfit(subject, module, f"groups of {spec.group_size or columns}, no multiple of 16")
-        if rows % (whole := 32 // stored_bits(spec.bits)):
+        if columns % (format.group or columns) or block_of(format.group or columns) is None:
+            return weight_misfit(subject, module, f"groups of {format.group or columns}, no multiple of 16")
+        if rows % (whole := 32 // stored_bits(format.bits)):
             return weight_misfit(subject, module, f"{rows} rows, no multiple of {whole}")
     return None
 
@@ -98,7 +98,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
 
 def expect(run: Run, name: str) -> Tensor:
     """A parameter as the graph must have it: Gemma's norms multiply by ``1 + weight``, and that sum is stored."""
-    if name == "lm_head.weight" and name not in run.floats and "lm_head" not in run.subject.specs:
+    if name == "lm_head.weight" and name not in run.floats and "lm_head" not in run.subject.weights:
         name = f"{embedding_of(run.subject.config)}.weight"
     value = value_of(run, name)
     offset = family_of(run.subject.config).norm_offset

@@ -26,7 +26,8 @@ from lowbit.exporters.onnx_grid import block_of, in_blocks, stored_bits
 from lowbit.exporters.onnx_read import GRAPH, unpack
 from lowbit.exporters.run import Run, Subject
 from lowbit.progress import say
-from lowbit.quant.affine import QTensor
+from lowbit.quant.format import QTensor
+from lowbit.quant.scheme import ModelFormats, ModuleFormats
 
 SOURCE, CACHE = "source", "cache"
 # Nodes that the builder would round with its own quantizer.
@@ -76,19 +77,21 @@ def _write_source(run: Run, folder: Path) -> None:
 
 def _stored(subject: Subject) -> Subject:
     """The subject with the formats that ``in_blocks`` gives."""
-    specs = {
-        name: replace(
-            spec,
-            bits=stored_bits(spec.bits),
-            group_size=block_of(spec.group_size or subject.shapes[name][1]),
+    modules = {
+        name: ModuleFormats(
+            replace(
+                format,
+                bits=stored_bits(format.bits),
+                group=block_of(format.group or subject.shapes[name][1]),
+            )
         )
-        for name, spec in subject.specs.items()
+        for name, format in subject.integers.items()
     }
-    return replace(subject, specs=specs)
+    return replace(subject, formats=ModelFormats(modules))
 
 
 def _run_builder(run: Run, path: Path, level: int) -> None:
-    tied = run.subject.config.tie_word_embeddings and "lm_head" not in run.subject.specs
+    tied = run.subject.config.tie_word_embeddings and "lm_head" not in run.subject.weights
     options = {
         "accuracy_level": str(level),
         "nodes_to_exclude": ",".join(FLOAT_NODES),

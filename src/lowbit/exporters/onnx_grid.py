@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lowbit.quant.affine import Grid, QTensor
+from lowbit.quant.format import QParams, QTensor
+from lowbit.quant.integer import integer
 from lowbit.quant.runtimes import onnx_block
 
 SMALLEST = 16
@@ -37,21 +38,22 @@ def block_of(group: int) -> int | None:
 def in_blocks(q: QTensor) -> QTensor:
     """The same values on a grid that MatMulNBits holds.
 
-    >>> import torch
-    >>> from lowbit.quant.affine import QuantSpec
-    >>> codes = torch.arange(48, dtype=torch.uint8)[None] % 8
-    >>> q = QTensor(codes, Grid(torch.ones(1, 1), torch.full((1, 1), 4.0)), QuantSpec(3))
-    >>> stored = in_blocks(q)
-    >>> stored.spec.bits, stored.spec.group_size, stored.grid.zero.tolist()
-    (4, 16, [[8.0, 8.0, 8.0]])
-    >>> torch.equal(stored.dequantize(), q.dequantize())
-    True
+        >>> import torch
+        >>> from lowbit.quant.format import
+    from lowbit.quant.integer import IntFormat
+        >>> codes = torch.arange(48, dtype=torch.uint8)[None] % 8
+        >>> q = QTensor(codes, QParams(torch.ones(1, 1), torch.full((1, 1), 4.0)), IntFormat(3))
+        >>> stored = in_blocks(q)
+        >>> stored.format.bits, stored.format.group, stored.qparams.zero.tolist()
+        (4, 16, [[8.0, 8.0, 8.0]])
+        >>> torch.equal(stored.dequantize(), q.dequantize())
+        True
     """
     columns = q.codes.shape[1]
-    group = q.spec.group_size or columns
-    block, bits = block_of(group) or group, stored_bits(q.spec.bits)
-    up = 2 ** (bits - 1) - 2 ** (
-        q.spec.bits - 1
-    )  # a symmetric grid's zero stays in the middle, the operator's default
-    scale, zero = (x.repeat_interleave(group // block, 1) for x in q.grid)
-    return QTensor(q.codes + up, Grid(scale, zero + up), replace(q.spec, bits=bits, group_size=block))
+    format = integer(q.format, "MatMulNBits")
+    group = format.group or columns
+    block, bits = block_of(group) or group, stored_bits(format.bits)
+    # a symmetric format's zero stays in the middle, the operator's default
+    up = 2 ** (bits - 1) - format.middle
+    scale, zero = (x.repeat_interleave(group // block, 1) for x in q.qparams)
+    return QTensor(q.codes + up, QParams(scale, zero + up), replace(format, bits=bits, group=block))

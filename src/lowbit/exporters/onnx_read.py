@@ -120,7 +120,7 @@ def _renamed(name: str) -> str:
 def _as_in_the_run(run: Run, name: str, value: Tensor, halves: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The run's own parameters of one in the graph; ``halves`` keeps what waits for its other half."""
     config = run.subject.config
-    fused = any(module.endswith(".qkv_proj") for module in run.rounded)
+    fused = any(module.endswith(".qkv_proj") for module in run.quantized)
     if ".qkv_proj." in name and not fused:
         heads = family_of(config).heads(config)
         parts = value.split([heads.query * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim])

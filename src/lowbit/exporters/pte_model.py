@@ -27,7 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lowbit.exporters.run import Run
 from lowbit.exporters.xnnpack import signed_codes, stored_bits
 from lowbit.models.families import family_of
-from lowbit.quant.affine import QTensor
+from lowbit.quant.format import QTensor
+from lowbit.quant.integer import integer
 
 ATTENTION = "lowbit_executorch"
 
@@ -64,7 +65,7 @@ class ByteEmbedding(nn.Module):
     def __init__(self, q: QTensor) -> None:
         super().__init__()
         self.register_buffer("codes", signed_codes(q))
-        self.register_buffer("scales", q.grid.scale.to(torch.float32))
+        self.register_buffer("scales", q.qparams.scale.to(torch.float32))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``(1, n)`` tokens as ``(1, n, width)``."""
@@ -163,7 +164,7 @@ def decoder_of(run: Run, context: int) -> Decoder:
     for name in run.floats:
         _set(model, name, run.tensor(name).to(torch.float32))
     family = family_of(config)
-    for module in run.rounded:
+    for module in run.quantized:
         q = run.qtensor(module)
         if module == family.embed:
             model.set_submodule(module, ByteEmbedding(q))
@@ -201,10 +202,10 @@ def int_tensor(q: QTensor) -> Tensor:
 
     tensor: Tensor = IntxUnpackedToInt8Tensor(
         qdata=signed_codes(q),
-        scale=q.grid.scale.to(torch.float32),
-        zero_point=torch.zeros_like(q.grid.scale, dtype=torch.int8),
-        target_dtype=getattr(torch, f"int{stored_bits(q.spec)}"),  # torch's stubs have no int4
-        block_size=(1, q.spec.group_size or q.codes.shape[1]),
+        scale=q.qparams.scale.to(torch.float32),
+        zero_point=torch.zeros_like(q.qparams.scale, dtype=torch.int8),
+        target_dtype=getattr(torch, f"int{stored_bits(integer(q.format, 'XNNPACK'))}"),  # torch's stubs have no int4
+        block_size=(1, q.format.group or q.codes.shape[1]),
         dtype=torch.float32,
         activation_quantization="int8_asym_per_token",
     )

@@ -1,4 +1,4 @@
-"""A finished run folder as exporters read it: rounded weights one by one, everything else in its own dtype.
+"""A finished run folder as exporters read it: quantized weights one by one, everything else in its own dtype.
 
 Nothing is held: a model larger than memory can be exported. Choices: an exporter sees ``QTensor`` and float tensors
 by the model's names and never the layout that the folder stores them in.
@@ -7,7 +7,7 @@ by the model's names and never the layout that the folder stores them in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ from torch import Tensor
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
-from lowbit.quant.affine import QTensor, QuantSpec
+from lowbit.models.families import family_of
+from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
+from lowbit.quant.activations import IntTokens
 from lowbit.quant.compressed_tensors import packed_names
-from lowbit.quant.scheme import Scheme
-from lowbit.runs.folder import IDENTITY, ONLINE, RUN, manifest_of, manifest_specs, read_qtensors
+from lowbit.quant.format import Format, QTensor
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import ModelFormats, Scheme
+from lowbit.runs.folder import IDENTITY, RUN, manifest_of, read_qtensors, run_formats, run_layout, run_scheme
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,36 @@ class Subject:
 
     Attributes:
         config: the Hugging Face config.
-        scheme: the run's scheme.
-        specs: format by full name of each rounded module.
+        scheme: the run's scheme, which messages name; what is asked for is in ``formats``.
+        formats: of each quantized module, by full name.
         shapes: ``(out, in)`` of those modules and of ``floats``.
         floats: linears of the blocks that stay float.
-        online: what the recipe leaves beside the model's graph, in words; ``None`` for nothing.
+        ops: kinds of runtime ops that the result has, or may have, each with who leaves it.
     """
 
     config: Any
     scheme: Scheme
-    specs: Mapping[str, QuantSpec]
+    formats: ModelFormats
     shapes: Mapping[str, tuple[int, int]]
     floats: tuple[str, ...] = ()
-    online: str | None = None
+    ops: Mapping[type[RuntimeOp], str] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, Format]:
+        """Weight formats by full name of each quantized module."""
+        return self.formats.weights
+
+    @property
+    def integers(self) -> dict[str, IntFormat]:
+        """The same where all are integer formats, as ``Exporter.misfit`` has made sure for targets that ask."""
+        out = {name: format for name, format in self.weights.items() if isinstance(format, IntFormat)}
+        assert len(out) == len(self.weights), "a target that knows integer formats alone was given another"
+        return out
+
+    @property
+    def act(self) -> IntTokens | None:
+        """The format of the linears' inputs where the scheme has one; what a runtime does by itself is not in it."""
+        return next((f.input for f in self.formats.modules.values() if isinstance(f.input, IntTokens)), None)
 
 
 @dataclass(frozen=True)
@@ -54,19 +75,19 @@ class Run:
     checkpoint: Checkpoint
 
     @property
-    def rounded(self) -> list[str]:
-        """Full names of the rounded modules."""
-        return list(self.subject.specs)
+    def quantized(self) -> list[str]:
+        """Full names of the quantized modules."""
+        return list(self.subject.formats.modules)
 
     @property
     def floats(self) -> list[str]:
         """Names of all other tensors, sorted."""
-        packed = {n for name, spec in self.subject.specs.items() for n in packed_names(name, spec, self.layout)}
-        return [n for n in self.checkpoint.names if n not in packed and not n.endswith(ONLINE)]
+        packed = {n for name, format in self.subject.weights.items() for n in packed_names(name, format, self.layout)}
+        return [n for n in self.checkpoint.names if n not in packed and parse_tensor_name(n) is None]
 
     def qtensor(self, module: str) -> QTensor:
-        """A rounded module's weight, ``(out, in)``."""
-        return read_qtensors(self.checkpoint, {module: self.subject.specs[module]}, self.layout)[module]
+        """A quantized module's weight, ``(out, in)``."""
+        return read_qtensors(self.checkpoint, {module: self.subject.weights[module]}, self.layout)[module]
 
     def tensor(self, name: str) -> Tensor:
         """A float tensor in the dtype that it is stored in."""
@@ -74,8 +95,8 @@ class Run:
 
     def file_of(self, module: str) -> str:
         """The shard that a module's weight, or a tensor, is in."""
-        spec = self.subject.specs.get(module)
-        return self.checkpoint.file_of(packed_names(module, spec, self.layout)[0] if spec else module)
+        format = self.subject.weights.get(module)
+        return self.checkpoint.file_of(packed_names(module, format, self.layout)[0] if format else module)
 
 
 def open_run(folder: Path) -> Run:
@@ -87,19 +108,20 @@ def open_run(folder: Path) -> Run:
         raise LowbitError(f"{folder} is no run folder: give a folder that 'lowbit quantize' has finished")
     if gone := [name for name in manifest["files"] if not (folder / name).is_file()]:
         raise LowbitError(f"{folder} lacks {gone[0]} of its finished run: quantize again into another folder")
-    scheme, specs, layout = manifest_specs(manifest)
+    config = load_config(folder)
+    embed = family_of(config).embed
+    scheme = run_scheme(manifest)
+    formats, layout = run_formats(manifest, scheme, embed), run_layout(manifest, embed)
     checkpoint = Checkpoint(folder)
-    shapes = {name: _shape(checkpoint, name, spec, layout) for name, spec in specs.items()}
+    shapes = {name: _shape(checkpoint, name, format, layout) for name, format in formats.weights.items()}
     floats = tuple(name for name in manifest.get("float", []) if name != "lm_head")
     shapes |= {name: _size(checkpoint, f"{name}.weight") for name in floats}
-    online = [str(name) for name in manifest.get("online", [])]
-    left = f"{len(online)} tensors stay online, {online[0]} first" if online else None
-    config = load_config(folder)
-    return Run(folder, manifest, Subject(config, scheme, specs, shapes, floats, left), layout, checkpoint)
+    ops = {OPS[kind]: f"the run, at {module}" for module, kind in manifest["runtime_ops"].items()}
+    return Run(folder, manifest, Subject(config, scheme, formats, shapes, floats, ops), layout, checkpoint)
 
 
-def _shape(checkpoint: Checkpoint, module: str, spec: QuantSpec, layout: str) -> tuple[int, int]:
-    name = packed_names(module, spec, layout)[1 if layout == "pack-quantized" else 0]
+def _shape(checkpoint: Checkpoint, module: str, format: Format, layout: str) -> tuple[int, int]:
+    name = packed_names(module, format, layout)[1 if layout == "pack-quantized" else 0]
     if layout != "pack-quantized":
         return _size(checkpoint, name)
     rows, columns = checkpoint.read([name])[name].tolist()

@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit.exporters.fit import Limits
-from lowbit.exporters.run import Run
+from lowbit.exporters.fit import Limits, Misfit, weight_misfit
+from lowbit.exporters.run import Run, Subject
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.format import Format
+from lowbit.quant.integer import IntFormat
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Options:
 def value_of(run: Run, name: str) -> Tensor:
     """A parameter by the model's name, rounded or not, as the float32 values that the run computes with."""
     module = name.removesuffix(".weight")
-    if name.endswith(".weight") and module in run.subject.specs:
+    if name.endswith(".weight") and module in run.subject.weights:
         return run.qtensor(module).dequantize()
     return run.tensor(name).to(torch.float32)
 
@@ -74,6 +77,8 @@ class Exporter:
         other: names of what else differs from what ``write`` would have written (metadata, config, tokenizer).
         expect: the value that a parameter must have there.
         execute: runs an export on token ids ``(tokens,)`` in its runtime; ``None`` where that is not installed.
+        formats: the kinds of weight formats that it knows; any other is refused, never taken for a known one.
+        ops: the kinds of runtime ops that its graph can hold; a run with any other is refused.
     """
 
     suffix: str
@@ -84,3 +89,16 @@ class Exporter:
     other: Callable[[Run, Path], Iterator[str]]
     expect: Callable[[Run, str], Tensor] = value_of
     execute: Callable[[Path, Tensor], Executed | None] = lambda path, ids: None
+    formats: tuple[type[Format], ...] = (IntFormat,)
+    ops: frozenset[type[RuntimeOp]] = frozenset()
+
+    def misfit(self, subject: Subject) -> Misfit | None:
+        """Why the target cannot carry a subject: an op or a format that it does not know, or its own limits."""
+        for op, who in subject.ops.items():
+            if op not in self.ops:
+                mend = "quantize with diagonal maps after norms (qkv and mlp), sites=down and without act_clip"
+                return Misfit("recipe", f"{who} leaves {op.why} online; {mend}")
+        for module, format in subject.weights.items():
+            if not isinstance(format, self.formats):
+                return weight_misfit(subject, module, f"{format.name} is no format that this target is written for")
+        return self.limits(subject)

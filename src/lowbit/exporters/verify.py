@@ -61,7 +61,7 @@ class Verified:
 
 def verify_one(run: Run, path: Path, target: str, exporter: Exporter) -> Verified:
     """Compare one export with the run that it claims to hold."""
-    names = {*run.floats, *(f"{module}.weight" for module in run.rounded)}
+    names = {*run.floats, *(f"{module}.weight" for module in run.quantized)}
     differs, seen, worst = [], set(), 0.0
     try:
         for name, got in exporter.read(run, path):

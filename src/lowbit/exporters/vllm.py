@@ -28,13 +28,14 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.exporters.fit import Misfit, no_kv, no_online, weight_misfit
+from lowbit.exporters.fit import Misfit, no_kv, weight_misfit
 from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
 from lowbit.models.families import family_of
-from lowbit.quant.affine import QTensor
 from lowbit.quant.compressed_tensors import pack
+from lowbit.quant.format import QTensor
+from lowbit.quant.integer import integer
 from lowbit.runs.folder import MANIFEST
 
 ACT_BITS = (4, 8)
@@ -43,21 +44,21 @@ FREE_ZEROS = (4, 8)  # widths that its kernels have with a zero of their own
 
 def limits(subject: Subject) -> Misfit | None:
     """Activations symmetric at 4 or 8 bits, free zeros at 4 or 8 bits, one format for what runs as one linear."""
-    found = no_online(subject) or no_kv(subject)
+    found = no_kv(subject)
     if found is not None:
         return found
-    act = subject.scheme.act
+    act = subject.act
     if act is not None and not act.symmetric:
         return Misfit("act", "inputs have a range of their own at both ends; vLLM's kernels round symmetrically")
     if act is not None and act.bits not in ACT_BITS:
         return Misfit("act", f"inputs at {act.bits} bits; vLLM has 4 and 8")
-    for module, spec in subject.specs.items():
+    for module, format in subject.integers.items():
         if module in (embedding_of(subject.config), "lm_head"):
             return weight_misfit(subject, module, "vLLM keeps embeddings and head in float")
-        if not spec.symmetric and spec.bits not in FREE_ZEROS:
-            return weight_misfit(subject, module, f"a free zero at {spec.bits} bits; vLLM has it at 4 and 8")
-        if subject.shapes[module][1] % (spec.group_size or 1):
-            return weight_misfit(subject, module, f"groups of {spec.group_size} do not divide its width")
+        if not format.symmetric and format.bits not in FREE_ZEROS:
+            return weight_misfit(subject, module, f"a free zero at {format.bits} bits; vLLM has it at 4 and 8")
+        if subject.shapes[module][1] % (format.group or 1):
+            return weight_misfit(subject, module, f"groups of {format.group} do not divide its width")
     return _fused(subject)
 
 
@@ -67,23 +68,23 @@ def _fused(subject: Subject) -> Misfit | None:
     for index in range(subject.config.num_hidden_layers):
         for group in family.linears:
             names = [f"{family.blocks}.{index}.{name}" for name in group]
-            if len({subject.specs.get(name) for name in names}) > 1:
+            if len({subject.weights.get(name) for name in names}) > 1:
                 odd = next(name for name in names if subject.scheme.override(name))
-                beside = next(name for name in names if subject.specs.get(name) != subject.specs.get(odd))
+                beside = next(name for name in names if subject.weights.get(name) != subject.weights.get(odd))
                 return weight_misfit(subject, odd, f"vLLM runs it as one with {beside}, whose format differs")
     return None
 
 
 def layout_for(subject: Subject) -> str:
     """The layout that vLLM has a kernel for."""
-    act, weights = subject.scheme.act, set(subject.specs.values())
-    plain = all(spec.bits == 8 and spec.symmetric and spec.group_size is None for spec in weights)
+    act, weights = subject.act, set(subject.integers.values())
+    plain = all(format.bits == 8 and format.symmetric and format.group is None for format in weights)
     return "int-quantized" if act is not None and act.bits == 8 and plain else "pack-quantized"
 
 
 def store(q: QTensor, layout: str) -> dict[str, Tensor]:
     """A rounded weight as the tensors of the layout, by their names below the module."""
-    return {**pack(q, layout), "weight_scale": q.grid.scale.to(q.spec.scale_dtype)}
+    return {**pack(q, layout), "weight_scale": q.qparams.scale.to(integer(q.format, layout).scale_dtype)}
 
 
 def quantization_config(run: Run) -> dict[str, Any]:

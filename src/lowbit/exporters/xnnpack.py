@@ -17,58 +17,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.quant.affine import Grid, QTensor, QuantSpec
+from lowbit.quant.format import QParams, QTensor
+from lowbit.quant.integer import IntFormat, integer
 
 BLOCK = 32
 
 
-def stored_bits(spec: QuantSpec) -> int:
+def stored_bits(format: IntFormat) -> int:
     """Bits of a stored ``code - zero``: 4 or 8."""
-    return 4 if spec.bits <= (4 if spec.symmetric else 3) else 8
+    return 4 if format.bits <= (4 if format.symmetric else 3) else 8
 
 
-def why_not(spec: QuantSpec, columns: int | None) -> str | None:
+def why_not(format: IntFormat, columns: int | None) -> str | None:
     """Why XNNPACK cannot hold a grid for rows of ``columns`` values; ``None`` if it can.
 
     ``columns`` is ``None`` for an embedding, which is int8 with float32 scales for groups of any size.
 
-    >>> why_not(QuantSpec(4, 64), 128), why_not(QuantSpec(4, 16), 128)
+    >>> why_not(IntFormat(4, 64), 128), why_not(IntFormat(4, 16), 128)
     (None, 'groups of 16, XNNPACK has multiples of 32')
     """
-    size = spec.group_size
-    if spec.bits == 8 and not spec.symmetric:
+    size = format.group
+    if format.bits == 8 and not format.symmetric:
         return "a free zero at 8 bits takes 9"
     if columns is None or size is None or size == columns:
         return None
-    if stored_bits(spec) == 8:
-        free = "" if spec.symmetric else " with a free zero"
-        return f"{spec.bits} bits{free} are stored as int8, which has one scale a row"
+    if stored_bits(format) == 8:
+        free = "" if format.symmetric else " with a free zero"
+        return f"{format.bits} bits{free} are stored as int8, which has one scale a row"
     if size % BLOCK or columns % size:
         return f"groups of {size}, XNNPACK has multiples of {BLOCK}"
     return None
 
 
-def rounds_scales(spec: QuantSpec, columns: int) -> bool:
+def rounds_scales(format: IntFormat, columns: int) -> bool:
     """XNNPACK may have to round the scales: float16 ones of groups become bfloat16."""
-    return spec.group_size not in (None, columns) and spec.scale_dtype != torch.bfloat16
+    return format.group not in (None, columns) and format.scale_dtype != torch.bfloat16
 
 
 def signed_codes(q: QTensor) -> Tensor:
     """``code - zero`` as int8 ``(out, in)``.
 
-    >>> grid = Grid(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
-    >>> signed_codes(QTensor(torch.tensor([[0, 2, 3]], dtype=torch.uint8), grid, QuantSpec(2))).tolist()
+    >>> grid = QParams(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
+    >>> signed_codes(QTensor(torch.tensor([[0, 2, 3]], dtype=torch.uint8), grid, IntFormat(2))).tolist()
     [[-2, 0, 1]]
     """
-    zero = q.grid.zero.repeat_interleave(q.codes.shape[1] // q.grid.zero.shape[1], 1)
+    zero = q.qparams.zero.repeat_interleave(q.codes.shape[1] // q.qparams.zero.shape[1], 1)
     return (q.codes.to(torch.int16) - zero.to(torch.int16)).to(torch.int8)
 
 
 def stored(q: QTensor) -> QTensor:
     """The weight as XNNPACK holds it: equal, but for float16 scales of groups, which become bfloat16."""
-    if not rounds_scales(q.spec, q.codes.shape[1]):
+    if not rounds_scales(integer(q.format, "XNNPACK"), q.codes.shape[1]):
         return q
-    return QTensor(q.codes, Grid(q.grid.scale.to(torch.bfloat16).to(q.grid.scale.dtype), q.grid.zero), q.spec)
+    scale, zero = q.qparams
+    return QTensor(q.codes, QParams(scale.to(torch.bfloat16).to(scale.dtype), zero), q.format)
 
 
 def unpack(data: bytes, scales: bytes, kind: str, shape: tuple[int, int]) -> Tensor:

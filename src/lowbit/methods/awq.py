@@ -21,16 +21,18 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.methods.statistics import Moments, input_moments
-from lowbit.models.architecture import Edge, module_of
+from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.statistics import Statistics, input_statistics
+from lowbit.models.architecture import Edge
 from lowbit.models.block import Block, Calib
 from lowbit.models.equivalence import map_width, move
-from lowbit.quant.affine import QuantSpec, fake_quant, minmax_grid
-from lowbit.quant.scheme import Scheme
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
+from lowbit.quant.format import Format
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(Method):
     """Activation-aware scales and clipping.
 
     Attributes:
@@ -45,35 +47,41 @@ class AWQ:
     clip_grid: int = 20
     clip_least: float = 0.5
     rounds: ClassVar[bool] = False
+    keeps_function: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "x_fp"
+    closed_form: ClassVar[bool] = False
+    moves_norms: ClassVar[bool] = True
+    schedule: ClassVar[None] = None
     passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.grid < 1 or self.clip_grid < 1 or not 0 < self.clip_least <= 1:
             raise LowbitError("awq: grid and clip_grid must be 1 or more, clip_least above 0 and at most 1")
 
-    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+    def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
+        """None: diagonals merge, and clipped ranges are weights' own."""
+        return NO_OPS
+
+    def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with scales moved and clips chosen; its float function is unchanged."""
         edges = [edge for edge in block.edges() if edge.kind != "qk"]
-        readers = [module_of(edge.dst[0]) for edge in edges]
-        moments = input_moments(block, calib.x_fp, readers, ("gram", "magnitude"), batch=calib.batch)
+        readers = [edge.readers[0].module for edge in edges]
+        seen = input_statistics(block, calib.x_fp, readers, ("gram", "magnitude"), batch=calib.batch)
         params = dict(block.params)
         for edge in edges:
-            scale = self._best_scale(block, params, edge, moments[module_of(edge.dst[0])], scheme)
+            scale = self._best_scale(block, params, edge, seen[edge.readers[0].module])
             if scale is not None:
                 params = move(block, edge, scale, params)
         moved = replace(block, params=params)
-        return self._clipped(moved, calib, scheme) if self.clip else moved
+        return self._clipped(moved, calib) if self.clip else moved
 
-    def _best_scale(
-        self, block: Block, params: Mapping[str, Tensor], edge: Edge, moments: Moments, scheme: Scheme
-    ) -> Tensor | None:
+    def _best_scale(self, block: Block, params: Mapping[str, Tensor], edge: Edge, seen: Statistics) -> Tensor | None:
         """The map of least error over ``edge``; ``None`` if no linear behind it is quantized."""
-        names = [module_of(dst) for dst in edge.dst]
-        specs = [block.weight_spec(name, scheme) for name in names]
-        targets = [(params[f"{n}.weight"], s) for n, s in zip(names, specs, strict=True) if s is not None]
+        readers = [dst for dst in edge.readers if dst.module in block.formats]
+        targets = [(dst.read(params), block.weight_format(dst.module)) for dst in readers]
         if not targets:
             return None
-        magnitude = (moments.magnitude / moments.tokens).clamp(min=1e-5)
+        magnitude = (seen["magnitude"] / seen.count).clamp(min=1e-5)
         if edge.kind == "heads":  # query heads of a group share the KV head's channels
             magnitude = magnitude.unflatten(0, (block.heads.kv, block.heads.group, -1)).mean(1).flatten()
         best: tuple[float, Tensor] | None = None
@@ -81,29 +89,28 @@ class AWQ:
             scale = magnitude.pow(step / self.grid)
             scale = scale / (scale.max() * scale.min()).sqrt()
             spread = _over_inputs(block, edge, scale)
-            error = sum(scaled_error(w, spread, moments.gram, spec) for w, spec in targets)
+            error = sum(scaled_error(w, spread, seen["gram"], format) for w, format in targets)
             if best is None or error < best[0]:
                 best = (error, scale)
         assert best is not None
         shape = (block.heads.kv, block.heads.dim) if edge.kind == "heads" else (map_width(block, edge),)
         return best[1].reshape(shape)
 
-    def _clipped(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+    def _clipped(self, block: Block, calib: Calib) -> Block:
         readers = [group[0] for group in block.linear_groups()]
-        moments = input_moments(block, calib.x_fp, readers, ("gram",), batch=calib.batch)
+        seen = input_statistics(block, calib.x_fp, readers, ("gram",), batch=calib.batch)
         clips = dict(block.clips)
         for group in block.linear_groups():
             for linear in group:
-                spec = block.weight_spec(linear, scheme)
-                if spec is None or linear in _queries_and_keys(block):
-                    continue
-                factor = self._best_clip(block.weight(linear), moments[group[0]].gram, spec)
-                clips[linear] = (factor, factor)
+                if linear in block.formats and linear not in _queries_and_keys(block):
+                    format = block.weight_format(linear)
+                    factor = self._best_clip(block.weight(linear), seen[group[0]]["gram"], format)
+                    clips[linear] = (factor, factor)
         return replace(block, clips=clips)
 
-    def _best_clip(self, weight: Tensor, gram: Tensor, spec: QuantSpec) -> Tensor:
+    def _best_clip(self, weight: Tensor, gram: Tensor, format: Format) -> Tensor:
         """The factor ``(rows, groups)`` on each group's range with the least output error; 1 is tried first."""
-        groups = spec.groups(weight.shape[1])
+        groups = format.groups(weight.shape[1])
         blocks = torch.stack(_diagonal_blocks(gram, groups))
         best = weight.new_full((weight.shape[0], groups), torch.inf)
         factor = torch.ones_like(best)
@@ -112,7 +119,7 @@ class AWQ:
             tried = 1 - step / self.clip_grid
             if tried <= 0:
                 break
-            delta = fake_quant(weight, minmax_grid(weight, spec, tried, tried), spec) - weight
+            delta = format.fake_quant(weight, format.qparams(weight, tried, tried)) - weight
             split = delta.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, rows, size)
             error = ((split @ blocks) * split).sum(-1).T
             factor = torch.where(error < best, tried, factor)
@@ -120,10 +127,10 @@ class AWQ:
         return factor
 
 
-def scaled_error(weight: Tensor, scale: Tensor, gram: Tensor, spec: QuantSpec) -> float:
+def scaled_error(weight: Tensor, scale: Tensor, gram: Tensor, format: Format) -> float:
     """``||Q(W s) s^-1 x - W x||^2`` summed over the tokens whose second moments are ``gram`` ``(in, in)``."""
     scaled = weight * scale
-    delta = fake_quant(scaled, minmax_grid(scaled, spec), spec) / scale - weight
+    delta = format.fake_quant(scaled, format.qparams(scaled)) / scale - weight
     return float(((delta @ gram) * delta).sum())
 
 

@@ -23,19 +23,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError, unknown
-from lowbit.methods.refit import output_target, paired_moments
-from lowbit.methods.statistics import input_moments
+from lowbit.errors import LowbitError
+from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.options import check_choices
+from lowbit.methods.refit import output_target
+from lowbit.methods.statistics import input_statistics, paired_statistics
 from lowbit.models.block import Block, Calib
-from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid
-from lowbit.quant.scheme import Scheme
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
+from lowbit.quant.format import Format, QParams, QTensor
 
 GRAMS = {"all": "gram", "even": "even_gram"}  # which second moments
-TARGETS = ("weights", "output")
+CHOICES = {"tokens": tuple(GRAMS), "target": ("weights", "output")}
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Method):
     """Error-compensating rounding.
 
     Attributes:
@@ -57,14 +60,15 @@ class GPTQ:
     target: str = "weights"
     pull: float = 0.1
     rounds: ClassVar[bool] = True
+    keeps_function: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "both"
+    closed_form: ClassVar[bool] = True
+    moves_norms: ClassVar[bool] = False
+    schedule: ClassVar[None] = None
     passes: ClassVar[int] = 4
-    solves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.tokens not in GRAMS:
-            raise unknown("gptq.tokens", self.tokens, tuple(GRAMS))
-        if self.target not in TARGETS:
-            raise unknown("gptq.target", self.target, TARGETS)
+        check_choices("gptq", self, CHOICES)
         if self.pull <= 0:
             raise LowbitError(f"gptq: pull {self.pull:g} given; allowed: above 0")
         if self.damping <= 0 or self.block_size < 1:
@@ -72,25 +76,32 @@ class GPTQ:
                 f"gptq: damping {self.damping:g} and block_size {self.block_size} given; allowed: > 0 and >= 1"
             )
 
-    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
-        """Codes for every linear that the scheme quantizes, chosen against the quantized stream."""
+    def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
+        """None: codes are all that it leaves."""
+        return NO_OPS
+
+    def __call__(self, block: Block, calib: Calib) -> Block:
+        """Codes for every linear that has a format, chosen against the quantized hidden states."""
         for group in block.linear_groups():
-            wanted = [name for name in group if block.weight_spec(name, scheme) is not None]
+            wanted = [name for name in group if name in block.formats]
             if not wanted:
                 continue
-            gram, cross = self._moments(block, calib, group[0], scheme)
-            block = self._round(block, wanted, gram, cross, scheme)
+            gram, cross = self._moments(block, calib, group[0])
+            block = self._round(block, wanted, gram, cross)
         return block
 
-    def _moments(self, block: Block, calib: Calib, linear: str, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    def _moments(self, block: Block, calib: Calib, linear: str) -> tuple[Tensor, Tensor | None]:
         """The input's second moments, and those between the float model's input and it, both ``(in, in)``."""
-        params, kind = block.quantized_params(), GRAMS[self.tokens]
+        gram = GRAMS[self.tokens]
         if self.target == "weights":
-            moments = input_moments(block, calib.x_q, [linear], (kind,), params, scheme, calib.batch)
-            return getattr(moments[linear], kind), None
-        return paired_moments(block, block, calib, linear, scheme, self.tokens == "even")
+            params = block.quantized_params()
+            seen = input_statistics(block, calib.x_q, [linear], (gram,), params, quantized=True, batch=calib.batch)
+            return seen[linear][gram], None
+        cross = gram.replace("gram", "cross")
+        paired = paired_statistics(block, block, calib, linear, (gram, cross))
+        return paired[gram], paired[cross]
 
-    def _round(self, block: Block, linears: list[str], gram: Tensor, cross: Tensor | None, scheme: Scheme) -> Block:
+    def _round(self, block: Block, linears: list[str], gram: Tensor, cross: Tensor | None) -> Block:
         """Round linears that read one input with the moments that ``_moments`` gives."""
         weights = {name: block.weight(name) for name in linears}
         if cross is not None:
@@ -99,21 +110,21 @@ class GPTQ:
         given = torch.arange(gram.shape[0], device=gram.device)
         order = torch.argsort(strength, descending=True, stable=True) if self.act_order else given
         upper, damping = inverse_factor(gram[order][:, order], self.damping)
-        notes = block.notes
         if damping != self.damping:
-            notes = (*notes, f"gptq: damping raised from {self.damping:g} to {damping:g} for {', '.join(linears)}")
+            raised = f"damping raised from {self.damping:g} to {damping:g} for {', '.join(linears)}"
+            block = block.with_notes("gptq", raised)
         qweights = dict(block.qweights)
-        for spec, names in _by_format(block, linears, scheme).items():
+        for format, names in _by_format(block, linears).items():
             # Linears that read one input and share a format are rounded as one tall matrix: a third of the steps.
-            grids = [minmax_grid(weights[name], spec, *block.clips.get(name, (1.0, 1.0))) for name in names]
-            tall = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
+            qparams = [format.qparams(weights[name], *block.clips.get(name, (1.0, 1.0))) for name in names]
+            tall = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
             weight = torch.cat([weights[name] for name in names])
             with _one_thread():
-                codes = gptq_codes(weight, upper, order, tall, spec, self.block_size)
+                codes = gptq_codes(weight, upper, order, tall, format, self.block_size)
             parts = codes.split([weights[name].shape[0] for name in names])
-            for name, grid, part in zip(names, grids, parts, strict=True):
-                qweights[name] = QTensor(part.contiguous(), grid, spec)
-        return replace(block, qweights=qweights, notes=notes)
+            for name, own, part in zip(names, qparams, parts, strict=True):
+                qweights[name] = QTensor(part.contiguous(), own, format)
+        return replace(block, qweights=qweights)
 
 
 @contextmanager
@@ -130,12 +141,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _by_format(block: Block, linears: list[str], scheme: Scheme) -> dict[QuantSpec, list[str]]:
-    out: dict[QuantSpec, list[str]] = {}
+def _by_format(block: Block, linears: list[str]) -> dict[Format, list[str]]:
+    out: dict[Format, list[str]] = {}
     for name in linears:
-        spec = block.weight_spec(name, scheme)
-        if spec is not None:
-            out.setdefault(spec, []).append(name)
+        out.setdefault(block.weight_format(name), []).append(name)
     return out
 
 
@@ -161,29 +170,31 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     raise LowbitError("gptq: the second moments of a linear's input hold NaN or infinity; is the model sound?")
 
 
-def gptq_codes(weight: Tensor, upper: Tensor, order: Tensor, grid: Grid, spec: QuantSpec, block_size: int) -> Tensor:
-    """Codes ``uint8 (out, in)`` for ``weight`` on ``grid``, each column's error spread over those still to come.
+def gptq_codes(
+    weight: Tensor, upper: Tensor, order: Tensor, qparams: QParams, format: Format, block_size: int
+) -> Tensor:
+    """Codes ``uint8 (out, in)`` for ``weight``, each column's error spread over those still to come.
 
     Args:
         weight: ``(out, in)``.
         upper: ``inverse_factor`` of the inputs' second moments with rows and columns in ``order``.
         order: the columns in the order in which they are rounded.
-        grid: ``(out, groups)``, over columns in their own order.
-        spec: the format.
+        qparams: ``(out, groups)`` each, over columns in their own order.
+        format: the format.
         block_size: columns between two updates of everything behind them.
     """
-    size = weight.shape[1] // spec.groups(weight.shape[1])
     columns = weight.T[order].contiguous()  # (in, out): a column of the weight is a row here
-    scale, zero = grid.scale.T[order // size].contiguous(), grid.zero.T[order // size].contiguous()
+    every = format.per_column(qparams, weight.shape[1])
+    scale, zero = (x.T[order].contiguous() for x in every)
     codes = torch.empty_like(columns, dtype=torch.uint8)
     for start in range(0, len(order), block_size):
         stop = min(start + block_size, len(order))
         part, errors = columns[start:stop], torch.empty_like(columns[start:stop])
         for i in range(start, stop):
-            row = part[i - start]
-            code = ((row / scale[i]).round() + zero[i]).clamp(0, spec.levels)
+            row, own = part[i - start], QParams(scale[i], zero[i])
+            code = format.round(row, own)
             codes[i] = code.to(torch.uint8)
-            error = (row - (code - zero[i]) * scale[i]) / upper[i, i]
+            error = (row - format.value(code, own)) / upper[i, i]
             part[i - start + 1 :].addr_(upper[i, i + 1 : stop], error, alpha=-1)
             errors[i - start] = error
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)

@@ -19,21 +19,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError
+from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.options import check_choices
 from lowbit.methods.training import Fitted, Schedule, fit, loss_unit, relative_loss
-from lowbit.models.architecture import module_of
-from lowbit.models.block import Block, Calib, recorded, run
+from lowbit.models.block import Block, Calib, run
 from lowbit.models.offload import Rows
-from lowbit.quant.affine import minmax_grid, quantize
-from lowbit.quant.inductor import rounded_weight
-from lowbit.quant.scheme import Scheme
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
 
 CHOICES = {"ranks": ("fixed", "adaptive"), "share": ("none", "input"), "loss": ("token", "mse")}
 CLIP_START = 0.982  # where no earlier step has clipped: sigmoid(4), as in learnable weight clipping
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Method):
     """A merged low-rank correction of every quantized linear.
 
     Attributes:
@@ -49,6 +49,7 @@ class LowRank:
             for thousands of steps; a quick run has some 80.
         weight_decay: weight of the corrections' mean square relative to their weights', against fitting the few
             sequences too well.
+        schedule: epochs, validation split and the like.
     """
 
     rank: int = 32
@@ -57,46 +58,43 @@ class LowRank:
     loss: str = "token"
     clips: bool = True
     norms: bool = False
-    epochs: int = 20
-    batch: int = 1
     lr: float = 2e-2
     lr_clips: float = 0.1
     lr_norms: float = 1e-4
     weight_decay: float = 0.0
-    held_out: float = 0.125
-    grad_clip: float = 0.0
-    decay: str = "cosine"
+    schedule: Schedule = Schedule()
     rounds: ClassVar[bool] = False
-    corrects: ClassVar[bool] = True
+    keeps_function: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "x_q"
+    closed_form: ClassVar[bool] = False
+    moves_norms: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise unknown(f"lowrank.{name}", getattr(self, name), allowed)
+        check_choices("lowrank", self, CHOICES)
         if self.rank < 1 or min(self.lr, self.lr_clips, self.lr_norms, self.weight_decay) < 0:
             raise LowbitError("lowrank: rank must be 1 or more, learning rates and weight_decay 0 or more")
-        self.schedule(0)
 
     @property
     def passes(self) -> int:
-        """Forward passes that it costs."""
-        return 1 + 4 * self.epochs
+        """One for the start, then forward and backward in each epoch."""
+        return 1 + 4 * self.schedule.epochs
 
-    def schedule(self, seed: int) -> Schedule:
-        """The loop's options; ``seed`` draws the order of the sequences."""
-        return Schedule(self.epochs, self.batch, self.held_out, self.grad_clip, self.decay, seed)
+    def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
+        """None: corrections merge into the weights."""
+        return NO_OPS
 
-    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+    def __call__(self, block: Block, calib: Calib) -> Block:
         """The window with corrections merged; its float function changes, towards the quantized one's target."""
-        if all(block.weight_spec(name, scheme) is None for name in block.linears()):
+        if not block.formats:
             return block
-        correction = Correction(self, block, calib, scheme)
+        correction = Correction(self, block, calib)
         fitted = fit(
             correction.groups(),
             correction.loss,
             len(calib.x_q),
-            self.schedule(block.start),
-            ahead=correction.streams.prepare,
+            self.schedule,
+            block.start,
+            ahead=correction.rows.prepare,
         )
         return correction.merged(fitted)
 
@@ -119,22 +117,22 @@ class Pair:
 class Correction:
     """One window's fit: pairs, clips, gains, the loss, and the merge."""
 
-    def __init__(self, options: LowRank, block: Block, calib: Calib, scheme: Scheme) -> None:
-        self.options, self.block, self.calib, self.scheme = options, block, calib, scheme
-        self.linears = [name for name in block.linears() if block.weight_spec(name, scheme) is not None]
-        self.rows = {name: block.weight(name).shape[0] for name in self.linears}
+    def __init__(self, options: LowRank, block: Block, calib: Calib) -> None:
+        self.options, self.block, self.calib = options, block, calib
+        self.linears = block.quantized_linears()
+        self.outputs = {name: block.weight(name).shape[0] for name in self.linears}
         generator = torch.Generator().manual_seed(block.start)
         self.pairs = [self._pair((name,), rank, generator) for name, rank in self._ranks().items()]
         if options.share == "input":
             for group in block.linear_groups():
-                wanted = tuple(name for name in group if name in self.rows)
+                wanted = tuple(name for name in group if name in self.outputs)
                 if len(wanted) > 1:
                     self.pairs.append(self._pair(wanted, self._half(options.rank), generator))
         self.logits = {name: self._logits(name) for name in self.linears} if options.clips else {}
         self.gains = self._gains() if options.norms else {}
         self.power = {name: block.weight(name).square().sum() for name in self.linears}
         self.unit = loss_unit(calib.y_fp, options.loss, block.device, calib.batch)
-        self.streams = Rows(block.device, calib.x_q, calib.y_fp, self.unit)
+        self.rows = Rows(block.device, calib.x_q, calib.y_fp, self.unit)
 
     def _half(self, rank: int) -> int:
         return max(1, rank // 2)
@@ -144,7 +142,7 @@ class Correction:
         columns = self.block.weight(linears[0]).shape[1]
         device = self.block.device
         down = (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
-        up = torch.zeros(sum(self.rows[name] for name in linears), rank, device=device)
+        up = torch.zeros(sum(self.outputs[name] for name in linears), rank, device=device)
         return Pair(linears, up.requires_grad_(), down.to(device).requires_grad_())
 
     def _ranks(self) -> dict[str, int]:
@@ -154,24 +152,21 @@ class Correction:
             return {name: min(rank, *self.block.weight(name).shape) for name in self.linears}
         errors = {}
         for name in self.linears:
-            spec, weight = self.block.weight_spec(name, self.scheme), self.block.weight(name)
-            assert spec is not None
-            low, high = self.block.clips.get(name, (1.0, 1.0))
-            rounded = quantize(weight, minmax_grid(weight, spec, low, high), spec).dequantize()
-            errors[name] = torch.linalg.svdvals(weight - rounded).square()
+            weight = self.block.weight(name)
+            quantized = self.block.weight_format(name).fake_quant(weight, self.block.qparams(name))
+            errors[name] = torch.linalg.svdvals(weight - quantized).square()
         return adaptive_ranks(errors, {name: sum(self.block.weight(name).shape) for name in self.linears}, rank)
 
     def _logits(self, name: str) -> tuple[Tensor, Tensor]:
         """Logits of the clips found so far, or of a start just inside the range."""
-        spec, weight = self.block.weight_spec(name, self.scheme), self.block.weight(name)
-        assert spec is not None
-        shape = (weight.shape[0], spec.groups(weight.shape[1]))
+        weight = self.block.weight(name)
+        shape = (weight.shape[0], self.block.weight_format(name).groups(weight.shape[1]))
         found = self.block.clips.get(name, (torch.full(shape, CLIP_START), torch.full(shape, CLIP_START)))
         low, high = (f.to(weight).expand(shape).clamp(1e-3, 0.999).logit().clone() for f in found)
         return low.requires_grad_(), high.requires_grad_()
 
     def _gains(self) -> dict[str, Tensor]:
-        names = {f"{module_of(edge.src)}.weight" for edge in self.block.edges() if edge.kind == "norm"}
+        names = {edge.src.parameter for edge in self.block.edges() if edge.kind == "norm"}
         return {name: self.block.params[name].clone().requires_grad_() for name in sorted(names)}
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
@@ -185,7 +180,7 @@ class Correction:
         """Float parameters with corrections and gains in them; differentiable."""
         params = {**self.block.params, **self.gains}
         for pair in self.pairs:
-            for name, change in pair.change(self.rows).items():
+            for name, change in pair.change(self.outputs).items():
                 params[f"{name}.weight"] = params[f"{name}.weight"] + change
         return params
 
@@ -198,21 +193,20 @@ class Correction:
         """Parameters as they will ship; differentiable."""
         params, clips = self.params(), self.clips()
         for name in self.linears:
-            spec = self.block.weight_spec(name, self.scheme)
-            assert spec is not None
-            params[f"{name}.weight"] = rounded_weight(params[f"{name}.weight"], spec, *clips.get(name, (1.0, 1.0)))
+            quantize = self.block.weight_format(name).fake_quant_clipped
+            params[f"{name}.weight"] = quantize(params[f"{name}.weight"], *clips.get(name, (1.0, 1.0)))
         return params
 
     def loss(self, chosen: Tensor) -> Tensor:
         """The window's error on the chosen sequences, relative to its float output, and the decay's share."""
-        x, y_fp, unit = self.streams(chosen)
-        error = relative_loss(run(self.block, x, self.quantized(), self.scheme), y_fp, unit)
+        x, y_fp, unit = self.rows(chosen)
+        error = relative_loss(run(self.block, x, self.quantized(), quantized=True), y_fp, unit)
         if not (self.options.weight_decay and torch.is_grad_enabled()):
             return error
         sizes = [
             change.square().sum() / self.power[name]
             for pair in self.pairs
-            for name, change in pair.change(self.rows).items()
+            for name, change in pair.change(self.outputs).items()
         ]
         return error + self.options.weight_decay * torch.stack(sizes).mean()
 
@@ -227,16 +221,14 @@ class Correction:
             "ranks": {"+".join(pair.linears): pair.up.shape[1] for pair in self.pairs},
         }
         notes = list(fitted.notes)
-        if self.options.epochs and not fitted.best:
-            notes.append("nothing learned was better on held-out sequences; nothing was corrected")
-        where = f"{self.block.start}.{self.block.family.attention} and its window"
-        return replace(
+        if self.options.schedule.epochs and not fitted.best:
+            notes.append("nothing learned was better on the validation split; nothing was corrected")
+        done = replace(
             self.block,
             params={name: value.detach() for name, value in self.params().items()},
             clips={name: (low.detach(), high.detach()) for name, (low, high) in self.clips().items()},
-            notes=(*self.block.notes, *(f"lowrank: {where}: {note}" for note in notes)),
-            record=recorded(self.block, "lowrank", record),
         )
+        return done.with_notes("lowrank", *notes).with_record("lowrank", record)
 
 
 def adaptive_ranks(errors: dict[str, Tensor], cost: dict[str, int], rank: int) -> dict[str, int]:

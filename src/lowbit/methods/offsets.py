@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.models.block import Block, grid_of
-from lowbit.quant.scheme import Scheme
+from lowbit.models.block import Block
+from lowbit.models.runtime_ops import Clip
 
 OFFSETS = ("none", "weights", "both")
 
@@ -66,27 +66,28 @@ def offset_weight(weight: Tensor, step: Tensor, offsets: Tensor, idx: Tensor) ->
     return weight + room * sign * offsets.to(weight.dtype)
 
 
-def with_offsets(block: Block, readers: list[str], idx: Tensor, copies: Tensor, scheme: Scheme, kind: str) -> Block:
+def with_offsets(block: Block, readers: list[str], idx: Tensor, copies: Tensor, kind: str) -> Block:
     """``block``, just folded, with the offsets of ``kind`` at its linears ``readers``.
 
     Raises:
-        LowbitError: the scheme has groups: then copies have steps of their own.
+        LowbitError: the weights have groups: then copies have steps of their own.
     """
     offsets = copy_offsets(idx, copies)
     if kind == "none" or not bool(offsets.any()):
         return block
-    params, online = dict(block.params), dict(block.online)
+    params, ops = dict(block.params), dict(block.ops)
     for name in readers:
-        spec, weight = block.weight_spec(name, scheme), block.weight(name)
-        assert spec is not None
-        if spec.group_size is not None:
+        format, weight = block.weight_format(name), block.weight(name)
+        if format.group is not None:
             raise LowbitError(
-                f"reassemble: offsets '{kind}' with groups of {spec.group_size} given: copies in different groups "
+                f"reassemble: offsets '{kind}' with groups of {format.group} given: copies in different groups "
                 "have different steps, which do not add up; take a scheme without g, or offsets 'none'"
             )
-        step = grid_of(block, name, spec).scale
+        step = block.qparams(name).scale
         params[f"{name}.weight"] = offset_weight(weight.double(), step, offsets, idx).to(weight.dtype).contiguous()
-        if kind == "both" and scheme.act_spec(block.full_name(name)) is not None:
-            ends = online.get(name, torch.ones(2, device=weight.device))[:2]
-            online[name] = torch.cat([ends, offsets.to(ends.dtype)])
-    return replace(block, params=params, online=online)
+        inputs = block.input_format(name)
+        if kind == "both" and inputs is not None and inputs.clippable:
+            before = ops.get(name)
+            ratios = before.ratios if isinstance(before, Clip) else torch.ones(2, device=weight.device)
+            ops[name] = Clip(ratios, offsets.to(ratios.dtype))
+    return replace(block, params=params, ops=ops)

@@ -32,22 +32,26 @@ from lowbit.errors import LowbitError, unknown
 from lowbit.methods.assembly import MergePlan, check_assembly
 from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GRAMS
+from lowbit.methods.layer_by_layer import layer_by_layer
+from lowbit.methods.method import Method, Needs
 from lowbit.methods.offsets import OFFSETS, with_offsets
+from lowbit.methods.options import check_choices
 from lowbit.methods.rtn import RTN
-from lowbit.methods.statistics import input_moments
+from lowbit.methods.statistics import input_statistics
 from lowbit.methods.training import loss_unit, relative_loss
-from lowbit.models.architecture import Edge, Part, Ref, module_of
-from lowbit.models.block import Block, Calib, apply_online, part_of, recorded, run_all
-from lowbit.models.equivalence import rows_of
-from lowbit.quant.scheme import Scheme
+from lowbit.models.architecture import Edge, Projection
+from lowbit.models.block import Block, Calib, run_quantized
+from lowbit.models.runtime_ops import Clip, Gather, Matrix, RuntimeOp
+from lowbit.quant.activations import ActFormat
 
 SITES = {"down": ("channels",), "norms": ("norm",), "all": ("channels", "norm")}  # which kinds of edge
-PEAKS = {"absolute": "peak", "relative": "crest"}  # which moments
+PEAKS = {"absolute": "peak", "relative": "crest"}  # which figures
 THETAS = ("search", "most")
+CHOICES = {"sites": tuple(SITES), "peaks": tuple(PEAKS), "tokens": tuple(GRAMS), "offsets": OFFSETS}
 
 
 @dataclass(frozen=True)
-class Reassemble:
+class Reassemble(Method):
     """Disassembly of outlier channels at unchanged widths.
 
     Attributes:
@@ -85,56 +89,47 @@ class Reassemble:
     tokens: str = "even"
     offsets: str = "none"
     rounds: ClassVar[bool] = False
-    corrects: ClassVar[bool] = True
+    keeps_function: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "both"
+    closed_form: ClassVar[bool] = False
+    moves_norms: ClassVar[bool] = False
+    schedule: ClassVar[None] = None
     passes: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
-        if self.sites not in SITES:
-            raise unknown("reassemble.sites", self.sites, tuple(SITES))
+        check_choices("reassemble", self, CHOICES)
         check_assembly(self.assembly, self.sites)
         if isinstance(self.theta, str) and self.theta not in THETAS:
             raise unknown("reassemble.theta", self.theta, THETAS)
         if not isinstance(self.theta, str) and self.theta <= 0:
             raise LowbitError(f"reassemble: theta {self.theta:g} given; allowed: above 0, {' or '.join(THETAS)}")
-        if self.peaks not in PEAKS:
-            raise unknown("reassemble.peaks", self.peaks, tuple(PEAKS))
-        if self.tokens not in GRAMS:
-            raise unknown("reassemble.tokens", self.tokens, tuple(GRAMS))
-        if self.offsets not in OFFSETS:
-            raise unknown("reassemble.offsets", self.offsets, OFFSETS)
         if not 0 < self.most <= 0.5 or min(self.grid, self.tries, self.sequences) < 1 or self.damping <= 0:
             raise LowbitError(
                 "reassemble: most must be above 0 and at most 0.5, grid, tries and sequences 1 or more, damping "
                 "above 0"
             )
 
-    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
-        """The block with channels reassembled where that lowers its layer's error, or where ``theta`` says so."""
-        if all(block.weight_spec(name, scheme) is None for name in block.linears()):
-            return block
-        done, x_fp, x_q = block, calib.x_fp, calib.x_q
-        for i in range(len(block.layers)):
-            layer = part_of(done, i, i + 1)
-            y_fp = run_all(part_of(block, i, i + 1), x_fp, batch=calib.batch)
-            for edge in layer.edges():
-                here = edge.kind in SITES[self.sites]
-                if here and all(layer.weight_spec(module_of(dst), scheme) is not None for dst in edge.dst):
-                    layer = self._layer(layer, edge, Calib(x_fp, x_q, y_fp, calib.batch), scheme)
-            rounded = RTN()(layer, calib, scheme)
-            x_fp, x_q = y_fp, run_all(rounded, x_q, rounded.quantized_params(), scheme, batch=calib.batch)
-            others = {name: clip for name, clip in done.clips.items() if not name.startswith(f"{layer.start}.")}
-            done = replace(
-                done,
-                params={**done.params, **layer.params},
-                clips={**others, **layer.clips},
-                online={**done.online, **layer.online},
-                notes=(*done.notes, *layer.notes),
-                record={**done.record, **layer.record},
-            )
-        return done
+    def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
+        """A gather behind norms, where such sites are asked for; a clip with offsets where inputs take them."""
+        ops: set[type[RuntimeOp]] = set()
+        if "norm" in SITES[self.sites]:
+            ops.add(Gather)
+        if self.offsets == "both" and inputs is not None and inputs.clippable:
+            ops.add(Clip)
+        return frozenset(ops)
 
-    def _layer(self, block: Block, edge: Edge, calib: Calib, scheme: Scheme) -> Block:
-        readers = [module_of(dst) for dst in edge.dst]
+    def __call__(self, block: Block, calib: Calib) -> Block:
+        """The block with channels reassembled where that lowers its layer's error, or where ``theta`` says so."""
+        return layer_by_layer(self._layer, block, calib) if block.formats else block
+
+    def _layer(self, layer: Block, calib: Calib) -> Block:
+        for edge in layer.edges():
+            if edge.kind in SITES[self.sites] and all(dst.module in layer.formats for dst in edge.readers):
+                layer = self._edge(layer, edge, calib)
+        return layer
+
+    def _edge(self, block: Block, edge: Edge, calib: Calib) -> Block:
+        readers = [dst.module for dst in edge.readers]
         peak, gram = self._moments(block, readers[0], calib)
         candidates, notes = self._candidates(peak, readers[0])
         weight = torch.cat([block.weight(name) for name in readers])
@@ -144,14 +139,14 @@ class Reassemble:
         plan = self._plan(weight, gram, keep, merges)
         del gram  # the plan has taken what it needs
         best, kept, theta = block, 0, None
-        scores = {0: self._score(block, calib, scheme)}
+        scores = {0: self._score(block, calib)}
         for copies in candidates:
             extra = int((copies - 1).sum())
             if isinstance(plan, MergePlan) and extra > plan.most:
                 break
             made = plan.without(extra, copies)
-            tried = with_offsets(fold(block, edge, *made), readers, made[0], copies, scheme, self.offsets)
-            scores[extra] = self._score(tried, calib, scheme)
+            tried = with_offsets(fold(block, edge, *made), readers, made[0], copies, self.offsets)
+            scores[extra] = self._score(tried, calib)
             if self.theta != "search" or scores[extra] < scores[kept]:
                 best, kept, theta = tried, extra, float((peak / copies)[copies > 1].max())
         figures: dict[str, Any] = {"copies": kept, "scores": {str(k): v for k, v in scores.items()}}
@@ -159,15 +154,14 @@ class Reassemble:
         if theta is not None:
             figures["theta"] = theta
         before = block.record.get(block.start, {}).get("reassemble", {})
-        record = recorded(block, "reassemble", {**before, readers[0]: figures})
-        return replace(best, notes=(*block.notes, *notes), record=record)
+        return best.with_notes("reassemble", *notes).with_record("reassemble", {**before, readers[0]: figures})
 
     def _moments(self, block: Block, linear: str, calib: Calib) -> tuple[Tensor, Tensor]:
         """What is compared with theta, ``(channels,)``, and the second moments ``(channels, channels)`` float64."""
-        want = (GRAMS[self.tokens], PEAKS[self.peaks])
-        moments = input_moments(block, calib.x_fp, [linear], want, batch=calib.batch)[linear]
-        peak = moments.peak if self.peaks == "absolute" else (moments.crest / moments.tokens).pow(1 / 8)
-        return peak, getattr(moments, GRAMS[self.tokens]).double()
+        gram, figure = GRAMS[self.tokens], PEAKS[self.peaks]
+        seen = input_statistics(block, calib.x_fp, [linear], (gram, figure), batch=calib.batch)[linear]
+        peak = seen["peak"] if self.peaks == "absolute" else (seen["crest"] / seen.count).pow(1 / 8)
+        return peak, seen[gram].double()
 
     def _candidates(self, peak: Tensor, linear: str) -> tuple[list[Tensor], list[str]]:
         """Numbers of copies in rising order of their totals, at most one unless theta is searched; and notes."""
@@ -181,7 +175,7 @@ class Reassemble:
         extra = int((copies - 1).sum())
         if extra <= self.most * len(peak):
             return [copies] if extra else [], []
-        note = f"reassemble: {linear}: theta {self.theta:g} would add {extra} copies, more than {self.most:.1%}"
+        note = f"{linear}: theta {self.theta:g} would add {extra} copies, more than {self.most:.1%}"
         return counts[-1:], [f"{note} of the channels; {int((counts[-1] - 1).sum()) if counts else 0} were added"]
 
     def _plan(self, weight: Tensor, gram: Tensor, keep: Tensor, merges: bool) -> DropPlan | MergePlan:
@@ -189,11 +183,10 @@ class Reassemble:
             return MergePlan(weight, gram, keep, self.assembly == "one-to-one")
         return DropPlan(weight, gram, self.damping, keep)
 
-    def _score(self, block: Block, calib: Calib, scheme: Scheme) -> float:
+    def _score(self, block: Block, calib: Calib) -> float:
         """The rounded layer's error, each token relative to its float output."""
         x, wanted = (stream[: self.sequences].to(block.device) for stream in (calib.x_q, calib.y_fp))
-        rounded = RTN()(block, calib, scheme)
-        y = run_all(rounded, x, rounded.quantized_params(), scheme, batch=calib.batch)
+        y = run_quantized(RTN()(block, calib), x, calib.batch)
         return float(relative_loss(y, wanted, loss_unit(wanted, "token")))
 
 
@@ -230,15 +223,6 @@ def copies_over(peak: Tensor, theta: float) -> Tensor:
     return (peak / theta).ceil().clamp(min=1).long()
 
 
-def gate_of(block: Block, src: Ref) -> Ref | None:
-    """What multiplies ``src`` before the linear behind it: the other one that reads the same input, if any."""
-    if isinstance(src, Part):
-        return Part(src.module, "gate")
-    group = next(group for group in block.linear_groups() if src in group)
-    others = [name for name in group if name != src]
-    return others[0] if others else None
-
-
 def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor, into: Tensor | None = None) -> Block:
     """The block with the channels between ``edge.src`` and its readers in a new order, some of them repeated.
 
@@ -251,56 +235,51 @@ def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor,
             order.
         into: for each old channel the new one that it is merged into, or -1; after norms only.
     """
-    params, clips, online = dict(block.params), dict(block.clips), dict(block.online)
-    if edge.kind == "norm":
-        online[module_of(edge.src)] = gather_after(online.get(module_of(edge.src)), idx, divisor, into)
-    else:
+    params, clips, ops = dict(block.params), dict(block.clips), dict(block.ops)
+    if isinstance(edge.src, Projection):
         assert into is None, "a mean of products does not fold"
-        gate = gate_of(block, edge.src)
-        _gather(block, params, clips, edge.src, idx, divisor)
-        if gate is not None:
-            _gather(block, params, clips, gate, idx, torch.ones_like(divisor))
-    readers = [module_of(dst) for dst in edge.dst]
+        _gather(params, clips, edge.src, idx, divisor)
+        if edge.partner is not None:
+            _gather(params, clips, edge.partner, idx, torch.ones_like(divisor))
+    else:
+        ops[edge.src.module] = gather_behind(ops.get(edge.src.module), idx, divisor, into)
+    readers = [dst.module for dst in edge.readers]
     rows = [block.weight(name).shape[0] for name in readers]
     for name, part in zip(readers, weight[:, idx].split(rows), strict=True):
         params[f"{name}.weight"] = part.to(params[f"{name}.weight"].dtype).contiguous()
         if name in clips and clips[name][0].shape[-1] > 1:
             del clips[name]  # found for groups of channels that are no more
-    return replace(block, params=params, clips=clips, online=online)
+    return replace(block, params=params, clips=clips, ops=ops)
 
 
-def gather_after(map: Tensor | None, idx: Tensor, divisor: Tensor, into: Tensor | None = None) -> Tensor:
-    """What runs after a norm: see ``Block.online``; or the matrix that ran there with its columns gathered so."""
-    rows = [idx.to(torch.float32), (1 / divisor).float()]
-    gather = torch.stack(rows if into is None else [*rows, into.to(torch.float32)])
-    if map is None:
+def gather_behind(op: RuntimeOp | None, idx: Tensor, divisor: Tensor, into: Tensor | None = None) -> RuntimeOp:
+    """What runs behind a norm: the gather; or the matrix that stands there, with its columns gathered so."""
+    gather = Gather(idx, (1 / divisor).float(), into)
+    if op is None:
         return gather
-    if map.shape[0] in (2, 3):
+    if not isinstance(op, Matrix):
         raise LowbitError("reassemble: the channels after this norm are reassembled already; leave one such step out")
-    return apply_online(map, gather)
+    return Matrix(gather(op.matrix))
 
 
 def _gather(
-    block: Block,
     params: dict[str, Tensor],
     clips: dict[str, tuple[Tensor, Tensor]],
-    ref: Ref,
+    projection: Projection,
     idx: Tensor,
     divisor: Tensor,
 ) -> None:
-    """Rows of a linear's weight, bias and clips in the new order, weight and bias over ``divisor``."""
-    name = module_of(ref)
-    whole = params[f"{name}.weight"]
-    rows = rows_of(ref, block.heads, whole.shape[0])
-    order = torch.arange(whole.shape[0], device=whole.device)
-    order[rows] = order[rows][idx]
-    scale = torch.ones(whole.shape[0], dtype=torch.float64, device=whole.device)
-    scale[rows] = divisor
-    params[f"{name}.weight"] = (whole[order] / scale[:, None]).to(whole.dtype)
-    if f"{name}.bias" in params:
-        bias = params[f"{name}.bias"]
-        params[f"{name}.bias"] = (bias[order] / scale).to(bias.dtype)
-    if name in clips:
+    """Rows of a projection's weight, bias and clips in the new order, weight and bias over ``divisor``."""
+
+    def gathered(rows: Tensor) -> Tensor:
+        scale = divisor.double().reshape(-1, *[1] * (rows.ndim - 1))
+        return (rows[idx] / scale).to(rows.dtype)
+
+    count = params[projection.parameter].shape[0]
+    projection.change(params, gathered)
+    name = projection.module
+    if name in clips and clips[name][0].shape[0] == count:
+        order = torch.arange(count, device=idx.device)
+        order[projection.rows] = order[projection.rows][idx]
         low, high = clips[name]
-        if low.shape[0] == whole.shape[0]:
-            clips[name] = (low[order], high[order])
+        clips[name] = (low[order], high[order])

@@ -19,20 +19,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError, unknown
-from lowbit.models.block import Block, Calib, grid_of, observe, recorded
-from lowbit.models.offload import parts, taken
-from lowbit.quant.affine import quantize
-from lowbit.quant.scheme import Scheme
+from lowbit.errors import LowbitError
+from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.options import check_choices
+from lowbit.methods.statistics import Statistics, paired_statistics
+from lowbit.models.block import Block, Calib
+from lowbit.models.offload import taken
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
 
-TOKENS = ("all", "even")
+FIGURES = {"all": ("gram", "cross"), "even": ("even_gram", "even_cross")}
+CHOICES = {"tokens": tuple(FIGURES)}
 PULLS = (0.1, 0.3, 1.0, 3.0, 10.0)  # that are tried, in units of ``Refit.pull``
 JUDGE = 4  # every fourth sequence judges them
 Moments = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Refit:
+class Refit(Method):
     """Weights for the inputs that the quantized model has; merged, since they are all that changes.
 
     Attributes:
@@ -48,48 +52,57 @@ class Refit:
     search: bool = True
     tokens: str = "even"
     rounds: ClassVar[bool] = False
+    keeps_function: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "both"
+    closed_form: ClassVar[bool] = True
+    moves_norms: ClassVar[bool] = False
+    schedule: ClassVar[None] = None
     passes: ClassVar[int] = 8
-    corrects: ClassVar[bool] = True
-    solves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise unknown("refit.tokens", self.tokens, TOKENS)
+        check_choices("refit", self, CHOICES)
         if self.pull <= 0:
             raise LowbitError(f"refit: pull {self.pull:g} given; allowed: above 0")
 
+    def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
+        """None: weights are all that changes."""
+        return NO_OPS
+
     @torch.no_grad()
-    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
-        """The block with every linear refitted, in execution order, behind those before it, refitted and rounded.
+    def __call__(self, block: Block, calib: Calib) -> Block:
+        """The block with every linear refitted, in execution order, behind those before it, refitted and quantized.
 
         Its float function changes, towards one whose quantized form is nearer to the float model.
         """
         done, shipped = block, dict(block.params)
         figures: dict[str, dict[str, float]] = {}
-        streams = self._parts(calib)
+        shares = self._parts(calib)
         for group in block.linear_groups():
-            wanted = [name for name in group if block.weight_spec(name, scheme) is not None]
+            wanted = [name for name in group if name in block.formats]
             if not wanted:
                 continue
             quantized = replace(done, params=shipped)
-            moments = [
-                paired_moments(quantized, block, part, wanted[0], scheme, self.tokens == "even") for part in streams
-            ]
+            want = FIGURES[self.tokens]
+            seen = [paired_statistics(quantized, block, share, wanted[0], want) for share in shares]
             pull = self.pull
-            if len(moments) > 1:
+            if len(seen) > 1:
                 weight = torch.cat([block.weight(name) for name in wanted])
-                pull = best_pull(weight, moments[0], moments[1], [self.pull * factor for factor in PULLS])
-            gram, cross = (sum(some[1:], start=some[0]) for some in zip(*moments, strict=True))
+                pulls = [self.pull * factor for factor in PULLS]
+                pull = best_pull(weight, self._moments(seen[0]), self._moments(seen[1]), pulls)
+                seen[0].merge(seen[1])
+            gram, cross = self._moments(seen[0])
             for name in wanted:
                 weight = block.weight(name)
                 found = output_target(weight, gram, cross, pull)
                 done = replace(done, params={**done.params, f"{name}.weight": found})
-                spec = block.weight_spec(name, scheme)
-                assert spec is not None
-                shipped[f"{name}.weight"] = quantize(found, grid_of(done, name, spec), spec).dequantize()
+                shipped[f"{name}.weight"] = done.weight_format(name).fake_quant(found, done.qparams(name))
                 change = (found - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
                 figures[name] = {"pull": pull, "relative_change": float(change)}
-        return replace(done, record=recorded(block, "refit", figures)) if figures else block
+        return done.with_record("refit", figures) if figures else block
+
+    def _moments(self, seen: Statistics) -> Moments:
+        gram, cross = (seen[name] for name in FIGURES[self.tokens])
+        return gram, cross
 
     def _parts(self, calib: Calib) -> list[Calib]:
         """The sequences that choose a pull: those fitted, those that judge; or all as one."""
@@ -127,32 +140,6 @@ def best_pull(weight: Tensor, fitted: Moments, judge: Moments, pulls: Sequence[f
         step = change / (values.clamp(min=0) + pull * mean)
         errors.append(float((step * (step @ gram - 2 * wanted)).sum()))
     return pulls[errors.index(min(errors))]
-
-
-def paired_moments(quantized: Block, exact: Block, calib: Calib, linear: str, scheme: Scheme, even: bool) -> Moments:
-    """``sum x_q x_q^T`` and ``sum x x_q^T``, both ``(in, in)``, of one linear's input.
-
-    Args:
-        quantized: the block as it will ship up to the linear; ``x_q`` is the linear's input there, rounded.
-        exact: the same in the float model; ``x`` is its input there.
-        calib: the streams before the block.
-        linear: its name.
-        scheme: how inputs are rounded.
-        even: divide both by the root mean square of ``x_q``, token by token.
-    """
-    gram, cross = torch.zeros(()), torch.zeros(())
-    both = (parts(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
-    params = quantized.quantized_params()
-    for x_q, x_fp in zip(*both, strict=True):
-        seen: list[Tensor] = []
-        observe(quantized, x_q, {linear: seen.append}, params, scheme, calib.batch)
-        observe(exact, x_fp, {linear: seen.append}, batch=calib.batch)
-        rows, wanted = (value.flatten(0, -2).float() for value in seen)
-        if even:
-            unit = rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
-            rows, wanted = rows / unit, wanted / unit
-        gram, cross = gram + rows.T @ rows, cross + wanted.T @ rows
-    return gram, cross
 
 
 def output_target(weight: Tensor, gram: Tensor, cross: Tensor, pull: float) -> Tensor:

@@ -1,27 +1,36 @@
-"""Round to nearest: each weight to the closest point of its group's grid."""
+"""Round to nearest: each weight to the closest value of its group's min-max range."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from lowbit.models.block import Block, Calib, grid_of
-from lowbit.quant.affine import quantize
-from lowbit.quant.scheme import Scheme
+from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.models.block import Block, Calib
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(Method):
     """The baseline, and the last step after methods that move maps or shrink ranges."""
 
     rounds: ClassVar[bool] = True
+    keeps_function: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "none"
+    closed_form: ClassVar[bool] = False
+    moves_norms: ClassVar[bool] = False
+    schedule: ClassVar[None] = None
     passes: ClassVar[int] = 0
 
-    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
-        """Codes for every linear that the scheme quantizes; needs no data."""
+    def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
+        """None."""
+        return NO_OPS
+
+    def __call__(self, block: Block, calib: Calib) -> Block:
+        """Codes for every linear that has a format; needs no data."""
         qweights = dict(block.qweights)
-        for linear in block.linears():
-            spec = block.weight_spec(linear, scheme)
-            if spec is not None:
-                qweights[linear] = quantize(block.weight(linear), grid_of(block, linear, spec), spec)
+        for linear in block.quantized_linears():
+            weight = block.weight(linear)
+            qweights[linear] = block.weight_format(linear).quantize(weight, block.qparams(linear))
         return replace(block, qweights=qweights)

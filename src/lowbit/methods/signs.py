@@ -13,17 +13,20 @@ better given all others, the largest first, until none changes; where that ends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowbit.models.architecture import Edge, module_of
-from lowbit.models.block import Block, Calib, observe, recorded
-from lowbit.models.equivalence import Params, move
-from lowbit.quant.scheme import Scheme
+from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.statistics import input_statistics
+from lowbit.models.architecture import Edge
+from lowbit.models.block import Block, Calib
+from lowbit.models.equivalence import Params, can_move, move
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
 
 MOMENT = 7  # the channels' starting sign is that of a high odd moment: their extremes decide ranges
 SWEEPS = 8  # at most; two or three are usual
@@ -31,65 +34,67 @@ TOKENS = 2048  # that are looked at, about, evenly spread over the calibration t
 
 
 @dataclass(frozen=True)
-class Signs:
-    """Signs over norms, heads and channels before linears whose inputs are rounded with a zero point."""
+class Signs(Method):
+    """Signs over norms, heads and channels before linears whose inputs are quantized with a zero point."""
 
     rounds: ClassVar[bool] = False
+    keeps_function: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "x_fp"
+    closed_form: ClassVar[bool] = False
+    moves_norms: ClassVar[bool] = True
+    schedule: ClassVar[None] = None
     passes: ClassVar[int] = 1
 
-    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+    def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
+        """None: a diagonal of signs merges."""
+        return NO_OPS
+
+    def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with channels turned over; its float function is unchanged."""
-        params, flipped = with_signs(block, calib.x_fp, scheme, calib.batch)
-        return replace(block, params=params, record=recorded(block, "signs", {"turned_over": flipped}))
+        params, flipped = with_signs(block, calib.x_fp, calib.batch)
+        return replace(block, params=params).with_record("signs", {"turned_over": flipped})
 
 
-def _can(block: Block, edge: Edge, scheme: Scheme) -> bool:
+def _can(block: Block, edge: Edge) -> bool:
     """Whether signs merge over the edge and can help behind it."""
-    if edge.kind not in ("norm", "heads", "channels") or edge.positive or module_of(edge.src) in block.online:
+    if edge.kind not in ("norm", "heads", "channels") or edge.positive or not can_move(block, edge):
         return False
-    specs = [scheme.act_spec(block.full_name(module_of(dst))) for dst in edge.dst]
-    return any(spec is not None and not spec.symmetric for spec in specs)
+    formats = [block.input_format(dst.module) for dst in edge.readers]
+    return any(format is not None and format.independent_ends for format in formats)
 
 
 @torch.no_grad()
 def with_signs(
-    block: Block, x: Tensor, scheme: Scheme, batch: int, edges: Sequence[Edge] | None = None
+    block: Block, x: Tensor, batch: int, edges: Sequence[Edge] | None = None
 ) -> tuple[Params, dict[str, int]]:
     """Parameters with signs moved over the block's edges, and how many channels were turned over at each.
 
     Args:
-        block: the block; what it holds online stays between a norm and its readers, so such norms are left out.
+        block: the block; norms with a runtime op behind them are left out.
         x: its input in the float model ``(sequences, length, hidden)``.
-        scheme: the format of the linears' inputs.
         batch: sequences to run at once.
         edges: where signs may move; wherever they help by default.
     """
-    chosen = [edge for edge in block.edges() if _can(block, edge, scheme) and (edges is None or edge in edges)]
-    readers = {module_of(edge.dst[0]): edge for edge in chosen}
+    chosen = [edge for edge in block.edges() if _can(block, edge) and (edges is None or edge in edges)]
+    readers = {edge.readers[0].module: edge for edge in chosen}
     params: Params = dict(block.params)
     if not readers:
         return params, {}
-    seen: dict[str, list[Tensor]] = {name: [] for name in readers}
     every = -(-x.shape[:-1].numel() // TOKENS)
-    observe(block, x, {name: _keep(rows, every) for name, rows in seen.items()}, batch=batch)
+    seen = input_statistics(block, x, readers, ("tokens",), batch=batch, every=every)
     flipped = {}
     for name, edge in readers.items():
-        rows = torch.cat(seen.pop(name))
+        rows = seen.pop(name)["tokens"]
         rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
         low = high = rows
         if edge.kind == "heads":  # the query heads of a group share their KV head's channels
             parts = rows.unflatten(1, (block.heads.kv, block.heads.group, block.heads.dim))
             low, high = parts.amin(2).flatten(1), parts.amax(2).flatten(1)
         signs = best_signs(low, high)
-        flipped[module_of(edge.src)] = int((signs < 0).sum())
+        flipped[edge.src.module] = int((signs < 0).sum())
         map = signs.unflatten(0, (block.heads.kv, block.heads.dim)) if edge.kind == "heads" else signs
         params = move(block, edge, map, params)
     return params, flipped
-
-
-def _keep(rows: list[Tensor], every: int) -> Callable[[Tensor], None]:
-    """A tap that copies one token in ``every``, so that what is held does not grow with the calibration text."""
-    return lambda x: rows.append(x.flatten(0, -2)[::every].float().clone())
 
 
 def best_signs(low: Tensor, high: Tensor) -> Tensor:

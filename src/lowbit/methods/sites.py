@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lowbit.methods.maps import Kind, LearnedMap
-from lowbit.models.architecture import Edge, module_of
-from lowbit.models.block import Block, observe
+from lowbit.methods.statistics import input_statistics
+from lowbit.models.architecture import Edge
+from lowbit.models.block import Block
 from lowbit.models.equivalence import Params, can_shift, map_width, move
 
 SITES = ("qkv", "mlp", "heads", "qk", "channels")
@@ -49,7 +50,7 @@ def site_name(block: Block, edge: Edge) -> str:
     if edge.kind != "norm":
         return edge.kind
     first = {f"{i}.{name}" for i in block.indices for name in block.family.linears[0]}
-    return "qkv" if module_of(edge.dst[0]) in first else "mlp"
+    return "qkv" if edge.dst[0].module in first else "mlp"
 
 
 def make_site(block: Block, edge: Edge, name: str, choice: str, matrix: LearnedMap, shift: bool) -> Site:
@@ -99,7 +100,7 @@ def apply(block: Block, sites: Sequence[Site], params: Mapping[str, Tensor]) -> 
         if site.online:
             assert inverse is not None
             out = _behind_norm(block, site, value[0], out)
-            online[module_of(site.edge.src)] = inverse[0]
+            online[site.edge.src.module] = inverse[0]
             continue
         flat = site.edge.kind in ("norm", "channels") or (site.edge.kind == "qk" and block.family.qk_norm_per_head)
         out = move(block, site.edge, value[0] if flat else value, out, site.shift, inverse)
@@ -110,24 +111,9 @@ def _behind_norm(block: Block, site: Site, a: Tensor, params: Params) -> Params:
     """``W A^T`` for what reads the norm; a shift goes through the norm's bias as for a diagonal."""
     width = torch.ones(a.shape[0], dtype=a.dtype, device=a.device)
     out = move(block, site.edge, width, params, site.shift) if site.shift is not None else dict(params)
-    for dst in site.edge.dst:
-        name = f"{module_of(dst)}.weight"
-        out[name] = out[name] @ a.mT
+    for dst in site.edge.readers:
+        dst.change_weight(out, lambda weight: weight @ a.mT)
     return out
-
-
-@dataclass
-class _Range:
-    """The least and largest value of each channel seen so far."""
-
-    low: Tensor | None = None
-    high: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        rows = x.detach().flatten(0, -2).float()
-        low, high = rows.amin(0), rows.amax(0)
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
 
 
 def start(
@@ -139,19 +125,17 @@ def start(
     code of AffineQuant takes signed ones), ``s = (max x + min x) / 2``. Maps that are learned start at the identity
     on top of it.
     """
-    readers = {module_of(site.edge.dst[0]): _Range() for site in sites if site.edge.kind != "qk"}
+    readers = [site.edge.readers[0].module for site in sites if site.edge.kind != "qk"]
     if not readers:
         return dict(block.params)
-    observe(block, x, {name: seen.add for name, seen in readers.items()}, batch=batch)
+    ranges = input_statistics(block, x, readers, ("low", "high"), batch=batch)
     params = {name: value.to(dtype) for name, value in block.params.items()}
     for site in sites:
         if site.edge.kind == "qk":
             continue
-        seen = readers[module_of(site.edge.dst[0])]
-        assert seen.low is not None
-        assert seen.high is not None
-        low, high = seen.low.to(dtype), seen.high.to(dtype)
-        weight = torch.stack([params[f"{module_of(dst)}.weight"].abs().amax(0) for dst in site.edge.dst]).amax(0)
+        seen = ranges[site.edge.readers[0].module]
+        low, high = seen["low"].to(dtype), seen["high"].to(dtype)
+        weight = torch.stack([dst.read(params).abs().amax(0) for dst in site.edge.readers]).amax(0)
         if site.edge.kind == "heads":  # the query heads of a group share their KV head's channels
             split = (block.heads.kv, block.heads.group, block.heads.dim)
             low, high = low.reshape(split).amin(1), high.reshape(split).amax(1)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.methods.statistics import input_moments
-from lowbit.models.architecture import module_of
+from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.statistics import input_statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.equivalence import move
-from lowbit.quant.scheme import Scheme
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
 
 
 def smooth_scale(activation_peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:
@@ -31,7 +32,7 @@ def smooth_scale(activation_peak: Tensor, weight_peak: Tensor, alpha: float) -> 
 
 
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(Method):
     """A diagonal map over every norm.
 
     Attributes:
@@ -40,20 +41,28 @@ class SmoothQuant:
 
     alpha: float = 0.5
     rounds: ClassVar[bool] = False
+    keeps_function: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "x_fp"
+    closed_form: ClassVar[bool] = False
+    moves_norms: ClassVar[bool] = True
+    schedule: ClassVar[None] = None
     passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise LowbitError(f"smoothquant.alpha {self.alpha} given; 0 to 1 are allowed")
 
-    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
+    def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
+        """None: a diagonal merges into the norm."""
+        return NO_OPS
+
+    def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with scales moved over its norms; its float function is unchanged."""
         norms = [edge for edge in block.edges() if edge.kind == "norm"]
-        readers = [module_of(edge.dst[0]) for edge in norms]
-        moments = input_moments(block, calib.x_fp, readers, ("peak",), batch=calib.batch)
+        readers = [edge.readers[0].module for edge in norms]
+        seen = input_statistics(block, calib.x_fp, readers, ("peak",), batch=calib.batch)
         params = dict(block.params)
         for edge, reader in zip(norms, readers, strict=True):
-            peaks = [params[f"{module_of(dst)}.weight"].abs().amax(0) for dst in edge.dst]
-            scale = smooth_scale(moments[reader].peak, torch.stack(peaks).amax(0), self.alpha)
-            params = move(block, edge, scale, params)
+            weight_peak = torch.stack([dst.read(params).abs().amax(0) for dst in edge.readers]).amax(0)
+            params = move(block, edge, smooth_scale(seen[reader]["peak"], weight_peak, self.alpha), params)
         return replace(block, params=params)

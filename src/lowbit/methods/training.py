@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -36,18 +36,16 @@ class Schedule:
     Attributes:
         epochs: passes over the training sequences; 0 leaves everything at its start.
         batch: sequences in a step.
-        held_out: share of the sequences that is only looked at; 0 keeps the last epoch instead of the best.
+        held_out: share of the sequences that only validates; 0 keeps the last epoch instead of the best.
         grad_clip: largest norm of all gradients together; 0 leaves them alone.
         decay: ``none`` for a constant learning rate, ``cosine`` to let it fall to a tenth.
-        seed: draws the order of the sequences that are not held out.
     """
 
-    epochs: int
+    epochs: int = 20
     batch: int = 1
     held_out: float = 0.125
     grad_clip: float = 0.0
-    decay: str = "none"
-    seed: int = 0
+    decay: str = "cosine"
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch < 1 or self.grad_clip < 0:
@@ -59,6 +57,14 @@ class Schedule:
             raise LowbitError(f"held_out {self.held_out:g} given; a share from 0 to below 1 is allowed")
         if self.decay not in ("none", "cosine"):
             raise LowbitError(f"decay '{self.decay}' given; allowed: none, cosine")
+
+    def scaled(self, share: float) -> Schedule:
+        """The same with a share of the epochs; one that learns at all keeps at least one.
+
+        >>> Schedule(20).scaled(0.3).epochs, Schedule(1).scaled(0.3).epochs, Schedule(0).scaled(0.3).epochs
+        (6, 1, 0)
+        """
+        return replace(self, epochs=math.ceil(self.epochs * share))
 
     def split(self, sequences: int) -> tuple[Tensor, Tensor]:
         """Indices of the training sequences and of the held-out ones; with one sequence nothing is held out.
@@ -78,7 +84,7 @@ class Schedule:
     def rate(self, step: int, steps: int) -> float:
         """The factor on the learning rates at ``step`` of ``steps``.
 
-        >>> Schedule(1, decay="cosine").rate(0, 10), Schedule(1).rate(9, 10)
+        >>> Schedule(1).rate(0, 10), Schedule(1, decay="none").rate(9, 10)
         (1.0, 1.0)
         """
         if self.decay == "none":
@@ -134,6 +140,7 @@ def fit(
     loss: Callable[[Tensor], Tensor],
     sequences: int,
     schedule: Schedule,
+    seed: int = 0,
     begin: Callable[[int], None] = lambda epoch: None,
     project: Callable[[], None] = lambda: None,
     keep: Path | None = None,
@@ -146,15 +153,15 @@ def fit(
         loss: the mean loss over the sequences with the given indices; differentiable in the tensors.
         sequences: how many sequences there are.
         schedule: epochs, batches, what is held out.
+        seed: draws the order of the sequences that are not held out.
         begin: called with the epoch (1, 2, ...) before it starts, for masks that open; with the best one at the end.
         project: called after each step, without gradients, for constraints.
         keep: file for the state after each epoch. If it is there, of this same fit, the fit goes on from it.
-        ahead: called before a loss is computed, with the indices of the one after it, so that what these need can be
-            fetched meanwhile; each loss is announced once, but for the first.
+        ahead: prefetch hook: receives the next batch's indices, once for each loss but the first.
     """
     tensors = [t for ts, _ in groups for t in ts]
     train, held = schedule.split(sequences)
-    batches, looked = _batches(train, schedule), list(held.split(max(schedule.batch, 4))) if len(held) else []
+    batches, looked = _batches(train, schedule, seed), list(held.split(max(schedule.batch, 4))) if len(held) else []
     adam = Adam(groups)
     state = _State([t.detach().clone() for t in tensors])
     fitted = state.fitted
@@ -214,9 +221,9 @@ def fit(
     return fitted
 
 
-def _batches(train: Tensor, schedule: Schedule) -> list[list[Tensor]]:
+def _batches(train: Tensor, schedule: Schedule, seed: int) -> list[list[Tensor]]:
     """The indices of every step, by epoch."""
-    generator = torch.Generator().manual_seed(schedule.seed)
+    generator = torch.Generator().manual_seed(seed)
     orders = (train[torch.randperm(len(train), generator=generator)] for _ in range(schedule.epochs))
     return [list(order.split(schedule.batch)) for order in orders]
 

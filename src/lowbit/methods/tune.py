@@ -1,11 +1,10 @@
-"""Options of the last step, end-to-end correction; ``lowbit.pipeline.end_to_end`` has what it does and why."""
+"""Options of the last step, end-to-end correction; ``pipeline/end_to_end.py`` has what it does and why."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lowbit.errors import LowbitError
 from lowbit.methods.training import Schedule
@@ -22,32 +21,26 @@ class Tune:
         epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``; 0 epochs leave the step out.
         lr, lr_ends, lr_norms: learning rates of the pairs, of the ends' logarithms, of the gains.
         scale: let the learning rates fall with the root of what is lost at the start; see ``rate``.
+        schedule: epochs, validation split and the like; 0 epochs leave the step out.
     """
 
     rank: int = 32
     ends: bool = True
     norms: bool = True
-    epochs: int = 20
-    batch: int = 1
     lr: float = 5e-3
     lr_ends: float = 2e-3
     lr_norms: float = 2e-3
     scale: bool = True
-    held_out: float = 0.125
-    grad_clip: float = 0.0
-    decay: str = "cosine"
-    rounds: ClassVar[bool] = False
-    corrects: ClassVar[bool] = True
+    schedule: Schedule = Schedule()
 
     def __post_init__(self) -> None:
         if self.rank < 1 or min(self.lr, self.lr_ends, self.lr_norms) < 0:
             raise LowbitError("tune: rank must be 1 or more, learning rates 0 or more")
-        self.schedule()
 
     @property
     def passes(self) -> int:
         """Forward passes that it costs: each block is run twice and differentiated once a step."""
-        return 5 * self.epochs
+        return 5 * self.schedule.epochs
 
     def learned(self, shapes: Iterable[tuple[int, int]]) -> int:
         """An upper bound on the numbers that are learned for linears ``(rows, columns)``, but for groups' ends.
@@ -68,7 +61,3 @@ class Tune:
         (0.3, 1.0, 1.0)
         """
         return min(1.0, math.sqrt(max(start, 0.0))) if self.scale and math.isfinite(start) else 1.0
-
-    def schedule(self, seed: int = 0) -> Schedule:
-        """The loop's options."""
-        return Schedule(self.epochs, self.batch, self.held_out, self.grad_clip, self.decay, seed)

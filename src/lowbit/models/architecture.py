@@ -1,17 +1,25 @@
-"""What has to be known about an architecture, as data.
+"""What has to be known about an architecture, as data, and how methods see its matrices.
 
 A family is one value: where the blocks are, which linears a block has, and along which edges an invertible map
 can move without changing the function. Nothing here runs a model; the library's own layers do that. Facts come
 from the config and the tensors, never from a model's name, and an architecture that is not listed is an error.
+
+A family declares with names (``DeclaredEdge``, ``Part``); a block resolves them into ``Projection``, ``Norm`` and
+``Edge``, which know their parameters. Methods see these alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from lowbit.errors import LowbitError
+
+EdgeKind = Literal["norm", "heads", "channels", "qk"]
 
 
 @dataclass(frozen=True)
@@ -21,13 +29,111 @@ class Part:
     module: str
     part: Literal["q", "k", "v", "gate", "up"]
 
+    def rows(self, heads: Heads, rows: int) -> slice:
+        """Which of the linear's ``rows`` output rows these are.
+
+        >>> Part("qkv", "k").rows(Heads(query=4, kv=2, dim=8, rotary=8), 64)
+        slice(32, 48, None)
+        """
+        q, kv = heads.query * heads.dim, heads.kv * heads.dim
+        bounds = {
+            "q": (0, q),
+            "k": (q, q + kv),
+            "v": (q + kv, q + 2 * kv),
+            "gate": (0, rows // 2),
+            "up": (rows // 2, rows),
+        }
+        return slice(*bounds[self.part])
+
 
 Ref = str | Part
 
 
-def module_of(ref: Ref) -> str:
-    """The linear or norm that a reference points into."""
-    return ref.module if isinstance(ref, Part) else ref
+@dataclass(frozen=True)
+class DeclaredEdge:
+    """An edge of a family, by names within a layer; see ``Edge``."""
+
+    kind: EdgeKind
+    src: Ref
+    dst: tuple[Ref, ...]
+    positive: bool = False
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of a block, by its name: a gain ``(width,)`` and perhaps a bias."""
+
+    module: str
+
+    @property
+    def parameter(self) -> str:
+        """The gain's name."""
+        return f"{self.module}.weight"
+
+    @property
+    def bias(self) -> str:
+        """The bias's name; LayerNorms have one."""
+        return f"{self.module}.bias"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One matrix of a layer as methods see it, ``(out, in)``: a linear, or some output rows of one.
+
+    Attributes:
+        module: the linear that holds it.
+        rows: its output rows within the linear's parameter.
+        whole: they are all of the parameter's rows.
+    """
+
+    module: str
+    rows: slice
+    whole: bool = True
+
+    @property
+    def parameter(self) -> str:
+        """The parameter that holds the matrix."""
+        return f"{self.module}.weight"
+
+    @property
+    def bias(self) -> str:
+        """The linear's bias, which need not be there."""
+        return f"{self.module}.bias"
+
+    @property
+    def out(self) -> int:
+        """Output channels."""
+        return int(self.rows.stop - self.rows.start)
+
+    def read(self, params: Mapping[str, Tensor]) -> Tensor:
+        """The matrix ``(out, in)``."""
+        return params[self.parameter][self.rows]
+
+    def read_bias(self, params: Mapping[str, Tensor]) -> Tensor | None:
+        """The bias ``(out,)``, or ``None``."""
+        return params[self.bias][self.rows] if self.bias in params else None
+
+    def change(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
+        """Put ``by`` of the matrix, and of its bias where it has one, in their places; differentiable as ``by`` is.
+
+        ``by`` takes ``(out, ...)`` and keeps the shape.
+        """
+        for name in (self.parameter, self.bias):
+            if name in params:
+                params[name] = self._replaced(params[name], by(params[name][self.rows]))
+
+    def change_weight(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
+        """The same for the matrix alone."""
+        params[self.parameter] = self._replaced(params[self.parameter], by(self.read(params)))
+
+    def change_bias(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
+        """The same for the bias alone, which must be there."""
+        params[self.bias] = self._replaced(params[self.bias], by(params[self.bias][self.rows]))
+
+    def _replaced(self, parameter: Tensor, rows: Tensor) -> Tensor:
+        if self.whole:
+            return rows
+        return torch.cat([parameter[: self.rows.start], rows, parameter[self.rows.stop :]])
 
 
 @dataclass(frozen=True)
@@ -40,12 +146,30 @@ class Edge:
       merges; it must be positive where ``positive`` is set.
     * ``qk``: ``src`` is q, ``dst`` is k (or their norms). Under a rotary embedding only maps that commute with it
       merge: one scaled rotation for each rotary pair. Without one, any matrix per head merges.
+
+    Attributes:
+        kind, positive: see above.
+        src: a projection or a norm.
+        dst: what reads it: projections, or the norm of k.
+        partner: of a ``channels`` edge, the projection that ``src`` is multiplied with before ``dst``, if any.
     """
 
-    kind: Literal["norm", "heads", "channels", "qk"]
-    src: Ref
-    dst: tuple[Ref, ...]
+    kind: EdgeKind
+    src: Projection | Norm
+    dst: tuple[Projection | Norm, ...]
     positive: bool = False
+    partner: Projection | None = None
+
+    @property
+    def readers(self) -> tuple[Projection, ...]:
+        """``dst`` as projections, for edges whose map reaches matrices."""
+        return tuple(dst for dst in self.dst if isinstance(dst, Projection))
+
+    @property
+    def width(self) -> int:
+        """Channels of a diagonal map over an edge between projections (for ``heads``: all KV heads together)."""
+        assert isinstance(self.src, Projection)
+        return self.src.out
 
 
 @dataclass(frozen=True)
@@ -95,7 +219,7 @@ class Family:
     architectures: tuple[str, ...]
     blocks: str
     linears: tuple[tuple[str, ...], ...]
-    edges: tuple[Edge, ...]
+    edges: tuple[DeclaredEdge, ...]
     heads: Callable[[Any], Heads]
     attention: str = "self_attn"
     head: str = "lm_head"

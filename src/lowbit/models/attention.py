@@ -17,24 +17,23 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowbit.quant.affine import QuantSpec
-from lowbit.quant.inductor import fake_quant_tokens
+from lowbit.quant.activations import ActFormat
 
 
-def attention_name(spec: QuantSpec, base: str) -> str:
-    """Register (once) attention ``base`` with Q, K, V rounded to ``spec``; returns its name for the config.
+def attention_name(format: ActFormat, base: str) -> str:
+    """Register (once) attention ``base`` with Q, K, V quantized in ``format``; returns its name for the config.
 
     ``base`` is a name such as ``sdpa`` or ``eager``.
     """
-    name = f"lowbit_{base}_kv{spec.bits}{'s' if spec.symmetric else 'a'}"
+    name = f"lowbit_{base}_{format.name}"
     if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return name
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rounded = (fake_quant_tokens(x, spec) for x in (query, key, value))
+        quantized = (format.fake_quant(x) for x in (query, key, value))
         # Each modelling file has an eager function of its own (Gemma2's caps the logits).
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)(module, *rounded, *args, **kwargs)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)(module, *quantized, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
@@ -42,11 +41,11 @@ def attention_name(spec: QuantSpec, base: str) -> str:
 
 
 @contextmanager
-def quantized_attention(config: Any, spec: QuantSpec | None) -> Iterator[None]:
-    """Inside, layers that share ``config`` round Q, K and V to ``spec`` (``None``: nothing changes)."""
+def quantized_attention(config: Any, format: ActFormat | None) -> Iterator[None]:
+    """Inside, layers that share ``config`` quantize Q, K and V in ``format`` (``None``: nothing changes)."""
     before = config._attn_implementation
-    if spec is not None:
-        config._attn_implementation = attention_name(spec, before)
+    if format is not None:
+        config._attn_implementation = attention_name(format, before)
     try:
         yield
     finally:

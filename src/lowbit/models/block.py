@@ -12,20 +12,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.models.architecture import Edge, Family, Heads, Part, Ref
+from lowbit.models.architecture import DeclaredEdge, Edge, Family, Heads, Norm, Part, Projection, Ref
 from lowbit.models.attention import quantized_attention
 from lowbit.models.offload import joined, parts
-from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid
-from lowbit.quant.inductor import fake_quant_tokens
-from lowbit.quant.runtimes import Inputs
-from lowbit.quant.scheme import Scheme
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
+from lowbit.quant.format import Format, QParams, QTensor
+from lowbit.quant.scheme import ModuleFormats
 
 Tap = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a reader of the report must know of a layer: a damping raised, a fit that gave up."""
+
+    layer: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -39,16 +48,13 @@ class Block:
         family: the architecture's facts.
         heads: the attention's shape.
         params: float parameters by name, transformed so far.
-        clips: for a linear's name the factors ``(low, high)`` on the ends of its groups' ranges, each ``(rows,
-            groups)``, for the grid that a rounding step will choose.
-        qweights: rounded weights by the linear's name; they take the place of ``params`` in the quantized block.
-        online: what nothing could absorb, by the module's name; exporters that cannot carry it refuse. For a norm a
-            matrix ``(width, width)`` that its output is multiplied by, ``x @ P``, or ``(2, width)``, index and factor
-            of each channel that is gathered, ``x[idx] * factor``, or ``(3, width)``, where the third row has for each
-            old channel the new one that it is added to before the factor, or -1; for a linear the factors ``(low,
-            high)`` ``(2,)`` that shrink the ends of its rounded input's ranges, and behind them, if any, the offsets
-            of its channels ``(in,)``, in steps.
-        notes: what a reader of the report must know: a damping raised, a layer left in float.
+        formats: the formats of each linear that is to be quantized, as the plan settled them.
+        kv: the format of queries, keys and values inside the attention; ``None``: float.
+        clips: for a linear's name the clipping ratios ``(low, high)`` on the ends of its groups' ranges, each
+            ``(rows, groups)``, for the qparams that a rounding step will choose.
+        qweights: quantized weights by the linear's name; they take the place of ``params`` in the quantized block.
+        ops: runtime operations by the module's name: behind a norm, or before a linear.
+        notes: what a reader of the report must know.
         record: figures for the report, plain data by layer index and the step's name: losses, conditions.
         pictures: small matrices for the report by layer index, step and site: ``7.affinequant.heads``.
     """
@@ -59,10 +65,12 @@ class Block:
     family: Family
     heads: Heads
     params: Mapping[str, Tensor]
+    formats: Mapping[str, ModuleFormats] = field(default_factory=dict)
+    kv: ActFormat | None = None
     clips: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     qweights: Mapping[str, QTensor] = field(default_factory=dict)
-    online: Mapping[str, Tensor] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    ops: Mapping[str, RuntimeOp] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
     record: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -84,13 +92,45 @@ class Block:
         """Names of all linears in execution order."""
         return [name for group in self.linear_groups() for name in group]
 
-    def edges(self) -> list[Edge]:
-        """The family's edges with the names of this block's layers."""
-        return [
-            replace(edge, src=_prefixed(edge.src, i), dst=tuple(_prefixed(d, i) for d in edge.dst))
-            for i in self.indices
-            for edge in self.family.edges
-        ]
+    def quantized_linears(self) -> list[str]:
+        """Names of those that have a format, in execution order."""
+        return [name for name in self.linears() if name in self.formats]
+
+    @cached_property
+    def _edges(self) -> tuple[Edge, ...]:
+        return tuple(self._edge(edge, i) for i in self.indices for edge in self.family.edges)
+
+    def edges(self) -> tuple[Edge, ...]:
+        """Where maps can move in this block: the family's edges for each of its layers."""
+        return self._edges
+
+    def _edge(self, edge: DeclaredEdge, index: int) -> Edge:
+        src, dst = self._end(edge.src, index), tuple(self._end(ref, index) for ref in edge.dst)
+        return Edge(edge.kind, src, dst, edge.positive, self._partner(edge, index))
+
+    def _end(self, ref: Ref, index: int) -> Projection | Norm:
+        linears = {name for group in self.family.linears for name in group}
+        if isinstance(ref, str) and ref not in linears:
+            return Norm(f"{index}.{ref}")
+        return self._projection(ref, index)
+
+    def _projection(self, ref: Ref, index: int) -> Projection:
+        name = ref.module if isinstance(ref, Part) else ref
+        module = f"{index}.{name}"
+        count = self.layers[index - self.start].get_parameter(f"{name}.weight").shape[0]
+        if isinstance(ref, Part):
+            return Projection(module, ref.rows(self.heads, count), whole=False)
+        return Projection(module, slice(0, count))
+
+    def _partner(self, edge: DeclaredEdge, index: int) -> Projection | None:
+        """The other projection that reads what ``src`` reads, if any: a gate."""
+        if edge.kind != "channels":
+            return None
+        if isinstance(edge.src, Part):
+            return self._projection(Part(edge.src.module, "gate"), index)
+        group = next(group for group in self.family.linears if edge.src in group)
+        others = [name for name in group if name != edge.src]
+        return self._projection(others[0], index) if others else None
 
     def full_name(self, name: str) -> str:
         """The name in the model: ``7.mlp.up_proj`` -> ``model.layers.7.mlp.up_proj``."""
@@ -100,49 +140,75 @@ class Block:
         """The float weight ``(out, in)`` of a linear."""
         return self.params[f"{linear}.weight"]
 
-    def weight_spec(self, linear: str, scheme: Scheme) -> QuantSpec | None:
-        """The format that the scheme wants for a linear."""
-        return scheme.weight_spec(self.full_name(linear))
+    def weight_format(self, linear: str) -> Format:
+        """The format of a linear that is to be quantized."""
+        return self.formats[linear].weight
+
+    def input_format(self, linear: str) -> ActFormat | None:
+        """The format of a linear's input; ``None``: float."""
+        return self.formats[linear].input if linear in self.formats else None
+
+    def qparams(self, linear: str) -> QParams:
+        """Of a linear's weight as it is now: its groups' ranges, shrunk by the clipping ratios found so far."""
+        return self.weight_format(linear).qparams(self.weight(linear), *self.clips.get(linear, (1.0, 1.0)))
 
     def quantized_params(self) -> dict[str, Tensor]:
-        """``params`` with the rounded weights in their places."""
-        rounded = {f"{name}.weight": q.dequantize() for name, q in self.qweights.items()}
-        return {**self.params, **rounded}
+        """``params`` with the quantized weights in their places."""
+        quantized = {f"{name}.weight": q.dequantize() for name, q in self.qweights.items()}
+        return {**self.params, **quantized}
 
+    def with_notes(self, step: str, *texts: str) -> Block:
+        """The block with notes of a step on its first layer."""
+        return replace(self, notes=(*self.notes, *(Note(self.start, f"{step}: {text}") for text in texts)))
 
-def part_of(block: Block, start: int, stop: int) -> Block:
-    """The layers ``start`` to ``stop`` (counted from 0 within the block) as a block of their own."""
-    prefixes = tuple(f"{index}." for index in block.indices[start:stop])
+    def with_record(self, step: str, figures: Mapping[str, Any]) -> Block:
+        """The block with a step's figures, kept under its first layer."""
+        own = {**self.record.get(self.start, {}), step: figures}
+        return replace(self, record={**self.record, self.start: own})
 
-    def own(content: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in content.items() if name.startswith(prefixes)}
+    def part(self, start: int, stop: int) -> Block:
+        """The layers ``start`` to ``stop`` (counted from 0 within the block) as a block of their own.
 
-    return replace(
-        block,
-        layers=block.layers[start:stop],
-        start=block.start + start,
-        kwargs=block.kwargs[start:stop],
-        params=own(block.params),
-        clips=own(block.clips),
-        qweights=own(block.qweights),
-        online=own(block.online),
-        notes=(),
-        record={},
-        pictures={},
-    )
+        Its notes, record and pictures start empty: they are its own.
+        """
+        prefixes = tuple(f"{index}." for index in self.indices[start:stop])
 
+        def own(content: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in content.items() if name.startswith(prefixes)}
 
-def recorded(block: Block, step: str, figures: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-    """The block's record with a step's figures, kept under the block's first layer."""
-    return {**block.record, block.start: {**block.record.get(block.start, {}), step: figures}}
+        return replace(
+            self,
+            layers=self.layers[start:stop],
+            start=self.start + start,
+            kwargs=self.kwargs[start:stop],
+            params=own(self.params),
+            formats=own(self.formats),
+            clips=own(self.clips),
+            qweights=own(self.qweights),
+            ops=own(self.ops),
+            notes=(),
+            record={},
+            pictures={},
+        )
 
+    def with_part(self, part: Block) -> Block:
+        """The block with what was done to ``part``, some of its layers: it takes the place of what was there."""
+        prefixes = tuple(f"{index}." for index in part.indices)
 
-class Step(Protocol):
-    """A method: a frozen dataclass of options whose call returns a new block."""
+        def merge(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+            return {**{n: v for n, v in ours.items() if not n.startswith(prefixes)}, **theirs}
 
-    def __call__(self, block: Block, calib: Calib, scheme: Scheme) -> Block:
-        """Return ``block`` transformed, clipped, rounded or corrected; ``block`` itself stays as it is."""
-        ...
+        record = {index: {**self.record.get(index, {}), **rows} for index, rows in part.record.items()}
+        return replace(
+            self,
+            params={**self.params, **part.params},
+            clips=merge(self.clips, part.clips),
+            qweights=merge(self.qweights, part.qweights),
+            ops=merge(self.ops, part.ops),
+            notes=(*self.notes, *part.notes),
+            record={**self.record, **record},
+            pictures={**self.pictures, **part.pictures},
+        )
 
 
 @dataclass(frozen=True)
@@ -165,15 +231,12 @@ class Calib:
     batch: int = 4
 
 
-def _prefixed(ref: Ref, index: int) -> Ref:
-    return replace(ref, module=f"{index}.{ref.module}") if isinstance(ref, Part) else f"{index}.{ref}"
-
-
 def run(
     block: Block,
     x: Tensor,
     params: Mapping[str, Tensor] | None = None,
-    scheme: Scheme | None = None,
+    *,
+    quantized: bool = False,
     taps: Mapping[str, Tap] | None = None,
 ) -> Tensor:
     """The block's output for hidden states ``x`` ``(sequences, length, hidden)``; differentiable in ``params``.
@@ -182,8 +245,8 @@ def run(
         block: the block.
         x: hidden states; everything is computed in their dtype.
         params: parameters to run with; the block's float ones by default (``quantized_params()`` for the
-            rounded ones).
-        scheme: where given, inputs of the linears and Q, K, V are rounded as it says.
+            quantized ones).
+        quantized: inputs of the linears and Q, K, V are quantized as ``block.formats`` and ``block.kv`` say.
         taps: for a linear's name a function that is shown the linear's input as the linear sees it.
     """
     params = block.params if params is None else params
@@ -192,52 +255,25 @@ def run(
         own = {name.removeprefix(prefix): p.to(x.dtype) for name, p in params.items() if name.startswith(prefix)}
         with ExitStack() as stack:
             attention = layer.get_submodule(block.family.attention)
-            stack.enter_context(quantized_attention(attention.config, scheme.kv if scheme else None))
-            for name, hook in _hooks(block, index, scheme, taps or {}):
+            stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
+            for name, hook in _hooks(block, index, quantized, taps or {}):
                 handle = layer.get_submodule(name).register_forward_pre_hook(hook)
                 stack.callback(handle.remove)
-            for name, value in block.online.items():
-                if value.ndim == 2 and name.startswith(prefix):
+            for name, op in block.ops.items():
+                if op.place == "behind a norm" and name.startswith(prefix):
                     norm = layer.get_submodule(name.removeprefix(prefix))
-                    stack.callback(norm.register_forward_hook(after_norm(value)).remove)
+                    stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
             x = torch.func.functional_call(layer, own, args=(x,), kwargs=dict(kwargs))
     return x
 
 
-def after_norm(map: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A forward hook that applies an online map to a norm's output; see ``apply_online``."""
+def apply_behind(op: RuntimeOp) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A forward hook that applies a runtime op to a norm's output."""
 
     def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return apply_online(out, map)
+        return op(out)
 
     return hook
-
-
-def apply_online(x: Tensor, map: Tensor) -> Tensor:
-    """A norm's output ``(..., width)`` through a matrix ``(width, width)`` or a gather ``(2 or 3, width)``.
-
-    >>> apply_online(torch.tensor([8.0, 1.0]), torch.tensor([[0.0, 0.0], [0.5, 0.5]])).tolist()
-    [4.0, 4.0]
-    >>> map = torch.tensor([[3.0, 1, 2, 3], [0.5, 0.5, 1.0, 0.5], [1, -1, -1, -1]])
-    >>> apply_online(torch.tensor([2.0, 4.0, 5.0, 8.0]), map).tolist()
-    [4.0, 3.0, 5.0, 4.0]
-    """
-    if map.shape[0] not in (2, 3):
-        return x @ map.to(x.dtype)
-    out = reorder(x, map[0].long())
-    if map.shape[0] == 3:
-        gone = torch.nonzero(map[2] >= 0).flatten()
-        out = out.index_add(-1, map[2, gone].long(), x[..., gone])
-    return out * map[1].to(x.dtype)
-
-
-def reorder(x: Tensor, idx: Tensor) -> Tensor:
-    """``x[..., idx]`` for ``(..., width)``; ``gather`` is several times faster than indexing on a CPU.
-
-    >>> reorder(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 1, 0])).tolist()
-    [[2.0, 2.0, 1.0], [4.0, 4.0, 3.0]]
-    """
-    return x.gather(-1, idx.expand(*x.shape[:-1], len(idx)))
 
 
 class _Seen(Exception):
@@ -250,7 +286,8 @@ def observe(
     x: Tensor,
     taps: Mapping[str, Tap],
     params: Mapping[str, Tensor] | None = None,
-    scheme: Scheme | None = None,
+    *,
+    quantized: bool = False,
     batch: int = 4,
 ) -> None:
     """Show the linears' inputs to ``taps``, all sequences, ``batch`` at a time, without gradients.
@@ -265,42 +302,42 @@ def observe(
 
     for part in parts(x, batch, block.device):
         try:
-            run(block, part, params, scheme, {**taps, last: stop})
+            run(block, part, params, quantized=quantized, taps={**taps, last: stop})
         except _Seen:
             continue
 
 
 def _hooks(
-    block: Block, index: int, scheme: Scheme | None, taps: Mapping[str, Tap]
+    block: Block, index: int, quantized: bool, taps: Mapping[str, Tap]
 ) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
-    """For the linears of a layer that need it: round the input, then show it to the tap.
+    """For the linears of a layer that need it: quantize the input, then show it to the tap.
 
-    Linears that read one tensor share its rounding where they have the same.
+    Linears that read one tensor share its quantization where they have the same format.
     """
     for group in block.family.linears:
-        cache: dict[Inputs, tuple[Tensor, Tensor]] = {}
+        cache: dict[ActFormat, tuple[Tensor, Tensor]] = {}
         for name in group:
-            inputs = scheme.inputs(block.full_name(f"{index}.{name}")) if scheme else None
-            tap = taps.get(f"{index}.{name}")
-            ends = block.online.get(f"{index}.{name}")
-            if inputs is None and tap is None:
+            linear = f"{index}.{name}"
+            format = block.input_format(linear) if quantized else None
+            tap, op = taps.get(linear), block.ops.get(linear)
+            if format is None and tap is None:
                 continue
 
             def hook(
                 module: nn.Module,
                 args: tuple[Any, ...],
-                inputs: Inputs | None = inputs,
+                format: ActFormat | None = format,
                 tap: Tap | None = tap,
-                ends: Tensor | None = ends,
-                cache: dict[Inputs, tuple[Tensor, Tensor]] = cache,
+                op: RuntimeOp | None = op,
+                cache: dict[ActFormat, tuple[Tensor, Tensor]] = cache,
             ) -> tuple[Any, ...] | None:
                 x = args[0]
-                if inputs is not None and ends is not None:
-                    x = rounded_input(x, inputs.spec, ends)
-                elif inputs is not None:
-                    if inputs not in cache or cache[inputs][0] is not x:
-                        cache[inputs] = (x, inputs.round(x))
-                    x = cache[inputs][1]
+                if format is not None and op is not None:
+                    x = op(x, format)
+                elif format is not None:
+                    if format not in cache or cache[format][0] is not x:
+                        cache[format] = (x, format.fake_quant(x))
+                    x = cache[format][1]
                 if tap is not None:
                     tap(x)
                 return (x, *args[1:])
@@ -308,24 +345,24 @@ def _hooks(
             yield name, hook
 
 
-def rounded_input(x: Tensor, spec: QuantSpec, online: Tensor) -> Tensor:
-    """A linear's input ``(..., in)`` rounded with what stays online before it: see ``Block.online``."""
-    online = online.to(x.dtype)
-    return fake_quant_tokens(x, spec, online[0], online[1], online[2:] if len(online) > 2 else None)
-
-
 @torch.no_grad()
 def run_all(
     block: Block,
     x: Tensor,
     params: Mapping[str, Tensor] | None = None,
-    scheme: Scheme | None = None,
+    *,
+    quantized: bool = False,
     taps: Mapping[str, Tap] | None = None,
     batch: int = 4,
 ) -> Tensor:
     """``run`` over all sequences, ``batch`` at a time, without gradients; the result lives where ``x`` does."""
-    done = (run(block, part, params, scheme, taps) for part in parts(x, batch, block.device))
+    done = (run(block, part, params, quantized=quantized, taps=taps) for part in parts(x, batch, block.device))
     return joined(done, len(x), x.device)
+
+
+def run_quantized(block: Block, x: Tensor, batch: int = 4) -> Tensor:
+    """The output of the block as it ships, for all sequences: quantized weights, inputs, Q, K and V."""
+    return run_all(block, x, block.quantized_params(), quantized=True, batch=batch)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -335,9 +372,3 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     0.5
     """
     return float((got - wanted).double().square().sum() / wanted.double().square().sum().clamp(min=1e-300))
-
-
-def grid_of(block: Block, linear: str, spec: QuantSpec) -> Grid:
-    """The grid of a linear's weight: its groups' ranges, shrunk by the block's clips where a step found some."""
-    low, high = block.clips.get(linear, (1.0, 1.0))
-    return minmax_grid(block.weight(linear), spec, low, high)

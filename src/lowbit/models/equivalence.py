@@ -26,13 +26,13 @@ have a bias (``can_shift``). Over the heads that is exact because the rows of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import Edge, Heads, Part, Ref, module_of
+from lowbit.models.architecture import Edge, Heads, Norm, Projection
 from lowbit.models.block import Block
 
 Params = dict[str, Tensor]
@@ -57,12 +57,18 @@ def move(
         inverse: the inverse of a matrix ``map`` where the caller has it already.
 
     Raises:
-        LowbitError: the map's shape does not fit the edge, or the edge cannot take a shift.
+        LowbitError: the map's shape does not fit the edge, the edge cannot take a shift, or a runtime op stands
+            behind the norm, so that what reads it is not the norm's own output.
 
     Example: a norm with gain 2 before a linear with weight 3, and the map 4: the gain becomes 0.5, the weight
     12, and their product stays 6.
     """
     out: Params = dict(block.params if params is None else params)
+    if not can_move(block, edge):
+        raise LowbitError(
+            f"a {block.ops[edge.src.module].kind} stands behind the norm {edge.src.module}: no map moves over it any "
+            "more; put the step that moves maps before the one that leaves it"
+        )
     if shift is not None:
         _shift(block, out, edge, shift)
     if edge.kind == "norm":
@@ -78,35 +84,19 @@ def move(
     return out
 
 
+def can_move(block: Block, edge: Edge) -> bool:
+    """Whether maps move over the edge: nothing stands between a norm and what reads it."""
+    return edge.kind != "norm" or edge.src.module not in block.ops
+
+
 def can_shift(block: Block, edge: Edge) -> bool:
     """Whether a shift over the edge merges: only over norms and heads, and both ends must have a bias."""
-    ends = [module_of(ref) for ref in (edge.src, *edge.dst)]
-    return edge.kind in ("norm", "heads") and all(f"{end}.bias" in block.params for end in ends)
+    return edge.kind in ("norm", "heads") and all(end.bias in block.params for end in (edge.src, *edge.dst))
 
 
 def map_width(block: Block, edge: Edge) -> int:
     """How many channels a diagonal map over the edge has (for ``heads``: all KV heads together)."""
-    src = block.params[f"{module_of(edge.src)}.weight"]
-    return rows_of(edge.src, block.heads, src.shape[0]).stop - rows_of(edge.src, block.heads, src.shape[0]).start
-
-
-def rows_of(ref: Ref, heads: Heads, rows: int) -> slice:
-    """The output rows of a linear with ``rows`` of them that a reference means.
-
-    >>> rows_of(Part("qkv", "k"), Heads(query=4, kv=2, dim=8, rotary=8), 64)
-    slice(32, 48, None)
-    """
-    if not isinstance(ref, Part):
-        return slice(0, rows)
-    q, kv = heads.query * heads.dim, heads.kv * heads.dim
-    bounds = {
-        "q": (0, q),
-        "k": (q, q + kv),
-        "v": (q + kv, q + 2 * kv),
-        "gate": (0, rows // 2),
-        "up": (rows // 2, rows),
-    }
-    return slice(*bounds[ref.part])
+    return edge.width if isinstance(edge.src, Projection) else block.params[edge.src.parameter].shape[0]
 
 
 def _expect(edge: Edge, map: Tensor, *shapes: tuple[int, ...]) -> None:
@@ -119,54 +109,60 @@ def _expect(edge: Edge, map: Tensor, *shapes: tuple[int, ...]) -> None:
 def _shift(block: Block, out: Params, edge: Edge, shift: Tensor) -> None:
     """Take ``shift`` from the source's bias and give its image to the biases behind the edge: ``b + W s``."""
     if not can_shift(block, edge):
-        raise LowbitError(f"a shift over the {edge.kind} edge from {module_of(edge.src)}: both ends need a bias")
+        raise LowbitError(f"a shift over the {edge.kind} edge from {edge.src.module}: both ends need a bias")
     spread = shift
     if edge.kind == "heads":
         spread = shift.repeat_interleave(block.heads.group, 0).flatten()
-    for dst in edge.dst:
-        name = module_of(dst)
-        out[f"{name}.bias"] = out[f"{name}.bias"] + out[f"{name}.weight"] @ spread
-    name = f"{module_of(edge.src)}.bias"
-    rows, bias = rows_of(edge.src, block.heads, out[name].shape[0]), out[name]
-    out[name] = torch.cat([bias[: rows.start], bias[rows] - shift.flatten(), bias[rows.stop :]])
+    for dst in edge.readers:
+        image = dst.read(out) @ spread
+        dst.change_bias(out, lambda bias, image=image: bias + image)  # type: ignore[misc]
+    if isinstance(edge.src, Norm):
+        out[edge.src.bias] = out[edge.src.bias] - shift
+    else:
+        edge.src.change_bias(out, lambda bias: bias - shift.flatten())
 
 
 def _norm(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
-    src = module_of(edge.src)
-    gain = out[f"{src}.weight"]
+    src = edge.src
+    gain = out[src.parameter]
     _expect(edge, map, tuple(gain.shape))
     offset = block.family.norm_offset
-    out[f"{src}.weight"] = (gain + offset) / map - offset
-    if f"{src}.bias" in out:
-        out[f"{src}.bias"] = out[f"{src}.bias"] / map
-    for dst in edge.dst:
-        out[f"{module_of(dst)}.weight"] = out[f"{module_of(dst)}.weight"] * map
+    out[src.parameter] = (gain + offset) / map - offset
+    if src.bias in out:
+        out[src.bias] = out[src.bias] / map
+    for dst in edge.readers:
+        dst.change_weight(out, lambda weight: weight * map)
 
 
 def _channels(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
     _expect(edge, map, (map_width(block, edge),))
-    _on_rows(block, out, edge.src, lambda rows: rows / _as_rows(map, rows))
-    for dst in edge.dst:
-        out[f"{module_of(dst)}.weight"] = out[f"{module_of(dst)}.weight"] * map
+    assert isinstance(edge.src, Projection)
+    edge.src.change(out, lambda rows: rows / _as_rows(map, rows))
+    for dst in edge.readers:
+        dst.change_weight(out, lambda weight: weight * map)
 
 
 def _heads(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
     heads = block.heads
     _expect(edge, map, (heads.kv, heads.dim), (heads.kv, heads.dim, heads.dim))
+    assert isinstance(edge.src, Projection)
     # Query head h reads KV head h // group.
     spread = map.repeat_interleave(heads.group, 0)
     if map.ndim == 2:
-        _on_rows(block, out, edge.src, lambda rows: rows / _as_rows(map.flatten(), rows))
-        for dst in edge.dst:
-            out[f"{module_of(dst)}.weight"] = out[f"{module_of(dst)}.weight"] * spread.flatten()
+        edge.src.change(out, lambda rows: rows / _as_rows(map.flatten(), rows))
+        for dst in edge.readers:
+            dst.change_weight(out, lambda weight: weight * spread.flatten())
         return
     back = torch.linalg.inv(map) if inverse is None else inverse
     # V becomes V A^-1 per head; as rows of the weight that is A^-T W_v.
-    _on_rows(block, out, edge.src, lambda rows: _per_head(back.mT, rows, heads.kv))
-    for dst in edge.dst:
-        name = f"{module_of(dst)}.weight"
-        columns = out[name].unflatten(-1, (heads.query, heads.dim))  # (out, query, dim)
-        out[name] = torch.einsum("ohd,hed->ohe", columns, spread).flatten(-2)
+    edge.src.change(out, lambda rows: _per_head(back.mT, rows, heads.kv))
+
+    def behind(weight: Tensor) -> Tensor:
+        columns = weight.unflatten(-1, (heads.query, heads.dim))  # (out, query, dim)
+        return torch.einsum("ohd,hed->ohe", columns, spread).flatten(-2)
+
+    for dst in edge.readers:
+        dst.change_weight(out, behind)
 
 
 def _qk_free(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
@@ -185,7 +181,7 @@ def _qk_rotary(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
         _expect(edge, map, (pairs,))
         scale = torch.cat([map, map, map.new_ones(heads.dim - heads.rotary)])
         offset = block.family.norm_offset
-        q, k = f"{module_of(edge.src)}.weight", f"{module_of(edge.dst[0])}.weight"
+        q, k = edge.src.parameter, edge.dst[0].parameter
         out[q] = (out[q] + offset) / scale - offset
         out[k] = (out[k] + offset) * scale - offset
         return
@@ -211,10 +207,11 @@ def _rotary_matrix(a: Tensor, b: Tensor, heads: Heads) -> Tensor:
 def _apply_qk(block: Block, out: Params, edge: Edge, c: Tensor, inverse: Tensor | None) -> None:
     """K rows times C, Q rows times C^-T, ``c`` being ``(kv, dim, dim)``."""
     heads = block.heads
-    for dst in edge.dst:
-        _on_rows(block, out, dst, lambda rows: _per_head(c, rows, heads.kv))
+    for dst in edge.readers:
+        dst.change(out, lambda rows: _per_head(c, rows, heads.kv))
     back = (torch.linalg.inv(c) if inverse is None else inverse).mT.repeat_interleave(heads.group, 0)
-    _on_rows(block, out, edge.src, lambda rows: _per_head(back, rows, heads.query))
+    assert isinstance(edge.src, Projection)
+    edge.src.change(out, lambda rows: _per_head(back, rows, heads.query))
 
 
 def _per_head(matrix: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -226,14 +223,3 @@ def _per_head(matrix: Tensor, rows: Tensor, count: int) -> Tensor:
 def _as_rows(map: Tensor, rows: Tensor) -> Tensor:
     """A factor per row, shaped to multiply the rows of a weight or of a bias."""
     return map.reshape(-1, *[1] * (rows.ndim - 1))
-
-
-def _on_rows(block: Block, out: Params, ref: Ref, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace the rows that ``ref`` means of a linear's weight, and of its bias where it has one."""
-    for kind in ("weight", "bias"):
-        name = f"{module_of(ref)}.{kind}"
-        if name not in out:
-            continue
-        rows = rows_of(ref, block.heads, out[name].shape[0])
-        whole = out[name]
-        out[name] = torch.cat([whole[: rows.start], change(whole[rows]), whole[rows.stop :]])

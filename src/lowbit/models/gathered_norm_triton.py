@@ -47,26 +47,28 @@ def _kernel(  # type: ignore[no-untyped-def]
 def norm_gather_quantize(norm: GatheredRMSNorm, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 ``(tokens, width)``, scales and zeros float32 ``(tokens,)``: ``value = (code - zero) * scale``.
 
-    The plain form is ``norm(x)`` and then the asymmetric ``quant.fake_quant_tokens``.
+    The plain form is ``norm(x)`` and then ``IntTokens(bits, symmetric=False).fake_quant``.
 
     Args:
-        norm: with a gather ``(2, width)``.
+        norm: with a gather that merges no channels.
         x: ``(tokens, width)``, contiguous.
         bits: 2 to 8.
 
     Raises:
         LowbitError: merged channels, or a width of ``x`` that is not the norm's.
     """
-    if norm.online.shape[0] != 2 or x.ndim != 2 or x.shape[1] != norm.online.shape[1]:
+    width = len(norm.idx)
+    if norm.into is not None or x.ndim != 2 or x.shape[1] != width:
+        merged = "" if norm.into is None else " with merged channels"
         raise LowbitError(
-            f"norm_gather_quantize: online {tuple(norm.online.shape)} and x {tuple(x.shape)} given; (2, width) and "
-            "(tokens, width) are allowed: reassemble with assembly 'drop'"
+            f"norm_gather_quantize: a gather of {width}{merged} and x {tuple(x.shape)} given; (tokens, width) and no "
+            "merged channels are allowed: reassemble with assembly 'drop'"
         )
-    tokens, width = x.shape
+    tokens = len(x)
     codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
     scales, zeros = (torch.empty(tokens, device=x.device) for _ in range(2))
     gain = (norm.weight.float() + norm.norm_offset).contiguous()
-    arguments: list[Any] = [x.contiguous(), norm.online[0].int(), gain, norm.online[1].float().contiguous()]
+    arguments: list[Any] = [x.contiguous(), norm.idx.int(), gain, norm.factor.float().contiguous()]
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     block = triton.next_power_of_2(width)
     _kernel[(tokens,)](*arguments, codes, scales, zeros, norm.eps, width, LOW=low, HIGH=high, BLOCK=block)

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
 from lowbit.models.families import family_of
-from lowbit.quant.runtimes import Inputs
+from lowbit.quant.activations import ActFormat
+from lowbit.quant.scheme import ModelFormats
 
 
 class _Recorder(nn.Module):
@@ -88,10 +89,10 @@ class Skeleton:
                 raise LowbitError(f"no tensor '{name}' (nor anything that it is tied to) was given for the model")
             parameter.requires_grad_(False)
 
-    def round_head_input(self, inputs: Inputs) -> None:
-        """From now on the head sees its input rounded, as a quantized linear of the scheme does."""
+    def quantize_head_input(self, format: ActFormat) -> None:
+        """From now on the head sees its input quantized, as a quantized linear does."""
         head = self.model.get_submodule(self.family.head)
-        head.register_forward_pre_hook(lambda module, args: (inputs.round(args[0]), *args[1:]))
+        head.register_forward_pre_hook(lambda module, args: (format.fake_quant(args[0]), *args[1:]))
 
     @torch.no_grad()
     def start(self, ids: Tensor) -> Tensor:
@@ -122,12 +123,18 @@ class Skeleton:
         finally:
             self._recorders[-1].answer = None
 
-    def block(self, start: int, params: Mapping[str, Tensor], count: int = 1) -> Block:
-        """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``).
+    def block(
+        self, start: int, params: Mapping[str, Tensor], count: int = 1, formats: ModelFormats | None = None
+    ) -> Block:
+        """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``) and the plan's formats.
 
         It is for sequences of the length that ``start`` saw last; before ``start`` it holds parameters and cannot
-        run.
+        run. Without ``formats`` nothing of it is to be quantized.
         """
+        formats = formats or ModelFormats()
+        linears = [name for group in self.family.linears for name in group]
+        names = [f"{index}.{name}" for index in range(start, start + count) for name in linears]
+        own = {name: formats.modules.get(f"{self.family.blocks}.{name}") for name in names}
         return Block(
             layers=tuple(self.layers[start : start + count]),
             start=start,
@@ -135,6 +142,8 @@ class Skeleton:
             family=self.family,
             heads=self.heads,
             params=dict(params),
+            formats={name: found for name, found in own.items() if found is not None},
+            kv=formats.kv,
         )
 
     def fitted(self, block: Block, length: int) -> Block:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
 from lowbit.progress import track
-from lowbit.quant.affine import QuantSpec
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 
@@ -49,11 +48,11 @@ def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
 
 
 def check_tensors(
-    checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], blocks: str, specs: Mapping[str, QuantSpec]
+    checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], blocks: str, quantized: Collection[str]
 ) -> None:
     """Refuse a checkpoint that does not hold what its config implies; headers are read, no tensor.
 
-    ``shapes`` are those of the float model; modules in ``specs`` are rounded and not looked at. A weight of a block
+    ``shapes`` are those of the float model; modules in ``quantized`` are not looked at. A weight of a block
     that the model has no place for would be left out silently, so it is refused (rotary buffers may stay).
     """
     stored: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -63,7 +62,7 @@ def check_tensors(
             stored |= {name: (tuple(head.get_shape()), head.get_dtype()) for name, head in headers.items()}
     used = set()
     for name, shape in shapes.items():
-        if name.removesuffix(".weight") in specs:
+        if name.removesuffix(".weight") in quantized:
             continue
         found = checkpoint.find(name)
         if found is None:
@@ -78,7 +77,7 @@ def check_tensors(
         if dtype not in FLOATS:
             raise LowbitError(f"'{found}' in {checkpoint.folder} is {dtype}; allowed: {', '.join(FLOATS)}")
     inside = (f"{blocks}.", f"{blocks.removeprefix('model.')}.")
-    for name in () if specs else checkpoint.names:
+    for name in () if quantized else checkpoint.names:
         if name not in used and name.startswith(inside) and name.endswith((".weight", ".bias")):
             raise LowbitError(
                 f"{checkpoint.folder} has a tensor '{name}' that config.json has no place for: they do not belong "

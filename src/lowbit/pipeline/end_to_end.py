@@ -33,15 +33,13 @@ from lowbit.analysis.linear_error import damages
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
 from lowbit.methods.training import Fitted, fit
 from lowbit.methods.tune import Tune
-from lowbit.models.architecture import module_of
-from lowbit.models.block import Block, run, run_all
+from lowbit.models.block import Block, Note, run, run_all
 from lowbit.models.offload import Rows
 from lowbit.pipeline.runner import Walk, entered
 from lowbit.progress import say
-from lowbit.quant.affine import Grid, QuantSpec, quantize, range_grid
-from lowbit.quant.inductor import on_grid
+from lowbit.quant.format import Format, QParams
 from lowbit.runs.folder import RUN, block_file, notes_file, pictures_file
-from lowbit.runs.latent_weights import Latents, latent, latent_file, started
+from lowbit.runs.latent_weights import Latents, latent, latent_file
 
 FIRST = "first"  # in .run: the folder of what the steps before this one make
 STATE = "tune.safetensors"
@@ -68,7 +66,7 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
         tuning.groups(),
         tuning.loss,
         len(ids),
-        options.schedule(),
+        options.schedule,
         begin=tuning.begin,
         keep=walk.out / RUN / STATE,
         ahead=tuning.rows.prepare,
@@ -80,7 +78,7 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
         block, float_block = tuning.rounded(index, fitted), first.float_block(index)
         if not (walk.out / block_file(index)).exists():
             before = read_json(first.out / notes_file(index))["seconds"]
-            walk.write(block, damages(block, x, walk.scheme), before + (time.monotonic() - began) / layers)
+            walk.write(block, damages(block, x), before + (time.monotonic() - began) / layers)
         x = run_all(float_block, x)
 
 
@@ -89,7 +87,7 @@ class Tuning:
 
     def __init__(self, options: Tune, first: Walk, ids: Tensor, y_fp: Tensor) -> None:
         """Take over from ``first``, whose files are all there; ``y_fp`` is the float model's last hidden state."""
-        self.options, self.scheme, self.device, self.folder = options, first.scheme, first.device, first.out
+        self.options, self.formats, self.device, self.folder = options, first.plan.formats, first.device, first.out
         self.teacher, self.student = first.skeletons(ids)
         x = entered(self.student, ids, self.device)
         self.rows = Rows(torch.device(self.device), x, y_fp, ids.to(self.device))
@@ -105,32 +103,31 @@ class Tuning:
     @torch.no_grad()
     def lost(self, sequences: int) -> float:
         """The divergence before the first step, of up to four training sequences, in nats a token."""
-        train, _ = self.options.schedule().split(sequences)
+        train, _ = self.options.schedule.split(sequences)
         return float(self.loss(train[:4]))
 
     def _start(self, index: int) -> None:
         """Leaves of a layer: corrections of 0, ends where they are, gains as they are."""
         generator = torch.Generator().manual_seed(index)
         block, latents = self._read(index)
-        for name, grid in latents.grids.items():
+        for name, qparams in latents.qparams.items():
             rows, columns = latents.places[name].shape
             rank = min(self.options.rank, rows, columns)
             down = (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
             up = torch.zeros(rows, rank, device=self.device)
             self.pairs[name] = up.requires_grad_(), down.to(self.device).requires_grad_()
             if self.options.ends:
-                spec = block.weight_spec(name, self.scheme)
-                sides = 1 if spec is not None and spec.symmetric else 2
-                self.ends[name] = tuple(torch.zeros_like(grid.scale).requires_grad_() for _ in range(sides))
+                sides = 2 if block.weight_format(name).independent_ends else 1
+                self.ends[name] = tuple(torch.zeros_like(qparams.scale).requires_grad_() for _ in range(sides))
         if self.options.norms:
-            for norm in {f"{module_of(edge.src)}.weight" for edge in block.edges() if edge.kind == "norm"}:
+            for norm in {edge.src.parameter for edge in block.edges() if edge.kind == "norm"}:
                 self.gains[norm] = block.params[norm].clone().requires_grad_()
 
     def _read(self, index: int) -> tuple[Block, Latents]:
         """A layer from its file: what is not rounded as a block, and the rest."""
         file = Checkpoint(self.folder, [latent_file(index)])
         latents = Latents({name: value.to(self.device) for name, value in file.read(file.names).items()})
-        return replace(self.student.block(index, latents.params), online=latents.online), latents
+        return replace(self.student.block(index, latents.params, formats=self.formats), ops=latents.ops), latents
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
         """What is learned, with learning rates."""
@@ -144,7 +141,7 @@ class Tuning:
     def begin(self, epoch: int) -> None:
         """Say where the fit is, since an epoch goes through the whole model for every sequence."""
         if epoch > self.begun:
-            say(f"tune: epoch {epoch} of {self.options.epochs}")
+            say(f"tune: epoch {epoch} of {self.options.schedule.epochs}")
             self.begun = epoch
 
     def loss(self, chosen: Tensor) -> Tensor:
@@ -160,28 +157,27 @@ class Tuning:
     def _through(self, index: int, x: Tensor) -> Tensor:
         """Hidden states through a layer as it will ship."""
         block, latents = self._read(index)
-        rounded = {
-            f"{name}.weight": on_grid(weight, grid, spec)
-            for name, (weight, grid, spec) in self._linears(block, latents).items()
+        quantized = {
+            f"{name}.weight": format.fake_quant(weight, qparams)
+            for name, (weight, qparams, format) in self._linears(block, latents).items()
         }
-        return run(block, x, {**block.params, **self._own_gains(index), **rounded}, self.scheme)
+        return run(block, x, {**block.params, **self._own_gains(index), **quantized}, quantized=True)
 
     def _own_gains(self, index: int) -> dict[str, Tensor]:
         return {name: value for name, value in self.gains.items() if name.startswith(f"{index}.")}
 
-    def _linears(self, block: Block, latents: Latents) -> dict[str, tuple[Tensor, Grid, QuantSpec]]:
-        """Weight with its correction, grid and format of each rounded linear."""
+    def _linears(self, block: Block, latents: Latents) -> dict[str, tuple[Tensor, QParams, Format]]:
+        """Weight with its correction, qparams and format of each quantized linear."""
         out = {}
-        for name, grid in latents.grids.items():
-            spec = block.weight_spec(name, self.scheme)
-            assert spec is not None
+        for name, qparams in latents.qparams.items():
+            format = block.weight_format(name)
             up, down = self.pairs[name]
-            weight = latent(latents.places[name], grid) + (up @ down) / up.shape[1]
+            weight = latent(latents.places[name], qparams, format) + (up @ down) / up.shape[1]
             if name in self.ends:
-                bottom, top = started(grid, spec)
+                bottom, top = format.range_of(qparams)
                 low, high = self.ends[name][0], self.ends[name][-1]
-                grid = range_grid(bottom * low.exp(), top * high.exp(), spec)
-            out[name] = weight, grid, spec
+                qparams = format.from_range(bottom * low.exp(), top * high.exp())
+            out[name] = weight, qparams, format
         return out
 
     def _divergence(self, hidden: Tensor, y: Tensor, ids: Tensor) -> Tensor:
@@ -212,10 +208,10 @@ class Tuning:
         linears = self._linears(block, latents)
         kept = read_json(self.folder / notes_file(index))
         steps: dict[str, Any] = {**kept["record"].get("steps", {})}
-        notes = list(kept["notes"])
+        notes = [Note(index, text) for text in kept["notes"]]
         if index == 0:
             steps["tune"] = _record(fitted) | {"rate": self.rate}
-            notes += _notes(fitted)
+            notes += [Note(index, text) for text in _notes(fitted)]
         pictures: Mapping[str, Tensor] = {}
         if (self.folder / pictures_file(index)).exists():
             file = Checkpoint(self.folder, [pictures_file(index)])
@@ -227,7 +223,7 @@ class Tuning:
                 **{name: value.detach() for name, value in self._own_gains(index).items()},
                 **{f"{name}.weight": weight for name, (weight, _, _) in linears.items()},
             },
-            qweights={name: quantize(*linear) for name, linear in linears.items()},
+            qweights={name: format.quantize(weight, own) for name, (weight, own, format) in linears.items()},
             notes=tuple(notes),
             record={index: steps} if steps else {},
             pictures=pictures,
@@ -236,7 +232,7 @@ class Tuning:
 
 def _notes(fitted: Fitted) -> list[str]:
     """What a reader of the report must know."""
-    nothing = [] if fitted.best else ["nothing learned was better on held-out sequences; nothing was corrected"]
+    nothing = [] if fitted.best else ["nothing learned was better on the validation split; nothing was corrected"]
     return [f"tune: {note}" for note in [*fitted.notes, *nothing]]
 
 

@@ -15,8 +15,6 @@ import torch
 
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
-from lowbit.quant.compressed_tensors import layout_of
-from lowbit.quant.scheme import Scheme
 from lowbit.runs.plan import Plan, linear_shapes
 
 LEAF_COPIES = 6  # of what a fit learns: itself, its best, its gradient, Adam's two moments and step counts
@@ -31,7 +29,7 @@ class Estimate:
     seconds: float
 
 
-def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, scheme: Scheme, samples: int, length: int) -> Estimate:
+def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, length: int) -> Estimate:
     """Estimate a run over ``samples`` windows of ``length`` tokens on this machine's CPU."""
     layers = len(skeleton.layers)
     weights = [rows * columns for rows, columns in linear_shapes(skeleton).values()]
@@ -47,7 +45,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, scheme: Scheme, sam
     memory = 400_000_000 + 2 * rest * 4 + 3 * block * 4 + streams + moments + activations
     if recipe.tune is not None:
         memory += 4 * recipe.tune.learned(linear_shapes(skeleton).values()) * LEAF_COPIES
-    stored = plan.stored_bits / 8 if layout_of(scheme) == "pack-quantized" else float(sum(weights))
+    stored = plan.stored_bits / 8 if plan.layout == "pack-quantized" else float(sum(weights))
     disk = int(stored) + 4 * plan.float_weights
     passes = 2 + sum(method.passes for _, method in recipe.steps)
     return Estimate(memory, disk, 2.0 * sum(weights) * tokens * passes / matmul_speed())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_bytes, write_json
+from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.quant.compressed_tensors import quantization_config
-from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import Scheme, parse_scheme
-from lowbit.runs.folder import FORMAT, MANIFEST, ONLINE, RUN, TIMING, block_file, notes_file, write_folder_index
+from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
+from lowbit.quant.scheme import ModelFormats
+from lowbit.runs.folder import FORMAT, MANIFEST, RUN, TIMING, block_file, notes_file, write_folder_index
 from lowbit.runs.plan import Plan
 from lowbit.runs.versions import versions
 
@@ -34,14 +37,19 @@ STOP = "maps stay online: only lowbit.load runs this folder"
 
 
 def finish(
-    out: Path, source: Path, plan: Plan, scheme: Scheme, identity: Mapping[str, Any], rows: list[dict[str, Any]]
+    out: Path,
+    source: Path,
+    plan: Plan,
+    identity: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    request: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write everything that is not a shard, the manifest last; returns the manifest."""
     write_folder_index(out, len(rows))
     config = read_json(source / "config.json")
-    config["quantization_config"] = quantization_config(scheme, plan.specs, plan.floats, plan.embed)
-    online = _online(out, len(rows))
-    if online:
+    config["quantization_config"] = quantization_config(plan.formats, plan.floats, plan.embed)
+    ops = _runtime_ops(out, len(rows))
+    if ops:
         # The weights are those of another graph, and a stock loader must not run them. It skips a method that it does
         # not know and goes on with random weights; a group that it cannot read stops it, and is named in its error.
         config["quantization_config"]["config_groups"] = {
@@ -53,7 +61,7 @@ def finish(
     for name in COPIED:
         if (source / name).exists():
             write_bytes(out / name, (source / name).read_bytes())
-    manifest = _manifest(plan, identity, rows, online)
+    manifest = _manifest(plan, identity, rows, ops, request)
     write_bytes(out / "README.md", model_card(manifest).encode())
     timing = [{"block": i, **_without_notes(read_json(out / notes_file(i)))} for i in range(len(rows))]
     write_json(out / TIMING, {"blocks": timing})
@@ -69,53 +77,69 @@ def _without_notes(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("notes", "record")}
 
 
-def _online(out: Path, layers: int) -> dict[str, int]:
-    """What stays beside the model's graph: full module names with their numbers of values."""
+@dataclass(frozen=True)
+class _Found:
+    """A runtime op in a run's shards, and the bits that it takes."""
+
+    op: type[RuntimeOp]
+    bits: int
+
+
+def _runtime_ops(out: Path, layers: int) -> dict[str, _Found]:
+    """What stays beside the model's graph, by full module names."""
     shards = Checkpoint(out, [block_file(i) for i in range(layers)])
-    names = [name for name in shards.names if name.endswith(ONLINE)]
-    return {name.removesuffix(ONLINE): shards.read([name])[name].numel() for name in names}
+    found: dict[str, _Found] = {}
+    for name in shards.names:
+        if (parsed := parse_tensor_name(name)) is not None:
+            module, kind, _ = parsed
+            value = shards.read([name])[name]
+            before = found[module].bits if module in found else 0
+            found[module] = _Found(OPS[kind], before + value.numel() * value.element_size() * 8)
+    return found
 
 
-def _why_not(plan: Plan, online: Mapping[str, int]) -> str | None:
+def _why_not(plan: Plan, ops: Mapping[str, _Found]) -> str | None:
     """Why stock ``transformers`` does not run the result."""
-    linears = [values for name, values in online.items() if name in plan.specs]
-    maps, clips = len(online) - len(linears), sum(values == 2 for values in linears)
-    beside = [f"maps after {maps} norms"] * bool(maps)
-    beside += [f"learned clipping before {clips} linears"] * bool(clips)
-    beside += [f"rounding offsets before {len(linears) - clips} linears"] * (len(linears) > clips)
-    if not beside:
+    if not ops:
         return plan.stock
-    why = f"{' and '.join(beside)} stay online"
+    count = Counter(found.op for found in ops.values())
+    why = f"{' and '.join(f'{n} {op.why}' for op, n in count.items())} stay online"
     return why if plan.stock is None else f"{why}; {plan.stock}"
 
 
 def _manifest(
-    plan: Plan, identity: Mapping[str, Any], rows: list[dict[str, Any]], online: Mapping[str, int]
+    plan: Plan,
+    identity: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    ops: Mapping[str, _Found],
+    request: Mapping[str, Any],
 ) -> dict[str, Any]:
-    extra, why_not = 32 * sum(online.values()), _why_not(plan, online)
+    extra, why_not = sum(found.bits for found in ops.values()), _why_not(plan, ops)
     weights = plan.quantized_weights
     return {
         "format": FORMAT,
         "identity": dict(identity),
+        "request": dict(request),
         "recipe": identity["recipe"],
         "scheme": identity["scheme"],
-        "quantized": list(plan.specs),
+        "quantized": list(plan.formats.modules),
         "float": list(plan.floats),
         "layout": plan.layout,
         "bits_per_weight": plan.bits_per_weight + extra / weights,
         "model_bits_per_weight": plan.model_bits_per_weight + extra / (weights + plan.float_weights),
-        "online": list(online),
-        "transformers": {"loads": why_not is None, "why_not": why_not, **_inputs(identity["scheme"])},
+        "runtime_ops": {module: found.op.kind for module, found in ops.items()},
+        "transformers": {"loads": why_not is None, "why_not": why_not, **_inputs(plan.formats)},
         "versions": versions(),
         "blocks": rows,
     }
 
 
-def _inputs(scheme: Mapping[str, Any]) -> dict[str, str]:
-    """What stock ``transformers`` computes with where a runtime's rounding of inputs is simulated."""
-    runtime = scheme.get("target")
-    if runtime is None or parse_scheme(scheme["scheme"]).act is not None or not RUNTIMES[runtime].rounds:
+def _inputs(formats: ModelFormats) -> dict[str, str]:
+    """What stock ``transformers`` computes with where a runtime's quantization of inputs is simulated."""
+    found = {f.input.runtime for f in formats.modules.values() if isinstance(f.input, RuntimeInput)}
+    if not found:
         return {}
+    runtime = found.pop()
     return {"inputs": f"float inputs; lowbit's figures are with those of {runtime}: {RUNTIMES[runtime].rounds}"}
 
 
@@ -138,11 +162,11 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "|---|---|",
         f"| recipe | {identity['recipe_name']} ({steps}) |",
         f"| scheme | {identity['scheme']['scheme']} |",
-        *[f"| made for | {name} |" for name in [identity["scheme"].get("target")] if name],
+        *[f"| target runtime | {name} |" for name in [identity["scheme"].get("target")] if name],
         *[f"| override | `{glob}`: {text} |" for glob, text in (pair for one in overrides for pair in one.items())],
-        f"| effective bits per rounded weight | {manifest['bits_per_weight']:.3f} (codes, scales, zeros, online) |",
-        f"| rounded modules | {len(manifest['quantized'])} |",
-        f"| left in float | {', '.join(manifest['float']) or 'nothing'}, embeddings unless rounded, norms |",
+        f"| effective bits per quantized weight | {manifest['bits_per_weight']:.3f} (codes, scales, zeros, ops) |",
+        f"| quantized modules | {len(manifest['quantized'])} |",
+        f"| left in float | {', '.join(manifest['float']) or 'nothing'}, embeddings unless quantized, norms |",
         f"| calibration | {data['corpus']}, {data['samples']} x {data['length']} tokens, seed {identity['seed']} |",
         f"| calibration hash | `{data['hash'][:16]}` |",
         f"| versions | {', '.join(f'{name} {v}' for name, v in manifest['versions'].items())} |",

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowbit.checkpoints.resolve import load_config, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.models.architecture import Edge, Part, Ref
+from lowbit.models.architecture import DeclaredEdge, Part, Ref
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import building, check_tensors, refuse_foreign_quantization, shapes_of
 from lowbit.pipeline.estimate import estimate
@@ -20,6 +20,7 @@ def inspect_model(
     model: str,
     scheme: str,
     recipe: str,
+    *,
     samples: int,
     length: int,
     revision: str | None = None,
@@ -61,7 +62,7 @@ def inspect_model(
     chosen, formats = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
     plan = make_plan(skeleton, formats)
     check_length(config, length)
-    guess = estimate(skeleton, plan, chosen, formats, samples, length)
+    guess = estimate(skeleton, plan, chosen, samples, length)
     return facts | {
         "parameters": plan.quantized_weights + plan.float_weights,
         "scheme": formats.name,
@@ -73,7 +74,7 @@ def inspect_model(
     }
 
 
-def _edge_text(edge: Edge) -> str:
+def _edge_text(edge: DeclaredEdge) -> str:
     return f"{edge.kind}: {_ref_text(edge.src)} -> {', '.join(map(_ref_text, edge.dst))}"
 
 

@@ -1,4 +1,8 @@
-"""``lowbit.quantize``: a model, a scheme and a recipe in; a run folder out."""
+"""``lowbit.quantize``: a model, a scheme and a recipe in; a run folder out.
+
+Three stages with a value between each two: what is asked for becomes a ``Request``, every check makes it a
+``Resolved``, and only then is anything written. So what can be refused is refused before any work.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,7 @@ import torch
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.data.text import Tokens, calibration, self_sample
-from lowbit.errors import unknown
-from lowbit.models.device import check_device
+from lowbit.models.device import DTYPES
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     building,
@@ -28,28 +31,18 @@ from lowbit.models.validate import (
 )
 from lowbit.pipeline.end_to_end import tune
 from lowbit.pipeline.finalize import finish
-from lowbit.pipeline.recipe import Recipe, load_recipe, recipe_to_dict, with_effort, with_settings
+from lowbit.pipeline.recipe import Recipe, recipe_to_dict
+from lowbit.pipeline.request import Request, make_request
 from lowbit.pipeline.runner import Walk, check_space, peak_memory_bytes
 from lowbit.pipeline.target import settle
 from lowbit.progress import say
-from lowbit.quant.inductor import check_compiler
 from lowbit.quant.inductor import on as fused
-from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
+from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_observed
 from lowbit.runs.folder import claim, look, manifest_of
 from lowbit.runs.load import load
-from lowbit.runs.plan import Plan, check_length, check_sizes, linear_shapes, make_plan
+from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
 from lowbit.runs.versions import versions
-
-DEFAULTS: dict[str, Any] = {
-    "scheme": "w4a16g64-sym",
-    "data": "builtin",
-    "samples": 32,
-    "length": 512,
-    "seed": 0,
-    "effort": "normal",
-}
 
 
 @dataclass(frozen=True)
@@ -76,6 +69,7 @@ class Quantized:
 def quantize(
     model: str,
     out: str | Path,
+    *,
     scheme: str | Scheme | None = None,
     recipe: str | Recipe = "gptq",
     data: str | None = None,
@@ -95,7 +89,7 @@ def quantize(
 ) -> Quantized:
     """Quantize a model into a folder that is a Hugging Face checkpoint; a run that was stopped goes on.
 
-    What is left out is what the recipe's ``run`` says, or else ``DEFAULTS``.
+    Omitted arguments fall back to the recipe's ``run`` section, then to ``lowbit.pipeline.request.DEFAULTS``.
 
     Args:
         model: a folder, a hub id, a ``.gguf`` file or ``demo``.
@@ -117,97 +111,139 @@ def quantize(
         compiled: round in fused kernels while learning, on an NVIDIA GPU: see ``lowbit.quant.inductor``.
 
     Raises:
-        LowbitError: for anything that a person can mend, before any work where it can be known then.
+        LowbitError: on user errors; detected before work starts where possible.
     """
     began = time.monotonic()
-    torch_dtype = check_device(device, dtype)
-    if compiled:
-        check_compiler(device)
-    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    given = {"data": data, "samples": samples, "length": length, "seed": seed, "effort": effort}
-    protocol = {**DEFAULTS, **chosen.run, **{key: value for key, value in given.items() if value is not None}}
-    data, samples, length, seed = (protocol[key] for key in ("data", "samples", "length", "seed"))
-    check_sizes(samples, length, seed)
-    if isinstance(recipe, str) or effort is not None:
-        chosen = with_effort(chosen, protocol["effort"])
-    chosen = with_settings(chosen, settings)
-    if target is not None and target not in RUNTIMES:
-        raise unknown("runtime", target, RUNTIMES)
-    if scheme is None and (target is None or "scheme" in chosen.run):
-        scheme = protocol["scheme"]
-    named = load_scheme(scheme) if isinstance(scheme, str) else scheme
-    formats = None if named is None else with_overrides(named, overrides or {})
-    source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    config = load_config(source.folder, trust_remote_code)
-    refuse_foreign_quantization(config, None, source.folder)
-    with building(source.folder):
-        skeleton = Skeleton(config, trust_remote_code)
-    checkpoint = Checkpoint(source.folder)
-    formats = _settled(formats, target, overrides or {}, chosen, skeleton)
-    plan = make_plan(skeleton, formats)
-    check_length(config, length)
-    shapes = shapes_of(skeleton)
-    check_tensors(checkpoint, shapes, skeleton.family.blocks, {})
-    check_tied(checkpoint, skeleton)
-    tokens = _calibration(source, data, samples, length, seed, device, trust_remote_code)
-    check_ids(tokens.ids, skeleton, source.folder)
-    identity = {
-        # A local path says nothing to anyone else, and the same run elsewhere should give the same bytes.
-        "model": Path(source.name).resolve().name if Path(source.name).exists() else source.name,
-        "fingerprint": source.identity,
-        "recipe": recipe_to_dict(chosen),
-        "recipe_name": chosen.name,
-        "scheme": scheme_to_dict(formats),
-        "data": {"corpus": tokens.corpus, "samples": samples, "length": length, "hash": tokens.hash},
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "versions": versions(),
-        **({"compiled": True} if compiled else {}),
-    }
-    out = Path(out)
-    if (state := look(out, identity)) != "finished":
-        if state == "new":
-            check_finite(checkpoint, shapes)
-        check_space(out, _size_on_disk(plan, chosen, skeleton))
-        claim(out, identity)
-        torch.manual_seed(seed)
-        run = Walk(checkpoint, skeleton, chosen, formats, plan, out, device, torch_dtype)
-        with fused() if compiled else nullcontext():
-            if chosen.tune is not None:
-                tune(chosen.tune, run, tokens.ids)
-            run.walk(tokens.ids)
-        write_observed(out, run.observed)
-        manifest = finish(out, source.folder, plan, formats, identity, run.rows)
-    else:
-        say(f"{out} holds this run already, finished")
-        manifest = manifest_of(out) or {}
+    request = make_request(
+        model,
+        scheme=scheme,
+        recipe=recipe,
+        settings=settings,
+        overrides=overrides or {},
+        target=target,
+        protocol={"data": data, "samples": samples, "length": length, "seed": seed, "effort": effort},
+        device=device,
+        dtype=dtype,
+        compiled=compiled,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    manifest = _run(_check(request), out := Path(out))
     seconds = time.monotonic() - began
     return Quantized(out, manifest["bits_per_weight"], seconds, peak_memory_bytes(), _warnings(manifest), manifest)
 
 
-def _settled(
-    given: Scheme | None, target: str | None, overrides: Mapping[str, str], recipe: Recipe, skeleton: Skeleton
-) -> Scheme:
-    """The scheme, made for a runtime where one is asked for, here or in the scheme itself."""
-    runtime = target or (given.target if given else None)
-    if runtime is not None:
-        return settle(runtime, given, overrides, recipe, skeleton)
-    assert given is not None  # it is left out for a runtime only
-    return given
+@dataclass(frozen=True)
+class Resolved:
+    """A request that passed every check, with all that the run needs.
+
+    Attributes:
+        request: what is asked for.
+        source, checkpoint, skeleton: the model.
+        scheme: the scheme, with what a target runtime makes of it.
+        plan: formats and layout of every module.
+        shapes: of all tensors of the checkpoint, by name.
+        tokens: what methods calibrate on.
+    """
+
+    request: Request
+    source: Source
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    scheme: Scheme
+    plan: Plan
+    shapes: Mapping[str, torch.Size]
+    tokens: Tokens
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run another one than others: plain data, the same on every machine."""
+        request, tokens = self.request, self.tokens
+        return {
+            "model": request.model_name,
+            "fingerprint": self.source.identity,
+            "recipe": recipe_to_dict(request.recipe),
+            "recipe_name": request.recipe.name,
+            "scheme": scheme_to_dict(self.scheme),
+            "data": {
+                "corpus": tokens.corpus,
+                "samples": request.samples,
+                "length": request.length,
+                "hash": tokens.hash,
+            },
+            "seed": request.seed,
+            "device": request.device,
+            "dtype": request.dtype,
+            "versions": versions(),
+            **({"compiled": True} if request.compiled else {}),
+        }
 
 
-def _calibration(
-    source: Source, data: str, samples: int, length: int, seed: int, device: str, trust_remote_code: bool
-) -> Tokens:
-    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+def _check(request: Request) -> Resolved:
+    """Open the model and the text, and refuse what does not fit together."""
+    trusted = request.trust_remote_code
+    source = resolve(
+        request.model,
+        revision=request.revision,
+        allow_pickle=request.allow_pickle,
+        trust_remote_code=trusted,
+    )
+    config = load_config(source.folder, trusted)
+    refuse_foreign_quantization(config, None, source.folder)
+    with building(source.folder):
+        skeleton = Skeleton(config, trusted)
+    checkpoint = Checkpoint(source.folder)
+    scheme = _scheme(request, skeleton)
+    plan = make_plan(skeleton, scheme)
+    check_length(config, request.length)
+    shapes = shapes_of(skeleton)
+    check_tensors(checkpoint, shapes, skeleton.family.blocks, {})
+    check_tied(checkpoint, skeleton)
+    tokens = _calibration(request, source)
+    check_ids(tokens.ids, skeleton, source.folder)
+    return Resolved(request, source, checkpoint, skeleton, scheme, plan, shapes, tokens)
+
+
+def _run(resolved: Resolved, out: Path) -> dict[str, Any]:
+    """Do the work, or what is left of it; returns the manifest."""
+    request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
+    identity, skeleton, checkpoint = resolved.identity(), resolved.skeleton, resolved.checkpoint
+    state = look(out, identity)
+    if state == "finished":
+        say(f"{out} holds this run already, finished")
+        return manifest_of(out) or {}
+    if state == "new":
+        check_finite(checkpoint, resolved.shapes)
+    check_space(out, _size_on_disk(plan, request.recipe, skeleton))
+    claim(out, identity)
+    torch.manual_seed(request.seed)
+    dtype = DTYPES[request.dtype]
+    run = Walk(checkpoint, skeleton, request.recipe, plan, out, request.device, dtype)
+    with fused() if request.compiled else nullcontext():
+        if request.recipe.tune is not None:
+            tune(request.recipe.tune, run, ids)
+        run.walk(ids)
+    write_observed(out, run.observed)
+    return finish(out, resolved.source.folder, plan, identity, run.rows, request.to_dict())
+
+
+def _scheme(request: Request, skeleton: Skeleton) -> Scheme:
+    """The scheme, made for a target runtime where one is asked for, by option or in the scheme itself."""
+    if request.target is not None:
+        return settle(request.target, request.scheme, request.overrides, request.recipe, skeleton)
+    assert request.scheme is not None  # it is left out for a target runtime only
+    return request.scheme
+
+
+def _calibration(request: Request, source: Source) -> Tokens:
+    tokenizer = load_tokenizer(source.folder, request.trust_remote_code)
 
     def sampler(n: int, window: int, draw: int) -> torch.Tensor:
         say(f"sampling {n} x {window} tokens from the model itself")
-        whole = load(source.folder, device, trust_remote_code=trust_remote_code)
+        whole = load(source.folder, device=request.device, trust_remote_code=request.trust_remote_code)
         return self_sample(whole, tokenizer, n, window, draw)
 
-    return calibration(data, tokenizer, samples, length, seed, sampler=sampler)
+    return calibration(request.data, tokenizer, request.samples, request.length, request.seed, sampler=sampler)
 
 
 def _size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:

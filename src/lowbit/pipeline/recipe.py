@@ -13,6 +13,8 @@ may name the protocol that it is meant for, which counts where a person gave not
 
     run: {scheme: w3a16-asym, data: wikitext2, samples: 128, length: 2048, seed: 2, effort: paper}
 
+``description`` and ``schemes`` (which it suits) are lines for ``lowbit recipes``.
+
 Unknown steps and fields are refused with the nearest known name, and every
 value is checked against the type of the field that it sets.
 """
@@ -23,22 +25,27 @@ import math
 import re
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError, check_least, unknown
 from lowbit.methods import AFTER, METHODS
+from lowbit.methods.method import Method
+from lowbit.methods.options import option_types, options_of, with_options
 from lowbit.methods.tune import Tune
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
 
-Named = tuple[str, Any]  # a method's name and its dataclass
-MOVERS = ("smoothquant", "signs", "awq", "affinequant")  # steps that move maps from norms into linears
+Step = Method | Tune
+Named = tuple[str, Step]
 # How much of the epochs that a recipe asks for is spent.
 EFFORTS = {"quick": 0.3, "normal": 0.5, "paper": 1.0}
 PROTOCOL: dict[str, type] = {"scheme": str, "data": str, "samples": int, "length": int, "seed": int, "effort": str}
+KEYS = ("description", "schemes", "steps", "window", "run")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 takes 1e-3 for text
 
@@ -52,65 +59,62 @@ class Recipe:
         steps: ``(method name, method)`` in order.
         window: how many consecutive blocks a step gets as one.
         run: the protocol that it is meant for; see ``PROTOCOL``.
+        description, schemes: what it does and which schemes it suits, for people; no part of what a run is.
     """
 
     name: str
     steps: tuple[Named, ...]
     window: int = 1
     run: Mapping[str, Any] = field(default_factory=dict)
+    description: str = field(default="", compare=False)
+    schemes: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.steps:
             raise LowbitError(f"recipe '{self.name}' has no steps: list at least one that rounds, such as rtn")
-        rounding = [name for name, method in self.steps if method.rounds]
-        if misplaced := [name for name, _ in self.block_steps if name in AFTER]:
+        if misplaced := [name for name, step in self.steps[:-1] if isinstance(step, Tune)]:
             raise LowbitError(f"recipe '{self.name}': {misplaced[0]} comes last, behind the step that rounds, once")
-        if len(rounding) != 1 or not self.block_steps[-1][1].rounds:
+        rounds = [method.rounds for _, method in self.block_steps]
+        if sum(rounds) != 1 or not rounds[-1]:
             known = ", ".join(name for name, method in METHODS.items() if method.rounds)
             raise LowbitError(f"recipe '{self.name}': exactly one step rounds, and it comes last; one of {known}")
-        for at, (name, method) in enumerate(self.steps):
-            after = next((later for later, _ in self.steps[at + 1 :] if later in MOVERS), None)
-            if after and _stays_after_norms(method):
+        self._check_order()
+        check_least(f"recipe '{self.name}': window", self.window, 1, "give how many blocks a step gets as one")
+
+    def _check_order(self) -> None:
+        """No step may move maps over norms behind one that leaves something between norms and what reads them."""
+        for at, (name, method) in enumerate(self.block_steps):
+            after = next((later for later, step in self.block_steps[at + 1 :] if step.moves_norms), None)
+            if after and any(op.place == "behind a norm" for op in method.runtime_ops(None)):
                 raise LowbitError(
                     f"recipe '{self.name}': {after} cannot come after {name} as it is set here: what {name} leaves "
                     f"after norms is not where {after} moves its maps; put {after} first"
                 )
-        if self.window < 1:
-            raise LowbitError(f"recipe '{self.name}': window {self.window} given; it must be 1 or more")
 
     @property
-    def block_steps(self) -> tuple[Named, ...]:
+    def block_steps(self) -> tuple[tuple[str, Method], ...]:
         """The steps that work on a block or a window."""
-        return self.steps[:-1] if len(self.steps) > 1 and self.steps[-1][0] in AFTER else self.steps
+        return tuple((name, step) for name, step in self.steps if isinstance(step, Method))
 
     @property
     def tune(self) -> Tune | None:
         """The step behind them, if there is one that does anything."""
         last = self.steps[-1][1]
-        return last if isinstance(last, Tune) and last.epochs else None
+        return last if isinstance(last, Tune) and last.schedule.epochs else None
 
 
-def _stays_after_norms(method: Any) -> bool:
-    """Whether a step leaves a gather or a matrix after norms, online."""
-    return getattr(method, "sites", "down") != "down" or "matrix" in (
-        getattr(method, "qkv", ""),
-        getattr(method, "mlp", ""),
-    )
-
-
-def stays_online(recipe: Recipe, rounds_inputs: bool) -> str | None:
-    """What a recipe leaves beside the model's graph, in words, known before any work; ``None`` for nothing.
+def runtime_ops(recipe: Recipe, inputs: ActFormat | None) -> dict[type[RuntimeOp], str]:
+    """The kinds of runtime ops that a recipe may leave, each with the step that leaves it; known before any work.
 
     Args:
         recipe: the recipe.
-        rounds_inputs: the scheme has a format for activations; without one there are no ranges to clip or shift.
+        inputs: the format of the linears' inputs; without one there are no ranges to clip or shift.
     """
-    for name, method in recipe.steps:
-        if _stays_after_norms(method):
-            return f"{name} leaves maps after norms online as it is set here"
-        if rounds_inputs and (getattr(method, "act_clip", False) or getattr(method, "offsets", "") == "both"):
-            return f"{name} leaves something before linears online as it is set here"
-    return None
+    out: dict[type[RuntimeOp], str] = {}
+    for name, method in recipe.block_steps:
+        for op in sorted(method.runtime_ops(inputs), key=lambda op: op.kind):
+            out.setdefault(op, name)
+    return out
 
 
 def recipe_names() -> list[str]:
@@ -152,14 +156,10 @@ def with_effort(recipe: Recipe, effort: str) -> Recipe:
     """
     if effort not in EFFORTS:
         raise unknown("effort", effort, EFFORTS)
+    share = EFFORTS[effort]
     steps = tuple(
-        (
-            name,
-            replace(method, epochs=math.ceil(method.epochs * EFFORTS[effort]))
-            if hasattr(method, "epochs")
-            else method,
-        )
-        for name, method in recipe.steps
+        (name, step if step.schedule is None else with_options(step, epochs=step.schedule.scaled(share).epochs))
+        for name, step in recipe.steps
     )
     return replace(recipe, steps=steps)
 
@@ -169,13 +169,14 @@ def recipe_from_dict(content: Any, name: str) -> Recipe:
     if not isinstance(content, Mapping) or not isinstance(content.get("steps"), list):
         raise LowbitError(f"recipe '{name}': expected a key 'steps' with a list of steps")
     for key in content:
-        if key not in ("steps", "window", "run"):
-            raise unknown(f"key in recipe '{name}'", str(key), ["steps", "window", "run"])
+        if key not in KEYS:
+            raise unknown(f"key in recipe '{name}'", str(key), KEYS)
     window = content.get("window", 1)
     if not isinstance(window, int) or isinstance(window, bool):
         raise LowbitError(f"recipe '{name}': window must be a whole number, got {window!r}")
+    texts = {key: _typed(f"recipe '{name}': {key}", content.get(key, ""), str) for key in ("description", "schemes")}
     steps = tuple(_step(entry, name) for entry in content["steps"])
-    return Recipe(name, steps, window, _protocol(content.get("run", {}), name))
+    return Recipe(name, steps, window, _protocol(content.get("run", {}), name), **texts)
 
 
 def _protocol(content: Any, recipe: str) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def _step(entry: Any, recipe: str) -> Named:
             f"recipe '{recipe}': a step is a method's name, or one name with its options; got {entry!r}"
         )
     name, options = next(iter(entry.items()))
-    known = METHODS | AFTER
+    known: dict[str, type[Step]] = {**METHODS, **AFTER}
     if name not in known:
         raise unknown("step", str(name), known)
     options = {} if options is None else options
@@ -205,15 +206,15 @@ def _step(entry: Any, recipe: str) -> Named:
     return name, _build(name, known[name](), options)
 
 
-def _build(step: str, method: Any, options: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(type(method))
-    known = [field.name for field in fields(method)]
+def _build(name: str, step: Step, options: Mapping[str, Any]) -> Step:
+    """A step with options by their flat names, whichever group they are in."""
+    hints, known = option_types(step), options_of(step)
     values = {}
     for key, value in options.items():
         if key not in known:
-            raise unknown(f"field of {step}", str(key), known)
-        values[key] = _typed(f"{step}.{key}", value, hints[key], getattr(method, key))
-    return replace(method, **values)
+            raise unknown(f"field of {name}", str(key), known)
+        values[key] = _typed(f"{name}.{key}", value, hints[key], known[key])
+    return with_options(step, **values)
 
 
 def _typed(where: str, value: Any, wanted: Any, usual: Any = None) -> Any:
@@ -254,4 +255,4 @@ def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain data with every option written out, for manifests and YAML files."""
-    return {"steps": [{name: asdict(method)} for name, method in recipe.steps], "window": recipe.window}
+    return {"steps": [{name: options_of(step)} for name, step in recipe.steps], "window": recipe.window}

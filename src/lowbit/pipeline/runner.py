@@ -9,7 +9,6 @@ done. There is no other state, so a run that was killed ends with the same bytes
 from __future__ import annotations
 
 import math
-import re
 import resource
 import shutil
 import sys
@@ -25,16 +24,16 @@ from torch import Tensor
 from lowbit.analysis.linear_error import damages
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.errors import LowbitError
-from lowbit.models.block import Block, Calib, relative_error, run_all
+from lowbit.methods.method import Method
+from lowbit.models.block import Block, Calib, relative_error, run_all, run_quantized
 from lowbit.models.offload import home, joined, parts, taken
+from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
 from lowbit.progress import say, track
-from lowbit.quant.affine import minmax_grid, quantize
 from lowbit.quant.compressed_tensors import pack
-from lowbit.quant.scheme import Scheme
 from lowbit.runs.activation_stats import FLOAT, MAP, QUANTIZED, watched
-from lowbit.runs.folder import ONLINE, REST, block_file, dequantized, notes_file, pictures_file, read_block
+from lowbit.runs.folder import REST, block_file, dequantized, notes_file, pictures_file, read_block
 from lowbit.runs.latent_weights import write_latents
 from lowbit.runs.plan import Plan
 
@@ -73,7 +72,7 @@ class Walk:
     Attributes:
         checkpoint: the float model.
         skeleton: the model without its blocks; ``walk`` fills it.
-        recipe, scheme: what to do.
+        recipe: what to do.
         plan: formats and layout of every module, checked against the model.
         out: the run folder, claimed already.
         device, dtype: where and in what the blocks run; maths on weights is float32 everywhere.
@@ -85,7 +84,6 @@ class Walk:
     checkpoint: Checkpoint
     skeleton: Skeleton
     recipe: Recipe
-    scheme: Scheme
     plan: Plan
     out: Path
     device: str = "cpu"
@@ -105,7 +103,7 @@ class Walk:
         x_fp = entered(self.skeleton, ids, self.device)
         self._write_rest(rest)
         x_q = x_fp
-        if self.plan.embed in self.plan.specs:
+        if self.plan.embed in self.plan.formats.modules:
             self._fill(self._shipped_rest(rest))
             x_q = entered(self.skeleton, ids, self.device)
         del rest
@@ -121,24 +119,25 @@ class Walk:
         for index in range(start, start + count):
             layer = self.skeleton.layers[index]
             params |= block_params(self.checkpoint, self.skeleton.family.blocks, index, layer)
-        return self.skeleton.block(start, {name: value.to(self.device) for name, value in params.items()}, count)
+        on_device = {name: value.to(self.device) for name, value in params.items()}
+        return self.skeleton.block(start, on_device, count, self.plan.formats)
 
     def skeletons(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
         """Embeddings and head of the float model and of what ships, after a walk over ``ids``; often one and same."""
         rest = self.checkpoint.read(self.skeleton.rest_names)
         exact = self.skeleton
-        if {self.plan.embed, self.plan.head} & set(self.plan.specs):
+        if {self.plan.embed, self.plan.head} & set(self.plan.formats.modules):
             exact = self.skeleton.empty()
             self._fill(self._shipped_rest(rest))
-            if self.plan.head in self.plan.specs and (inputs := self.scheme.inputs(self.plan.head)) is not None:
-                self.skeleton.round_head_input(inputs)
+            if (inputs := self.plan.formats.input(self.plan.head)) is not None:
+                self.skeleton.quantize_head_input(inputs)
         self._fill(rest, exact)
         for skeleton in (exact, self.skeleton):
             skeleton.start(ids[:1].to(self.device))
         return exact, self.skeleton
 
     def _shipped_rest(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dequantized(Checkpoint(self.out, [REST]), rest, self.plan.specs, self.plan.layout)
+        return dequantized(Checkpoint(self.out, [REST]), rest, self.plan.formats.weights, self.plan.layout)
 
     def _fill(self, rest: Mapping[str, Tensor], skeleton: Skeleton | None = None) -> None:
         skeleton = skeleton or self.skeleton
@@ -161,16 +160,16 @@ class Walk:
             calib = Calib(x_fp, x_q, y_fp, self.batch)
             done = block
             for _, step in self.recipe.block_steps:
-                done = step(done, self._shown(step, calib), self.scheme)
-            self.write(done, damages(done, x_fp[:1].to(self.device), self.scheme), time.monotonic() - began)
+                done = step(done, self._shown(step, calib))
+            self.write(done, damages(done, x_fp[:1].to(self.device)), time.monotonic() - began)
             for note in done.notes:
-                say(f"block {_about(note, done)}: {note}")
+                say(f"block {note.layer}: {note.text}")
         del block
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
-            ours = read_block(shard, self.skeleton, index, self.plan.specs, self.plan.layout, self.device)
+            ours = read_block(shard, self.skeleton, index, self.plan.formats, self.plan.layout, self.device)
             with watched(ours) as peaks:
-                x_q = run_all(ours, x_q, ours.quantized_params(), self.scheme, batch=self.batch)
+                x_q = run_quantized(ours, x_q, self.batch)
             self._see(QUANTIZED, peaks)
             if (self.out / pictures_file(index)).exists():
                 pictures = Checkpoint(self.out, [pictures_file(index)])
@@ -185,18 +184,18 @@ class Walk:
             row["relative_error"] = error
         return y_fp, x_q
 
-    def _shown(self, step: Any, calib: Calib) -> Calib:
-        """What a step may look at: what is fitted in closed form leaves out the sequences that judge learned steps.
+    def _shown(self, step: Method, calib: Calib) -> Calib:
+        """What a step may look at: closed-form fits leave out the validation split of a learned step behind them.
 
-        Had a rounding such as GPTQ's or a refit seen these, the start would look better there than it is, and what
-        is learned behind it would be thrown away.
+        Had a rounding such as GPTQ's or a refit seen these sequences, the start would look better there than it is,
+        and what is learned behind it would be thrown away.
         """
         steps = [method for _, method in self.recipe.steps]
-        behind = steps[steps.index(step) + 1 :]
-        judge = next((method for method in behind if getattr(method, "epochs", 0)), None)
-        if judge is None or not getattr(step, "solves", False):
+        behind = (method.schedule for method in steps[steps.index(step) + 1 :])
+        schedule = next((schedule for schedule in behind if schedule is not None and schedule.epochs), None)
+        if schedule is None or not step.closed_form:
             return calib
-        train, _ = judge.schedule(0).split(len(calib.x_q))
+        train, _ = schedule.split(len(calib.x_q))
         x_fp, x_q, y_fp = (taken(stream, train) for stream in (calib.x_fp, calib.x_q, calib.y_fp))
         return replace(calib, x_fp=x_fp, x_q=x_q, y_fp=y_fp)
 
@@ -204,21 +203,30 @@ class Walk:
         self.observed |= {f"{kind}.{name}": value.cpu() for name, value in found.items()}
 
     def _check(self, block: Block) -> None:
-        """A recipe must leave codes for exactly the planned linears, finite and in range."""
-        wanted = {name for name in block.linears() if block.full_name(name) in self.plan.specs}
-        if set(block.qweights) != wanted:
-            odd = sorted(set(block.qweights) ^ wanted)
+        """A recipe must leave codes for exactly the planned linears, finite and in range, and declared ops alone."""
+        if set(block.qweights) != set(block.formats):
+            odd = sorted(set(block.qweights) ^ set(block.formats))
             raise RuntimeError(f"block {block.start}: codes and plan differ for {odd}")
-        scales = {name: q.grid.scale for name, q in block.qweights.items()}
-        for name, value in [*block.params.items(), *block.online.items(), *scales.items()]:
+        self._check_ops(block)
+        tensors = {**block.params, **{name: q.qparams.scale for name, q in block.qweights.items()}}
+        tensors |= {f"{name} {k}": v for name, op in block.ops.items() for k, v in op.to_tensors().items()}
+        for name, value in tensors.items():
             if not bool(torch.isfinite(value).all()):
                 raise LowbitError(f"block {block.start}: '{name}' became NaN or infinite; nothing of it was written")
         for name, q in block.qweights.items():
-            if float(q.grid.scale.max()) >= (most := torch.finfo(q.spec.scale_dtype).max):
+            if not q.format.storable(q.qparams):
                 raise LowbitError(
-                    f"block {block.start}: the weights of '{name}' are so large that their scale would be cut to "
-                    f"{most:g}; the checkpoint is broken, or the recipe scaled too much"
+                    f"block {block.start}: the weights of '{name}' are so large that their scale would be cut to the "
+                    "largest that is stored; the checkpoint is broken, or the recipe scaled too much"
                 )
+
+    def _check_ops(self, block: Block) -> None:
+        """Targets were refused or accepted by what the recipe's steps declare."""
+        inputs = {found.input for found in block.formats.values()} or {None}
+        declared = {op for _, step in self.recipe.block_steps for one in inputs for op in step.runtime_ops(one)}
+        for name, op in block.ops.items():
+            if type(op) not in declared:
+                raise RuntimeError(f"block {block.start}: no step declares the {op.kind} at {name}")
 
     def write(self, block: Block, damage: Mapping[int, Any], seconds: float) -> None:
         """Notes and pictures first, the shard last: a shard that is there is complete, and its block was checked."""
@@ -232,14 +240,15 @@ class Walk:
                 linear = name.removesuffix(".weight")
                 if name.startswith(prefix) and linear not in block.qweights:
                     tensors[block.full_name(name)] = value.cpu()
-            for name, value in block.online.items():
+            for name, op in block.ops.items():
                 if name.startswith(prefix):
-                    tensors[f"{block.full_name(name)}{ONLINE}"] = value.detach().float().cpu().contiguous()
+                    stored = op.to_tensors().items()
+                    tensors |= {tensor_name(block.full_name(name), op, key): value.cpu() for key, value in stored}
             for linear, q in block.qweights.items():
                 if linear.startswith(prefix):
-                    stored = pack(q, self.plan.layout)
-                    tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in stored.items()}
-            notes = [note for note in block.notes if _about(note, block) == index]
+                    packed = pack(q, self.plan.layout)
+                    tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in packed.items()}
+            notes = [note.text for note in block.notes if note.layer == index]
             figures = {"steps": dict(block.record[index])} if index in block.record else {}
             record = {
                 "notes": notes,
@@ -262,17 +271,11 @@ class Walk:
         if self.plan.untie:
             tensors[head] = tensors[f"{self.plan.embed}.weight"].clone()
         for module in (self.plan.embed, self.plan.head):
-            if module in self.plan.specs:
-                spec, weight = self.plan.specs[module], tensors.pop(f"{module}.weight").float()
-                stored = pack(quantize(weight, minmax_grid(weight, spec), spec), self.plan.layout)
+            if (format := self.plan.formats.weight(module)) is not None:
+                weight = tensors.pop(f"{module}.weight").float()
+                stored = pack(format.quantize(weight, format.qparams(weight)), self.plan.layout)
                 tensors |= {f"{module}.{key}": value for key, value in stored.items()}
         write_tensors(self.out / REST, tensors)
-
-
-def _about(note: str, block: Block) -> int:
-    """The layer that a note names (as in ``7.mlp.up_proj``), or the window's first."""
-    found = [i for i in block.indices if re.search(rf"(?<![\w.]){i}\.[a-z_]", note)]
-    return found[0] if found else block.start
 
 
 def check_space(out: Path, needed: int) -> None:

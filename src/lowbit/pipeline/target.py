@@ -9,7 +9,7 @@ from lowbit.exporters import exporter_of
 from lowbit.exporters.fit import check
 from lowbit.exporters.run import Subject
 from lowbit.models.skeleton import Skeleton
-from lowbit.pipeline.recipe import Recipe, stays_online
+from lowbit.pipeline.recipe import Recipe, runtime_ops
 from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import Scheme, for_runtime, parse_scheme, with_overrides
 from lowbit.runs.plan import Plan, make_plan
@@ -31,12 +31,12 @@ def settle(
         LowbitError: nothing fits; one line that names the field and, where there is one, the nearest scheme.
     """
     own = [with_overrides(parse_scheme(name), overrides) for name in RUNTIMES[runtime].schemes]
-    limits = exporter_of(RUNTIMES[runtime].target).limits
+    misfit = exporter_of(RUNTIMES[runtime].target).misfit
     refused: list[LowbitError] = []
     for candidate in [given] if given else own:
         scheme = for_runtime(candidate, runtime)
         try:
-            check(runtime, limits, subject_of(make_plan(skeleton, scheme), scheme, recipe, skeleton))
+            check(runtime, misfit, subject_of(make_plan(skeleton, scheme), scheme, recipe, skeleton))
         except LowbitError as error:
             refused.append(error)
         else:
@@ -47,6 +47,5 @@ def settle(
 def subject_of(plan: Plan, scheme: Scheme, recipe: Recipe, skeleton: Skeleton) -> Subject:
     """What a run will be, as exporters ask about it."""
     floats = tuple(name for name in plan.floats if name != plan.head)
-    shapes = {name: plan.shapes[name] for name in (*plan.specs, *floats)}
-    online = stays_online(recipe, scheme.act is not None)
-    return Subject(skeleton.config, scheme, plan.specs, shapes, floats, online)
+    shapes = {name: plan.shapes[name] for name in (*plan.formats.modules, *floats)}
+    return Subject(skeleton.config, scheme, plan.formats, shapes, floats, runtime_ops(recipe, scheme.act))

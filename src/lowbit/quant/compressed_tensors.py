@@ -1,4 +1,4 @@
-"""Rounded weights in the layouts of ``compressed-tensors``, and the config that tells loaders about them.
+"""Quantized weights in the layouts of ``compressed-tensors``, and the config that tells loaders about them.
 
 Two layouts are used, chosen by what stock ``transformers`` loads:
 
@@ -23,115 +23,128 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
-from lowbit.quant.affine import Grid, QTensor, QuantSpec
-from lowbit.quant.scheme import Scheme
+from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.format import Format, QParams, QTensor
+from lowbit.quant.integer import IntFormat, integer
+from lowbit.quant.scheme import ModelFormats
 
 
-def layout_of(scheme: Scheme) -> str:
+def layout_of(formats: ModelFormats) -> str:
     """``pack-quantized`` or ``int-quantized``."""
-    return "pack-quantized" if scheme.act is None else "int-quantized"
+    return "int-quantized" if _activations_of(formats) else "pack-quantized"
+
+
+def _activations_of(formats: ModelFormats) -> set[ActFormat]:
+    """The formats of inputs that are part of the checkpoint; what a runtime makes of inputs is not."""
+    return {found.input for found in formats.modules.values() if isinstance(found.input, IntTokens)}
+
+
+def _integer(format: Format) -> IntFormat:
+    return integer(format, "a compressed-tensors layout")
 
 
 def pack(q: QTensor, layout: str) -> dict[str, Tensor]:
-    """A rounded weight as the tensors that a checkpoint stores under the linear's name.
+    """A quantized weight as the tensors that a checkpoint stores under the linear's name.
 
     ``pack-quantized``: ``weight_packed`` int32 ``(out, ceil(in * bits / 32))``, ``weight_shape`` int64 ``(2,)``;
     ``int-quantized``: ``weight`` int8 ``(out, in)``. Both: ``weight_scale`` ``(out, groups)`` and, if asymmetric,
     ``weight_zero_point``. Stored numbers are ``code - 2**(bits - 1)``.
     """
-    middle = 2 ** (q.spec.bits - 1)
-    signed = (q.codes.to(torch.int16) - middle).to(torch.int8)
-    zero = (q.grid.zero.to(torch.int16) - middle).to(torch.int8)
+    format = _integer(q.format)
+    signed = (q.codes.to(torch.int16) - format.middle).to(torch.int8)
+    zero = (q.qparams.zero.to(torch.int16) - format.middle).to(torch.int8)
     if layout == "int-quantized":
-        out = {"weight": signed, "weight_scale": q.grid.scale.to(q.spec.scale_dtype)}
-        return out if q.spec.symmetric else {**out, "weight_zero_point": zero}
+        out = {"weight": signed, "weight_scale": q.qparams.scale.to(format.scale_dtype)}
+        return out if format.symmetric else {**out, "weight_zero_point": zero}
     out = {
-        "weight_packed": pack_to_int32(signed, q.spec.bits),
+        "weight_packed": pack_to_int32(signed, format.bits),
         "weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64),
     }
-    if q.spec.symmetric:
-        return {**out, "weight_scale": q.grid.scale.to(q.spec.scale_dtype)}
-    packed_zero = pack_to_int32(zero, q.spec.bits, packed_dim=0)
-    return {**out, "weight_scale": q.grid.scale.to(torch.float32), "weight_zero_point": packed_zero}
+    if format.symmetric:
+        return {**out, "weight_scale": q.qparams.scale.to(format.scale_dtype)}
+    packed_zero = pack_to_int32(zero, format.bits, packed_dim=0)
+    return {**out, "weight_scale": q.qparams.scale.to(torch.float32), "weight_zero_point": packed_zero}
 
 
-def unpack(stored: Mapping[str, Tensor], spec: QuantSpec) -> QTensor:
-    """The inverse of ``pack``, from the tensors under a linear's name; the grid comes back in float32."""
-    middle = 2 ** (spec.bits - 1)
+def unpack(stored: Mapping[str, Tensor], format: Format) -> QTensor:
+    """The inverse of ``pack``, from the tensors under a linear's name; the qparams come back in float32."""
+    format = _integer(format)
     scale = stored["weight_scale"].to(torch.float32)
     if packed := "weight_packed" in stored:
         shape = torch.Size(stored["weight_shape"].tolist())
-        signed = unpack_from_int32(stored["weight_packed"], spec.bits, shape)
+        signed = unpack_from_int32(stored["weight_packed"], format.bits, shape)
     else:
         signed = stored["weight"]
-    if spec.symmetric:
-        zero = torch.full_like(scale, middle)
+    if format.symmetric:
+        zero = torch.full_like(scale, format.middle)
     else:
         zeros = stored["weight_zero_point"]
         if packed:
-            zeros = unpack_from_int32(zeros, spec.bits, scale.shape, packed_dim=0)
-        zero = zeros.to(torch.float32) + middle
-    codes = (signed.to(torch.int16) + middle).to(torch.uint8)
-    return QTensor(codes, Grid(scale, zero), spec)
+            zeros = unpack_from_int32(zeros, format.bits, scale.shape, packed_dim=0)
+        zero = zeros.to(torch.float32) + format.middle
+    codes = (signed.to(torch.int16) + format.middle).to(torch.uint8)
+    return QTensor(codes, QParams(scale, zero), format)
 
 
-def packed_names(linear: str, spec: QuantSpec, layout: str) -> list[str]:
+def packed_names(linear: str, format: Format, layout: str) -> list[str]:
     """Names of the tensors that ``pack`` gives for a linear."""
     names = ["weight_packed", "weight_shape"] if layout == "pack-quantized" else ["weight"]
-    names += ["weight_scale"] if spec.symmetric else ["weight_scale", "weight_zero_point"]
+    names += ["weight_scale"] if _integer(format).symmetric else ["weight_scale", "weight_zero_point"]
     return [f"{linear}.{name}" for name in names]
 
 
-def stock_loads(scheme: Scheme, specs: Mapping[str, QuantSpec], embed: str, two_d_inputs: bool) -> str | None:
-    """Why stock ``transformers`` cannot run the scheme as simulated, or ``None`` if it can.
+def stock_loads(formats: ModelFormats, embed: str, two_d_inputs: bool) -> str | None:
+    """Why stock ``transformers`` cannot run the formats as simulated, or ``None`` if it can.
 
-    ``specs``: format by name of every rounded module; ``embed``: the embedding's name; ``two_d_inputs``: some linears
-    get ``(tokens, width)``.
+    ``embed``: the embedding's name; ``two_d_inputs``: some linears get ``(tokens, width)``.
     """
-    if scheme.kv is not None:
-        return "Q, K and V rounded in the attention are not part of the compressed-tensors format"
-    if embed in specs:
-        return "transformers 5.23 cannot build a model around rounded embeddings"
-    if scheme.act is not None and two_d_inputs:
+    weights = {_integer(format) for format in formats.weights.values()}
+    activations = _activations_of(formats)
+    if formats.kv is not None:
+        return "Q, K and V quantized in the attention are not part of the compressed-tensors format"
+    if embed in formats.modules:
+        return "transformers 5.23 cannot build a model around quantized embeddings"
+    if activations and two_d_inputs:
         return "compressed-tensors takes one range for all tokens where a layer flattens its input to (tokens, width)"
-    if scheme.act is None and len(set(specs.values())) > 1 and not all(s.symmetric for s in specs.values()):
+    if not activations and len(weights) > 1 and not all(format.symmetric for format in weights):
         return "weight-only checkpoints with asymmetric and other formats side by side do not load"
     return None
 
 
-def quantization_config(
-    scheme: Scheme, specs: Mapping[str, QuantSpec], floats: Sequence[str], embed: str
-) -> dict[str, Any]:
+def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``.
 
     Args:
-        scheme: the run's scheme.
-        specs: the format by full name of every rounded module.
+        formats: of every quantized module.
         floats: linears that stay float.
         embed: the embedding's name; its input is token ids, so it never has an activation format.
     """
-    groups: dict[QuantSpec, list[str]] = {}
-    for name, spec in specs.items():
+    groups: dict[tuple[IntFormat, IntTokens | None], list[str]] = {}
+    for name, found in formats.modules.items():
         if name != embed:
-            groups.setdefault(spec, []).append(name)
+            inputs = found.input if isinstance(found.input, IntTokens) else None
+            groups.setdefault((_integer(found.weight), inputs), []).append(name)
     # The commonest format is the default for class Linear; the others name their modules and take precedence.
     ordered = sorted(groups.items(), key=lambda pair: -len(pair[1]))
     entries = [(["Linear"] if i == 0 else [_exactly(n) for n in names]) for i, (_, names) in enumerate(ordered)]
-    config_groups = {
-        f"group_{i}": {"targets": targets, "weights": _weights(spec), "input_activations": _activations(scheme)}
-        for i, (targets, (spec, _)) in enumerate(zip(entries, ordered, strict=True))
+    config_groups: dict[str, Any] = {
+        f"group_{i}": {"targets": targets, "weights": _weights(weight), "input_activations": _activations(inputs)}
+        for i, (targets, ((weight, inputs), _)) in enumerate(zip(entries, ordered, strict=True))
     }
-    if embed in specs:
-        config_groups["embeddings"] = {"targets": [_exactly(embed)], "weights": _weights(specs[embed])}
+    weights = [_integer(format) for format in formats.weights.values()]
+    if embed in formats.modules:
+        own = _integer(formats.modules[embed].weight)
+        config_groups["embeddings"] = {"targets": [_exactly(embed)], "weights": _weights(own)}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": layout_of(scheme),
+        "format": layout_of(formats),
         "quantization_status": "compressed",
         "version": compressed_tensors.__version__,
         "config_groups": config_groups,
         "ignore": list(floats),
     }
-    if scheme.act is None and not all(spec.symmetric for spec in specs.values()) and len(set(specs.values())) == 1:
+    free = not all(format.symmetric for format in weights)
+    if free and not _activations_of(formats) and len(set(weights)) == 1:
         config["dequantize"] = True
     return config
 
@@ -140,14 +153,13 @@ def _exactly(name: str) -> str:
     return f"re:^{re.escape(name)}$"
 
 
-def _weights(spec: QuantSpec) -> dict[str, Any]:
-    strategy = "group" if spec.group_size else "channel"
-    shape = {"strategy": strategy, "group_size": spec.group_size}
-    return {"num_bits": spec.bits, "type": "int", "symmetric": spec.symmetric, **shape}
+def _weights(format: IntFormat) -> dict[str, Any]:
+    shape = {"strategy": "group" if format.group else "channel", "group_size": format.group}
+    return {"num_bits": format.bits, "type": "int", "symmetric": format.symmetric, **shape}
 
 
-def _activations(scheme: Scheme) -> dict[str, Any] | None:
-    if scheme.act is None:
+def _activations(format: IntTokens | None) -> dict[str, Any] | None:
+    if format is None:
         return None
     kind = {"strategy": "token", "dynamic": True}
-    return {"num_bits": scheme.act.bits, "type": "int", "symmetric": scheme.act.symmetric, **kind}
+    return {"num_bits": format.bits, "type": "int", "symmetric": format.symmetric, **kind}

@@ -17,7 +17,7 @@ A GPU's test compares both, bit for bit. Were the running torch without one of t
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -26,18 +26,6 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.quant.affine import (
-    Grid,
-    QuantSpec,
-    fake_quant,
-    minmax_grid,
-    on_token_grid,
-    range_grid,
-    token_ends,
-    token_grid,
-    weight_ends,
-)
-from lowbit.quant.affine import fake_quant_tokens as plain_tokens
 
 # What each setting is called in Inductor, from the newest name back.
 SETTINGS = (("eager_numerics.division_rounding", "emulate_divison_rounding"), ("emulate_precision_casts",))
@@ -81,12 +69,12 @@ def check_compiler(device: str) -> None:
 
 @contextmanager
 def on() -> Iterator[None]:
-    """Within it the functions of this file are compiled for CUDA tensors.
+    """Within it fake quantization of CUDA tensors is compiled.
 
     The first call for each shape and format takes seconds. Not for several threads.
 
     Raises:
-        LowbitError: the running torch cannot compile them to the same numbers.
+        LowbitError: the running torch cannot compile it to the same numbers.
     """
     options()
     before, _using[0] = _using[0], True
@@ -97,57 +85,16 @@ def on() -> Iterator[None]:
         _using[0] = before
 
 
-def rounded_weight(weight: Tensor, spec: QuantSpec, low: Tensor | float = 1.0, high: Tensor | float = 1.0) -> Tensor:
-    """``fake_quant(weight, minmax_grid(weight, spec, low, high), spec)``, see ``quant``."""
-    if not _compiles(weight):
-        return fake_quant(weight, minmax_grid(weight, spec, low, high), spec)
-    bottom, top = compiled(weight_ends, spec)(weight)
-    return on_grid(weight, range_grid(bottom * low, top * high, spec), spec)
-
-
-def on_grid(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
-    """``quant.fake_quant``."""
-    if not _compiles(weight):
-        return fake_quant(weight, grid, spec)
-    return compiled(_on_grid, spec)(weight, *grid)
-
-
-def fake_quant_tokens(
-    x: Tensor,
-    spec: QuantSpec,
-    low: Tensor | float = 1.0,
-    high: Tensor | float = 1.0,
-    offset: Tensor | None = None,
-) -> Tensor:
-    """``quant.fake_quant_tokens``."""
-    if not _compiles(x):
-        return plain_tokens(x, spec, low, high, offset)
-    bottom, top = compiled(_token_ends, spec)(x)
-    scale, zero = token_grid(bottom * low, top * high, spec)
-    return compiled(_on_token_grid, spec)(x, scale, zero, offset)
-
-
-def _compiles(x: Tensor) -> bool:
+def active(x: Tensor) -> bool:
+    """Whether operations on ``x`` are to be fused: within ``on()``, on a GPU."""
     return _using[0] and x.device.type == "cuda"
 
 
 @cache
-def compiled(function: Callable[..., Any], spec: QuantSpec) -> Callable[..., Any]:
-    """``function`` of tensors and ``spec`` as fused kernels; a graph for each shape, and the format is a constant."""
+def compiled(function: Callable[..., Any], format: Hashable) -> Callable[..., Any]:
+    """``function`` of tensors and ``format`` as fused kernels: a graph for each shape, the format is a constant."""
 
-    def with_spec(*tensors: Tensor | None) -> Any:
-        return function(*tensors, spec)
+    def with_format(*tensors: Tensor | None) -> Any:
+        return function(*tensors, format)
 
-    return torch.compile(with_spec, fullgraph=True, dynamic=False, options=dict(options()))
-
-
-def _on_grid(weight: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    return fake_quant(weight, Grid(scale, zero), spec)
-
-
-def _token_ends(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    return token_ends(x)
-
-
-def _on_token_grid(x: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, spec: QuantSpec) -> Tensor:
-    return on_token_grid(x, scale, zero, offset, spec)
+    return torch.compile(with_format, fullgraph=True, dynamic=False, options=dict(options()))

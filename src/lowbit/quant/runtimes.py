@@ -26,8 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.quant.affine import QuantSpec, round_ste, round_trip
-from lowbit.quant.inductor import fake_quant_tokens
+from lowbit.errors import LowbitError
+from lowbit.quant.activations import ActFormat
+from lowbit.quant.format import Format, round_ste, round_trip
+from lowbit.quant.integer import IntFormat
 
 Q8_0, Q8_K = 32, 256
 # Formats that a GGUF file holds in K types where groups are multiples of 256: see export/gguf_blocks.py.
@@ -50,7 +52,7 @@ class Runtime:
     target: str
     schemes: tuple[str, ...]
     rounds: str = ""
-    round: Callable[[Tensor, QuantSpec], Tensor] | None = None
+    round: Callable[[Tensor, IntFormat], Tensor] | None = None
     scale_dtype: torch.dtype = torch.float16
 
 
@@ -110,12 +112,12 @@ def qd8(x: Tensor) -> Tensor:
     return (codes - zero) * over(1.0, factor)
 
 
-def _executorch(x: Tensor, weight: QuantSpec) -> Tensor:
+def _executorch(x: Tensor, weight: IntFormat) -> Tensor:
     return qd8(x)
 
 
-def _llama_cpp(x: Tensor, weight: QuantSpec) -> Tensor:
-    wide = (weight.group_size or x.shape[-1]) % Q8_K == 0
+def _llama_cpp(x: Tensor, weight: IntFormat) -> Tensor:
+    wide = (weight.group or x.shape[-1]) % Q8_K == 0
     return q8_k(x) if wide and (weight.bits, weight.symmetric) in K_TYPES else q8_0(x)
 
 
@@ -128,8 +130,8 @@ def onnx_block(group: int) -> int:
     return min(group & -group, MOST)
 
 
-def _onnxruntime(x: Tensor, weight: QuantSpec) -> Tensor:
-    size = onnx_block(weight.group_size or x.shape[-1])
+def _onnxruntime(x: Tensor, weight: IntFormat) -> Tensor:
+    size = onnx_block(weight.group or x.shape[-1])
     # There is no int8 kernel for these; onnxruntime then computes in float.
     return x if weight.bits == 2 and size == 16 else blocks_of(x, size)
 
@@ -150,18 +152,42 @@ RUNTIMES = {
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """How the input of a linear is rounded: in a scheme's format, or as a runtime does it.
+class RuntimeInput(ActFormat):
+    """How a runtime quantizes the input of a linear by itself, where the scheme leaves inputs in float.
 
     Attributes:
-        spec: the format of the activations or, for a runtime, of the linear's weight.
-        runtime: a name of ``RUNTIMES``, or ``None`` for the scheme's format.
+        runtime: a name of ``RUNTIMES`` that quantizes inputs.
+        weight: the format of the linear's weight, which some runtimes follow.
+
+    Raises:
+        LowbitError: no arithmetic is known for the runtime with weights of that format.
     """
 
-    spec: QuantSpec
-    runtime: str | None = None
+    runtime: str
+    weight: Format
 
-    def round(self, x: Tensor) -> Tensor:
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, IntFormat):
+            raise LowbitError(f"{self.runtime} with {self.weight.name} weights: how it quantizes inputs is not known")
+
+    @property
+    def name(self) -> str:
+        """The runtime's."""
+        return self.runtime
+
+    @property
+    def independent_ends(self) -> bool:
+        """Runtimes' ranges are their own: sign flips are chosen for the scheme's formats alone."""
+        return False
+
+    @property
+    def clippable(self) -> bool:
+        """No runtime lets its ranges be changed."""
+        return False
+
+    def fake_quant(self, x: Tensor) -> Tensor:
         """``x`` ``(..., in)`` as the linear sees it; a runtime computes in float32, whatever dtype ``x`` has."""
-        rounding = RUNTIMES[self.runtime].round if self.runtime else None
-        return fake_quant_tokens(x, self.spec) if rounding is None else rounding(x.float(), self.spec).to(x.dtype)
+        round = RUNTIMES[self.runtime].round
+        assert round is not None
+        assert isinstance(self.weight, IntFormat)
+        return round(x.float(), self.weight).to(x.dtype)

@@ -20,19 +20,23 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lowbit.errors import LowbitError, unknown
-from lowbit.quant.affine import QuantSpec
-from lowbit.quant.runtimes import RUNTIMES, Inputs
+from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.format import Format
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 
 _NAME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?(-sym|-asym)?")
 _SPEC = re.compile(r"w(\d+)(?:g(\d+))?(-sym|-asym)?")
-_FORM = "w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym], for example w4a16g64-sym or w8a8"
+WEIGHT_BITS, ACT_BITS, KV_BITS = range(2, 9), (4, 6, 8, 16), (4, 8)
+GRAMMAR = "w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym]"
+OVERRIDE_GRAMMAR = "w{2..8}[g{n}][-sym|-asym]"
 
 
 @dataclass(frozen=True)
@@ -51,56 +55,93 @@ class Scheme:
     """
 
     name: str
-    weight: QuantSpec
-    act: QuantSpec | None = None
-    kv: QuantSpec | None = None
-    overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+    weight: IntFormat
+    act: IntTokens | None = None
+    kv: IntTokens | None = None
+    overrides: tuple[tuple[str, IntFormat | None], ...] = ()
     target: str | None = None
 
-    def override(self, module: str) -> tuple[str, QuantSpec | None] | None:
+    def override(self, module: str) -> tuple[str, IntFormat | None] | None:
         """The first override that matches a module's full name, or ``None``."""
         return next((pair for pair in self.overrides if fnmatch.fnmatchcase(module, pair[0])), None)
 
-    def weight_spec(self, module: str) -> QuantSpec | None:
-        """The weight format of a linear inside a block; ``None``: it stays float."""
-        found = self.override(module)
-        return found[1] if found else self.weight
+    def module(self, name: str) -> ModuleFormats | None:
+        """The formats of a linear inside a block, by its full name; ``None``: it stays float.
 
-    def act_spec(self, module: str) -> QuantSpec | None:
-        """The format of a linear's input: float where its weight is."""
-        return self.act if self.weight_spec(module) is not None else None
+        Its input has the scheme's format or, where the scheme has none, what the target runtime makes of it.
+        """
+        found = self.override(name)
+        weight = found[1] if found else self.weight
+        return None if weight is None else ModuleFormats(weight, self._input(weight))
 
-    def inputs(self, module: str) -> Inputs | None:
-        """What happens to the input of a rounded linear: the scheme's rounding, or else the runtime's."""
-        weight = self.weight_spec(module)
-        if weight is None:
-            return None
+    def outside(self, name: str) -> ModuleFormats | None:
+        """The formats of a module outside of the blocks (embedding, head): float unless an override names it."""
+        return self.module(name) if self.override(name) else None
+
+    def _input(self, weight: IntFormat) -> ActFormat | None:
         if self.act is not None:
-            return Inputs(self.act)
-        return Inputs(weight, self.target) if self.target and RUNTIMES[self.target].round else None
+            return self.act
+        quantizes = self.target is not None and RUNTIMES[self.target].round is not None
+        return RuntimeInput(str(self.target), weight) if quantizes else None
+
+
+@dataclass(frozen=True)
+class ModuleFormats:
+    """The formats of one linear: of its weight and of its input (``None``: float)."""
+
+    weight: Format
+    input: ActFormat | None = None
+
+
+@dataclass(frozen=True)
+class ModelFormats:
+    """What a scheme means for a model: settled once, by the plan, and asked by everything behind it.
+
+    Attributes:
+        modules: by the full name of each module that is quantized.
+        kv: of queries, keys and values inside the attention; ``None``: float.
+    """
+
+    modules: Mapping[str, ModuleFormats] = field(default_factory=dict)
+    kv: ActFormat | None = None
+
+    def weight(self, module: str) -> Format | None:
+        """A module's weight format; ``None``: float."""
+        found = self.modules.get(module)
+        return found.weight if found else None
+
+    def input(self, module: str) -> ActFormat | None:
+        """The format of a module's input; ``None``: float."""
+        found = self.modules.get(module)
+        return found.input if found else None
+
+    @property
+    def weights(self) -> dict[str, Format]:
+        """Weight formats by full name."""
+        return {name: formats.weight for name, formats in self.modules.items()}
 
 
 def parse_scheme(name: str) -> Scheme:
     """The scheme that a name stands for.
 
     >>> s = parse_scheme("w4a8kv4g64-asym")
-    >>> s.weight.bits, s.weight.group_size, s.act.bits, s.kv.bits, s.weight.symmetric
+    >>> s.weight.bits, s.weight.group, s.act.bits, s.kv.bits, s.weight.symmetric
     (4, 64, 8, 4, False)
     """
     match = _NAME.fullmatch(name)
     if not match:
-        raise LowbitError(f"unknown scheme '{name}': give {_FORM}")
+        raise LowbitError(f"unknown scheme '{name}': give {GRAMMAR}, for example w4a16g64-sym or w8a8")
     weight, act, kv, group, suffix = match.groups()
-    _allowed(name, "weight bits", int(weight), range(2, 9))
-    _allowed(name, "activation bits", int(act), (4, 6, 8, 16))
+    _allowed(name, "weight bits", int(weight), WEIGHT_BITS)
+    _allowed(name, "activation bits", int(act), ACT_BITS)
     if kv:
-        _allowed(name, "kv bits", int(kv), (4, 8))
+        _allowed(name, "kv bits", int(kv), KV_BITS)
     symmetric = suffix == "-sym" if suffix else int(act) == 16
     return Scheme(
         name,
-        QuantSpec(int(weight), int(group) if group else None, symmetric),
-        None if int(act) == 16 else QuantSpec(int(act), None, symmetric),
-        QuantSpec(int(kv), None, symmetric=False) if kv else None,
+        IntFormat(int(weight), int(group) if group else None, symmetric),
+        None if int(act) == 16 else IntTokens(int(act), symmetric),
+        IntTokens(int(kv), symmetric=False) if kv else None,
     )
 
 
@@ -109,27 +150,24 @@ def _allowed(name: str, what: str, given: int, allowed: range | tuple[int, ...])
         raise LowbitError(f"scheme '{name}': {given} {what} given; allowed: {', '.join(map(str, allowed))}")
 
 
-def parse_override(text: str) -> QuantSpec | None:
+def parse_override(text: str) -> IntFormat | None:
     """A weight format such as ``w8``, ``w4g64-asym`` or ``float``; symmetric unless it says otherwise."""
     if text == "float":
         return None
     match = _SPEC.fullmatch(text)
     if not match:
-        raise LowbitError(f"override '{text}': give 'float' or w{{2..8}}[g{{n}}][-sym|-asym], for example w8g64")
+        raise LowbitError(f"override '{text}': give 'float' or {OVERRIDE_GRAMMAR}, for example w8g64")
     bits, group, suffix = match.groups()
-    return QuantSpec(int(bits), int(group) if group else None, suffix != "-asym")
+    return IntFormat(int(bits), int(group) if group else None, suffix != "-asym")
 
 
-def override_text(spec: QuantSpec | None) -> str:
+def override_text(spec: Format | None) -> str:
     """The inverse of ``parse_override``.
 
     >>> override_text(parse_override("w4g64-asym"))
     'w4g64-asym'
     """
-    if spec is None:
-        return "float"
-    group = f"g{spec.group_size}" if spec.group_size else ""
-    return f"w{spec.bits}{group}-{'sym' if spec.symmetric else 'asym'}"
+    return "float" if spec is None else spec.name
 
 
 def with_overrides(scheme: Scheme, overrides: Mapping[str, str]) -> Scheme:

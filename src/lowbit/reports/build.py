@@ -26,6 +26,8 @@ SHOWN = (
     *(f"identity.{key}" for key in ("model", "fingerprint", "recipe_name", "recipe.steps", "recipe.window", "seed")),
     *(f"identity.{key}" for key in ("device", "dtype", "scheme.scheme", "scheme.overrides", "versions")),
     *(f"identity.data.{key}" for key in ("corpus", "samples", "length", "hash")),
+    *(f"request.{key}" for key in ("model", "recipe", "effort", "settings", "overrides")),
+    *(f"request.{key}" for key in ("data", "samples", "length", "seed")),
     *("versions.lowbit", "model_bits_per_weight", "layout", "transformers.loads"),
 )
 ROW = ("block", "notes", "relative_error")
@@ -41,7 +43,10 @@ class Reported:
 
 
 def report(
-    folders: str | Path | Sequence[str | Path], out: str | Path = "report.html", measured: Iterable[str | Path] = ()
+    folders: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path = "report.html",
+    measured: Iterable[str | Path] = (),
 ) -> Reported:
     """Write one HTML page about finished runs; several become a comparison.
 
@@ -81,7 +86,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _facts(run: Run, name: str, found: Measured) -> RunFacts:
     _check_shown(run)
-    repeat, recipe = command(run.manifest["identity"])
+    repeat, recipe = command(run.manifest["request"])
     timing, seen = run.folder / TIMING, read_observed(run.folder)
     return RunFacts(
         name=name,
@@ -117,11 +122,11 @@ def _targets(run: Run) -> list[Target]:
     out = [Target("lowbit.load", True), Target("transformers", bool(loads["loads"]), loads.get("why_not") or "")]
     for name in EXPORTERS:
         try:
-            limits = exporter_of(name).limits
+            find = exporter_of(name).misfit
         except MissingExtra as error:
             out.append(Target(name, None, str(error)))
             continue
-        misfit = limits(run.subject)
+        misfit = find(run.subject)
         out.append(Target(name, misfit is None, f"{misfit.field}: {misfit.why}" if misfit else ""))
     return out
 
@@ -143,7 +148,7 @@ def _peaks(run: Run, seen: Mapping[str, Tensor]) -> dict[str, tuple[Array, Array
 
     return {
         linears: (stacked(found[linears][FLOAT]), stacked(found[linears][QUANTIZED]))
-        for linears in sorted(found, key=lambda name: place_of(name.partition("+")[0], run.rounded))
+        for linears in sorted(found, key=lambda name: place_of(name.partition("+")[0], run.quantized))
     }
 
 

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 
 from lowbit.checkpoints.safetensors_folder import PARTIAL, Checkpoint, read_json, write_index, write_json
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import Family, module_of
+from lowbit.models.architecture import Family
 from lowbit.models.block import Block
+from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.models.skeleton import Skeleton
-from lowbit.quant.affine import QTensor, QuantSpec
 from lowbit.quant.compressed_tensors import layout_of, packed_names, unpack
-from lowbit.quant.scheme import Scheme, scheme_from_dict
+from lowbit.quant.format import Format, QTensor
+from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
 
 MANIFEST, TIMING, RUN, IDENTITY = "lowbit.json", "lowbit-timing.json", ".run", "identity.json"
 REST = "model-rest.safetensors"
-ONLINE = ".online"  # behind a module's name: what runs beside it since no parameter could absorb it
 FORMAT = 1
 _FOLLOWS = ("fingerprint", "versions.")  # differ because something else does
 State = Literal["new", "running", "finished"]
@@ -160,12 +160,12 @@ def write_folder_index(folder: Path, layers: int) -> None:
     write_index(folder, shards)
 
 
-def read_qtensors(checkpoint: Checkpoint, specs: Mapping[str, QuantSpec], layout: str) -> dict[str, QTensor]:
-    """Rounded weights by the linear's full name."""
+def read_qtensors(checkpoint: Checkpoint, weights: Mapping[str, Format], layout: str) -> dict[str, QTensor]:
+    """Quantized weights by the linear's full name."""
     out = {}
-    for linear, spec in specs.items():
-        stored = checkpoint.read(packed_names(linear, spec, layout))
-        out[linear] = unpack({name.removeprefix(f"{linear}."): value for name, value in stored.items()}, spec)
+    for linear, format in weights.items():
+        stored = checkpoint.read(packed_names(linear, format, layout))
+        out[linear] = unpack({name.removeprefix(f"{linear}."): value for name, value in stored.items()}, format)
     return out
 
 
@@ -173,106 +173,90 @@ def read_block(
     checkpoint: Checkpoint,
     skeleton: Skeleton,
     index: int,
-    specs: Mapping[str, QuantSpec],
+    formats: ModelFormats,
     layout: str,
     device: torch.device | str = "cpu",
 ) -> Block:
-    """Layer ``index`` from a run folder's shard: what was rounded in ``qweights``, everything else in ``params``.
-
-    ``specs`` gives the format of each rounded linear by its full name.
-    """
+    """Layer ``index`` from its shard: what was quantized in ``qweights``, everything else in ``params``."""
     prefix = f"{skeleton.family.blocks}."
     shapes = dict(skeleton.layers[index].named_parameters())
     names = [f"{prefix}{index}.{name}" for name in shapes]
-    own = {name: spec for name, spec in specs.items() if name.startswith(f"{prefix}{index}.")}
-    rounded = read_qtensors(checkpoint, own, layout)
+    own = {name: format for name, format in formats.weights.items() if name.startswith(f"{prefix}{index}.")}
+    quantized = read_qtensors(checkpoint, own, layout)
     floats = checkpoint.read([n for n in names if n.removesuffix(".weight") not in own], torch.float32)
     params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
-    qweights = {name.removeprefix(prefix): on_device(q, device) for name, q in rounded.items()}
-    kept = read_online(checkpoint, skeleton.family, skeleton.layers[index], index)
-    online = {f"{index}.{name}": value.to(device) for name, value in kept.items()}
-    return replace(skeleton.block(index, params), qweights=qweights, online=online)
+    qweights = {name.removeprefix(prefix): q.to(device) for name, q in quantized.items()}
+    block = skeleton.block(index, params, formats=formats)
+    kept = read_ops(checkpoint, skeleton.family, skeleton.layers[index], index)
+    ops = {f"{index}.{name}": op.to(device) for name, op in kept.items()}
+    return replace(block, qweights=qweights, ops=ops)
 
 
-def read_online(checkpoint: Checkpoint, family: Family, layer: nn.Module, index: int) -> dict[str, Tensor]:
-    """What stays online in layer ``index``, by module names within the layer; see ``Block.online``.
+def read_ops(checkpoint: Checkpoint, family: Family, layer: nn.Module, index: int) -> dict[str, RuntimeOp]:
+    """The runtime ops of layer ``index``, by module names within the layer.
 
-    A tensor for a module that cannot have one, or of another shape, is refused.
+    One at a module that cannot have it, of an unknown kind or of another shape is refused.
     """
     prefix = f"{family.blocks}.{index}."
-    norms = {module_of(edge.src) for edge in family.edges if edge.kind == "norm"}
+    norms = {edge.src for edge in family.edges if edge.kind == "norm"}
     linears = {name for group in family.linears for name in group}
-    out = {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
     for full in checkpoint.names:
-        if not (full.startswith(prefix) and full.endswith(ONLINE)):
-            continue
-        name = full.removeprefix(prefix).removesuffix(ONLINE)
-        value = checkpoint.read([full], torch.float32)[full]
-        width = layer.get_parameter(f"{name}.weight").shape[0] if name in norms else 0
-        wanted: list[tuple[int, ...]] = [(width, width), (2, width), (3, width)] if width else [(2,)]
-        if name in linears:
-            wanted.append((2 + layer.get_parameter(f"{name}.weight").shape[1],))
-        if name not in norms and name not in linears:
-            raise LowbitError(f"{checkpoint.folder} has a tensor '{full}' that no module can have: it is broken")
-        if tuple(value.shape) not in wanted:
-            allowed = " or ".join(map(str, wanted))
-            raise LowbitError(
-                f"'{full}' in {checkpoint.folder} is {tuple(value.shape)}; {allowed} is expected: it is broken"
-            )
-        if value.ndim == 2 and value.shape[0] < width and not _channels_are_there(value):
-            raise LowbitError(f"'{full}' in {checkpoint.folder} names channels that are not there: it is broken")
-        out[name] = value
+        if full.startswith(prefix) and (parsed := parse_tensor_name(full)) is not None:
+            module, kind, tensor = parsed
+            found.setdefault((module.removeprefix(prefix), kind), {})[tensor] = full
+    out: dict[str, RuntimeOp] = {}
+    for (name, kind), tensors in found.items():
+        op = OPS.get(kind)
+        fits = name in (norms if op is not None and op.place == "behind a norm" else linears)
+        if op is None or not fits or name in out:
+            wrong = next(iter(tensors.values()))
+            raise LowbitError(f"{checkpoint.folder} has a tensor '{wrong}' that no module can have: it is broken")
+        shape = layer.get_parameter(f"{name}.weight").shape
+        stored = {tensor: checkpoint.read([full])[full] for tensor, full in tensors.items()}
+        try:
+            out[name] = op.from_tensors(stored, shape[-1])
+        except ValueError as error:
+            raise LowbitError(f"'{prefix}{name}' in {checkpoint.folder}: its {kind} {error}: it is broken") from error
     return out
 
 
-def _channels_are_there(gather: Tensor) -> bool:
-    """Row 0 names channels, row 2, if any, channels or -1."""
-    width = gather.shape[1]
-    whole = bool((gather[[0, *range(2, len(gather))]].frac() == 0).all())
-    return whole and all(
-        bool(((gather[row] >= least) & (gather[row] < width)).all())
-        for row, least in ((0, 0), (2, -1))
-        if row < len(gather)
-    )
+def run_scheme(manifest: Mapping[str, Any]) -> Scheme:
+    """The scheme of a finished run."""
+    return scheme_from_dict(manifest["scheme"], MANIFEST)
 
 
-def refuse_online(manifest: Mapping[str, Any], target: str) -> None:
-    """For what can carry a plain model only: refuse a run that left maps or clips beside the model's own graph."""
-    if online := manifest["online"]:
-        raise LowbitError(
-            f"{target} cannot carry what this run left online ({len(online)} tensors, {online[0]} first): quantize "
-            "again with diagonal maps after norms (qkv and mlp), without act_clip, and with reassemble.sites 'down' "
-            "and without offsets 'both'"
-        )
+def run_formats(manifest: Mapping[str, Any], scheme: Scheme, embed: str) -> ModelFormats:
+    """The formats of a finished run's modules.
 
-
-def on_device(q: QTensor, device: torch.device | str) -> QTensor:
-    """The same weight on another device."""
-    return QTensor(q.codes.to(device), type(q.grid)(*(t.to(device) for t in q.grid)), q.spec)
-
-
-def manifest_specs(manifest: Mapping[str, Any]) -> tuple[Scheme, dict[str, QuantSpec], str]:
-    """Scheme, format by full name of each rounded module, and layout, of a finished run."""
-    scheme = scheme_from_dict(manifest["scheme"], MANIFEST)
-    specs = {}
+    Args:
+        manifest: the run's.
+        scheme: its own, or with the inputs of another runtime.
+        embed: the embedding's name; its input is token ids.
+    """
+    modules: dict[str, ModuleFormats] = {}
     for name in manifest["quantized"]:
-        found = scheme.override(name)
-        spec = found[1] if found else scheme.weight
-        if spec is None:
+        found = scheme.module(name)
+        if found is None:
             raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
-        specs[name] = spec
-    return scheme, specs, layout_of(scheme)
+        modules[name] = ModuleFormats(found.weight) if name == embed else found
+    return ModelFormats(modules, scheme.kv)
+
+
+def run_layout(manifest: Mapping[str, Any], embed: str) -> str:
+    """How a finished run stores its codes."""
+    return layout_of(run_formats(manifest, run_scheme(manifest), embed))
 
 
 def dequantized(
-    checkpoint: Checkpoint, names: Iterable[str], specs: Mapping[str, QuantSpec], layout: str
+    checkpoint: Checkpoint, names: Iterable[str], weights: Mapping[str, Format], layout: str
 ) -> dict[str, Tensor]:
-    """Parameters by the model's names, rounded ones as the values that their codes stand for, in float32."""
+    """Parameters by the model's names, quantized ones as the values that their codes stand for, in float32."""
     out: dict[str, Tensor] = {}
     for name in names:
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in specs:
-            out[name] = read_qtensors(checkpoint, {module: specs[module]}, layout)[module].dequantize()
+        if name.endswith(".weight") and module in weights:
+            out[name] = read_qtensors(checkpoint, {module: weights[module]}, layout)[module].dequantize()
         else:
             out.update(checkpoint.read([name], torch.float32))
     return out

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import write_tensors
 from lowbit.models.block import Block
-from lowbit.quant.affine import Grid, QTensor, QuantSpec
+from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name, tensor_name
+from lowbit.quant.format import Format, QParams, QTensor
 
 PARTS = 128  # of a step; 8 bits of code and 7 of place fill 16 bits
 
@@ -29,45 +30,46 @@ def latent_file(index: int) -> str:
 
 
 def places(weight: Tensor, q: QTensor) -> Tensor:
-    """Places of ``weight`` ``(rows, columns)`` on the grid that it was rounded to, as ``int16``.
+    """Positions of ``weight`` ``(rows, columns)`` between the codes that it was quantized to, as ``int16``.
 
-    >>> grid = Grid(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
-    >>> q = QTensor(torch.tensor([[1, 3]], dtype=torch.uint8), grid, QuantSpec(2))
+    >>> from lowbit.quant.integer import IntFormat
+    >>> own = QParams(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+    >>> q = QTensor(torch.tensor([[1, 3]], dtype=torch.uint8), own, IntFormat(2))
     >>> places(torch.tensor([[0.5, 9.0]]), q).tolist()  # a quarter step above code 1; beyond the last code
     [[160, 447]]
     """
-    columns = weight.shape[1] // q.grid.scale.shape[1]
-    scale, zero = (value.repeat_interleave(columns, 1) for value in q.grid)
-    codes = q.codes.to(scale.dtype)
-    within = ((weight / scale + zero - codes) * PARTS).round().clamp(1 - PARTS // 2, PARTS // 2 - 1)
+    every = q.format.per_column(q.qparams, weight.shape[1])
+    codes = q.codes.to(every.scale.dtype)
+    within = ((q.format.position(weight, every) - codes) * PARTS).round().clamp(1 - PARTS // 2, PARTS // 2 - 1)
     return (codes * PARTS + within).to(torch.int16)
 
 
-def latent(places: Tensor, grid: Grid) -> Tensor:
-    """The float weights ``(rows, columns)`` at ``places`` of a grid.
+def latent(places: Tensor, qparams: QParams, format: Format) -> Tensor:
+    """The float weights ``(rows, columns)`` at ``places``.
 
-    >>> latent(torch.tensor([[160, 447]]), Grid(torch.tensor([[2.0]]), torch.tensor([[1.0]]))).tolist()
+    >>> from lowbit.quant.integer import IntFormat
+    >>> own = QParams(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+    >>> latent(torch.tensor([[160, 447]]), own, IntFormat(2)).tolist()
     [[0.5, 4.984375]]
     """
-    steps = (places.to(grid.scale.dtype) / PARTS).unflatten(1, (grid.scale.shape[1], -1))
-    return ((steps - grid.zero[..., None]) * grid.scale[..., None]).flatten(1)
+    return format.dequantize(places.to(qparams.scale.dtype) / PARTS, qparams)
 
 
 def write_latents(folder: Path, block: Block) -> None:
-    """The files of a rounded block's layers."""
+    """The files of a quantized block's layers."""
     for index in block.indices:
         prefix = f"{index}."
         content: dict[str, Tensor] = {}
         for name, q in block.qweights.items():
             if name.startswith(prefix):
                 content |= {f"{name}.places": places(block.weight(name), q)}
-                content |= {f"{name}.{key}": value for key, value in zip(Grid._fields, q.grid, strict=True)}
+                content |= {f"{name}.{key}": value for key, value in zip(QParams._fields, q.qparams, strict=True)}
         for name, value in block.params.items():
             if name.startswith(prefix) and name.removesuffix(".weight") not in block.qweights:
                 content[name] = value
-        content |= {
-            f"{name}.online": value.float() for name, value in block.online.items() if name.startswith(prefix)
-        }
+        for name, op in block.ops.items():
+            if name.startswith(prefix):
+                content |= {tensor_name(name, op, key): value for key, value in op.to_tensors().items()}
         write_tensors(folder / latent_file(index), {name: value.detach().cpu() for name, value in content.items()})
 
 
@@ -75,29 +77,22 @@ class Latents:
     """One layer's file, taken apart.
 
     Attributes:
-        params: parameters that are not rounded.
-        online: what stays online; see ``Block``.
-        places, grids: of each rounded linear.
+        params: parameters that are not quantized.
+        ops: runtime ops by the module's name.
+        places, qparams: of each quantized linear.
     """
 
     def __init__(self, content: Mapping[str, Tensor]) -> None:
         """Sort the tensors of a file by their names."""
         self.places = {n.removesuffix(".places"): v for n, v in content.items() if n.endswith(".places")}
-        self.grids = {name: Grid(content[f"{name}.scale"], content[f"{name}.zero"]) for name in self.places}
-        self.online = {n.removesuffix(".online"): v for n, v in content.items() if n.endswith(".online")}
+        self.qparams = {n: QParams(content[f"{n}.scale"], content[f"{n}.zero"]) for n in self.places}
+        kept: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for name, value in content.items():
+            if (parsed := parse_tensor_name(name)) is not None:
+                kept.setdefault(parsed[:2], {})[parsed[2]] = value
+        self.ops: dict[str, RuntimeOp] = {
+            module: OPS[kind].from_tensors(tensors, max(len(value) for value in tensors.values()))
+            for (module, kind), tensors in kept.items()
+        }
         known = {f"{name}.{key}" for name in self.places for key in ("places", "scale", "zero")}
-        known |= {f"{name}.online" for name in self.online}
-        self.params = {name: value for name, value in content.items() if name not in known}
-
-
-def started(grid: Grid, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The ends of a grid's range, ``(rows, groups)`` each: what ``quant.range_grid`` makes this grid from again.
-
-    >>> bottom, top = started(Grid(torch.tensor([[1.0]]), torch.tensor([[1.0]])), QuantSpec(2, symmetric=False))
-    >>> bottom.tolist(), top.tolist()
-    ([[-1.0]], [[2.0]])
-    """
-    if spec.symmetric:
-        half = grid.scale * (spec.levels / 2)
-        return -half, half
-    return -grid.zero * grid.scale, (spec.levels - grid.zero) * grid.scale
+        self.params = {n: v for n, v in content.items() if n not in known and parse_tensor_name(n) is None}

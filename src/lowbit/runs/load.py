@@ -11,24 +11,25 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.models.attention import attention_name
-from lowbit.models.block import apply_online, rounded_input
 from lowbit.models.families import family_of
 from lowbit.models.gathered_norm import gathered_norm
+from lowbit.models.runtime_ops import PREFIX, RuntimeOp
 from lowbit.models.validate import building, check_tensors, refuse_foreign_quantization
-from lowbit.quant.runtimes import Inputs
-from lowbit.quant.scheme import simulated_on
-from lowbit.runs.folder import dequantized, manifest_of, manifest_specs, read_online
+from lowbit.quant.activations import ActFormat
+from lowbit.quant.scheme import ModelFormats, simulated_on
+from lowbit.runs.folder import dequantized, manifest_of, read_ops, run_formats, run_layout, run_scheme
 
 
 def load(
     folder: str | Path,
+    *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
@@ -50,35 +51,28 @@ def load(
     with building(folder), init_empty_weights(include_buffers=False):
         family = family_of(config)
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    scheme, specs, layout = manifest_specs(manifest) if manifest else (None, {}, "")
-    scheme = simulated_on(scheme, target)
+    scheme = simulated_on(run_scheme(manifest) if manifest else None, target)
+    formats, layout = ModelFormats(), ""
+    if manifest is not None and scheme is not None:
+        formats, layout = run_formats(manifest, scheme, family.embed), run_layout(manifest, family.embed)
     tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     checkpoint = Checkpoint(folder)
-    check_tensors(checkpoint, shapes, family.blocks, specs)
-    state = dequantized(checkpoint, shapes, specs, layout)
+    check_tensors(checkpoint, shapes, family.blocks, formats.weights)
+    state = dequantized(checkpoint, shapes, formats.weights, layout)
     model.load_state_dict({n: v.to(device, dtype) for n, v in state.items()}, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, '{missing[0]}' among them")
     for index, layer in enumerate(model.get_submodule(family.blocks)):
-        for name, value in read_online(checkpoint, family, layer, index).items():
-            norm = layer.get_submodule(name)
-            if value.ndim == 2 and (fused := gathered_norm(norm, family.norm_offset, value.to(device))):
-                layer.set_submodule(name, fused)
-                continue
-            # A buffer follows the model to another device; it is no part of what the library would save.
-            layer.get_submodule(name).register_buffer("online", value.to(device), persistent=False)
-            if value.ndim == 2:
-                layer.get_submodule(name).register_forward_hook(
-                    lambda module, args, out: apply_online(out, module.online)
-                )
-    for name in specs:
-        if name != family.embed and scheme is not None and (inputs := scheme.inputs(name)) is not None:
-            _round_inputs(model.get_submodule(name), inputs)
-    if scheme is not None and scheme.kv is not None:
-        model.config._attn_implementation = attention_name(scheme.kv, model.config._attn_implementation)
+        for name, op in read_ops(checkpoint, family, layer, index).items():
+            _attach(layer, name, op.to(device), family.norm_offset)
+    for name in formats.modules:
+        if (inputs := formats.input(name)) is not None:
+            _quantize_inputs(model.get_submodule(name), inputs)
+    if formats.kv is not None:
+        model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation)
     if (folder / "generation_config.json").exists():
         model.generation_config = _generation_config(folder)
     return model.to(device).eval()
@@ -91,12 +85,36 @@ def _generation_config(folder: Path) -> GenerationConfig:
         raise LowbitError(f"cannot read {folder / 'generation_config.json'}: {error}") from error
 
 
-def _round_inputs(linear: nn.Module, inputs: Inputs) -> None:
-    """Round what a linear reads; a run may have left factors on the ends of ranges, or offsets, before it."""
+class _Runtime(nn.Module):
+    """A runtime op whose tensors are buffers, so that they follow the model to another device."""
 
-    def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if hasattr(module, "online"):
-            return (rounded_input(args[0], inputs.spec, module.online), *args[1:])
-        return (inputs.round(args[0]), *args[1:])
+    def __init__(self, op: RuntimeOp) -> None:
+        super().__init__()
+        self.kind, self.names = type(op), op.fields()
+        for name in self.names:
+            self.register_buffer(name, getattr(op, name), persistent=False)
+
+    def forward(self, x: Tensor, format: ActFormat | None = None) -> Tensor:
+        """``(..., width) -> (..., width)``."""
+        return self.kind(*(getattr(self, name) for name in self.names))(x, format)
+
+
+def _attach(layer: Any, name: str, op: RuntimeOp, norm_offset: float) -> None:
+    """Put a runtime op behind a norm, or before a linear, where ``_quantize_inputs`` finds it."""
+    module = layer.get_submodule(name)
+    if op.place == "behind a norm" and (fused := gathered_norm(module, norm_offset, op)):
+        layer.set_submodule(name, fused)
+        return
+    module.add_module(PREFIX, _Runtime(op))
+    if op.place == "behind a norm":
+        module.register_forward_hook(lambda module, args, out: module.get_submodule(PREFIX)(out))
+
+
+def _quantize_inputs(linear: nn.Module, format: ActFormat) -> None:
+    """Quantize what a linear reads; a run may have left a runtime op before it."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        op = module._modules.get(PREFIX)
+        return (format.fake_quant(args[0]) if op is None else op(args[0], format), *args[1:])
 
     linear.register_forward_pre_hook(hook)

@@ -20,9 +20,8 @@ from lowbit.models.block import Block, run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import building, check_tensors, check_tied, refuse_foreign_quantization, shapes_of
 from lowbit.progress import track
-from lowbit.quant.affine import QuantSpec
-from lowbit.quant.scheme import Scheme, simulated_on
-from lowbit.runs.folder import dequantized, manifest_of, manifest_specs, read_block
+from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
+from lowbit.runs.folder import dequantized, manifest_of, read_block, run_formats, run_layout, run_scheme
 
 # Hidden states of this many bytes are held at once; longer texts are done in several passes over the blocks.
 HELD_BYTES = 1 << 30
@@ -34,6 +33,7 @@ class StreamedModel:
     Attributes:
         config: its Hugging Face config.
         scheme: the run's scheme; ``None`` for a float checkpoint.
+        formats: what it means for the model's modules; of a float checkpoint none is quantized.
     """
 
     def __init__(
@@ -52,28 +52,28 @@ class StreamedModel:
         self.config: Any = load_config(folder, trust_remote_code)
         refuse_foreign_quantization(self.config, manifest, folder)
         self.device, self.dtype = device, dtype
-        self.scheme: Scheme | None = None
-        self._specs: dict[str, QuantSpec] = {}
-        self._layout = ""
-        if manifest is not None:
-            self.scheme, self._specs, self._layout = manifest_specs(manifest)
-        self.scheme = simulated_on(self.scheme, target)
+        self.scheme: Scheme | None = simulated_on(run_scheme(manifest) if manifest else None, target)
         self.checkpoint = Checkpoint(folder)
         with building(folder):
             self.skeleton = Skeleton(self.config, trust_remote_code)
-        check_tensors(self.checkpoint, shapes_of(self.skeleton), self.skeleton.family.blocks, self._specs)
+        family = self.skeleton.family
+        self.formats, self._layout = ModelFormats(), ""
+        if manifest is not None and self.scheme is not None:
+            self.formats = run_formats(manifest, self.scheme, family.embed)
+            self._layout = run_layout(manifest, family.embed)
+        weights = self.formats.weights
+        check_tensors(self.checkpoint, shapes_of(self.skeleton), family.blocks, weights)
         check_tied(self.checkpoint, self.skeleton)
-        rest = dequantized(self.checkpoint, self.skeleton.rest_names, self._specs, self._layout)
+        rest = dequantized(self.checkpoint, self.skeleton.rest_names, weights, self._layout)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in rest.items()})
         self.skeleton.model.to(device)
-        head = self.skeleton.family.head
-        if self.scheme and head in self._specs and (inputs := self.scheme.inputs(head)) is not None:
-            self.skeleton.round_head_input(inputs)
+        if (inputs := self.formats.input(family.head)) is not None:
+            self.skeleton.quantize_head_input(inputs)
 
     def block(self, index: int) -> Block:
         """Layer ``index``, read now."""
         if self.scheme is not None:
-            return read_block(self.checkpoint, self.skeleton, index, self._specs, self._layout, self.device)
+            return read_block(self.checkpoint, self.skeleton, index, self.formats, self._layout, self.device)
         params = block_params(self.checkpoint, self.skeleton.family.blocks, index, self.skeleton.layers[index])
         return self.skeleton.block(index, {name: value.to(self.device) for name, value in params.items()})
 
@@ -103,9 +103,10 @@ class StreamedModel:
         Their lengths may differ; ``enter`` has seen each of them since the last ``forget``.
         """
         block = self.block(index)
-        params = block.quantized_params()
+        params, quantized = block.quantized_params(), self.scheme is not None
         return [
-            run_all(self.skeleton.fitted(block, x.shape[1]), x, params, self.scheme, batch=len(x)) for x in batches
+            run_all(self.skeleton.fitted(block, x.shape[1]), x, params, quantized=quantized, batch=len(x))
+            for x in batches
         ]
 
     def scores(self, ids: Tensor, hidden: Tensor, start: int, stop: int) -> Tensor:

@@ -8,13 +8,13 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ge
 
 from dataclasses import replace
 
-from lowbit.models.architecture import Edge
+from lowbit.models.architecture import DeclaredEdge
 from lowbit.models.families.llama import HEADS_AND_CHANNELS, LINEARS, LLAMA, QK
 from lowbit.models.families.qwen import QK_NORMS
 
 NORMS = (
-    Edge("norm", "input_layernorm", LINEARS[0]),
-    Edge("norm", "pre_feedforward_layernorm", LINEARS[2]),
+    DeclaredEdge("norm", "input_layernorm", LINEARS[0]),
+    DeclaredEdge("norm", "pre_feedforward_layernorm", LINEARS[2]),
 )
 
 GEMMA2 = replace(

@@ -3,7 +3,7 @@
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/llama/modeling_llama.py
 """
 
-from lowbit.models.architecture import Edge, Family, rotary_heads
+from lowbit.models.architecture import DeclaredEdge, Family, rotary_heads
 
 LINEARS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -12,14 +12,14 @@ LINEARS = (
     ("mlp.down_proj",),
 )
 HEADS_AND_CHANNELS = (
-    Edge("heads", "self_attn.v_proj", ("self_attn.o_proj",)),
-    Edge("channels", "mlp.up_proj", ("mlp.down_proj",)),
+    DeclaredEdge("heads", "self_attn.v_proj", ("self_attn.o_proj",)),
+    DeclaredEdge("channels", "mlp.up_proj", ("mlp.down_proj",)),
 )
 NORMS = (
-    Edge("norm", "input_layernorm", LINEARS[0]),
-    Edge("norm", "post_attention_layernorm", LINEARS[2]),
+    DeclaredEdge("norm", "input_layernorm", LINEARS[0]),
+    DeclaredEdge("norm", "post_attention_layernorm", LINEARS[2]),
 )
-QK = Edge("qk", "self_attn.q_proj", ("self_attn.k_proj",))
+QK = DeclaredEdge("qk", "self_attn.q_proj", ("self_attn.k_proj",))
 
 LLAMA = Family(
     name="llama",

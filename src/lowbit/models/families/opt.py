@@ -5,7 +5,7 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/op
 
 from typing import Any
 
-from lowbit.models.architecture import Edge, Family, Heads
+from lowbit.models.architecture import DeclaredEdge, Family, Heads
 
 LINEARS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -37,11 +37,11 @@ OPT = Family(
     blocks="model.decoder.layers",
     linears=LINEARS,
     edges=(
-        Edge("norm", "self_attn_layer_norm", LINEARS[0]),
-        Edge("norm", "final_layer_norm", LINEARS[2]),
-        Edge("heads", "self_attn.v_proj", ("self_attn.out_proj",)),
-        Edge("channels", "fc1", ("fc2",), positive=True),
-        Edge("qk", "self_attn.q_proj", ("self_attn.k_proj",)),
+        DeclaredEdge("norm", "self_attn_layer_norm", LINEARS[0]),
+        DeclaredEdge("norm", "final_layer_norm", LINEARS[2]),
+        DeclaredEdge("heads", "self_attn.v_proj", ("self_attn.out_proj",)),
+        DeclaredEdge("channels", "fc1", ("fc2",), positive=True),
+        DeclaredEdge("qk", "self_attn.q_proj", ("self_attn.k_proj",)),
     ),
     heads=_heads,
     embed="model.decoder.embed_tokens",

@@ -5,7 +5,7 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ph
 
 from dataclasses import replace
 
-from lowbit.models.architecture import Edge, Part
+from lowbit.models.architecture import DeclaredEdge, Part
 from lowbit.models.families.llama import LLAMA
 
 QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
@@ -16,10 +16,10 @@ PHI3 = replace(
     architectures=("Phi3ForCausalLM",),
     linears=((QKV,), ("self_attn.o_proj",), (GATE_UP,), ("mlp.down_proj",)),
     edges=(
-        Edge("norm", "input_layernorm", (QKV,)),
-        Edge("norm", "post_attention_layernorm", (GATE_UP,)),
-        Edge("heads", Part(QKV, "v"), ("self_attn.o_proj",)),
-        Edge("channels", Part(GATE_UP, "up"), ("mlp.down_proj",)),
-        Edge("qk", Part(QKV, "q"), (Part(QKV, "k"),)),
+        DeclaredEdge("norm", "input_layernorm", (QKV,)),
+        DeclaredEdge("norm", "post_attention_layernorm", (GATE_UP,)),
+        DeclaredEdge("heads", Part(QKV, "v"), ("self_attn.o_proj",)),
+        DeclaredEdge("channels", Part(GATE_UP, "up"), ("mlp.down_proj",)),
+        DeclaredEdge("qk", Part(QKV, "q"), (Part(QKV, "k"),)),
     ),
 )

@@ -6,11 +6,11 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/qw
 
 from dataclasses import replace
 
-from lowbit.models.architecture import Edge
+from lowbit.models.architecture import DeclaredEdge
 from lowbit.models.families.llama import HEADS_AND_CHANNELS, LLAMA, NORMS
 
 # A norm over a head undoes any scale of q_proj or k_proj; what is left is a scale of the two norms' gains.
-QK_NORMS = Edge("qk", "self_attn.q_norm", ("self_attn.k_norm",))
+QK_NORMS = DeclaredEdge("qk", "self_attn.q_norm", ("self_attn.k_norm",))
 
 QWEN2 = replace(LLAMA, name="qwen2", architectures=("Qwen2ForCausalLM",))
 QWEN3 = replace(

@@ -1,0 +1,174 @@
+"""The commands that list what there is to choose from: ``lowbit recipes | schemes``."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from lowbit.cli.console import Json, print_json, table
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.recipe import Recipe
+
+PAPER = "paper/"
+EXAMPLES = ("w4a16g64-sym", "w3a16-asym", "w2a16g64-asym", "w8a8", "w4a8kv4", "w4a4")
+COLUMNS = 4096  # of the weight that bits per weight are shown for
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A recipe, FILE.yaml, or paper/ for published results.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List recipes; with NAME, show one with every option.
+
+    What is shown of one recipe is a recipe file: redirect it into FILE.yaml and change it.
+    """
+    from lowbit.pipeline.recipe import load_recipe, recipe_names
+
+    if name is not None and name.rstrip("/") != PAPER.rstrip("/"):
+        _show_recipe(load_recipe(name), as_json)
+        return
+    found = [load_recipe(known) for known in recipe_names()]
+    papers = [recipe for recipe in found if recipe.name.startswith(PAPER)]
+    shown = [recipe for recipe in found if recipe not in papers] if name is None else papers
+    if as_json:
+        print_json([{**_facts(recipe), "steps": [step for step, _ in recipe.steps]} for recipe in shown])
+        return
+    listed = [_facts(recipe) for recipe in shown]
+    wide = max(len(facts["name"]) for facts in listed) + 2
+    for facts in listed:
+        _print_entry(facts["name"], [facts["description"], f"for: {facts['schemes']}"], wide)
+    if name is None:
+        _print_entry(PAPER, [f"{len(papers)} recipes of published results: lowbit recipes {PAPER}"], wide)
+        print("\nOne recipe with every option: lowbit recipes NAME")
+
+
+def _print_entry(name: str, lines: Sequence[str], wide: int) -> None:
+    """A name and lines about it beside it, wrapped to the terminal."""
+    room = max(shutil.get_terminal_size().columns - wide, 30)
+    wrapped = [part for line in lines for part in textwrap.wrap(line, room, subsequent_indent="  ")]
+    print(
+        "\n".join(f"{head:{wide}}{part}" for head, part in zip([name, *[""] * len(wrapped)], wrapped, strict=False))
+    )
+
+
+def _facts(recipe: Recipe) -> dict[str, str]:
+    """Name, schemes and description; those of a published result follow from its steps and its protocol."""
+    steps = " -> ".join(step for step, _ in recipe.steps)
+    return {
+        "name": recipe.name,
+        "schemes": recipe.schemes or recipe.run.get("scheme", ""),
+        "description": recipe.description or steps,
+    }
+
+
+def _show_recipe(recipe: Recipe, as_json: bool) -> None:
+    """One recipe as a recipe file."""
+    import yaml
+
+    from lowbit.pipeline.recipe import recipe_to_dict
+
+    told = {"description": recipe.description, "schemes": recipe.schemes}
+    content: dict[str, Any] = {key: text for key, text in told.items() if text} | recipe_to_dict(recipe)
+    if recipe.run:
+        content["run"] = dict(recipe.run)
+    if as_json:
+        print_json({"name": recipe.name, **content})
+    else:
+        print(f"# {recipe.name}: lowbit quantize MODEL --recipe {recipe.name} --out DIR")
+        print(yaml.safe_dump(content, sort_keys=False, width=1000), end="")
+
+
+def schemes(as_json: Json = False) -> None:
+    """Explain scheme names and overrides, and show which schemes each target takes."""
+    from lowbit.cli.targets import targets
+    from lowbit.quant.runtimes import RUNTIMES
+    from lowbit.quant.scheme import GRAMMAR, OVERRIDE_GRAMMAR, parse_scheme
+
+    examples = [_example(parse_scheme(name)) for name in EXAMPLES]
+    runtimes = [
+        {"name": name, "default_schemes": list(runtime.schemes), "inputs": runtime.rounds or "as the scheme says"}
+        for name, runtime in RUNTIMES.items()
+    ]
+    takes = targets()
+    if as_json:
+        print_json(
+            {
+                "grammar": GRAMMAR,
+                "parts": _parts(),
+                "examples": examples,
+                "override_grammar": OVERRIDE_GRAMMAR,
+                "targets": takes,
+                "runtimes": runtimes,
+            }
+        )
+        return
+    console = Console()
+
+    def show(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+        print(title)
+        rows = table(*heads)
+        for row in lines:
+            rows.add_row(*map(Text, row))
+        console.print(rows)
+
+    show(f"A scheme is a name {GRAMMAR}:", ("part", "meaning"), list(_parts().items()))
+    heads = ("example", "weights", "inputs", "Q, K, V", "bits per weight")
+    show("\nExamples; bits count codes, scales and zero points:", heads, [list(one.values()) for one in examples])
+    print(_OVERRIDES.format(grammar=OVERRIDE_GRAMMAR))
+    show(
+        "\nWhat lowbit export --to TARGET takes, for a model with the widths of Llama 7B:",
+        ("target", "schemes"),
+        [(one["name"], "\n".join(one["schemes"]) or one["needs"]) for one in takes],
+    )
+    show(
+        "\nlowbit quantize --target RUNTIME also simulates how the runtime quantizes inputs:",
+        ("runtime", "default schemes", "inputs of linears"),
+        [(str(one["name"]), "\n".join(one["default_schemes"]), str(one["inputs"])) for one in runtimes],
+    )
+
+
+def _parts() -> dict[str, str]:
+    """What each part of a scheme's name means."""
+    from lowbit.quant.scheme import ACT_BITS, KV_BITS, WEIGHT_BITS
+
+    acts = ", ".join(str(bits) for bits in ACT_BITS if bits != 16)
+    return {
+        "w4": f"weights of the blocks' linears at 4 bits ({WEIGHT_BITS[0]} to {WEIGHT_BITS[-1]})",
+        "a8": f"their inputs at 8 bits ({acts}), one dynamic range per token; a16: floating point",
+        "kv4": f"queries, keys and values at 4 bits ({', '.join(map(str, KV_BITS))}), per token and head; optional",
+        "g64": "one scale for 64 consecutive input channels of a weight's row; without it, one for the row",
+        "-sym, -asym": "zero points fixed at the middle of the range, or free; without it, a16 schemes are symmetric "
+        "and others asymmetric",
+    }
+
+
+def _example(scheme: Any) -> dict[str, str]:
+    def format_of(bits: int, symmetric: bool) -> str:
+        return f"{bits} bits {'sym' if symmetric else 'asym'}"
+
+    return {
+        "scheme": scheme.name,
+        "weights": format_of(scheme.weight.bits, scheme.weight.symmetric),
+        "activations": format_of(scheme.act.bits, scheme.act.symmetric) if scheme.act else "float",
+        "kv": format_of(scheme.kv.bits, scheme.kv.symmetric) if scheme.kv else "float",
+        "bits_per_weight": f"{scheme.weight.bits_per_value(COLUMNS):.3f}",
+    }
+
+
+_OVERRIDES = """
+Overrides give modules another weight format, {grammar} or float;
+the first glob that matches counts:
+  --override '*.down_proj=w8' --override '*.layers.0.*=float' --override lm_head=w8g64
+Embeddings and the output head stay in floating point unless an override names
+them. The same in FILE.yaml, for --scheme:
+  scheme: w4a16g64-sym
+  overrides: {{"*.down_proj": w8, lm_head: w8g64}}"""

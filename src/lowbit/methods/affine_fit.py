@@ -1,0 +1,198 @@
+"""AffineQuant's fit of one block: what is learned, the loss, the constraints, and the merge."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lowbit.methods.affine_options import Clipping, Maps, Objective, Sites
+from lowbit.methods.maps import Kind, LearnedMap
+from lowbit.methods.signs import with_signs
+from lowbit.methods.sites import Site, apply, make_site, site_name, start
+from lowbit.methods.training import Fitted, Schedule, loss_unit, relative_loss
+from lowbit.models.block import Block, Calib, relative_error, run, run_all
+from lowbit.models.offload import Rows
+from lowbit.models.runtime_ops import Clip, Matrix, RuntimeOp
+
+CLIP_START = 4.0  # sigmoid(4) = 0.982 of the range, as in OmniQuant
+
+
+class AffineFit:
+    """One block's fit: what is learned, the loss, the constraints, and the merge."""
+
+    def __init__(
+        self,
+        sites: Sites,
+        maps: Maps,
+        clipping: Clipping,
+        objective: Objective,
+        schedule: Schedule,
+        block: Block,
+        calib: Calib,
+    ) -> None:
+        self.chosen, self.maps, self.clipping, self.objective = sites, maps, clipping, objective
+        self.schedule, self.block, self.calib = schedule, block, calib
+        device = block.device
+        self.dtype = torch.float32 if maps.precision == "float" else torch.float64
+        self.run_dtype = torch.float64 if maps.precision == "double" else calib.x_q.dtype
+        self.sites = self._sites()
+        smooth = objective.start == "smooth"
+        self.base = (
+            start(block, self.sites, calib.x_fp, objective.init_power, calib.batch) if smooth else dict(block.params)
+        )
+        self.flipped: dict[str, int] = {}
+        if sites.signs and smooth:
+            # Behind another step's maps its clips may stand, which are for the weights' ranges as they were.
+            moved, edges = replace(block, params=self.base), [site.edge for site in self.sites]
+            self.base, self.flipped = with_signs(moved, calib.x_fp, calib.batch, edges)
+        # In float64 the weights are turned into it once, not at every step.
+        self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
+        self.logits = self._clip_logits() if clipping.clip else {}
+        self.act_logits = self._act_logits() if clipping.act_clip else {}
+        self.unit = loss_unit(calib.y_fp, objective.loss, device, calib.batch)
+        also = [run_all(block, calib.x_q, batch=calib.batch)] if objective.aug_loss else []
+        self.rows = Rows(device, calib.x_q, calib.y_fp, self.unit, *also)
+        self.shrunk = 0
+
+    def _sites(self) -> list[Site]:
+        maps, device = self.maps, self.block.device
+        kind = cast(Kind, maps.parametrisation)
+        model = LearnedMap(kind, 0, 0, maps.condition, maps.mask, maps.stability, maps.block_size, self.dtype, device)
+        named = [(edge, site_name(self.block, edge)) for edge in self.block.edges()]
+        return [
+            make_site(self.block, edge, name, choice, model, self.chosen.shift)
+            for edge, name in named
+            if (choice := getattr(self.chosen, name)) != "off"
+        ]
+
+    def _clip_logits(self) -> dict[str, tuple[Tensor, Tensor]]:
+        logits = {}
+        for name in self.block.quantized_linears():
+            weight = self.block.weight(name)
+            shape = (weight.shape[0], self.block.weight_format(name).groups(weight.shape[1]))
+            low, high = (torch.full(shape, CLIP_START, device=weight.device) for _ in range(2))
+            if name in self.block.clips and self.objective.start == "given":
+                # Those of a step before; just inside of 0 and 1, where the sigmoid still has a slope.
+                found = (clip.to(weight).expand(shape) for clip in self.block.clips[name])
+                low, high = (clip.clamp(1e-3, 0.982).logit().clone() for clip in found)
+            logits[name] = (low.requires_grad_(), high.requires_grad_())
+        return logits
+
+    def _act_logits(self) -> dict[str, Tensor]:
+        """One pair for the linears that read one tensor: they share its quantization."""
+        logits: dict[str, Tensor] = {}
+        for group in self.block.linear_groups():
+            shared = torch.full((2,), CLIP_START, device=self.block.device, requires_grad=True)
+            for name in group:
+                format = self.block.input_format(name)
+                if format is not None and format.clippable:
+                    logits[name] = shared
+        return logits
+
+    def groups(self) -> list[tuple[list[Tensor], float]]:
+        """What is learned, with learning rates."""
+        maps = [leaf for site in self.sites for leaf in site.leaves()]
+        clips = [logit for pair in self.logits.values() for logit in pair]
+        acts = list({id(logit): logit for logit in self.act_logits.values()}.values())
+        return [(maps, self.maps.lr_maps), ([*clips, *acts], self.clipping.lr_clips)]
+
+    def begin(self, epoch: int) -> None:
+        """Open the masks for an epoch."""
+        for site in self.sites:
+            site.map.begin(epoch, max(self.schedule.epochs, 1))
+
+    def project(self) -> None:
+        """After each step: dominance where it is asked for, conditioning always."""
+        for site in self.sites:
+            if site.map.is_matrix and self.maps.dominance == "enforce":
+                site.map.keep_dominant()
+            self.shrunk += site.map.keep_condition()
+
+    def transformed(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
+        """Float parameters with maps in them, and what stays online; differentiable."""
+        params, online = apply(self.block, self.sites, self.start)
+        ops: dict[str, RuntimeOp] = {name: Matrix(value.float()) for name, value in online.items()}
+        ops |= {name: Clip(logit.sigmoid()) for name, logit in self.act_logits.items()}
+        return {name: value.float() for name, value in params.items()}, ops
+
+    def quantized(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
+        """The block's parameters as they will ship, and what stays online; differentiable."""
+        params, ops = self.transformed()
+        for name in self.block.quantized_linears():
+            low, high = (logit.sigmoid() for logit in self.logits[name]) if name in self.logits else (1.0, 1.0)
+            quantize = self.block.weight_format(name).fake_quant_clipped
+            params[f"{name}.weight"] = quantize(params[f"{name}.weight"], low, high)
+        return params, ops
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        """The block's error on the chosen sequences, relative to its float output's mean square."""
+        params, ops = self.quantized()
+        x, y_fp, unit, *also = self.rows(chosen)
+        # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in 32.
+        y = run(replace(self.block, ops=ops), x.to(self.run_dtype), params, quantized=True)
+        error = relative_loss(y, y_fp, unit)
+        for y_aug in also:
+            error = error + self.objective.aug_loss * relative_loss(y, y_aug, unit)
+        return error
+
+    @torch.no_grad()
+    def merged(self, fitted: Fitted) -> Block:
+        """The block with everything folded in, by the code and in the precision that was trained."""
+        params, ops = self.transformed()
+        ops = {name: Matrix(op.matrix.contiguous()) if isinstance(op, Matrix) else op for name, op in ops.items()}
+        clips = {name: (low.sigmoid(), high.sigmoid()) for name, (low, high) in self.logits.items()}
+        done = replace(
+            self.block,
+            params=params,
+            clips={**self.block.clips, **clips},
+            ops={**self.block.ops, **ops},
+            pictures={**self.block.pictures, **self.pictures()},
+        )
+        return done.with_notes("affinequant", *self._notes(fitted)).with_record(
+            "affinequant", self.record(done, fitted)
+        )
+
+    def record(self, done: Block, fitted: Fitted) -> dict[str, Any]:
+        """What the report shows: losses, the maps' conditions and margins, and what merging cost."""
+        some, wanted = (stream[:2].to(self.block.device) for stream in (self.calib.x_fp, self.calib.y_fp))
+        sites = {}
+        for site in self.sites:
+            facts: dict[str, Any] = {"map": site.map.kind, "condition": float(site.map.conditions().max())}
+            if self.maps.dominance != "off" and site.map.is_matrix:
+                facts["margin"] = float(site.map.margins().min())
+            if (turned := self.flipped.get(site.edge.src.module)) is not None:
+                facts["turned_over"] = turned
+            sites[_key(site)] = facts
+        return {
+            "loss": fitted.train,
+            "held_out": [value if math.isfinite(value) else None for value in fitted.held_out],
+            "best_epoch": fitted.best,
+            "skipped_steps": fitted.skipped,
+            "pulled_to_condition": self.shrunk,
+            "merge_error": relative_error(run_all(done, some), wanted),
+            "sites": sites,
+        }
+
+    def pictures(self) -> dict[str, Tensor]:
+        """The learned matrices, at a size to look at."""
+        keys = ((_key(site).partition("."), site.map) for site in self.sites if site.map.is_matrix)
+        return {f"{index}.affinequant.{name}": map.picture() for (index, _, name), map in keys}
+
+    def _notes(self, fitted: Fitted) -> list[str]:
+        notes = list(fitted.notes)
+        if self.schedule.epochs and not fitted.best:
+            notes.append("nothing learned was better on the validation split; the start was kept: scales only")
+        if self.shrunk:
+            notes.append(f"{self.shrunk} times a map was pulled back to condition {self.maps.condition:g}")
+        if self.chosen.qk == "matrix" and self.block.family.qk_norm_per_head:
+            notes.append("q and k have norms, so only a diagonal tied within rotary pairs merges there")
+        return notes
+
+
+def _key(site: Site) -> str:
+    """A site by its layer's index and its name: ``7.heads``."""
+    return f"{site.edge.src.module.partition('.')[0]}.{site.name}"

@@ -1,0 +1,286 @@
+"""Runtime operations: what no parameter could absorb, so that it is computed beside the model's own graph.
+
+Each kind is one class that says where it stands, what it computes, what it costs and how it is stored. Who runs or
+writes a model lists the kinds that it can carry (``lowbit.load``: all; exporters: see ``Exporter.ops``) and refuses
+all others before any work.
+
+============ ================== ====================================================================================
+``Matrix``   behind a norm      ``x P``
+``Gather``   behind a norm      ``x[idx] * factor``, channels that are merged added first
+``Clip``     before a linear    clipping ratios on the ranges of its quantized input, and offsets before rounding
+============ ================== ====================================================================================
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.quant.activations import ActFormat, IntTokens
+
+Place = Literal["behind a norm", "before a linear"]
+PREFIX = "runtime"  # of tensors' names: ``model.layers.3.input_layernorm.runtime.gather.factor``
+
+
+class RuntimeOp(ABC):
+    """One operation at one module of a block; a frozen dataclass of its tensors.
+
+    Attributes:
+        kind: the name in files and messages.
+        place: at which modules it can stand.
+        why: what a message says of it, such as ``maps behind norms``.
+    """
+
+    kind: ClassVar[str]
+    place: ClassVar[Place]
+    why: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, x: Tensor, format: ActFormat | None = None) -> Tensor:
+        """The operation on ``x`` ``(..., width)``; ``format`` is that of a linear's input, for ops before one."""
+
+    @property
+    @abstractmethod
+    def macs(self) -> int:
+        """Multiplications, or multiply-adds, for one token."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Bits that its tensors take."""
+
+    @abstractmethod
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What is stored, by names within the op."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
+        """The inverse of ``to_tensors``.
+
+        Args:
+            tensors: as stored; what comes from a file is checked.
+            width: channels at the place where it stands.
+
+        Raises:
+            ValueError: they are not such an op of this width; the message says what is wrong.
+        """
+
+    @classmethod
+    def fields(cls) -> tuple[str, ...]:
+        """Names of its tensors in the order in which its class takes them; one may be ``None``."""
+        made: Any = cls
+        return tuple(field.name for field in fields(made))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        moved = {name: value.to(device) for name, value in self.to_tensors().items()}
+        return type(self).from_tensors(moved, self.width)
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Channels at the place where it stands."""
+
+
+@dataclass(frozen=True)
+class Matrix(RuntimeOp):
+    """A norm's output times a matrix: ``x P``.
+
+    Attributes:
+        matrix: ``P`` ``(width, width)``.
+    """
+
+    kind: ClassVar[str] = "matrix"
+    place: ClassVar[Place] = "behind a norm"
+    why: ClassVar[str] = "matrices behind norms"
+
+    matrix: Tensor
+
+    def __call__(self, x: Tensor, format: ActFormat | None = None) -> Tensor:
+        """``x P``, in the dtype of ``x``."""
+        return x @ self.matrix.to(x.dtype)
+
+    @property
+    def width(self) -> int:
+        """Rows of the matrix."""
+        return self.matrix.shape[0]
+
+    @property
+    def macs(self) -> int:
+        """One for each entry."""
+        return self.matrix.numel()
+
+    @property
+    def bits(self) -> int:
+        """Stored as float32."""
+        return 32 * self.matrix.numel()
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """``matrix`` float32."""
+        return {"matrix": self.matrix.detach().float().contiguous()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
+        """``matrix`` ``(width, width)``."""
+        _expect(tensors, {"matrix": (width, width)})
+        return cls(tensors["matrix"].float())
+
+
+@dataclass(frozen=True)
+class Gather(RuntimeOp):
+    """A norm's output with channels repeated, dropped or merged: ``x[idx] * factor``.
+
+    Source: channel reassembly, QLLM, Liu et al., ICLR 2024, arXiv 2310.08041, section 3.2.
+
+    Attributes:
+        idx: int64 ``(width,)``, for each new channel the old one.
+        factor: ``(width,)``.
+        into: int64 ``(width,)``, for each old channel the new one that it is added to before the factor, or -1;
+            ``None`` where none is merged.
+
+    >>> Gather(torch.tensor([0, 0]), torch.tensor([0.5, 0.5]))(torch.tensor([8.0, 1.0])).tolist()
+    [4.0, 4.0]
+    >>> merging = Gather(torch.tensor([3, 1, 2, 3]), torch.tensor([0.5, 0.5, 1, 0.5]), torch.tensor([1, -1, -1, -1]))
+    >>> merging(torch.tensor([2.0, 4.0, 5.0, 8.0])).tolist()
+    [4.0, 3.0, 5.0, 4.0]
+    """
+
+    kind: ClassVar[str] = "gather"
+    place: ClassVar[Place] = "behind a norm"
+    why: ClassVar[str] = "gathers behind norms"
+
+    idx: Tensor
+    factor: Tensor
+    into: Tensor | None = None
+
+    def __call__(self, x: Tensor, format: ActFormat | None = None) -> Tensor:
+        """``(..., width) -> (..., width)``, in the dtype of ``x``."""
+        out = take_channels(x, self.idx)
+        if self.into is not None:
+            gone = torch.nonzero(self.into >= 0).flatten()
+            out = out.index_add(-1, self.into[gone], x[..., gone])
+        return out * self.factor.to(x.dtype)
+
+    @property
+    def width(self) -> int:
+        """Channels before and after."""
+        return len(self.idx)
+
+    @property
+    def macs(self) -> int:
+        """One for each channel."""
+        return len(self.idx)
+
+    @property
+    def bits(self) -> int:
+        """Indices as int32, factors as float32."""
+        return 32 * len(self.idx) * (2 if self.into is None else 3)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """``idx`` and ``into`` int32, ``factor`` float32."""
+        out = {"idx": self.idx.int(), "factor": self.factor.detach().float().contiguous()}
+        return out if self.into is None else {**out, "into": self.into.int()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
+        """All ``(width,)``; indices must name channels that are there."""
+        _expect(tensors, dict.fromkeys(("idx", "factor", *(["into"] if "into" in tensors else [])), (width,)))
+        idx, into = tensors["idx"].long(), tensors["into"].long() if "into" in tensors else None
+        for value, least in ((idx, 0), (into, -1)):
+            if value is not None and not bool(((value >= least) & (value < width)).all()):
+                raise ValueError("names channels that are not there")
+        return cls(idx, tensors["factor"].float(), into)
+
+
+@dataclass(frozen=True)
+class Clip(RuntimeOp):
+    """Before a linear: its input is quantized within shrunken ranges, and with offsets.
+
+    Attributes:
+        ratios: ``(2,)``, clipping ratios on the low and the high end of every token's range.
+        offset: ``(in,)``, added before rounding, in steps; ``None`` for none.
+    """
+
+    kind: ClassVar[str] = "clip"
+    place: ClassVar[Place] = "before a linear"
+    why: ClassVar[str] = "clipped ranges or rounding offsets before linears"
+
+    ratios: Tensor
+    offset: Tensor | None = None
+
+    def __call__(self, x: Tensor, format: ActFormat | None = None) -> Tensor:
+        """``x`` ``(..., in)`` quantized in ``format``; without a format there is no range to clip."""
+        if format is None:
+            return x
+        if not isinstance(format, IntTokens):
+            raise LowbitError(f"a clip before a linear is for dynamic integer inputs, not for {format}")
+        ratios = self.ratios.to(x.dtype)
+        return format.fake_quant(x, ratios[0], ratios[1], None if self.offset is None else self.offset.to(x.dtype))
+
+    @property
+    def width(self) -> int:
+        """Channels of the offset; 0 where there is none, since ratios fit any width."""
+        return 0 if self.offset is None else len(self.offset)
+
+    @property
+    def macs(self) -> int:
+        """One addition for each channel with an offset."""
+        return self.width
+
+    @property
+    def bits(self) -> int:
+        """Stored as float32."""
+        return 32 * (2 + self.width)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """``ratios`` and ``offset`` float32."""
+        out = {"ratios": self.ratios.detach().float().contiguous()}
+        return out if self.offset is None else {**out, "offset": self.offset.detach().float().contiguous()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
+        """``ratios`` ``(2,)`` and, where it is there, ``offset`` ``(width,)``."""
+        shapes: dict[str, tuple[int, ...]] = {"ratios": (2,)}
+        _expect(tensors, shapes | ({"offset": (width,)} if "offset" in tensors else {}))
+        return cls(tensors["ratios"].float(), tensors["offset"].float() if "offset" in tensors else None)
+
+
+OPS: dict[str, type[RuntimeOp]] = {op.kind: op for op in (Matrix, Gather, Clip)}
+
+
+def _expect(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if found != dict(shapes):
+        raise ValueError(f"holds {found}; {dict(shapes)} is expected")
+
+
+def take_channels(x: Tensor, idx: Tensor) -> Tensor:
+    """``x[..., idx]`` for ``(..., width)``; ``gather`` is several times faster than indexing on a CPU.
+
+    >>> take_channels(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 1, 0])).tolist()
+    [[2.0, 2.0, 1.0], [4.0, 4.0, 3.0]]
+    """
+    return x.gather(-1, idx.expand(*x.shape[:-1], len(idx)))
+
+
+def tensor_name(module: str, op: RuntimeOp | type[RuntimeOp], tensor: str) -> str:
+    """What a file calls one of an op's tensors."""
+    return f"{module}.{PREFIX}.{op.kind}.{tensor}"
+
+
+def parse_tensor_name(name: str) -> tuple[str, str, str] | None:
+    """``(module, kind, tensor)`` of a name that ``tensor_name`` made; ``None`` for any other.
+
+    >>> parse_tensor_name("model.layers.3.input_layernorm.runtime.gather.idx")
+    ('model.layers.3.input_layernorm', 'gather', 'idx')
+    """
+    module, found, rest = name.rpartition(f".{PREFIX}.")
+    kind, dot, tensor = rest.partition(".")
+    return (module, kind, tensor) if found and dot else None

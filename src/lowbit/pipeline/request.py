@@ -1,0 +1,157 @@
+"""What a run is asked for, defaults filled in: the first stage of ``quantize``, and a key of the manifest.
+
+A request needs no model: it is made, and whatever can be refused without one is refused, before anything is opened.
+Its plain data holds no path of this machine, and ``lowbit.reports.command`` prints it as the command that repeats
+the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from lowbit.checkpoints.resolve import DEMO
+from lowbit.data.text import NAMES
+from lowbit.errors import unknown
+from lowbit.models.device import check_device
+from lowbit.pipeline.recipe import Recipe, load_recipe, recipe_names, recipe_to_dict, with_effort, with_settings
+from lowbit.quant.inductor import check_compiler
+from lowbit.quant.runtimes import RUNTIMES
+from lowbit.quant.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
+from lowbit.runs.plan import check_sizes
+
+DEFAULTS: dict[str, Any] = {
+    "scheme": "w4a16g64-sym",
+    "data": "builtin",
+    "samples": 32,
+    "length": 512,
+    "seed": 0,
+    "effort": "normal",
+}
+
+
+class Machine(TypedDict):
+    """Where a run computes, and what it may open."""
+
+    device: str
+    dtype: str
+    compiled: bool
+    revision: str | None
+    allow_pickle: bool
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run's arguments, as ``lowbit.quantize`` documents them, checked as far as that goes without the model.
+
+    Attributes:
+        model: a folder, a hub id, a ``.gguf`` file or ``demo``.
+        given: the recipe before ``effort`` and ``settings``; ``recipe`` has both applied.
+        packaged: the recipe is one of the package, which its name says in full.
+        scheme: overrides included; ``None``: the target runtime's own.
+    """
+
+    model: str
+    given: Recipe
+    packaged: bool
+    recipe: Recipe
+    effort: str
+    settings: tuple[str, ...]
+    scheme: Scheme | None
+    overrides: Mapping[str, str]
+    target: str | None
+    data: str
+    samples: int
+    length: int
+    seed: int
+    device: str
+    dtype: str
+    compiled: bool
+    revision: str | None
+    allow_pickle: bool
+    trust_remote_code: bool
+
+    @property
+    def model_name(self) -> str:
+        """The model as others may call it: of a path the last part, since its folder means nothing elsewhere."""
+        path = Path(self.model).expanduser()
+        return path.resolve().name if self.model != DEMO and path.exists() else self.model
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the manifest: the same on every machine, whatever the paths are there."""
+        recipe = {"name": self.given.name, **recipe_to_dict(self.given)}
+        if self.scheme is None:
+            overrides = [{glob: text} for glob, text in self.overrides.items()]
+        else:
+            overrides = scheme_to_dict(self.scheme)["overrides"]
+        return {
+            "model": self.model_name,
+            "revision": self.revision,
+            "recipe": self.given.name if self.packaged else recipe,
+            "effort": self.effort,
+            "settings": list(self.settings),
+            "scheme": None if self.scheme is None else self.scheme.name,
+            "overrides": overrides,
+            "target": self.target,
+            "data": self.data if self.data in (*NAMES, "self") else Path(self.data).name,
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": self.dtype,
+            "compiled": self.compiled,
+            "allow_pickle": self.allow_pickle,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def make_request(
+    model: str,
+    *,
+    scheme: str | Scheme | None,
+    recipe: str | Recipe,
+    settings: Iterable[str],
+    overrides: Mapping[str, str],
+    target: str | None,
+    protocol: Mapping[str, Any],
+    **machine: Unpack[Machine],
+) -> Request:
+    """Fill in defaults and refuse what no model could be quantized with.
+
+    Args:
+        model, scheme, recipe, settings, overrides, target: as for ``lowbit.quantize``.
+        protocol: ``data``, ``samples``, ``length``, ``seed`` and ``effort``; ``None``: the recipe's value, or
+            else for the default.
+        machine: see ``Machine``.
+    """
+    check_device(machine["device"], machine["dtype"])
+    if machine["compiled"]:
+        check_compiler(machine["device"])
+    given = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = {**DEFAULTS, **given.run, **{key: value for key, value in protocol.items() if value is not None}}
+    check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
+    # A recipe that is given as a value keeps its epochs unless an effort is asked for.
+    effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
+    steps = with_settings(with_effort(given, effort), settings := tuple(settings))
+    if target is not None and target not in RUNTIMES:
+        raise unknown("runtime", target, RUNTIMES)
+    if scheme is None and (target is None or "scheme" in given.run):
+        scheme = chosen["scheme"]
+    named = load_scheme(scheme) if isinstance(scheme, str) else scheme
+    formats = None if named is None else with_overrides(named, overrides)
+    return Request(
+        model=model,
+        given=given,
+        packaged=given.name in recipe_names() and given == load_recipe(given.name),
+        recipe=steps,
+        effort=effort,
+        settings=settings,
+        scheme=formats,
+        overrides=overrides,
+        target=target or (formats.target if formats else None),
+        **{key: chosen[key] for key in ("data", "samples", "length", "seed")},
+        **machine,
+    )

@@ -1,0 +1,157 @@
+"""Integer formats: ``value = (code - zero) * scale``.
+
+Codes are unsigned, ``0 .. 2**bits - 1``; a symmetric format is one whose zero is ``2**(bits - 1)``. One formula then
+covers both, and every file format is a relabelling of it. The zero is an integer in the range of the codes, so that
+every file can store it; a group whose values all have one sign therefore gets a range that includes 0.
+
+Rejected: a signed representation beside this one, and float zero points (no runtime but one has them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.quant.format import Format, Int, Plain, QParams, Zero, round_ste, stored_scale
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class IntFormat(Format):
+    """Integers of 2 to 8 bits with one scale a group.
+
+    Attributes:
+        bits: width of a code.
+        group: consecutive values of a row that share a scale; ``None`` for one group a row (an output channel).
+        symmetric: the zero is fixed at the middle of the range.
+        scale_dtype: the dtype in which scales are stored.
+
+    >>> format = IntFormat(2, symmetric=False)
+    >>> w = torch.tensor([[-1.0, 0.0, 0.6, 2.0]])
+    >>> q = format.qparams(w)
+    >>> q.scale.tolist(), q.zero.tolist()
+    ([[1.0]], [[1.0]])
+    >>> format.fake_quant(w, q).tolist(), format.quantize(w, q).codes.tolist()
+    ([[-1.0, 0.0, 1.0, 2.0]], [[0, 1, 2, 3]])
+    """
+
+    bits: int
+    group: int | None = None
+    symmetric: bool = True
+    scale_dtype: torch.dtype = field(default=torch.float16)
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise LowbitError(f"{self.bits} bits given; {MIN_BITS} to {MAX_BITS} are allowed")
+        if self.group is not None and self.group < 2:
+            raise LowbitError(f"group size {self.group} given; it must be 2 or more, or left out")
+
+    @property
+    def levels(self) -> int:
+        """The largest code, ``2**bits - 1``."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric format."""
+        return 2 ** (self.bits - 1)
+
+    @property
+    def name(self) -> str:
+        """``w4g64-sym``.
+
+        >>> IntFormat(4, 64).name, IntFormat(8, symmetric=False).name
+        ('w4g64-sym', 'w8-asym')
+        """
+        return f"w{self.bits}{f'g{self.group}' if self.group else ''}-{'sym' if self.symmetric else 'asym'}"
+
+    @property
+    def elements(self) -> Int:
+        """Integers."""
+        return Int(self.bits)
+
+    @property
+    def scales(self) -> Plain:
+        """One number a group."""
+        return Plain(self.scale_dtype)
+
+    @property
+    def zero(self) -> Zero:
+        """Fixed, or a code for each group."""
+        return "none" if self.symmetric else "code"
+
+    @property
+    def independent_ends(self) -> bool:
+        """With a zero point of its own a range need not be symmetric."""
+        return not self.symmetric
+
+    def with_bits(self, bits: int) -> IntFormat:
+        """The same at another width."""
+        return replace(self, bits=bits)
+
+    def bits_per_value(self, columns: int) -> float:
+        """Codes, scales and (where they are free) zeros.
+
+        >>> IntFormat(4, 128).bits_per_value(4096)
+        4.125
+        """
+        overhead = torch.finfo(self.scale_dtype).bits + (0 if self.symmetric else self.bits)
+        return self.bits + overhead * self.groups(columns) / columns
+
+    def from_range(self, low: Tensor, high: Tensor) -> QParams:
+        """A symmetric format takes the larger of the two ends for both sides.
+
+        >>> q = IntFormat(2, symmetric=False).from_range(torch.tensor([[-1.0]]), torch.tensor([[2.0]]))
+        >>> q.scale.tolist(), q.zero.tolist()
+        ([[1.0]], [[1.0]])
+        """
+        if self.symmetric:
+            scale = stored_scale(torch.maximum(high, -low) / (self.levels / 2), self.scale_dtype)
+            return QParams(scale, torch.full_like(scale, self.middle))
+        scale = stored_scale((high - low) / self.levels, self.scale_dtype)
+        return QParams(scale, round_ste(-low / scale).clamp(0, self.levels))
+
+    def range_of(self, qparams: QParams) -> tuple[Tensor, Tensor]:
+        """The ends that ``from_range`` makes these qparams from again.
+
+        >>> q = QParams(torch.tensor([[1.0]]), torch.tensor([[1.0]]))
+        >>> low, high = IntFormat(2, symmetric=False).range_of(q)
+        >>> low.tolist(), high.tolist()
+        ([[-1.0]], [[2.0]])
+        """
+        scale, zero = qparams
+        if self.symmetric:
+            half = scale * (self.levels / 2)
+            return -half, half
+        return -zero * scale, (self.levels - zero) * scale
+
+    def position(self, x: Tensor, qparams: QParams) -> Tensor:
+        """``x / scale + zero``."""
+        return x / qparams.scale + qparams.zero
+
+    def round(self, x: Tensor, qparams: QParams) -> Tensor:
+        """``round(x / scale) + zero``, in the range of the codes."""
+        return (round_ste(x / qparams.scale) + qparams.zero).clamp(0, self.levels)
+
+    def value(self, codes: Tensor, qparams: QParams) -> Tensor:
+        """``(code - zero) * scale``."""
+        return (codes - qparams.zero) * qparams.scale
+
+    def storable(self, qparams: QParams) -> bool:
+        """Every scale is below the largest number of its dtype."""
+        return float(qparams.scale.max()) < torch.finfo(self.scale_dtype).max
+
+
+def integer(format: Format, what: str) -> IntFormat:
+    """``format`` for ``what`` that holds integer formats alone; any other is refused, never taken for one.
+
+    Raises:
+        LowbitError: it is no integer format.
+    """
+    if not isinstance(format, IntFormat):
+        raise LowbitError(f"{what} holds integer formats; {format.name} given")
+    return format
