@@ -185,3 +185,14 @@ def spoil(file: Any, name: str, offset: int = 9) -> None:
     start = json.loads(content[8 : 8 + size])[name]["data_offsets"][0]
     content[8 + size + start + offset] ^= 0x10
     file.write_bytes(content)
+
+
+def planned(block: Any, scheme: Any) -> Any:
+    """The block with the formats that a scheme, or its name, gives its linears: what the plan does in a run."""
+    from dataclasses import replace
+
+    from lowbit.quant.scheme import parse_scheme
+
+    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    found = {name: scheme.module(block.full_name(name)) for name in block.linears()}
+    return replace(block, formats={name: own for name, own in found.items() if own is not None}, kv=scheme.kv)

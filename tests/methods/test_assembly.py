@@ -13,7 +13,6 @@ from lowbit.methods import RTN
 from lowbit.methods import assembly as module
 from lowbit.methods.assembly import MergePlan, distances
 from lowbit.methods.reassemble import Reassemble, fold, gather_after
-from lowbit.models.architecture import module_of
 from lowbit.models.block import Calib, apply_online, run, run_all
 from lowbit.pipeline.recipe import Recipe
 from lowbit.quant.scheme import parse_scheme
@@ -147,14 +146,14 @@ def norm_case(name, dtype=torch.float64):
 def test_merging_channels_with_equal_columns_leaves_the_float_function(dense, name):
     """What a merge leaves, (x_i - x_j)(w_i - w_j)/2, vanishes where the columns are equal: then merging is exact."""
     block, edge, calib = norm_case(name)
-    readers = [module_of(dst) for dst in edge.dst]
+    readers = [dst.module for dst in edge.dst]
     params = dict(block.params)
     for reader in readers:
         params[f"{reader}.weight"] = params[f"{reader}.weight"].clone()
         params[f"{reader}.weight"][:, [0, 2]] = params[f"{reader}.weight"][:, [7, 7]]
     block = replace(block, params=params)
     wanted = run(block, calib.x_fp)
-    norm = module_of(edge.src)
+    norm = edge.src.module
     if dense:  # a matrix that runs there already
         block = replace(block, online={norm: torch.eye(64, dtype=torch.float64)})
     idx, into = torch.arange(64), torch.full((64,), -1)

@@ -10,10 +10,9 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.methods.awq import AWQ, scaled_error
 from lowbit.methods.rtn import RTN
-from lowbit.models.architecture import module_of
 from lowbit.models.block import Calib, grid_of, run_all
 from lowbit.models.equivalence import map_width
-from lowbit.quant.affine import QuantSpec, fake_quant, minmax_grid
+from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import block_of, tiny_model
 
@@ -38,7 +37,7 @@ def inputs(block, x, linear):
     return torch.cat([part.flatten(0, -2) for part in seen]).double()
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(4, 4, symmetric=False)])
+@pytest.mark.parametrize("spec", [IntFormat(3), IntFormat(4, 4, symmetric=False)])
 def test_the_scaled_error_is_equation_4_on_the_tokens(spec):
     x, weight = tokens()
     for scale in (torch.ones(16, dtype=torch.float64), x.abs().mean(0) ** 0.5):
@@ -50,7 +49,7 @@ def test_the_scaled_error_is_equation_4_on_the_tokens(spec):
         assert scaled_error(weight, scale, x.T @ x, spec) == pytest.approx(literal, rel=1e-10)
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(3, 4, symmetric=False), QuantSpec(2, 8)])
+@pytest.mark.parametrize("spec", [IntFormat(3), IntFormat(3, 4, symmetric=False), IntFormat(2, 8)])
 def test_the_best_clip_is_that_of_brute_force(spec):
     x, weight = tokens(seed=1)
     size = spec.group_size or 16
@@ -59,7 +58,7 @@ def test_the_best_clip_is_that_of_brute_force(spec):
     for row in range(6):
         for group in range(16 // size):
             part = slice(group * size, (group + 1) * size)
-            own, alone = weight[row : row + 1, part], QuantSpec(spec.bits, None, spec.symmetric)
+            own, alone = weight[row : row + 1, part], IntFormat(spec.bits, None, spec.symmetric)
             errors = {}
             for step in range(11):  # 1.0, 0.95 .. 0.5
                 factor = 1 - step / 20
@@ -71,7 +70,7 @@ def test_the_best_clip_is_that_of_brute_force(spec):
 
 def test_the_range_of_clips():
     x, weight = tokens(seed=2)
-    spec = QuantSpec(2)
+    spec = IntFormat(2)
     assert torch.equal(AWQ(clip_least=1.0)._best_clip(weight, x.T @ x, spec), torch.ones(6, 1, dtype=torch.float64))
     few = AWQ(clip_least=0.5, clip_grid=2)._best_clip(weight, x.T @ x, spec)
     assert set(few.flatten().tolist()) <= {1.0, 0.5}
@@ -86,7 +85,7 @@ def test_no_chosen_scale_is_worse_than_no_scale(name):
     for edge in block.edges():
         if edge.kind == "qk":
             continue
-        readers = [module_of(dst) for dst in edge.dst]
+        readers = [dst.module for dst in edge.dst]
         x = inputs(block, calib.x_fp, readers[0]).float()
         moments = SimpleNamespace(gram=x.T @ x, magnitude=x.abs().sum(0), tokens=x.shape[0])
         map = AWQ()._best_scale(block, block.params, edge, moments, SCHEME)

@@ -113,7 +113,7 @@ def test_a_recipe_ends_with_codes_for_exactly_the_linears_and_does_so_twice(reci
     for linear, q in result.qweights.items():
         spec = scheme.weight_spec(block.full_name(linear))
         assert q.spec == spec
-        assert (q.spec == QuantSpec(8, None, symmetric=False)) == (linear == others[-2])
+        assert (q.spec == IntFormat(8, None, symmetric=False)) == (linear == others[-2])
         assert q.codes.dtype == torch.uint8
         assert q.codes.shape == block.weight(linear).shape
         assert q.grid.scale.shape == q.grid.zero.shape == (q.codes.shape[0], spec.groups(q.codes.shape[1]))

@@ -58,7 +58,7 @@ def literal(weight, gram, spec, act_order, damping=0.01):
 
 @pytest.mark.parametrize("block_size", [1, 3, 128])
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("spec", [QuantSpec(3), QuantSpec(4, 8, symmetric=False), QuantSpec(2, 16), QuantSpec(8)])
+@pytest.mark.parametrize("spec", [IntFormat(3), IntFormat(4, 8, symmetric=False), IntFormat(2, 16), IntFormat(8)])
 def test_the_codes_are_those_of_the_literal_algorithm(spec, act_order, block_size):
     for seed in range(3):
         weight, gram = problem(seed)
@@ -69,7 +69,7 @@ def test_the_codes_are_those_of_the_literal_algorithm(spec, act_order, block_siz
 
 def test_the_order_matters_and_the_default_takes_strong_inputs_first():
     weight, gram = problem(0)
-    spec = QuantSpec(3)
+    spec = IntFormat(3)
     assert not torch.equal(literal(weight, gram, spec, True), literal(weight, gram, spec, False))
     first = int(gram.diagonal().argmax())
     plain = quantize(weight, minmax_grid(weight, spec), spec).codes
@@ -79,7 +79,7 @@ def test_the_order_matters_and_the_default_takes_strong_inputs_first():
 @pytest.mark.parametrize("act_order", [True, False])
 def test_inputs_that_do_not_correlate_give_round_to_nearest(act_order):
     weight, _ = problem(1)
-    spec = QuantSpec(3, 8)
+    spec = IntFormat(3, 8)
     wanted = quantize(weight, minmax_grid(weight, spec), spec).codes
     for gram in (torch.eye(32, dtype=torch.float64), torch.diag(torch.linspace(1, 9, 32, dtype=torch.float64))):
         assert torch.equal(codes_of(weight, gram, spec, act_order), wanted)
@@ -93,7 +93,7 @@ def test_columns_whose_input_was_always_zero_are_rounded_to_nearest_and_disturb_
     dead = torch.tensor([0, 5, 6, 31])
     live = torch.tensor([i for i in range(32) if i not in dead])
     gram[dead], gram[:, dead] = 0, 0
-    spec = QuantSpec(3)
+    spec = IntFormat(3)
     codes = codes_of(weight, gram, spec, act_order)
     assert torch.equal(codes[:, dead], quantize(weight, minmax_grid(weight, spec), spec).codes[:, dead])
     alone = gram[live][:, live]
@@ -106,7 +106,7 @@ def test_columns_whose_input_was_always_zero_are_rounded_to_nearest_and_disturb_
 
 def test_no_data_at_all_is_round_to_nearest():
     weight, gram = problem(3)
-    spec = QuantSpec(4)
+    spec = IntFormat(4)
     wanted = quantize(weight, minmax_grid(weight, spec), spec).codes
     assert torch.equal(codes_of(weight, torch.zeros_like(gram), spec), wanted)
 
@@ -136,7 +136,7 @@ def test_moments_that_are_not_finite_are_an_error(bad):
         inverse_factor(gram, 0.01)
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(2), QuantSpec(3, 8, symmetric=False), QuantSpec(4), QuantSpec(8)])
+@pytest.mark.parametrize("spec", [IntFormat(2), IntFormat(3, 8, symmetric=False), IntFormat(4), IntFormat(8)])
 def test_the_error_is_below_that_of_round_to_nearest(spec):
     for seed in range(5):
         weight, gram = problem(seed)

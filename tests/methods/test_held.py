@@ -10,7 +10,6 @@ import torch
 from held import Held
 from lowbit.methods.lowrank import Correction, LowRank
 from lowbit.methods.reassemble import Reassemble
-from lowbit.models.architecture import module_of
 from lowbit.models.block import Calib, run_all
 from lowbit.quant.scheme import parse_scheme
 from tiny import block_of, tiny_model
@@ -27,7 +26,7 @@ def wide_case(kind):
     model = tiny_model("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=8, **sizes)
     block, x = block_of(model, 1)
     edge = next(e for e in block.edges() if e.kind == ("norm" if kind == "norms" else "channels"))
-    name = f"{module_of(edge.src)}.weight"
+    name = f"{edge.src.module}.weight"
     source = block.params[name].clone()
     source[[5, 9]] *= 40.0
     block = replace(block, params={**block.params, name: source})

@@ -12,7 +12,6 @@ from lowbit.errors import LowbitError
 from lowbit.methods import GPTQ, RTN
 from lowbit.methods.offsets import copy_offsets, offset_weight, with_offsets
 from lowbit.methods.reassemble import Reassemble, fold
-from lowbit.models.architecture import module_of
 from lowbit.models.block import Calib, relative_error, run, run_all
 from lowbit.pipeline.recipe import Recipe
 from lowbit.quant.affine import QuantSpec, fake_quant, fake_quant_tokens, minmax_grid
@@ -43,7 +42,7 @@ def test_copies_of_an_activation_add_up_to_a_finer_rounding(times, symmetric):
     x[:, 7] = times * (0.4 * x[:, 7]).clamp(-1, 1)
     x[:, 10], x[:, 11] = 3, -3  # the ends of every range
     gathered = x[:, idx] / copies[idx]
-    spec = QuantSpec(4, symmetric=symmetric)
+    spec = IntFormat(4, symmetric=symmetric)
     found = fake_quant_tokens(gathered, spec, offset=offsets)[:, idx == 7].sum(1)
     step = 6 / 15
     torch.testing.assert_close(found, torch.floor(x[:, 7] / step + 0.5) * step, rtol=0, atol=1e-9)
@@ -59,7 +58,7 @@ def test_copies_of_an_activation_add_up_to_a_finer_rounding(times, symmetric):
 def test_offsets_of_weights_keep_sum_range_and_grid_and_round_finer(times):
     idx, copies = split(64, 40, times)
     weight = torch.randn(200, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[:, idx]
-    spec = QuantSpec(3, symmetric=False)
+    spec = IntFormat(3, symmetric=False)
     grid = minmax_grid(weight, spec)
     moved = offset_weight(weight, grid.scale, copy_offsets(idx, copies), idx)
     torch.testing.assert_close(moved[:, idx == 40].sum(1), weight[:, idx == 40].sum(1), rtol=0, atol=1e-12)
@@ -81,7 +80,7 @@ def test_products_of_two_roundings_do_not_add_up_their_errors():
     generator = torch.Generator().manual_seed(2)
     idx, copies = split(64, 40, 2)
     weight = torch.randn(400, 64, generator=generator, dtype=torch.float64)[:, idx]
-    spec = QuantSpec(4, symmetric=False)
+    spec = IntFormat(4, symmetric=False)
     grid, offsets = minmax_grid(weight, spec), copy_offsets(idx, copies)
     x = torch.randn(300, 64, generator=generator, dtype=torch.float64)[:, idx] / copies[idx]
     rounded = fake_quant_tokens(x, spec, offset=offsets)[:, idx == 40]
@@ -100,16 +99,16 @@ def down_case(dtype=torch.float32):
     block, x = block_of(tiny_model("llama"), 1, dtype=dtype)
     edge = next(edge for edge in block.edges() if edge.kind == "channels")
     params = dict(block.params)
-    up = params[f"{module_of(edge.src)}.weight"].clone()
+    up = params[f"{edge.src.module}.weight"].clone()
     up[[5, 9]] *= 30
-    block = replace(block, params={**params, f"{module_of(edge.src)}.weight": up})
+    block = replace(block, params={**params, f"{edge.src.module}.weight": up})
     return block, edge, Calib(x, x, run_all(block, x))
 
 
 @pytest.mark.parametrize("kind", ["weights", "both"])
 def test_the_float_function_stays(kind):
     block, edge, calib = down_case(torch.float64)
-    (down,) = [module_of(dst) for dst in edge.dst]
+    (down,) = [dst.module for dst in edge.dst]
     idx, copies = split(96, 5, 3)
     folded = fold(block, edge, idx, copies[idx].double(), block.weight(down).double())
     done = with_offsets(folded, [down], idx, copies, W4A4, kind)
@@ -121,7 +120,7 @@ def test_the_float_function_stays(kind):
 
 def test_each_kind_lowers_the_error_of_the_rounded_layer():
     block, edge, calib = down_case()
-    (down,) = [module_of(dst) for dst in edge.dst]
+    (down,) = [dst.module for dst in edge.dst]
     idx, copies = split(96, 5, 4)
     folded = fold(block, edge, idx, copies[idx].double(), block.weight(down).double())
     calib = replace(calib, y_fp=run_all(folded, calib.x_fp))  # what was dropped is another matter
@@ -136,7 +135,7 @@ def test_each_kind_lowers_the_error_of_the_rounded_layer():
 
 def test_gptq_after_the_split_rounds_what_the_copy_before_left_over():
     block, edge, calib = down_case()
-    (down,) = [module_of(dst) for dst in edge.dst]
+    (down,) = [dst.module for dst in edge.dst]
     idx, copies = split(96, 5, 4)
     folded = fold(block, edge, idx, copies[idx].double(), block.weight(down).double())
     scheme = replace(parse_scheme("w3a16"), overrides=(("*self_attn*", None), ("*gate*", None), ("*up*", None)))

@@ -15,7 +15,6 @@ from lowbit.methods.dropping import DropPlan, damped_inverse
 from lowbit.methods.reassemble import Reassemble, candidate_counts, fold, gate_of
 from lowbit.methods.sites import apply
 from lowbit.methods.statistics import input_moments
-from lowbit.models.architecture import module_of
 from lowbit.models.block import Calib, relative_error, run, run_all
 from lowbit.pipeline.recipe import Recipe, load_recipe, with_settings
 from lowbit.quant.affine import quantize
@@ -33,7 +32,7 @@ def case(name, dtype=torch.float32, outlier=0.0):
     block, x = block_of(tiny_model(name), 1, dtype=dtype)
     if outlier:
         params, up = dict(block.params), channels(block).src
-        key = f"{module_of(up)}.weight"
+        key = f"{up.module}.weight"
         weight = params[key].clone()
         first = weight.shape[0] // 2 if not isinstance(up, str) else 0
         weight[[first + 5, first + 9]] *= outlier
@@ -47,12 +46,12 @@ def channels(block):
 
 
 def down_of(block):
-    return module_of(channels(block).dst[0])
+    return channels(block.module.dst[0])
 
 
 def with_dead_channels(block):
     """Channels 0 and 1 reach nothing, so dropping them is exact."""
-    down = f"{module_of(channels(block).dst[0])}.weight"
+    down = f"{channels(block.module.dst[0])}.weight"
     weight = block.params[down].clone()
     weight[:, :2] = 0
     return replace(block, params={**block.params, down: weight})
@@ -78,7 +77,7 @@ def test_splitting_a_channel_folds_and_leaves_the_float_function(name):
     assert {k: v.shape for k, v in moved.params.items()} == {k: v.shape for k, v in block.params.items()}
     seen = {}
     for key, some in (("before", block), ("after", moved)):
-        down = module_of(channels(block).dst[0])
+        down = channels(block.module.dst[0])
         run(some, calib.x_fp, taps={down: lambda x, key=key: seen.update({key: x.flatten(0, -2)})})
     assert torch.allclose(seen["after"][:, [0, 1, 5]], seen["before"][:, [5, 5, 5]] / 3, rtol=1e-4, atol=1e-9)
 
@@ -114,7 +113,7 @@ def test_splitting_composes_with_maps_in_float64(name):
 def test_splitting_after_a_norm_is_a_gather_that_leaves_the_float_function(dense, name):
     block, calib = case(name, torch.float64)
     edge = next(edge for edge in block.edges() if edge.kind == "norm")
-    norm, readers = module_of(edge.src), [module_of(dst) for dst in edge.dst]
+    norm, readers = edge.src.module, [dst.module for dst in edge.dst]
     params = dict(block.params)
     for reader in readers:  # channels 0 and 1 reach nothing
         params[f"{reader}.weight"] = params[f"{reader}.weight"].clone()

@@ -17,7 +17,7 @@ from lowbit.quant.scheme import parse_scheme
 from tiny import NAMES, block_of, tiny_model
 
 W4A4 = parse_scheme("w4a4")
-SPEC = QuantSpec(4, symmetric=False)
+SPEC = IntFormat(4, symmetric=False)
 
 
 def ranges(low, high, signs):

@@ -45,7 +45,7 @@ def quantized(folder: Path, out: Path, scheme: str, recipe: str, **more):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [None, 16])
 def test_places_round_to_the_codes_that_ship_on_the_grid_that_ships(group, symmetric, bits):
-    spec = QuantSpec(bits, group, symmetric)
+    spec = IntFormat(bits, group, symmetric)
     weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(bits))
     weight[0], weight[1], weight[2] = 0.0, weight[1].abs(), -weight[2].abs()
     clip = torch.linspace(0.3, 1.0, 12)[:, None]

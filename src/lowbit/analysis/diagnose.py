@@ -33,7 +33,8 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_ids
 from lowbit.quant.integer import integer
 from lowbit.quant.scheme import override_text
-from lowbit.runs.folder import MANIFEST, manifest_of, run_formats, run_scheme
+from lowbit.runs.folder import run_formats, run_scheme
+from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 from lowbit.runs.plan import linear_shapes
 from lowbit.runs.streamed_model import StreamedModel
 
@@ -75,19 +76,19 @@ class _Run:
     """A finished run that recorded its damage."""
 
     source: Source
-    manifest: dict[str, Any]
+    manifest: Manifest
     skeleton: Skeleton
     linears: list[Linear]
 
     @property
     def error(self) -> list[float]:
         """Each block's error at its output, everything in it rounded."""
-        return [row["damage"]["error"] for row in self.manifest["blocks"]]
+        return [row.damage["error"] for row in self.manifest.blocks]
 
     @property
     def only_rounded(self) -> bool:
         """The recipe is its rounding step alone, so the float weights are the model's own."""
-        return len(self.manifest["recipe"]["steps"]) == 1
+        return len(self.manifest.identity.steps) == 1
 
 
 def diagnose(
@@ -126,12 +127,12 @@ def diagnose(
     _check_given(budget, bits, out)
     found = _opened(run, trust_remote_code)
     blocks, linears, measure = found.error, found.linears, ERROR
-    protocol: dict[str, Any] = {"tokens": found.manifest["blocks"][0]["damage"]["tokens"], "text": "calibration"}
+    protocol: dict[str, Any] = {"tokens": found.manifest.blocks[0].damage["tokens"], "text": "calibration"}
     # Before anything is measured, so that a budget which nothing fits into is refused at once.
     proposal = None if budget is None else propose(found.skeleton, found.manifest, linears, budget, bits)
     if exact is not None:
         source = resolve(exact, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-        if source.identity != found.manifest["identity"]["fingerprint"]:
+        if source.identity != found.manifest.identity.fingerprint:
             raise LowbitError(
                 f"{run} was not made from {exact}, whose weights differ: give the model it was made from"
             )
@@ -171,20 +172,20 @@ def _opened(run: str | Path, trust_remote_code: bool) -> _Run:
     manifest = manifest_of(source.folder)
     if manifest is None:
         raise LowbitError(f"{run} is no finished run folder: give what 'lowbit quantize' wrote")
-    if any("damage" not in row for row in manifest["blocks"]):
+    if any(not row.damage for row in manifest.blocks):
         raise LowbitError(f"{run} was made before runs recorded damage: quantize again into another folder")
     skeleton = Skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)
     shapes = linear_shapes(skeleton)
     weights = run_formats(manifest, run_scheme(manifest), skeleton.family.embed).weights
     linears = []
     try:
-        for row in manifest["blocks"]:
-            for name, told in row["damage"]["linears"].items():
-                full = f"{skeleton.family.blocks}.{row['block']}.{name}"
+        for row in manifest.blocks:
+            for name, told in row.damage["linears"].items():
+                full = f"{skeleton.family.blocks}.{row.block}.{name}"
                 errors = float(told["error"]), float(told["input"])
                 rtn = {int(b): float(error) for b, error in told["rtn"].items()}
                 format = integer(weights[full], "a bit allocation")
-                linears.append(Linear(full, row["block"], shapes[full], format, *errors, rtn))
+                linears.append(Linear(full, row.block, shapes[full], format, *errors, rtn))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LowbitError(
             f"the damage recorded in {MANIFEST} of {run} is broken ({error!r}): quantize again"

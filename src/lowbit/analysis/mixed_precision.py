@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.scheme import override_text, scheme_to_dict
 from lowbit.runs.folder import run_scheme
+from lowbit.runs.manifest import Manifest
 from lowbit.runs.plan import make_plan
 
 WIDTHS = (3, 4, 5, 6, 8)  # what a proposal chooses among by default
@@ -53,7 +54,7 @@ def check_budget(budget: float, bits: Sequence[int]) -> None:
 
 
 def propose(
-    skeleton: Skeleton, manifest: Mapping[str, Any], linears: Sequence[Linear], budget: float, bits: Sequence[int]
+    skeleton: Skeleton, manifest: Manifest, linears: Sequence[Linear], budget: float, bits: Sequence[int]
 ) -> Proposal:
     """The scheme of least damage whose ``bits_per_weight`` is at most ``budget``.
 
@@ -69,7 +70,7 @@ def propose(
     """
     scheme = run_scheme(manifest)
     plan = make_plan(skeleton, scheme)
-    online = (manifest["bits_per_weight"] - plan.bits_per_weight) * plan.quantized_weights
+    online = (manifest.bits_per_weight - plan.bits_per_weight) * plan.quantized_weights
     outside = plan.stored_bits - sum(one.bits_at(one.spec) for one in linears) + online
     groups, widths = fused(linears, skeleton.family.linears), sorted(set(bits))
     # Sums of floats may miss a whole number of bits by a little.

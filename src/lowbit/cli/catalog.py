@@ -23,7 +23,7 @@ COLUMNS = 4096  # of the weight that bits per weight are shown for
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A recipe, FILE.yaml, or paper/ for published results.")
+        str | None, typer.Argument(metavar="NAME", help="A recipe, FILE.yaml, or paper/ for published results.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -88,7 +88,7 @@ def _show_recipe(recipe: Recipe, as_json: bool) -> None:
 
 
 def schemes(as_json: Json = False) -> None:
-    """Explain scheme names and overrides, and show which schemes each target takes."""
+    """Explain scheme names and list what each target takes."""
     from lowbit.cli.targets import targets
     from lowbit.quant.runtimes import RUNTIMES
     from lowbit.quant.scheme import GRAMMAR, OVERRIDE_GRAMMAR, parse_scheme

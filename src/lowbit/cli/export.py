@@ -18,7 +18,9 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
     to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp), executorch, onnx, gptq, awq, vllm.")],
     out: Annotated[Path | None, typer.Option(help="What to write; by default beside the run folder.")] = None,
-    embeddings: Annotated[str, typer.Option(help="gguf: type of float matrices: auto (lossless), f32, f16 or q8_0.")] = "auto",
+    embeddings: Annotated[
+        str, typer.Option(help="gguf: type of float matrices: auto (lossless), f32, f16 or q8_0.")
+    ] = "auto",
     pre: Annotated[str | None, typer.Option(help="gguf: llama.cpp's name of the pre-tokenizer.")] = None,
     gptq_format: Annotated[
         str, typer.Option(help="gptq: zero points: v1 (minus one), v2 (as they are), auto (v1 if symmetric).")
@@ -58,10 +60,8 @@ def export(
 
 def verify(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="The run folder.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What 'lowbit export' wrote.")],
-    logits: Annotated[
-        bool, typer.Option(help="Run each whose runtime is installed, and compare logits.")
-    ] = True,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="What 'lowbit export' wrote.")],
+    logits: Annotated[bool, typer.Option(help="Run each whose runtime is installed, and compare logits.")] = True,
     as_json: Json = False,
 ) -> None:
     """Compare exports with their run, bit for bit.

@@ -51,7 +51,7 @@ def inspect(
     For a run folder: the layers that lose most, and with --budget overrides that help.
     """
     from lowbit.pipeline.inspect import inspect_model
-    from lowbit.runs.folder import manifest_of
+    from lowbit.runs.manifest import manifest_of
 
     is_run = Path(model).is_dir() and manifest_of(Path(model)) is not None
     if not is_run and (budget is not None or exact is not None or out is not None):

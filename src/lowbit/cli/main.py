@@ -63,7 +63,8 @@ def quantize(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym], or FILE.yaml; explained by 'lowbit schemes'.", show_default="w4a16g64-sym"
+            help="w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym], or FILE.yaml; explained by 'lowbit schemes'.",
+            show_default="w4a16g64-sym",
         ),
     ] = None,
     recipe: Annotated[str, typer.Option(help="A name listed by 'lowbit recipes', or FILE.yaml.")] = "gptq",
@@ -82,23 +83,29 @@ def quantize(
     effort: Annotated[
         str | None,
         typer.Option(
-            help="Training budget: quick, normal or paper, 0.3, 0.5 or all of a recipe's epochs.", show_default="normal"
+            help="Training budget: quick, normal or paper, 0.3, 0.5 or all of a recipe's epochs.",
+            show_default="normal",
         ),
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="An option of a step, as step.field=value; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of a step, as step.field=value; repeatable.")
+    ] = None,
     override: Annotated[
-        list[str] | None, typer.Option(help="Another format for modules: GLOB=FORMAT, such as '*.down_proj=w8'; repeatable.")
+        list[str] | None,
+        typer.Option(help="Another format for modules: GLOB=FORMAT, such as '*.down_proj=w8'; repeatable."),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", help="Target runtime: llama.cpp, vllm, executorch or onnxruntime; its arithmetic is simulated."
+            "--target",
+            help="Target runtime: llama.cpp, vllm, executorch or onnxruntime; its arithmetic is simulated.",
         ),
     ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     compiled: Annotated[
-        bool, typer.Option("--compile", help="On an NVIDIA GPU: fused fake quantization in training, for wide models.")
+        bool,
+        typer.Option("--compile", help="On an NVIDIA GPU: fused fake quantization in training, for wide models."),
     ] = False,
     revision: Revision = None,
     allow_pickle: Pickle = False,

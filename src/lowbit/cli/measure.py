@@ -50,7 +50,8 @@ def evaluate(
 ) -> None:
     """Measure perplexity or zero-shot accuracy, block by block.
 
-    MODEL is a float model or a run folder. With --tasks and --data both are measured. A run folder keeps the result for its report.
+    MODEL is a float model or a run folder. With --tasks and --data both are measured. A run folder
+    keeps the result for its report.
     """
     from lowbit.evaluation.evaluate import evaluate as run
 
@@ -119,7 +120,7 @@ def _run_facts(scheme: str | None, bits: float | None, target: str | None) -> st
 def _keep(model: str, told: dict[str, Any]) -> None:
     """Leave results with the run that they are about; a folder that is only read from may be read-only."""
     from lowbit.evaluation.results import keep, results_of
-    from lowbit.runs.folder import manifest_of
+    from lowbit.runs.manifest import manifest_of
 
     if not Path(model).is_dir() or manifest_of(Path(model)) is None:
         return
@@ -131,7 +132,7 @@ def _keep(model: str, told: dict[str, Any]) -> None:
 
 def compare(
     exact: Annotated[str, typer.Argument(metavar="FLOAT", help="The float model, as for quantize.")],
-    runs: Annotated[list[str], typer.Argument(metavar="DIR...", help="Run folders of that model.")],
+    runs: Annotated[list[str], typer.Argument(metavar="DIR", help="Run folders of that model.")],
     data: Annotated[
         list[str] | None, typer.Option(help="Text: builtin, wikitext2, ptb, c4, or a file; repeatable.")
     ] = None,
@@ -204,7 +205,7 @@ def _show(exact: str, found: Compared, length: int, blocks: bool) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders; several become a comparison.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR", help="Run folders; several become a comparison.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     measured: Annotated[
         list[Path] | None,

@@ -19,7 +19,7 @@ from lowbit.evaluation.generate import generate_text
 from lowbit.metrics.kl import CONFIDENCE, RESAMPLES, listen, summary
 from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
-from lowbit.runs.folder import MANIFEST, manifest_of
+from lowbit.runs.manifest import MANIFEST, manifest_of
 from lowbit.runs.streamed_model import StreamedModel, passes
 
 FORMAT = "lowbit-compare-1"
@@ -185,7 +185,7 @@ def _facts(name: str, source: Source) -> dict[str, Any]:
     content = (source.folder / MANIFEST).read_bytes() if manifest else b""
     return {
         "run": name,
-        "bits_per_weight": manifest["bits_per_weight"] if manifest else None,
+        "bits_per_weight": manifest.bits_per_weight if manifest else None,
         "size_bytes": sum(path.stat().st_size for path in Checkpoint(source.folder).files),
         "manifest": hashlib.sha256(content).hexdigest() if manifest else None,
     }

@@ -14,7 +14,7 @@ from lowbit.data.text import evaluation
 from lowbit.metrics.perplexity import perplexity
 from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
-from lowbit.runs.folder import manifest_of
+from lowbit.runs.manifest import manifest_of
 from lowbit.runs.streamed_model import StreamedModel
 
 
@@ -107,4 +107,4 @@ def special_before(tokenizer: Any) -> str:
 def bits_of(folder: Path) -> float | None:
     """A run folder's effective bits per weight; ``None`` for a float model."""
     manifest = manifest_of(folder)
-    return float(manifest["bits_per_weight"]) if manifest else None
+    return manifest.bits_per_weight if manifest else None

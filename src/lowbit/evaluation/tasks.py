@@ -26,7 +26,8 @@ from lowbit.metrics.lm_eval import AVERAGES, CONFIGS, average, harness_model, ha
 from lowbit.models.device import check_device
 from lowbit.progress import say
 from lowbit.quant.scheme import simulated_on
-from lowbit.runs.folder import MANIFEST, manifest_of, run_scheme
+from lowbit.runs.folder import run_scheme
+from lowbit.runs.manifest import MANIFEST, manifest_of
 from lowbit.runs.streamed_model import StreamedModel
 from lowbit.runs.versions import versions
 

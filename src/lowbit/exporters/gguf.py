@@ -86,7 +86,7 @@ def metadata_of(run: Run, pre: str | None) -> tuple[dict[str, Any], list[str]]:
     """All keys and values but ``general.architecture``, and warnings."""
     config = run.subject.config
     kinds = Counter(block_type(format, run.subject.shapes[name][1]) for name, format in run.subject.integers.items())
-    name = Path(str(run.manifest["identity"].get("model", "model"))).name
+    name = Path(run.manifest.identity.model).name
     tokens, warnings = tokenizer_metadata(run.folder, config.vocab_size, pre)
     commonest: Any = kinds.most_common(1)[0][0] if kinds else Kind.F32
     return model_metadata(config, name) | {"general.file_type": FILE_TYPES[commonest]} | tokens, warnings

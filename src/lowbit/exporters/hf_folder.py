@@ -78,7 +78,7 @@ def config_of(run: Run, quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 def carried(run: Run) -> list[str]:
     """Files that go over as they are: the tokenizer's, and how to generate."""
-    return [name for name in run.manifest["files"] if not name.endswith(".safetensors") and name not in _OURS]
+    return [name for name in run.manifest.files if not name.endswith(".safetensors") and name not in _OURS]
 
 
 def stored_config(path: Path) -> dict[str, Any]:

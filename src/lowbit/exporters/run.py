@@ -23,7 +23,8 @@ from lowbit.quant.compressed_tensors import packed_names
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, Scheme
-from lowbit.runs.folder import IDENTITY, RUN, manifest_of, read_qtensors, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import IDENTITY, RUN, read_qtensors, run_formats, run_layout, run_scheme
+from lowbit.runs.manifest import Manifest, manifest_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Run:
     """A finished run, see ``open_run``."""
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     subject: Subject
     layout: str
     checkpoint: Checkpoint
@@ -106,7 +107,7 @@ def open_run(folder: Path) -> Run:
         if (folder / RUN / IDENTITY).exists():
             raise LowbitError(f"{folder} holds a run that is not finished: give its 'lowbit quantize' command again")
         raise LowbitError(f"{folder} is no run folder: give a folder that 'lowbit quantize' has finished")
-    if gone := [name for name in manifest["files"] if not (folder / name).is_file()]:
+    if gone := [name for name in manifest.files if not (folder / name).is_file()]:
         raise LowbitError(f"{folder} lacks {gone[0]} of its finished run: quantize again into another folder")
     config = load_config(folder)
     embed = family_of(config).embed
@@ -114,9 +115,9 @@ def open_run(folder: Path) -> Run:
     formats, layout = run_formats(manifest, scheme, embed), run_layout(manifest, embed)
     checkpoint = Checkpoint(folder)
     shapes = {name: _shape(checkpoint, name, format, layout) for name, format in formats.weights.items()}
-    floats = tuple(name for name in manifest.get("float", []) if name != "lm_head")
+    floats = tuple(name for name in manifest.floats if name != "lm_head")
     shapes |= {name: _size(checkpoint, f"{name}.weight") for name in floats}
-    ops = {OPS[kind]: f"the run, at {module}" for module, kind in manifest["runtime_ops"].items()}
+    ops = {OPS[kind]: f"the run, at {module}" for module, kind in manifest.runtime_ops.items()}
     return Run(folder, manifest, Subject(config, scheme, formats, shapes, floats, ops), layout, checkpoint)
 
 

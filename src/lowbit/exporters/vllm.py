@@ -36,7 +36,7 @@ from lowbit.models.families import family_of
 from lowbit.quant.compressed_tensors import pack
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import integer
-from lowbit.runs.folder import MANIFEST
+from lowbit.runs.manifest import MANIFEST
 
 ACT_BITS = (4, 8)
 FREE_ZEROS = (4, 8)  # widths that its kernels have with a zero of their own

@@ -91,10 +91,10 @@ def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         checkpoint.read([name])
 
 
-def refuse_foreign_quantization(config: Any, manifest: dict[str, Any] | None, folder: Path) -> None:
+def refuse_foreign_quantization(config: Any, ours: bool, folder: Path) -> None:
     """A checkpoint that another tool quantized is refused: its format would not be read as it should."""
     found = getattr(config, "quantization_config", None)
-    if found is not None and manifest is None:
+    if found is not None and not ours:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise LowbitError(f"{folder} is already quantized ({method}) and has no lowbit.json: give a float checkpoint")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.quant.compressed_tensors import quantization_config
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 from lowbit.quant.scheme import ModelFormats
-from lowbit.runs.folder import FORMAT, MANIFEST, RUN, TIMING, block_file, notes_file, write_folder_index
+from lowbit.runs.folder import RUN, TIMING, block_file, notes_file, write_folder_index
+from lowbit.runs.manifest import MANIFEST, BlockRow, Identity, Manifest, StockLoading
 from lowbit.runs.plan import Plan
 from lowbit.runs.versions import versions
 
@@ -40,10 +41,10 @@ def finish(
     out: Path,
     source: Path,
     plan: Plan,
-    identity: Mapping[str, Any],
-    rows: list[dict[str, Any]],
+    identity: Identity,
+    rows: list[BlockRow],
     request: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> Manifest:
     """Write everything that is not a shard, the manifest last; returns the manifest."""
     write_folder_index(out, len(rows))
     config = read_json(source / "config.json")
@@ -67,8 +68,8 @@ def finish(
     write_json(out / TIMING, {"blocks": timing})
     # Digests of what ships: the timing says when it was made, not what it is.
     ours = sorted(p for p in out.iterdir() if p.is_file() and p.name not in (TIMING, MANIFEST))
-    manifest["files"] = {path.name: sha256_of(path) for path in ours}
-    write_json(out / MANIFEST, manifest)
+    manifest = replace(manifest, files={path.name: sha256_of(path) for path in ours})
+    write_json(out / MANIFEST, manifest.to_dict())
     shutil.rmtree(out / RUN, ignore_errors=True)
     return manifest
 
@@ -108,73 +109,66 @@ def _why_not(plan: Plan, ops: Mapping[str, _Found]) -> str | None:
 
 
 def _manifest(
-    plan: Plan,
-    identity: Mapping[str, Any],
-    rows: list[dict[str, Any]],
-    ops: Mapping[str, _Found],
-    request: Mapping[str, Any],
-) -> dict[str, Any]:
+    plan: Plan, identity: Identity, rows: list[BlockRow], ops: Mapping[str, _Found], request: Mapping[str, Any]
+) -> Manifest:
     extra, why_not = sum(found.bits for found in ops.values()), _why_not(plan, ops)
     weights = plan.quantized_weights
-    return {
-        "format": FORMAT,
-        "identity": dict(identity),
-        "request": dict(request),
-        "recipe": identity["recipe"],
-        "scheme": identity["scheme"],
-        "quantized": list(plan.formats.modules),
-        "float": list(plan.floats),
-        "layout": plan.layout,
-        "bits_per_weight": plan.bits_per_weight + extra / weights,
-        "model_bits_per_weight": plan.model_bits_per_weight + extra / (weights + plan.float_weights),
-        "runtime_ops": {module: found.op.kind for module, found in ops.items()},
-        "transformers": {"loads": why_not is None, "why_not": why_not, **_inputs(plan.formats)},
-        "versions": versions(),
-        "blocks": rows,
-    }
+    return Manifest(
+        identity=identity,
+        request=dict(request),
+        quantized=list(plan.formats.modules),
+        floats=list(plan.floats),
+        layout=plan.layout,
+        bits_per_weight=plan.bits_per_weight + extra / weights,
+        model_bits_per_weight=plan.model_bits_per_weight + extra / (weights + plan.float_weights),
+        runtime_ops={module: found.op.kind for module, found in ops.items()},
+        transformers=StockLoading(why_not is None, why_not, _inputs(plan.formats)),
+        versions=versions(),
+        blocks=rows,
+    )
 
 
-def _inputs(formats: ModelFormats) -> dict[str, str]:
+def _inputs(formats: ModelFormats) -> str | None:
     """What stock ``transformers`` computes with where a runtime's quantization of inputs is simulated."""
     found = {f.input.runtime for f in formats.modules.values() if isinstance(f.input, RuntimeInput)}
     if not found:
-        return {}
+        return None
     runtime = found.pop()
-    return {"inputs": f"float inputs; lowbit's figures are with those of {runtime}: {RUNTIMES[runtime].rounds}"}
+    return f"float inputs; lowbit's figures are with those of {runtime}: {RUNTIMES[runtime].rounds}"
 
 
-def model_card(manifest: Mapping[str, Any]) -> str:
+def model_card(manifest: Manifest) -> str:
     """The README.md of a run folder: what was done, with what, and how to load it."""
-    identity = manifest["identity"]
-    steps = " -> ".join(next(iter(step)) for step in identity["recipe"]["steps"])
-    data = identity["data"]
-    overrides = identity["scheme"]["overrides"]
+    identity = manifest.identity
+    steps = " -> ".join(identity.steps)
+    data = identity.data
+    overrides = identity.scheme["overrides"]
     lines = [
         "---",
         "library_name: transformers",
         "tags: [lowbit, compressed-tensors, quantized]",
         "---",
-        f"# {identity['model']}, {identity['scheme']['scheme']}",
+        f"# {identity.model}, {identity.scheme['scheme']}",
         "",
-        f"Quantized by [lowbit](https://pypi.org/project/lowbit) {manifest['versions']['lowbit']}.",
+        f"Quantized by [lowbit](https://pypi.org/project/lowbit) {manifest.versions['lowbit']}.",
         "",
         "| | |",
         "|---|---|",
-        f"| recipe | {identity['recipe_name']} ({steps}) |",
-        f"| scheme | {identity['scheme']['scheme']} |",
-        *[f"| target runtime | {name} |" for name in [identity["scheme"].get("target")] if name],
+        f"| recipe | {identity.recipe_name} ({steps}) |",
+        f"| scheme | {identity.scheme['scheme']} |",
+        *[f"| target runtime | {name} |" for name in [identity.scheme.get("target")] if name],
         *[f"| override | `{glob}`: {text} |" for glob, text in (pair for one in overrides for pair in one.items())],
-        f"| effective bits per quantized weight | {manifest['bits_per_weight']:.3f} (codes, scales, zeros, ops) |",
-        f"| quantized modules | {len(manifest['quantized'])} |",
-        f"| left in float | {', '.join(manifest['float']) or 'nothing'}, embeddings unless quantized, norms |",
-        f"| calibration | {data['corpus']}, {data['samples']} x {data['length']} tokens, seed {identity['seed']} |",
-        f"| calibration hash | `{data['hash'][:16]}` |",
-        f"| versions | {', '.join(f'{name} {v}' for name, v in manifest['versions'].items())} |",
+        f"| effective bits per quantized weight | {manifest.bits_per_weight:.3f} (codes, scales, zeros, ops) |",
+        f"| quantized modules | {len(manifest.quantized)} |",
+        f"| left in float | {', '.join(manifest.floats) or 'nothing'}, embeddings unless quantized, norms |",
+        f"| calibration | {data.corpus}, {data.samples} x {data.length} tokens, seed {identity.seed} |",
+        f"| calibration hash | `{data.hash[:16]}` |",
+        f"| versions | {', '.join(f'{name} {v}' for name, v in manifest.versions.items())} |",
         "",
         "## Loading",
         "",
     ]
-    if manifest["transformers"]["loads"]:
+    if manifest.transformers.loads:
         lines += [
             "With stock `transformers` and `compressed-tensors`:",
             "",
@@ -185,11 +179,11 @@ def model_card(manifest: Mapping[str, Any]) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
             "```",
         ]
-        if inputs := manifest["transformers"].get("inputs"):
+        if inputs := manifest.transformers.inputs:
             lines += ["", f"That computes with {inputs}. `lowbit.load` gives the model as it was measured."]
     else:
         lines += [
-            f"Stock `transformers` does not run this scheme: {manifest['transformers']['why_not']}.",
+            f"Stock `transformers` does not run this scheme: {manifest.transformers.why_not}.",
             "With lowbit:",
             "",
             "```python",
@@ -198,7 +192,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
             'model = lowbit.load("this/folder")  # a transformers model',
             "```",
         ]
-    notes = [f"- block {row['block']}: {note}" for row in manifest["blocks"] for note in row["notes"]]
+    notes = [f"- block {row.block}: {note}" for row in manifest.blocks for note in row.notes]
     if notes:
         lines += ["", "## What happened on the way", "", *notes]
     return "\n".join(lines) + "\n"

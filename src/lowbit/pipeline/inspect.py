@@ -12,7 +12,7 @@ from lowbit.models.validate import building, check_tensors, refuse_foreign_quant
 from lowbit.pipeline.estimate import estimate
 from lowbit.pipeline.recipe import load_recipe, with_effort
 from lowbit.quant.scheme import load_scheme
-from lowbit.runs.folder import manifest_of
+from lowbit.runs.manifest import manifest_of
 from lowbit.runs.plan import check_length, check_sizes, make_plan
 
 
@@ -32,7 +32,7 @@ def inspect_model(
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
-    refuse_foreign_quantization(config, manifest, source.folder)
+    refuse_foreign_quantization(config, manifest is not None, source.folder)
     with building(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
     checkpoint = Checkpoint(source.folder)
@@ -50,13 +50,13 @@ def inspect_model(
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
     }
     if manifest is not None:
-        steps = [next(iter(step)) for step in manifest["recipe"]["steps"]]
+        steps = manifest.identity.steps
         return facts | {
-            "scheme": manifest["scheme"]["scheme"],
+            "scheme": manifest.identity.scheme["scheme"],
             "recipe": " -> ".join(steps),
-            "bits_per_weight": round(manifest["bits_per_weight"], 4),
-            "loads_in_transformers": manifest["transformers"]["loads"],
-            "relative_error_of_last_block": manifest["blocks"][-1]["relative_error"],
+            "bits_per_weight": round(manifest.bits_per_weight, 4),
+            "loads_in_transformers": manifest.transformers.loads,
+            "relative_error_of_last_block": manifest.blocks[-1].relative_error,
         }
     check_tensors(checkpoint, shapes_of(skeleton), family.blocks, {})
     chosen, formats = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,8 +38,9 @@ from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_observed
-from lowbit.runs.folder import claim, look, manifest_of
+from lowbit.runs.folder import claim, look
 from lowbit.runs.load import load
+from lowbit.runs.manifest import Calibration, Identity, Manifest, manifest_of
 from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
 from lowbit.runs.versions import versions
 
@@ -63,7 +63,7 @@ class Quantized:
     seconds: float
     peak_memory_bytes: int
     warnings: list[str]
-    manifest: dict[str, Any]
+    manifest: Manifest
 
 
 def quantize(
@@ -131,7 +131,7 @@ def quantize(
     )
     manifest = _run(_check(request), out := Path(out))
     seconds = time.monotonic() - began
-    return Quantized(out, manifest["bits_per_weight"], seconds, peak_memory_bytes(), _warnings(manifest), manifest)
+    return Quantized(out, manifest.bits_per_weight, seconds, peak_memory_bytes(), _warnings(manifest), manifest)
 
 
 @dataclass(frozen=True)
@@ -156,27 +156,22 @@ class Resolved:
     shapes: Mapping[str, torch.Size]
     tokens: Tokens
 
-    def identity(self) -> dict[str, Any]:
-        """What makes this run another one than others: plain data, the same on every machine."""
+    def identity(self) -> Identity:
+        """What makes this run another one than others: the same on every machine."""
         request, tokens = self.request, self.tokens
-        return {
-            "model": request.model_name,
-            "fingerprint": self.source.identity,
-            "recipe": recipe_to_dict(request.recipe),
-            "recipe_name": request.recipe.name,
-            "scheme": scheme_to_dict(self.scheme),
-            "data": {
-                "corpus": tokens.corpus,
-                "samples": request.samples,
-                "length": request.length,
-                "hash": tokens.hash,
-            },
-            "seed": request.seed,
-            "device": request.device,
-            "dtype": request.dtype,
-            "versions": versions(),
-            **({"compiled": True} if request.compiled else {}),
-        }
+        return Identity(
+            model=request.model_name,
+            fingerprint=self.source.identity,
+            recipe=recipe_to_dict(request.recipe),
+            recipe_name=request.recipe.name,
+            scheme=scheme_to_dict(self.scheme),
+            data=Calibration(tokens.corpus, request.samples, request.length, tokens.hash),
+            seed=request.seed,
+            device=request.device,
+            dtype=request.dtype,
+            versions=versions(),
+            compiled=request.compiled,
+        )
 
 
 def _check(request: Request) -> Resolved:
@@ -189,7 +184,7 @@ def _check(request: Request) -> Resolved:
         trust_remote_code=trusted,
     )
     config = load_config(source.folder, trusted)
-    refuse_foreign_quantization(config, None, source.folder)
+    refuse_foreign_quantization(config, False, source.folder)
     with building(source.folder):
         skeleton = Skeleton(config, trusted)
     checkpoint = Checkpoint(source.folder)
@@ -204,14 +199,14 @@ def _check(request: Request) -> Resolved:
     return Resolved(request, source, checkpoint, skeleton, scheme, plan, shapes, tokens)
 
 
-def _run(resolved: Resolved, out: Path) -> dict[str, Any]:
+def _run(resolved: Resolved, out: Path) -> Manifest:
     """Do the work, or what is left of it; returns the manifest."""
     request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
     identity, skeleton, checkpoint = resolved.identity(), resolved.skeleton, resolved.checkpoint
     state = look(out, identity)
-    if state == "finished":
+    if state == "finished" and (manifest := manifest_of(out)) is not None:
         say(f"{out} holds this run already, finished")
-        return manifest_of(out) or {}
+        return manifest
     if state == "new":
         check_finite(checkpoint, resolved.shapes)
     check_space(out, _size_on_disk(plan, request.recipe, skeleton))
@@ -256,10 +251,10 @@ def _size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:
     return 2 * (result + plan.quantized_weights) + state
 
 
-def _warnings(manifest: Mapping[str, Any]) -> list[str]:
-    out = [f"block {row['block']}: {note}" for row in manifest["blocks"] for note in row["notes"]]
-    if reason := manifest["transformers"]["why_not"]:
+def _warnings(manifest: Manifest) -> list[str]:
+    out = [f"block {row.block}: {note}" for row in manifest.blocks for note in row.notes]
+    if (reason := manifest.transformers.why_not) is not None:
         out.append(f"stock transformers does not run this folder ({reason}): use lowbit.load")
-    if inputs := manifest["transformers"].get("inputs"):
+    if (inputs := manifest.transformers.inputs) is not None:
         out.append(f"stock transformers computes with {inputs}")
     return out

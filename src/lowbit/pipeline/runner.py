@@ -35,6 +35,7 @@ from lowbit.quant.compressed_tensors import pack
 from lowbit.runs.activation_stats import FLOAT, MAP, QUANTIZED, watched
 from lowbit.runs.folder import REST, block_file, dequantized, notes_file, pictures_file, read_block
 from lowbit.runs.latent_weights import write_latents
+from lowbit.runs.manifest import BlockRow
 from lowbit.runs.plan import Plan
 
 STARTED = 16  # sequences that are embedded at once on a GPU
@@ -90,7 +91,7 @@ class Walk:
     dtype: torch.dtype = torch.float32
     batch: int = 4
     latents: bool = False
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[BlockRow] = field(default_factory=list)
     observed: dict[str, Tensor] = field(default_factory=dict)
 
     def walk(self, ids: Tensor) -> Tensor:
@@ -165,6 +166,7 @@ class Walk:
             for note in done.notes:
                 say(f"block {note.layer}: {note.text}")
         del block
+        notes: list[tuple[list[str], dict[str, Any]]] = []
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
             ours = read_block(shard, self.skeleton, index, self.plan.formats, self.plan.layout, self.device)
@@ -175,13 +177,13 @@ class Walk:
                 pictures = Checkpoint(self.out, [pictures_file(index)])
                 self._see(MAP, pictures.read(pictures.names))
             kept = read_json(self.out / notes_file(index))
-            self.rows.append({"block": index, "notes": kept["notes"], **kept.get("record", {})})
-        # The float stream is known at the window's end only; a window shares one error.
+            notes.append((kept["notes"], kept.get("record", {})))
+        # The float hidden states are known at the window's end only; a window shares one error.
         error = stream_error(x_q, y_fp, self.device, self.batch)
         if not math.isfinite(error):
             raise LowbitError(f"block {start}: the quantized model's output is NaN or infinite: take another recipe")
-        for row in self.rows[-count:]:
-            row["relative_error"] = error
+        for index, (texts, record) in enumerate(notes, start):
+            self.rows.append(BlockRow(index, texts, error, record["damage"], record.get("steps", {})))
         return y_fp, x_q
 
     def _shown(self, step: Method, calib: Calib) -> Calib:

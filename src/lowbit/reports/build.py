@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -19,18 +18,7 @@ from lowbit.reports.command import command
 from lowbit.reports.facts import Array, RunFacts, Target, place_of
 from lowbit.reports.page import render
 from lowbit.runs.activation_stats import FLOAT, MAP, OBSERVED, QUANTIZED, read_observed
-from lowbit.runs.folder import MANIFEST, TIMING
-
-# What the page says of a run, as places in the manifest, beyond what every reader of one relies on.
-SHOWN = (
-    *(f"identity.{key}" for key in ("model", "fingerprint", "recipe_name", "recipe.steps", "recipe.window", "seed")),
-    *(f"identity.{key}" for key in ("device", "dtype", "scheme.scheme", "scheme.overrides", "versions")),
-    *(f"identity.data.{key}" for key in ("corpus", "samples", "length", "hash")),
-    *(f"request.{key}" for key in ("model", "recipe", "effort", "settings", "overrides")),
-    *(f"request.{key}" for key in ("data", "samples", "length", "seed")),
-    *("versions.lowbit", "model_bits_per_weight", "layout", "transformers.loads"),
-)
-ROW = ("block", "notes", "relative_error")
+from lowbit.runs.folder import TIMING
 
 
 @dataclass(frozen=True)
@@ -85,8 +73,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _facts(run: Run, name: str, found: Measured) -> RunFacts:
-    _check_shown(run)
-    repeat, recipe = command(run.manifest["request"])
+    repeat, recipe = command(run.manifest.request)
     timing, seen = run.folder / TIMING, read_observed(run.folder)
     return RunFacts(
         name=name,
@@ -103,23 +90,10 @@ def _facts(run: Run, name: str, found: Measured) -> RunFacts:
     )
 
 
-def _check_shown(run: Run) -> None:
-    """Refuse a manifest that lacks something that the page says."""
-    rows = {"blocks." + key for row in run.manifest["blocks"] for key in ROW if key not in row}
-    for place in SHOWN:
-        at: Any = run.manifest
-        for key in place.split("."):
-            at = at.get(key) if isinstance(at, Mapping) else None
-        if at is None:
-            rows.add(place)
-    if rows:
-        raise LowbitError(f"{run.folder / MANIFEST} has no '{min(rows)}': it is broken; quantize again elsewhere")
-
-
 def _targets(run: Run) -> list[Target]:
     """Where the run can go: asked of each export target itself."""
-    loads = run.manifest["transformers"]
-    out = [Target("lowbit.load", True), Target("transformers", bool(loads["loads"]), loads.get("why_not") or "")]
+    loads = run.manifest.transformers
+    out = [Target("lowbit.load", True), Target("transformers", loads.loads, loads.why_not or "")]
     for name in EXPORTERS:
         try:
             find = exporter_of(name).misfit

@@ -19,7 +19,7 @@ from lowbit.evaluation.compare import FORMAT as COMPARED
 from lowbit.evaluation.results import Entry, entry, kept, merged, results_of, text_protocol
 from lowbit.exporters.run import Run
 from lowbit.reports.facts import FloatFacts
-from lowbit.runs.folder import MANIFEST
+from lowbit.runs.manifest import MANIFEST
 
 FIGURES = {"perplexity": "perplexity", "kl_mean": "KL mean, nats", "kl_p99": "KL 99 %, nats"}
 
@@ -53,8 +53,8 @@ class _Pool:
         self.manifests = [hashlib.sha256((run.folder / MANIFEST).read_bytes()).hexdigest() for run in runs]
         self.runs = [Measured(kept(run.folder, own)) for run, own in zip(runs, self.prints, strict=True)]
         self.runtimes = [run.subject.scheme.target for run in runs]  # compare runs each as it was made for
-        identities = [run.manifest["identity"] for run in runs]
-        self.models = {str(one.get("fingerprint")): str(one.get("model")) for one in identities}
+        identities = [run.manifest.identity for run in runs]
+        self.models = {one.fingerprint: one.model for one in identities}
         self.floats: dict[str, tuple[str, list[Entry]]] = {}
 
     def read(self, file: Path) -> None:

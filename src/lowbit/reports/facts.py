@@ -8,6 +8,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from lowbit.runs.manifest import BlockRow, Manifest
+
 Array = NDArray[Any]
 
 
@@ -32,7 +34,7 @@ class RunFacts:
 
     Attributes:
         name: its folder's, made different where two are alike.
-        manifest: the content of ``lowbit.json``.
+        manifest: what ``lowbit.json`` holds.
         timing: for each block its seconds and the process's peak memory in bytes so far.
         size_bytes: of its weights on disk.
         targets: where it can run.
@@ -46,7 +48,7 @@ class RunFacts:
     """
 
     name: str
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     timing: Sequence[Mapping[str, Any]]
     size_bytes: int
     targets: Sequence[Target]
@@ -58,10 +60,9 @@ class RunFacts:
     pictures: Mapping[tuple[int, str, str], Array] = field(default_factory=dict)
 
     @property
-    def blocks(self) -> Sequence[Mapping[str, Any]]:
+    def blocks(self) -> Sequence[BlockRow]:
         """The manifest's rows, one for each block."""
-        rows: Sequence[Mapping[str, Any]] = self.manifest["blocks"]
-        return rows
+        return self.manifest.blocks
 
 
 @dataclass(frozen=True)

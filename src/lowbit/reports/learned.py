@@ -21,8 +21,8 @@ from lowbit.reports.pixels import signed
 def records(run: RunFacts) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
     """``(block, step, figures)`` of everything that steps recorded."""
     for row in run.blocks:
-        for step, figures in row.get("steps", {}).items():
-            yield row["block"], step, figures
+        for step, figures in row.steps.items():
+            yield row.block, step, figures
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ setting, what is long folds away. The page forbids itself every request, so that
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -18,6 +17,7 @@ from lowbit.reports.charts import Series, cells, lines
 from lowbit.reports.facts import FloatFacts, RunFacts, place_of
 from lowbit.reports.scores import score_table
 from lowbit.reports.svg import short
+from lowbit.runs.manifest import Manifest
 
 
 def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
@@ -33,7 +33,7 @@ def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
     page = environment.get_template("page.html")
     return page.render(
         runs=[_Shown(run, at) for at, run in enumerate(runs)],
-        models=list(dict.fromkeys(run.manifest["identity"]["model"] for run in runs)),
+        models=list(dict.fromkeys(run.manifest.identity.model for run in runs)),
         scores=score_table(runs, floats),
         quality=quality_charts(runs),
         damage=damage_charts(runs),
@@ -47,9 +47,9 @@ class _Shown:
 
     def __init__(self, facts: RunFacts, style: int) -> None:
         self.facts, self.style = facts, style
-        self.manifest, self.identity = facts.manifest, facts.manifest["identity"]
-        self.runtime = self.identity["scheme"].get("target")
-        self.steps = " → ".join(next(iter(step)) for step in self.identity["recipe"]["steps"])
+        self.manifest, self.identity = facts.manifest, facts.manifest.identity
+        self.runtime = self.identity.scheme.get("target")
+        self.steps = " → ".join(self.identity.steps)
         self.seconds = sum(row["seconds"] for row in facts.timing) if facts.timing else None
         self.memory = max((row["peak_memory_bytes"] for row in facts.timing), default=None)
         self.losses = learned.losses(facts)
@@ -61,24 +61,25 @@ class _Shown:
         self.warnings = warnings(facts.manifest)
 
 
-def warnings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def warnings(manifest: Manifest) -> list[tuple[str, str]]:
     """What a reader must know, as ``(where, what)``: what stayed float, what was done differently, what loads it."""
-    out = [(f"block {row['block']}", str(note)) for row in manifest["blocks"] for note in row["notes"]]
-    if manifest.get("float"):
-        out.append(("left in float", ", ".join(map(str, manifest["float"]))))
-    if reason := manifest["transformers"].get("why_not"):
+    out = [(f"block {row.block}", note) for row in manifest.blocks for note in row.notes]
+    if manifest.floats:
+        out.append(("left in float", ", ".join(manifest.floats)))
+    if reason := manifest.transformers.why_not:
         out.append(("loading", f"stock transformers does not run this folder ({reason}): use lowbit.load"))
-    if inputs := manifest["transformers"].get("inputs"):
+    if inputs := manifest.transformers.inputs:
         out.append(("inputs", f"stock transformers computes with {inputs}"))
-    if online := manifest.get("online"):
-        out.append(("online", f"{len(online)} tensors stay beside the model's graph, {online[0]} first"))
+    if ops := manifest.runtime_ops:
+        first = next(iter(ops))
+        out.append(("runtime ops", f"{len(ops)} stay beside the model's graph, a {ops[first]} at {first} first"))
     return out
 
 
 def quality_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
     """Each block's error: as the run saw it on calibration data, and as ``lowbit compare`` did on other text."""
     own = [
-        Series(run.name, [(float(row["block"]), row["relative_error"]) for row in run.blocks], at)
+        Series(run.name, [(float(row.block), row.relative_error) for row in run.blocks], at)
         for at, run in enumerate(runs)
     ]
     charts = [("Relative error after each block, calibration data", _by_block("relative error", own))]
@@ -100,7 +101,7 @@ def damage_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
     for run, values in found:
         if not values:
             continue
-        rows = sorted({name for name, _ in values}, key=lambda name: place_of(name, run.manifest["quantized"]))
+        rows = sorted({name for name, _ in values}, key=lambda name: place_of(name, run.manifest.quantized))
         (linear, block), worst = max(values.items(), key=lambda item: item[1])
         label = f"error that each linear of {run.name} makes alone; most: block {block}, {linear}, {short(worst)}"
         title = f"{run.name}: each linear alone, up to {short(worst)} (block {block}, {linear})"
@@ -112,7 +113,7 @@ def damage_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
 
 def _damage(run: RunFacts) -> dict[tuple[str, int], float]:
     """Errors by linear and block; see ``lowbit.analysis.linear_error``."""
-    rows = ((row["block"], row["damage"]["linears"]) for row in run.blocks if row.get("damage"))
+    rows = ((row.block, row.damage["linears"]) for row in run.blocks if row.damage)
     return {(name, block): one["error"] for block, linears in rows for name, one in linears.items()}
 
 

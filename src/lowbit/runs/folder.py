@@ -22,7 +22,7 @@ replays the finished ones and goes on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,18 +38,12 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.quant.compressed_tensors import layout_of, packed_names, unpack
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
+from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
 
-MANIFEST, TIMING, RUN, IDENTITY = "lowbit.json", "lowbit-timing.json", ".run", "identity.json"
+TIMING, RUN, IDENTITY = "lowbit-timing.json", ".run", "identity.json"
 REST = "model-rest.safetensors"
-FORMAT = 1
 _FOLLOWS = ("fingerprint", "versions.")  # differ because something else does
 State = Literal["new", "running", "finished"]
-# What readers of a manifest rely on.
-_NEEDED: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("identity", "recipe", "scheme", "transformers", "files"), dict),
-    **dict.fromkeys(("quantized", "blocks"), list),
-    "bits_per_weight": (int, float),
-}
 
 
 def block_file(index: int) -> str:
@@ -71,21 +65,7 @@ def pictures_file(index: int) -> str:
     return f"{RUN}/block-{index:05d}.safetensors"
 
 
-def manifest_of(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished run folder; ``None`` for any other folder."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise LowbitError(f"{path} has format {manifest.get('format')!r}; this lowbit reads {FORMAT}: update lowbit")
-    for key, kind in _NEEDED.items():
-        if not isinstance(manifest.get(key), kind):
-            raise LowbitError(f"{path} has no valid '{key}': it is broken; quantize again into another folder")
-    return manifest
-
-
-def look(out: Path, identity: Mapping[str, Any]) -> State:
+def look(out: Path, identity: Identity) -> State:
     """What ``out`` is to a run: new, this same run half done, or finished. Nothing is written.
 
     Raises ``LowbitError`` for a folder of another run or with anything else in it, and for a finished run of which
@@ -96,8 +76,8 @@ def look(out: Path, identity: Mapping[str, Any]) -> State:
             raise LowbitError(f"--out {out} is a file; name a folder that is new, empty or of this same run")
         running = out / RUN / IDENTITY
         if (manifest := manifest_of(out)) is not None:
-            _same_run(out, manifest["identity"], identity)
-            if gone := [name for name in manifest["files"] if not (out / name).is_file()]:
+            _same_run(out, asdict(manifest.identity), identity)
+            if gone := [name for name in manifest.files if not (out / name).is_file()]:
                 raise LowbitError(f"--out {out} lacks {gone[0]} of its finished run: delete the folder and run again")
             return "finished"
         if running.exists():
@@ -110,7 +90,7 @@ def look(out: Path, identity: Mapping[str, Any]) -> State:
     return "new"
 
 
-def claim(out: Path, identity: Mapping[str, Any]) -> None:
+def claim(out: Path, identity: Identity) -> None:
     """Make ``out`` the folder of a run, or take it up again; half-written files of a killed run go."""
     try:
         (out / RUN).mkdir(parents=True, exist_ok=True)
@@ -119,16 +99,16 @@ def claim(out: Path, identity: Mapping[str, Any]) -> None:
     except OSError as error:
         raise _unusable(out, error) from error
     if not (out / RUN / IDENTITY).exists():
-        write_json(out / RUN / IDENTITY, identity)
+        write_json(out / RUN / IDENTITY, asdict(identity))
 
 
 def _unusable(out: Path, error: OSError) -> LowbitError:
     return LowbitError(f"cannot use --out {out}: {error.strerror or error}; choose a folder you may write")
 
 
-def _same_run(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _same_run(out: Path, found: Mapping[str, Any], wanted: Identity) -> None:
     """Refuse a run that differs; what a person chose is named before digests and versions that follow from it."""
-    ours, theirs = _leaves(wanted), _leaves(found)
+    ours, theirs = _leaves(asdict(wanted)), _leaves(found)
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if names:
         first, *others = sorted(names, key=lambda n: (n.endswith("hash"), n.startswith(_FOLLOWS), n.count("."), n))
@@ -221,12 +201,12 @@ def read_ops(checkpoint: Checkpoint, family: Family, layer: nn.Module, index: in
     return out
 
 
-def run_scheme(manifest: Mapping[str, Any]) -> Scheme:
+def run_scheme(manifest: Manifest) -> Scheme:
     """The scheme of a finished run."""
-    return scheme_from_dict(manifest["scheme"], MANIFEST)
+    return scheme_from_dict(manifest.identity.scheme, MANIFEST)
 
 
-def run_formats(manifest: Mapping[str, Any], scheme: Scheme, embed: str) -> ModelFormats:
+def run_formats(manifest: Manifest, scheme: Scheme, embed: str) -> ModelFormats:
     """The formats of a finished run's modules.
 
     Args:
@@ -235,7 +215,7 @@ def run_formats(manifest: Mapping[str, Any], scheme: Scheme, embed: str) -> Mode
         embed: the embedding's name; its input is token ids.
     """
     modules: dict[str, ModuleFormats] = {}
-    for name in manifest["quantized"]:
+    for name in manifest.quantized:
         found = scheme.module(name)
         if found is None:
             raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
@@ -243,7 +223,7 @@ def run_formats(manifest: Mapping[str, Any], scheme: Scheme, embed: str) -> Mode
     return ModelFormats(modules, scheme.kv)
 
 
-def run_layout(manifest: Mapping[str, Any], embed: str) -> str:
+def run_layout(manifest: Manifest, embed: str) -> str:
     """How a finished run stores its codes."""
     return layout_of(run_formats(manifest, run_scheme(manifest), embed))
 

@@ -24,7 +24,8 @@ from lowbit.models.runtime_ops import PREFIX, RuntimeOp
 from lowbit.models.validate import building, check_tensors, refuse_foreign_quantization
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats, simulated_on
-from lowbit.runs.folder import dequantized, manifest_of, read_ops, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import dequantized, read_ops, run_formats, run_layout, run_scheme
+from lowbit.runs.manifest import manifest_of
 
 
 def load(
@@ -46,7 +47,7 @@ def load(
     folder = Path(folder)
     manifest = manifest_of(folder)
     config: Any = load_config(folder, trust_remote_code)
-    refuse_foreign_quantization(config, manifest, folder)
+    refuse_foreign_quantization(config, manifest is not None, folder)
     config.__dict__.pop("quantization_config", None)
     with building(folder), init_empty_weights(include_buffers=False):
         family = family_of(config)

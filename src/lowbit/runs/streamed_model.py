@@ -21,7 +21,8 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import building, check_tensors, check_tied, refuse_foreign_quantization, shapes_of
 from lowbit.progress import track
 from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
-from lowbit.runs.folder import dequantized, manifest_of, read_block, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import dequantized, read_block, run_formats, run_layout, run_scheme
+from lowbit.runs.manifest import manifest_of
 
 # Hidden states of this many bytes are held at once; longer texts are done in several passes over the blocks.
 HELD_BYTES = 1 << 30
@@ -50,7 +51,7 @@ class StreamedModel:
         """
         manifest = manifest_of(folder)
         self.config: Any = load_config(folder, trust_remote_code)
-        refuse_foreign_quantization(self.config, manifest, folder)
+        refuse_foreign_quantization(self.config, manifest is not None, folder)
         self.device, self.dtype = device, dtype
         self.scheme: Scheme | None = simulated_on(run_scheme(manifest) if manifest else None, target)
         self.checkpoint = Checkpoint(folder)

@@ -1,0 +1,252 @@
+"""What the command line says before it works: help, the version, recipes, schemes, the demo."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+import yaml
+
+from lowbit.cli import demo
+from lowbit.cli.main import app, call
+from lowbit.exporters import EXPORTERS
+from lowbit.pipeline.recipe import load_recipe, recipe_names
+from lowbit.pipeline.request import DEFAULTS
+from lowbit.quant.runtimes import RUNTIMES
+from lowbit.quant.scheme import ACT_BITS, GRAMMAR, KV_BITS, OVERRIDE_GRAMMAR, WEIGHT_BITS, parse_scheme
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command that succeeds and says nothing on standard error: its standard output."""
+
+    def run_command(*given: str) -> str:
+        capsys.readouterr()
+        assert call(list(given)) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return run_command
+
+
+def squeezed(text: str) -> str:
+    """Without white space: help is wrapped to the terminal."""
+    return re.sub(r"\s+", "", text)
+
+
+@pytest.mark.parametrize("width", ["60", "80", "200"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_text_is_printed_whole(name, width, command, monkeypatch):
+    """Rich markup would swallow what stands in [brackets]."""
+    monkeypatch.setenv("COLUMNS", width)
+    out = squeezed(command(name, "--help"))
+    texts = [COMMANDS[name].help, *(param.help for param in COMMANDS[name].params)]
+    assert all(texts), "an option without help"
+    for text in texts:
+        assert squeezed(text) in out
+
+
+def test_the_help_of_quantize_has_the_whole_grammar(command):
+    assert GRAMMAR in squeezed(command("quantize", "--help"))
+
+
+def test_the_list_of_commands_has_each_with_a_line_that_is_not_cut(command):
+    out = command("--help")
+    assert set(re.findall(r"^  ([a-z]+)  ", out, re.M)) == set(COMMANDS)
+    assert "..." not in out.partition("Commands:")[2]
+
+
+def test_defaults_in_help_are_those_that_count():
+    params = {param.name: param for param in COMMANDS["quantize"].params}
+    assert {key: params[key].show_default for key in DEFAULTS} == {key: str(value) for key, value in DEFAULTS.items()}
+
+
+def test_the_version(command):
+    assert command("--version") == f"lowbit {importlib.metadata.version('lowbit')}\n"
+
+
+def test_recipes_lists_each_with_a_line_and_its_schemes(command):
+    out = command("recipes")
+    for name in recipe_names():
+        if name.startswith("paper/"):
+            assert name not in out
+            continue
+        recipe = load_recipe(name)
+        assert 20 < len(recipe.description) < 60
+        assert re.search(rf"^{re.escape(name)} +{re.escape(recipe.description)}\n +for: {recipe.schemes}", out, re.M)
+    papers = [name for name in recipe_names() if name.startswith("paper/")]
+    assert f"paper/                {len(papers)} recipes of published results" in out
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "/" not in name])
+def test_the_schemes_that_a_recipe_names_are_schemes(name):
+    for word in re.findall(r"\bw\d\w*(?:-\w+)?", load_recipe(name).schemes):
+        parse_scheme(word)
+
+
+def test_recipes_of_papers_are_listed_when_asked_for(command):
+    papers = [name for name in recipe_names() if name.startswith("paper/")]
+    out = command("recipes", "paper/")
+    assert [name for name in papers if not re.search(rf"^{re.escape(name)} ", out, re.M)] == []
+    assert [one["name"] for one in json.loads(command("recipes", "paper", "--json"))] == papers
+
+
+@pytest.mark.parametrize("name", ["gptq", "affinequant+qllm", "paper/affinequant-opt-125m-w3a16"])
+def test_a_recipe_is_shown_as_a_recipe_file_with_every_option(name, command, tmp_path):
+    (tmp_path / "shown.yaml").write_text(command("recipes", name))
+    recipe, shown = load_recipe(name), load_recipe(str(tmp_path / "shown.yaml"))
+    assert (shown.steps, shown.window, shown.run) == (recipe.steps, recipe.window, recipe.run)
+    assert (shown.description, shown.schemes) == (recipe.description, recipe.schemes)
+    content = json.loads(command("recipes", name, "--json"))
+    assert content.pop("name") == name
+    assert content == yaml.safe_load((tmp_path / "shown.yaml").read_text())
+
+
+def test_an_unknown_recipe_is_one_line(capsys):
+    assert call(["recipes", "gtpq"]) == 2
+    assert "did you mean 'gptq'" in capsys.readouterr().err
+
+
+def test_the_text_of_a_recipe_is_checked_and_no_part_of_what_it_is(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("description: 3\nsteps: [rtn]\n")
+    assert call(["recipes", str(tmp_path / "mine.yaml")]) == 2
+    assert "recipe 'mine': description: 3 given; a word is allowed" in capsys.readouterr().err
+    (tmp_path / "rtn.yaml").write_text("description: mine\nsteps: [rtn]\n")
+    assert load_recipe(str(tmp_path / "rtn.yaml")) == load_recipe("rtn")
+
+
+def test_the_grammar_is_that_of_the_parser():
+    acts, kv = (",".join(map(str, allowed)) for allowed in (ACT_BITS, KV_BITS))
+    written = f"w{{2..8}}a{{{acts}}}[kv{{{kv}}}][g{{n}}][-sym|-asym]"
+    assert written == GRAMMAR
+    assert (WEIGHT_BITS[0], WEIGHT_BITS[-1]) == (2, 8)
+    assert OVERRIDE_GRAMMAR == "w{2..8}[g{n}][-sym|-asym]"
+
+
+def test_schemes_explains_names_overrides_and_targets(command):
+    out = command("schemes")
+    for said in (GRAMMAR, OVERRIDE_GRAMMAR, "--override", *EXPORTERS, *RUNTIMES, "w4a16g64-sym"):
+        assert said in out
+    found = json.loads(command("schemes", "--json"))
+    assert found["grammar"] == GRAMMAR
+    assert set(found["parts"]) == {"w4", "a8", "kv4", "g64", "-sym, -asym"}
+    for example in found["examples"]:
+        assert parse_scheme(example["scheme"]).name == example["scheme"]
+    assert found["examples"][0]["bits_per_weight"] == "4.250"
+    assert {one["name"] for one in found["runtimes"]} == set(RUNTIMES)
+
+
+def expanded(pattern: str) -> set[str]:
+    """The scheme names that a pattern stands for, of groups 64 and none."""
+    head = re.match(r"(w[^a]+)(a(?:\{[^}]*\}|\d+))(kv\d)?(.*?)(-a?sym)$", pattern)
+    assert head, pattern
+    weights, acts, kv, group, suffix = head.groups()
+
+    def values(text: str) -> list[int]:
+        text = text.strip("wa{}")
+        low, dots, high = text.partition("..")
+        return list(range(int(low), int(high) + 1)) if dots else [int(part) for part in text.split(",")]
+
+    groups = [""] if not group or group.startswith("[") else []
+    groups += ["g64"] if "g{n}" in group or "64" in group else []
+    return {f"w{w}a{a}{kv or ''}{g}{suffix}" for w in values(weights) for a in values(acts) for g in groups}
+
+
+def test_what_targets_are_said_to_take_is_what_they_take(command, tmp_path):
+    """Asked again of the exporters, for a few schemes that stand for a kind each."""
+    takes = {one["name"].split(" or ")[0]: one for one in json.loads(command("schemes", "--json"))["targets"]}
+    names = {target: set().union(*map(expanded, one["schemes"])) for target, one in takes.items()}
+    assert set(takes) == set(EXPORTERS)
+    assert {"w4a16g64-sym", "w4a16g64-asym"} <= names["awq"]
+    assert not {"w3a16g64-sym", "w4a8-sym"} & names["awq"]
+    assert {"w3a16-sym", "w8a16g64-asym"} <= names["gptq"]
+    assert "w5a16-sym" not in names["gptq"]
+    assert "w8a16g64-asym" not in names["gguf"]
+    assert {"w4a16g64-sym", "w8a8-sym"} <= names["vllm"]
+    for runtime in RUNTIMES.values():
+        wanted = {name for name in runtime.schemes if not re.search(r"g(?!64)", name)}
+        assert takes[runtime.target]["needs"] or wanted <= names[runtime.target]
+
+
+def test_a_target_whose_package_is_missing_says_what_to_install(command, monkeypatch):
+    from lowbit.cli import targets
+    from lowbit.errors import MissingExtra
+
+    real = targets.exporter_of
+
+    def one_missing(name: str) -> object:
+        if name == "onnx":
+            raise MissingExtra("onnx", "onnx", "--to onnx")
+        return real(name)
+
+    monkeypatch.setattr(targets, "exporter_of", one_missing)
+    told = {one["name"]: one for one in json.loads(command("schemes", "--json"))["targets"]}
+    assert told["onnx or onnxruntime"]["schemes"] == []
+    assert "pip install 'lowbit[onnx]'" in told["onnx or onnxruntime"]["needs"]
+    assert "pip install" in command("schemes")
+
+
+@pytest.fixture
+def staged(monkeypatch, tmp_path):
+    """The demo with its work left out: what quantize was called with."""
+    calls = []
+
+    def quantize(model, out, **options):
+        calls.append((model, out.name, options))
+        out.mkdir()
+        (out / "x.safetensors").write_bytes(b"x")
+        return SimpleNamespace(bits_per_weight=4.25, seconds=75.0)
+
+    perplexity = iter([26.7, 40.7, 31.8])
+    evaluated = []
+
+    def evaluate(folder, **options):
+        evaluated.append(options)
+        return SimpleNamespace(perplexity={"builtin": next(perplexity)})
+
+    monkeypatch.setattr("lowbit.pipeline.quantize.quantize", quantize)
+    monkeypatch.setattr("lowbit.evaluation.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("lowbit.evaluation.generate.generate_text", lambda folder, prompt, tokens: f"{prompt}\n\nto")
+    monkeypatch.setattr("lowbit.checkpoints.resolve.resolve", lambda name: SimpleNamespace(folder=tmp_path / "float"))
+    files = SimpleNamespace(files=[Path(__file__)])
+    monkeypatch.setattr("lowbit.checkpoints.safetensors_folder.Checkpoint", lambda folder: files)
+    return calls, evaluated
+
+
+def test_the_demo_shows_what_was_done_and_what_to_do_next(staged, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert call(["demo", "--out", str(out)]) == 0
+    told, said = capsys.readouterr()
+    text = " ".join(told.split())
+    for row in ("float │ float32 │ 32.000", "rtn │ w4a16g64-sym │ 4.250", "affinequant+gptq │ w4a16g64-sym │ 4.250"):
+        assert row in text
+    for part in ("26.70", "40.70", "31.80", "75 s", f"rtn: {demo.PROMPT} to"):
+        assert part in text
+    assert f"perplexity on {demo.EVALUATED:,} tokens" in text
+    assert f"calibration on {demo.SAMPLES} windows of {demo.LENGTH} tokens" in text
+    assert f"AffineQuant for {demo.EPOCHS} epochs" in text
+    squeezed_text = squeezed(told)
+    for line in (f"lowbit export {out} --to gguf", f"lowbit verify {out} {out}.gguf", f"lowbit report {out} -o"):
+        assert squeezed(line) in squeezed_text
+    assert "quantizing with affinequant+gptq" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+
+
+def test_the_demo_does_what_its_protocol_says(staged, tmp_path, capsys):
+    calls, evaluated = staged
+    assert call(["demo", "--out", str(tmp_path / "demo"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["recipe"] for row in found["rows"]] == ["float", "rtn", "affinequant+gptq"]
+    assert [options["recipe"] for _, _, options in calls] == ["rtn", "affinequant+gptq"]
+    for _, _, options in calls:
+        assert (options["samples"], options["length"]) == (demo.SAMPLES, demo.LENGTH)
+    assert calls[1][2]["settings"] == [f"affinequant.epochs={demo.EPOCHS}"]
+    assert all((one["length"], one["tokens"]) == (demo.WINDOW, demo.EVALUATED) for one in evaluated)
