@@ -4,29 +4,38 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
-# extras with runtimes that `make test` does not need
-RUNTIMES := llamacpp,executorch
+COMMA := ,
+# $(call install,EXTRAS,HOW LONG): pip's output goes to a file and is shown if pip fails.
+define install
+@echo "installing lowbit$(1) and what it needs into $(VENV): $(2); pip writes to $(VENV)/pip.log"
+@$(BIN)/python -m pip install --progress-bar off --editable '.$(1)' >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log; exit 1; }
+endef
 
-.PHONY: help demo test check slow test-runtimes format results runtimes runtimes-onnx ablations ablations-qllm gather budget fit-step memory clean
+.PHONY: help demo test check fast static slow test-runtimes format results runtimes runtimes-onnx ablations ablations-qllm gather budget fit-step memory clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(RUN) ## quantize a real model, compare it with its float self, let both speak
-	$(BIN)/lowbit demo
+demo: $(RUN) ## quantize a real model, compare it with the unquantized model and sample from both (2 to 5 minutes)
+	@$(BIN)/lowbit demo
 
-test: check slow ## the gate: format, lint, types, fast tests, then real-model tests
+test: check slow ## the gate: format, lint, types, tests on tiny models, tests on the real model
 
-check: $(DEV) ## the fast part of the gate: format, lint, types, tests on tiny models
+check: static ## the gate without the real model: format, lint, types, tests on tiny models
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
+
+fast: static ## while working: check without tests that start processes, browsers or graph builders
+	$(BIN)/python -m pytest -q -n auto -m "not slow and not heavy"
+
+static: $(DEV) ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 slow: $(DEV) ## tests on the real model
 	$(BIN)/python -m pytest -q -m slow
 
 test-runtimes: $(DEV) ## install llama.cpp (compiled once, 10 to 25 minutes) and ExecuTorch, and run what needs them
-	$(BIN)/python -m pip install --progress-bar on --editable '.[$(RUNTIMES)]'
+	$(call install,[llamacpp$(COMMA)executorch],10 to 25 minutes where llama.cpp is compiled)
 	$(BIN)/python -m pytest -q -m runtimes
 
 format: $(DEV) ## format and fix what can be fixed
@@ -39,18 +48,18 @@ results: $(DEV) ## measure the methods on SmolLM2, perplexity and tasks, into do
 TEXTS = $(if $(WIKITEXT2),--calibration $(WIKITEXT2)/wiki.valid.raw --evaluation $(WIKITEXT2)/wiki.test.raw)
 
 runtimes: $(DEV) ## our files beside llama.cpp's own in llama.cpp (compiled once), into docs/runtimes.md (WIKITEXT2=<folder>: on WikiText-2)
-	$(BIN)/python -m pip install --progress-bar on --editable '.[llamacpp]'
+	$(call install,[llamacpp],10 to 25 minutes where llama.cpp is compiled)
 	$(BIN)/python benchmarks/runtimes.py $(TEXTS)
 
 runtimes-onnx: $(DEV) ## our graph beside onnxruntime's own in onnxruntime, into docs/runtimes-onnx.md (WIKITEXT2=<folder>: on WikiText-2)
 	$(BIN)/python benchmarks/runtimes_onnx.py $(TEXTS)
 
 ablations: $(DEV) ## AffineQuant's ablations on SmolLM2 and a small OPT, with plots, into docs/ablations
-	$(BIN)/python -m pip install --quiet --editable '.[plots]'
+	$(call install,[plots],a minute)
 	$(BIN)/python benchmarks/ablate_affinequant.py
 
 ablations-qllm: $(DEV) ## QLLM's ablations on SmolLM2, with plots, into docs/ablations
-	$(BIN)/python -m pip install --quiet --editable '.[plots]'
+	$(call install,[plots],a minute)
 	$(BIN)/python benchmarks/ablate_qllm.py
 
 gather: $(DEV) ## what the gather after norms costs: prefill, decoding, one norm
@@ -68,14 +77,14 @@ memory: $(DEV) ## show that peak memory does not grow with the number of layers
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "lowbit needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Give one: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 $(RUN): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --progress-bar on --editable .
+	$(call install,,a few minutes the first time)
 	@touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --progress-bar on --editable '.[data,dev]'
+	$(call install,[data$(COMMA)dev],a few minutes the first time)
 	@touch $@ $(RUN)
 
 clean: ## remove the virtual environment and caches

@@ -97,17 +97,17 @@ def runs_of(chosen: argparse.Namespace, texts: Texts, *schemes: str) -> list[Run
             lowbit.quantize("demo", folders[-1], scheme=scheme, recipe=chosen.recipe, effort="quick", **drawn)
     found = [open_run(folder) for folder in folders]
     for run in found:
-        made = run.manifest["identity"]
-        if made["fingerprint"] != texts.source.identity:
+        made = run.manifest.identity
+        if made.fingerprint != texts.source.identity:
             raise LowbitError(f"{run.folder} is no run of the demo model")
-        if made["data"]["hash"] != texts.drawn.hash:
+        if made.data.hash != texts.drawn.hash:
             raise LowbitError(f"{run.folder} calibrated on other tokens than {texts.told['calibration']}")
     return found
 
 
 def commands(found: Sequence[Run]) -> list[str]:
     """The commands that repeat runs."""
-    return [command(run.manifest["request"])[0] for run in found]
+    return [command(run.manifest.request)[0] for run in found]
 
 
 def scored(logits: Callable[[Tensor], Tensor], ids: Tensor) -> float:

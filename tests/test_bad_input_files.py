@@ -211,7 +211,7 @@ def test_finite_weights_that_overflow_end_the_run_without_a_manifest(scale, laye
     assert not (tmp_path / "out/block-00002.safetensors").exists()
 
 
-NEEDED = ("identity", "scheme", "recipe", "quantized", "blocks", "bits_per_weight", "transformers", "files")
+NEEDED = ("identity", "request", "quantized", "layout", "blocks", "bits_per_weight", "transformers")
 
 
 def without(key: str) -> Break:
@@ -227,7 +227,7 @@ RUNS: list[tuple[str, Break, list[str]]] = [
     ("truncated shard", cut("block-00001.safetensors", -9), ["block-00001.safetensors", "no whole safetensors file"]),
     ("removed shard", gone("block-00001.*"), ["lacks the shard block-00001.safetensors"]),
     ("manifest without JSON", text("lowbit.json", "{"), ["cannot read", "lowbit.json"]),
-    ("manifest of another format", text("lowbit.json", '{"format": 99}'), ["format 99", "update lowbit"]),
+    ("manifest of another format", text("lowbit.json", '{"format": 99}'), ["format 99", "quantize again"]),
     ("removed manifest", gone("lowbit.json"), ["already quantized (compressed-tensors)", "no lowbit.json"]),
     *((f"manifest without {key}", without(key), ["lowbit.json", f"no valid '{key}'"]) for key in NEEDED),
 ]
@@ -294,7 +294,8 @@ def test_a_stopped_run_with_a_broken_shard_says_which(models, tmp_path, capsys):
     (out / ".run/identity.json").write_text(json.dumps(identity))
     (out / "lowbit.json").unlink()
     cut("block-00001.safetensors", -9)(out)
+    notes = {"notes": [], "record": {"damage": {}}, "seconds": 1, "peak_memory_bytes": 1}
     for index in range(3):
-        (out / f".run/block-0000{index}.json").write_text('{"notes": [], "seconds": 1, "peak_memory_bytes": 1}')
+        (out / f".run/block-0000{index}.json").write_text(json.dumps(notes))
     assert "block-00001.safetensors is no whole safetensors file" in refusal(capsys, arguments)
     assert not (out / "lowbit.json").exists()

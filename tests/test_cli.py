@@ -222,9 +222,9 @@ def test_settings_and_overrides_reach_the_run(model, tmp_path, command):
     more += ["--override", "*.down_proj=w8", "--override", "lm_head=w8g16", "--seed", "7", "--json"]
     assert command(*arguments(model, tmp_path / "out", *more))[0] == 0
     made = manifest(tmp_path / "out")
-    (step,) = made["recipe"]["steps"]
+    (step,) = made["identity"]["recipe"]["steps"]
     assert (step["gptq"]["damping"], step["gptq"]["block_size"]) == (0.05, 32)
-    assert made["scheme"]["overrides"] == [{"*.down_proj": "w8-sym"}, {"lm_head": "w8g16-sym"}]
+    assert made["identity"]["scheme"]["overrides"] == [{"*.down_proj": "w8-sym"}, {"lm_head": "w8g16-sym"}]
     assert made["identity"]["seed"] == 7
     assert "lm_head" in made["quantized"]
 
@@ -236,7 +236,7 @@ def test_effort_reaches_the_run_and_a_setting_is_exact(model, tmp_path, command)
         given = arguments(model, tmp_path / f"{i}", "--recipe", str(tmp_path / "mine.yaml"), *more)
         assert command(*given)[0] == 0
         made = manifest(tmp_path / f"{i}")
-        assert made["recipe"]["steps"][0]["affinequant"]["epochs"] == wanted
+        assert made["identity"]["recipe"]["steps"][0]["affinequant"]["epochs"] == wanted
         assert made["identity"]["seed"] == 5
     code, out, err = command(*arguments(model, tmp_path / "no", "--effort", "quik"))
     assert (code, out, len(err.splitlines())) == (2, "", 1)
@@ -251,7 +251,8 @@ def test_a_recipe_and_a_scheme_from_files_are_those_by_options(model, tmp_path, 
     options = ["--recipe", "gptq", "--set", "gptq.damping=0.05", "--override", "*.down_proj=w8"]
     assert command(*arguments(model, tmp_path / "files", *files))[0] == 0
     assert command(*arguments(model, tmp_path / "options", *options))[0] == 0
-    assert manifest(tmp_path / "files")["recipe"] == manifest(tmp_path / "options")["recipe"]
+    recipes = [manifest(tmp_path / name)["identity"]["recipe"] for name in ("files", "options")]
+    assert recipes[0] == recipes[1]
     shards = sorted(path.name for path in (tmp_path / "files").glob("*.safetensors"))
     assert len(shards) == 5
     for name in shards:

@@ -7,9 +7,14 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 
-from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid, quantize
-from lowbit.quant.compressed_tensors import layout_of, pack, packed_names, quantization_config, unpack
-from lowbit.quant.scheme import Scheme, parse_scheme
+from formats import Halves, Ternary
+from lowbit.errors import LowbitError
+from lowbit.quant.activations import IntTokens
+from lowbit.quant.compressed_tensors import layout_of, pack, packed_names, quantization_config, stock_loads, unpack
+from lowbit.quant.format import QParams, QTensor
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.runtimes import RuntimeInput
+from lowbit.quant.scheme import ModelFormats, ModuleFormats, parse_scheme
 
 LAYOUTS = ["pack-quantized", "int-quantized"]
 # Neither rows nor codes of a row fill whole words: 40 columns at 3 bits are 3.75 words.
@@ -18,10 +23,10 @@ LAYOUTS = ["pack-quantized", "int-quantized"]
 SHAPES = [(32, 64), (33, 40), (9, 72), (11, 8)]
 
 
-def rounded(spec, rows, columns, seed=0):
+def quantized(format, rows, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) + 0.3 * torch.randn(rows, 1, generator=generator)
-    return quantize(weight, minmax_grid(weight, spec, 0.9, 0.8), spec)
+    return format.quantize(weight, format.qparams(weight, 0.9, 0.8))
 
 
 def formats():
@@ -35,18 +40,18 @@ def formats():
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_unpacking_gives_back_what_was_packed(bits, layout):
     for rows, columns, group, symmetric in formats():
-        spec = QuantSpec(bits, group, symmetric)
-        q = rounded(spec, rows, columns)
+        format = IntFormat(bits, group, symmetric)
+        q = quantized(format, rows, columns)
         assert int(q.codes.min()) == 0
-        assert int(q.codes.max()) == spec.levels
+        assert int(q.codes.max()) == format.levels
         stored = pack(q, layout)
-        back = unpack(stored, spec)
+        back = unpack(stored, format)
         assert back.codes.dtype == torch.uint8
         assert torch.equal(back.codes, q.codes)
-        assert torch.equal(back.grid.scale, q.grid.scale)
-        assert torch.equal(back.grid.zero, q.grid.zero)
+        assert torch.equal(back.qparams.scale, q.qparams.scale)
+        assert torch.equal(back.qparams.zero, q.qparams.zero)
         assert torch.equal(back.dequantize(), q.dequantize())
-        assert [f"a.b.{name}" for name in stored] == packed_names("a.b", spec, layout)
+        assert [f"a.b.{name}" for name in stored] == packed_names("a.b", format, layout)
         if layout == "pack-quantized":
             assert stored["weight_packed"].shape == (rows, -(-columns * bits // 32))
 
@@ -54,22 +59,23 @@ def test_unpacking_gives_back_what_was_packed(bits, layout):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_code_and_zero_survives(bits, layout):
-    spec = QuantSpec(bits, 8, symmetric=False)
+    format = IntFormat(bits, 8, symmetric=False)
     levels = 2**bits
     codes = torch.stack([torch.arange(64) % levels, (levels - 1) - torch.arange(64) % levels]).to(torch.uint8)
     codes = codes.repeat(levels, 1)
     zero = (torch.arange(codes.shape[0] * 8) % levels).reshape(-1, 8).float()
-    q = QTensor(codes, Grid(torch.full_like(zero, 0.25), zero), spec)
+    q = QTensor(codes, QParams(torch.full_like(zero, 0.25), zero), format)
     assert len(zero.unique()) == levels
-    back = unpack(pack(q, layout), spec)
+    back = unpack(pack(q, layout), format)
     assert torch.equal(back.codes, q.codes)
-    assert torch.equal(back.grid.zero, q.grid.zero)
+    assert torch.equal(back.qparams.zero, q.qparams.zero)
 
 
-def library_scheme(scheme, spec):
+def library_scheme(format, inputs=None):
     """What compressed-tensors reads out of the config that goes into ``config.json``."""
-    config = quantization_config(scheme, {"a": spec}, ["lm_head"], "embed")
-    assert config["format"] == layout_of(scheme)
+    formats = ModelFormats({"a": ModuleFormats(format, inputs)})
+    config = quantization_config(formats, ["lm_head"], "embed")
+    assert config["format"] == layout_of(formats)
     return QuantizationConfig.model_validate(config).config_groups["group_0"]
 
 
@@ -78,14 +84,13 @@ def library_scheme(scheme, spec):
 def test_the_librarys_own_decompressor_gives_the_same_values(bits, layout):
     compressor = BaseCompressor.get_value_from_registry(layout)
     for rows, columns, group, symmetric in formats():
-        spec = QuantSpec(bits, group, symmetric)
-        act = None if layout == "pack-quantized" else QuantSpec(8, None, symmetric)
-        q = rounded(spec, rows, columns)
+        format = IntFormat(bits, group, symmetric)
+        inputs = None if layout == "pack-quantized" else IntTokens(8, symmetric)
+        q = quantized(format, rows, columns)
         stored = pack(q, layout)
         # A loader asked for float32 widens the scale first; in its 16 bits the product itself would be rounded.
         stored["weight_scale"] = stored["weight_scale"].float()
-        scheme = library_scheme(Scheme("x", spec, act), spec)
-        got = compressor.decompress(stored, scheme)["weight"]
+        got = compressor.decompress(stored, library_scheme(format, inputs))["weight"]
         assert got.dtype == torch.float32
         assert torch.equal(got, q.dequantize())
 
@@ -94,13 +99,13 @@ def test_the_librarys_own_decompressor_gives_the_same_values(bits, layout):
 def test_the_librarys_own_compressor_writes_the_same_bytes(bits):
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     for group, symmetric in ((None, True), (8, True), (None, False), (8, False)):
-        spec = QuantSpec(bits, group, symmetric)
-        q = rounded(spec, 33, 40)
+        format = IntFormat(bits, group, symmetric)
+        q = quantized(format, 33, 40)
         ours = pack(q, "pack-quantized")
-        given = {"weight": q.dequantize(), "weight_scale": q.grid.scale}
+        given = {"weight": q.dequantize(), "weight_scale": q.qparams.scale}
         if not symmetric:
-            given["weight_zero_point"] = (q.grid.zero - 2 ** (bits - 1)).to(torch.int8)
-        theirs = compressor.compress(given, library_scheme(Scheme("x", spec), spec))
+            given["weight_zero_point"] = (q.qparams.zero - 2 ** (bits - 1)).to(torch.int8)
+        theirs = compressor.compress(given, library_scheme(format))
         assert theirs.keys() == ours.keys()
         for name, value in ours.items():
             assert torch.equal(value.to(theirs[name].dtype), theirs[name]), name
@@ -108,9 +113,11 @@ def test_the_librarys_own_compressor_writes_the_same_bytes(bits):
 
 def test_golden_words():
     """Worked by hand: code i of a row stands in bits [i * b, (i + 1) * b) of a little-endian stream."""
-    spec = QuantSpec(4, None, symmetric=False)
+    format = IntFormat(4, None, symmetric=False)
     codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 15], [0, 0, 0, 0, 0, 0, 0, 8]], dtype=torch.uint8)
-    stored = pack(QTensor(codes, Grid(torch.tensor([[0.5], [2.0]]), torch.tensor([[3.0], [9.0]])), spec), LAYOUTS[0])
+    stored = pack(
+        QTensor(codes, QParams(torch.tensor([[0.5], [2.0]]), torch.tensor([[3.0], [9.0]])), format), LAYOUTS[0]
+    )
     assert stored["weight_packed"].dtype == torch.int32
     assert stored["weight_packed"].tolist() == [[0xF7654321 - 2**32], [0x80000000 - 2**32]]
     assert stored["weight_shape"].tolist() == [2, 8]
@@ -120,37 +127,42 @@ def test_golden_words():
     # 3 bits: the eleventh code straddles two words. 7 = 111, 1 = 001, then zeros, code 10 = 101.
     odd = torch.zeros(1, 16, dtype=torch.uint8)
     odd[0, 0], odd[0, 1], odd[0, 10] = 7, 1, 5
-    grid = Grid(torch.ones(1, 1), torch.full((1, 1), 4.0))
-    stored = pack(QTensor(odd, grid, QuantSpec(3)), "pack-quantized")
+    qparams = QParams(torch.ones(1, 1), torch.full((1, 1), 4.0))
+    stored = pack(QTensor(odd, qparams, IntFormat(3)), "pack-quantized")
     assert stored["weight_packed"].tolist() == [[0b001_111 + (0b01 << 30), 0b1]]
     assert stored["weight_scale"].dtype == torch.float16
     assert "weight_zero_point" not in stored
-    stored = pack(QTensor(codes, Grid(torch.ones(2, 1), torch.tensor([[3.0], [9.0]])), spec), "int-quantized")
+    stored = pack(QTensor(codes, QParams(torch.ones(2, 1), torch.tensor([[3.0], [9.0]])), format), "int-quantized")
     assert stored["weight"].dtype == stored["weight_zero_point"].dtype == torch.int8
     assert stored["weight"].tolist()[0] == [-7, -6, -5, -4, -3, -2, -1, 7]
     assert stored["weight_zero_point"].tolist() == [[-5], [1]]
 
 
 def test_packing_leaves_the_tensor_alone():
-    q = rounded(QuantSpec(4, 8, symmetric=False), 5, 72)
-    before = q.codes.clone(), q.grid.scale.clone(), q.grid.zero.clone()
+    q = quantized(IntFormat(4, 8, symmetric=False), 5, 72)
+    before = q.codes.clone(), q.qparams.scale.clone(), q.qparams.zero.clone()
     for layout in LAYOUTS:
         for name, value in pack(q, layout).items():
             if name != "weight_shape":
                 value.zero_()
     assert torch.equal(q.codes, before[0])
-    assert torch.equal(q.grid.zero, before[2])
+    assert torch.equal(q.qparams.zero, before[2])
     # In float32 the scale is handed over as it is; anything that writes into it would change the weight.
-    q = rounded(QuantSpec(4, 8, symmetric=True), 5, 72)
+    q = quantized(IntFormat(4, 8, symmetric=True), 5, 72)
     pack(q, LAYOUTS[0])["weight_scale"].zero_()
-    assert bool((q.grid.scale > 0).all())
+    assert bool((q.qparams.scale > 0).all())
+
+
+def formats_of(scheme, *modules, **own):
+    """What a scheme gives ``modules``, and formats of their own for some."""
+    scheme = parse_scheme(scheme)
+    found = {name: scheme.module(name) for name in modules}
+    return ModelFormats(found | {name: ModuleFormats(format, scheme.act) for name, format in own.items()}, scheme.kv)
 
 
 def test_the_config_names_formats_activations_and_what_stays_float():
-    scheme = parse_scheme("w4a8g16-sym")
-    wide = QuantSpec(8)
-    specs = {"m.0.q": scheme.weight, "m.0.k": scheme.weight, "m.0.down": wide}
-    config = quantization_config(scheme, specs, ["lm_head"], "m.embed")
+    formats = formats_of("w4a8g16-sym", "m.0.q", "m.0.k", **{"m.0.down": IntFormat(8)})
+    config = quantization_config(formats, ["lm_head"], "m.embed")
     parsed = QuantizationConfig.model_validate(config)
     first, second = parsed.config_groups["group_0"], parsed.config_groups["group_1"]
     assert parsed.quant_method == "compressed-tensors"
@@ -163,14 +175,68 @@ def test_the_config_names_formats_activations_and_what_stays_float():
     for group in (first, second):
         act = group.input_activations
         assert (act.num_bits, act.symmetric, act.strategy, act.dynamic) == (8, True, "token", True)
-    assert (
-        quantization_config(parse_scheme("w4a16"), {"a": QuantSpec(4)}, [], "e")["config_groups"]["group_0"][
-            "input_activations"
-        ]
-        is None
-    )
+    plain = quantization_config(formats_of("w4a16", "a"), [], "e")
+    assert plain["config_groups"]["group_0"]["input_activations"] is None
+
+
+def test_an_embedding_has_a_group_of_its_own_and_no_format_of_inputs():
+    formats = formats_of("w4a8", "m.0.q")
+    formats = ModelFormats({**formats.modules, "m.embed": ModuleFormats(IntFormat(8))})
+    config = quantization_config(formats, ["lm_head"], "m.embed")
+    assert set(config["config_groups"]) == {"group_0", "embeddings"}
+    found = QuantizationConfig.model_validate(config).config_groups["embeddings"]
+    assert found.targets == [r"re:^m\.embed$"]
+    assert (found.weights.num_bits, found.input_activations) == (8, None)
+
+
+def test_what_a_runtime_makes_of_inputs_is_no_part_of_the_checkpoint():
+    weight = IntFormat(4, 32)
+    formats = ModelFormats({"a": ModuleFormats(weight, RuntimeInput("llama.cpp", weight))})
+    assert layout_of(formats) == "pack-quantized"
+    assert quantization_config(formats, [], "e")["config_groups"]["group_0"]["input_activations"] is None
+    assert stock_loads(formats, "e", two_d_inputs=True) is None
 
 
 def test_layouts():
-    assert layout_of(parse_scheme("w4a16")) == layout_of(parse_scheme("w2a16g64-asym")) == "pack-quantized"
-    assert layout_of(parse_scheme("w4a4")) == layout_of(parse_scheme("w8a8-sym")) == "int-quantized"
+    for name in ("w4a16", "w2a16g64-asym"):
+        assert layout_of(formats_of(name, "a")) == "pack-quantized"
+    for name in ("w4a4", "w8a8-sym"):
+        assert layout_of(formats_of(name, "a")) == "int-quantized"
+
+
+def test_why_stock_transformers_cannot_run_formats():
+    assert stock_loads(formats_of("w4a8", "a"), "e", two_d_inputs=False) is None
+    assert "one range for all tokens" in stock_loads(formats_of("w4a8", "a"), "e", two_d_inputs=True)
+    assert "Q, K and V" in stock_loads(formats_of("w4a8kv4", "a"), "e", two_d_inputs=False)
+    assert "quantized embeddings" in stock_loads(formats_of("w4a16", "e"), "e", two_d_inputs=False)
+    mixed = formats_of("w4a16", "a", b=IntFormat(4, symmetric=False))
+    assert "side by side do not load" in stock_loads(mixed, "e", two_d_inputs=False)
+    assert stock_loads(formats_of("w4a16", "a", b=IntFormat(8)), "e", two_d_inputs=False) is None
+
+
+def test_a_format_of_weights_that_is_not_known_is_refused_everywhere():
+    format, weight = Ternary(), torch.randn(4, 32)
+    q = format.quantize(weight, format.qparams(weight))
+    formats = ModelFormats({"a": ModuleFormats(format)})
+    for refused in (
+        lambda: pack(q, "pack-quantized"),
+        lambda: pack(q, "int-quantized"),
+        lambda: unpack({}, format),
+        lambda: packed_names("a", format, "pack-quantized"),
+        lambda: quantization_config(formats, [], "e"),
+        lambda: quantization_config(ModelFormats({"e": ModuleFormats(format)}), [], "e"),
+        lambda: stock_loads(formats, "e", two_d_inputs=False),
+    ):
+        with pytest.raises(LowbitError, match=r"^a compressed-tensors layout holds integer formats; ternary given$"):
+            refused()
+
+
+def test_a_format_of_inputs_that_is_not_known_is_not_taken_for_float():
+    formats = ModelFormats({"a": ModuleFormats(IntFormat(4), Halves())})
+    for refused in (
+        lambda: layout_of(formats),
+        lambda: quantization_config(formats, [], "e"),
+        lambda: stock_loads(formats, "e", two_d_inputs=False),
+    ):
+        with pytest.raises(LowbitError, match=r"^a compressed-tensors layout .* of inputs; halves given$"):
+            refused()

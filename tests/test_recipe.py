@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from lowbit.errors import LowbitError
 from lowbit.methods import AFTER, METHODS
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
+from lowbit.methods.options import options_of
 from lowbit.methods.rtn import RTN
 from lowbit.methods.smoothquant import SmoothQuant
 from lowbit.pipeline.recipe import (
@@ -201,8 +203,13 @@ def test_every_file_in_the_recipes_folder_is_found(monkeypatch):
     assert replace(load_recipe("rtn"), name="x").steps == (("rtn", RTN()),)
 
 
+def options(recipe, name):
+    """The options of a recipe's step by their flat names."""
+    return SimpleNamespace(**options_of(dict(recipe.steps)[name]))
+
+
 def epochs(recipe):
-    return [step.epochs for _, step in recipe.steps if hasattr(step, "epochs")]
+    return [step.schedule.epochs for _, step in recipe.steps if step.schedule is not None]
 
 
 @pytest.mark.parametrize(("effort", "wanted"), [("quick", 6), ("normal", 10), ("paper", 20)])
@@ -229,11 +236,11 @@ def test_a_recipe_names_its_protocol_and_a_person_has_the_last_word(tmp_path):
         "steps: [{affinequant: {epochs: 4}}, rtn]\n"
         f"run: {{scheme: w4a16g16-sym, data: {calib}, samples: 2, length: 16, seed: 3, effort: quick}}\n"
     )
-    made = lowbit.quantize(str(folder), tmp_path / "a", recipe=str(path)).manifest["identity"]
-    assert made["scheme"]["scheme"] == "w4a16g16-sym"
-    assert (made["data"]["samples"], made["data"]["length"], made["seed"]) == (2, 16, 3)
-    assert made["recipe"]["steps"][0]["affinequant"]["epochs"] == 2
-    assert "run" not in made["recipe"]
+    made = lowbit.quantize(str(folder), tmp_path / "a", recipe=str(path)).manifest.identity
+    assert made.scheme["scheme"] == "w4a16g16-sym"
+    assert (made.data.samples, made.data.length, made.seed) == (2, 16, 3)
+    assert made.recipe["steps"][0]["affinequant"]["epochs"] == 2
+    assert "run" not in made.recipe
     made = lowbit.quantize(
         str(folder),
         tmp_path / "b",
@@ -242,11 +249,11 @@ def test_a_recipe_names_its_protocol_and_a_person_has_the_last_word(tmp_path):
         samples=3,
         effort="paper",
         settings=["affinequant.lr_maps=0.01"],
-    ).manifest["identity"]
-    assert made["scheme"]["scheme"] == "w8a16"
-    assert (made["data"]["samples"], made["data"]["length"]) == (3, 16)
-    assert made["recipe"]["steps"][0]["affinequant"]["epochs"] == 4
-    assert made["recipe"]["steps"][0]["affinequant"]["lr_maps"] == 0.01
+    ).manifest.identity
+    assert made.scheme["scheme"] == "w8a16"
+    assert (made.data.samples, made.data.length) == (3, 16)
+    assert made.recipe["steps"][0]["affinequant"]["epochs"] == 4
+    assert made.recipe["steps"][0]["affinequant"]["lr_maps"] == 0.01
 
 
 @pytest.mark.parametrize(
@@ -279,7 +286,7 @@ def test_every_published_configuration_is_a_recipe():
 @pytest.mark.parametrize("name", list(published()))
 def test_recipes_of_published_rows(name):
     recipe = load_recipe(f"paper/affinequant-{name}")
-    step, run = dict(recipe.steps)["affinequant"], recipe.run
+    step, run = options(recipe, "affinequant"), recipe.run
     scheme = parse_scheme(run["scheme"])
     model, _, wanted = name.rpartition("-")
     assert run["scheme"] == (f"{wanted}kv4-asym" if wanted == "w4a4" else f"{wanted}-asym")
@@ -330,7 +337,7 @@ def test_stability_factors_of_published_rows():
         "llama-2-7b-w3a16g128": 1.0,
         "llama-2-13b-w2a16": 1.0,
     }.items():
-        assert dict(load_recipe(f"paper/affinequant-{name}").steps)["affinequant"].stability == wanted, name
+        assert options(load_recipe(f"paper/affinequant-{name}"), "affinequant").stability == wanted, name
 
 
 def test_the_page_on_recipes_says_what_is_there():
@@ -364,7 +371,7 @@ def test_every_published_row_of_qllm_is_a_recipe():
 def test_recipes_of_qllms_rows(model, scheme):
     recipe = load_recipe(f"paper/qllm-{model}-{scheme}")
     assert [name for name, _ in recipe.steps] == ["reassemble", "lowrank", "rtn"]
-    split, correction = recipe.steps[0][1], recipe.steps[1][1]
+    split, correction = options(recipe, "reassemble"), options(recipe, "lowrank")
     assert (recipe.window, correction.rank, correction.epochs, correction.batch) == (4, 4, 10, 1)
     assert (split.sites, split.assembly, split.peaks, split.tokens) == ("all", "bipartite", "absolute", "all")
     assert (split.most, split.offsets) == (0.2, "none")
@@ -393,9 +400,9 @@ def test_the_page_on_qllm_names_every_row():
 
 def test_a_bare_off_is_a_word_on_the_command_line_and_in_yaml():
     recipe = with_settings(load_recipe("affinequant"), ["affinequant.qkv=off"])
-    assert dict(recipe.steps)["affinequant"].qkv == "off"
+    assert options(recipe, "affinequant").qkv == "off"
     recipe = recipe_from_dict(yaml.safe_load("steps: [affinequant: {channels: off}, rtn]"), "mine")
-    assert dict(recipe.steps)["affinequant"].channels == "off"
+    assert options(recipe, "affinequant").channels == "off"
 
 
 @pytest.mark.parametrize("mover", ["smoothquant", "awq", "affinequant"])
@@ -409,5 +416,4 @@ def test_nothing_moves_maps_past_what_stays_after_a_norm(first, mover):
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if "omniquant" in n or n.startswith("paper/affinequant")])
 def test_what_the_papers_have_not_is_off_in_their_recipes(name):
-    (method,) = (method for step, method in load_recipe(name).steps if step == "affinequant")
-    assert method.signs is False
+    assert options(load_recipe(name), "affinequant").signs is False

@@ -72,7 +72,7 @@ def test_a_recipe_that_is_a_value_is_printed_as_a_file(m, tmp_path, monkeypatch)
     value = lowbit.load_recipe(str(m / "mine.yaml"))
     text = {"data": str(m / "calib.txt"), "samples": 3, "length": 16, "scheme": "w4a16g16-sym", "seed": 4}
     made = lowbit.quantize(str(m), tmp_path / "one", recipe=value, settings=["affinequant.epochs=1"], **text)
-    repeat, recipe = command(made.manifest["request"])
+    repeat, recipe = command(made.manifest.request)
     assert "--recipe mine.yaml --effort paper --set=affinequant.epochs=1" in repeat
     steps = yaml.safe_load(recipe)["steps"]
     assert [next(iter(step)) for step in steps] == ["smoothquant", "affinequant", "gptq"]
@@ -83,7 +83,7 @@ def test_a_recipe_that_is_a_value_is_printed_as_a_file(m, tmp_path, monkeypatch)
 def test_a_recipe_of_the_package_that_is_a_value_goes_by_its_name(m, tmp_path):
     text = {"data": str(m / "calib.txt"), "samples": 3, "length": 16, "scheme": "w4a16g16-sym"}
     made = lowbit.quantize(str(m), tmp_path / "one", recipe=load_recipe("rtn"), **text)
-    assert command(made.manifest["request"])[0].endswith(
+    assert command(made.manifest.request)[0].endswith(
         "--scheme w4a16g16-sym --recipe rtn --effort paper --data calib.txt --samples 3 --length 16 --seed 0"
     )
 

@@ -9,8 +9,13 @@ import pytest
 
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
-from lowbit.quant.affine import QuantSpec
+from lowbit.quant.activations import IntTokens
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.runtimes import RuntimeInput
 from lowbit.quant.scheme import (
+    ModelFormats,
+    ModuleFormats,
+    for_runtime,
     load_scheme,
     override_text,
     parse_override,
@@ -30,9 +35,9 @@ def test_every_name_of_the_grammar_parses_to_what_it_says():
         scheme = parse_scheme(name)
         symmetric = {"-sym": True, "-asym": False, "": a == 16}[suffix]
         assert scheme.name == name
-        assert scheme.weight == QuantSpec(w, group, symmetric)
-        assert scheme.act == (None if a == 16 else QuantSpec(a, None, symmetric))
-        assert scheme.kv == (QuantSpec(kv, None, False) if kv else None)
+        assert scheme.weight == IntFormat(w, group, symmetric)
+        assert scheme.act == (None if a == 16 else IntTokens(a, symmetric))
+        assert scheme.kv == (IntTokens(kv, symmetric=False) if kv else None)
         assert scheme.overrides == ()
         count += 1
     assert count == 7 * 4 * 3 * 3 * 3
@@ -90,8 +95,8 @@ def test_a_malformed_name_is_told_the_form(name):
 
 def test_override_texts():
     assert parse_override("float") is None
-    assert parse_override("w8") == QuantSpec(8)
-    assert parse_override("w4g64-asym") == QuantSpec(4, 64, symmetric=False)
+    assert parse_override("w8") == IntFormat(8)
+    assert parse_override("w4g64-asym") == IntFormat(4, 64, symmetric=False)
     for text in ("float", "w8-sym", "w4g64-asym", "w2g16-sym"):
         assert override_text(parse_override(text)) == text
     for wrong in ("w8a8", "8", "int8", "None", "w4-mixed", ""):
@@ -104,28 +109,52 @@ def test_override_texts():
 def test_the_first_override_that_matches_wins():
     overrides = {"model.layers.0.*": "w8", "*.down_proj": "w6g32-asym", "*.layers.1.*": "float", "*": "w2"}
     scheme = with_overrides(parse_scheme("w4a8"), overrides)
-    assert scheme.weight_spec("model.layers.0.mlp.down_proj") == QuantSpec(8)
-    assert scheme.weight_spec("model.layers.1.mlp.down_proj") == QuantSpec(6, 32, symmetric=False)
-    assert scheme.weight_spec("model.layers.1.mlp.up_proj") is None
-    assert scheme.weight_spec("model.layers.10.mlp.up_proj") == QuantSpec(2)
-    assert scheme.override("lm_head") == ("*", QuantSpec(2))
+    assert scheme.module("model.layers.0.mlp.down_proj").weight == IntFormat(8)
+    assert scheme.module("model.layers.1.mlp.down_proj").weight == IntFormat(6, 32, symmetric=False)
+    assert scheme.module("model.layers.10.mlp.up_proj").weight == IntFormat(2)
+    assert scheme.override("lm_head") == ("*", IntFormat(2))
     # The input of a linear that stays float stays float, that of any other has the scheme's format.
-    assert scheme.act_spec("model.layers.1.mlp.up_proj") is None
-    assert scheme.act_spec("model.layers.0.mlp.down_proj") == QuantSpec(8, None, symmetric=False)
+    assert scheme.module("model.layers.1.mlp.up_proj") is None
+    assert scheme.module("model.layers.0.mlp.down_proj").input == IntTokens(8, symmetric=False)
+
+
+def test_embedding_and_head_stay_float_unless_an_override_names_them():
+    scheme = with_overrides(parse_scheme("w4a8"), {"lm_head": "w8"})
+    assert scheme.outside("lm_head") == ModuleFormats(IntFormat(8), scheme.act)
+    assert scheme.outside("model.embed_tokens") is None
+    assert scheme.module("model.embed_tokens") == ModuleFormats(scheme.weight, scheme.act)
+    assert with_overrides(scheme, {"lm_head": "float"}).outside("lm_head") is None
+
+
+def test_formats_of_a_model_are_asked_by_module():
+    weight, inputs = IntFormat(4), IntTokens(8, symmetric=True)
+    formats = ModelFormats({"a": ModuleFormats(weight, inputs), "b": ModuleFormats(weight)})
+    assert (formats.weight("a"), formats.weight("c")) == (weight, None)
+    assert (formats.input("a"), formats.input("b"), formats.input("c")) == (inputs, None, None)
+    assert formats.weights == {"a": weight, "b": weight}
+    assert ModelFormats().weights == {}
+
+
+def test_inputs_are_those_of_the_runtime_only_where_the_scheme_has_none():
+    weight = IntFormat(4, 32)
+    assert for_runtime(parse_scheme("w4a16g32"), "llama.cpp").module("a").input == RuntimeInput("llama.cpp", weight)
+    assert for_runtime(parse_scheme("w4a16"), "vllm").module("a").input is None
+    own = for_runtime(parse_scheme("w4a8-sym"), "onnxruntime")
+    assert own.module("a").input == IntTokens(8, symmetric=True)
 
 
 def test_without_a_match_the_scheme_holds_and_globs_are_case_sensitive():
     scheme = with_overrides(parse_scheme("w4a16"), {"*.DOWN_PROJ": "w8"})
     assert scheme.override("model.layers.0.mlp.down_proj") is None
-    assert scheme.weight_spec("model.layers.0.mlp.down_proj") == QuantSpec(4)
+    assert scheme.module("model.layers.0.mlp.down_proj").weight == IntFormat(4)
 
 
 def test_later_overrides_come_first_and_replace_their_own_glob():
     scheme = with_overrides(parse_scheme("w4a16"), {"lm_head": "w8", "*.q_proj": "w3"})
     scheme = with_overrides(scheme, {"*_proj": "w2", "lm_head": "w6"})
     assert [glob for glob, _ in scheme.overrides] == ["*_proj", "lm_head", "*.q_proj"]
-    assert scheme.weight_spec("lm_head") == QuantSpec(6)
-    assert scheme.weight_spec("model.layers.0.self_attn.q_proj") == QuantSpec(2)
+    assert scheme.module("lm_head").weight == IntFormat(6)
+    assert scheme.module("model.layers.0.self_attn.q_proj").weight == IntFormat(2)
     assert scheme_from_dict(scheme_to_dict(scheme)) == scheme
 
 
@@ -157,7 +186,7 @@ def test_a_scheme_file(tmp_path):
     path.write_text("scheme: w8a8\noverrides:\n")  # an empty key is YAML for "none"
     assert load_scheme(str(path)) == parse_scheme("w8a8")
     path.write_text("scheme: w8a8\noverrides:\n  7: w8\n")  # YAML reads a number; a glob is text
-    assert load_scheme(str(path)).weight_spec("lm_head") == parse_scheme("w8a8").weight
+    assert load_scheme(str(path)).module("lm_head").weight == parse_scheme("w8a8").weight
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 VOCAB = 96
@@ -55,6 +56,7 @@ CONFIGS: dict[str, Any] = {
     "phi3-partial": lambda: Phi3Config(
         **COMMON, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     ),
+    "smollm3": lambda: SmolLM3Config(**COMMON, no_rope_layers=[1, 0, 1], attention_bias=True),
     "opt": lambda: OPTConfig(
         vocab_size=VOCAB,
         hidden_size=64,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.methods import gptq
 from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
-from lowbit.models.block import Calib, run_all
-from lowbit.quant.affine import QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.models.block import Calib, Note, run_all
+from lowbit.quant.format import QTensor
+from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
-from tiny import block_of, tiny_model
+from tiny import block_of, planned, tiny_model
 
 
 def problem(seed, rows=7, columns=32, tokens=40):
@@ -30,25 +30,30 @@ def order_of(gram, act_order):
     return torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(gram))
 
 
-def codes_of(weight, gram, spec, act_order=True, block_size=128, damping=0.01):
+def codes_of(weight, gram, format, act_order=True, block_size=128, damping=0.01):
     order = order_of(gram, act_order)
     upper, used = inverse_factor(gram[order][:, order], damping)
     assert used == damping
-    return gptq_codes(weight, upper, order, minmax_grid(weight, spec), spec, block_size)
+    return gptq_codes(weight, upper, order, format.qparams(weight), format, block_size)
 
 
-def literal(weight, gram, spec, act_order, damping=0.01):
+def nearest(weight, format):
+    """Round to nearest."""
+    return format.quantize(weight, format.qparams(weight)).codes
+
+
+def literal(weight, gram, format, act_order, damping=0.01):
     """Optimal Brain Quantization in a fixed order: equations 2 and 3 of arXiv 2210.17323, one column at a time."""
     weight, columns = weight.clone(), gram.shape[0]
-    grid = minmax_grid(weight, spec)
-    size = columns // spec.groups(columns)
+    qparams = format.qparams(weight)
+    size = columns // format.groups(columns)
     inverse = torch.linalg.inv(gram + damping * gram.diagonal().mean() * torch.eye(columns, dtype=gram.dtype))
     codes = torch.zeros_like(weight)
     left = order_of(gram, act_order).tolist()
     while left:
         i = left.pop(0)
-        scale, zero = grid.scale[:, i // size], grid.zero[:, i // size]
-        codes[:, i] = ((weight[:, i] / scale).round() + zero).clamp(0, spec.levels)
+        scale, zero = qparams.scale[:, i // size], qparams.zero[:, i // size]
+        codes[:, i] = ((weight[:, i] / scale).round() + zero).clamp(0, format.levels)
         error = weight[:, i] - (codes[:, i] - zero) * scale
         for j in left:
             weight[:, j] -= error * inverse[i, j] / inverse[i, i]
@@ -58,31 +63,31 @@ def literal(weight, gram, spec, act_order, damping=0.01):
 
 @pytest.mark.parametrize("block_size", [1, 3, 128])
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("spec", [IntFormat(3), IntFormat(4, 8, symmetric=False), IntFormat(2, 16), IntFormat(8)])
-def test_the_codes_are_those_of_the_literal_algorithm(spec, act_order, block_size):
+@pytest.mark.parametrize("format", [IntFormat(3), IntFormat(4, 8, symmetric=False), IntFormat(2, 16), IntFormat(8)])
+def test_the_codes_are_those_of_the_literal_algorithm(format, act_order, block_size):
     for seed in range(3):
         weight, gram = problem(seed)
-        wanted = literal(weight, gram, spec, act_order)
-        assert torch.equal(codes_of(weight, gram, spec, act_order, block_size), wanted)
-        assert not torch.equal(wanted, quantize(weight, minmax_grid(weight, spec), spec).codes)
+        wanted = literal(weight, gram, format, act_order)
+        assert torch.equal(codes_of(weight, gram, format, act_order, block_size), wanted)
+        assert not torch.equal(wanted, nearest(weight, format))
 
 
 def test_the_order_matters_and_the_default_takes_strong_inputs_first():
     weight, gram = problem(0)
-    spec = IntFormat(3)
-    assert not torch.equal(literal(weight, gram, spec, True), literal(weight, gram, spec, False))
+    format = IntFormat(3)
+    assert not torch.equal(literal(weight, gram, format, True), literal(weight, gram, format, False))
     first = int(gram.diagonal().argmax())
-    plain = quantize(weight, minmax_grid(weight, spec), spec).codes
-    assert torch.equal(codes_of(weight, gram, spec)[:, first], plain[:, first]), "the first column has no errors yet"
+    plain = nearest(weight, format)
+    assert torch.equal(codes_of(weight, gram, format)[:, first], plain[:, first]), "the first column has no errors yet"
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_inputs_that_do_not_correlate_give_round_to_nearest(act_order):
     weight, _ = problem(1)
-    spec = IntFormat(3, 8)
-    wanted = quantize(weight, minmax_grid(weight, spec), spec).codes
+    format = IntFormat(3, 8)
+    wanted = nearest(weight, format)
     for gram in (torch.eye(32, dtype=torch.float64), torch.diag(torch.linspace(1, 9, 32, dtype=torch.float64))):
-        assert torch.equal(codes_of(weight, gram, spec, act_order), wanted)
+        assert torch.equal(codes_of(weight, gram, format, act_order), wanted)
 
 
 @pytest.mark.parametrize("strength", [1e-6, 1.0])
@@ -93,22 +98,21 @@ def test_columns_whose_input_was_always_zero_are_rounded_to_nearest_and_disturb_
     dead = torch.tensor([0, 5, 6, 31])
     live = torch.tensor([i for i in range(32) if i not in dead])
     gram[dead], gram[:, dead] = 0, 0
-    spec = IntFormat(3)
-    codes = codes_of(weight, gram, spec, act_order)
-    assert torch.equal(codes[:, dead], quantize(weight, minmax_grid(weight, spec), spec).codes[:, dead])
+    format = IntFormat(3)
+    codes = codes_of(weight, gram, format, act_order)
+    assert torch.equal(codes[:, dead], nearest(weight, format)[:, dead])
     alone = gram[live][:, live]
     order = order_of(alone, act_order)
     upper, _ = inverse_factor(alone[order][:, order], 0.01)
-    # Damping is a share of the mean over live columns, so the rest is the smaller problem on the same grid.
-    wanted = gptq_codes(weight[:, live], upper, order, minmax_grid(weight, spec), spec, 128)
+    # Damping is a share of the mean over live columns, so the rest is the smaller problem with the same qparams.
+    wanted = gptq_codes(weight[:, live], upper, order, format.qparams(weight), format, 128)
     assert torch.equal(codes[:, live], wanted)
 
 
 def test_no_data_at_all_is_round_to_nearest():
     weight, gram = problem(3)
-    spec = IntFormat(4)
-    wanted = quantize(weight, minmax_grid(weight, spec), spec).codes
-    assert torch.equal(codes_of(weight, torch.zeros_like(gram), spec), wanted)
+    format = IntFormat(4)
+    assert torch.equal(codes_of(weight, torch.zeros_like(gram), format), nearest(weight, format))
 
 
 def test_the_factor_is_the_inverses_and_a_bad_matrix_raises_the_damping():
@@ -136,38 +140,37 @@ def test_moments_that_are_not_finite_are_an_error(bad):
         inverse_factor(gram, 0.01)
 
 
-@pytest.mark.parametrize("spec", [IntFormat(2), IntFormat(3, 8, symmetric=False), IntFormat(4), IntFormat(8)])
-def test_the_error_is_below_that_of_round_to_nearest(spec):
+@pytest.mark.parametrize("format", [IntFormat(2), IntFormat(3, 8, symmetric=False), IntFormat(4), IntFormat(8)])
+def test_the_error_is_below_that_of_round_to_nearest(format):
     for seed in range(5):
         weight, gram = problem(seed)
-        grid = minmax_grid(weight, spec)
         errors = []
-        for codes in (codes_of(weight, gram, spec), quantize(weight, grid, spec).codes):
-            delta = QTensor(codes, grid, spec).dequantize() - weight
+        for codes in (codes_of(weight, gram, format), nearest(weight, format)):
+            delta = QTensor(codes, format.qparams(weight), format).dequantize() - weight
             errors.append(float(((delta @ gram) * delta).sum()))
         assert errors[0] < 0.9 * errors[1], seed
 
 
-def step_case():
+def step_case(scheme="w4a16"):
     block, x = block_of(tiny_model("llama-odd"))
+    block = planned(block, scheme)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     return block, Calib(x, x + 0.05 * noise, run_all(block, x))
 
 
 def test_the_step_notes_a_damping_that_was_raised_and_only_then(monkeypatch):
-    block, calib = step_case()
-    scheme = with_overrides(parse_scheme("w4a16"), {"*.mlp.*": "float", "*.o_proj": "float"})
-    assert GPTQ()(block, calib, scheme).notes == ()
+    block, calib = step_case(with_overrides(parse_scheme("w4a16"), {"*.mlp.*": "float", "*.o_proj": "float"}))
+    assert GPTQ()(block, calib).notes == ()
 
     def indefinite(block, x, linears, *args, **kwargs):
         gram = torch.eye(64)
         gram[0, 1] = gram[1, 0] = 1.5  # eigenvalues 2.5 and -0.5
-        return {name: SimpleNamespace(even_gram=gram) for name in linears}
+        return {name: {"even_gram": gram} for name in linears}
 
-    monkeypatch.setattr(gptq, "input_moments", indefinite)
-    (note,) = GPTQ()(replace(block, notes=()), calib, scheme).notes
+    monkeypatch.setattr(gptq, "input_statistics", indefinite)
+    (note,) = GPTQ()(replace(block, notes=()), calib).notes
     names = "0.self_attn.q_proj, 0.self_attn.k_proj, 0.self_attn.v_proj"
-    assert note == f"gptq: damping raised from 0.01 to 1 for {names}"
+    assert note == Note(0, f"gptq: damping raised from 0.01 to 1 for {names}")
 
 
 def rows_of(x, tokens):
@@ -178,30 +181,29 @@ def rows_of(x, tokens):
 
 @pytest.mark.parametrize("tokens", ["all", "even"])
 @pytest.mark.parametrize("name", ["w4a16", "w4a8", "w4a16kv4"])
-def test_each_linear_is_rounded_for_its_input_in_the_model_quantized_up_to_it(name, tokens):
-    block, calib = step_case()
-    scheme = parse_scheme(name)
-    done = GPTQ(tokens=tokens)(block, calib, scheme)
+def test_each_linear_is_quantized_for_its_input_in_the_model_quantized_up_to_it(name, tokens):
+    block, calib = step_case(name)
+    done = GPTQ(tokens=tokens)(block, calib)
     for position, group in enumerate(block.linear_groups()):
         earlier = [linear for previous in block.linear_groups()[:position] for linear in previous]
         upto = replace(block, qweights={linear: done.qweights[linear] for linear in earlier})
         seen = []
-        run_all(block, calib.x_q, upto.quantized_params(), scheme, {group[0]: seen.append})
+        run_all(block, calib.x_q, upto.quantized_params(), quantized=True, taps={group[0]: seen.append})
         # The sums are taken as the step takes them, batch by batch in float32: another order rounds differently.
         gram = sum(rows_of(x, tokens).T @ rows_of(x, tokens) for x in seen)
         for linear in group:
-            wanted = codes_of(block.weight(linear), gram, scheme.weight)
+            wanted = codes_of(block.weight(linear), gram, block.weight_format(linear))
             assert torch.equal(done.qweights[linear].codes, wanted), linear
 
 
-def test_the_grid_is_that_of_the_clips():
-    block, calib = step_case()
+def test_the_qparams_are_those_of_the_clips():
+    block, calib = step_case("w4a16g8-asym")
     clips = {linear: (torch.full((1, 1), 0.7), torch.full((1, 1), 0.6)) for linear in block.linears()}
-    done = GPTQ()(replace(block, clips=clips), calib, parse_scheme("w4a16g8-asym"))
+    done = GPTQ()(replace(block, clips=clips), calib)
     for linear, q in done.qweights.items():
-        wanted = minmax_grid(block.weight(linear), q.spec, 0.7, 0.6)
-        assert torch.equal(q.grid.scale, wanted.scale)
-        assert torch.equal(q.grid.zero, wanted.zero)
+        wanted = q.format.qparams(block.weight(linear), 0.7, 0.6)
+        assert torch.equal(q.qparams.scale, wanted.scale)
+        assert torch.equal(q.qparams.zero, wanted.zero)
 
 
 @pytest.mark.parametrize("options", [{"damping": 0.0}, {"damping": -1.0}, {"block_size": 0}])
@@ -212,15 +214,14 @@ def test_options_out_of_range(options):
 
 @pytest.mark.parametrize("tokens", ["all", "even"])
 def test_towards_the_output_the_weights_are_first_moved_to_the_least_squares_answer(tokens):
-    block, calib = step_case()
-    scheme = parse_scheme("w4a8")
+    block, calib = step_case("w4a8")
     # Far from the float stream, as behind many blocks.
     calib = replace(calib, x_q=calib.x_q + 0.3 * torch.randn(calib.x_q.shape, generator=torch.manual_seed(1)))
-    done = GPTQ(tokens=tokens, target="output", pull=0.1)(block, calib, scheme)
-    name = block.linear_groups()[1][0]  # o_proj, behind rounded linears
+    done = GPTQ(tokens=tokens, target="output", pull=0.1)(block, calib)
+    name = block.linear_groups()[1][0]  # o_proj, behind quantized linears
     upto = replace(block, qweights={linear: done.qweights[linear] for linear in block.linear_groups()[0]})
     got, wanted = [], []
-    run_all(block, calib.x_q, upto.quantized_params(), scheme, {name: got.append})
+    run_all(block, calib.x_q, upto.quantized_params(), quantized=True, taps={name: got.append})
     run_all(block, calib.x_fp, taps={name: wanted.append})
     x, y = rows_of(torch.cat(got), "all").double(), rows_of(torch.cat(wanted), "all").double()
     if tokens == "even":
@@ -230,9 +231,10 @@ def test_towards_the_output_the_weights_are_first_moved_to_the_least_squares_ans
     weight, hold = block.weight(name).double(), (0.1 * (x.square().sum() / x.shape[1])).sqrt()
     tall = torch.cat([x, hold * torch.eye(x.shape[1], dtype=torch.float64)])
     answer = torch.linalg.lstsq(tall, torch.cat([y @ weight.T, hold * weight.T])).solution.T
-    rounded = codes_of(answer.float(), (x.T @ x).float(), scheme.weight)
-    assert (done.qweights[name].codes != rounded).float().mean() < 0.01  # float32 sums in another order
-    assert (codes_of(weight.float(), (x.T @ x).float(), scheme.weight) != rounded).float().mean() > 0.05
+    format = block.weight_format(name)
+    moved = codes_of(answer.float(), (x.T @ x).float(), format)
+    assert (done.qweights[name].codes != moved).float().mean() < 0.01  # float32 sums in another order
+    assert (codes_of(weight.float(), (x.T @ x).float(), format) != moved).float().mean() > 0.05
 
 
 def test_what_is_no_option_is_refused():

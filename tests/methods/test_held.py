@@ -11,10 +11,8 @@ from held import Held
 from lowbit.methods.lowrank import Correction, LowRank
 from lowbit.methods.reassemble import Reassemble
 from lowbit.models.block import Calib, run_all
-from lowbit.quant.scheme import parse_scheme
-from tiny import block_of, tiny_model
+from tiny import block_of, planned, tiny_model
 
-W4A4 = parse_scheme("w4a4")
 WIDE = 256
 
 
@@ -25,11 +23,11 @@ def wide_case(kind):
         sizes = {"hidden_size": 24, "intermediate_size": WIDE}
     model = tiny_model("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=8, **sizes)
     block, x = block_of(model, 1)
+    block = planned(block, "w4a4")
     edge = next(e for e in block.edges() if e.kind == ("norm" if kind == "norms" else "channels"))
-    name = f"{edge.src.module}.weight"
-    source = block.params[name].clone()
+    source = block.params[edge.src.parameter].clone()
     source[[5, 9]] *= 40.0
-    block = replace(block, params={**block.params, name: source})
+    block = replace(block, params={**block.params, edge.src.parameter: source})
     x = x[:2]
     return block, Calib(x, x, run_all(block, x))
 
@@ -47,7 +45,7 @@ def test_matching_and_search_hold_two_matrices_of_the_channels_squared(kind, ass
     block, calib = wide_case(kind)
     step = Reassemble(sites=kind, assembly=assembly, tokens=tokens, most=0.1)
     with Held(WIDE**2 // 5) as held:  # weights and activations are smaller than that, halves of the channels larger
-        done = step(block, calib, W4A4)
+        done = step(block, calib)
     searched = done.record[1]["reassemble"].values()
     assert any(len(figures["scores"]) > 3 for figures in searched)  # candidates were made while it was counted
     assert WIDE**2 < held.numbers <= 2 * WIDE**2
@@ -56,7 +54,7 @@ def test_matching_and_search_hold_two_matrices_of_the_channels_squared(kind, ass
 def one_step(count, layers):
     """What a step of the correction holds for the last ``count`` of a model's layers."""
     block, x = block_of(tiny_model("llama", num_hidden_layers=layers), layers - count, count)
-    correction = Correction(LowRank(rank=4), block, Calib(x, x, run_all(block, x)), W4A4)
+    correction = Correction(LowRank(rank=4), planned(block, "w4a4"), Calib(x, x, run_all(block, x)))
     with Held() as held:
         correction.loss(torch.tensor([0])).backward()
     return held.numbers

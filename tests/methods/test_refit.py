@@ -9,42 +9,39 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.methods.lowrank import LowRank
-from lowbit.methods.refit import PULLS, Refit, best_pull, output_target, paired_moments
+from lowbit.methods.options import with_options
+from lowbit.methods.refit import PULLS, Refit, best_pull, output_target
 from lowbit.methods.rtn import RTN
-from lowbit.models.block import Calib, relative_error, run_all
-from lowbit.quant.affine import minmax_grid, quantize
+from lowbit.methods.statistics import paired_statistics
+from lowbit.models.block import Calib, relative_error, run_all, run_quantized
+from lowbit.models.runtime_ops import Clip
 from lowbit.quant.scheme import parse_scheme, with_overrides
-from tiny import NAMES, block_of, tiny_model
-
-W4A4 = parse_scheme("w4a4")
+from tiny import NAMES, block_of, planned, tiny_model
 
 
-def case(name="llama-odd", count=1, noise=0.3, start=1):
+def case(name="llama-odd", count=1, noise=0.3, start=1, scheme="w4a4"):
     """A block, and a quantized stream that is some way off the float one."""
     block, x = block_of(tiny_model(name), start, count)
+    block = planned(block, scheme)
     drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     return block, Calib(x, x + noise * x.std() * drawn, run_all(block, x))
 
 
-def inputs(block, x, params, linear, scheme=None):
+def inputs(block, x, params, linear, quantized=False):
     """A linear's input, token by token, in float64."""
     seen = []
-    run_all(block, x, params, scheme, {linear: lambda value: seen.append(value.flatten(0, -2))})
+    run_all(block, x, params, quantized=quantized, taps={linear: lambda value: seen.append(value.flatten(0, -2))})
     return torch.cat(seen).double()
-
-
-def rounded(weight, spec):
-    return quantize(weight, minmax_grid(weight, spec), spec).dequantize()
 
 
 @pytest.mark.parametrize("tokens", ["all", "even"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_each_weight_is_the_ridge_regression_behind_the_refitted_and_rounded_linears_before_it(count, tokens):
+def test_each_weight_is_the_ridge_regression_behind_the_refitted_and_quantized_linears_before_it(count, tokens):
     block, calib = case(count=count, start=0)
-    done = Refit(pull=0.5, search=False, tokens=tokens)(block, calib, W4A4)
+    done = Refit(pull=0.5, search=False, tokens=tokens)(block, calib)
     shipped = dict(block.params)
     for group in block.linear_groups():
-        x = inputs(block, calib.x_q, shipped, group[0], W4A4)
+        x = inputs(block, calib.x_q, shipped, group[0], quantized=True)
         y = inputs(block, calib.x_fp, block.params, group[0])
         if tokens == "even":
             unit = x.square().mean(1, keepdim=True).sqrt()
@@ -56,7 +53,7 @@ def test_each_weight_is_the_ridge_regression_behind_the_refitted_and_rounded_lin
             answer = torch.linalg.lstsq(tall, torch.cat([y @ weight.T, hold * weight.T])).solution.T
             assert torch.allclose(done.weight(name).double(), answer, atol=1e-4 * float(answer.abs().max()))
             assert not torch.allclose(done.weight(name).double(), weight, atol=1e-2 * float(weight.abs().max()))
-            shipped[f"{name}.weight"] = rounded(done.weight(name), block.weight_spec(name, W4A4))
+            shipped[f"{name}.weight"] = block.weight_format(name).fake_quant_clipped(done.weight(name))
     others = [name for name in block.params if name.removesuffix(".weight") not in block.linears()]
     assert all(torch.equal(done.params[name], block.params[name]) for name in others)
 
@@ -67,45 +64,45 @@ def test_an_input_that_is_the_float_models_leaves_the_weights(name):
     block, x = block_of(tiny_model(name), 1)
     calib = Calib(x, x, run_all(block, x))
     last = block.linears()[-1]
-    scheme = with_overrides(parse_scheme("w4a16"), {block.full_name(last): "w4", "*": "float"})
-    done = Refit()(block, calib, scheme)
+    block = planned(block, with_overrides(parse_scheme("w4a16"), {block.full_name(last): "w4", "*": "float"}))
+    done = Refit()(block, calib)
     weight = block.weight(last)
     assert torch.allclose(done.weight(last), weight, atol=1e-5 * float(weight.abs().max()))
     assert done.record[1]["refit"][last]["relative_change"] < 1e-9
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_rounded_block_is_nearer_to_the_float_one(name):
+def test_the_quantized_block_is_nearer_to_the_float_one(name):
     block, calib = case(name)
     errors = []
-    for given in (block, Refit()(block, calib, W4A4)):
-        done = RTN()(given, calib, W4A4)
-        errors.append(relative_error(run_all(done, calib.x_q, done.quantized_params(), W4A4), calib.y_fp))
+    for given in (block, Refit()(block, calib)):
+        done = RTN()(given, calib)
+        errors.append(relative_error(run_quantized(done, calib.x_q), calib.y_fp))
     assert errors[1] < errors[0]
 
 
-def test_the_clips_and_online_maps_of_earlier_steps_count():
+def test_the_clips_and_runtime_ops_of_earlier_steps_count():
     block, calib = case()
     name = block.linear_groups()[0][0]
     later = block.linear_groups()[1][0]
-    plain = Refit()(block, calib, W4A4)
-    clipped = Refit()(replace(block, clips={name: (torch.full((1, 1), 0.6), torch.full((1, 1), 0.6))}), calib, W4A4)
+    plain = Refit()(block, calib)
+    clipped = Refit()(replace(block, clips={name: (torch.full((1, 1), 0.6), torch.full((1, 1), 0.6))}), calib)
     assert torch.equal(plain.weight(name), clipped.weight(name))  # the regression sees no rounding of its own weight
     assert not torch.equal(plain.weight(later), clipped.weight(later))
-    shrunk = Refit()(replace(block, online={name: torch.tensor([0.7, 0.7])}), calib, W4A4)
+    shrunk = Refit()(replace(block, ops={name: Clip(torch.tensor([0.7, 0.7]))}), calib)
     assert not torch.equal(plain.weight(name), shrunk.weight(name))
 
 
-def test_the_moments_are_those_of_a_loop_over_tokens():
+def test_the_second_moments_are_those_of_a_loop_over_tokens():
     block, calib = case(noise=0.1)
     name = block.linears()[-1]
     moved = replace(
         block, params={**block.params, f"{block.linears()[0]}.weight": block.weight(block.linears()[0]) * 1.1}
     )
-    gram, cross = paired_moments(moved, block, replace(calib, batch=1), name, W4A4, even=False)
-    x, y = inputs(block, calib.x_q, moved.params, name, W4A4), inputs(block, calib.x_fp, block.params, name)
+    seen = paired_statistics(moved, block, replace(calib, batch=1), name, ("gram", "cross"))
+    x, y = inputs(block, calib.x_q, moved.params, name, quantized=True), inputs(block, calib.x_fp, block.params, name)
     wanted = sum(torch.outer(a, a) for a in x), sum(torch.outer(b, a) for a, b in zip(x, y, strict=True))
-    for got, exact in zip((gram, cross), wanted, strict=True):
+    for got, exact in zip((seen["gram"], seen["cross"]), wanted, strict=True):
         assert torch.allclose(got.double(), exact, atol=1e-4 * float(exact.abs().max()))
 
 
@@ -136,15 +133,16 @@ def test_the_pull_is_the_one_whose_weight_errs_least_on_the_judging_tokens(seed)
 def test_the_search_judges_by_every_fourth_sequence_and_fits_all():
     block, calib = case()
     name = block.linears()[0]
-    done = Refit()(block, calib, W4A4)
+    done = Refit()(block, calib)
     judging = torch.arange(len(calib.x_q)) % 4 == 3
     assert 0 < judging.sum() < len(judging)
     parts = [replace(calib, x_fp=calib.x_fp[some], x_q=calib.x_q[some]) for some in (~judging, judging)]
     weight = torch.cat([block.weight(one) for one in block.linear_groups()[0]])
-    moments = [paired_moments(block, block, part, name, W4A4, even=True) for part in parts]
-    pull = best_pull(weight, *moments, PULLS)
+    want = ("even_gram", "even_cross")
+    seen = [paired_statistics(block, block, part, name, want) for part in parts]
+    pull = best_pull(weight, *(tuple(one[figure] for figure in want) for one in seen), PULLS)
     assert done.record[1]["refit"][name]["pull"] == pull
-    given = Refit(pull=pull, search=False)(block, calib, W4A4)
+    given = Refit(pull=pull, search=False)(block, calib)
     assert torch.allclose(done.weight(name), given.weight(name), atol=1e-5)
     pulls = {figures["pull"] for figures in done.record[1]["refit"].values()}
     assert len(pulls) > 1  # each input has its own
@@ -153,14 +151,14 @@ def test_the_search_judges_by_every_fourth_sequence_and_fits_all():
 def test_one_sequence_cannot_judge_and_takes_the_pull_as_it_is():
     block, calib = case()
     one = replace(calib, x_fp=calib.x_fp[:1], x_q=calib.x_q[:1], y_fp=calib.y_fp[:1])
-    done = Refit(pull=0.7)(block, one, W4A4)
+    done = Refit(pull=0.7)(block, one)
     assert {figures["pull"] for figures in done.record[1]["refit"].values()} == {0.7}
 
 
 def test_the_correction_behind_starts_lower_and_ends_lower():
     block, calib = case(count=2, start=0)
-    step = LowRank(rank=4, epochs=2)
-    plain, refitted = (step(given, calib, W4A4) for given in (block, Refit()(block, calib, W4A4)))
+    step = with_options(LowRank(), rank=4, epochs=2)
+    plain, refitted = (step(given, calib) for given in (block, Refit()(block, calib)))
     without, with_it = (done.record[0]["lowrank"]["held_out"] for done in (plain, refitted))
     assert with_it[0] < without[0]
     assert min(with_it) < min(without)

@@ -10,14 +10,20 @@ import torch
 
 from lowbit.methods import signs as module
 from lowbit.methods.affinequant import AffineQuant
+from lowbit.methods.options import with_options
 from lowbit.methods.signs import Signs, best_signs, with_signs
 from lowbit.models.block import Calib, run_all
-from lowbit.quant.affine import QuantSpec, fake_quant_tokens
+from lowbit.models.runtime_ops import Matrix
+from lowbit.quant.activations import IntTokens
 from lowbit.quant.scheme import parse_scheme
-from tiny import NAMES, block_of, tiny_model
+from tiny import NAMES, block_of, planned, tiny_model
 
-W4A4 = parse_scheme("w4a4")
-SPEC = IntFormat(4, symmetric=False)
+A4 = IntTokens(4, symmetric=False)
+
+
+def case(name, scheme="w4a4"):
+    block, x = block_of(tiny_model(name), 1)
+    return planned(block, scheme), x
 
 
 def ranges(low, high, signs):
@@ -42,14 +48,14 @@ def inputs(block, x, params, linear):
 
 
 def noise(x):
-    return float(((fake_quant_tokens(x, SPEC) - x).square().mean(1) / x.square().mean(1)).mean())
+    return float(((A4.fake_quant(x) - x).square().mean(1) / x.square().mean(1)).mean())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_float_function_stays_in_float64(name):
-    block, x = block_of(tiny_model(name), 1)
+    block, x = case(name)
     block, x = replace(block, params={k: v.double() for k, v in block.params.items()}), x.double()
-    params, flipped = with_signs(block, x, W4A4, 4)
+    params, flipped = with_signs(block, x, 4)
     assert sum(flipped.values()) > 0
     assert any(not torch.equal(params[k], block.params[k]) for k in params)
     # Nothing but signs: no value changes its size, a norm's gain that is stored as a difference apart.
@@ -107,21 +113,21 @@ def test_the_ends_are_kept_up_to_date():
 
 
 def test_what_is_held_does_not_grow_with_the_text(monkeypatch):
-    block, x = block_of(tiny_model("llama"), 1)
+    block, x = case("llama")
     looked = []
     monkeypatch.setattr(module, "TOKENS", 8)
     monkeypatch.setattr(module, "best_signs", lambda low, high: looked.append(len(low)) or torch.ones(low.shape[1]))
-    with_signs(block, x.repeat(5, 1, 1), W4A4, 4)
+    with_signs(block, x.repeat(5, 1, 1), 4)
     assert len(looked) == 4
     assert max(looked) <= 10  # 480 tokens were given; each batch of four sequences rounds up by itself
 
 
 def test_two_opposite_outliers_come_to_one_side():
-    block, x = block_of(tiny_model("llama"), 1)
+    block, x = case("llama")
     x = x.clone()
     x[..., 3], x[..., 47] = 12 * x.std(), -12 * x.std()
     before = noise(inputs(block, x, block.params, "1.self_attn.q_proj"))
-    params, flipped = with_signs(block, x, W4A4, 4)
+    params, flipped = with_signs(block, x, 4)
     after = noise(inputs(block, x, params, "1.self_attn.q_proj"))
     assert flipped["1.input_layernorm"] > 0
     assert after < 0.5 * before
@@ -129,29 +135,28 @@ def test_two_opposite_outliers_come_to_one_side():
 
 @pytest.mark.parametrize("scheme", ["w4a16g16-sym", "w8a8-sym"])
 def test_without_a_zero_point_nothing_moves(scheme):
-    scheme = parse_scheme(scheme)
-    if scheme.act is not None:
-        assert scheme.act.symmetric
-    block, x = block_of(tiny_model("llama"), 1)
-    params, flipped = with_signs(block, x, scheme, 4)
+    if (act := parse_scheme(scheme).act) is not None:
+        assert not act.independent_ends
+    block, x = case("llama", scheme)
+    params, flipped = with_signs(block, x, 4)
     assert flipped == {}
     assert all(params[name] is block.params[name] for name in params)
 
 
-def test_a_relu_keeps_its_signs_and_a_norm_with_a_map_behind_it_too():
-    block, x = block_of(tiny_model("opt"), 1)
-    _, flipped = with_signs(block, x, W4A4, 4)
+def test_a_relu_keeps_its_signs_and_a_norm_with_a_runtime_op_behind_it_too():
+    block, x = case("opt")
+    _, flipped = with_signs(block, x, 4)
     assert "1.fc1" not in flipped
     assert "1.self_attn_layer_norm" in flipped
     width = block.params["1.self_attn_layer_norm.weight"].shape[0]
-    online = replace(block, online={"1.self_attn_layer_norm": torch.eye(width)})
-    _, flipped = with_signs(online, x, W4A4, 4)
+    behind = replace(block, ops={"1.self_attn_layer_norm": Matrix(torch.eye(width))})
+    _, flipped = with_signs(behind, x, 4)
     assert "1.self_attn_layer_norm" not in flipped
 
 
 def test_the_step_records_what_it_turned_over():
-    block, x = block_of(tiny_model("llama"), 1)
-    done = Signs()(block, Calib(x, -x, run_all(block, x)), W4A4)
+    block, x = case("llama")
+    done = Signs()(block, Calib(x, -x, run_all(block, x)))
     assert set(done.record[1]["signs"]["turned_over"]) == {
         "1.input_layernorm",
         "1.post_attention_layernorm",
@@ -161,11 +166,11 @@ def test_the_step_records_what_it_turned_over():
 
 
 def test_affinequant_takes_signs_at_its_own_sites_and_not_behind_another_steps_clips():
-    block, x = block_of(tiny_model("llama"), 1)
+    block, x = case("llama")
     calib = Calib(x, x, run_all(block, x))
 
     def flipped(**options):
-        done = AffineQuant(epochs=0, held_out=0, **options)(block, calib, W4A4)
+        done = with_options(AffineQuant(), epochs=0, held_out=0.0, **options)(block, calib)
         sites = done.record[1]["affinequant"]["sites"]
         return {name for name, facts in sites.items() if "turned_over" in facts}
 

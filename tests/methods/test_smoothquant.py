@@ -8,14 +8,12 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.methods.smoothquant import SmoothQuant, smooth_scale
 from lowbit.models.block import Calib, run_all
-from lowbit.quant.scheme import parse_scheme
-from tiny import block_of, tiny_model
-
-SCHEME = parse_scheme("w8a8")
+from tiny import block_of, planned, tiny_model
 
 
 def case(name):
     block, x = block_of(tiny_model(name), 1)
+    block = planned(block, "w8a8")
     # The quantized stream is something else altogether: the scales are about the float one.
     return block, Calib(x, -3 * x, run_all(block, x))
 
@@ -45,7 +43,7 @@ def test_dead_channels_get_a_finite_scale_that_is_not_zero(alpha):
 def test_the_step_does_what_the_formula_says_and_touches_nothing_else(name, offset):
     block, calib = case(name)
     alpha = 0.6
-    result = SmoothQuant(alpha)(block, calib, SCHEME)
+    result = SmoothQuant(alpha)(block, calib)
     norms = {
         "llama-odd": ("input_layernorm", "post_attention_layernorm"),
         "gemma3": ("input_layernorm", "pre_feedforward_layernorm"),
@@ -79,9 +77,9 @@ def test_alpha_1_takes_all_outliers_from_the_activations_and_alpha_0_from_the_we
     group = block.linear_groups()[0]
     before = inputs(block, calib.x_fp, group[0]).abs().amax(0)
     assert before.max() > 3 * before.median()
-    flat = SmoothQuant(1.0)(block, calib, SCHEME)
+    flat = SmoothQuant(1.0)(block, calib)
     torch.testing.assert_close(inputs(flat, calib.x_fp, group[0]).abs().amax(0), torch.ones(64), rtol=1e-5, atol=0)
-    even = SmoothQuant(0.0)(block, calib, SCHEME)
+    even = SmoothQuant(0.0)(block, calib)
     peaks = torch.stack([even.weight(linear).abs().amax(0) for linear in group]).amax(0)
     torch.testing.assert_close(peaks, torch.ones(64), rtol=1e-5, atol=0)
 

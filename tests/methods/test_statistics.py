@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,35 +12,33 @@ from lowbit.methods import reassemble
 from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
 from lowbit.methods.reassemble import Reassemble, candidate_counts
-from lowbit.methods.statistics import Moments
+from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics
 from lowbit.models.block import Calib, run_all
-from lowbit.quant.affine import minmax_grid
 from lowbit.quant.scheme import parse_scheme, with_overrides
-from tiny import block_of, tiny_model
-
-W4A4 = parse_scheme("w4a4")
+from tiny import block_of, planned, tiny_model
 
 
-def case():
+def case(scheme="w4a4"):
     block, x = block_of(tiny_model("llama-odd"), 1)
+    block = planned(block, scheme)
     return block, Calib(x, x, run_all(block, x))
 
 
-def inputs_of(block, x, linear):
+def inputs_of(block, x, linear, batch=4, quantized=False):
     """What a linear reads, ``(tokens, in)``, batch by batch as a method sees it."""
     seen = []
-    run_all(block, x, taps={linear: seen.append})
+    run_all(block, x, quantized=quantized, taps={linear: seen.append}, batch=batch)
     return [part.flatten(0, -2) for part in seen]
 
 
-def test_moments_are_those_of_a_loop_over_tokens():
+def test_figures_are_those_of_a_loop_over_tokens():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 7, 6, generator=generator)
     x[2, 3] *= 50
     x[4, 0] = 0  # a token of zeros counts and adds nothing
-    moments = Moments(("gram", "even_gram", "magnitude", "crest", "peak"))
+    seen = Statistics(("gram", "even_gram", "magnitude", "crest", "peak", "low", "high", "tokens"))
     for part in x.split(2):
-        moments.add(part)
+        seen.add(part)
     gram, even_gram = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
     magnitude, crest, peak = (torch.zeros(6, dtype=torch.float64) for _ in range(3))
     for token in x.reshape(-1, 6).double():
@@ -50,35 +50,87 @@ def test_moments_are_those_of_a_loop_over_tokens():
             for j in range(6):
                 gram[i, j] += token[i] * token[j]
                 even_gram[i, j] += token[i] * token[j] / rms**2 if rms else 0
-    assert moments.tokens == 35
+    assert seen.count == 35
     for name, wanted in (("gram", gram), ("even_gram", even_gram), ("magnitude", magnitude), ("crest", crest)):
         # Sums of some hundred float32 products of either sign; eighth powers lose three bits more.
         torch.testing.assert_close(
-            getattr(moments, name).double(), wanted, rtol=2e-5, atol=2e-5 * float(wanted.max())
+            seen[name].double(), wanted, rtol=2e-5, atol=2e-5 * float(wanted.max())
         )
-    assert torch.equal(moments.peak.double(), peak)
+    assert torch.equal(seen["peak"].double(), peak)
+    rows = x.reshape(-1, 6)
+    assert torch.equal(seen["tokens"], rows)
+    assert torch.equal(seen["low"], rows.amin(0))
+    assert torch.equal(seen["high"], rows.amax(0))
 
 
-def test_a_token_counts_alike_in_the_even_moments_however_large_it_is():
+def test_shares_that_are_merged_are_one():
+    """What two processes saw of the tokens is what one would have seen of all."""
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(3))
+    want = ("gram", "even_gram", "magnitude", "crest", "peak", "low", "high", "tokens")
+    whole, first, second = (Statistics(want) for _ in range(3))
+    whole.add(x)
+    first.add(x[:4])
+    second.add(x[4:])
+    kept = {name: value.clone() for name, value in second.values.items()}
+    first.merge(second)
+    assert first.count == whole.count == 9
+    for name in want:
+        torch.testing.assert_close(first[name], whole[name], rtol=1e-5, atol=1e-5)
+        assert torch.equal(second[name], kept[name])
+
+
+def test_one_token_in_so_many_is_taken():
+    x = torch.randn(3, 10, 4, generator=torch.Generator().manual_seed(5))
+    some = Statistics(("tokens",), every=4)
+    some.add(x)
+    assert torch.equal(some["tokens"], x.reshape(-1, 4)[::4])
+    assert some.count == 8
+    block, calib = case()
+    (down,) = block.linear_groups()[-1]
+    seen = input_statistics(block, calib.x_fp, [down], ("tokens",), batch=2, every=3)[down]
+    assert torch.equal(seen["tokens"], torch.cat([rows[::3] for rows in inputs_of(block, calib.x_fp, down, 2)]))
+
+
+def test_paired_figures_are_those_of_a_loop_over_tokens():
+    block, calib = case()
+    drawn = torch.randn(calib.x_fp.shape, generator=torch.Generator().manual_seed(1))
+    calib = replace(calib, x_q=calib.x_q + 0.2 * drawn, batch=1)
+    (down,) = block.linear_groups()[-1]
+    want = ("gram", "cross", "even_gram", "even_cross")
+    seen = paired_statistics(block, block, calib, down, want)
+    x = torch.cat(inputs_of(block, calib.x_q, down, quantized=True)).double()
+    y = torch.cat(inputs_of(block, calib.x_fp, down)).double()
+    wanted = {name: torch.zeros(96, 96, dtype=torch.float64) for name in want}
+    for a, b in zip(x, y, strict=True):
+        rms = a.square().mean().sqrt()
+        wanted["gram"] += torch.outer(a, a)
+        wanted["cross"] += torch.outer(b, a)
+        wanted["even_gram"] += torch.outer(a / rms, a / rms)
+        wanted["even_cross"] += torch.outer(b / rms, a / rms)
+    for name, exact in wanted.items():
+        assert torch.allclose(seen[name].double(), exact, atol=1e-4 * float(exact.abs().max())), name
+
+
+def test_a_token_counts_alike_in_the_even_figures_however_large_it_is():
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     sizes = torch.logspace(-2, 4, 40)[:, None]
     found = []
     for rows in (x, x * sizes):
-        moments = Moments(("gram", "even_gram", "crest"))
-        moments.add(rows)
-        found.append(moments)
-    torch.testing.assert_close(found[0].even_gram, found[1].even_gram, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[0].crest, found[1].crest, rtol=1e-4, atol=1e-4)
-    assert float((found[0].gram - found[1].gram).abs().max()) > 1e3
+        seen = Statistics(("gram", "even_gram", "crest"))
+        seen.add(rows)
+        found.append(seen)
+    torch.testing.assert_close(found[0]["even_gram"], found[1]["even_gram"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0]["crest"], found[1]["crest"], rtol=1e-4, atol=1e-4)
+    assert float((found[0]["gram"] - found[1]["gram"]).abs().max()) > 1e3
 
 
 @pytest.mark.parametrize("tokens", ["all", "even"])
-def test_gptq_takes_the_moments_that_it_is_told_to_take(tokens):
-    block, calib = case()
+def test_gptq_takes_the_second_moments_that_it_is_told_to_take(tokens):
     scheme = with_overrides(parse_scheme("w3a16"), {"*.self_attn.*": "float", "*.gate_proj": "float"})
     scheme = with_overrides(scheme, {"*.up_proj": "float"})  # down_proj alone, so that its input is the float one
+    block, calib = case(scheme)
     (down,) = block.linear_groups()[-1]
-    found = GPTQ(tokens=tokens)(block, calib, scheme).qweights
+    found = GPTQ(tokens=tokens)(block, calib).qweights
     assert list(found) == [down]
     codes = {}
     for kind in ("all", "even"):
@@ -88,15 +140,15 @@ def test_gptq_takes_the_moments_that_it_is_told_to_take(tokens):
             gram = gram + (rows / unit).T @ (rows / unit)
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
         upper, _ = inverse_factor(gram[order][:, order], 0.01)
-        grid = minmax_grid(block.weight(down), scheme.weight)
-        codes[kind] = gptq_codes(block.weight(down), upper, order, grid, scheme.weight, 128)
+        qparams = scheme.weight.qparams(block.weight(down))
+        codes[kind] = gptq_codes(block.weight(down), upper, order, qparams, scheme.weight, 128)
     assert not torch.equal(codes["all"], codes["even"])
     assert torch.equal(found[down].codes, codes[tokens])
 
 
 @pytest.mark.parametrize("tokens", ["all", "even"])
 @pytest.mark.parametrize("peaks", ["absolute", "relative"])
-def test_reassembly_splits_and_drops_by_the_moments_that_it_is_told_to_take(peaks, tokens, monkeypatch):
+def test_reassembly_splits_and_drops_by_the_figures_that_it_is_told_to_take(peaks, tokens, monkeypatch):
     block, calib = case()
     (down,) = block.linear_groups()[-1]
     rows = torch.cat(inputs_of(block, calib.x_fp, down))
@@ -114,7 +166,7 @@ def test_reassembly_splits_and_drops_by_the_moments_that_it_is_told_to_take(peak
 
     monkeypatch.setattr(reassemble, "candidate_counts", counts)
     monkeypatch.setattr(reassemble, "DropPlan", Plan)
-    Reassemble(peaks=peaks, tokens=tokens)(block, calib, W4A4)
+    Reassemble(peaks=peaks, tokens=tokens)(block, calib)
     wanted = {"absolute": rows.abs().amax(0), "relative": (rows / unit).pow(8).mean(0).pow(1 / 8)}
     even = rows / unit
     torch.testing.assert_close(seen["peak"], wanted[peaks], rtol=1e-4, atol=1e-6)
@@ -127,13 +179,13 @@ def test_reassembly_splits_and_drops_by_the_moments_that_it_is_told_to_take(peak
 def test_one_massive_token_decides_an_absolute_peak_and_hardly_a_relative_one():
     x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
     x[7] *= 1000  # as many times larger in every channel: no channel stands out in it
-    moments = Moments(("peak", "crest"))
-    moments.add(x)
-    relative = (moments.crest / moments.tokens).pow(1 / 8)
+    seen = Statistics(("peak", "crest"))
+    seen.add(x)
+    relative = (seen["crest"] / seen.count).pow(1 / 8)
     assert float(relative.max() / relative.min()) < 1.3
-    assert float(moments.peak.max() / moments.peak.min()) > 3
+    assert float(seen["peak"].max() / seen["peak"].min()) > 3
     # Largest value first, the two orders are not the same.
-    assert not torch.equal(relative.argsort(), moments.peak.argsort())
+    assert not torch.equal(relative.argsort(), seen["peak"].argsort())
 
 
 def test_all_candidates_of_a_layer_share_one_sequence_of_drops(monkeypatch):
@@ -152,7 +204,7 @@ def test_all_candidates_of_a_layer_share_one_sequence_of_drops(monkeypatch):
             return out
 
     monkeypatch.setattr(reassemble, "DropPlan", Plan)
-    Reassemble(most=0.3)(block, calib, W4A4)
+    Reassemble(most=0.3)(block, calib)
     assert len(plans) == 1
     assert len(calls) > 2
     assert [count for count, _, _ in calls] == sorted({count for count, _, _ in calls})

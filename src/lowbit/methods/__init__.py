@@ -10,6 +10,7 @@ from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.method import Method
+from lowbit.methods.outlier_suppression import OutlierSuppression
 from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.refit import Refit
 from lowbit.methods.rtn import RTN
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "rtn": RTN,
     "smoothquant": SmoothQuant,
     "signs": Signs,
+    "outlier-suppression+": OutlierSuppression,
     "awq": AWQ,
     "gptq": GPTQ,
     "affinequant": AffineQuant,

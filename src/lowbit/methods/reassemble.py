@@ -36,11 +36,10 @@ from lowbit.methods.layer_by_layer import layer_by_layer
 from lowbit.methods.method import Method, Needs
 from lowbit.methods.offsets import OFFSETS, with_offsets
 from lowbit.methods.options import check_choices
-from lowbit.methods.rtn import RTN
+from lowbit.methods.scoring import output_error
 from lowbit.methods.statistics import input_statistics
-from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.architecture import Edge, Projection
-from lowbit.models.block import Block, Calib, run_quantized
+from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import Clip, Gather, Matrix, RuntimeOp
 from lowbit.quant.activations import ActFormat
 
@@ -139,14 +138,14 @@ class Reassemble(Method):
         plan = self._plan(weight, gram, keep, merges)
         del gram  # the plan has taken what it needs
         best, kept, theta = block, 0, None
-        scores = {0: self._score(block, calib)}
+        scores = {0: output_error(block, calib, self.sequences)}
         for copies in candidates:
             extra = int((copies - 1).sum())
             if isinstance(plan, MergePlan) and extra > plan.most:
                 break
             made = plan.without(extra, copies)
             tried = with_offsets(fold(block, edge, *made), readers, made[0], copies, self.offsets)
-            scores[extra] = self._score(tried, calib)
+            scores[extra] = output_error(tried, calib, self.sequences)
             if self.theta != "search" or scores[extra] < scores[kept]:
                 best, kept, theta = tried, extra, float((peak / copies)[copies > 1].max())
         figures: dict[str, Any] = {"copies": kept, "scores": {str(k): v for k, v in scores.items()}}
@@ -182,12 +181,6 @@ class Reassemble(Method):
         if merges:
             return MergePlan(weight, gram, keep, self.assembly == "one-to-one")
         return DropPlan(weight, gram, self.damping, keep)
-
-    def _score(self, block: Block, calib: Calib) -> float:
-        """The rounded layer's error, each token relative to its float output."""
-        x, wanted = (stream[: self.sequences].to(block.device) for stream in (calib.x_q, calib.y_fp))
-        y = run_quantized(RTN()(block, calib), x, calib.batch)
-        return float(relative_loss(y, wanted, loss_unit(wanted, "token")))
 
 
 def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:

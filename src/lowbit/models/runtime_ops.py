@@ -129,7 +129,7 @@ class Matrix(RuntimeOp):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
         """``matrix`` ``(width, width)``."""
-        _expect(tensors, {"matrix": (width, width)})
+        expect_shapes(tensors, {"matrix": (width, width)})
         return cls(tensors["matrix"].float())
 
 
@@ -191,7 +191,7 @@ class Gather(RuntimeOp):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
         """All ``(width,)``; indices must name channels that are there."""
-        _expect(tensors, dict.fromkeys(("idx", "factor", *(["into"] if "into" in tensors else [])), (width,)))
+        expect_shapes(tensors, dict.fromkeys(("idx", "factor", *(["into"] if "into" in tensors else [])), (width,)))
         idx, into = tensors["idx"].long(), tensors["into"].long() if "into" in tensors else None
         for value, least in ((idx, 0), (into, -1)):
             if value is not None and not bool(((value >= least) & (value < width)).all()):
@@ -248,14 +248,15 @@ class Clip(RuntimeOp):
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
         """``ratios`` ``(2,)`` and, where it is there, ``offset`` ``(width,)``."""
         shapes: dict[str, tuple[int, ...]] = {"ratios": (2,)}
-        _expect(tensors, shapes | ({"offset": (width,)} if "offset" in tensors else {}))
+        expect_shapes(tensors, shapes | ({"offset": (width,)} if "offset" in tensors else {}))
         return cls(tensors["ratios"].float(), tensors["offset"].float() if "offset" in tensors else None)
 
 
 OPS: dict[str, type[RuntimeOp]] = {op.kind: op for op in (Matrix, Gather, Clip)}
 
 
-def _expect(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def expect_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ``ValueError`` where stored tensors have other names or shapes."""
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if found != dict(shapes):
         raise ValueError(f"holds {found}; {dict(shapes)} is expected")

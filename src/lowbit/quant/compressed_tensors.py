@@ -23,9 +23,11 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
+from lowbit.errors import LowbitError
 from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.format import Format, QParams, QTensor
 from lowbit.quant.integer import IntFormat, integer
+from lowbit.quant.runtimes import RuntimeInput
 from lowbit.quant.scheme import ModelFormats
 
 
@@ -34,9 +36,18 @@ def layout_of(formats: ModelFormats) -> str:
     return "int-quantized" if _activations_of(formats) else "pack-quantized"
 
 
-def _activations_of(formats: ModelFormats) -> set[ActFormat]:
-    """The formats of inputs that are part of the checkpoint; what a runtime makes of inputs is not."""
-    return {found.input for found in formats.modules.values() if isinstance(found.input, IntTokens)}
+def _activations_of(formats: ModelFormats) -> set[IntTokens]:
+    """The formats of inputs that are part of the checkpoint."""
+    return {inputs for found in formats.modules.values() if (inputs := _inputs(found.input)) is not None}
+
+
+def _inputs(format: ActFormat | None) -> IntTokens | None:
+    """A format of inputs as a checkpoint states it; what a runtime makes of float inputs by itself is not in it."""
+    if format is None or isinstance(format, RuntimeInput):
+        return None
+    if not isinstance(format, IntTokens):
+        raise LowbitError(f"a compressed-tensors layout holds integer formats of inputs; {format.name} given")
+    return format
 
 
 def _integer(format: Format) -> IntFormat:
@@ -122,8 +133,7 @@ def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str
     groups: dict[tuple[IntFormat, IntTokens | None], list[str]] = {}
     for name, found in formats.modules.items():
         if name != embed:
-            inputs = found.input if isinstance(found.input, IntTokens) else None
-            groups.setdefault((_integer(found.weight), inputs), []).append(name)
+            groups.setdefault((_integer(found.weight), _inputs(found.input)), []).append(name)
     # The commonest format is the default for class Linear; the others name their modules and take precedence.
     ordered = sorted(groups.items(), key=lambda pair: -len(pair[1]))
     entries = [(["Linear"] if i == 0 else [_exactly(n) for n in names]) for i, (_, names) in enumerate(ordered)]

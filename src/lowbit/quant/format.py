@@ -92,6 +92,11 @@ class QTensor:
 class Format(ABC):
     """How the numbers of one weight are stored; a frozen dataclass of these facts."""
 
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> tuple[Format, ...]:
+        """Formats of this kind that the contract tests try, the hardest first; groups of 32 or rows of 64 values."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -285,11 +290,11 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` as ``dtype`` can hold it, never 0 and never infinite; differentiable as the identity.
 
     A scale below the smallest number of the dtype becomes that number: a row of zeros stays exact, and a row
-    of very small values keeps what the format can express.
+    of very small values keeps what the format can express. Where the scale's own dtype holds less, its ends count.
 
     >>> stored_scale(torch.tensor([0.1, 0.0]), torch.float16).tolist()
     [0.0999755859375, 5.960464477539063e-08]
     """
-    info = torch.finfo(dtype)
-    smallest = info.smallest_normal * info.eps  # the smallest subnormal
-    return _Store.apply(scale.clamp(smallest, info.max), dtype)
+    both = [torch.finfo(dtype), torch.finfo(scale.dtype)]
+    smallest = max(info.smallest_normal * info.eps for info in both)  # the smallest subnormal
+    return _Store.apply(scale.clamp(smallest, min(info.max for info in both)), dtype)

@@ -50,6 +50,14 @@ class IntFormat(Format):
         if self.group is not None and self.group < 2:
             raise LowbitError(f"group size {self.group} given; it must be 2 or more, or left out")
 
+    @classmethod
+    def examples(cls) -> tuple[Format, ...]:
+        """Every width, groups and rows, free and fixed zeros."""
+        every = [
+            (bits, group, symmetric) for bits in range(2, 9) for group in (32, None) for symmetric in (False, True)
+        ]
+        return tuple(cls(*one) for one in every)
+
     @property
     def levels(self) -> int:
         """The largest code, ``2**bits - 1``."""

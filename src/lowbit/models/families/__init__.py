@@ -11,8 +11,9 @@ from lowbit.models.families.llama import LLAMA
 from lowbit.models.families.opt import OPT
 from lowbit.models.families.phi import PHI3
 from lowbit.models.families.qwen import QWEN2, QWEN3
+from lowbit.models.families.smollm3 import SMOLLM3
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT, SMOLLM3)
 
 
 def family_of(config: Any) -> Family:

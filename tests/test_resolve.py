@@ -28,7 +28,7 @@ from lowbit.checkpoints.resolve import (
     resolve,
 )
 from lowbit.errors import LowbitError
-from test_gguf_source import write_gguf
+from test_gguf_reader import write_gguf
 from tiny import tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

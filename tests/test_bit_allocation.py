@@ -11,14 +11,14 @@ import pytest
 from lowbit.analysis import bit_allocation as budgets
 from lowbit.analysis.bit_allocation import Linear, formats, fused, least_loss, with_formats, within_budget
 from lowbit.errors import LowbitError
-from lowbit.quant.affine import QuantSpec
+from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
 
 BITS = (3, 4, 8)
 
 
 def linear(name: str, block: int = 0, damage: float = 1.0, **changes) -> Linear:
-    spec = QuantSpec(4, 16)
+    spec = IntFormat(4, 16)
     rtn = {bits: 4.0**-bits for bits in (2, 3, 4, 5, 6, 8)}
     return Linear(**{"name": f"model.layers.{block}.{name}", "block": block, "shape": (32, 64), "spec": spec} | {
         "damage": damage, "input": 0.0, "rtn": rtn, **changes
@@ -68,7 +68,7 @@ def test_a_choice_of_infinite_loss_is_none():
 
 
 def test_linears_that_read_one_tensor_get_one_format():
-    group = [linear("self_attn.q_proj", damage=0.1), linear("self_attn.k_proj", damage=5.0, spec=QuantSpec(4))]
+    group = [linear("self_attn.q_proj", damage=0.1), linear("self_attn.k_proj", damage=5.0, spec=IntFormat(4))]
     other = [linear("mlp.down_proj", damage=1.0), linear("mlp.down_proj", 1, damage=1.0)]
     names = (("self_attn.q_proj", "self_attn.k_proj"), ("mlp.down_proj",))
     groups = fused([other[1], group[1], other[0], group[0]], names)
@@ -77,18 +77,18 @@ def test_linears_that_read_one_tensor_get_one_format():
         [other[0].name],
         [other[1].name],
     ]
-    base = QuantSpec(4, 16)
+    base = IntFormat(4, 16)
     weights = 4 * 32 * 64
     picked = within_budget(groups, base, BITS, 7 * weights)
     # Room for one more group of two at 8 bits, and 3 more for one of the others: the worst group comes first.
-    assert picked[0] == QuantSpec(8, 16)
+    assert picked[0] == IntFormat(8, 16)
     assert sum(spec.bits_per_value(64) * len(some) for spec, some in zip(picked, groups, strict=True)) <= 4 * 7
-    assert formats(other[:1], QuantSpec(4, 32), (8,)) == [QuantSpec(8, 16)]
+    assert formats(other[:1], IntFormat(4, 32), (8,)) == [IntFormat(8, 16)]
 
 
 def test_a_budget_that_nothing_fits_into_says_what_would():
     with pytest.raises(LowbitError, match=r"at least 4\.000 are needed"):
-        within_budget([[linear("a")]], QuantSpec(4, 16), BITS, 3 * 32 * 64)
+        within_budget([[linear("a")]], IntFormat(4, 16), BITS, 3 * 32 * 64)
 
 
 def test_what_a_format_holds_exactly_is_not_made_coarser():
@@ -105,7 +105,7 @@ def test_the_part_of_a_rounded_input_stays():
 def test_full_names_come_before_globs_and_what_they_said_before_goes():
     one, two = linear("mlp.up_proj"), linear("mlp.up_proj", 1)
     before = with_overrides(parse_scheme("w4a16g16-sym"), {one.name: "w2", "*.up_proj": "w6g16", "lm_head": "w8"})
-    made = with_formats(before, [[one], [two]], [QuantSpec(4, 16), QuantSpec(6, 16)])
-    assert made.weight_spec(one.name) == QuantSpec(4, 16)
-    assert made.weight_spec(two.name) == QuantSpec(6, 16)
+    made = with_formats(before, [[one], [two]], [IntFormat(4, 16), IntFormat(6, 16)])
+    assert made.module(one.name).weight == IntFormat(4, 16)
+    assert made.module(two.name).weight == IntFormat(6, 16)
     assert [glob for glob, _ in made.overrides] == [one.name, "*.up_proj", "lm_head"]

@@ -20,7 +20,7 @@ from lowbit.metrics import sensitivity
 from lowbit.metrics.sensitivity import divergence
 from lowbit.models.block import Calib, run
 from lowbit.quant.scheme import load_scheme, parse_scheme
-from tiny import NAMES, block_of, save_tiny, tiny_ids, tiny_model
+from tiny import NAMES, block_of, planned, save_tiny, tiny_ids, tiny_model
 
 COARSE = "model.layers.1.mlp.up_proj"
 BASE, LENGTH = "w4a16g16-sym", 16
@@ -130,9 +130,9 @@ def test_what_wider_weights_gain_is_what_a_run_with_them_gains(places, tmp_path)
 def test_after_maps_moved_it_is_still_the_damage_to_the_float_output(name, scheme):
     block, x = block_of(tiny_model(name), 1)
     scheme = parse_scheme(scheme)
-    moved = METHODS["smoothquant"]()(block, Calib(x, x, run(block, x)), scheme)
-    done = METHODS["rtn"]()(moved, Calib(x, x, x), scheme)
-    told = damages(done, x, scheme)[1]
+    moved = METHODS["smoothquant"]()(planned(block, scheme), Calib(x, x, run(block, x)))
+    done = METHODS["rtn"]()(moved, Calib(x, x, x))
+    told = damages(done, x)[1]
     assert set(told["linears"]) == {n for group in block.family.linears for n in group}
     y = run(block, x).double()
     for linear, row in told["linears"].items():
@@ -184,8 +184,8 @@ def test_a_proposal_fits_its_budget_and_quantize_takes_it(places, tmp_path, budg
     scheme = load_scheme(str(file))
     for i in range(3):
         for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
-            assert len({scheme.weight_spec(f"model.layers.{i}.{name}") for name in group}) == 1
-    assert scheme.weight_spec(COARSE).bits > 2
+            assert len({scheme.module(f"model.layers.{i}.{name}").weight for name in group}) == 1
+    assert scheme.module(COARSE).weight.bits > 2
     assert sum(row["damage"] for row in lowbit.diagnose(made.out).linears) == pytest.approx(
         proposal["damage_proposed"], rel=0.2
     )

@@ -1,0 +1,106 @@
+"""Outlier Suppression+: channels are shifted to their middle and scaled down where they exceed a searched threshold.
+
+Source: Wei et al., EMNLP 2023, arXiv 2304.09145. Over every norm, with the least and the largest value of each
+channel over the float model's activations,
+
+    z = (max + min) / 2                    shift (section 4.1), where the norm and all that read it have a bias
+    s = max(1, max|x - z| / t)             scale (section 4.2): channels within the threshold stay as they are
+
+The threshold ``t`` is searched for each norm on a grid below the largest ``max|x - z|``, by the error of the layer's
+output with the quantizers on; the layer as it was given is a candidate.
+
+Departure: the error is relative for each token, so that a few tokens with massive activations do not decide alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.methods.layer_by_layer import layer_by_layer
+from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.scoring import output_error
+from lowbit.methods.statistics import input_statistics
+from lowbit.models.architecture import Edge
+from lowbit.models.block import Block, Calib
+from lowbit.models.equivalence import can_shift, move
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
+
+
+@dataclass(frozen=True)
+class OutlierSuppression(Method):
+    """Shift and scale over every norm.
+
+    Attributes:
+        grid: thresholds tried for each norm, equally spaced from the largest value down.
+        sequences: calibration sequences that score a candidate.
+        shift: move channels to their middle where biases take it.
+    """
+
+    grid: int = 20
+    sequences: int = 4
+    shift: bool = True
+    rounds: ClassVar[bool] = False
+    keeps_function: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "both"
+    closed_form: ClassVar[bool] = False
+    moves_norms: ClassVar[bool] = True
+    schedule: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if self.grid < 1 or self.sequences < 1:
+            raise LowbitError(
+                f"outlier-suppression+: grid {self.grid} and sequences {self.sequences} given; both must be 1 or more"
+            )
+
+    @property
+    def passes(self) -> int:
+        """Statistics for two norms and the hidden states behind a layer; candidates see few sequences."""
+        return 4
+
+    def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
+        """None: diagonals and shifts merge."""
+        return NO_OPS
+
+    def __call__(self, block: Block, calib: Calib) -> Block:
+        """The block with shifts and scales moved over its norms; its float function is unchanged."""
+        return layer_by_layer(self._layer, block, calib) if block.formats else block
+
+    def _layer(self, layer: Block, calib: Calib) -> Block:
+        figures: dict[str, dict[str, float | int]] = {}
+        for edge in layer.edges():
+            if edge.kind == "norm" and any(dst.module in layer.formats for dst in edge.readers):
+                layer, figures[edge.src.module] = self._edge(layer, edge, calib)
+        return layer.with_record("outlier-suppression+", figures)
+
+    def _edge(self, block: Block, edge: Edge, calib: Calib) -> tuple[Block, dict[str, float | int]]:
+        reader = edge.readers[0].module
+        seen = input_statistics(block, calib.x_fp, [reader], ("low", "high"), batch=calib.batch)[reader]
+        low, high = seen["low"], seen["high"]
+        shift = (low + high) / 2 if self.shift and can_shift(block, edge) else None
+        peak = torch.maximum(low.abs(), high.abs()) if shift is None else (high - low) / 2
+        best, least = block, output_error(block, calib, self.sequences)
+        figures: dict[str, float | int] = {"error_before": least, "scaled_channels": 0}
+        for step in range(self.grid):
+            threshold = float(peak.max()) * (1 - step / self.grid)
+            scale = suppression_scale(peak, threshold)
+            tried = replace(block, params=move(block, edge, scale, shift=shift))
+            error = output_error(tried, calib, self.sequences)
+            if error < least:
+                best, least = tried, error
+                figures |= {"threshold": threshold, "scaled_channels": int((scale > 1).sum())}
+        return best, figures | {"error": least}
+
+
+def suppression_scale(peak: Tensor, threshold: float) -> Tensor:
+    """``max(1, peak / threshold)`` ``(channels,)``: what divides activations and multiplies weights.
+
+    >>> suppression_scale(torch.tensor([8.0, 2.0, 1.0]), 2.0).tolist()
+    [4.0, 1.0, 1.0]
+    """
+    return (peak / max(threshold, 1e-5)).clamp(min=1)

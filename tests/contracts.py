@@ -1,0 +1,119 @@
+"""What every format, runtime op and architecture promises, as functions that take one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name, tensor_name
+from lowbit.quant.format import Format
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def hard_rows(dtype: torch.dtype, columns: int = 64) -> torch.Tensor:
+    """Rows of every kind that real and broken checkpoints hold; each kind stands for a way to go wrong."""
+    rows = torch.randn(11, columns, generator=torch.Generator().manual_seed(5))
+    rows[1] = rows[1].abs() + 0.5  # all above zero, and far from it
+    rows[2] = -rows[2].abs() - 0.5
+    rows[3] = 0.37
+    rows[4] = 0
+    rows[5] *= 1e-9  # below the smallest scale
+    rows[6] *= 3e4 / rows[6].abs().max()  # huge, still within float16
+    rows[7, : columns // 2] = 0  # one group of zeros beside one that is not
+    rows[8, 0] = 40.0
+    rows[9] = torch.arange(columns) % 4 - 1.5  # ties
+    rows[10, ::2] = -0.0
+    return rows.to(dtype)
+
+
+def check_format(format: Format) -> None:
+    """One format, in every dtype."""
+    for dtype in DTYPES:
+        weight = hard_rows(dtype)
+        for low, high in ((1.0, 1.0), (0.7, 0.9)):
+            qparams = format.qparams(weight, low, high)
+            q = format.quantize(weight, qparams)
+            assert torch.equal(q.dequantize(), format.fake_quant(weight, qparams)), "simulated is not quantized"
+            assert torch.equal(format.fake_quant_clipped(weight, low, high), format.fake_quant(weight, qparams))
+            assert bool(q.dequantize().isfinite().all()), "a value is not finite"
+            assert q.codes.dtype == torch.uint8
+            assert int(q.codes.max()) < 2**format.elements.bits, "a code has more bits than the elements"
+            assert torch.equal(qparams.scale.to(format.scales.dtype).to(dtype), qparams.scale), "not stored"
+            if dtype in (torch.float32, torch.float64):  # 16 bits cannot hold every product exactly
+                again = format.quantize(q.dequantize(), qparams)
+                assert torch.equal(again.codes, q.codes), "quantizing twice moves codes"
+    weight = hard_rows(torch.float64)
+    qparams = format.qparams(weight)
+    every = format.per_column(qparams, weight.shape[1])
+    assert torch.allclose(format.value(format.position(weight, every), every), weight, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(format.from_range(*format.range_of(qparams)), qparams, strict=True):
+        assert torch.equal(ours, theirs), "a range does not give its qparams again"
+    _check_gradients(format)
+    assert format.bits_per_value(64) >= format.elements.bits
+    assert format.name
+    assert hash(format) == hash(type(format)(**vars(format))), "a format is a frozen value"
+
+
+def _check_gradients(format: Format) -> None:
+    weight = hard_rows(torch.float32)[:1].requires_grad_()
+    groups = format.groups(64)
+    low, high = (torch.full((1, groups), 0.8, requires_grad=True) for _ in range(2))
+    format.fake_quant_clipped(weight, low, high).square().sum().backward()
+    for leaf in (weight, low, high):
+        assert leaf.grad is not None
+        assert bool(leaf.grad.isfinite().all())
+    assert weight.grad is not None
+    assert float(weight.grad.abs().sum()) > 0
+
+
+def check_op(op: RuntimeOp, width: int) -> None:
+    """One runtime op for ``width`` channels."""
+    stored = op.to_tensors()
+    again = type(op).from_tensors(stored, width)
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(x), op(x)), "what is stored computes something else"
+    assert op(x).shape == x.shape
+    assert op(x.double()).dtype == torch.float64
+    assert op.bits == sum(8 * value.numel() * value.element_size() for value in stored.values())
+    assert op.macs >= 0
+    assert op.kind
+    assert op.why
+    for name in stored:
+        module = "model.layers.0.norm"
+        assert parse_tensor_name(tensor_name(module, op, name)) == (module, op.kind, name)
+    with pytest.raises(ValueError, match=r"."):
+        type(op).from_tensors({}, width)
+    with pytest.raises(ValueError, match=r"."):
+        type(op).from_tensors({name: value[:1] for name, value in stored.items()}, width)
+
+
+def check_architecture(model: Any, random_maps: Any) -> None:
+    """A tiny model of a family: blocks equal the model, every linear is listed, every edge holds."""
+    from lowbit.models.block import run, run_all
+    from lowbit.models.equivalence import move
+    from tiny import block_of, params_of, skeleton_of, tiny_ids
+
+    skeleton, ids = skeleton_of(model), tiny_ids()
+    x = skeleton.start(ids)
+    for index in range(len(skeleton.layers)):
+        x = run_all(skeleton.block(index, params_of(model, skeleton, index)), x)
+    with torch.no_grad():
+        assert torch.equal(skeleton.logits(ids, x), model(ids, use_cache=False).logits)
+    block, x = block_of(model, start=1, dtype=torch.float64)
+    listed = [name.partition(".")[2] for name in block.linears()]
+    linears = [name for name, module in block.layers[0].named_modules() if isinstance(module, torch.nn.Linear)]
+    assert sorted(listed) == sorted(linears)
+    wanted = run(block, x)
+    generator = torch.Generator().manual_seed(0)
+    for edge in block.edges():
+        for map in random_maps(block, edge, generator):
+            params = move(block, edge, map)
+            got = run(block, x, params)
+            changed = [name for name, value in params.items() if not torch.equal(value, block.params[name])]
+            assert changed
+            # Gemma's norms compute their gain in float32 inside the library
+            close = 1e-4 if skeleton.family.norm_offset else 1e-10
+            assert float((got - wanted).abs().max() / wanted.abs().max()) < close, edge
