@@ -160,13 +160,17 @@ def test_runtime_ops_are_applied_where_they_stand():
         run(one, x, taps={name: seen.setdefault(name, []).append for name in ("0.self_attn.q_proj", "0.mlp.up_proj")})
     before, after = seen["0.self_attn.q_proj"]
     assert torch.equal(after, 2 * before)
-    clip, plain = Clip(torch.tensor([0.5, 0.5])), block.input_format("0.mlp.down_proj")
-    clipped = replace(block, ops={"0.mlp.down_proj": clip})
+    name = "0.mlp.down_proj"
+    block = replace(block, formats={name: block.formats[name]})  # so that it reads the same tensor every time
+    clipped = replace(block, ops={name: Clip(torch.tensor([0.5, 0.5]))})
     inputs: list[torch.Tensor] = []
-    for one, quantized in ((clipped, False), (block, True), (clipped, True)):
-        run(one, x, taps={"0.mlp.down_proj": inputs.append}, quantized=quantized)
-    assert torch.equal(inputs[2], plain.fake_quant(inputs[0], 0.5, 0.5))  # without a format there is nothing to clip
-    assert not torch.equal(inputs[2], inputs[1])
+    for one, quantized in ((block, False), (clipped, False), (block, True), (clipped, True)):
+        run(one, x, taps={name: inputs.append}, quantized=quantized)
+    exact, unquantized, plain, got = inputs
+    assert torch.equal(unquantized, exact)  # without a format there is no range to clip
+    assert torch.equal(plain, block.input_format(name).fake_quant(exact))
+    assert torch.equal(got, block.input_format(name).fake_quant(exact, 0.5, 0.5))
+    assert not torch.equal(got, plain)
     assert all(not m._forward_hooks for layer in block.layers for m in layer.modules())
 
 

@@ -76,7 +76,7 @@ def test_the_architecture_of_the_page_is_proven(example, monkeypatch):
 
     import lowbit.models.families as families
     import tiny
-    from test_block import random_maps
+    from test_equivalence import random_maps
 
     family = example("lowbit/models/families/starcoder").STARCODER2
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, family))

@@ -36,18 +36,17 @@ def block_of(group: int) -> int | None:
 
 
 def in_blocks(q: QTensor) -> QTensor:
-    """The same values on a grid that MatMulNBits holds.
+    """The same values in the integer format that MatMulNBits holds.
 
-        >>> import torch
-        >>> from lowbit.quant.format import
-    from lowbit.quant.integer import IntFormat
-        >>> codes = torch.arange(48, dtype=torch.uint8)[None] % 8
-        >>> q = QTensor(codes, QParams(torch.ones(1, 1), torch.full((1, 1), 4.0)), IntFormat(3))
-        >>> stored = in_blocks(q)
-        >>> stored.format.bits, stored.format.group, stored.qparams.zero.tolist()
-        (4, 16, [[8.0, 8.0, 8.0]])
-        >>> torch.equal(stored.dequantize(), q.dequantize())
-        True
+    >>> import torch
+    >>> from lowbit.quant.integer import IntFormat
+    >>> codes = torch.arange(48, dtype=torch.uint8)[None] % 8
+    >>> q = QTensor(codes, QParams(torch.ones(1, 1), torch.full((1, 1), 4.0)), IntFormat(3))
+    >>> stored = in_blocks(q)
+    >>> stored.format.bits, stored.format.group, stored.qparams.zero.tolist()
+    (4, 16, [[8.0, 8.0, 8.0]])
+    >>> torch.equal(stored.dequantize(), q.dequantize())
+    True
     """
     columns = q.codes.shape[1]
     format = integer(q.format, "MatMulNBits")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowbit.errors import LowbitError
-from lowbit.methods.options import check_choices
+from lowbit.methods.options import check_bounds, check_choices
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,8 @@ class Maps:
                 f"affinequant: dominance 'enforce' with parametrisation '{self.parametrisation}': it can be kept for "
                 "masked and blocks only; take one of these, or dominance report"
             )
-        if self.stability < 0 or self.condition <= 1 or self.block_size < 1 or self.lr_maps < 0:
-            raise LowbitError(
-                f"affinequant: stability {self.stability:g}, condition {self.condition:g}, block_size "
-                f"{self.block_size} and lr_maps {self.lr_maps:g} given; allowed: >= 0, > 1, >= 1 and >= 0"
-            )
+        bounds = {"stability": "0 or more", "condition": "above 1", "block_size": "1 or more", "lr_maps": "0 or more"}
+        check_bounds("affinequant", self, bounds)
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,7 @@ class Clipping:
     lr_clips: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.lr_clips < 0:
-            raise LowbitError(f"affinequant: lr_clips {self.lr_clips:g} given; allowed: 0 or more")
+        check_bounds("affinequant", self, {"lr_clips": "0 or more"})
 
 
 @dataclass(frozen=True)
@@ -126,8 +122,4 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_choices("affinequant", self, {"loss": ("token", "mse"), "start": ("smooth", "given")})
-        if self.aug_loss < 0 or not 0 <= self.init_power <= 1:
-            raise LowbitError(
-                f"affinequant: aug_loss {self.aug_loss:g} and init_power {self.init_power:g} given; allowed: 0 or "
-                "more, and 0 to 1"
-            )
+        check_bounds("affinequant", self, {"aug_loss": "0 or more", "init_power": "from 0 to 1"})

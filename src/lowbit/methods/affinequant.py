@@ -24,11 +24,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowbit.errors import LowbitError
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affine_options import Clipping, Maps, Objective, Sites
 from lowbit.methods.layer_by_layer import layer_by_layer
 from lowbit.methods.method import Method, Needs
+from lowbit.methods.options import check_bounds
 from lowbit.methods.training import Schedule, fit
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import Clip, Matrix, RuntimeOp
@@ -58,8 +58,7 @@ class AffineQuant(Method):
     moves_norms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise LowbitError(f"affinequant.window {self.window} given; it must be 1 or more")
+        check_bounds("affinequant", self, {"window": "1 or more"})
 
     @property
     def passes(self) -> int:

@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
 from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.options import check_bounds
 from lowbit.methods.statistics import Statistics, input_statistics
 from lowbit.models.architecture import Edge
 from lowbit.models.block import Block, Calib
@@ -55,8 +55,8 @@ class AWQ(Method):
     passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if self.grid < 1 or self.clip_grid < 1 or not 0 < self.clip_least <= 1:
-            raise LowbitError("awq: grid and clip_grid must be 1 or more, clip_least above 0 and at most 1")
+        bounds = {"grid": "1 or more", "clip_grid": "1 or more", "clip_least": "above 0 and at most 1"}
+        check_bounds("awq", self, bounds)
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: diagonals merge, and clipped ranges are weights' own."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.methods.method import NO_OPS, Method, Needs
-from lowbit.methods.options import check_choices
+from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.refit import output_target
 from lowbit.methods.statistics import input_statistics, paired_statistics
 from lowbit.models.block import Block, Calib
@@ -69,12 +69,7 @@ class GPTQ(Method):
 
     def __post_init__(self) -> None:
         check_choices("gptq", self, CHOICES)
-        if self.pull <= 0:
-            raise LowbitError(f"gptq: pull {self.pull:g} given; allowed: above 0")
-        if self.damping <= 0 or self.block_size < 1:
-            raise LowbitError(
-                f"gptq: damping {self.damping:g} and block_size {self.block_size} given; allowed: > 0 and >= 1"
-            )
+        check_bounds("gptq", self, {"damping": "above 0", "block_size": "1 or more", "pull": "above 0"})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: codes are all that it leaves."""

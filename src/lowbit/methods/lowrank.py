@@ -19,9 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
 from lowbit.methods.method import NO_OPS, Method, Needs
-from lowbit.methods.options import check_choices
+from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.training import Fitted, Schedule, fit, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib, run
 from lowbit.models.offload import Rows
@@ -71,8 +70,8 @@ class LowRank(Method):
 
     def __post_init__(self) -> None:
         check_choices("lowrank", self, CHOICES)
-        if self.rank < 1 or min(self.lr, self.lr_clips, self.lr_norms, self.weight_decay) < 0:
-            raise LowbitError("lowrank: rank must be 1 or more, learning rates and weight_decay 0 or more")
+        rates = dict.fromkeys(("lr", "lr_clips", "lr_norms", "weight_decay"), "0 or more")
+        check_bounds("lowrank", self, {"rank": "1 or more", **rates})
 
     @property
     def passes(self) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-from lowbit.errors import unknown
+from lowbit.errors import LowbitError, unknown
 
 Step = TypeVar("Step")
 
@@ -62,6 +62,32 @@ def _owners(step: Any) -> Iterator[tuple[Any, str]]:
             yield from _owners(value)
         else:
             yield step, field.name
+
+
+BOUNDS: dict[str, Callable[[float], bool]] = {
+    "1 or more": lambda value: value >= 1,
+    "0 or more": lambda value: value >= 0,
+    "above 0": lambda value: value > 0,
+    "above 1": lambda value: value > 1,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "from 0 to below 1": lambda value: 0 <= value < 1,
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "above 0 and at most 0.5": lambda value: 0 < value <= 0.5,
+}
+
+
+def check_bounds(step: str, options: Any, bounds: Mapping[str, str]) -> None:
+    """Refuse a number out of its bounds, names of ``BOUNDS``.
+
+    >>> from lowbit.methods.smoothquant import SmoothQuant
+    >>> SmoothQuant(2.0)
+    Traceback (most recent call last):
+    lowbit.errors.LowbitError: smoothquant.alpha 2 given; it must be from 0 to 1
+    """
+    for name, allowed in bounds.items():
+        value = getattr(options, name)
+        if not BOUNDS[allowed](value):
+            raise LowbitError(f"{step}.{name} {value:g} given; it must be {allowed}")
 
 
 def check_choices(step: str, options: Any, choices: Mapping[str, tuple[str, ...]]) -> None:

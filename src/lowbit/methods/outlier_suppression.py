@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
 from lowbit.methods.layer_by_layer import layer_by_layer
 from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.options import check_bounds
 from lowbit.methods.scoring import output_error
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.architecture import Edge
@@ -53,10 +53,7 @@ class OutlierSuppression(Method):
     schedule: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if self.grid < 1 or self.sequences < 1:
-            raise LowbitError(
-                f"outlier-suppression+: grid {self.grid} and sequences {self.sequences} given; both must be 1 or more"
-            )
+        check_bounds("outlier-suppression+", self, {"grid": "1 or more", "sequences": "1 or more"})
 
     @property
     def passes(self) -> int:

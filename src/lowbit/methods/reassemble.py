@@ -35,7 +35,7 @@ from lowbit.methods.gptq import GRAMS
 from lowbit.methods.layer_by_layer import layer_by_layer
 from lowbit.methods.method import Method, Needs
 from lowbit.methods.offsets import OFFSETS, with_offsets
-from lowbit.methods.options import check_choices
+from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.scoring import output_error
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.architecture import Edge, Projection
@@ -102,11 +102,8 @@ class Reassemble(Method):
             raise unknown("reassemble.theta", self.theta, THETAS)
         if not isinstance(self.theta, str) and self.theta <= 0:
             raise LowbitError(f"reassemble: theta {self.theta:g} given; allowed: above 0, {' or '.join(THETAS)}")
-        if not 0 < self.most <= 0.5 or min(self.grid, self.tries, self.sequences) < 1 or self.damping <= 0:
-            raise LowbitError(
-                "reassemble: most must be above 0 and at most 0.5, grid, tries and sequences 1 or more, damping "
-                "above 0"
-            )
+        counts = dict.fromkeys(("grid", "tries", "sequences"), "1 or more")
+        check_bounds("reassemble", self, {"most": "above 0 and at most 0.5", "damping": "above 0", **counts})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """A gather behind norms, where such sites are asked for; a clip with offsets where inputs take them."""

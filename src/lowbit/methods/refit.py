@@ -19,9 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
 from lowbit.methods.method import NO_OPS, Method, Needs
-from lowbit.methods.options import check_choices
+from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.statistics import Statistics, paired_statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.offload import taken
@@ -61,8 +60,7 @@ class Refit(Method):
 
     def __post_init__(self) -> None:
         check_choices("refit", self, CHOICES)
-        if self.pull <= 0:
-            raise LowbitError(f"refit: pull {self.pull:g} given; allowed: above 0")
+        check_bounds("refit", self, {"pull": "above 0"})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: weights are all that changes."""

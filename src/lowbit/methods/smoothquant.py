@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
 from lowbit.methods.method import NO_OPS, Method, Needs
+from lowbit.methods.options import check_bounds
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.equivalence import move
@@ -49,8 +49,7 @@ class SmoothQuant(Method):
     passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise LowbitError(f"smoothquant.alpha {self.alpha} given; 0 to 1 are allowed")
+        check_bounds("smoothquant", self, {"alpha": "from 0 to 1"})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: a diagonal merges into the norm."""

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import Checkpoint, write_tensors
-from lowbit.errors import LowbitError
 from lowbit.methods.adam import Adam
+from lowbit.methods.options import check_bounds, check_choices
 from lowbit.models.offload import parts
 
 PATIENCE = 8  # steps in a row that were not finite before the fit gives up
@@ -48,15 +48,14 @@ class Schedule:
     decay: str = "cosine"
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch < 1 or self.grad_clip < 0:
-            raise LowbitError(
-                f"epochs {self.epochs}, batch {self.batch} and grad_clip {self.grad_clip:g} given; "
-                "allowed: >= 0, >= 1 and >= 0"
-            )
-        if not 0 <= self.held_out < 1:
-            raise LowbitError(f"held_out {self.held_out:g} given; a share from 0 to below 1 is allowed")
-        if self.decay not in ("none", "cosine"):
-            raise LowbitError(f"decay '{self.decay}' given; allowed: none, cosine")
+        bounds = {
+            "epochs": "0 or more",
+            "batch": "1 or more",
+            "grad_clip": "0 or more",
+            "held_out": "from 0 to below 1",
+        }
+        check_bounds("schedule", self, bounds)
+        check_choices("schedule", self, {"decay": ("none", "cosine")})
 
     def scaled(self, share: float) -> Schedule:
         """The same with a share of the epochs; one that learns at all keeps at least one.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lowbit.errors import LowbitError
+from lowbit.methods.options import check_bounds
 from lowbit.methods.training import Schedule
 
 
@@ -34,8 +34,8 @@ class Tune:
     schedule: Schedule = Schedule()
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or min(self.lr, self.lr_ends, self.lr_norms) < 0:
-            raise LowbitError("tune: rank must be 1 or more, learning rates 0 or more")
+        rates = dict.fromkeys(("lr", "lr_ends", "lr_norms"), "0 or more")
+        check_bounds("tune", self, {"rank": "1 or more", **rates})
 
     @property
     def passes(self) -> int:

@@ -220,7 +220,7 @@ class Clip(RuntimeOp):
         if format is None:
             return x
         if not isinstance(format, IntTokens):
-            raise LowbitError(f"a clip before a linear is for dynamic integer inputs, not for {format}")
+            raise LowbitError(f"a clip before a linear is for dynamic integer inputs, not for {format.name}")
         ratios = self.ratios.to(x.dtype)
         return format.fake_quant(x, ratios[0], ratios[1], None if self.offset is None else self.offset.to(x.dtype))
 

@@ -149,9 +149,9 @@ class Walk:
         """One window: run it in float, quantize it unless its shards are there, run what the shards hold."""
         began = time.monotonic()
         block = self.float_block(start, count)
-        with watched(block) as peaks:
+        with watched(block) as seen:
             y_fp = run_all(block, x_fp, batch=self.batch)
-        self._see(FLOAT, peaks)
+        self._see(FLOAT, {name: one["peak"] for name, one in seen.items()})
         if not bool(torch.stack(torch.aminmax(y_fp)).isfinite().all()):
             raise LowbitError(
                 f"block {start}: the float model's own output is NaN or infinite; its weights are broken, or too "
@@ -170,9 +170,9 @@ class Walk:
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
             ours = read_block(shard, self.skeleton, index, self.plan.formats, self.plan.layout, self.device)
-            with watched(ours) as peaks:
+            with watched(ours) as seen:
                 x_q = run_quantized(ours, x_q, self.batch)
-            self._see(QUANTIZED, peaks)
+            self._see(QUANTIZED, {name: one["peak"] for name, one in seen.items()})
             if (self.out / pictures_file(index)).exists():
                 pictures = Checkpoint(self.out, [pictures_file(index)])
                 self._see(MAP, pictures.read(pictures.names))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checkpoints.safetensors_folder import Checkpoint, write_tensors
+from lowbit.methods.statistics import Statistics
 from lowbit.models.block import Block
 
 OBSERVED = "lowbit-observed.safetensors"
@@ -23,28 +24,29 @@ FLOAT, QUANTIZED, MAP = "float", "quantized", "map"  # first words of the names 
 
 
 @contextmanager
-def watched(block: Block) -> Iterator[dict[str, Tensor]]:
+def watched(block: Block) -> Iterator[dict[str, Statistics]]:
     """Within it, runs of ``block`` note the largest absolute value of each channel ``(in,)`` that linears read.
 
     Keys are a layer's index and the linears that read the tensor: ``7.mlp.gate_proj+mlp.up_proj``. Values are taken
     before a linear's input is rounded, else a channel below half a step would look as if it were not there: hooks run
     in the order in which they were registered, and those that round come later.
     """
-    peaks: dict[str, Tensor] = {}
+    seen: dict[str, Statistics] = {}
 
     def watch(key: str, linear: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found = args[0].detach().flatten(0, -2).abs().amax(0)
-            peaks[key] = torch.maximum(peaks[key], found) if key in peaks else found
+            seen[key].add(args[0])
 
         return linear.register_forward_pre_hook(hook)
 
     with ExitStack() as stack:
         for layer, index in zip(block.layers, block.indices, strict=True):
             for group in block.family.linears:
-                hook = watch(f"{index}.{'+'.join(group)}", layer.get_submodule(group[0]))
+                key = f"{index}.{'+'.join(group)}"
+                seen[key] = Statistics(("peak",))
+                hook = watch(key, layer.get_submodule(group[0]))
                 stack.callback(hook.remove)
-        yield peaks
+        yield seen
 
 
 def write_observed(out: Path, found: Mapping[str, Tensor]) -> None:

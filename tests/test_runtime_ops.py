@@ -1,0 +1,171 @@
+"""Runtime operations as values: what they compute, what they cost, and the way to a file and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.models.runtime_ops import OPS, PREFIX, Clip, Gather, Matrix, RuntimeOp, parse_tensor_name, tensor_name
+from lowbit.quant.activations import IntTokens
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.runtimes import RuntimeInput
+
+WIDTH = 8
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# With the bits that each takes and the operations that it costs for a token, counted by hand.
+CASES: dict[str, tuple[RuntimeOp, int, int]] = {
+    "matrix": (Matrix(draw(WIDTH, WIDTH)), 8 * 8 * 32, 64),
+    "gather": (Gather(torch.tensor([5, 1, 5, 3, 4, 5, 6, 0]), draw(WIDTH)), 2 * 8 * 32, 8),
+    "merging gather": (
+        Gather(torch.tensor([5, 1, 5, 3, 4, 5, 6, 7]), draw(WIDTH), torch.tensor([7, -1, 7, -1, -1, -1, -1, -1])),
+        3 * 8 * 32,
+        8,
+    ),
+    "clip": (Clip(torch.tensor([0.7, 0.9])), 2 * 32, 0),
+    "clip with offsets": (Clip(torch.tensor([0.7, 0.9]), 0.3 * draw(WIDTH)), 10 * 32, 8),
+}
+each = pytest.mark.parametrize(("op", "bits", "macs"), CASES.values(), ids=CASES)
+
+
+def test_every_kind_has_a_case():
+    assert {type(op) for op, _, _ in CASES.values()} == set(OPS.values())
+    assert {kind: op.kind for kind, op in OPS.items()} == {kind: kind for kind in OPS}
+
+
+@each
+def test_an_op_survives_its_tensors(op, bits, macs):
+    stored = op.to_tensors()
+    back = type(op).from_tensors(stored, WIDTH)
+    assert type(back) is type(op)
+    for name in op.fields():
+        ours, theirs = getattr(op, name), getattr(back, name)
+        assert (ours is None) == (theirs is None)
+        assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype)
+    x, format = draw(2, 5, WIDTH, seed=1), IntTokens(4, symmetric=False)
+    assert torch.equal(back(x, format), op(x, format))
+    for value in stored.values():
+        assert value.is_contiguous()
+        assert value.dtype in (torch.float32, torch.int32)
+    assert torch.equal(op.to("cpu")(x, format), op(x, format))
+
+
+@each
+def test_the_bits_are_those_of_the_tensors_that_are_stored(op, bits, macs):
+    assert op.bits == bits
+    assert sum(value.numel() * value.element_size() * 8 for value in op.to_tensors().values()) == bits
+    assert op.macs == macs
+    assert op.width == (0 if op.kind == "clip" and op.offset is None else WIDTH)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_op_keeps_the_shape_and_the_dtype(op, bits, macs, dtype):
+    x = draw(2, 5, WIDTH, seed=1).to(dtype)
+    for shaped in (x, x[0, 0], x[None]):
+        got = op(shaped, IntTokens(8, symmetric=False))
+        assert got.shape == shaped.shape
+        assert got.dtype == dtype
+        assert not torch.equal(got, shaped)
+
+
+@each
+def test_an_op_computes_what_a_literal_loop_computes(op, bits, macs):
+    """One token at a time, one channel at a time, in Python's double precision."""
+    x, format = draw(5, WIDTH, seed=1), IntTokens(4, symmetric=False)
+    got = op(x, format)
+    for row, token in zip(got, x.tolist(), strict=True):
+        assert row.tolist() == pytest.approx(_literal(op, token), rel=1e-5, abs=1e-5)
+
+
+def _literal(op: RuntimeOp, x: list[float]) -> list[float]:
+    if isinstance(op, Matrix):
+        return [sum(x[i] * float(op.matrix[i, j]) for i in range(WIDTH)) for j in range(WIDTH)]
+    if isinstance(op, Gather):
+        merged = [x[int(i)] for i in op.idx]
+        for old, new in enumerate([] if op.into is None else op.into.tolist()):
+            if new >= 0:
+                merged[new] += x[old]
+        return [value * float(factor) for value, factor in zip(merged, op.factor, strict=True)]
+    assert isinstance(op, Clip)
+    low, high = min(0.0, *x) * float(op.ratios[0]), max(0.0, *x) * float(op.ratios[1])
+    scale = (high - low) / 15
+    zero = round(-8 - low / scale)
+    shifts = [0.0] * WIDTH if op.offset is None else op.offset.tolist()
+    codes = [round(min(7, max(-8, value / scale + shift + zero))) for value, shift in zip(x, shifts, strict=True)]
+    return [(code - zero) * scale for code in codes]
+
+
+def test_worked_values():
+    x = torch.tensor([2.0, 4.0, 5.0, 8.0])
+    assert Matrix(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))(torch.tensor([3.0, 5.0])).tolist() == [5.0, 6.0]
+    assert Gather(torch.tensor([3, 3, 1, 0]), torch.tensor([0.5, 0.5, 1.0, 1.0]))(x).tolist() == [4.0, 4.0, 4.0, 2.0]
+    # Symmetric at 4 bits, absmax 8 clipped to 7.5: a step is 1, and 8 ends at code 7.
+    clip, format = Clip(torch.tensor([1.0, 0.9375]), torch.tensor([0.0, 0.6, 0.0, 0.0])), IntTokens(4, symmetric=True)
+    assert clip(x, format).tolist() == [2.0, 5.0, 5.0, 7.0]
+
+
+def test_a_clip_needs_a_range_that_it_can_change():
+    clip, x = CASES["clip"][0], draw(3, WIDTH)
+    assert clip(x) is x
+    with pytest.raises(LowbitError, match="dynamic integer inputs, not for") as caught:
+        clip(x, RuntimeInput("llama.cpp", IntFormat(4, 32)))
+    assert "llama.cpp" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["matrix", "clip", "clip with offsets"])
+def test_gradients_reach_what_is_learned(name):
+    op, (kind, *_) = CASES[name][0], [type(CASES[name][0])]
+    leaves = [getattr(op, field) for field in op.fields()]
+    leaves = [None if leaf is None else leaf.clone().requires_grad_() for leaf in leaves]
+    kind(*leaves)(draw(5, WIDTH, seed=1), IntTokens(4, symmetric=False)).square().sum().backward()
+    for leaf in leaves:
+        assert leaf is None or bool((leaf.grad != 0).any())
+    assert all(not value.requires_grad for value in kind(*leaves).to_tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("matrix", {"matrix": torch.ones(8, 7)}, r"\(8, 7\)\}; \{'matrix': \(8, 8\)\} is expected"),
+        ("matrix", {"matrix": torch.ones(8)}, "is expected"),
+        ("matrix", {"more": torch.ones(8)}, "is expected"),
+        ("matrix", {"matrix": None}, "is expected"),
+        ("gather", {"idx": torch.zeros(7, dtype=torch.int32)}, "is expected"),
+        ("gather", {"factor": torch.ones(8, 1)}, "is expected"),
+        ("gather", {"factor": None}, "is expected"),
+        ("gather", {"into": torch.zeros(3, dtype=torch.int32)}, "is expected"),
+        ("gather", {"idx": torch.full((8,), 8, dtype=torch.int32)}, "names channels that are not there"),
+        ("gather", {"idx": torch.full((8,), -1, dtype=torch.int32)}, "names channels that are not there"),
+        ("gather", {"into": torch.full((8,), 8, dtype=torch.int32)}, "names channels that are not there"),
+        ("gather", {"into": torch.full((8,), -2, dtype=torch.int32)}, "names channels that are not there"),
+        ("clip", {"ratios": torch.ones(3)}, "is expected"),
+        ("clip", {"offset": torch.ones(7)}, "is expected"),
+        ("clip", {"ratios": None}, "is expected"),
+    ],
+)
+def test_tensors_that_are_no_such_op_are_refused(kind, change, message):
+    stored = {name: value for name, value in (CASES[kind][0].to_tensors() | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        OPS[kind].from_tensors(stored, WIDTH)
+    with pytest.raises(ValueError, match="is expected"):
+        OPS["matrix"].from_tensors(CASES["matrix"][0].to_tensors(), WIDTH + 1)
+
+
+def test_names_in_files():
+    op = CASES["merging gather"][0]
+    names = [tensor_name("model.layers.3.input_layernorm", op, key) for key in op.to_tensors()]
+    assert names == [f"model.layers.3.input_layernorm.runtime.gather.{key}" for key in ("idx", "factor", "into")]
+    assert [parse_tensor_name(name) for name in names] == [
+        ("model.layers.3.input_layernorm", "gather", key) for key in ("idx", "factor", "into")
+    ]
+    assert tensor_name("a", Clip, "ratios") == "a.runtime.clip.ratios"
+    # A kind that nobody knows has a name all the same: it is read, so that it can be refused.
+    assert parse_tensor_name(f"a.{PREFIX}.rotation.angles") == ("a", "rotation", "angles")
+    for other in ("model.layers.3.mlp.up_proj.weight", "a.runtime", "a.runtime.gather", "runtime.gather.idx", ""):
+        assert parse_tensor_name(other) is None
