@@ -260,15 +260,16 @@ def loss_plot(rows: list[tuple[str, dict[str, Any]]], path: Path) -> None:
 
 def heat_map(epochs: int, samples: int, out: Path) -> None:
     """The matrices over v -> o that SmolLM2's first block learns."""
-    from fit_step import first_block
-    from lowbit.methods.affinequant import AffineQuant, Trainer
+    from fit_step import first_block, fit_of, planned
+    from lowbit.methods.affinequant import AffineQuant
+    from lowbit.methods.options import with_options
     from lowbit.methods.training import fit
-    from lowbit.quant.scheme import parse_scheme
 
     block, calib = first_block(samples * LENGTH, "cpu")
-    trainer = Trainer(AffineQuant(epochs=epochs), block, calib, parse_scheme("w4a4"))
-    fit(trainer.groups(), trainer.loss, samples, trainer.options.schedule(0), trainer.begin, trainer.project)
-    site = next(site for site in trainer.sites if site.name == "heads")
+    step = with_options(AffineQuant(), epochs=epochs)
+    made = fit_of(step, planned(block, "w4a4"), calib)
+    fit(made.groups(), made.loss, samples, step.schedule, begin=made.begin, project=made.project)
+    site = next(site for site in made.sites if site.name == "heads")
     value = site.map.value()[0].detach()
     plt = pyplot()
     figure, axes = plt.subplots(1, len(value), figsize=(11, 3.8), constrained_layout=True)

@@ -8,7 +8,7 @@ that of the medians. The plain side makes gradients for all the block's paramete
 inverses, quantizers, their gradients, the optimiser and the projections. Fails if a ratio is above 2.
 
 ``--like 7b`` takes a block with random weights of Llama 2 7B's shape: nothing is downloaded, and on a GPU products
-are large enough to be what takes the time. ``--compile`` adds each case with fused rounding.
+are large enough to be what takes the time. ``--compile`` adds each case with fused fake quantization.
 
 On a GPU times are of the device, between events, and two columns say how far from the card's best a step is: the
 block's own products, ``6 x weights x tokens`` for its linears and ``12 x tokens x length x hidden`` for attention
@@ -30,6 +30,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,14 @@ from lowbit.checkpoints.resolve import load_config, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.data.text import calibration
 from lowbit.methods.adam import Adam
-from lowbit.methods.affinequant import AffineQuant, Trainer
+from lowbit.methods.affine_fit import AffineFit
+from lowbit.methods.affinequant import AffineQuant
+from lowbit.methods.options import with_options
 from lowbit.models.block import Block, Calib, run, run_all
 from lowbit.models.families import family_of
 from lowbit.models.offload import Rows
 from lowbit.models.skeleton import Skeleton
-from lowbit.quant import inductor as compiled
+from lowbit.quant import inductor
 from lowbit.quant.scheme import parse_scheme
 
 ALLOWED = 2.0
@@ -132,18 +135,32 @@ def operations(block: Block, tokens: int, length: int) -> float:
     return 6.0 * weights * tokens + 12.0 * tokens * length * width
 
 
-def stepper(trainer: Trainer) -> Callable[[Tensor], None]:
-    """One optimisation step for the chosen sequences, as ``learn.fit`` takes it."""
-    adam = Adam(trainer.groups())
-    leaves = [leaf for group, _ in trainer.groups() for leaf in group]
+def planned(block: Block, scheme: str) -> Block:
+    """The block with a scheme's formats, as the plan of a run gives them."""
+    parsed = parse_scheme(scheme)
+    found = {name: parsed.module(block.full_name(name)) for name in block.linears()}
+    return replace(block, formats={name: own for name, own in found.items() if own is not None}, kv=parsed.kv)
+
+
+def fit_of(step: AffineQuant, block: Block, calib: Calib) -> AffineFit:
+    """The step's fit of a block, in its last epoch: masks are open."""
+    fit = AffineFit(step.sites, step.maps, step.clipping, step.objective, step.schedule, block, calib)
+    fit.begin(step.schedule.epochs)
+    return fit
+
+
+def stepper(fit: AffineFit) -> Callable[[Tensor], None]:
+    """One optimisation step for the chosen sequences, as ``training.fit`` takes it."""
+    adam = Adam(fit.groups())
+    leaves = [leaf for group, _ in fit.groups() for leaf in group]
 
     def step(chosen: Tensor) -> None:
         for leaf in leaves:
             leaf.grad = None
-        trainer.loss(chosen).backward()
+        fit.loss(chosen).backward()
         adam.step(1.0)
         with torch.no_grad():
-            trainer.project()
+            fit.project()
 
     return step
 
@@ -163,10 +180,9 @@ def measured(block: Block, calib: Calib, options: argparse.Namespace) -> list[di
         # Which signs a block takes costs a step nothing, and their search on random weights would find none.
         settings = given | {"signs": False} if options.like else given
         for fused in (False, True) if options.compile else (False,):
-            trainer = Trainer(AffineQuant(**settings), block, calib, parse_scheme(scheme))
-            trainer.begin(trainer.options.epochs)
-            with compiled.on() if fused else nullcontext():
-                step = stepper(trainer)
+            fit = fit_of(with_options(AffineQuant(), **settings), planned(block, scheme), calib)
+            with inductor.on() if fused else nullcontext():
+                step = stepper(fit)
                 times: dict[str, list[float]] = {"plain": [], "fit": []}
                 for _ in range(options.rounds + options.warm):
                     times["plain"].append(seconds(plain, options.device))
@@ -184,22 +200,21 @@ def fed(block: Block, calib: Calib, options: argparse.Namespace) -> list[dict[st
     here = Calib(x_fp, x_q, y_fp)
     far = [stream.cpu().pin_memory() for stream in (here.x_q, here.y_fp)]
     scheme, settings = CASES["affinequant w4a4"]
-    trainer = Trainer(AffineQuant(**settings, signs=not options.like), block, here, parse_scheme(scheme))
-    trainer.begin(trainer.options.epochs)
-    sources = {"here": trainer.rows} | {kind: Rows(block.device, *far, trainer.unit) for kind in ("ahead", "late")}
-    step = stepper(trainer)
+    fit = fit_of(with_options(AffineQuant(), **settings, signs=not options.like), planned(block, scheme), here)
+    sources = {"here": fit.rows} | {kind: Rows(block.device, *far, fit.unit) for kind in ("ahead", "late")}
+    step = stepper(fit)
     order = [torch.tensor([i]) for i in range(SEQUENCES)]
 
     def epoch(kind: str) -> None:
-        trainer.rows = sources[kind]
+        fit.rows = sources[kind]
         for now, then in zip(order, [*order[1:], order[0]], strict=True):
             if kind == "ahead":
-                trainer.rows.prepare(then)
+                fit.rows.prepare(then)
             step(now)
             torch.cuda.current_stream().synchronize()  # as a fit does, which looks at every loss
 
     times: dict[str, list[float]] = {kind: [] for kind in sources}
-    with compiled.on() if options.compile else nullcontext():
+    with inductor.on() if options.compile else nullcontext():
         for _ in range(options.rounds + options.warm):
             for kind, values in times.items():
                 values.append(seconds(lambda kind=kind: epoch(kind), options.device))  # type: ignore[misc]

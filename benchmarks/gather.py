@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct as ``lowbit.load`` gives it, with a gather after each of its norms that splits ``--share`` of
 the channels: prefill of one prompt, then decoding token by token with a cache, batch 1. The forms take turns within
 one process; a ratio is the median over the rounds. On a GPU with Triton installed the kernel (norm, gather and
-rounding per token) is timed against the same passes in PyTorch.
+quantization per token) is timed against the same passes in PyTorch.
 
 ``--clock cpu`` counts the process's own time on the CPU: on a machine that others use, with ``OMP_NUM_THREADS=1``, it
 is what the wall clock would show on an idle core.
@@ -28,11 +28,11 @@ from transformers import DynamicCache
 
 import lowbit
 from lowbit.checkpoints.resolve import resolve
-from lowbit.models.architecture import module_of
-from lowbit.models.block import apply_online
+from lowbit.models.architecture import Part
 from lowbit.models.families import family_of
 from lowbit.models.gathered_norm import GatheredRMSNorm, gathered_norm
-from lowbit.quant.affine import QuantSpec, fake_quant_tokens
+from lowbit.models.runtime_ops import Gather
+from lowbit.quant.activations import IntTokens
 
 Work = Callable[[], object]
 FORMS = ("no gather", "norm, then gather", "one module")
@@ -42,27 +42,29 @@ CONTEXT = 128  # tokens in the cache before the first that is decoded
 class NormThenGather(nn.Module):
     """The naive form: the norm's output is written, then read in the new order."""
 
-    online: Tensor
+    idx: Tensor
+    factor: Tensor
 
-    def __init__(self, norm: nn.Module, online: Tensor) -> None:
+    def __init__(self, norm: nn.Module, op: Gather) -> None:
         super().__init__()
         self.norm = norm
-        self.register_buffer("online", online)
+        self.register_buffer("idx", op.idx)
+        self.register_buffer("factor", op.factor)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., width) -> (..., width)``."""
-        return apply_online(self.norm(x), self.online)
+        return Gather(self.idx, self.factor)(self.norm(x))
 
 
-def gather(width: int, share: float, seed: int) -> Tensor:
-    """``(2, width)``: ``share`` of the channels have become copies of one other channel each, divided by 2."""
+def gather(width: int, share: float, seed: int) -> Gather:
+    """``share`` of the channels have become copies of one other channel each, divided by 2."""
     order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
     count = max(1, round(share * width))
     gone, split = order[:count], order[count : 2 * count]
     idx, factor = torch.arange(width), torch.ones(width)
     idx[gone] = split
     factor[gone] = factor[split] = 0.5
-    return torch.stack([idx.float(), factor])
+    return Gather(idx, factor)
 
 
 class Model:
@@ -72,15 +74,16 @@ class Model:
         self.model = lowbit.load(resolve("demo").folder, device=device)
         self.device = device
         family = family_of(self.model.config)
-        names = sorted({module_of(edge.src) for edge in family.edges if edge.kind == "norm"})
+        ends = {edge.src for edge in family.edges if edge.kind == "norm"}
+        names = sorted(end.module if isinstance(end, Part) else end for end in ends)
         self.places: list[tuple[nn.Module, str, dict[str, nn.Module]]] = []
         for layer in self.model.get_submodule(family.blocks):
             for name in names:
                 norm = layer.get_submodule(name)
-                online = gather(self.model.config.hidden_size, share, len(self.places)).to(device)
-                fused = gathered_norm(norm, family.norm_offset, online)
+                op = gather(self.model.config.hidden_size, share, len(self.places)).to(device)
+                fused = gathered_norm(norm, family.norm_offset, op)
                 assert fused is not None
-                forms = dict(zip(FORMS, (norm, NormThenGather(norm, online), fused), strict=True))
+                forms = dict(zip(FORMS, (norm, NormThenGather(norm, op), fused), strict=True))
                 self.places.append((layer, name, forms))
 
     def take(self, form: str) -> None:
@@ -156,25 +159,25 @@ def measure_model(model: Model, options: argparse.Namespace) -> list[dict[str, A
 
 @torch.no_grad()
 def measure_norm(model: Model, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The model's first norm, with rounding per token behind it; on a GPU also as one kernel."""
+    """The model's first norm, with quantization per token behind it; on a GPU also as one kernel."""
     _, _, forms = model.places[0]
     x = torch.randn(options.prompt, model.model.config.hidden_size, device=options.device)
-    spec, times = QuantSpec(4, symmetric=False), 20 if options.device == "cpu" else 500
+    format, times = IntTokens(4, symmetric=False), 20 if options.device == "cpu" else 500
 
     def often(work: Work) -> Work:
         return lambda: [work() for _ in range(times)][-1]
 
-    def rounded(norm: nn.Module) -> Work:
-        return often(lambda: fake_quant_tokens(norm(x), spec))
+    def quantized(norm: nn.Module) -> Work:
+        return often(lambda: format.fake_quant(norm(x)))
 
-    works = {name: rounded(norm) for name, norm in forms.items()}
+    works = {name: quantized(norm) for name, norm in forms.items()}
     if options.device.startswith("cuda") and importlib.util.find_spec("triton"):
         from lowbit.models.gathered_norm_triton import norm_gather_quantize
 
         fused = forms[FORMS[-1]]
         assert isinstance(fused, GatheredRMSNorm)
         works["one Triton kernel"] = often(lambda: norm_gather_quantize(fused, x, 4))
-    return rows_of(f"norm and rounding, {' x '.join(map(str, x.shape))}", len(x) * times, compare(works, options))
+    return rows_of(f"norm and quantization, {' x '.join(map(str, x.shape))}", len(x) * times, compare(works, options))
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def agreement(folder: Path, session: Session, ids: list[int]) -> dict[str, Any]:
         for name, target in (("float inputs", "float"), ("XNNPACK's inputs", "executorch")):
             model = lowbit.load(folder, target=target)
             out[name] = relative_error(logits, model(torch.tensor([ids])).logits[0])
-        for module in run.rounded:
+        for module in run.quantized:
             model.get_submodule(module).weight.data = stored(run.qtensor(module)).dequantize()
         simulated = model(torch.tensor([ids])).logits[0]
         out["XNNPACK's inputs and scales"] = relative_error(logits, simulated)

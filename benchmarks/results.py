@@ -97,13 +97,13 @@ def described(name: str) -> str:
     """A scheme in words, every part of it that makes figures differ."""
     scheme = parse_scheme(name)
     form = {True: "symmetric", False: "asymmetric"}
-    group = f"groups of {scheme.weight.group_size}" if scheme.weight.group_size else "per output channel"
+    group = f"groups of {scheme.weight.group}" if scheme.weight.group else "per output channel"
     parts = [f"Weights {scheme.weight.bits} bits, {form[scheme.weight.symmetric]}, {group}"]
-    for what, spec, per in (
+    for what, format, per in (
         ("inputs", scheme.act, "token"),
         ("queries, keys and values", scheme.kv, "token and head"),
     ):
-        parts.append(f"{what} {spec.bits} bits, {form[spec.symmetric]}, per {per}" if spec else f"{what} float")
+        parts.append(f"{what} {format.bits} bits, {form[format.symmetric]}, per {per}" if format else f"{what} float")
     return "; ".join([*parts, "embeddings and head float"]) + "."
 
 

@@ -39,7 +39,9 @@ from lowbit.exporters import gguf as exporter
 from lowbit.exporters.llamacpp import Session, loaded, quiet
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Options
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.compressed_tensors import layout_of
+from lowbit.quant.scheme import ModelFormats, parse_scheme
+from lowbit.runs.manifest import Calibration, Identity, Manifest, StockLoading
 from runtimes_page import FLOAT, OURS, THEIRS, llamacpp
 
 SCHEMES = ("w4a16g32-sym", "w5a16g32-sym")
@@ -49,11 +51,23 @@ KINDS = {"Q4_0": 2, "Q5_0": 8, "Q4_K_M": 15}
 
 
 def float_run(folder: Path) -> Run:
-    """A float model as the exporter reads runs: nothing rounded."""
-    subject = Subject(load_config(folder), parse_scheme(SCHEMES[0]), {}, {})
-    return Run(
-        folder, {"identity": {"model": "SmolLM2-135M-Instruct"}}, subject, "pack-quantized", Checkpoint(folder)
+    """A float model as the exporter reads runs: nothing quantized."""
+    subject = Subject(load_config(folder), parse_scheme(SCHEMES[0]), ModelFormats(), {})
+    identity = Identity(
+        model="SmolLM2-135M-Instruct",
+        fingerprint="",
+        recipe={"steps": []},
+        recipe_name=FLOAT,
+        scheme={},
+        data=Calibration("", 0, 0, ""),
+        seed=0,
+        device="cpu",
+        dtype="float32",
+        versions={},
     )
+    layout = layout_of(subject.formats)
+    manifest = Manifest(identity, {}, [], [], layout, 32.0, 32.0, {}, StockLoading(loads=True), {}, [])
+    return Run(folder, manifest, subject, layout, Checkpoint(folder))
 
 
 def importance(source: Run, ids: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What turning channels over does to the noise of rounded inputs, on SmolLM2-135M-Instruct and unseen tokens.
+"""What turning channels over does to the noise of quantized inputs, on SmolLM2-135M-Instruct and unseen tokens.
 
     python benchmarks/signs.py [--blocks 30]
 
@@ -19,23 +19,21 @@ from lowbit.methods.signs import with_signs
 from lowbit.methods.smoothquant import SmoothQuant
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, observe
-from lowbit.quant.affine import QuantSpec, fake_quant_tokens
-from lowbit.quant.scheme import parse_scheme
-from widths import first_blocks
+from lowbit.quant.activations import ActFormat
+from widths import SCHEME, first_blocks
 
-SCHEME = parse_scheme("w4a4")
 HELD_OUT, BATCH = 2, 4
 SITES = ("q, k, v", "o", "gate, up", "down")
 
 
-def noise(block: Block, params: Mapping[str, Tensor], x: Tensor, spec: QuantSpec) -> list[float]:
+def noise(block: Block, params: Mapping[str, Tensor], x: Tensor, format: ActFormat) -> list[float]:
     """Of the input of each group of linears, for hidden states ``x``."""
     seen: dict[str, list[Tensor]] = {group[0]: [] for group in block.linear_groups()}
     observe(block, x, {name: rows.append for name, rows in seen.items()}, params, batch=BATCH)
     out = []
     for rows in seen.values():
         value = torch.cat(rows)
-        out.append(float(relative_loss(fake_quant_tokens(value, spec), value, loss_unit(value, "token"))))
+        out.append(float(relative_loss(format.fake_quant(value), value, loss_unit(value, "token"))))
     return out
 
 
@@ -46,8 +44,8 @@ def main() -> None:
     assert SCHEME.act is not None
     sums = torch.zeros(2, len(SITES), dtype=torch.float64)
     for block, calib in first_blocks(options.blocks, 16, 256):
-        smooth = SmoothQuant()(block, calib, SCHEME)
-        signed, _ = with_signs(smooth, calib.x_fp[HELD_OUT:], SCHEME, BATCH)
+        smooth = SmoothQuant()(block, calib)
+        signed, _ = with_signs(smooth, calib.x_fp[HELD_OUT:], BATCH)
         for row, params in enumerate((smooth.params, signed)):
             sums[row] += torch.tensor(noise(smooth, params, calib.x_fp[:HELD_OUT], SCHEME.act))
     before, after = sums / options.blocks

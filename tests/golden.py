@@ -1,9 +1,10 @@
 """Hashes of finished runs: what a change that is meant to leave every code and scale alone is compared with.
 
 ``python tests/golden.py`` makes the runs and compares their hashes with ``golden.json``; ``--record`` writes it.
-Two hashes a run: of all stored parameters, codes and scales, and of the logits of ``lowbit.load``, which see what
-stays online too. Learned methods depend on the machine's linear algebra, so the table holds for one machine; what
-only rounds to nearest is the same everywhere, and a test holds it.
+Two hashes a run: of all stored parameters, codes and scales, and of the logits of ``lowbit.load``, which see runtime
+ops too. Logits and whatever is fitted depend on the machine's linear algebra, so the table holds for one machine. The
+stored tensors of runs that round to nearest follow from the float weights alone, on every machine: ``test_golden.py``
+holds them wherever torch draws the same random weights, whose hashes stand in the rows ``FAMILY float``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +113,18 @@ def real_runs() -> dict[str, Run]:
     }
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """Of a run folder: its stored tensors, but for those of runtime ops, and its logits."""
-    from safetensors import safe_open
+def float_row(family: str) -> str:
+    """The row with the hash of a family's float weights."""
+    return f"{family} float"
 
-    import lowbit
+
+def stored(files: Iterable[Path]) -> str:
+    """The hash of all tensors in safetensors files, but for those of runtime ops."""
+    from safetensors import safe_open
 
     digest = hashlib.sha256()
     tensors = {}
-    for file in [*folder.glob("block-*.safetensors"), folder / "model-rest.safetensors"]:
+    for file in files:
         with safe_open(file, "pt") as opened:
             names = [name for name in opened.keys() if ".runtime." not in name]  # noqa: SIM118
             tensors |= {name: opened.get_tensor(name) for name in names}
@@ -127,10 +132,18 @@ def hashes(folder: Path) -> dict[str, str]:
         value = tensors[name].contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of a run folder: its stored tensors and its logits."""
+    import lowbit
+
+    weights = stored([*folder.glob("block-*.safetensors"), folder / "model-rest.safetensors"])
     ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = lowbit.load(folder)(ids).logits
-    return {"weights": digest.hexdigest()[:16], "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]}
+    return {"weights": weights, "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]}
 
 
 def make(name: str, run: Run, place: Path) -> dict[str, str]:
@@ -180,6 +193,8 @@ def main() -> int:
             known = table.get(name)
             if arguments.record:
                 table[name] = found
+                if (family := run["family"]) is not None:
+                    table[float_row(family)] = {"weights": stored([Path(place) / family / "model.safetensors"])}
             same = "recorded" if arguments.record else "equal" if found == known else f"DIFFERS from {known}"
             different += not arguments.record and found != known
             print(f"{name:40} {found['weights']} {found['logits']} {same}", flush=True)

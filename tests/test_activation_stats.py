@@ -13,6 +13,7 @@ from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.data.text import calibration
 from lowbit.methods.maps import PICTURE, LearnedMap
 from lowbit.runs.activation_stats import OBSERVED, read_observed
+from lowbit.runs.manifest import manifest_of
 from tiny import save_tiny
 
 BFLOAT16 = 2**-8  # the file's precision: half a step of 8 significant bits
@@ -21,7 +22,7 @@ SETTINGS = ("affinequant.epochs=2", "affinequant.qkv=matrix")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny model and a run of it with learned maps and rounded activations."""
+    """A tiny model and a run of it with learned maps and quantized activations."""
     root = tmp_path_factory.mktemp("observed")
     save_tiny(root / "m", "llama")
     calib = str(root / "m/calib.txt")
@@ -46,7 +47,7 @@ def peaks_of(model: torch.nn.Module, linears: list[str], folder: Path) -> dict[s
         def hook(module, args):
             found[name] = args[0].detach().abs().flatten(0, -2).amax(0)
 
-        # Before the hook that rounds, which the model has already.
+        # Before the hook that quantizes, which the model has already.
         return model.get_submodule(name).register_forward_pre_hook(hook, prepend=True)
 
     handles = [watch(name) for name in linears]
@@ -96,4 +97,4 @@ def test_a_picture_is_of_the_map_of_the_largest_condition():
 
 def test_a_run_of_before_has_seen_nothing(made, tmp_path):
     assert read_observed(tmp_path) == {}
-    assert OBSERVED in lowbit.runs.folder.manifest_of(made / "run")["files"]
+    assert OBSERVED in manifest_of(made / "run").files

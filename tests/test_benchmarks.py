@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.models.architecture import module_of
 from lowbit.models.block import run
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict, with_settings
 from tiny import block_of, tiny_model
@@ -162,10 +161,10 @@ def test_the_page_on_onnx_compares_graphs_of_one_level():
 def test_a_wider_layer_computes_what_the_layer_did(kind):
     block, x = block_of(tiny_model("llama"), 1, dtype=torch.float64)
     for edge in (edge for edge in block.edges() if edge.kind == kind):
-        weight = torch.cat([block.weight(module_of(dst)) for dst in edge.dst])
+        weight = torch.cat([dst.read(block.params) for dst in edge.readers])
         copies = torch.ones(weight.shape[1], dtype=torch.long)
         copies[[3, 20]] = torch.tensor([2, 3])
         done = widths.wider(block, edge, weight, copies)
-        assert done.weight(module_of(edge.dst[0])).shape[1] == weight.shape[1] + 3
+        assert done.weight(edge.readers[0].module).shape[1] == weight.shape[1] + 3
         error = (run(done, x) - run(block, x)).abs().max() / run(block, x).abs().max()
         assert error < 1e-7  # 1/3 is stored in float32

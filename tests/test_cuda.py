@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: every kind of recipe against the same run on a CPU, resume, streams on the host, fused rounding.
+"""On an NVIDIA GPU: recipes against the same run on a CPU, resume, streams on the host, fused fake quantization.
 
 Float32 on both sides sums in different orders, and CUDA divides by a constant with one product. A scale then differs
 now and then in the last bit that float16 keeps, and a value at the edge between two codes takes the other. How far
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,20 @@ import torch
 
 import lowbit
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.methods import training as learn
-from lowbit.methods.affinequant import AffineQuant, Trainer
+from lowbit.methods import training
+from lowbit.methods.affine_fit import AffineFit
+from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.training import loss_unit
-from lowbit.models import offload as feed
-from lowbit.models.block import Calib, relative_error, run_all
+from lowbit.models import offload
+from lowbit.models.block import Block, Calib, relative_error, run_all
 from lowbit.models.offload import Rows, joined, parts
 from lowbit.pipeline import runner
-from lowbit.quant import affine as quant
-from lowbit.quant import inductor as compiled
-from lowbit.quant.affine import QuantSpec, fake_quant, minmax_grid
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant import inductor
+from lowbit.quant.activations import IntTokens
+from lowbit.quant.integer import IntFormat
 from lowbit.runs.streamed_model import StreamedModel
-from test_runner import folder_bytes, quantized, streamed_logits
-from tiny import block_of, save_tiny, tiny_ids, tiny_model
+from runs import folder_bytes, quantize_tiny, streamed_logits
+from tiny import block_of, planned, save_tiny, tiny_ids, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch sees none")
 
@@ -46,7 +47,7 @@ REACHED = 1.4  # factor between the errors of two runs; a map or clip that is of
 
 def on(device: str, folder: Path, scheme: str, recipe: str, **more) -> Path:
     out = folder / f"{device}-{scheme}-{recipe}-{more.get('dtype', 'float32')}"
-    quantized(folder / "m", out, scheme, recipe, device=device, effort="quick", **more)
+    quantize_tiny(folder / "m", out, scheme, recipe, device=device, effort="quick", **more)
     return out
 
 
@@ -134,11 +135,11 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(recipe, tmp_path, monke
         return call
 
     def again():
-        quantized(tmp_path / "m", out, "w4a4", recipe, device="cuda", effort="quick")
+        quantize_tiny(tmp_path / "m", out, "w4a4", recipe, device="cuda", effort="quick")
 
     with monkeypatch.context() as patched:
         if recipe == "affinequant+qllm":
-            patched.setattr(learn, "_save", stops(learn._save, 2))
+            patched.setattr(training, "_save", stops(training._save, 2))
         else:
             patched.setattr(runner.Walk, "write", stops(runner.Walk.write, 1))
         with pytest.raises(Stopped):
@@ -222,8 +223,8 @@ def test_few_pieces_wait_on_the_device_while_they_are_joined():
 def test_rows_are_the_chosen_ones_prepared_or_not(monkeypatch):
     x, y, here = torch.randn(9, 64, 512).pin_memory(), torch.randn(9, 33), torch.randn(9, 5, device=CUDA)
     sent = []
-    real = feed._sent
-    monkeypatch.setattr(feed, "_sent", lambda *args: sent.append(0) or real(*args))
+    real = offload._sent
+    monkeypatch.setattr(offload, "_sent", lambda *args: sent.append(0) or real(*args))
     rows = Rows(torch.device("cuda"), x, y, here)
     order = [torch.tensor(some) for some in ([3, 1], [0], [8, 7, 2], [3, 1], [5])]
     for now, then in itertools.zip_longest(order, order[1:]):
@@ -237,7 +238,7 @@ def test_rows_are_the_chosen_ones_prepared_or_not(monkeypatch):
     assert len(sent) == len(order)  # each was copied once: what was prepared was used
     for index in range(4):  # never asked for: only the last are kept
         rows.prepare(torch.tensor([index]))
-    assert len(rows._ready) == feed.READY
+    assert len(rows._ready) == offload.READY
     assert torch.equal(rows(torch.tensor([6]))[0].cpu(), x[[6]])
 
 
@@ -260,12 +261,10 @@ def on_gpu(value):
         return value.cuda()
     if isinstance(value, dict):
         return {key: on_gpu(one) for key, one in value.items()}
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+    if isinstance(value, tuple):
         return tuple(on_gpu(one) for one in value)
-    if hasattr(value, "kwargs"):
-        return type(value)(
-            value.layers, value.start, on_gpu(value.kwargs), value.family, value.heads, on_gpu(value.params)
-        )
+    if isinstance(value, Block):
+        return replace(value, kwargs=on_gpu(value.kwargs), params=on_gpu(value.params))
     return value
 
 
@@ -318,18 +317,18 @@ def close(got: torch.Tensor, wanted: torch.Tensor, most: float = 1e-4) -> None:
 
 @pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize(
-    "spec",
+    "format",
     [
-        QuantSpec(4),
-        QuantSpec(3, None, False),
-        QuantSpec(2, 64, False),
-        QuantSpec(8, 16),
-        QuantSpec(4, 32, False, torch.bfloat16),
-        QuantSpec(4, None, False, torch.float32),
+        IntFormat(4),
+        IntFormat(3, None, False),
+        IntFormat(2, 64, False),
+        IntFormat(8, 16),
+        IntFormat(4, 32, False, torch.bfloat16),
+        IntFormat(4, None, False, torch.float32),
     ],
-    ids=lambda spec: f"w{spec.bits}g{spec.group_size}-{spec.symmetric}-{spec.scale_dtype}",
+    ids=lambda format: f"{format.name}-{format.scale_dtype}",
 )
-def test_a_compiled_weight_is_the_plain_one_bit_for_bit(spec):
+def test_a_compiled_weight_is_the_plain_one_bit_for_bit(format):
     generator = torch.Generator().manual_seed(0)
     for rows, columns in ((64, 192), (333, 4096)):
         weight = torch.randn(rows, columns, generator=generator)
@@ -337,14 +336,14 @@ def test_a_compiled_weight_is_the_plain_one_bit_for_bit(spec):
         weight[5] = 0
         weight[6] *= 1e-9
         weight[7] = weight[7].abs()
-        ends = [torch.rand(rows, spec.groups(columns), generator=generator) * 0.5 + 0.5 for _ in range(2)]
+        ends = [torch.rand(rows, format.groups(columns), generator=generator) * 0.5 + 0.5 for _ in range(2)]
         leaves = [value.cuda().requires_grad_() for value in (weight, *ends)]
         slope = torch.randn(rows, columns, generator=generator).cuda()
         slope[5] = 0  # a scale below 1e-38 leaves nothing of a gradient to compare
-        wanted = fake_quant(leaves[0], minmax_grid(leaves[0], spec, *leaves[1:]), spec)
+        wanted = format.fake_quant(leaves[0], format.qparams(*leaves))
         exact = torch.autograd.grad(wanted, leaves, slope)
-        with compiled.on():
-            got = compiled.rounded_weight(leaves[0], spec, *leaves[1:])
+        with inductor.on():
+            got = format.fake_quant_clipped(*leaves)
             found = torch.autograd.grad(got, leaves, slope)
         assert got.grad_fn is not None
         off = int((got != wanted).sum())
@@ -357,7 +356,7 @@ def test_a_compiled_weight_is_the_plain_one_bit_for_bit(spec):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (6, True)])
 def test_compiled_tokens_are_the_plain_ones_bit_for_bit(bits, symmetric, dtype):
-    spec, generator = QuantSpec(bits, None, symmetric), torch.Generator().manual_seed(0)
+    format, generator = IntTokens(bits, symmetric), torch.Generator().manual_seed(0)
     for shape in ((1, 3, 9, 64), (1, 128, 11008)):
         x = torch.randn(shape, generator=generator)
         x[..., 3] *= 30
@@ -366,9 +365,9 @@ def test_compiled_tokens_are_the_plain_ones_bit_for_bit(bits, symmetric, dtype):
         ends = torch.tensor([0.9, 0.8], device=CUDA, dtype=dtype)
         offset = (torch.rand(shape[-1], generator=generator) - 0.5).cuda().to(dtype)
         for more in ((), (ends[0], ends[1]), (ends[0], ends[1], offset)):
-            wanted = quant.fake_quant_tokens(x, spec, *more)
-            with compiled.on():
-                got = compiled.fake_quant_tokens(x, spec, *more)
+            wanted = format.fake_quant(x, *more)
+            with inductor.on():
+                got = format.fake_quant(x, *more)
                 (found,) = torch.autograd.grad(got.float().square().sum(), x)
             off = int((got != wanted).sum())
             assert off == 0, f"{off} of {got.numel()} values differ at {shape}, {len(more)} more"
@@ -380,15 +379,17 @@ def test_compiled_tokens_are_the_plain_ones_bit_for_bit(bits, symmetric, dtype):
 @pytest.mark.parametrize("scheme", ["w4a4", "w2a16g16-asym"])
 def test_a_fits_loss_is_the_same_number_compiled(scheme):
     block, x = block_of(tiny_model("llama"))
-    block, x = on_gpu(block), x.cuda()
-    trainer = Trainer(AffineQuant(), block, Calib(x, x, run_all(block, x)), parse_scheme(scheme))
-    trainer.begin(1)
+    block, x = on_gpu(planned(block, scheme)), x.cuda()
+    step = AffineQuant()
+    calib = Calib(x, x, run_all(block, x))
+    fitting = AffineFit(step.sites, step.maps, step.clipping, step.objective, step.schedule, block, calib)
+    fitting.begin(1)
     chosen = torch.arange(len(x))
-    leaves = [leaf for group, _ in trainer.groups() for leaf in group]
-    plain = trainer.loss(chosen)
+    leaves = [leaf for group, _ in fitting.groups() for leaf in group]
+    plain = fitting.loss(chosen)
     exact = torch.autograd.grad(plain, leaves, allow_unused=True)
-    with compiled.on():
-        fused = trainer.loss(chosen)
+    with inductor.on():
+        fused = fitting.loss(chosen)
         found = torch.autograd.grad(fused, leaves, allow_unused=True)
     assert fused.item() == plain.item()
     largest = max(float(one.norm()) for one in exact if one is not None)
@@ -405,9 +406,9 @@ def test_a_compiled_run_reaches_what_a_plain_one_reaches_and_says_that_it_was(re
     exact, errors = exact_logits(tmp_path), []
     for fused in (False, True):
         out = tmp_path / f"out-{fused}"
-        made = quantized(tmp_path / "m", out, "w4a4", recipe, device="cuda", effort="quick", compiled=fused)
-        assert made.manifest["identity"].get("compiled", False) == fused
+        made = quantize_tiny(tmp_path / "m", out, "w4a4", recipe, device="cuda", effort="quick", compiled=fused)
+        assert made.manifest.identity.compiled == fused
         errors.append(relative_error(streamed_logits(out, tiny_ids()), exact))
     print(recipe, errors)
     assert errors[1] <= REACHED * errors[0]
-    assert not compiled._using[0]
+    assert not inductor._using[0]

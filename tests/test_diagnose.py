@@ -217,7 +217,7 @@ def test_people_see_the_worst_ten_and_the_proposal(places, capsys, tmp_path):
     assert call(["inspect", str(out), "--budget", "5", "--bits", "4,8", "--out", str(tmp_path / "a.yml")]) == 0
     shown = capsys.readouterr().out
     assert "w2g16-sym" in shown
-    assert "bits per weight; sum of damages alone" in shown
+    assert "bits per weight; sum of sensitivities" in shown
     assert "quantize --scheme" in shown
 
 

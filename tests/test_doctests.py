@@ -31,10 +31,13 @@ def test_docstring_examples(name):
 def test_there_are_examples_where_people_look_first():
     finder = doctest.DocTestFinder()
     for name in (
-        "lowbit.quant.affine",
-        "lowbit.quant.scheme",
         "lowbit.errors",
-        "lowbit.models.equivalence",
+        "lowbit.quant.format",
+        "lowbit.quant.integer",
+        "lowbit.quant.activations",
+        "lowbit.quant.scheme",
+        "lowbit.models.architecture",
+        "lowbit.models.runtime_ops",
         "lowbit.methods.smoothquant",
     ):
         assert any(test.examples for test in finder.find(importlib.import_module(name))), f"{name} has no example"

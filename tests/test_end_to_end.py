@@ -11,20 +11,23 @@ import torch
 
 import lowbit
 from held import Held
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.methods import METHODS
+from lowbit.methods.options import with_options
 from lowbit.methods.training import Fitted
 from lowbit.methods.tune import Tune
-from lowbit.models.block import Calib, relative_error, run, run_all
+from lowbit.models.block import Calib, relative_error, run_all, run_quantized
+from lowbit.models.runtime_ops import Clip
 from lowbit.pipeline import end_to_end as module
 from lowbit.pipeline.end_to_end import Tuning
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict
-from lowbit.quant.affine import Grid, QuantSpec, minmax_grid, quantize, range_grid
-from lowbit.quant.scheme import parse_scheme
-from lowbit.runs.latent_weights import Latents, latent, latent_file, places, started, write_latents
+from lowbit.quant.format import QParams
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import ModelFormats
+from lowbit.runs.latent_weights import Latents, latent, latent_file, places, write_latents
 from lowbit.runs.streamed_model import StreamedModel
-from tiny import block_of, params_of, save_tiny, skeleton_of, tiny_ids, tiny_model
+from tiny import block_of, params_of, planned, save_tiny, skeleton_of, tiny_ids, tiny_model
 
 FAMILIES = ["llama-odd", "qwen3", "gemma2", "phi3", "opt"]
 
@@ -44,23 +47,24 @@ def quantized(folder: Path, out: Path, scheme: str, recipe: str, **more):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [None, 16])
-def test_places_round_to_the_codes_that_ship_on_the_grid_that_ships(group, symmetric, bits):
-    spec = IntFormat(bits, group, symmetric)
+def test_places_round_to_the_codes_that_ship_with_the_qparams_that_ship(group, symmetric, bits):
+    format = IntFormat(bits, group, symmetric)
     weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(bits))
     weight[0], weight[1], weight[2] = 0.0, weight[1].abs(), -weight[2].abs()
     clip = torch.linspace(0.3, 1.0, 12)[:, None]
-    q = quantize(weight, minmax_grid(weight, spec, clip, clip), spec)
+    q = format.quantize(weight, format.qparams(weight, clip, clip))
     # Codes that are not the nearest, as GPTQ chooses them.
-    other = (q.codes.int() + torch.randint(-1, 2, q.codes.shape)).clamp(0, spec.levels).to(torch.uint8)
+    other = (q.codes.int() + torch.randint(-1, 2, q.codes.shape)).clamp(0, format.levels).to(torch.uint8)
     for given in (q, replace(q, codes=other)):
-        grid = range_grid(*started(given.grid, spec), spec)
-        assert torch.equal(grid.scale, given.grid.scale)
-        assert torch.equal(grid.zero, given.grid.zero)
-        assert torch.equal(quantize(latent(places(weight, given), given.grid), grid, spec).codes, given.codes)
+        again = format.from_range(*format.range_of(given.qparams))
+        assert torch.equal(again.scale, given.qparams.scale)
+        assert torch.equal(again.zero, given.qparams.zero)
+        shipped = format.quantize(latent(places(weight, given), given.qparams, format), again)
+        assert torch.equal(shipped.codes, given.codes)
     # Where a weight is inside its cell and the range, its place is its own to 1/256 of a step.
-    step = q.grid.scale.repeat_interleave(64 // q.grid.scale.shape[1], 1)
+    step = format.per_column(q.qparams, 64).scale
     inside = ((weight - q.dequantize()).abs() < 0.49 * step) & (weight != 0)
-    error = ((latent(places(weight, q), q.grid) - weight) / step)[inside]
+    error = ((latent(places(weight, q), q.qparams, format) - weight) / step)[inside]
     assert len(error) > 100
     assert float(error.abs().max()) < 1 / 256 + 1e-3
 
@@ -71,18 +75,20 @@ def first_folder(name, scheme, folder, steps=("rtn",), count=3):
     skeleton, ids = skeleton_of(model), tiny_ids(4)
     (folder / ".run").mkdir(parents=True)
     x = start = skeleton.start(ids)
-    blocks = []
+    blocks, formats = [], {}
     for index in range(count):
-        block = skeleton.block(index, params_of(model, skeleton, index))
+        block = planned(skeleton.block(index, params_of(model, skeleton, index)), scheme)
+        formats |= {block.full_name(linear): found for linear, found in block.formats.items()}
         y = run_all(block, x)
         for step in steps:
             method = METHODS[step]() if isinstance(step, str) else step
-            block = method(block, Calib(x, x, y), scheme)
+            block = method(block, Calib(x, x, y))
         write_latents(folder, block)
         blocks.append(block)
         x = y
+    plan = SimpleNamespace(formats=ModelFormats(formats, block.kv))
     walk = SimpleNamespace(
-        out=folder, scheme=scheme, device="cpu", dtype=torch.float32, skeletons=lambda ids: (skeleton, skeleton)
+        out=folder, plan=plan, device="cpu", dtype=torch.float32, skeletons=lambda ids: (skeleton, skeleton)
     )
     return walk, ids, x, blocks, start
 
@@ -96,14 +102,13 @@ def divergence(skeleton, ids, exact, got):
 @pytest.mark.parametrize("scheme", ["w4a4", "w3a16g16-sym", "w4a8kv4"])
 def test_value_and_gradient_are_those_of_the_whole_model_in_one_graph(scheme, name, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LOGIT_BYTES", 4 * 96 * 7)  # few positions at a time: several parts a step
-    scheme = parse_scheme(scheme)
     walk, ids, y_fp, blocks, start = first_folder(name, scheme, tmp_path)
     tuning = Tuning(Tune(rank=4), walk, ids, y_fp)
     chosen = torch.tensor([2, 0])
     with torch.no_grad():
         shipped = start[chosen]
         for block in blocks:
-            shipped = run(block, shipped, block.quantized_params(), scheme)
+            shipped = run_quantized(block, shipped)
         wanted = float(divergence(tuning.student, ids[chosen], y_fp[chosen], shipped))
         assert float(tuning.loss(chosen)) == pytest.approx(wanted, rel=1e-4)  # the start is what would have shipped
         generator = torch.Generator().manual_seed(7)
@@ -127,15 +132,14 @@ def test_value_and_gradient_are_those_of_the_whole_model_in_one_graph(scheme, na
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w3a16g16-sym"])
 def test_rates_fall_with_the_root_of_what_is_lost_at_the_start(scheme, tmp_path):
-    scheme = parse_scheme(scheme)
     walk, ids, y_fp, blocks, start = first_folder("llama", scheme, tmp_path)
-    train, held = Tune().schedule().split(len(ids))
+    train, held = Tune().schedule.split(len(ids))
     assert len(train) == 3
     assert len(held) == 1
     shipped = start[train]
     with torch.no_grad():
         for block in blocks:
-            shipped = run(block, shipped, block.quantized_params(), scheme)
+            shipped = run_quantized(block, shipped)
         lost = float(divergence(walk.skeletons(ids)[0], ids[train], y_fp[train], shipped))
     tuning = Tuning(Tune(), walk, ids, y_fp)
     assert 0 < lost < 1
@@ -153,13 +157,13 @@ def test_rates_fall_with_the_root_of_what_is_lost_at_the_start(scheme, tmp_path)
         ("refit", "refit, {{lowrank: {{epochs: {}}}}}, rtn"),
     ],
 )
-def test_what_is_fitted_in_closed_form_does_not_see_what_judges_the_learned(name, steps, tmp_path, monkeypatch):
+def test_what_is_fitted_in_closed_form_does_not_see_what_validates_the_learned(name, steps, tmp_path, monkeypatch):
     save_tiny(tmp_path / "m", "llama-odd")
     shown, fitted = [], METHODS[name].__call__
 
-    def watching(step, block, calib, scheme):
+    def watching(step, block, calib):
         shown.append(calib)
-        return fitted(step, block, calib, scheme)
+        return fitted(step, block, calib)
 
     monkeypatch.setattr(METHODS[name], "__call__", watching)
     seen = {}
@@ -168,7 +172,7 @@ def test_what_is_fitted_in_closed_form_does_not_see_what_judges_the_learned(name
         quantized(tmp_path / "m", tmp_path / f"out{epochs}", "w4a4", recipe)
         seen[epochs] = shown[0]  # of the first block, whose input is the same in both
         shown.clear()
-    train, held = Tune().schedule().split(len(seen[0].x_q))  # without tune nothing judges: all are used
+    train, held = Tune().schedule.split(len(seen[0].x_q))  # without tune nothing judges: all are used
     assert len(seen[0].x_q) == 6
     assert len(held) == 1
     for stream in ("x_fp", "x_q", "y_fp"):
@@ -182,7 +186,7 @@ def test_a_start_that_is_far_off_or_no_number_keeps_the_rates_and_one_at_zero_le
 
 def test_the_gradient_of_the_gains_is_the_finite_difference(tmp_path):
     """Nothing rounds on the way from a gain to the loss where activations stay float."""
-    walk, ids, y_fp, _, _ = first_folder("llama", parse_scheme("w3a16g16-sym"), tmp_path)
+    walk, ids, y_fp, _, _ = first_folder("llama", "w3a16g16-sym", tmp_path)
     tuning = Tuning(Tune(), walk, ids, y_fp)
     chosen = torch.arange(4)
     tuning.loss(chosen).backward()
@@ -203,7 +207,7 @@ def test_the_gradient_of_the_gains_is_the_finite_difference(tmp_path):
 def test_a_step_holds_one_block_whatever_the_depth(tmp_path):
     held, learned = {}, {}
     for count in (3, 6):
-        walk, ids, y_fp, _, start = first_folder("llama", parse_scheme("w4a4"), tmp_path / str(count), count=count)
+        walk, ids, y_fp, _, start = first_folder("llama", "w4a4", tmp_path / str(count), count=count)
         tuning = Tuning(Tune(rank=2), walk, ids, y_fp)
         with Held() as counted:
             tuning.loss(torch.tensor([1])).backward()
@@ -220,9 +224,8 @@ def test_a_step_holds_one_block_whatever_the_depth(tmp_path):
 @pytest.mark.parametrize("steps", [("gptq",), ("smoothquant", "gptq"), ("affinequant", "rtn")], ids="-".join)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_steps_what_other_methods_rounded_comes_out_as_it_was(name, steps, tmp_path):
-    scheme = parse_scheme("w3a16g16-asym")
-    made = [METHODS[s](epochs=1) if s == "affinequant" else s for s in steps]
-    walk, ids, y_fp, blocks, _ = first_folder(name, scheme, tmp_path, made)
+    made = [with_options(METHODS[s](), epochs=1) if METHODS[s]().schedule else s for s in steps]
+    walk, ids, y_fp, blocks, _ = first_folder(name, "w3a16g16-asym", tmp_path, made)
     tuning = Tuning(Tune(), walk, ids, y_fp)
     for index, block in enumerate(blocks):
         lowbit.checkpoints.safetensors_folder.write_json(
@@ -232,9 +235,9 @@ def test_without_steps_what_other_methods_rounded_comes_out_as_it_was(name, step
         assert set(done.qweights) == set(block.qweights)
         for linear, q in block.qweights.items():
             assert torch.equal(done.qweights[linear].codes, q.codes), linear
-            assert torch.equal(done.qweights[linear].grid.scale, q.grid.scale)
-        rounded = {f"{linear}.weight" for linear in block.qweights}
-        assert all(torch.equal(done.params[key], block.params[key]) for key in set(block.params) - rounded)
+            assert torch.equal(done.qweights[linear].qparams.scale, q.qparams.scale)
+        quantized = {f"{linear}.weight" for linear in block.qweights}
+        assert all(torch.equal(done.params[key], block.params[key]) for key in set(block.params) - quantized)
         assert set(done.params) == set(block.params)
 
 
@@ -247,7 +250,7 @@ def calibration_ids(model: Path) -> torch.Tensor:
 
 def shipped_divergence(model: Path, run: Path, ids: torch.Tensor) -> float:
     """``KL(float || run)`` of two folders, in nats a token, on the sequences that the fit holds out."""
-    held = ids[Tune().schedule().split(len(ids))[1]]
+    held = ids[Tune().schedule.split(len(ids))[1]]
     exact, ours = (
         torch.cat([logits for _, logits in StreamedModel(folder).logits(held)]).log_softmax(-1)
         for folder in (model, run)
@@ -265,7 +268,7 @@ def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
         scheme,
         recipe_file(tmp_path, "rtn", "tune: {epochs: 16, lr: 1.0e-3, scale: false}"),
     )
-    record = made.manifest["blocks"][0]["steps"]["tune"]
+    record = made.manifest.blocks[0].steps["tune"]
     assert record["best_epoch"] > 0
     assert record["loss"][-1] < 0.8 * record["loss"][0]
     assert min(record["held_out"]) == record["held_out"][record["best_epoch"]] < record["held_out"][0]
@@ -277,9 +280,8 @@ def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
     a, b = x_fp.skeleton.start(ids), x_q.skeleton.start(ids)
     for index in range(3):
         a = run_all(x_fp.block(index), a)
-        block = x_q.block(index)
-        b = run_all(block, b, block.quantized_params(), x_q.scheme)
-        assert relative_error(b, a) == made.manifest["blocks"][index]["relative_error"]
+        b = run_quantized(x_q.block(index), b)
+        assert relative_error(b, a) == made.manifest.blocks[index].relative_error
     assert not (tmp_path / "out" / ".run").exists()
 
 
@@ -288,21 +290,21 @@ def test_rounded_embeddings_and_heads_are_trained_with(tmp_path):
     overrides = {"lm_head": "w4", "*embed_tokens": "w4"}
     recipe = recipe_file(tmp_path, "rtn", "tune: {epochs: 2}")
     made = quantized(tmp_path / "m", tmp_path / "out", "w4a8", recipe, overrides=overrides)
-    record = made.manifest["blocks"][0]["steps"]["tune"]
+    record = made.manifest.blocks[0].steps["tune"]
     kept = record["held_out"][record["best_epoch"]]
     ids = calibration_ids(tmp_path / "m")
     assert shipped_divergence(tmp_path / "m", tmp_path / "out", ids) == pytest.approx(kept, rel=1e-3)
 
 
-def test_what_stays_online_is_trained_with_and_kept(tmp_path):
+def test_runtime_ops_are_trained_with_and_kept(tmp_path):
     save_tiny(tmp_path / "m", "llama")
     reassemble = "reassemble: {sites: all, most: 0.2}"
     made = quantized(
         tmp_path / "m", tmp_path / "out", "w4a4", recipe_file(tmp_path, reassemble, "rtn", "tune: {epochs: 12}")
     )
-    assert made.manifest["online"]
-    assert set(made.manifest["blocks"][0]["steps"]) == {"reassemble", "tune"}
-    record = made.manifest["blocks"][0]["steps"]["tune"]
+    assert made.manifest.runtime_ops
+    assert set(made.manifest.blocks[0].steps) == {"reassemble", "tune"}
+    record = made.manifest.blocks[0].steps["tune"]
     assert record["held_out"][record["best_epoch"]] < record["held_out"][0]
     page = lowbit.report([tmp_path / "out"], out=tmp_path / "report.html").out.read_text()
     first, least = record["held_out"][0], min(record["held_out"])
@@ -319,52 +321,11 @@ def test_no_epochs_leave_the_step_out(tmp_path):
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
 
 
-def test_stopped_in_an_epoch_and_between_shards_it_gives_the_same_bytes(tmp_path, monkeypatch):
-    save_tiny(tmp_path / "m", "llama")
-    recipe = recipe_file(tmp_path, "gptq", "tune: {epochs: 3}")
-
-    def call(out):
-        quantized(tmp_path / "m", tmp_path / out, "w4a8", recipe)
-        files = sorted(p for p in (tmp_path / out).rglob("*") if p.is_file() and p.name != "lowbit-timing.json")
-        return {str(p.relative_to(tmp_path / out)): p.read_bytes() for p in files}
-
-    class Killed(BaseException):
-        pass
-
-    wanted, deaths = call("whole"), []
-    loss, write = Tuning.loss, lowbit.pipeline.runner.Walk.write
-
-    def dying_loss(self, chosen, calls=[0]):  # noqa: B006
-        calls[0] += 1
-        if calls[0] in (9, 14):  # in the second epoch, and after it was begun again in the third
-            deaths.append("loss")
-            raise Killed
-        return loss(self, chosen)
-
-    def dying_write(self, block, *rest, calls=[0]):  # noqa: B006
-        calls[0] += not self.latents
-        if not self.latents and calls[0] == 2:
-            deaths.append("write")
-            raise Killed
-        return write(self, block, *rest)
-
-    monkeypatch.setattr(Tuning, "loss", dying_loss)
-    monkeypatch.setattr(lowbit.pipeline.runner.Walk, "write", dying_write)
-    while True:
-        try:
-            got = call("stopped")
-            break
-        except Killed:
-            assert read_json(tmp_path / "stopped/.run/identity.json")
-    assert deaths == ["loss", "loss", "write"]
-    assert got == wanted
-
-
 def test_the_step_stands_last_and_its_options_are_checked():
     for steps in (["tune", "rtn"], ["rtn", "tune", "tune"], ["tune"]):
         with pytest.raises(LowbitError, match=r"tune comes last|exactly one step rounds"):
             recipe_from_dict({"steps": steps}, "x")
-    with pytest.raises(LowbitError, match="rank must be 1 or more"):
+    with pytest.raises(LowbitError, match=r"tune.rank 0 given; it must be 1 or more"):
         Tune(rank=0)
     with pytest.raises(LowbitError, match="lr_end"):
         recipe_from_dict({"steps": ["rtn", {"tune": {"lr_end": 1.0}}]}, "x")
@@ -376,16 +337,18 @@ def test_the_step_stands_last_and_its_options_are_checked():
 
 def test_latents_are_taken_apart_as_they_were_put_together(tmp_path):
     block, x = block_of(tiny_model("opt"), 1, 1)
-    scheme = parse_scheme("w4a8")
-    done = METHODS["rtn"]()(block, Calib(x, x, x), scheme)
-    done = replace(done, online={"1.fc2": torch.tensor([0.9, 0.8])})
+    done = METHODS["rtn"]()(planned(block, "w4a8"), Calib(x, x, x))
+    clip = Clip(torch.tensor([0.9, 0.8]), torch.linspace(-0.5, 0.5, 96))
+    done = replace(done, ops={"1.fc2": clip})
     write_latents(tmp_path, done)
     file = Checkpoint(tmp_path, [latent_file(1)])
     found = Latents(file.read(file.names))
     assert set(found.params) == {n for n in done.params if n.removesuffix(".weight") not in done.qweights}
     assert set(found.places) == set(done.qweights)
-    assert all(isinstance(grid, Grid) for grid in found.grids.values())
-    assert torch.equal(found.online["1.fc2"], done.online["1.fc2"])
+    assert all(isinstance(qparams, QParams) for qparams in found.qparams.values())
+    assert type(found.ops["1.fc2"]) is Clip
+    assert torch.equal(found.ops["1.fc2"].ratios, clip.ratios)
+    assert torch.equal(found.ops["1.fc2"].offset, clip.offset)
 
 
 def test_a_block_that_is_not_finite_is_never_written(tmp_path, monkeypatch):

@@ -9,42 +9,45 @@ import pytest
 import torch
 
 import lowbit
+from lowbit.errors import LowbitError
 from lowbit.methods import RTN
 from lowbit.methods.reassemble import Reassemble
-from lowbit.models.block import apply_online
 from lowbit.models.families import family_of
 from lowbit.models.gathered_norm import GatheredRMSNorm, gathered_norm
+from lowbit.models.runtime_ops import Clip, Gather, Matrix
 from lowbit.pipeline.recipe import Recipe
-from lowbit.quant.affine import QuantSpec, fake_quant_tokens
-from lowbit.runs.streamed_model import StreamedModel
-from test_runner import quantized
+from lowbit.quant.activations import IntTokens
+from runs import quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids, tiny_model
 
 CUDA = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None and (CUDA or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def gather(width, rows):
+def gather(width: int, merging: bool) -> Gather:
+    """Channel 5 three times in place of 0 and 2, which are dropped or, merging, added to 7."""
     idx = torch.arange(width)
     idx[[0, 2]] = 5
     factor = torch.ones(width)
     factor[[0, 2, 5]] = 1 / 3
-    into = torch.full((width,), -1.0)
+    if not merging:
+        return Gather(idx, factor)
+    into = torch.full((width,), -1)
     into[[0, 2]] = 7
-    factor[7] = 1 / 3 if rows == 3 else 1.0
-    return torch.stack([idx.float(), factor, into][:rows])
+    factor[7] = 1 / 3
+    return Gather(idx, factor, into)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("merging", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "phi3"])
-def test_the_module_is_the_norm_and_the_gather_bit_for_bit(name, rows, dtype):
+def test_the_module_is_the_norm_and_the_gather_bit_for_bit(name, merging, dtype):
     model = tiny_model(name).to(dtype)
-    norm, online = model.model.layers[1].input_layernorm, gather(64, rows)
-    one = gathered_norm(norm, family_of(model.config).norm_offset, online)
+    norm, op = model.model.layers[1].input_layernorm, gather(64, merging)
+    one = gathered_norm(norm, family_of(model.config).norm_offset, op)
     x = (3 * torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
     with torch.no_grad():
-        wanted = apply_online(norm(x), online)
+        wanted = op(norm(x))
         assert torch.equal(one(x), wanted)
         small = x.clone()
         small[..., 20] *= 100  # a channel that is not gathered twice moves rstd all the same
@@ -52,27 +55,33 @@ def test_the_module_is_the_norm_and_the_gather_bit_for_bit(name, rows, dtype):
 
 
 def test_what_cannot_be_one_keeps_the_hook():
-    assert gathered_norm(torch.nn.LayerNorm(64), 0.0, gather(64, 2)) is None
-    assert gathered_norm(tiny_model("llama").model.layers[0].input_layernorm, 0.0, torch.eye(64)) is None
+    norm = tiny_model("llama").model.layers[0].input_layernorm
+    assert gathered_norm(torch.nn.LayerNorm(64), 0.0, gather(64, merging=False)) is None
+    assert gathered_norm(norm, 0.0, Matrix(torch.eye(64))) is None
+    assert gathered_norm(norm, 0.0, Clip(torch.ones(2))) is None
 
 
 @pytest.mark.parametrize(("name", "fused"), [("llama-odd", True), ("gemma3", True), ("opt", False)])
 def test_load_restores_it(name, fused, tmp_path):
     save_tiny(tmp_path / "m", name)
     steps = (("reassemble", Reassemble(sites="all", most=0.3)), ("rtn", RTN()))
-    made = quantized(tmp_path / "m", tmp_path / "out", "w4a4", Recipe("r", steps))
+    made = quantize_tiny(tmp_path / "m", tmp_path / "out", "w4a4", Recipe("r", steps))
+    assert set(made.manifest.runtime_ops.values()) == {"gather"}
     loaded = lowbit.load(tmp_path / "out")
     found = [module for module in loaded.modules() if isinstance(module, GatheredRMSNorm)]
-    assert len(found) == (len(made.manifest["online"]) if fused else 0)
+    assert len(found) == (len(made.manifest.runtime_ops) if fused else 0)
     ids = tiny_ids()
-    simulated = torch.cat([logits for _, logits in StreamedModel(tmp_path / "out").logits(ids)])
+    simulated = streamed_logits(tmp_path / "out", ids)
     got = loaded(ids, use_cache=False).logits.detach()
     assert float((got - simulated).abs().max() / simulated.abs().max()) < 1e-5
 
 
-@pytest.mark.skipif(
+needs_triton = pytest.mark.skipif(
     not TRITON, reason="needs triton (pip install triton) and a GPU, or TRITON_INTERPRET=1 from the start"
 )
+
+
+@needs_triton
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("width", [64, 96])
 def test_the_kernel_gives_the_plain_forms_numbers(width, bits):
@@ -81,7 +90,7 @@ def test_the_kernel_gives_the_plain_forms_numbers(width, bits):
     device = "cuda" if CUDA else "cpu"
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(1 + 0.3 * torch.randn(width, generator=generator))
-    norm = GatheredRMSNorm(weight, 1e-5, 0.0, gather(width, 2)).to(device)
+    norm = GatheredRMSNorm(weight, 1e-5, 0.0, gather(width, merging=False)).to(device)
     x = torch.randn(17, width, generator=generator)
     x[:, 5] *= 20
     x[3] = 0
@@ -89,7 +98,7 @@ def test_the_kernel_gives_the_plain_forms_numbers(width, bits):
     with torch.no_grad():
         codes, scales, zeros = norm_gather_quantize(norm, x, bits)
         plain = norm(x)
-        wanted = fake_quant_tokens(plain, QuantSpec(bits, symmetric=False))
+        wanted = IntTokens(bits, symmetric=False).fake_quant(plain)
     found = (codes.float() - zeros[:, None]) * scales[:, None]
     # A sum in another order moves rstd by an ulp, which may move a value at the edge between two codes by one step.
     off = (found - wanted).abs() / scales[:, None]
@@ -97,3 +106,16 @@ def test_the_kernel_gives_the_plain_forms_numbers(width, bits):
     assert float((off > 1e-3).float().mean()) < 2e-3
     assert int(codes.min()) >= -(2 ** (bits - 1))
     assert torch.equal(found[3], torch.zeros_like(found[3]))
+
+
+@needs_triton
+def test_the_kernel_refuses_what_it_does_not_compute():
+    from lowbit.models.gathered_norm_triton import norm_gather_quantize
+
+    weight = torch.nn.Parameter(torch.ones(64))
+    with pytest.raises(LowbitError, match="with merged channels"):
+        norm_gather_quantize(GatheredRMSNorm(weight, 1e-5, 0.0, gather(64, merging=True)), torch.ones(2, 64), 4)
+    norm = GatheredRMSNorm(weight, 1e-5, 0.0, gather(64, merging=False))
+    for shape in ((2, 63), (1, 2, 64)):
+        with pytest.raises(LowbitError, match=r"\(tokens, width\)"):
+            norm_gather_quantize(norm, torch.ones(shape), 4)

@@ -126,6 +126,7 @@ def loaded_by(code: str) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.rpartition("@")[2].split()}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "code", ["import lowbit", "import lowbit.cli.main", "from lowbit.cli.main import call; call(['--help'])"]
 )

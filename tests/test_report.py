@@ -228,7 +228,7 @@ def test_where_it_can_run_is_what_the_exports_say(root, tmp_path):
     page = page_of(tmp_path, root / "rtn")
     for name in EXPORTERS:
         assert name in page.text
-    assert "inputs are rounded to 4 bits per token" in page.text
+    assert "inputs are quantized to 4 bits per token" in page.text
 
 
 def line(capsys, *words: object) -> str:
@@ -273,7 +273,8 @@ def test_a_manifest_that_lacks_something_is_one_line(place, root, tmp_path, caps
         part = part[key] if key != "blocks" else part[key][1]
     del part[last]
     (tmp_path / "run/lowbit.json").write_text(json.dumps(manifest))
-    assert place in line(capsys, "report", tmp_path / "run", "-o", tmp_path / "page.html")
+    said = line(capsys, "report", tmp_path / "run", "-o", tmp_path / "page.html")
+    assert f"no valid '{place.replace('blocks', 'blocks.1')}'" in said
 
 
 def test_what_cannot_be_drawn_is_left_out():

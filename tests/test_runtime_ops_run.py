@@ -1,8 +1,9 @@
-"""What nothing could absorb: dense maps after norms and learned clipping of activations, from fit to every reader."""
+"""Runtime operations in runs: from the fit through the folder to every reader, and folders that are broken there."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ from transformers import AutoModelForCausalLM
 import lowbit
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json, write_tensors
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import module_of
-from lowbit.models.block import relative_error, run, run_all
-from lowbit.quant.affine import QuantSpec, fake_quant_tokens
+from lowbit.methods import RTN
+from lowbit.models.architecture import Projection
+from lowbit.models.block import Calib, relative_error, run, run_all
+from lowbit.models.runtime_ops import Clip, Gather, Matrix, tensor_name
 from lowbit.quant.scheme import parse_scheme
-from lowbit.runs.folder import block_file, refuse_online
+from lowbit.runs.folder import block_file, read_ops
+from lowbit.runs.latent_weights import Latents, latent_file, write_latents
 from lowbit.runs.streamed_model import StreamedModel
-from test_runner import folder_bytes, quantized
-from tiny import block_of, save_tiny, tiny_ids, tiny_model
+from runs import folder_bytes, quantize_tiny, streamed_logits
+from tiny import block_of, planned, quantized, save_tiny, tiny_ids, tiny_model
 
 DENSE = ["affinequant.qkv=matrix", "affinequant.mlp=matrix", "affinequant.epochs=2", "affinequant.lr_maps=0.02"]
 CLIP = ["affinequant.act_clip=true", "affinequant.epochs=2"]
@@ -27,18 +30,18 @@ FAMILIES = ["llama", "llama-odd", "gemma3", "phi3", "opt"]
 
 def with_dense_maps(block, generator):
     """Each norm's readers take ``W A^T``; its output will be multiplied by ``A^-1``."""
-    params, online = dict(block.params), {}
+    params, ops = dict(block.params), {}
     for edge in block.edges():
         if edge.kind != "norm":
             continue
-        name = module_of(edge.src)
-        width = block.params[f"{name}.weight"].shape[0]
+        width = block.params[edge.src.parameter].shape[0]
         noise = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
         a = torch.eye(width, dtype=torch.float64) + 0.3 * noise
-        online[name] = torch.linalg.inv(a)
-        for dst in edge.dst:
-            params[f"{module_of(dst)}.weight"] = params[f"{module_of(dst)}.weight"] @ a.mT
-    return replace(block, params=params, online=online)
+        ops[edge.src.module] = Matrix(torch.linalg.inv(a))
+        for dst in edge.readers:
+            assert isinstance(dst, Projection)
+            dst.change_weight(params, lambda weight, a=a: weight @ a.mT)
+    return replace(block, params=params, ops=ops)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -46,87 +49,94 @@ def test_a_dense_map_that_runs_after_its_norm_leaves_the_float_function(name):
     block, x = block_of(tiny_model(name), 1, dtype=torch.float64)
     wanted = run(block, x)
     moved = with_dense_maps(block, torch.Generator().manual_seed(0))
-    assert len(moved.online) == 2
+    assert len(moved.ops) == 2
     error = (run(moved, x) - wanted).abs().max() / wanted.abs().max()
     assert error < (1e-4 if block.family.norm_offset else 1e-10)
-    assert (run(replace(moved, online={}), x) - wanted).abs().max() > 1e-3 * wanted.abs().max()
+    assert (run(replace(moved, ops={}), x) - wanted).abs().max() > 1e-3 * wanted.abs().max()
     assert all(not m._forward_hooks for layer in block.layers for m in layer.modules())
 
 
-def test_gradients_reach_maps_and_clipping_factors():
+def test_gradients_reach_maps_and_clipping_ratios():
     block, x = block_of(tiny_model("opt"), 1, dtype=torch.float64)
     moved = with_dense_maps(block, torch.Generator().manual_seed(0))
-    norm = next(iter(moved.online))
-    map = moved.online[norm].clone().requires_grad_()
-    run(replace(moved, online={norm: map}), x).square().sum().backward()
+    norm = next(iter(moved.ops))
+    map = moved.ops[norm].matrix.clone().requires_grad_()
+    run(replace(moved, ops={norm: Matrix(map)}), x).square().sum().backward()
     direction = torch.randn(map.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def at(step):
         with torch.no_grad():
-            return float(run(replace(moved, online={norm: map + step * direction}), x).square().sum())
+            return float(run(replace(moved, ops={norm: Matrix(map + step * direction)}), x).square().sum())
 
     slope = (at(1e-6) - at(-1e-6)) / 2e-6
     assert float((map.grad * direction).sum()) == pytest.approx(slope, rel=1e-5)
     ends = torch.tensor([0.8, 0.9], dtype=torch.float64, requires_grad=True)
-    run(replace(block, online={"1.fc1": ends}), x, scheme=parse_scheme("w4a4")).square().sum().backward()
+    clipped = replace(planned(block, "w4a4"), ops={"1.fc1": Clip(ends)})
+    run(clipped, x, quantized=True).square().sum().backward()
     assert (ends.grad != 0).all()
 
 
-def test_clipped_ranges_clip():
-    x = torch.tensor([[-1.0, -0.2, 0.5, 3.0]])
-    spec = QuantSpec(4, symmetric=False)
-    assert torch.equal(fake_quant_tokens(x, spec, 1.0, 1.0), fake_quant_tokens(x, spec))
-    clipped = fake_quant_tokens(x, spec, torch.tensor(0.5), torch.tensor(0.5))
-    step = 2.0 / 15  # the range is -0.5 to 1.5
-    assert float(clipped.max()) == pytest.approx(1.5, abs=step)
-    assert float(clipped.min()) == pytest.approx(-0.5, abs=step)
-    assert abs(float(clipped[0, 2]) - 0.5) <= step / 2 + 1e-6
-    symmetric = fake_quant_tokens(x, replace(spec, symmetric=True), 1.0, torch.tensor(0.5))
-    assert float(symmetric.max()) == pytest.approx(1.5, abs=0.2)
+def bits_without_ops(scheme: str, model: torch.nn.Module, modules: list[str]) -> float:
+    """Codes, scales and zeros over weights."""
+    format = parse_scheme(scheme).weight
+    shapes = [model.get_parameter(f"{name}.weight").shape for name in modules]
+    return sum(out * width * format.bits_per_value(width) for out, width in shapes) / sum(a * b for a, b in shapes)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("scheme", "settings"), [("w3a16-asym", DENSE), ("w4a4", CLIP), ("w4a4", DENSE + CLIP)])
-def test_every_reader_of_the_folder_runs_what_is_online(scheme, settings, name, tmp_path):
+# Both kinds on every family, each alone on one.
+CASES = [
+    ("llama", "w3a16-asym", DENSE),
+    ("llama", "w4a4", CLIP),
+    *((name, "w4a4", DENSE + CLIP) for name in FAMILIES),
+]
+
+
+@pytest.mark.parametrize(("name", "scheme", "settings"), CASES)
+def test_every_reader_of_the_folder_runs_what_is_online(name, scheme, settings, tmp_path):
     model = save_tiny(tmp_path / "m", name)
-    made = quantized(tmp_path / "m", tmp_path / "out", scheme, "affinequant", settings=settings)
+    made = quantize_tiny(tmp_path / "m", tmp_path / "out", scheme, "affinequant", settings=settings)
     ids = tiny_ids()
-    simulated = torch.cat([logits for _, logits in StreamedModel(tmp_path / "out").logits(ids)])
+    simulated = streamed_logits(tmp_path / "out", ids)
     loaded = lowbit.load(tmp_path / "out")(ids, use_cache=False).logits.detach()
     assert float((loaded - simulated).abs().max() / simulated.abs().max()) < 1e-5
     with torch.no_grad():
         exact = model(ids, use_cache=False).logits
     assert 1e-6 < relative_error(simulated, exact) < 0.3
     manifest = made.manifest
-    blocks, linears = len(manifest["blocks"]), len(manifest["quantized"]) // len(manifest["blocks"])
+    blocks, linears = len(manifest.blocks), len(manifest.quantized) // len(manifest.blocks)
     maps, clips = 2 * blocks * (settings[0] == DENSE[0]), linears * blocks * (CLIP[0] in settings)
-    assert len(manifest["online"]) == maps + clips
-    plain = quantized(tmp_path / "m", tmp_path / "plain", scheme).manifest
-    weights = sum(
-        p.numel() for n, p in model.named_parameters() if n.removesuffix(".weight") in manifest["quantized"]
-    )
+    kinds = list(manifest.runtime_ops.values())
+    assert (kinds.count("matrix"), kinds.count("clip"), len(kinds)) == (maps, clips, maps + clips)
+    at_linears = {module for module, kind in manifest.runtime_ops.items() if kind == "clip"}
+    assert at_linears <= set(manifest.quantized)
+    assert all("norm" in module for module in set(manifest.runtime_ops) - at_linears)
+    assert read_json(tmp_path / "out/lowbit.json")["runtime_ops"] == manifest.runtime_ops
+    weights = sum(model.get_parameter(f"{name}.weight").numel() for name in manifest.quantized)
     more = 32 * (64 * 64 * maps + 2 * clips) / weights
-    assert manifest["bits_per_weight"] == pytest.approx(plain["bits_per_weight"] + more)
-    assert made.bits_per_weight == manifest["bits_per_weight"]
-    assert not manifest["transformers"]["loads"]
-    assert "online" in manifest["transformers"]["why_not"]
+    plain = bits_without_ops(scheme, model, manifest.quantized)
+    assert manifest.bits_per_weight == pytest.approx(plain + more)
+    assert made.bits_per_weight == manifest.bits_per_weight
+    assert not manifest.transformers.loads
+    for what, count in (("matrices behind norms", maps), ("clipped ranges", clips)):
+        assert (f"{count} {what}" in manifest.transformers.why_not) == bool(count)
     assert any("lowbit.load" in warning for warning in made.warnings)
-    with pytest.raises(LowbitError, match="onnx cannot carry"):
-        refuse_online(manifest, "onnx")
-    refuse_online(plain, "onnx")
 
 
-def test_stock_transformers_stops_instead_of_running_another_graph(tmp_path):
-    save_tiny(tmp_path / "m", "llama")
-    quantized(tmp_path / "m", tmp_path / "out", "w3a16-asym", "affinequant", settings=DENSE)
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A finished run with a matrix behind each norm of its layers."""
+    return quantized(tmp_path_factory.mktemp("dense"), "w3a16-asym", recipe="affinequant", settings=DENSE)
+
+
+def test_stock_transformers_stops_instead_of_running_another_graph(dense):
     with pytest.raises(ValueError, match=r"only lowbit\.load runs this folder"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        AutoModelForCausalLM.from_pretrained(dense)
 
 
-def test_a_run_with_online_maps_that_was_stopped_gives_the_same_bytes(tmp_path, monkeypatch):
+def test_a_run_with_runtime_ops_that_was_stopped_gives_the_same_bytes(tmp_path, monkeypatch):
     save_tiny(tmp_path / "m", "llama-odd")
     settings = DENSE + CLIP
-    quantized(tmp_path / "m", tmp_path / "whole", "w4a4", "affinequant", settings=settings)
+    quantize_tiny(tmp_path / "m", tmp_path / "whole", "w4a4", "affinequant", settings=settings)
 
     class Killed(BaseException):
         pass
@@ -140,34 +150,122 @@ def test_a_run_with_online_maps_that_was_stopped_gives_the_same_bytes(tmp_path, 
     with monkeypatch.context() as patched:
         patched.setattr("lowbit.pipeline.runner.run_all", dies)
         with pytest.raises(Killed):
-            quantized(tmp_path / "m", tmp_path / "stopped", "w4a4", "affinequant", settings=settings)
+            quantize_tiny(tmp_path / "m", tmp_path / "stopped", "w4a4", "affinequant", settings=settings)
     assert (tmp_path / "stopped" / block_file(0)).exists()
-    quantized(tmp_path / "m", tmp_path / "stopped", "w4a4", "affinequant", settings=settings)
+    quantize_tiny(tmp_path / "m", tmp_path / "stopped", "w4a4", "affinequant", settings=settings)
     assert folder_bytes(tmp_path / "stopped") == folder_bytes(tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run without runtime ops."""
+    return quantized(tmp_path_factory.mktemp("whole"), "w4a16")
+
+
+def with_tensors(folder: Path, out: Path, added: dict[str, torch.Tensor]) -> Path:
+    """A copy of a run with tensors more in the shard of its second layer."""
+    out.mkdir()
+    for file in folder.iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    shard = Checkpoint(out, [block_file(1)])
+    tensors = {key: shard.read([key])[key] for key in shard.names}
+    added = {f"model.layers.1.{name}": value for name, value in added.items()}
+    write_tensors(out / block_file(1), {**tensors, **added})
+    index = read_json(out / "model.safetensors.index.json")
+    index["weight_map"] |= dict.fromkeys(added, block_file(1))
+    write_json(out / "model.safetensors.index.json", index)
+    return out
+
+
+NORM, LINEAR = "input_layernorm", "mlp.down_proj"
+EYE, RATIOS, CHANNELS = torch.eye(64), torch.ones(2), torch.arange(64, dtype=torch.int32)
+# One of each kind, by where it stands in a layer.
+OPS = {
+    NORM: Gather(torch.arange(64).flip(0), torch.linspace(0.5, 2, 64), torch.full((64,), -1)),
+    "post_attention_layernorm": Matrix(EYE + 0.1),
+    LINEAR: Clip(torch.tensor([0.9, 0.8]), torch.linspace(-0.5, 0.5, 96)),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "shape", "message"),
+    ("added", "message"),
     [
-        ("input_layernorm", (64, 63), r"\(64, 63\); \(64, 64\) or \(2, 64\) or \(3, 64\) is expected"),
-        ("input_layernorm", (3, 64), "names channels that are not there"),
-        ("mlp.down_proj", (3,), r"\(2,\) or \(98,\) is expected"),
-        ("mlp.act_fn", (2,), "no module can have"),
+        ({f"{NORM}.runtime.matrix.matrix": EYE[:, :63]}, r"its matrix holds .*\(64, 63\).*\(64, 64\).* is expected"),
+        ({f"{NORM}.runtime.matrix.matrices": EYE}, "its matrix holds .*'matrices'.* is expected"),
+        ({f"{NORM}.runtime.gather.idx": CHANNELS}, "its gather holds .* is expected"),
+        (
+            {f"{NORM}.runtime.gather.idx": CHANNELS + 1, f"{NORM}.runtime.gather.factor": EYE[0]},
+            "its gather names channels that are not there",
+        ),
+        ({f"{LINEAR}.runtime.clip.ratios": torch.ones(3)}, r"its clip holds .*\(3,\).* is expected"),
+        (
+            {f"{LINEAR}.runtime.clip.ratios": RATIOS, f"{LINEAR}.runtime.clip.offset": EYE[0]},
+            r"its clip holds .*'offset': \(64,\).*\(96,\).* is expected",
+        ),
+        ({f"{NORM}.runtime.rotation.angles": EYE}, r"rotation\.angles' that no module can have"),
+        ({"mlp.act_fn.runtime.clip.ratios": RATIOS}, "that no module can have"),
+        ({f"{NORM}.runtime.clip.ratios": RATIOS}, "that no module can have"),
+        ({f"{LINEAR}.runtime.matrix.matrix": EYE}, "that no module can have"),
+        (
+            {f"{NORM}.runtime.matrix.matrix": EYE, f"{NORM}.runtime.gather.idx": CHANNELS},
+            r"gather|matrix.*that no module can have",
+        ),
     ],
 )
-def test_a_broken_online_tensor_is_one_line(name, shape, message, tmp_path):
-    save_tiny(tmp_path / "m", "llama")
-    quantized(tmp_path / "m", tmp_path / "out", "w4a16")
-    shard = Checkpoint(tmp_path / "out", [block_file(1)])
-    tensors = {key: shard.read([key])[key] for key in shard.names}
-    added = f"model.layers.1.{name}.online"
-    write_tensors(tmp_path / "out" / block_file(1), {**tensors, added: torch.full(shape, 1.5)})
-    index = read_json(tmp_path / "out/model.safetensors.index.json")
-    index["weight_map"][added] = block_file(1)
-    write_json(tmp_path / "out/model.safetensors.index.json", index)
-    for read in (
-        lambda: list(StreamedModel(tmp_path / "out").logits(tiny_ids())),
-        lambda: lowbit.load(tmp_path / "out"),
-    ):
-        with pytest.raises(LowbitError, match=message):
+def test_a_broken_runtime_op_is_one_line(added, message, whole, tmp_path):
+    folder = with_tensors(whole, tmp_path / "broken", added)
+    for read in (lambda: streamed_logits(folder, tiny_ids()), lambda: lowbit.load(folder)):
+        with pytest.raises(LowbitError, match=message) as caught:
             read()
+        assert "\n" not in str(caught.value)
+        assert "it is broken" in str(caught.value)
+
+
+def test_what_is_stored_is_what_is_read(whole, tmp_path):
+    stored = {
+        tensor_name(module, op, key): value for module, op in OPS.items() for key, value in op.to_tensors().items()
+    }
+    folder = with_tensors(whole, tmp_path / "more", stored)
+    model = StreamedModel(folder)
+    layer = model.skeleton.layers[1]
+    found = read_ops(model.checkpoint, model.skeleton.family, layer, 1)
+    assert {module: type(op) for module, op in found.items()} == {module: type(op) for module, op in OPS.items()}
+    for module, op in OPS.items():
+        for name in op.fields():
+            assert torch.equal(getattr(found[module], name), getattr(op, name))
+    assert read_ops(model.checkpoint, model.skeleton.family, layer, 0) == {}
+    assert model.block(1).ops.keys() == {f"1.{module}" for module in OPS}
+    # Both readers run them, and the clip, which has no quantized input to clip here, does nothing.
+    ids = tiny_ids()
+    simulated, plain = streamed_logits(folder, ids), streamed_logits(whole, ids)
+    loaded = lowbit.load(folder)(ids, use_cache=False).logits.detach()
+    assert float((loaded - simulated).abs().max() / simulated.abs().max()) < 1e-5
+    assert relative_error(simulated, plain) > 1e-2
+
+
+def test_what_end_to_end_tuning_starts_from_has_them_too(tmp_path):
+    block, x = block_of(tiny_model("llama"), 1)
+    block = RTN()(planned(block, "w4a4"), Calib(x, x, x))
+    kept = {f"1.{module}": op for module, op in OPS.items()}
+    write_latents(tmp_path, replace(block, ops=kept))
+    file = Checkpoint(tmp_path, [latent_file(1)])
+    found = Latents(file.read(file.names))
+    assert set(found.ops) == set(kept)
+    for name, op in kept.items():
+        assert type(found.ops[name]) is type(op)
+        assert all(torch.equal(value, op.to_tensors()[key]) for key, value in found.ops[name].to_tensors().items())
+    assert set(found.places) == set(block.qweights)
+    assert set(found.params) == {name for name in block.params if name.removesuffix(".weight") not in block.qweights}
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [("rotation", r"unknown runtime op .*'rotation'"), (None, r"has no valid 'runtime_ops\.model\.layers\.1")],
+)
+def test_a_manifest_with_a_kind_that_is_not_known_is_one_line(kind, match, whole, tmp_path):
+    folder = with_tensors(whole, tmp_path / "broken", {})
+    content = read_json(folder / "lowbit.json")
+    write_json(folder / "lowbit.json", {**content, "runtime_ops": {"model.layers.1.input_layernorm": kind}})
+    with pytest.raises(LowbitError, match=match) as caught:
+        lowbit.export(folder, "gptq", out=tmp_path / "out")
+    assert "\n" not in str(caught.value)

@@ -1,8 +1,7 @@
-"""The runtimes' rounding of inputs against literal loops, and runs that are made for them."""
+"""The runtimes' quantization of inputs against literal loops, and runs that are made for them."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
+from formats import Ternary
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.cli.main import call
 from lowbit.errors import LowbitError
 from lowbit.exporters.gguf_blocks import block_type
 from lowbit.models.block import run as run_block
-from lowbit.quant.affine import QuantSpec
-from lowbit.quant.runtimes import K_TYPES, Inputs, blocks_of, q8_0, q8_k, qd8
+from lowbit.quant.activations import IntTokens
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.runtimes import K_TYPES, RUNTIMES, RuntimeInput, blocks_of, q8_0, q8_k, qd8
 from lowbit.quant.scheme import for_runtime, parse_scheme, scheme_from_dict, scheme_to_dict
+from lowbit.runs.manifest import Manifest, StockLoading, manifest_of
 from lowbit.runs.streamed_model import StreamedModel
-from tiny import block_of, quantized, save_tiny, tiny_ids, tiny_model
+from tiny import block_of, planned, quantized, save_tiny, tiny_ids, tiny_model
 
 F = np.float32
 
@@ -104,7 +106,7 @@ def test_xnnpacks_rows_are_those_of_a_literal_loop() -> None:
 @pytest.mark.parametrize("name", ["llama.cpp", "executorch", "onnxruntime"])
 def test_gradients_pass_and_zeros_give_none_that_is_nan(name: str) -> None:
     x = values(64).requires_grad_()
-    Inputs(QuantSpec(4, 32), name).round(x).square().sum().backward()
+    RuntimeInput(name, IntFormat(4, 32)).fake_quant(x).square().sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
     assert bool((x.grad[0] != 0).any())
@@ -113,26 +115,38 @@ def test_gradients_pass_and_zeros_give_none_that_is_nan(name: str) -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_k_types_are_the_exporters(bits: int, symmetric: bool) -> None:
-    wide = str(getattr(block_type(QuantSpec(bits, 256, symmetric), 512), "name", ""))
+    wide = str(getattr(block_type(IntFormat(bits, 256, symmetric), 512), "name", ""))
     assert wide.endswith("_K") == ((bits, symmetric) in K_TYPES)
     x = values(512)
-    rounded = Inputs(QuantSpec(bits, 256, symmetric), "llama.cpp").round(x)
-    assert torch.equal(rounded, q8_k(x) if (bits, symmetric) in K_TYPES else q8_0(x))
+    got = RuntimeInput("llama.cpp", IntFormat(bits, 256, symmetric)).fake_quant(x)
+    assert torch.equal(got, q8_k(x) if (bits, symmetric) in K_TYPES else q8_0(x))
 
 
 def test_widths_of_two_bits_have_no_int8_kernel_everywhere() -> None:
     x = values(512)
-    assert torch.equal(Inputs(QuantSpec(2, 16), "onnxruntime").round(x), x)
-    assert torch.equal(Inputs(QuantSpec(2, 32), "onnxruntime").round(x), blocks_of(x, 32))
+    assert torch.equal(RuntimeInput("onnxruntime", IntFormat(2, 16)).fake_quant(x), x)
+    assert torch.equal(RuntimeInput("onnxruntime", IntFormat(2, 32)).fake_quant(x), blocks_of(x, 32))
+
+
+def test_a_runtime_computes_inputs_in_float32() -> None:
+    x, format = values(64).to(torch.bfloat16), RuntimeInput("llama.cpp", IntFormat(4, 32))
+    assert torch.equal(format.fake_quant(x), q8_0(x.float()).to(torch.bfloat16))
+    assert format.fake_quant(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", [name for name, runtime in RUNTIMES.items() if runtime.round])
+def test_weights_in_a_format_that_is_not_known_are_refused(name: str) -> None:
+    with pytest.raises(LowbitError, match=f"^{name} with ternary weights: how it quantizes inputs is not known$"):
+        RuntimeInput(name, Ternary())
 
 
 def test_a_scheme_says_what_it_runs_on() -> None:
     scheme = for_runtime(parse_scheme("w4a16g32-sym"), "executorch")
     assert scheme.weight.scale_dtype == torch.bfloat16
     assert scheme_from_dict(scheme_to_dict(scheme)) == scheme
-    assert scheme.inputs("model.layers.0.mlp.up_proj") == Inputs(scheme.weight, "executorch")
-    assert for_runtime(parse_scheme("w4a16"), "vllm").inputs("x") is None
-    assert for_runtime(parse_scheme("w4a8-sym"), "vllm").inputs("x") == Inputs(QuantSpec(8))
+    assert scheme.module("model.layers.0.mlp.up_proj").input == RuntimeInput("executorch", scheme.weight)
+    assert for_runtime(parse_scheme("w4a16"), "vllm").module("x").input is None
+    assert for_runtime(parse_scheme("w4a8-sym"), "vllm").module("x").input == IntTokens(8, symmetric=True)
     assert "target" not in scheme_to_dict(parse_scheme("w4a16"))
     with pytest.raises(LowbitError, match=r"unknown runtime 'llamacpp': did you mean 'llama.cpp'"):
         for_runtime(parse_scheme("w4a16"), "llamacpp")
@@ -143,7 +157,7 @@ def test_a_block_sees_the_runtimes_inputs() -> None:
     seen: dict[str, torch.Tensor] = {}
     taps = {name: lambda value, name=name: seen.__setitem__(name, value) for name in block.linears()}
     scheme = for_runtime(parse_scheme("w4a16g32-sym"), "llama.cpp")
-    run_block(block, x, scheme=scheme, taps=taps)
+    run_block(planned(block, scheme), x, quantized=True, taps=taps)
     floats: dict[str, torch.Tensor] = {}
     run_block(block, x, taps={"0.self_attn.q_proj": lambda value: floats.__setitem__("q", value)})
     assert torch.equal(seen["0.self_attn.q_proj"], q8_0(floats["q"]))
@@ -151,6 +165,12 @@ def test_a_block_sees_the_runtimes_inputs() -> None:
     for value in seen.values():
         assert torch.allclose(q8_0(value), value, rtol=2e-3, atol=1e-4)
         assert not torch.equal(value, torch.zeros_like(value))
+
+
+def finished(folder: Path) -> Manifest:
+    manifest = manifest_of(folder)
+    assert manifest is not None
+    return manifest
 
 
 def logits(folder: Path) -> dict[str, torch.Tensor]:
@@ -167,10 +187,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_for_llama_cpp_takes_its_scheme_and_its_arithmetic(made: Path) -> None:
-    manifest = json.loads((made / "lowbit.json").read_text())
-    assert manifest["scheme"] == {"scheme": "w4a16g32-sym", "overrides": [], "target": "llama.cpp"}
-    assert manifest["transformers"]["loads"]
-    assert "llama.cpp: int8 blocks of 32" in manifest["transformers"]["inputs"]
+    manifest = finished(made)
+    assert manifest.identity.scheme == {"scheme": "w4a16g32-sym", "overrides": [], "target": "llama.cpp"}
+    assert manifest.transformers.loads
+    assert "llama.cpp: int8 blocks of 32" in str(manifest.transformers.inputs)
     assert "computes with float inputs" in (made / "README.md").read_text()
     found = logits(made)
     scale = float(found["load"].abs().max())
@@ -220,8 +240,8 @@ def test_it_exports_and_verifies(made: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--scheme", "w4a4"], r"llama.cpp cannot carry scheme w4a4, act: .*nearest that fits: w4a16-asym$"),
-        (["--recipe", "qllm"], r"recipe: reassemble leaves maps after norms online"),
-        (["--recipe", "affinequant", "--set", "affinequant.mlp=matrix"], r"recipe: affinequant leaves maps after"),
+        (["--recipe", "qllm"], r"recipe: reassemble leaves gathers behind norms online"),
+        (["--recipe", "affinequant", "--set", "affinequant.mlp=matrix"], r"affinequant leaves matrices behind norms"),
         (["--override", "*.down_proj=w4g16"], r"override \*\.down_proj: .*--override '\*\.down_proj=w4g32-sym'$"),
     ],
 )  # fmt: skip
@@ -240,7 +260,7 @@ def test_what_llama_cpp_cannot_carry_is_refused_before_any_work(
 
 
 def test_the_recipe_is_named_where_only_the_larger_groups_fail_by_their_size(tmp_path: Path) -> None:
-    with pytest.raises(LowbitError, match=r"vllm cannot carry .*, recipe: reassemble leaves maps after norms online"):
+    with pytest.raises(LowbitError, match=r"vllm cannot carry .*, recipe: reassemble leaves gathers behind norms"):
         quantized(tmp_path, None, recipe="qllm", target="vllm")
     assert not (tmp_path / "run").exists()
 
@@ -253,16 +273,16 @@ def test_an_unknown_runtime_is_one_line(tmp_path: Path) -> None:
 def test_the_best_default_that_divides_the_widths_is_taken(tmp_path: Path) -> None:
     # 64 and 96 wide: neither 128 nor 64 divides both.
     folder = quantized(tmp_path, None, target="vllm")
-    manifest = json.loads((folder / "lowbit.json").read_text())
-    assert manifest["scheme"]["scheme"] == "w4a16g32-sym"
-    assert "inputs" not in manifest["transformers"]
+    manifest = finished(folder)
+    assert manifest.identity.scheme["scheme"] == "w4a16g32-sym"
+    assert manifest.transformers.inputs is None
     found = logits(folder)
     assert torch.allclose(found["stock"], found["load"], atol=1e-5)
 
 
 def test_vllm_takes_activations_that_its_kernels_round(tmp_path: Path) -> None:
     folder = quantized(tmp_path, "w4a8g32-sym", target="vllm")
-    assert json.loads((folder / "lowbit.json").read_text())["transformers"] == {"loads": True, "why_not": None}
+    assert finished(folder).transformers == StockLoading(loads=True)
     with pytest.raises(LowbitError, match=r"vllm cannot carry scheme w4a8, act: .*nearest that fits: w4a8-sym$"):
         quantized(tmp_path / "other", "w4a8", target="vllm")
 
@@ -283,8 +303,8 @@ def test_a_run_for_executorch_rounds_its_scales_to_xnnpacks(tmp_path: Path) -> N
 
 def test_a_run_for_onnxruntime_takes_its_blocks(tmp_path: Path) -> None:
     folder = quantized(tmp_path, None, target="onnxruntime")
-    manifest = json.loads((folder / "lowbit.json").read_text())
-    assert manifest["scheme"] == {"scheme": "w4a16g32-sym", "overrides": [], "target": "onnxruntime"}
+    scheme = finished(folder).identity.scheme
+    assert scheme == {"scheme": "w4a16g32-sym", "overrides": [], "target": "onnxruntime"}
     with pytest.raises(LowbitError, match=r"onnxruntime cannot carry scheme w4a4, act: "):
         quantized(tmp_path / "other", "w4a4", target="onnxruntime")
 

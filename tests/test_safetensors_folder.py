@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit.checkpoints import safetensors_folder as checkpoint
+from lowbit.checkpoints import safetensors_folder
 from lowbit.checkpoints.safetensors_folder import (
     INDEX,
     SINGLE,
@@ -238,8 +238,8 @@ def half_written(tensors, path, **kwargs):
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, where, existing):
     if where == "while it is written":
-        monkeypatch.setattr(checkpoint, "save_file", half_written)
-        monkeypatch.setattr(checkpoint.Path, "write_bytes", no_space)
+        monkeypatch.setattr(safetensors_folder, "save_file", half_written)
+        monkeypatch.setattr(safetensors_folder.Path, "write_bytes", no_space)
     else:
         monkeypatch.setattr(os, "replace" if "renamed" in where else "fsync", no_space)
     for path, write in writers(tmp_path):
@@ -285,6 +285,7 @@ write_tensors(out / "t", {name: torch.arange(6.0).reshape(2, 3).T for name in na
 """
 
 
+@pytest.mark.heavy
 def test_equal_content_gives_equal_bytes_in_different_processes(tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):

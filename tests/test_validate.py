@@ -11,8 +11,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_tied
-from lowbit.pipeline.runner import _about
-from tiny import block_of, save_tiny, tiny_model
+from tiny import save_tiny
 
 
 @pytest.mark.parametrize("change", [0.0, 1e-3])
@@ -29,10 +28,3 @@ def test_a_head_of_its_own_under_a_tied_config_is_refused(change, tmp_path: Path
             check_tied(checkpoint, skeleton)
     else:
         check_tied(checkpoint, skeleton)
-
-
-def test_a_note_belongs_to_the_layer_that_it_names():
-    block, _ = block_of(tiny_model("llama"), start=1, count=2)
-    assert _about("gptq: damping raised from 1.01 to 2.1 for 2.mlp.down_proj", block) == 2
-    assert _about("12.mlp.down_proj and 21.mlp.up_proj are others", block) == 1
-    assert _about("1.self_attn.q_proj left in float", block) == 1

@@ -79,6 +79,8 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
     config = CONFIGS[name]()
     for key, value in changes.items():
         setattr(config, key, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     model.config.architectures = [type(model).__name__]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from lowbit.evaluation.generate import generate_text
 from lowbit.exporters.pte_model import int_tensor, program_of
 from lowbit.exporters.run import open_run
 from lowbit.exporters.xnnpack import signed_codes, stored, stored_bits, unpack, why_not
-from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid, quantize
+from lowbit.quant.format import QParams, QTensor
+from lowbit.quant.integer import IntFormat
 from lowbit.quant.runtimes import qd8
 from tiny import save_tiny, tiny_ids
 
@@ -39,19 +41,23 @@ def make(folder: Path, family: str, scheme: str | None = "w4a16g32-sym", changes
         ("w4a16kv8", r"kv: .*nearest that fits: w4a16-sym$"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, scheme: str, message: str) -> None:
-    run = make(tmp_path, "llama", scheme)
+def test_what_does_not_fit_is_refused_before_any_work(
+    run_of: Callable[..., Path], tmp_path: Path, scheme: str, message: str
+) -> None:
+    run = run_of(scheme)
     with pytest.raises(LowbitError, match=message) as caught:
-        lowbit.export(run, "executorch")
+        lowbit.export(run, "executorch", out=tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "opt"])
-def test_attention_that_the_program_lacks_is_refused(tmp_path: Path, family: str) -> None:
-    run = make(tmp_path, family, changes={"num_hidden_layers": 3})
+def test_attention_that_the_program_lacks_is_refused(
+    run_of: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
     with pytest.raises(LowbitError, match="architecture: model_type"):
-        lowbit.export(run, "executorch")
+        lowbit.export(run_of("w4a16g32-sym", family), "executorch", out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -61,17 +67,17 @@ def test_attention_that_the_program_lacks_is_refused(tmp_path: Path, family: str
         (4, False, None, "qcint8"), (6, True, None, "qcint8"), (7, False, None, "qcint8"), (8, True, None, "qcint8"),
     ],
 )  # fmt: skip
-def test_stores_hold_the_grid(bits: int, symmetric: bool, size: int | None, kind: str) -> None:
-    spec = QuantSpec(bits, size, symmetric, torch.bfloat16)
+def test_stores_hold_codes_and_qparams(bits: int, symmetric: bool, size: int | None, kind: str) -> None:
+    format = IntFormat(bits, size, symmetric, torch.bfloat16)
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(bits))
-    q = quantize(weight, minmax_grid(weight, spec), spec)
-    assert why_not(spec, 128) is None
-    assert stored_bits(spec) == int(kind[-1])
+    q = format.quantize(weight, format.qparams(weight))
+    assert why_not(format, 128) is None
+    assert stored_bits(format) == int(kind[-1])
     codes = signed_codes(q)
     if kind.endswith("4"):  # as XNNPACK's serializer packs them
         halves = (codes + 8).to(torch.uint8)
         codes = halves[:, 1::2] << 4 | halves[:, ::2]
-    scale = q.grid.scale.to(torch.bfloat16) if kind == "qbint4" else q.grid.scale
+    scale = q.qparams.scale.to(torch.bfloat16) if kind == "qbint4" else q.qparams.scale
     raw = bytes(scale.contiguous().flatten().view(torch.uint8).tolist())
     data = bytes(codes.contiguous().view(torch.uint8).flatten().tolist())
     assert torch.equal(unpack(data, raw, kind, (6, 128)), q.dequantize())
@@ -79,13 +85,13 @@ def test_stores_hold_the_grid(bits: int, symmetric: bool, size: int | None, kind
 
 def test_scales_of_groups_are_rounded_and_no_others() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    for spec, moves in (
-        (QuantSpec(4, 32), True),
-        (QuantSpec(4), False),
-        (QuantSpec(4, 32, True, torch.bfloat16), False),
+    for format, moves in (
+        (IntFormat(4, 32), True),
+        (IntFormat(4), False),
+        (IntFormat(4, 32, True, torch.bfloat16), False),
     ):
-        q = quantize(weight, minmax_grid(weight, spec), spec)
-        gap = (stored(q).grid.scale - q.grid.scale).abs() / q.grid.scale
+        q = format.quantize(weight, format.qparams(weight))
+        gap = (stored(q).qparams.scale - q.qparams.scale).abs() / q.qparams.scale
         assert torch.equal(stored(q).codes, q.codes)
         assert float(gap.max()) <= 2.0**-8  # half a step of bfloat16's 8 significant bits
         assert bool(gap.any()) == moves
@@ -103,6 +109,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return run, made.out
 
 
+@pytest.mark.heavy
 @pytest.mark.runtimes
 def test_integers_read_back_bit_for_bit_and_logits_are_the_simulations(program: tuple[Path, Path]) -> None:
     (found,) = lowbit.verify(program[0], [program[1]])
@@ -114,13 +121,14 @@ def test_integers_read_back_bit_for_bit_and_logits_are_the_simulations(program: 
     assert found.logits < 0.01
 
 
+@pytest.mark.heavy
 @pytest.mark.runtimes
 def test_inputs_are_rounded_as_the_simulation_says() -> None:
     pytest.importorskip("executorch", reason="pip install 'lowbit[executorch]'; make test-runtimes does")
     from executorch.runtime import Runtime
 
     linear = torch.nn.Linear(64, 64, bias=False)  # the identity: what comes out is what went in, rounded
-    eye = QTensor(8 + torch.eye(64).byte(), Grid(torch.ones(64, 2), torch.full((64, 2), 8.0)), QuantSpec(4, 32))
+    eye = QTensor(8 + torch.eye(64).byte(), QParams(torch.ones(64, 2), torch.full((64, 2), 8.0)), IntFormat(4, 32))
     linear.weight = torch.nn.Parameter(int_tensor(eye), requires_grad=False)
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 200)[:, None]
     x[0], x[1], x[2], x[3] = 0.0, x[1].abs(), -x[2].abs(), 7.0  # no range, ranges that do not straddle 0, one value
@@ -131,6 +139,7 @@ def test_inputs_are_rounded_as_the_simulation_says() -> None:
     assert float(((got - qd8(x)).abs().amax(1) / x.abs().amax(1).clamp(min=1e-30)).max()) < 2.0**-20
 
 
+@pytest.mark.heavy
 @pytest.mark.runtimes
 def test_text_goes_on_as_in_the_simulation(program: tuple[Path, Path]) -> None:
     from lowbit.exporters.pte_runtime import Session
@@ -144,6 +153,7 @@ def test_text_goes_on_as_in_the_simulation(program: tuple[Path, Path]) -> None:
     assert got == expected
 
 
+@pytest.mark.heavy
 @pytest.mark.runtimes
 def test_executorchs_own_text_runner_takes_the_folder(program: tuple[Path, Path]) -> None:
     import executorch.extension.llm.custom_ops.custom_ops
@@ -157,6 +167,7 @@ def test_executorchs_own_text_runner_takes_the_folder(program: tuple[Path, Path]
     assert "".join(pieces) == generate_text(run, "ABCDEFGH", 12).removeprefix("ABCDEFGH")
 
 
+@pytest.mark.heavy
 @pytest.mark.runtimes
 @pytest.mark.parametrize(
     ("name", "key"),
@@ -175,7 +186,9 @@ def test_one_wrong_byte_is_named(program: tuple[Path, Path], tmp_path: Path, nam
         q = opened.qtensor(name)
         halves = (signed_codes(q) + 8).to(torch.uint8)
         packed = (halves[:, 1::2] << 4 | halves[:, ::2]).flatten()
-        needle = bytes((packed if key == "codes" else q.grid.scale.bfloat16().flatten().view(torch.uint8)).tolist())
+        needle = bytes(
+            (packed if key == "codes" else q.qparams.scale.bfloat16().flatten().view(torch.uint8)).tolist()
+        )
     content = bytearray((out / "model.pte").read_bytes())
     assert content.count(needle) == 1
     content[content.index(needle) + 9] ^= 0x10
@@ -186,6 +199,7 @@ def test_one_wrong_byte_is_named(program: tuple[Path, Path], tmp_path: Path, nam
     assert call(["verify", str(run), str(tmp_path / "m.pte"), "--no-logits"]) == 1
 
 
+@pytest.mark.heavy
 @pytest.mark.runtimes
 def test_a_cut_file_and_another_tokenizer_are_seen(program: tuple[Path, Path], tmp_path: Path) -> None:
     run, out = program
@@ -199,6 +213,7 @@ def test_a_cut_file_and_another_tokenizer_are_seen(program: tuple[Path, Path], t
     assert lowbit.verify(run, [copy], logits=False)[0].other == ["tokenizer.json"]
 
 
+@pytest.mark.heavy
 @pytest.mark.runtimes
 @pytest.mark.parametrize(
     ("family", "overrides"),
@@ -218,17 +233,18 @@ def test_other_families_with_float16_scales(tmp_path: Path, family: str, overrid
     assert found.ok, found
 
 
-def test_a_cache_longer_than_the_model_is_refused(tmp_path: Path) -> None:
-    run = make(tmp_path, "llama")
+def test_a_cache_longer_than_the_model_is_refused(run_of: Callable[..., Path], tmp_path: Path) -> None:
     for context in (1, 129):
         with pytest.raises(LowbitError, match=f"--context {context} given; allowed: 2 to 128"):
-            lowbit.export(run, "executorch", context=context)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+            lowbit.export(run_of("w4a16g32-sym"), "executorch", out=tmp_path / "out", context=context)
+    assert not list(tmp_path.iterdir())
 
 
-def test_without_the_package_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make(tmp_path, "llama")
+def test_without_the_package_there_is_one_line(
+    run_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of("w4a16g32-sym")
     monkeypatch.setitem(sys.modules, "executorch", None)
     with pytest.raises(LowbitError, match=r"pip install 'lowbit\[executorch\]'"):
-        lowbit.export(run, "executorch")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+        lowbit.export(run, "executorch", out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -1,8 +1,9 @@
-"""A GPTQ folder holds the run's own grid, in either convention, as onnxruntime-genai's loader reads it."""
+"""A GPTQ folder holds the run's own codes and qparams, in either convention, as onnxruntime-genai's loader finds."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ from lowbit.cli.main import call
 from lowbit.errors import LowbitError
 from lowbit.exporters.gptq import pack_module, unpack_words
 from lowbit.exporters.run import open_run
-from lowbit.quant.affine import Grid, QTensor, QuantSpec, minmax_grid, quantize
-from tiny import quantized, spoil
+from lowbit.quant.format import QParams, QTensor
+from lowbit.quant.integer import IntFormat
+from tiny import spoil
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized(tmp_path_factory.mktemp("gptq"), "w4a16g32-sym")
+def run(run_of: Callable[..., Path]) -> Path:
+    return run_of("w4a16g32-sym")
 
 
 SCHEMES = ["w2a16g32-asym", "w3a16-sym", "w3a16g32-asym", "w4a16g32-sym", "w4a16g16-asym", "w8a16-asym"]
@@ -27,9 +29,9 @@ SCHEMES = ["w2a16g32-asym", "w3a16-sym", "w3a16g32-asym", "w4a16g32-sym", "w4a16
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("convention", ["v1", "v2"])
-def test_it_reads_back_bit_for_bit(tmp_path: Path, scheme: str, convention: str) -> None:
-    run = quantized(tmp_path, scheme)
-    made = lowbit.export(run, "gptq", gptq_format=convention)
+def test_it_reads_back_bit_for_bit(run_of: Callable[..., Path], tmp_path: Path, scheme: str, convention: str) -> None:
+    run = run_of(scheme)
+    made = lowbit.export(run, "gptq", out=tmp_path / "gptq", gptq_format=convention)
     (found,) = lowbit.verify(run, [made.out])
     assert found.ok
     assert found.target == "gptq"
@@ -37,15 +39,15 @@ def test_it_reads_back_bit_for_bit(tmp_path: Path, scheme: str, convention: str)
 
 
 @pytest.mark.parametrize("family", ["llama-odd", "qwen2", "qwen3", "gemma2", "phi3", "opt"])
-def test_every_family(tmp_path: Path, family: str) -> None:
-    run = quantized(tmp_path, "w4a16g16-sym", family)
-    assert lowbit.verify(run, [lowbit.export(run, "gptq").out])[0].ok
+def test_every_family(run_of: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    run = run_of("w4a16g16-sym", family)
+    assert lowbit.verify(run, [lowbit.export(run, "gptq", out=tmp_path / "gptq").out])[0].ok
 
 
-def test_modules_with_a_format_of_their_own(tmp_path: Path) -> None:
+def test_modules_with_a_format_of_their_own(run_of: Callable[..., Path], tmp_path: Path) -> None:
     overrides = {"*.down_proj": "w8g32", "*.1.self_attn.o_proj": "float", "lm_head": "w4"}
-    run = quantized(tmp_path, "w4a16g32-sym", overrides=overrides)
-    made = lowbit.export(run, "gptq")
+    run = run_of("w4a16g32-sym", overrides=overrides)
+    made = lowbit.export(run, "gptq", out=tmp_path / "gptq")
     assert lowbit.verify(run, [made.out])[0].ok
     config = json.loads((made.out / "config.json").read_text())["quantization_config"]
     assert (config["bits"], config["group_size"], config["lm_head"]) == (4, 32, True)
@@ -55,11 +57,11 @@ def test_modules_with_a_format_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["w2a16g16-asym", "w4a16g32-sym", "w4a16-asym", "w8a16g32-asym"])
 def test_the_loader_of_onnxruntime_genai_finds_the_same_codes(
-    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+    run_of: Callable[..., Path], tmp_path: Path, scheme: str
 ) -> None:
     loader = pytest.importorskip("onnxruntime_genai.models.loaders.gptq")
-    folder = quantized(tmp_path, scheme)
-    made = lowbit.export(folder, "gptq", gptq_format="v1")
+    folder = run_of(scheme)
+    made = lowbit.export(folder, "gptq", out=tmp_path / "gptq", gptq_format="v1")
     config = json.loads((made.out / "config.json").read_text())["quantization_config"]
     attributes = {"config": config, "use_g_idx": config["desc_act"]}
     theirs = loader.GPTQModel("gptq", made.out, attributes, 64, 32, 96, 3)
@@ -71,11 +73,12 @@ def test_the_loader_of_onnxruntime_genai_finds_the_same_codes(
                     continue
                 q = run.qtensor(f"model.layers.{layer.layer_id}.{name}.{linear}")
                 # Its form is that of MatMulNBits: (out, blocks, bytes of a block), low bits first.
-                codes = bits_of(module.qweight.flatten(1), q.spec.bits)
+                bits = q.format.elements.bits
+                codes = bits_of(module.qweight.flatten(1), bits)
                 assert torch.equal(codes[:, : q.codes.shape[1]], q.codes.long())
-                assert torch.equal(module.scales.view_as(q.grid.scale), q.grid.scale.half())
-                zeros = bits_of(module.qzeros.view(len(q.codes), -1), q.spec.bits)
-                assert torch.equal(zeros[:, : q.grid.zero.shape[1]], q.grid.zero.long())
+                assert torch.equal(module.scales.view_as(q.qparams.scale), q.qparams.scale.half())
+                zeros = bits_of(module.qzeros.view(len(q.codes), -1), bits)
+                assert torch.equal(zeros[:, : q.qparams.zero.shape[1]], q.qparams.zero.long())
 
 
 def bits_of(content: torch.Tensor, bits: int) -> torch.Tensor:
@@ -85,9 +88,9 @@ def bits_of(content: torch.Tensor, bits: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_words_are_one_bit_stream_as_a_literal_loop_writes_it(bits: int) -> None:
-    spec = QuantSpec(bits, 32, symmetric=False)
+    format = IntFormat(bits, 32, symmetric=False)
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(bits))
-    q = quantize(weight, minmax_grid(weight, spec), spec)
+    q = format.quantize(weight, format.qparams(weight))
     stored = pack_module(q, "gptq_v2")
     for column in range(64):
         for row in range(32):
@@ -96,13 +99,13 @@ def test_words_are_one_bit_stream_as_a_literal_loop_writes_it(bits: int) -> None
             if word + 1 < len(stored["qweight"]):
                 both |= (int(stored["qweight"][word + 1, row]) & 0xFFFFFFFF) << 32
             assert both >> bit & 2**bits - 1 == int(q.codes[row, column])
-    assert torch.equal(unpack_words(stored["qzeros"], bits, 32).T, q.grid.zero.long())
+    assert torch.equal(unpack_words(stored["qzeros"], bits, 32).T, q.qparams.zero.long())
 
 
 def test_golden_words() -> None:
     # Codes 0 .. 7 in every row: 0x76543210 along the input. Zero 8 is 7 in v1, 8 in v2.
     codes = torch.arange(8, dtype=torch.uint8).expand(8, 8).contiguous()
-    q = QTensor(codes, Grid(torch.full((8, 1), 0.5), torch.full((8, 1), 8.0)), QuantSpec(4))
+    q = QTensor(codes, QParams(torch.full((8, 1), 0.5), torch.full((8, 1), 8.0)), IntFormat(4))
     v1, v2 = pack_module(q, "gptq"), pack_module(q, "gptq_v2")
     assert v1["qweight"].tolist() == [[0x76543210] * 8]
     assert v1["qzeros"].tolist() == [[0x77777777]]
@@ -111,10 +114,12 @@ def test_golden_words() -> None:
     assert v1["g_idx"].tolist() == [0] * 8
 
 
-def test_symmetric_goes_out_as_v1_and_free_zeros_as_v2(run: Path, tmp_path: Path) -> None:
+def test_symmetric_goes_out_as_v1_and_free_zeros_as_v2(
+    run: Path, run_of: Callable[..., Path], tmp_path: Path
+) -> None:
     made = lowbit.export(run, "gptq", out=tmp_path / "sym")
     assert json.loads((made.out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq"
-    free = quantized(tmp_path, "w2a16g16-asym")
+    free = run_of("w2a16g16-asym")
     v2 = lowbit.export(free, "gptq", out=tmp_path / "free")
     assert json.loads((v2.out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
     assert not v2.warnings
@@ -155,9 +160,9 @@ def test_a_wrong_config_or_tokenizer_is_named(run: Path, tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_any_work(
-    tmp_path: Path, scheme: str, overrides: dict[str, str], message: str
+    run_of: Callable[..., Path], tmp_path: Path, scheme: str, overrides: dict[str, str], message: str
 ) -> None:
-    run = quantized(tmp_path, scheme, overrides=overrides)
+    run = run_of(scheme, overrides=overrides)
     with pytest.raises(LowbitError, match=message):
-        lowbit.export(run, "gptq")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+        lowbit.export(run, "gptq", out=tmp_path / "gptq")
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""An ONNX folder holds the run's own grid, ONNX Runtime computes the same logits, and verify sees any wrong byte."""
+"""An ONNX folder holds the run's own codes and qparams, ONNX Runtime computes its logits, verify sees wrong bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from lowbit.errors import LowbitError
 from lowbit.exporters import onnx as target
 from lowbit.exporters.onnx_grid import block_of, in_blocks, stored_bits
 from lowbit.exporters.verify import relative_error
-from lowbit.quant.affine import QuantSpec, minmax_grid, quantize
+from lowbit.quant.integer import IntFormat
 from tiny import save_tiny, tiny_ids
 
 onnx = pytest.importorskip("onnx")
@@ -42,23 +43,15 @@ CASES: list[Any] = [
 ]
 
 
-def make(folder: Path, family: str, scheme: str = "w4a16g32-sym", **more: Any) -> Path:
-    save_tiny(folder / "model", family, **more.pop("changes", {}))
-    text = str(folder / "model" / "calib.txt")
-    lowbit.quantize(
-        str(folder / "model"), folder / "run", scheme=scheme, recipe="rtn", data=text, samples=2, length=16, **more
-    )
-    return folder / "run"
+@pytest.fixture(scope="module")
+def run(run_of: Callable[..., Path]) -> Path:
+    return run_of("w4a16g32-asym")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("onnx"), "llama", "w4a16g32-asym")
-
-
-@pytest.fixture(scope="module")
-def made(run: Path) -> Path:
-    return lowbit.export(run, "onnx").out
+def made(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its export; whoever asks for it starts the builder."""
+    return lowbit.export(run, "onnx", out=tmp_path_factory.mktemp("onnx") / "made").out
 
 
 @pytest.fixture
@@ -66,11 +59,15 @@ def copy(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("family", "changes", "scheme", "overrides"), CASES)
 def test_every_family_reads_back_bit_for_bit_and_computes_the_same(
     tmp_path: Path, family: str, changes: dict[str, Any], scheme: str, overrides: dict[str, str]
 ) -> None:
-    run = make(tmp_path, family, scheme, changes=changes, overrides=overrides)
+    save_tiny(tmp_path / "model", family, **changes)
+    text = str(tmp_path / "model" / "calib.txt")
+    more = {"overrides": overrides, "data": text, "samples": 2, "length": 16}
+    run = lowbit.quantize(str(tmp_path / "model"), tmp_path / "run", scheme=scheme, recipe="rtn", **more).out
     made = lowbit.export(run, "onnx")
     (found,) = lowbit.verify(run, [made.out])
     assert found.ok
@@ -79,10 +76,12 @@ def test_every_family_reads_back_bit_for_bit_and_computes_the_same(
     assert found.logits < 2e-6  # the operator multiplies by the same values; only sums have another order
 
 
+@pytest.mark.heavy
 def test_who_reads_the_graph_reads_its_data(made: Path) -> None:
     assert (made / "model.onnx.data").stat().st_mode == (made / "model.onnx").stat().st_mode
 
 
+@pytest.mark.heavy
 def test_genai_continues_like_the_simulation(run: Path, made: Path) -> None:
     ids = tiny_ids(1, 6)
     with torch.no_grad():
@@ -102,6 +101,7 @@ def greedy(folder: Path, ids: list[int], new: int) -> list[int]:
     return [int(i) for i in generator.get_sequence(0)]
 
 
+@pytest.mark.heavy
 def test_level_4_rounds_inputs_and_says_so(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "level4"
     assert call(["export", str(run), "--to", "onnxruntime", "--out", str(out), "--accuracy-level", "4"]) == 0
@@ -122,15 +122,15 @@ def test_level_4_rounds_inputs_and_says_so(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(("symmetric", "size"), [(True, 48), (False, None)])
-def test_blocks_hold_the_grid(bits: int, symmetric: bool, size: int | None) -> None:
-    spec = QuantSpec(bits, size, symmetric)
+def test_blocks_hold_codes_and_qparams(bits: int, symmetric: bool, size: int | None) -> None:
+    format = IntFormat(bits, size, symmetric)
     weight = torch.randn(6, 192, generator=torch.Generator().manual_seed(bits))
-    q = quantize(weight, minmax_grid(weight, spec), spec)
+    q = format.quantize(weight, format.qparams(weight))
     stored = in_blocks(q)
-    assert stored.spec.bits == stored_bits(bits)
-    assert stored.spec.group_size == block_of(size or 192)
+    assert stored.format.elements.bits == stored_bits(bits)
+    assert stored.format.group == block_of(size or 192)
     assert torch.equal(stored.dequantize(), q.dequantize())
-    assert not symmetric or bool((stored.grid.zero == 2 ** (stored.spec.bits - 1)).all())
+    assert not symmetric or bool((stored.qparams.zero == 2 ** (stored.format.elements.bits - 1)).all())
 
 
 PARTS = {
@@ -142,6 +142,7 @@ PARTS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("stored", "named"), PARTS.items())
 def test_one_wrong_byte_of_external_data_is_named(run: Path, copy: Path, stored: str, named: str) -> None:
     model = onnx.load(copy / "model.onnx", load_external_data=False)
@@ -160,6 +161,7 @@ def change(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.heavy
 def test_graph_settings_and_stray_files_are_seen(run: Path, copy: Path) -> None:
     graph = (copy / "model.onnx").read_bytes()
     (copy / "model.onnx").write_bytes(graph.replace(b"do_rotary", b"do_rotarz"))
@@ -173,6 +175,7 @@ def test_graph_settings_and_stray_files_are_seen(run: Path, copy: Path) -> None:
     assert lowbit.verify(run, [copy])[0].unreadable
 
 
+@pytest.mark.heavy
 def test_external_data_outside_of_the_folder_is_not_read(run: Path, copy: Path) -> None:
     model = onnx.load(copy / "model.onnx", load_external_data=False)
     for entry in model.graph.initializer[0].external_data:
@@ -182,6 +185,7 @@ def test_external_data_outside_of_the_folder_is_not_read(run: Path, copy: Path) 
     assert lowbit.verify(run, [copy])[0].unreadable
 
 
+@pytest.mark.heavy
 def test_an_integer_changed_by_the_builder_is_refused(
     run: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +209,7 @@ def test_a_builder_that_gives_up_is_one_line(run: Path, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.heavy
 def test_a_missing_package_is_one_line(
     run: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,15 +236,16 @@ def test_a_missing_package_is_one_line(
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(
-    tmp_path: Path, family: str, scheme: str, more: dict[str, Any], message: str
+    run_of: Callable[..., Path], tmp_path: Path, family: str, scheme: str, more: dict[str, Any], message: str
 ) -> None:
-    run = make(tmp_path, family, scheme, **more)
+    run = run_of(scheme, family, **more)
     with pytest.raises(LowbitError, match=message) as caught:
-        lowbit.export(run, "onnx")
+        lowbit.export(run, "onnx", out=tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+    assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_smollm2_speaks_in_genai_as_in_the_simulation(tmp_path: Path) -> None:
     prompt = "The best way to learn a new language is"

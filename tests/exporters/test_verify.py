@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,12 @@ from lowbit.cli.main import call
 from lowbit.exporters import api as exporting
 from lowbit.exporters import exporter_of
 from lowbit.exporters.target import Executed
-from tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("verify")
-    save_tiny(folder / "model", "llama")
-    text = str(folder / "model" / "calib.txt")
-    scheme = "w4a16g32-sym"
-    lowbit.quantize(
-        str(folder / "model"), folder / "run", scheme=scheme, recipe="rtn", data=text, samples=2, length=16
-    )
-    return folder / "run", lowbit.export(folder / "run", "gguf").out
+def made(run_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    run = run_of("w4a16g32-sym")
+    return run, lowbit.export(run, "gguf", out=tmp_path_factory.mktemp("verify") / "run.gguf").out
 
 
 def runtime(run: Path, factor: float) -> Any:

@@ -22,7 +22,7 @@ from tiny import NAMES, block_of, planned, tiny_model
 
 W4A4, W3 = "w4a4", "w3a16g16-asym"
 CHOICES = {
-    "qkv": ("diagonal",),  # a matrix behind a norm stays: see test_runtime_ops.py
+    "qkv": ("diagonal",),  # a matrix behind a norm leaves a runtime op
     "mlp": ("diagonal",),
     "heads": ("diagonal", "matrix"),
     "qk": ("diagonal", "matrix"),
@@ -148,7 +148,9 @@ def test_what_is_trained_is_what_ships(precision, scheme, name):
 @pytest.mark.parametrize("kind", ["masked", "lu", "svd"])
 def test_gradients_agree_with_finite_differences(kind, name, monkeypatch):
     """Rounding has no true gradient, so a smooth stand-in takes its place; everything around it is the real thing."""
-    monkeypatch.setattr(IntFormat, "fake_quant_clipped", lambda self, weight, *clips: weight + 0.05 * torch.sin(5 * weight))
+    monkeypatch.setattr(
+        IntFormat, "fake_quant_clipped", lambda self, weight, *clips: weight + 0.05 * torch.sin(5 * weight)
+    )
     # The shipped parameters are float32; for differences of losses that is too coarse.
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     block, calib = case(name, "w4a16", torch.float64)
@@ -369,6 +371,23 @@ def test_aug_loss_adds_the_error_against_the_float_block_on_the_quantized_input(
         y = run(block, x_q[chosen], trainer.quantized()[0], quantized=True)
         own = float(((y - run(block, x_q[chosen])).square().mean(-1, keepdim=True) / trainer.unit[chosen]).mean())
     assert twice == pytest.approx(plain + 2 * own, rel=1e-5)
+
+
+def test_learned_clips_of_inputs_keep_the_rounding_offsets_of_a_step_before():
+    block, calib = case("llama-odd")
+    before = METHODS["reassemble"](theta="most", most=0.2, offsets="both")(block, calib)
+    ((down, clip),) = before.ops.items()
+    done = affine(act_clip=True, epochs=1)(before, calib)
+    assert torch.equal(done.ops[down].offset, clip.offset)
+    assert not torch.equal(done.ops[down].ratios, clip.ratios)
+
+
+@pytest.mark.parametrize("start", ["smooth", "given"])
+def test_a_matrix_is_refused_behind_a_norm_where_a_runtime_op_stands(start):
+    block, calib = case("llama-odd")
+    before = METHODS["reassemble"](sites="norms", theta="most", most=0.2)(block, calib)
+    with pytest.raises(LowbitError, match="a gather stands behind the norm 1.input_layernorm"):
+        affine(qkv="matrix", mlp="matrix", start=start, epochs=1)(before, calib)
 
 
 @pytest.mark.parametrize(

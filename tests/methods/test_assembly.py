@@ -12,16 +12,22 @@ from lowbit.errors import LowbitError
 from lowbit.methods import RTN
 from lowbit.methods import assembly as module
 from lowbit.methods.assembly import MergePlan, distances
-from lowbit.methods.reassemble import Reassemble, fold, gather_after
-from lowbit.models.block import Calib, apply_online, run, run_all
+from lowbit.methods.reassemble import Reassemble, fold, gather_behind
+from lowbit.models.block import Calib, run, run_all
+from lowbit.models.runtime_ops import Gather, Matrix
 from lowbit.pipeline.recipe import Recipe
-from lowbit.quant.scheme import parse_scheme
 from lowbit.runs.streamed_model import StreamedModel
-from test_runner import quantized
-from tiny import block_of, save_tiny, tiny_ids, tiny_model
+from tiny import block_of, planned, save_tiny, tiny_ids, tiny_model
 
-W4A4 = parse_scheme("w4a4")
 KINDS = ["bipartite", "one-to-one"]
+
+
+def quantized(folder, out, steps):
+    """The run of a recipe of ``steps`` at w4a4, of the model in ``folder``."""
+    text = str(folder / "calib.txt")
+    return lowbit.quantize(
+        str(folder), out, scheme="w4a4", recipe=Recipe("r", steps), data=text, samples=4, length=24
+    )
 
 
 def problem(channels=14, seed=0):
@@ -99,8 +105,8 @@ def test_the_matching_is_that_of_plain_loops_and_leaves_split_channels_alone(see
     if kind == "one-to-one":
         assert len({j for _, j in plan.merges}) == 3
     # The function that the matching promises: copies exact, each group its mean times the sum of its columns.
-    online = gather_after(None, idx, divisor, into).double()
-    found = apply_online(x, online) @ merged[:, idx].T
+    gather = gather_behind(None, idx, divisor, into)
+    found = gather(x) @ merged[:, idx].T
     groups = {}
     for i, j in plan.merges:
         groups.setdefault(j, [j]).append(i)
@@ -108,7 +114,7 @@ def test_the_matching_is_that_of_plain_loops_and_leaves_split_channels_alone(see
         x[:, [k]] * weight[:, k] for k in range(14) if k not in gone and k not in groups
     )
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # 1/3 is stored in float32
-    torch.testing.assert_close(apply_online(x, online), x @ as_matrix(idx, divisor, into), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gather(x), x @ as_matrix(idx, divisor, into), rtol=1e-6, atol=1e-6)
 
 
 def test_many_may_share_one_partner_only_where_that_is_asked_for():
@@ -138,6 +144,7 @@ def test_merges_come_in_one_order_for_all_candidates(kind):
 
 def norm_case(name, dtype=torch.float64):
     block, x = block_of(tiny_model(name), 1, dtype=dtype)
+    block = planned(block, "w4a4")
     return block, next(edge for edge in block.edges() if edge.kind == "norm"), Calib(x, x, run_all(block, x))
 
 
@@ -146,7 +153,7 @@ def norm_case(name, dtype=torch.float64):
 def test_merging_channels_with_equal_columns_leaves_the_float_function(dense, name):
     """What a merge leaves, (x_i - x_j)(w_i - w_j)/2, vanishes where the columns are equal: then merging is exact."""
     block, edge, calib = norm_case(name)
-    readers = [dst.module for dst in edge.dst]
+    readers = [dst.module for dst in edge.readers]
     params = dict(block.params)
     for reader in readers:
         params[f"{reader}.weight"] = params[f"{reader}.weight"].clone()
@@ -155,7 +162,7 @@ def test_merging_channels_with_equal_columns_leaves_the_float_function(dense, na
     wanted = run(block, calib.x_fp)
     norm = edge.src.module
     if dense:  # a matrix that runs there already
-        block = replace(block, online={norm: torch.eye(64, dtype=torch.float64)})
+        block = replace(block, ops={norm: Matrix(torch.eye(64, dtype=torch.float64))})
     idx, into = torch.arange(64), torch.full((64,), -1)
     idx[[0, 2]], into[[0, 2]] = 5, 7  # three copies of 5; 0, 2 and 7 become one
     divisor = torch.ones(64, dtype=torch.float64)
@@ -163,31 +170,34 @@ def test_merging_channels_with_equal_columns_leaves_the_float_function(dense, na
     weight = torch.cat([block.weight(reader) for reader in readers])
     weight[:, 7] *= 3
     done = fold(block, edge, idx, divisor, weight, into)
-    assert done.online[norm].shape == ((64, 64) if dense else (3, 64))
+    assert type(done.ops[norm]) is (Matrix if dense else Gather)
+    assert done.ops[norm].width == 64
+    assert dense or torch.equal(done.ops[norm].into, into)
     error = (run(done, calib.x_fp) - wanted).abs().max() / wanted.abs().max()
     assert error < (1e-4 if block.family.norm_offset else 1e-7)
-    assert (run(replace(done, online={}), calib.x_fp) - wanted).abs().max() > 1e-3 * wanted.abs().max()
+    assert (run(replace(done, ops={}), calib.x_fp) - wanted).abs().max() > 1e-3 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_assembly_reaches_every_reader_of_the_folder(kind, tmp_path):
     save_tiny(tmp_path / "m", "llama-odd")
     steps = (("reassemble", Reassemble(sites="all", assembly=kind, most=0.3)), ("rtn", RTN()))
-    made = quantized(tmp_path / "m", tmp_path / "out", "w4a4", Recipe("r", steps))
-    gathers = [name for name in made.manifest["online"] if name.endswith("norm")]
+    made = quantized(tmp_path / "m", tmp_path / "out", steps)
+    gathers = [name for name, op in made.manifest.runtime_ops.items() if op == "gather"]
     assert gathers
+    assert all(name.endswith("norm") for name in gathers)
     ids = tiny_ids()
     simulated = torch.cat([logits for _, logits in StreamedModel(tmp_path / "out").logits(ids)])
     loaded = lowbit.load(tmp_path / "out")(ids, use_cache=False).logits.detach()
     assert float((loaded - simulated).abs().max() / simulated.abs().max()) < 1e-5
-    for block in made.manifest["blocks"]:
-        for name, figures in block["steps"]["reassemble"].items():
+    for block in made.manifest.blocks:
+        for name, figures in block.steps["reassemble"].items():
             assert figures["assembly"] == ("drop" if "down" in name else kind)
             assert figures["scores"][str(figures["copies"])] == min(figures["scores"].values())
     weights = sum(StreamedModel(tmp_path / "out").block(0).qweights[n].codes.numel() * 3 for n in LINEARS)
-    plain = quantized(tmp_path / "m", tmp_path / "plain", "w4a4").manifest
+    plain = quantized(tmp_path / "m", tmp_path / "plain", steps[1:]).manifest
     more = 32 * 3 * 64 * len(gathers) / weights
-    assert made.bits_per_weight == pytest.approx(plain["bits_per_weight"] + more)
+    assert made.bits_per_weight == pytest.approx(plain.bits_per_weight + more)
 
 
 LINEARS = [f"0.self_attn.{n}_proj" for n in "qkvo"] + [f"0.mlp.{n}_proj" for n in ("gate", "up", "down")]
@@ -195,7 +205,7 @@ LINEARS = [f"0.self_attn.{n}_proj" for n in "qkvo"] + [f"0.mlp.{n}_proj" for n i
 
 def test_norms_alone_leave_down_proj_as_it_is():
     block, _, calib = norm_case("llama", torch.float32)
-    done = Reassemble(sites="norms", assembly="one-to-one", most=0.3)(block, calib, W4A4)
+    done = Reassemble(sites="norms", assembly="one-to-one", most=0.3)(block, calib)
     assert len(done.record[1]["reassemble"]) == 2
     (down,) = block.linear_groups()[-1]
     assert torch.equal(done.weight(down), block.weight(down))
@@ -218,5 +228,5 @@ def test_what_cannot_be_stored_is_refused_in_one_line(options, message):
 
 def test_channels_that_merge_already_are_not_gathered_again():
     with pytest.raises(LowbitError, match="reassembled already"):
-        gather_after(torch.zeros(3, 64), torch.arange(64), torch.ones(64))
+        gather_behind(Gather(torch.arange(64), torch.ones(64)), torch.arange(64), torch.ones(64))
     assert module.ASSEMBLIES == ("drop", "bipartite", "one-to-one")

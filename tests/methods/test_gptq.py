@@ -78,7 +78,9 @@ def test_the_order_matters_and_the_default_takes_strong_inputs_first():
     assert not torch.equal(literal(weight, gram, format, True), literal(weight, gram, format, False))
     first = int(gram.diagonal().argmax())
     plain = nearest(weight, format)
-    assert torch.equal(codes_of(weight, gram, format)[:, first], plain[:, first]), "the first column has no errors yet"
+    assert torch.equal(codes_of(weight, gram, format)[:, first], plain[:, first]), (
+        "the first column has no errors yet"
+    )
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -208,7 +210,8 @@ def test_the_qparams_are_those_of_the_clips():
 
 @pytest.mark.parametrize("options", [{"damping": 0.0}, {"damping": -1.0}, {"block_size": 0}])
 def test_options_out_of_range(options):
-    with pytest.raises(LowbitError, match="gptq: damping"):
+    ((name, value),) = options.items()
+    with pytest.raises(LowbitError, match=rf"gptq\.{name} {value:g} given; it must be"):
         GPTQ(**options)
 
 
@@ -239,5 +242,5 @@ def test_towards_the_output_the_weights_are_first_moved_to_the_least_squares_ans
 
 def test_what_is_no_option_is_refused():
     for wrong in ({"tokens": "some"}, {"target": "loss"}, {"pull": 0.0}):
-        with pytest.raises(LowbitError, match=f"gptq.{next(iter(wrong))}|gptq: {next(iter(wrong))}"):
+        with pytest.raises(LowbitError, match=rf"gptq\.{next(iter(wrong))}"):
             GPTQ(**wrong)

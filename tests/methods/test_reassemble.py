@@ -10,34 +10,40 @@ import torch
 import lowbit
 from lowbit.errors import LowbitError
 from lowbit.methods import RTN
-from lowbit.methods.affinequant import AffineQuant, Trainer
+from lowbit.methods.affine_fit import AffineFit
+from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.dropping import DropPlan, damped_inverse
-from lowbit.methods.reassemble import Reassemble, candidate_counts, fold, gate_of
+from lowbit.methods.options import with_options
+from lowbit.methods.reassemble import Reassemble, candidate_counts, fold
 from lowbit.methods.sites import apply
-from lowbit.methods.statistics import input_moments
-from lowbit.models.block import Calib, relative_error, run, run_all
+from lowbit.methods.statistics import input_statistics
+from lowbit.models.block import Calib, relative_error, run, run_all, run_quantized
+from lowbit.models.runtime_ops import Gather, Matrix
 from lowbit.pipeline.recipe import Recipe, load_recipe, with_settings
-from lowbit.quant.affine import quantize
-from lowbit.quant.scheme import parse_scheme, with_overrides
 from lowbit.runs.streamed_model import StreamedModel
-from test_runner import quantized
-from tiny import NAMES, block_of, save_tiny, tiny_ids, tiny_model
+from tiny import NAMES, block_of, planned, save_tiny, tiny_ids, tiny_model
 
 LINEARS = [f"0.self_attn.{n}_proj" for n in "qkvo"] + [f"0.mlp.{n}_proj" for n in ("gate", "up", "down")]
-W4A4 = parse_scheme("w4a4")
+FLOAT_INPUTS = "w8a16"  # with these, splitting cannot help
 
 
-def case(name, dtype=torch.float32, outlier=0.0):
+def quantized(folder, out, steps):
+    """The run of a recipe of ``steps`` at w4a4, of the model in ``folder``."""
+    text = str(folder / "calib.txt")
+    return lowbit.quantize(
+        str(folder), out, scheme="w4a4", recipe=Recipe("r", steps), data=text, samples=4, length=24
+    )
+
+
+def case(name, dtype=torch.float32, outlier=0.0, scheme="w4a4"):
     """A layer whose up rows 5 and 9 are ``outlier`` times larger: outlier channels before down."""
     block, x = block_of(tiny_model(name), 1, dtype=dtype)
+    block = planned(block, scheme)
     if outlier:
-        params, up = dict(block.params), channels(block).src
-        key = f"{up.module}.weight"
-        weight = params[key].clone()
-        first = weight.shape[0] // 2 if not isinstance(up, str) else 0
-        weight[[first + 5, first + 9]] *= outlier
-        params[key] = weight
-        block = replace(block, params=params)
+        up = channels(block).src
+        weight = block.params[up.parameter].clone()
+        weight[up.rows][[5, 9]] *= outlier
+        block = replace(block, params={**block.params, up.parameter: weight})
     return block, Calib(x, x, run_all(block, x))
 
 
@@ -46,12 +52,12 @@ def channels(block):
 
 
 def down_of(block):
-    return channels(block.module.dst[0])
+    return channels(block).readers[0].module
 
 
 def with_dead_channels(block):
     """Channels 0 and 1 reach nothing, so dropping them is exact."""
-    down = f"{channels(block.module.dst[0])}.weight"
+    down = f"{down_of(block)}.weight"
     weight = block.params[down].clone()
     weight[:, :2] = 0
     return replace(block, params={**block.params, down: weight})
@@ -59,11 +65,11 @@ def with_dead_channels(block):
 
 def split_over_dead_channels(block):
     """Channel 5 as three copies, two of them at the places of channels 0 and 1."""
-    edge = channels(block)
-    idx = torch.arange(block.weight(module_of(edge.dst[0])).shape[1])
+    weight = block.weight(down_of(block)).double()
+    idx = torch.arange(weight.shape[1])
     idx[:2] = 5
     divisor = torch.where(idx == 5, 3.0, 1.0).double()
-    return fold(block, edge, idx, divisor, block.weight(module_of(edge.dst[0])).double())
+    return fold(block, channels(block), idx, divisor, weight)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,19 +83,18 @@ def test_splitting_a_channel_folds_and_leaves_the_float_function(name):
     assert {k: v.shape for k, v in moved.params.items()} == {k: v.shape for k, v in block.params.items()}
     seen = {}
     for key, some in (("before", block), ("after", moved)):
-        down = channels(block.module.dst[0])
-        run(some, calib.x_fp, taps={down: lambda x, key=key: seen.update({key: x.flatten(0, -2)})})
+        run(some, calib.x_fp, taps={down_of(block): lambda x, key=key: seen.update({key: x.flatten(0, -2)})})
     assert torch.allclose(seen["after"][:, [0, 1, 5]], seen["before"][:, [5, 5, 5]] / 3, rtol=1e-4, atol=1e-9)
 
 
 def test_codes_of_split_up_rows_stay_and_only_their_scale_changes():
     block, _ = case("llama")
-    spec, up = W4A4.weight, channels(block).src
+    up = channels(block).src.module
     moved = split_over_dead_channels(with_dead_channels(block))
-    before, after = (quantize(b.weight(up), RTN()(b, None, W4A4).qweights[up].grid, spec) for b in (block, moved))
+    before, after = (RTN()(b, None).qweights[up] for b in (block, moved))
     for row in (0, 1, 5):
         assert torch.equal(after.codes[row], before.codes[5])
-        assert torch.allclose(after.grid.scale[row], before.grid.scale[5] / 3, rtol=1e-3)
+        assert torch.allclose(after.qparams.scale[row], before.qparams.scale[5] / 3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama-odd", "phi3", "opt"])
@@ -97,7 +102,8 @@ def test_splitting_composes_with_maps_in_float64(name):
     block, calib = case(name, torch.float64)
     block = with_dead_channels(block)
     wanted = run(block, calib.x_fp)
-    trainer = Trainer(AffineQuant(precision="double"), block, calib, W4A4)
+    step = with_options(AffineQuant(), precision="double")
+    trainer = AffineFit(step.sites, step.maps, step.clipping, step.objective, step.schedule, block, calib)
     trainer.begin(1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -113,7 +119,7 @@ def test_splitting_composes_with_maps_in_float64(name):
 def test_splitting_after_a_norm_is_a_gather_that_leaves_the_float_function(dense, name):
     block, calib = case(name, torch.float64)
     edge = next(edge for edge in block.edges() if edge.kind == "norm")
-    norm, readers = edge.src.module, [dst.module for dst in edge.dst]
+    norm, readers = edge.src.module, [dst.module for dst in edge.readers]
     params = dict(block.params)
     for reader in readers:  # channels 0 and 1 reach nothing
         params[f"{reader}.weight"] = params[f"{reader}.weight"].clone()
@@ -125,12 +131,14 @@ def test_splitting_after_a_norm_is_a_gather_that_leaves_the_float_function(dense
         a = torch.eye(64, dtype=torch.float64)
         a[2:, 2:] += 0.02 * torch.randn(62, 62, generator=generator, dtype=torch.float64)
         moved = {f"{reader}.weight": params[f"{reader}.weight"] @ a.mT for reader in readers}
-        block = replace(block, params={**params, **moved}, online={norm: torch.linalg.inv(a)})
+        block = replace(block, params={**params, **moved}, ops={norm: Matrix(torch.linalg.inv(a))})
     idx = torch.arange(64)
     idx[:2] = 5
     divisor = torch.where(idx == 5, 3.0, 1.0).double()
     done = fold(block, edge, idx, divisor, torch.cat([block.weight(reader) for reader in readers]))
-    assert done.online[norm].shape == ((64, 64) if dense else (2, 64))
+    assert type(done.ops[norm]) is (Matrix if dense else Gather)
+    assert done.ops[norm].width == 64
+    assert dense or done.ops[norm].into is None
     error = (run(done, calib.x_fp) - wanted).abs().max() / wanted.abs().max()
     assert error < (1e-4 if block.family.norm_offset else 1e-7)  # the factor 1/3 is stored in float32
     assert {k: v.shape for k, v in done.params.items()} == {k: v.shape for k, v in block.params.items()}
@@ -139,18 +147,19 @@ def test_splitting_after_a_norm_is_a_gather_that_leaves_the_float_function(dense
 def test_reassembly_everywhere_reaches_every_reader_of_the_folder(tmp_path):
     save_tiny(tmp_path / "m", "llama-odd")
     steps = (("reassemble", Reassemble(sites="all", most=0.3)), ("rtn", RTN()))
-    made = quantized(tmp_path / "m", tmp_path / "out", "w4a4", Recipe("r", steps))
-    gathers = [name for name in made.manifest["online"] if name.endswith("norm")]
-    assert gathers
-    assert f"maps after {len(gathers)} norms stay online" in made.manifest["transformers"]["why_not"]
+    made = quantized(tmp_path / "m", tmp_path / "out", steps)
+    gathers = [name for name, kind in made.manifest.runtime_ops.items() if kind == "gather"]
+    assert gathers == list(made.manifest.runtime_ops)
+    assert all(name.endswith("norm") for name in gathers)
+    assert "gathers behind norms" in made.manifest.transformers.why_not
     ids = tiny_ids()
     simulated = torch.cat([logits for _, logits in StreamedModel(tmp_path / "out").logits(ids)])
     loaded = lowbit.load(tmp_path / "out")(ids, use_cache=False).logits.detach()
     assert float((loaded - simulated).abs().max() / simulated.abs().max()) < 1e-5
-    plain = quantized(tmp_path / "m", tmp_path / "plain", "w4a4").manifest
+    plain = quantized(tmp_path / "m", tmp_path / "plain", steps[1:]).manifest
     weights = sum(StreamedModel(tmp_path / "m").block(0).weight(n).numel() * 3 for n in LINEARS)
     more = 32 * 2 * 64 * len(gathers) / weights
-    assert made.bits_per_weight == pytest.approx(plain["bits_per_weight"] + more)
+    assert made.bits_per_weight == pytest.approx(plain.bits_per_weight + more)
 
 
 def test_dropping_gives_the_least_squares_answer():
@@ -192,10 +201,10 @@ def test_candidates_are_the_papers_grid_without_repeats():
 def test_outlier_channels_are_split_where_that_helps(name):
     block, calib = case(name, outlier=30.0)
     errors = {}
-    for key, some in (("plain", block), ("done", Reassemble(most=0.2)(block, calib, W4A4))):
-        rounded = RTN()(some, calib, W4A4)
-        errors[key] = relative_error(run_all(rounded, calib.x_q, rounded.quantized_params(), W4A4), calib.y_fp)
-    record = Reassemble(most=0.2)(block, calib, W4A4).record[1]["reassemble"][down_of(block)]
+    done = Reassemble(most=0.2)(block, calib)
+    for key, some in (("plain", block), ("done", done)):
+        errors[key] = relative_error(run_quantized(RTN()(some, calib), calib.x_q), calib.y_fp)
+    record = done.record[1]["reassemble"][down_of(block)]
     assert record["copies"] > 0
     assert record["theta"] > 0
     scores = record["scores"]
@@ -204,9 +213,8 @@ def test_outlier_channels_are_split_where_that_helps(name):
 
 
 def test_nothing_is_done_where_nothing_helps():
-    block, calib = case("llama")
-    scheme = parse_scheme("w8a16")  # activations stay float: splitting cannot help
-    done = Reassemble()(block, calib, scheme)
+    block, calib = case("llama", scheme=FLOAT_INPUTS)
+    done = Reassemble()(block, calib)
     scores = done.record[1]["reassemble"][down_of(block)]["scores"]
     kept = done.record[1]["reassemble"][down_of(block)]["copies"]
     assert scores[str(kept)] == min(scores.values())
@@ -216,12 +224,11 @@ def test_nothing_is_done_where_nothing_helps():
 
 @pytest.mark.parametrize("ratio", [0.05, 0.2])
 def test_a_fixed_ratio_is_taken_in_every_layer_even_where_it_does_not_help(ratio):
-    block, calib = case("llama")
-    scheme = parse_scheme("w8a16")  # activations stay float: splitting cannot help
+    block, calib = case("llama", scheme=FLOAT_INPUTS)
     step = Reassemble(theta="most", most=ratio)
-    figures = step(block, calib, scheme).record[1]["reassemble"][down_of(block)]
+    figures = step(block, calib).record[1]["reassemble"][down_of(block)]
     (down,) = block.linear_groups()[-1]
-    peak = input_moments(block, calib.x_fp, [down], ("peak",))[down].peak
+    peak = input_statistics(block, calib.x_fp, [down], ("peak",))[down]["peak"]
     most = int((candidate_counts(peak, ratio, step.grid)[-1] - 1).sum())
     assert 0 < figures["copies"] == most <= ratio * 96
     assert set(figures["scores"]) == {"0", str(most)}
@@ -230,17 +237,19 @@ def test_a_fixed_ratio_is_taken_in_every_layer_even_where_it_does_not_help(ratio
 def test_a_fixed_theta_splits_what_exceeds_it_and_says_where_it_could_not():
     block, calib = case("llama", outlier=30.0)
     (down,) = block.linear_groups()[-1]
-    peak = input_moments(block, calib.x_fp, [down], ("peak",))[down].peak
+    peak = input_statistics(block, calib.x_fp, [down], ("peak",))[down]["peak"]
     second = float(peak.topk(3).values[1:].mean())  # between the second largest channel and the third
-    done = Reassemble(theta=second, most=0.5)(block, calib, W4A4)
+    done = Reassemble(theta=second, most=0.5)(block, calib)
     figures = done.record[1]["reassemble"][down]
     assert figures["copies"] == int(((peak / second).ceil() - 1).clamp(min=0).sum()) > 1
     assert figures["theta"] <= second
     assert not done.notes
-    low = Reassemble(theta=second / 100, most=0.1)(block, calib, W4A4)
+    low = Reassemble(theta=second / 100, most=0.1)(block, calib)
     assert low.record[1]["reassemble"][down]["copies"] <= 0.1 * 96
-    assert [note for note in low.notes if f"{down}: theta" in note and "more than 10.0% of the channels" in note]
-    high = Reassemble(theta=float(peak.max()) * 2)(block, calib, W4A4)
+    assert [
+        note for note in low.notes if f"{down}: theta" in note.text and "more than 10.0% of the channels" in note.text
+    ]
+    high = Reassemble(theta=float(peak.max()) * 2)(block, calib)
     assert high.record[1]["reassemble"][down]["copies"] == 0
     assert torch.equal(high.weight(down), block.weight(down))
 
@@ -257,21 +266,22 @@ def test_the_inverse_for_dropping_is_the_inverse_and_a_bad_matrix_is_an_error():
 
 def test_layers_that_stay_float_cost_no_pass(monkeypatch):
     block, calib = case("llama")
-    monkeypatch.setattr("lowbit.methods.reassemble.run_all", None)
-    assert Reassemble(sites="all")(block, calib, with_overrides(W4A4, {"*": "float"})) is block
+    block = replace(block, formats={})
+    monkeypatch.setattr("lowbit.methods.layer_by_layer.run_all", None)
+    assert Reassemble(sites="all")(block, calib) is block
 
 
 def test_clips_follow_their_rows():
     block, calib = case("llama", outlier=30.0)
-    clipped = AffineQuant(epochs=1)(block, calib, W4A4)
+    clipped = with_options(AffineQuant(), epochs=1)(block, calib)
     edge = channels(block)
     idx = torch.arange(96)
     idx[:2] = 5
-    done = fold(clipped, edge, idx, torch.ones(96).double(), clipped.weight(module_of(edge.dst[0])).double())
-    for name in (edge.src, gate_of(block, edge.src)):
+    done = fold(clipped, edge, idx, torch.ones(96).double(), clipped.weight(down_of(block)).double())
+    for name in (edge.src.module, edge.partner.module):
         assert torch.equal(done.clips[name][0][:2], clipped.clips[name][0][[5, 5]])
-    moments = input_moments(done, calib.x_fp, [module_of(edge.dst[0])], ("peak",))
-    assert moments[module_of(edge.dst[0])].peak.shape == (96,)
+    seen = input_statistics(done, calib.x_fp, [down_of(block)], ("peak",))
+    assert seen[down_of(block)]["peak"].shape == (96,)
 
 
 @pytest.mark.parametrize(

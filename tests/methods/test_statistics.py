@@ -53,9 +53,7 @@ def test_figures_are_those_of_a_loop_over_tokens():
     assert seen.count == 35
     for name, wanted in (("gram", gram), ("even_gram", even_gram), ("magnitude", magnitude), ("crest", crest)):
         # Sums of some hundred float32 products of either sign; eighth powers lose three bits more.
-        torch.testing.assert_close(
-            seen[name].double(), wanted, rtol=2e-5, atol=2e-5 * float(wanted.max())
-        )
+        torch.testing.assert_close(seen[name].double(), wanted, rtol=2e-5, atol=2e-5 * float(wanted.max()))
     assert torch.equal(seen["peak"].double(), peak)
     rows = x.reshape(-1, 6)
     assert torch.equal(seen["tokens"], rows)

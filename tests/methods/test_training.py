@@ -44,7 +44,9 @@ def test_an_entry_released_late_takes_an_ordinary_first_step():
 def test_fit_finds_a_minimum_and_reports_each_epoch():
     x = leaf(3.0)
     seen = []
-    fitted = fit([([x], 0.1)], lambda i: (x - 1).square().sum(), 8, Schedule(40, batch=2, decay="none"), begin=seen.append)
+    fitted = fit(
+        [([x], 0.1)], lambda i: (x - 1).square().sum(), 8, Schedule(40, batch=2, decay="none"), begin=seen.append
+    )
     assert abs(float(x.detach()) - 1) < 0.05
     assert len(fitted.train) == 40
     assert len(fitted.held_out) == 41

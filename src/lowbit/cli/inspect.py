@@ -110,14 +110,14 @@ def _show_facts(found: dict[str, Any]) -> None:
 def _show(told: Diagnosis, out: Path | None) -> None:
     """The worst blocks and linears, then the proposal."""
     console = Console()
-    linears = table("linear", "format", "damage alone", "gain at 8 bits")
-    linears.title = f"Linears, of {len(told.linears)} the worst: {told.measure}"
+    linears = table("linear", "format", "sensitivity", "gain at 8 bits")
+    linears.title = f"Most sensitive linears of {len(told.linears)}: {told.measure}, each alone"
     for row in told.linears[:SHOWN]:
         sign = "" if row["measured"] else "~"
         figures = (f"{sign}{row['damage']:.3g}", f"{sign}{row['gain']:.3g}")
         linears.add_row(Text(row["linear"]), row["format"], *figures)
-    blocks = table("block", "damage alone", "gain at 8 bits")
-    blocks.title = f"Blocks, of {len(told.blocks)} the worst"
+    blocks = table("block", "sensitivity", "gain at 8 bits")
+    blocks.title = f"Most sensitive blocks of {len(told.blocks)}"
     for row in told.blocks[:SHOWN]:
         blocks.add_row(str(row["block"]), f"{row['damage']:.3g}", f"{row['gain']:.3g}")
     console.print(blocks)
@@ -132,7 +132,7 @@ def _show_proposal(console: Console, made: Proposal, out: Path | None) -> None:
         rows.add_row("\n".join(change["linears"]), "\n".join(change["from"]), change["to"])
     console.print(rows)
     console.print(
-        f"{made.bits_per_weight:.4f} bits per weight; sum of damages alone: {made.damage_now:.4g} now, "
+        f"{made.bits_per_weight:.4f} bits per weight; sum of sensitivities: {made.damage_now:.4g} now, "
         f"{made.damage_proposed:.4g} predicted",
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""``lowbit.compare``: what rounding changed, token by token, of one or several runs against their float model."""
+"""``lowbit.compare``: one or several runs against their float model, token by token."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Evaluated:
         length: tokens in a window.
         seconds: wall time.
         data_hash: hash of the evaluated tokens, by data name.
-        target: the runtime whose rounding of inputs was simulated, if any.
+        target: the runtime whose quantization of inputs was simulated, if any.
         special: the special tokens that the tokenizer puts before a text (once, not before each window).
         scheme, bits_per_weight: a run's; ``None`` for a float model.
         fingerprint: digest of the model's weights, as a run of it has in its identity.
@@ -67,7 +67,7 @@ def evaluate(
         length: tokens in a window. Perplexities of different lengths do not compare.
         tokens: how many tokens of each text at most; all by default.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
-        target: a runtime whose rounding of inputs is simulated, or ``float``; by default the one of the run.
+        target: a runtime whose quantization of inputs is simulated, or ``float``; by default the one of the run.
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)

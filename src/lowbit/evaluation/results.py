@@ -2,8 +2,8 @@
 
 An entry is plain data: ``on`` (the text or task), ``measure``, ``value`` (``None`` for one that is not finite),
 ``error`` (its standard error, or ``None``), ``protocol``, everything that the value depends on beside the model, and
-``runtime``, whose rounding of inputs was simulated, or ``None``. An entry takes the place of one that differs from it
-in ``value`` and ``error`` only.
+``runtime``, whose quantization of inputs was simulated, or ``None``. An entry replaces one that differs from it in
+``value`` and ``error`` only.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def export(
     context: int | None = None,
     accuracy_level: int | None = None,
 ) -> Exported:
-    """Write a finished run in the format of a runtime, without rounding anything again.
+    """Write a finished run in the format of a runtime, without quantizing anything again.
 
     Args:
         folder: the run folder.
@@ -69,9 +69,9 @@ def export(
         embeddings: gguf only, how float matrices are stored: ``auto`` (smallest type that loses nothing), ``f32``,
             ``f16`` or ``q8_0``.
         pre: gguf only, llama.cpp's name for the tokenizer's splitting where it cannot be found out.
-        gptq_format: gptq only, ``v1`` stores zeros minus one, ``v2`` as they are; ``auto``: v1 if all are symmetric.
+        gptq_format: gptq only, zero points minus one (``v1``) or as they are (``v2``); ``auto``: v1 if symmetric.
         context: executorch only, tokens that the program's cache holds: 2048 by default, or the model's positions.
-        accuracy_level: onnx only, 0 multiplies in float32, 4 with inputs rounded to 8 bits, which is faster; by
+        accuracy_level: onnx only, 0 multiplies in float32, 4 with inputs quantized to 8 bits, which is faster; by
             default 4 if the run was made for onnxruntime, else 0.
 
     Raises:

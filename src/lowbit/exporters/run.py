@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, unknown
 from lowbit.models.families import family_of
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.quant.activations import IntTokens
@@ -24,7 +24,7 @@ from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, Scheme
 from lowbit.runs.folder import IDENTITY, RUN, read_qtensors, run_formats, run_layout, run_scheme
-from lowbit.runs.manifest import Manifest, manifest_of
+from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,11 @@ def open_run(folder: Path) -> Run:
     shapes = {name: _shape(checkpoint, name, format, layout) for name, format in formats.weights.items()}
     floats = tuple(name for name in manifest.floats if name != "lm_head")
     shapes |= {name: _size(checkpoint, f"{name}.weight") for name in floats}
-    ops = {OPS[kind]: f"the run, at {module}" for module, kind in manifest.runtime_ops.items()}
+    ops: dict[type[RuntimeOp], str] = {}
+    for module, kind in manifest.runtime_ops.items():
+        if kind not in OPS:
+            raise unknown(f"runtime op in {folder / MANIFEST}", kind, OPS)
+        ops.setdefault(OPS[kind], f"the run, at {module}")
     return Run(folder, manifest, Subject(config, scheme, formats, shapes, floats, ops), layout, checkpoint)
 
 

@@ -116,8 +116,13 @@ class AffineFit:
         """Float parameters with maps in them, and what stays online; differentiable."""
         params, online = apply(self.block, self.sites, self.start)
         ops: dict[str, RuntimeOp] = {name: Matrix(value.float()) for name, value in online.items()}
-        ops |= {name: Clip(logit.sigmoid()) for name, logit in self.act_logits.items()}
+        ops |= {name: Clip(logit.sigmoid(), self._offset(name)) for name, logit in self.act_logits.items()}
         return {name: value.float() for name, value in params.items()}, ops
+
+    def _offset(self, name: str) -> Tensor | None:
+        """The rounding offsets of an earlier step before a linear."""
+        before = self.block.ops.get(name)
+        return before.offset if isinstance(before, Clip) else None
 
     def quantized(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
         """The block's parameters as they will ship, and what stays online; differentiable."""
@@ -133,7 +138,7 @@ class AffineFit:
         params, ops = self.quantized()
         x, y_fp, unit, *also = self.rows(chosen)
         # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in 32.
-        y = run(replace(self.block, ops=ops), x.to(self.run_dtype), params, quantized=True)
+        y = run(replace(self.block, ops={**self.block.ops, **ops}), x.to(self.run_dtype), params, quantized=True)
         error = relative_loss(y, y_fp, unit)
         for y_aug in also:
             error = error + self.objective.aug_loss * relative_loss(y, y_aug, unit)

@@ -107,7 +107,7 @@ class GPTQ(Method):
         upper, damping = inverse_factor(gram[order][:, order], self.damping)
         if damping != self.damping:
             raised = f"damping raised from {self.damping:g} to {damping:g} for {', '.join(linears)}"
-            block = block.with_notes("gptq", raised)
+            block = block.with_notes("gptq", raised, layer=int(linears[0].partition(".")[0]))
         qweights = dict(block.qweights)
         for format, names in _by_format(block, linears).items():
             # Linears that read one input and share a format are rounded as one tall matrix: a third of the steps.

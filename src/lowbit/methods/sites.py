@@ -17,7 +17,7 @@ from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.architecture import Edge
 from lowbit.models.block import Block
-from lowbit.models.equivalence import Params, can_shift, map_width, move
+from lowbit.models.equivalence import Params, can_shift, check_can_move, map_width, move
 
 SITES = ("qkv", "mlp", "heads", "qk", "channels")
 
@@ -109,6 +109,7 @@ def apply(block: Block, sites: Sequence[Site], params: Mapping[str, Tensor]) -> 
 
 def _behind_norm(block: Block, site: Site, a: Tensor, params: Params) -> Params:
     """``W A^T`` for what reads the norm; a shift goes through the norm's bias as for a diagonal."""
+    check_can_move(block, site.edge)
     width = torch.ones(a.shape[0], dtype=a.dtype, device=a.device)
     out = move(block, site.edge, width, params, site.shift) if site.shift is not None else dict(params)
     for dst in site.edge.readers:

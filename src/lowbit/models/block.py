@@ -157,9 +157,10 @@ class Block:
         quantized = {f"{name}.weight": q.dequantize() for name, q in self.qweights.items()}
         return {**self.params, **quantized}
 
-    def with_notes(self, step: str, *texts: str) -> Block:
-        """The block with notes of a step on its first layer."""
-        return replace(self, notes=(*self.notes, *(Note(self.start, f"{step}: {text}") for text in texts)))
+    def with_notes(self, step: str, *texts: str, layer: int | None = None) -> Block:
+        """The block with notes of a step on a layer, given by its index in the model; by default on the first."""
+        at = self.start if layer is None else layer
+        return replace(self, notes=(*self.notes, *(Note(at, f"{step}: {text}") for text in texts)))
 
     def with_record(self, step: str, figures: Mapping[str, Any]) -> Block:
         """The block with a step's figures, kept under its first layer."""

@@ -64,11 +64,7 @@ def move(
     12, and their product stays 6.
     """
     out: Params = dict(block.params if params is None else params)
-    if not can_move(block, edge):
-        raise LowbitError(
-            f"a {block.ops[edge.src.module].kind} stands behind the norm {edge.src.module}: no map moves over it any "
-            "more; put the step that moves maps before the one that leaves it"
-        )
+    check_can_move(block, edge)
     if shift is not None:
         _shift(block, out, edge, shift)
     if edge.kind == "norm":
@@ -87,6 +83,19 @@ def move(
 def can_move(block: Block, edge: Edge) -> bool:
     """Whether maps move over the edge: nothing stands between a norm and what reads it."""
     return edge.kind != "norm" or edge.src.module not in block.ops
+
+
+def check_can_move(block: Block, edge: Edge) -> None:
+    """Refuse a map over a norm with a runtime op behind it.
+
+    Raises:
+        LowbitError: there is one.
+    """
+    if not can_move(block, edge):
+        raise LowbitError(
+            f"a {block.ops[edge.src.module].kind} stands behind the norm {edge.src.module}: no map moves over it any "
+            "more; put the step that moves maps before the one that leaves it"
+        )
 
 
 def can_shift(block: Block, edge: Edge) -> bool:

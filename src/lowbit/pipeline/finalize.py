@@ -125,6 +125,7 @@ def _manifest(
         transformers=StockLoading(why_not is None, why_not, _inputs(plan.formats)),
         versions=versions(),
         blocks=rows,
+        files={},  # digests follow when all other files are there
     )
 
 

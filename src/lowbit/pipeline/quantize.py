@@ -6,6 +6,7 @@ Three stages with a value between each two: what is asked for becomes a ``Reques
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -38,7 +39,7 @@ from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_observed
-from lowbit.runs.folder import claim, look
+from lowbit.runs.folder import RUN, claim, look
 from lowbit.runs.load import load
 from lowbit.runs.manifest import Calibration, Identity, Manifest, manifest_of
 from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
@@ -51,7 +52,7 @@ class Quantized:
 
     Attributes:
         out: the run folder.
-        bits_per_weight: effective bits of the rounded weights: codes, scales, zeros, online maps, over weights.
+        bits_per_weight: effective bits of a quantized weight: codes, scales, zero points and runtime ops.
         seconds: wall time of this call (a run that was resumed spent more before).
         peak_memory_bytes: the most memory that the process has held.
         warnings: what the run had to do differently, and what the folder needs to load.
@@ -103,12 +104,12 @@ def quantize(
         overrides: ``{glob: format}`` over module names, such as ``{"*.down_proj": "w8"}`` or ``{"lm_head": "w8"}``.
         revision: of a hub model.
         allow_pickle, trust_remote_code: both off unless asked for.
-        effort: ``quick``, ``normal`` or ``paper``: how much of a recipe's epochs learned steps spend. A ``Recipe``
+        effort: ``quick``, ``normal`` or ``paper``: the training budget, a share of a recipe's epochs. A ``Recipe``
             that is given as one keeps its epochs unless this is given; ``settings`` are exact.
         target: the runtime that the result is for: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It
-            gives the default scheme, what it cannot carry is refused now, and its own rounding of the linears' inputs
-            is simulated in calibration and evaluation.
-        compiled: round in fused kernels while learning, on an NVIDIA GPU: see ``lowbit.quant.inductor``.
+            gives the default scheme, what it cannot carry is refused now, and its own quantization of the linears'
+            inputs is simulated in calibration and evaluation.
+        compiled: fused fake quantization in training, on an NVIDIA GPU: see ``lowbit.quant.inductor``.
 
     Raises:
         LowbitError: on user errors; detected before work starts where possible.
@@ -205,6 +206,7 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
     identity, skeleton, checkpoint = resolved.identity(), resolved.skeleton, resolved.checkpoint
     state = look(out, identity)
     if state == "finished" and (manifest := manifest_of(out)) is not None:
+        shutil.rmtree(out / RUN, ignore_errors=True)  # of a run that was killed right after its manifest
         say(f"{out} holds this run already, finished")
         return manifest
     if state == "new":
@@ -247,7 +249,7 @@ def _size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:
     result = int(stored / 8) + 4 * plan.float_weights
     if recipe.tune is None:
         return result
-    state = 4 * 5 * recipe.tune.learned(linear_shapes(skeleton).values())  # as ``learn.fit`` keeps it
+    state = 4 * 5 * recipe.tune.learned(linear_shapes(skeleton).values())  # as ``training.fit`` keeps it
     return 2 * (result + plan.quantized_weights) + state
 
 

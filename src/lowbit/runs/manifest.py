@@ -129,7 +129,7 @@ class Manifest:
     transformers: StockLoading
     versions: dict[str, str]
     blocks: list[BlockRow]
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str]
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""What every exporter refuses before any work: runtime ops and number formats that it does not know."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowbit
+from formats import Ternary
+from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.errors import LowbitError
+from lowbit.exporters import EXPORTERS, exporter_of
+from lowbit.exporters.fit import check
+from lowbit.exporters.run import Run, Subject, open_run
+from lowbit.models.runtime_ops import OPS, RuntimeOp
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import ModelFormats, ModuleFormats, with_overrides
+
+MODULE = "model.layers.1.mlp.down_proj"
+targets = pytest.mark.parametrize("target", EXPORTERS)
+
+
+@pytest.fixture
+def run(run_of: Callable[..., Path]) -> Path:
+    """A run that every target carries."""
+    return run_of("w4a16g32-sym")
+
+
+@pytest.fixture
+def subject(run: Path) -> Subject:
+    return open_run(run).subject
+
+
+def with_format(subject: Subject, module: str, format: Any) -> Subject:
+    """The subject with one module's weight in a format of its own."""
+    modules = {**subject.formats.modules, module: ModuleFormats(format)}
+    return replace(subject, formats=ModelFormats(modules))
+
+
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight is read and nothing is written."""
+    for name in ("qtensor", "tensor"):
+        monkeypatch.setattr(Run, name, lambda *args: pytest.fail("a weight was read"))
+
+
+@targets
+def test_a_plain_run_fits(target: str, subject: Subject) -> None:
+    check(target, exporter_of(target).misfit, subject)
+
+
+@targets
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_a_runtime_op_that_the_graph_cannot_hold_is_refused(
+    target: str, op: type[RuntimeOp], subject: Subject
+) -> None:
+    exporter = exporter_of(target)
+    assert op not in exporter.ops
+    with pytest.raises(
+        LowbitError, match=f"{target} cannot carry .*, recipe: tune leaves {op.why} online; "
+    ) as caught:
+        check(target, exporter.misfit, replace(subject, ops={op: "tune"}))
+    assert "\n" not in str(caught.value)
+    assert "nearest that fits" not in str(caught.value)  # no other scheme would help
+    able = replace(exporter, ops=frozenset({op}))
+    assert able.misfit(replace(subject, ops={op: "tune"})) is None
+
+
+@targets
+@pytest.mark.parametrize("kind", OPS)
+@pytest.mark.usefixtures("untouched")
+def test_a_run_with_a_runtime_op_is_refused_before_any_work(
+    target: str, kind: str, run: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    place = MODULE if OPS[kind].place == "before a linear" else "model.layers.1.input_layernorm"
+    write_json(folder / "lowbit.json", {**read_json(folder / "lowbit.json"), "runtime_ops": {place: kind}})
+    with pytest.raises(LowbitError, match=f"recipe: the run, at {re.escape(place)} leaves {OPS[kind].why} online"):
+        lowbit.export(folder, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_run_whose_recipe_left_matrices_is_refused(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = run_of("w4a16g32-sym", recipe="affinequant", settings=("affinequant.qkv=matrix", "affinequant.epochs=1"))
+    for target in EXPORTERS:
+        with pytest.raises(LowbitError, match=r"recipe: .* leaves matrices behind norms online") as caught:
+            lowbit.export(folder, target, out=tmp_path / "out")
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@targets
+def test_a_format_that_is_not_known_is_refused_and_never_taken_for_a_known_one(target: str, subject: Subject) -> None:
+    exporter = exporter_of(target)
+    unknown = with_format(subject, MODULE, Ternary())
+    with pytest.raises(
+        LowbitError, match=f"weight: {re.escape(MODULE)}: ternary is no format that this target is written for"
+    ) as caught:
+        check(target, exporter.misfit, unknown)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("nearest that fits: w4a16g32-sym")
+    assert Ternary not in exporter.formats
+    with pytest.raises(AssertionError, match="integer formats alone"):
+        _ = unknown.integers
+    found = replace(exporter, formats=(*exporter.formats, Ternary), limits=lambda subject: None).misfit(unknown)
+    assert found is None
+
+
+@targets
+def test_an_override_to_a_format_that_is_not_known_is_named(target: str, subject: Subject) -> None:
+    glob = "*.down_proj"
+    scheme = with_overrides(subject.scheme, {glob: "w4g32"})
+    unknown = replace(with_format(subject, MODULE, Ternary()), scheme=scheme)
+    with pytest.raises(
+        LowbitError, match=r"override \*\.down_proj: .*ternary .*--override '\*\.down_proj=w4g32-sym'$"
+    ):
+        check(target, exporter_of(target).misfit, unknown)
+
+
+def test_formats_are_told_by_their_class_and_not_by_what_they_look_like(subject: Subject) -> None:
+    """Int elements, plain scales and no zero point, as a symmetric integer format has."""
+    ours, theirs = Ternary(), IntFormat(2)
+    assert (ours.elements, ours.scales, ours.zero, ours.group) == (
+        theirs.elements,
+        theirs.scales,
+        theirs.zero,
+        theirs.group,
+    )
+    everywhere = subject
+    for module in subject.weights:
+        everywhere = with_format(everywhere, module, ours)
+    for target in EXPORTERS:
+        found = exporter_of(target).misfit(everywhere)
+        assert found is not None
+        assert "ternary is no format" in found.why

@@ -1,0 +1,164 @@
+"""Wrong variants of methods, each with the check that finds it: a contract that none of them fails holds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from lowbit.methods import METHODS, outlier_suppression, smoothquant
+from lowbit.methods.method import DECLARED, Method
+from lowbit.methods.options import with_options
+from lowbit.methods.training import loss_unit, relative_loss
+from lowbit.models.block import Block, Calib, run_all
+from lowbit.models.runtime_ops import Matrix
+
+Call = Callable[[Any, Block, Calib], Block]
+
+
+class Mutant(NamedTuple):
+    """A wrong variant.
+
+    Attributes:
+        name: of the method.
+        wrong: the variant, a subclass.
+        fails: the check that finds it, a name of ``CHECKS`` in ``test_contract.py``.
+        why: what is wrong with it.
+    """
+
+    name: str
+    wrong: type[Method]
+    fails: str
+    why: str
+
+
+def mutant(name: str, fails: str, why: str, call: Call) -> Mutant:
+    """A method with another call and the declarations of the right one."""
+    base = METHODS[name]
+    facts = {fact: base.__dict__[fact] for fact in DECLARED}
+    return Mutant(name, type(f"Wrong{base.__name__}", (base,), {**facts, "__call__": call}), fails, why)
+
+
+def patched(module: Any, function: str, wrong: Any) -> Call:
+    """The call of the right method with a function of its module replaced."""
+
+    def call(self: Any, block: Block, calib: Calib) -> Block:
+        with mock.patch.object(module, function, wrong):
+            return super(type(self), self).__call__(block, calib)
+
+    return call
+
+
+right_scale, right_move = smoothquant.smooth_scale, outlier_suppression.move
+right_suppression = outlier_suppression.suppression_scale
+
+
+def smooth_inverted(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    return 1 / right_scale(activations, weights, alpha)
+
+
+def smooth_without_activations(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    return right_scale(torch.ones_like(activations), weights, alpha)
+
+
+def smooth_without_maxima(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    return right_scale(torch.ones_like(activations), torch.ones_like(weights), alpha)
+
+
+def smooth_times_random(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    return right_scale(activations, weights, alpha) * torch.rand_like(activations)
+
+
+def smooth_without_biases(self: Any, block: Block, calib: Calib) -> Block:
+    done = METHODS["smoothquant"].__call__(self, block, calib)
+    biases = {name: value for name, value in block.params.items() if name.endswith("norm.bias")}
+    return replace(done, params={**done.params, **biases})
+
+
+def smooth_on_quantized(self: Any, block: Block, calib: Calib) -> Block:
+    return METHODS["smoothquant"].__call__(self, block, replace(calib, x_fp=calib.x_q))
+
+
+def smooth_in_place(self: Any, block: Block, calib: Calib) -> Block:
+    done = METHODS["smoothquant"].__call__(self, block, calib)
+    for name, value in done.params.items():
+        block.params[name].copy_(value)
+    return done
+
+
+def smooth_with_matrix(self: Any, block: Block, calib: Calib) -> Block:
+    done = METHODS["smoothquant"].__call__(self, block, calib)
+    norms = [edge.src.module for edge in block.edges() if edge.kind == "norm"]
+    eye = torch.eye(calib.x_fp.shape[-1])
+    return replace(done, ops={name: Matrix(eye) for name in norms})
+
+
+def smooth_and_clipped_notes(self: Any, block: Block, calib: Calib) -> Block:
+    return replace(METHODS["smoothquant"].__call__(self, block, calib), notes=())
+
+
+def rtn_without_last(self: Any, block: Block, calib: Calib) -> Block:
+    done = METHODS["rtn"].__call__(self, block, calib)
+    return replace(done, qweights={name: done.qweights[name] for name in list(done.qweights)[:-1]})
+
+
+def suppression_inverted(peak: Tensor, threshold: float) -> Tensor:
+    return 1 / right_suppression(peak, threshold)
+
+
+def float_error(block: Block, calib: Calib, sequences: int) -> float:
+    wanted = calib.y_fp[:sequences]
+    return float(relative_loss(run_all(block, calib.x_q[:sequences]), wanted, loss_unit(wanted, "token")))
+
+
+def suppression_unsearched(self: Any, block: Block, calib: Calib) -> Block:
+    return METHODS["outlier-suppression+"].__call__(with_options(self, grid=1), block, calib)
+
+
+def shift_with_wrong_sign(*args: Any, shift: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    return right_move(*args, shift=None if shift is None else -shift, **kwargs)
+
+
+SMOOTH, SUPPRESSION = "smoothquant", "outlier-suppression+"
+MUTANTS = [
+    mutant(SMOOTH, "factor", "scale inverted", patched(smoothquant, "smooth_scale", smooth_inverted)),
+    mutant(
+        SMOOTH,
+        "factor",
+        "activations' maxima replaced by ones",
+        patched(smoothquant, "smooth_scale", smooth_without_activations),
+    ),
+    mutant(
+        SMOOTH, "factor", "all maxima replaced by ones", patched(smoothquant, "smooth_scale", smooth_without_maxima)
+    ),
+    mutant(SMOOTH, "seeds", "multiplied by torch.rand", patched(smoothquant, "smooth_scale", smooth_times_random)),
+    mutant(SMOOTH, "function", "biases of norms forgotten", smooth_without_biases),
+    mutant(SMOOTH, "needs", "maxima of the quantized model", smooth_on_quantized),
+    mutant(SMOOTH, "input", "writes into the given block", smooth_in_place),
+    mutant(SMOOTH, "input", "drops the notes of earlier steps", smooth_and_clipped_notes),
+    mutant(SMOOTH, "ops", "leaves a runtime op that it does not declare", smooth_with_matrix),
+    mutant("rtn", "codes", "the last linear is left out", rtn_without_last),
+    mutant(
+        SUPPRESSION,
+        "factor",
+        "scale inverted",
+        patched(outlier_suppression, "suppression_scale", suppression_inverted),
+    ),
+    mutant(SUPPRESSION, "factor", "threshold never searched", suppression_unsearched),
+    mutant(
+        SUPPRESSION,
+        "factor",
+        "search with the quantizers off",
+        patched(outlier_suppression, "output_error", float_error),
+    ),
+    mutant(
+        SUPPRESSION,
+        "factor",
+        "shift with the wrong sign",
+        patched(outlier_suppression, "move", shift_with_wrong_sign),
+    ),
+]
