@@ -24,8 +24,8 @@ from lowbit.pipeline.runner import peak_memory_bytes
 import lowbit
 before = peak_memory_bytes()
 folder, out, recipe, scheme = sys.argv[1:]
-lowbit.quantize(folder, out, scheme, recipe, folder + "/text.txt", samples=8, length=128)
-found = lowbit.evaluate(out, folder + "/text.txt", length=128, tokens=1024)
+lowbit.quantize(folder, out, scheme=scheme, recipe=recipe, data=folder + "/text.txt", samples=8, length=128)
+found = lowbit.evaluate(out, data=folder + "/text.txt", length=128, tokens=1024)
 print(json.dumps({"before": before, "peak": peak_memory_bytes(), "perplexity": list(found.perplexity.values())[0]}))
 """
 

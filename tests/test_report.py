@@ -188,6 +188,7 @@ def laid_out(page: Path, width: int, dark: bool) -> dict:
     return json.loads(html.unescape(title[1]))
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_chromium_draws_the_charts_and_nothing_overflows(root, measured, tmp_path):
     files = (measured / "float.json", measured / "compare.json")

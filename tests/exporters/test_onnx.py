@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -30,10 +31,11 @@ og = pytest.importorskip("onnxruntime_genai")
 ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # Width 96 for groups of 48, which become blocks of 16.
 WIDE = {"hidden_size": 96, "head_dim": 48, "rope_parameters": {**ROPE, "original_max_position_embeddings": 32}}
+MIXED = {"*.o_proj": "w8-asym", "*.0.mlp.down_proj": "w3g16"}
 # family, changes to its config, scheme, overrides; each starts the builder, which takes seconds
 CASES: list[Any] = [
-    ("llama", {}, "w4a16g32-sym", {"*.o_proj": "w8-asym", "*.0.mlp.down_proj": "w3g16"}),
-    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, "w2a16-asym", {}),
+    pytest.param("llama", {}, "w4a16g32-sym", MIXED, marks=pytest.mark.slow),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, "w2a16-asym", MIXED),
     pytest.param("llama", WIDE, "w4a16g48-asym", {}, marks=pytest.mark.slow),
     pytest.param("mistral", {"sliding_window": 8}, "w8a16g16-asym", {}, marks=pytest.mark.slow),
     pytest.param("qwen2", {}, "w4a16g32-sym", {"lm_head": "w8g32"}, marks=pytest.mark.slow),
@@ -235,14 +237,10 @@ def test_a_missing_package_is_one_line(
         ("opt", "w4a16", {}, r"architecture: OPTForCausalLM"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_any_work(
-    run_of: Callable[..., Path], tmp_path: Path, family: str, scheme: str, more: dict[str, Any], message: str
+def test_what_does_not_fit_is_refused(
+    refusal_of: Callable[..., str], family: str, scheme: str, more: dict[str, Any], message: str
 ) -> None:
-    run = run_of(scheme, family, **more)
-    with pytest.raises(LowbitError, match=message) as caught:
-        lowbit.export(run, "onnx", out=tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
+    assert re.search(message, refusal_of("onnx", scheme, family, **more))
 
 
 @pytest.mark.heavy

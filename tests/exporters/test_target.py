@@ -97,6 +97,20 @@ def test_a_run_whose_recipe_left_matrices_is_refused(run_of: Callable[..., Path]
 
 
 @targets
+@pytest.mark.usefixtures("untouched")
+def test_a_run_in_a_scheme_that_does_not_fit_is_refused_before_any_work(
+    target: str, run_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = run_of("w4a16kv4")
+    before = sorted(folder.parent.iterdir())
+    for out in (None, tmp_path / "out"):
+        with pytest.raises(LowbitError, match=f"^{target} cannot carry scheme w4a16kv4, kv: .*fits: w4a16-sym$"):
+            lowbit.export(folder, target, out=out)
+    assert sorted(folder.parent.iterdir()) == before
+    assert not list(tmp_path.iterdir())
+
+
+@targets
 def test_a_format_that_is_not_known_is_refused_and_never_taken_for_a_known_one(target: str, subject: Subject) -> None:
     exporter = exporter_of(target)
     unknown = with_format(subject, MODULE, Ternary())

@@ -19,10 +19,10 @@ from lowbit.models.block import Block, Calib, run_all
 from lowbit.models.equivalence import can_shift, map_width, move
 from tiny import block_of, planned, tiny_model
 
+FEW = (5, 9, 33, 60)
 
-def outliers(
-    block: Block, kind: str = "norm", channels: Sequence[int] = (5, 9, 33, 60), times: float = 30.0
-) -> Block:
+
+def outliers(block: Block, kind: str = "norm", channels: Sequence[int] = FEW, times: float = 30.0) -> Block:
     """Some channels behind every norm (or other edges) larger, and the weights that read them smaller."""
     params = dict(block.params)
     for edge in block.edges():
@@ -55,7 +55,7 @@ def mixed_heads(block: Block) -> Block:
     return replace(block, params=params)
 
 
-def salient(block: Block, channels: Sequence[int] = (5, 9, 33, 60), times: float = 30.0) -> Block:
+def salient(block: Block, channels: Sequence[int] = FEW, times: float = 30.0) -> Block:
     """Some channels behind every norm larger and the weights as they are: errors of their weights count most."""
     params = dict(block.params)
     for edge in block.edges():

@@ -124,7 +124,7 @@ def test_the_scale_is_the_best_of_the_papers_candidates(kind):
     if kind == "norm":
         assert best[1].max() > 1.5
     found = edge.readers[0].read(result.params) / edge.readers[0].read(block.params)
-    # The step's second moments are float32, so a scale differs in its last digits; candidates are several per cent apart.
+    # The step's sums are float32, so a scale differs in its last digits; candidates are several per cent apart.
     torch.testing.assert_close(found.double(), best[1].expand_as(found).double(), rtol=1e-4, atol=0)
 
 

@@ -62,7 +62,7 @@ def test_what_is_trained_is_what_ships(changes, scheme, name):
 def test_a_correction_lowers_the_error_of_its_window(name):
     block, calib = case(name, W3)
     before = error_of(block, calib)
-    done = low_rank(epochs=10, lr=5e-3, held_out=0.0)(block, calib)
+    done = low_rank(epochs=4, lr=5e-3, held_out=0.0)(block, calib)
     assert error_of(done, calib) < 0.95 * before
     assert list(done.record) == [1]
 
@@ -109,10 +109,10 @@ def test_adaptive_ranks_keep_to_their_budget_and_go_where_the_error_is():
 
 
 def test_weight_decay_holds_the_correction_small():
-    block, calib = case("llama", W3)
+    block, calib = case("llama", W3, 1)
     size = {}
     for decay in (0.0, 100.0):
-        done = low_rank(epochs=15, lr=5e-3, weight_decay=decay, held_out=0.0)(block, calib)
+        done = low_rank(epochs=12, lr=5e-3, weight_decay=decay, held_out=0.0)(block, calib)
         size[decay] = sum(float((done.weight(n) - block.weight(n)).square().sum()) for n in block.linears())
     assert size[100.0] < 0.5 * size[0.0]
 
