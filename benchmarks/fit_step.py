@@ -46,8 +46,9 @@ from lowbit.methods.adam import Adam
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.options import with_options
-from lowbit.models.block import Block, Calib, run, run_all
+from lowbit.models.block import Block, Calib
 from lowbit.models.families import family_of
+from lowbit.models.forward import run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant import inductor
@@ -73,11 +74,11 @@ def first_block(
     """Block 0 with its input for ``tokens`` tokens of built-in text in sequences of ``length``."""
     folder = resolve("demo").folder
     skeleton, checkpoint = Skeleton(load_config(folder)), Checkpoint(folder)
-    rest = checkpoint.read(skeleton.rest_names)
+    rest = checkpoint.read(skeleton.shared_names)
     skeleton.fill({n: value.float().to(device, dtype) for n, value in rest.items()})
     skeleton.model.to(device)
     ids = calibration("builtin", load_tokenizer(folder), tokens // length, length, 0).ids.to(device)
-    x = skeleton.start(ids)
+    x = skeleton.embed(ids)
     params = block_params(checkpoint, skeleton.family.blocks, 0, skeleton.layers[0])
     block = skeleton.block(0, {name: value.to(device) for name, value in params.items()})
     return block, Calib(x, x, run_all(block, x))

@@ -66,7 +66,7 @@ def float_run(folder: Path) -> Run:
         versions={},
     )
     layout = layout_of(subject.formats)
-    manifest = Manifest(identity, {}, [], [], layout, 32.0, 32.0, {}, StockLoading(loads=True), {}, [])
+    manifest = Manifest(identity, {}, [], [], layout, 32.0, 32.0, {}, StockLoading(loads=True), {}, [], {})
     return Run(folder, manifest, subject, layout, Checkpoint(folder))
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from lowbit.methods.signs import with_signs
 from lowbit.methods.smoothquant import SmoothQuant
 from lowbit.methods.training import loss_unit, relative_loss
-from lowbit.models.block import Block, observe
+from lowbit.models.block import Block
+from lowbit.models.forward import observe
 from lowbit.quant.activations import ActFormat
 from widths import SCHEME, first_blocks
 

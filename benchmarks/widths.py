@@ -23,7 +23,8 @@ from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import input_statistics
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.architecture import Edge, Projection
-from lowbit.models.block import Block, Calib, run_all, run_quantized
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import run_all, run_quantized
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.scheme import parse_scheme
 from lowbit.runs.plan import make_plan
@@ -36,9 +37,9 @@ def first_blocks(count: int, sequences: int, length: int) -> Iterator[tuple[Bloc
     """The model's first blocks in the formats of ``SCHEME``, each with its float input for the built-in text."""
     folder = resolve("demo").folder
     skeleton, checkpoint = Skeleton(load_config(folder)), Checkpoint(folder)
-    skeleton.fill({name: value.float() for name, value in checkpoint.read(skeleton.rest_names).items()})
+    skeleton.fill({name: value.float() for name, value in checkpoint.read(skeleton.shared_names).items()})
     formats = make_plan(skeleton, SCHEME).formats
-    x = skeleton.start(calibration("builtin", load_tokenizer(folder), sequences, length, 0).ids)
+    x = skeleton.embed(calibration("builtin", load_tokenizer(folder), sequences, length, 0).ids)
     for index in range(count):
         params = block_params(checkpoint, skeleton.family.blocks, index, skeleton.layers[index])
         block = skeleton.block(index, params, formats=formats)
@@ -81,8 +82,8 @@ def width_errors(blocks: int, ratios: tuple[float, ...]) -> dict[str, Any]:
             if edge.kind not in SITES:
                 continue
             first = edge.readers[0].module
-            seen = input_statistics(block, calib.x_fp[:4], [first], ("even_gram", "peak"))[first]
-            peak, gram = seen["peak"], seen["even_gram"].double()
+            seen = input_statistics(block, calib.x_fp[:4], [first], ("normalized_gram", "peak"))[first]
+            peak, gram = seen["peak"], seen["normalized_gram"].double()
             weight = torch.cat([dst.read(block.params) for dst in edge.readers])
             for ratio in ratios:
                 counts = candidate_counts(peak, ratio, 200)

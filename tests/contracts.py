@@ -92,12 +92,12 @@ def check_op(op: RuntimeOp, width: int) -> None:
 
 def check_architecture(model: Any, random_maps: Any) -> None:
     """A tiny model of a family: blocks equal the model, every linear is listed, every edge holds."""
-    from lowbit.models.block import run, run_all
     from lowbit.models.equivalence import move
+    from lowbit.models.forward import run, run_all
     from tiny import block_of, params_of, skeleton_of, tiny_ids
 
     skeleton, ids = skeleton_of(model), tiny_ids()
-    x = skeleton.start(ids)
+    x = skeleton.embed(ids)
     for index in range(len(skeleton.layers)):
         x = run_all(skeleton.block(index, params_of(model, skeleton, index)), x)
     with torch.no_grad():

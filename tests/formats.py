@@ -62,7 +62,7 @@ class Ternary(Format):
     def value(self, codes: Tensor, qparams: QParams) -> Tensor:
         return (codes - 1) * qparams.scale
 
-    def storable(self, qparams: QParams) -> bool:
+    def fits_scale_dtype(self, qparams: QParams) -> bool:
         return float(qparams.scale.max()) < torch.finfo(torch.float16).max
 
 

@@ -12,7 +12,7 @@ import lowbit
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.data.text import calibration
 from lowbit.methods.maps import PICTURE, LearnedMap
-from lowbit.runs.activation_stats import OBSERVED, read_observed
+from lowbit.runs.activation_stats import OBSERVED, read_activation_stats
 from lowbit.runs.manifest import manifest_of
 from tiny import save_tiny
 
@@ -61,7 +61,11 @@ def peaks_of(model: torch.nn.Module, linears: list[str], folder: Path) -> dict[s
 
 @pytest.mark.parametrize("kind", ["float", "quantized"])
 def test_peaks_are_those_of_the_whole_model(kind, made):
-    seen = {k.removeprefix(f"{kind}."): v for k, v in read_observed(made / "run").items() if k.startswith(f"{kind}.")}
+    seen = {
+        k.removeprefix(f"{kind}."): v
+        for k, v in read_activation_stats(made / "run").items()
+        if k.startswith(f"{kind}.")
+    }
     assert len(seen) == 3 * 4
     linears = {name: f"model.layers.{name.partition('+')[0]}" for name in seen}
     if kind == "float":
@@ -74,13 +78,13 @@ def test_peaks_are_those_of_the_whole_model(kind, made):
 
 
 def test_before_and_after_differ_where_maps_moved(made):
-    seen = read_observed(made / "run")
+    seen = read_activation_stats(made / "run")
     name = "1.mlp.gate_proj+mlp.up_proj"
     assert not torch.allclose(seen[f"float.{name}"], seen[f"quantized.{name}"], rtol=0.1)
 
 
 def test_pictures_are_kept_of_matrices_only(made):
-    pictures = {k: v for k, v in read_observed(made / "run").items() if k.startswith("map.")}
+    pictures = {k: v for k, v in read_activation_stats(made / "run").items() if k.startswith("map.")}
     assert set(pictures) == {f"map.{i}.affinequant.{site}" for i in range(3) for site in ("qkv", "heads")}
     for picture in pictures.values():
         assert picture.ndim == 2
@@ -96,5 +100,5 @@ def test_a_picture_is_of_the_map_of_the_largest_condition():
 
 
 def test_a_run_of_before_has_seen_nothing(made, tmp_path):
-    assert read_observed(tmp_path) == {}
+    assert read_activation_stats(tmp_path) == {}
     assert OBSERVED in manifest_of(made / "run").files

@@ -294,7 +294,7 @@ def test_a_stopped_run_with_a_broken_shard_says_which(models, tmp_path, capsys):
     (out / ".run/identity.json").write_text(json.dumps(identity))
     (out / "lowbit.json").unlink()
     cut("block-00001.safetensors", -9)(out)
-    notes = {"notes": [], "record": {"damage": {}}, "seconds": 1, "peak_memory_bytes": 1}
+    notes = {"notes": [], "record": {"sensitivity": {}}, "seconds": 1, "peak_memory_bytes": 1}
     for index in range(3):
         (out / f".run/block-0000{index}.json").write_text(json.dumps(notes))
     assert "block-00001.safetensors is no whole safetensors file" in refusal(capsys, arguments)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.models.block import run
+from lowbit.models.forward import run
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict, with_settings
 from tiny import block_of, tiny_model
 

@@ -17,11 +17,11 @@ from lowbit.quant.scheme import parse_scheme, with_overrides
 BITS = (3, 4, 8)
 
 
-def linear(name: str, block: int = 0, damage: float = 1.0, **changes) -> Linear:
+def linear(name: str, block: int = 0, sensitivity: float = 1.0, **changes) -> Linear:
     spec = IntFormat(4, 16)
     rtn = {bits: 4.0**-bits for bits in (2, 3, 4, 5, 6, 8)}
     return Linear(**{"name": f"model.layers.{block}.{name}", "block": block, "shape": (32, 64), "spec": spec} | {
-        "damage": damage, "input": 0.0, "rtn": rtn, **changes
+        "sensitivity": sensitivity, "input": 0.0, "rtn": rtn, **changes
     })  # fmt: skip
 
 
@@ -68,8 +68,11 @@ def test_a_choice_of_infinite_loss_is_none():
 
 
 def test_linears_that_read_one_tensor_get_one_format():
-    group = [linear("self_attn.q_proj", damage=0.1), linear("self_attn.k_proj", damage=5.0, spec=IntFormat(4))]
-    other = [linear("mlp.down_proj", damage=1.0), linear("mlp.down_proj", 1, damage=1.0)]
+    group = [
+        linear("self_attn.q_proj", sensitivity=0.1),
+        linear("self_attn.k_proj", sensitivity=5.0, spec=IntFormat(4)),
+    ]
+    other = [linear("mlp.down_proj", sensitivity=1.0), linear("mlp.down_proj", 1, sensitivity=1.0)]
     names = (("self_attn.q_proj", "self_attn.k_proj"), ("mlp.down_proj",))
     groups = fused([other[1], group[1], other[0], group[0]], names)
     assert [[one.name for one in some] for some in groups] == [
@@ -92,14 +95,14 @@ def test_a_budget_that_nothing_fits_into_says_what_would():
 
 
 def test_what_a_format_holds_exactly_is_not_made_coarser():
-    exact = linear("a", damage=0.0, rtn={3: 0.5, 4: 0.0, 8: 0.0})
-    assert (exact.damage_at(3), exact.damage_at(4), exact.damage_at(8)) == (math.inf, 0.0, 0.0)
+    exact = linear("a", sensitivity=0.0, rtn={3: 0.5, 4: 0.0, 8: 0.0})
+    assert (exact.sensitivity_at(3), exact.sensitivity_at(4), exact.sensitivity_at(8)) == (math.inf, 0.0, 0.0)
 
 
 def test_the_part_of_a_rounded_input_stays():
-    one = linear("a", damage=1.0, input=0.75)
-    assert one.damage_at(8) == pytest.approx(0.75 + 0.25 / 256)
-    assert linear("a", damage=1.0, input=1.5).damage_at(3) == 1.0
+    one = linear("a", sensitivity=1.0, input=0.75)
+    assert one.sensitivity_at(8) == pytest.approx(0.75 + 0.25 / 256)
+    assert linear("a", sensitivity=1.0, input=1.5).sensitivity_at(3) == 1.0
 
 
 def test_full_names_come_before_globs_and_what_they_said_before_goes():

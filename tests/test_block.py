@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from lowbit.models.block import Block, Note, observe, relative_error, run, run_all, run_quantized
+from lowbit.models.block import Block, Note
+from lowbit.models.forward import observe, relative_error, run, run_all, run_quantized
 from lowbit.models.runtime_ops import Clip, Matrix
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import IntFormat
@@ -23,7 +24,7 @@ def test_walking_the_blocks_equals_the_model_bit_for_bit(name):
         wanted = model(ids, use_cache=False).logits
     skeleton = skeleton_of(model)
     assert all(p.is_meta for layer in skeleton.layers for p in layer.parameters())
-    x = skeleton.start(ids)
+    x = skeleton.embed(ids)
     for i in range(len(skeleton.layers)):
         x = run_all(skeleton.block(i, params_of(model, skeleton, i)), x, batch=4)
     assert torch.equal(skeleton.logits(ids, x), wanted)
@@ -41,7 +42,7 @@ def test_what_the_model_passes_to_its_layers_fits_any_number_of_sequences(name):
 def test_a_window_of_blocks_equals_its_blocks_in_turn(name):
     model = tiny_model(name)
     skeleton = skeleton_of(model)
-    x = skeleton.start(tiny_ids())
+    x = skeleton.embed(tiny_ids())
     both = run(skeleton.block(1, params_of(model, skeleton, 1, 2), 2), x)
     one = run(skeleton.block(1, params_of(model, skeleton, 1)), x)
     assert torch.equal(both, run(skeleton.block(2, params_of(model, skeleton, 2)), one))

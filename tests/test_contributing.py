@@ -48,7 +48,8 @@ def test_every_example_is_one_that_the_tests_below_run():
 
 def test_the_method_of_the_page_keeps_the_contract(example, monkeypatch):
     from lowbit.methods import METHODS
-    from lowbit.models.block import Calib, relative_error, run_all, run_quantized
+    from lowbit.models.block import Calib
+    from lowbit.models.forward import relative_error, run_all, run_quantized
     from lowbit.pipeline.recipe import recipe_from_dict
     from tiny import block_of, planned
 

@@ -23,8 +23,9 @@ from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.training import loss_unit
 from lowbit.models import offload
-from lowbit.models.block import Block, Calib, relative_error, run_all
-from lowbit.models.offload import Rows, joined, parts
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import relative_error, run_all
+from lowbit.models.offload import Rows, batches, concatenate
 from lowbit.pipeline import runner
 from lowbit.quant import inductor
 from lowbit.quant.activations import IntTokens
@@ -184,16 +185,16 @@ def test_parts_are_the_very_sequences_and_come_back_joined(pinned):
     x = x.pin_memory() if pinned else x
 
     def worked():
-        for part in parts(x, 4, torch.device("cuda")):
+        for part in batches(x, 4, torch.device("cuda")):
             assert part.device == CUDA
             busy()  # what comes next must neither overtake this nor overwrite the part
             yield part + 1
 
-    got = joined(worked(), len(x), x.device)
+    got = concatenate(worked(), len(x), x.device)
     assert got.is_pinned()
     assert torch.equal(got, x + 1)
     here = x.cuda()
-    assert all(p.untyped_storage().data_ptr() == here.untyped_storage().data_ptr() for p in parts(here, 4, CUDA))
+    assert all(p.untyped_storage().data_ptr() == here.untyped_storage().data_ptr() for p in batches(here, 4, CUDA))
 
 
 def test_few_parts_are_on_the_device_at_once():
@@ -202,7 +203,7 @@ def test_few_parts_are_on_the_device_at_once():
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    for part in parts(x, 4, CUDA):
+    for part in batches(x, 4, CUDA):
         part.sum()
         busy()
         del part
@@ -214,7 +215,7 @@ def test_few_pieces_wait_on_the_device_while_they_are_joined():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     pieces = (torch.full((1, size), float(i), device=CUDA) for i in range(count))
-    out = joined(pieces, count, torch.device("cpu"))
+    out = concatenate(pieces, count, torch.device("cpu"))
     assert torch.equal(out[:, 0], torch.arange(float(count)))
     assert torch.equal(out[:, -1], torch.arange(float(count)))
     assert torch.cuda.max_memory_allocated() - before <= 4 * 4 * size

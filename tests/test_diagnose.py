@@ -1,4 +1,4 @@
-"""Where a run lost what it lost: recorded and measured damage against whole models with one weight replaced."""
+"""Where a run lost what it lost: recorded and measured sensitivity against whole models with one weight replaced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.analysis.linear_error import damages
+from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.cli.main import call
@@ -18,7 +18,8 @@ from lowbit.data.text import calibration, evaluation
 from lowbit.methods import METHODS
 from lowbit.metrics import sensitivity
 from lowbit.metrics.sensitivity import divergence
-from lowbit.models.block import Calib, run
+from lowbit.models.block import Calib
+from lowbit.models.forward import run
 from lowbit.quant.scheme import load_scheme, parse_scheme
 from tiny import NAMES, block_of, planned, save_tiny, tiny_ids, tiny_model
 
@@ -67,7 +68,7 @@ def test_the_linear_with_two_bits_is_named_first(places, capsys, exact):
     told = json.loads(capsys.readouterr().out)["diagnosis"]
     assert told["linears"][0]["linear"] == COARSE
     assert told["linears"][0]["format"] == "w2g16-sym"
-    assert told["linears"][0]["damage"] > 3 * told["linears"][1]["damage"]
+    assert told["linears"][0]["sensitivity"] > 3 * told["linears"][1]["sensitivity"]
     assert max(told["linears"], key=lambda row: row["gain"])["linear"] == COARSE
 
 
@@ -83,7 +84,7 @@ def test_recorded_errors_are_those_of_the_float_model_with_one_weight_replaced(p
             y = other(ids, output_hidden_states=True).hidden_states[at].double()
             other.get_submodule(name).weight.copy_(ours[f"{name}.weight"])
             got = other(ids, output_hidden_states=True).hidden_states[at].double()
-        assert rows[name]["damage"] == pytest.approx(plain_error(got, y), rel=1e-3)
+        assert rows[name]["sensitivity"] == pytest.approx(plain_error(got, y), rel=1e-3)
 
 
 @torch.no_grad()
@@ -104,10 +105,10 @@ def test_measured_divergences_are_those_of_whole_models(places, measured):
 
     rows = by_name(measured)
     for name in (COARSE, "model.layers.2.mlp.down_proj", "model.layers.0.self_attn.v_proj"):
-        assert rows[name]["damage"] == pytest.approx(alone(name), rel=1e-3)
+        assert rows[name]["sensitivity"] == pytest.approx(alone(name), rel=1e-3)
         assert rows[name]["measured"]
     for row in measured.blocks:
-        assert row["damage"] == pytest.approx(alone(f"model.layers.{row['block']}."), rel=1e-3)
+        assert row["sensitivity"] == pytest.approx(alone(f"model.layers.{row['block']}."), rel=1e-3)
 
 
 def test_streams_that_do_not_fit_together_give_the_same(places, measured, monkeypatch):
@@ -121,7 +122,7 @@ def test_what_wider_weights_gain_is_what_a_run_with_them_gains(places, tmp_path)
     model, out = places
     wide = by_name(lowbit.diagnose(quantize(model, tmp_path / "wide", "--override", f"{COARSE}=w8g16")))
     now = by_name(lowbit.diagnose(out))
-    assert now[COARSE]["gain"] == pytest.approx(now[COARSE]["damage"] - wide[COARSE]["damage"], rel=0.02)
+    assert now[COARSE]["gain"] == pytest.approx(now[COARSE]["sensitivity"] - wide[COARSE]["sensitivity"], rel=0.02)
     assert wide[COARSE]["gain"] == 0
 
 
@@ -132,7 +133,7 @@ def test_after_maps_moved_it_is_still_the_damage_to_the_float_output(name, schem
     scheme = parse_scheme(scheme)
     moved = METHODS["smoothquant"]()(planned(block, scheme), Calib(x, x, run(block, x)))
     done = METHODS["rtn"]()(moved, Calib(x, x, x))
-    told = damages(done, x)[1]
+    told = layer_sensitivity(done, x)[1]
     assert set(told["linears"]) == {n for group in block.family.linears for n in group}
     y = run(block, x).double()
     for linear, row in told["linears"].items():
@@ -156,11 +157,11 @@ def test_maps_that_moved_leave_a_share_of_the_blocks_divergence(places, tmp_path
     model, _ = places
     out = quantize(model, tmp_path / "out", "--recipe", "awq+gptq")
     found = lowbit.diagnose(out, exact=str(model), data=f"{model}/held.txt", samples=3, length=24)
-    error = {row["block"]: (row["damage"], row["error"]) for row in found.blocks}
+    error = {row["block"]: (row["sensitivity"], row["error"]) for row in found.blocks}
     for row in found.linears:
         kl, whole = error[row["block"]]
         assert not row["measured"]
-        assert row["damage"] == pytest.approx(kl * row["error"] / whole)
+        assert row["sensitivity"] == pytest.approx(kl * row["error"] / whole)
 
 
 @pytest.mark.parametrize("budget", [4.5, 5.0, 6.2])
@@ -169,7 +170,7 @@ def test_a_proposal_fits_its_budget_and_quantize_takes_it(places, tmp_path, budg
     file = tmp_path / "mine.yaml"
     assert call(["inspect", str(out), "--budget", str(budget), "--out", str(file), "--json"]) == 0
     proposal = json.loads(capsys.readouterr().out)["diagnosis"]["proposal"]
-    assert (proposal["damage_proposed"] < proposal["damage_now"]) == (budget >= 5)  # the run has 4.87
+    assert (proposal["sensitivity_proposed"] < proposal["sensitivity_now"]) == (budget >= 5)  # the run has 4.87
     made = lowbit.quantize(
         str(model),
         tmp_path / "made",
@@ -186,8 +187,8 @@ def test_a_proposal_fits_its_budget_and_quantize_takes_it(places, tmp_path, budg
         for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
             assert len({scheme.module(f"model.layers.{i}.{name}").weight for name in group}) == 1
     assert scheme.module(COARSE).weight.bits > 2
-    assert sum(row["damage"] for row in lowbit.diagnose(made.out).linears) == pytest.approx(
-        proposal["damage_proposed"], rel=0.2
+    assert sum(row["sensitivity"] for row in lowbit.diagnose(made.out).linears) == pytest.approx(
+        proposal["sensitivity_proposed"], rel=0.2
     )
 
 
@@ -226,11 +227,11 @@ def test_what_cannot_be_diagnosed_is_one_line(places, tmp_path, capsys):
     save_tiny(tmp_path / "other", "llama", seed=1)
     (tmp_path / "there.yaml").touch()
     broken, old = tmp_path / "broken", tmp_path / "old"
-    for copy, gone in ((broken, "input"), (old, "damage")):
+    for copy, gone in ((broken, "input"), (old, "sensitivity")):
         shutil.copytree(out, copy)
         manifest = read_json(copy / "lowbit.json")
         row = manifest["blocks"][2]
-        del (row if gone == "damage" else row["damage"]["linears"]["mlp.up_proj"])[gone]
+        del (row if gone == "sensitivity" else row["sensitivity"]["linears"]["mlp.up_proj"])[gone]
         write_json(copy / "lowbit.json", manifest)
     capsys.readouterr()
     for given, words in (
@@ -246,7 +247,7 @@ def test_what_cannot_be_diagnosed_is_one_line(places, tmp_path, capsys):
         ([out, "--budget", "4.5", "--out", tmp_path / "there.yaml"], "exists"),
         ([out, "--budget", "4.5", "--out", tmp_path / "none/new.yaml"], "folder that is not there"),
         ([broken, "--budget", "4.5"], "is broken (KeyError('input'))"),
-        ([old], "before runs recorded damage"),
+        ([old], "before runs recorded sensitivity"),
         ([out, "--float", tmp_path / "other"], "was not made from"),
         ([out, "--float", model, "--data", f"{model}/held.txt", "--samples", "9999"], "--samples 9999"),
         ([out, "--float", model, "--data", f"{model}/held.txt", "--samples", "0"], "--samples 0"),

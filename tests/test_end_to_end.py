@@ -17,7 +17,8 @@ from lowbit.methods import METHODS
 from lowbit.methods.options import with_options
 from lowbit.methods.training import Fitted
 from lowbit.methods.tune import Tune
-from lowbit.models.block import Calib, relative_error, run_all, run_quantized
+from lowbit.models.block import Calib
+from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.runtime_ops import Clip
 from lowbit.pipeline import end_to_end as module
 from lowbit.pipeline.end_to_end import Tuning
@@ -74,7 +75,7 @@ def first_folder(name, scheme, folder, steps=("rtn",), count=3):
     model = tiny_model(name, num_hidden_layers=count)
     skeleton, ids = skeleton_of(model), tiny_ids(4)
     (folder / ".run").mkdir(parents=True)
-    x = start = skeleton.start(ids)
+    x = start = skeleton.embed(ids)
     blocks, formats = [], {}
     for index in range(count):
         block = planned(skeleton.block(index, params_of(model, skeleton, index)), scheme)
@@ -277,7 +278,7 @@ def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
     assert shipped_divergence(tmp_path / "m", tmp_path / "out", ids) == pytest.approx(kept, rel=1e-3)
     # The rest of the manifest is of what ships, too.
     x_fp, x_q = (StreamedModel(folder) for folder in (tmp_path / "m", tmp_path / "out"))
-    a, b = x_fp.skeleton.start(ids), x_q.skeleton.start(ids)
+    a, b = x_fp.skeleton.embed(ids), x_q.skeleton.embed(ids)
     for index in range(3):
         a = run_all(x_fp.block(index), a)
         b = run_quantized(x_q.block(index), b)

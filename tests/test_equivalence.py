@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.models.block import run
 from lowbit.models.equivalence import can_move, map_width, move
+from lowbit.models.forward import run
 from lowbit.models.runtime_ops import Clip, Gather, Matrix
 from tiny import NAMES, block_of, tiny_model
 

@@ -226,8 +226,8 @@ def test_scales_outside_of_float16_are_brought_to_its_ends():
         format = IntFormat(4, None, symmetric)
         qparams = format.qparams(weight)
         assert qparams.scale.item() == FLOAT16.max
-        assert not format.storable(qparams)
-        assert format.storable(format.qparams(weight / 1e6))
+        assert not format.fits_scale_dtype(qparams)
+        assert format.fits_scale_dtype(format.qparams(weight / 1e6))
         assert torch.equal(format.quantize(weight, qparams).dequantize(), format.fake_quant(weight, qparams))
 
 

@@ -13,25 +13,26 @@ import torch
 from held import Held
 from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.training import Schedule, fit
-from lowbit.models.block import Calib, run_all
-from lowbit.models.offload import Rows, home, joined, parts
+from lowbit.models.block import Calib
+from lowbit.models.forward import run_all
+from lowbit.models.offload import Rows, batches, concatenate, storage_device
 from tiny import block_of, planned, tiny_model
 
 CPU = torch.device("cpu")
 
 
 def test_streams_live_on_the_host_for_a_gpu_only():
-    assert home("cuda") == home("cuda:1") == home("cpu") == CPU
-    assert home("mps") == torch.device("mps")
+    assert storage_device("cuda") == storage_device("cuda:1") == storage_device("cpu") == CPU
+    assert storage_device("mps") == torch.device("mps")
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 20])
 def test_parts_are_views_and_join_to_the_whole(batch):
     x = torch.randn(7, 2, 3)
-    found = list(parts(x, batch, CPU))
+    found = list(batches(x, batch, CPU))
     assert [len(part) for part in found] == [len(part) for part in x.split(batch)]
     assert all(part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for part in found)
-    assert torch.equal(joined(found, 7, CPU), x)
+    assert torch.equal(concatenate(found, 7, CPU), x)
 
 
 def test_rows_are_the_chosen_ones_prepared_or_not():

@@ -59,9 +59,9 @@ def test_what_is_written_down_names_every_option():
                     "damping": 0.01,
                     "act_order": True,
                     "block_size": 128,
-                    "tokens": "even",
+                    "tokens": "normalized",
                     "target": "weights",
-                    "pull": 0.1,
+                    "ridge": 0.1,
                 }
             }
         ],

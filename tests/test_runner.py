@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import lowbit
 from lowbit.checkpoints.safetensors_folder import read_json
 from lowbit.methods import gptq
-from lowbit.models.block import relative_error, run_all, run_quantized
+from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import NAMES, save_tiny, tiny_ids
 
@@ -125,7 +125,7 @@ def test_the_error_in_the_manifest_is_the_error_of_the_folder(tmp_path):
         str(tmp_path / "m/calib.txt"), lowbit.checkpoints.resolve.load_tokenizer(tmp_path / "m"), 4, 24, 0
     ).ids
     float_model, ours = StreamedModel(tmp_path / "m"), StreamedModel(tmp_path / "out")
-    x_fp, x_q = float_model.skeleton.start(ids), ours.skeleton.start(ids)
+    x_fp, x_q = float_model.skeleton.embed(ids), ours.skeleton.embed(ids)
     for index in range(3):
         block, rounded = float_model.block(index), ours.block(index)
         x_fp = run_all(block, x_fp)

@@ -14,7 +14,8 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_j
 from lowbit.errors import LowbitError
 from lowbit.methods import RTN
 from lowbit.models.architecture import Projection
-from lowbit.models.block import Calib, relative_error, run, run_all
+from lowbit.models.block import Calib
+from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.runtime_ops import Clip, Gather, Matrix, tensor_name
 from lowbit.quant.scheme import parse_scheme
 from lowbit.runs.folder import block_file, read_ops

@@ -17,7 +17,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.cli.main import call
 from lowbit.errors import LowbitError
 from lowbit.exporters.gguf_blocks import block_type
-from lowbit.models.block import run as run_block
+from lowbit.models.forward import run as run_block
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.runtimes import K_TYPES, RUNTIMES, RuntimeInput, blocks_of, q8_0, q8_k, qd8

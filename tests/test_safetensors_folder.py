@@ -113,7 +113,7 @@ def split_file(raw):
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
-def joined(header, data):
+def concatenate(header, data):
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -123,7 +123,7 @@ def lies(raw):
     header, data = split_file(raw)
 
     def with_entry(**changes):
-        return joined({**header, A: {**header[A], **changes}}, data)
+        return concatenate({**header, A: {**header[A], **changes}}, data)
 
     end = len(data)
     yield "empty", b""
@@ -145,7 +145,7 @@ def test_a_file_that_lies_is_refused_and_named(tmp_path):
     save_file(tensors(), tmp_path / SINGLE)
     raw = (tmp_path / SINGLE).read_bytes()
     header, data = split_file(raw)
-    (tmp_path / SINGLE).write_bytes(joined(header, data))
+    (tmp_path / SINGLE).write_bytes(concatenate(header, data))
     assert Checkpoint(tmp_path).names == sorted(tensors())  # taking it apart and putting it together is no lie
     for what, content in lies(raw):
         (tmp_path / SINGLE).write_bytes(content)

@@ -110,7 +110,7 @@ def skeleton_of(model: Any) -> Any:
 
     skeleton = Skeleton(model.config)
     state = model.state_dict()
-    skeleton.fill({name: state[name] for name in skeleton.rest_names})
+    skeleton.fill({name: state[name] for name in skeleton.shared_names})
     return skeleton
 
 
@@ -128,9 +128,9 @@ def params_of(model: Any, skeleton: Any, start: int, count: int = 1, dtype: torc
 def block_of(model: Any, start: int = 0, count: int = 1, dtype: torch.dtype = torch.float32) -> Any:
     """A block of the model, its float input ``(4, 24, hidden)`` and the skeleton."""
     skeleton = skeleton_of(model)
-    x = skeleton.start(tiny_ids())
+    x = skeleton.embed(tiny_ids())
     for i in range(start):
-        from lowbit.models.block import run_all
+        from lowbit.models.forward import run_all
 
         x = run_all(skeleton.block(i, params_of(model, skeleton, i)), x)
     return skeleton.block(start, params_of(model, skeleton, start, count, dtype), count), x.to(dtype)

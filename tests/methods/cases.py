@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.models.block import Block, Calib, run_all
+from lowbit.models.block import Block, Calib
 from lowbit.models.equivalence import can_shift, map_width, move
+from lowbit.models.forward import run_all
 from tiny import block_of, planned, tiny_model
 
 FEW = (5, 9, 33, 60)

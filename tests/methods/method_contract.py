@@ -24,8 +24,9 @@ from lowbit.methods import training as training_loop
 from lowbit.methods.method import Method
 from lowbit.methods.options import with_options
 from lowbit.methods.training import loss_unit, relative_loss
-from lowbit.models.block import Block, Calib, relative_error, run_all, run_quantized
+from lowbit.models.block import Block, Calib
 from lowbit.models.equivalence import map_width, move
+from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.pipeline.recipe import Recipe
 
 # Float32: two products of a few dozen terms, rescaled by factors within a few powers of ten.
@@ -195,11 +196,11 @@ def training_steps() -> Any:
     seen: list[list[int]] = []
     real = training_loop._backward
 
-    def watched(tensors: Any, loss: Any, chosen: Tensor, grad_clip: float) -> float | None:
+    def watch(tensors: Any, loss: Any, chosen: Tensor, grad_clip: float) -> float | None:
         seen.append(chosen.tolist())
         return real(tensors, loss, chosen, grad_clip)
 
-    with mock.patch.object(training_loop, "_backward", watched):
+    with mock.patch.object(training_loop, "_backward", watch):
         yield seen
 
 

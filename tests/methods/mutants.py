@@ -14,7 +14,8 @@ from lowbit.methods import METHODS, outlier_suppression, smoothquant
 from lowbit.methods.method import DECLARED, Method
 from lowbit.methods.options import with_options
 from lowbit.methods.training import loss_unit, relative_loss
-from lowbit.models.block import Block, Calib, run_all
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import run_all
 from lowbit.models.runtime_ops import Matrix
 
 Call = Callable[[Any, Block, Calib], Block]

@@ -14,8 +14,9 @@ from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.options import with_options
 from lowbit.methods.sites import SITES, apply
 from lowbit.methods.training import fit
-from lowbit.models.block import Calib, relative_error, run, run_all, run_quantized
+from lowbit.models.block import Calib
 from lowbit.models.equivalence import can_shift
+from lowbit.models.forward import relative_error, run, run_all, run_quantized
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme
 from tiny import NAMES, block_of, planned, tiny_model

@@ -13,7 +13,8 @@ from lowbit.methods import RTN
 from lowbit.methods import assembly as module
 from lowbit.methods.assembly import MergePlan, distances
 from lowbit.methods.reassemble import Reassemble, fold, gather_behind
-from lowbit.models.block import Calib, run, run_all
+from lowbit.models.block import Calib
+from lowbit.models.forward import run, run_all
 from lowbit.models.runtime_ops import Gather, Matrix
 from lowbit.pipeline.recipe import Recipe
 from lowbit.runs.streamed_model import StreamedModel

@@ -11,8 +11,9 @@ from lowbit.errors import LowbitError
 from lowbit.methods.awq import AWQ, scaled_error
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import Statistics
-from lowbit.models.block import Calib, run_all
+from lowbit.models.block import Calib
 from lowbit.models.equivalence import map_width
+from lowbit.models.forward import run_all
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import block_of, planned, tiny_model

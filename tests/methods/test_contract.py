@@ -39,7 +39,8 @@ from lowbit.methods.lowrank import LowRank
 from lowbit.methods.method import DECLARED, NO_OPS, Method
 from lowbit.methods.options import with_options
 from lowbit.methods.tune import Tune
-from lowbit.models.block import Calib, Note, relative_error, run_all, run_quantized
+from lowbit.models.block import Calib, Note
+from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.pipeline.recipe import Recipe, load_recipe, recipe_names
 from lowbit.pipeline.runner import Walk
 from lowbit.quant.activations import IntTokens

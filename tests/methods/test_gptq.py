@@ -10,7 +10,8 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.methods import gptq
 from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
-from lowbit.models.block import Calib, Note, run_all
+from lowbit.models.block import Calib, Note
+from lowbit.models.forward import run_all
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
@@ -167,7 +168,7 @@ def test_the_step_notes_a_damping_that_was_raised_and_only_then(monkeypatch):
     def indefinite(block, x, linears, *args, **kwargs):
         gram = torch.eye(64)
         gram[0, 1] = gram[1, 0] = 1.5  # eigenvalues 2.5 and -0.5
-        return {name: {"even_gram": gram} for name in linears}
+        return {name: {"normalized_gram": gram} for name in linears}
 
     monkeypatch.setattr(gptq, "input_statistics", indefinite)
     (note,) = GPTQ()(replace(block, notes=()), calib).notes
@@ -176,12 +177,12 @@ def test_the_step_notes_a_damping_that_was_raised_and_only_then(monkeypatch):
 
 
 def rows_of(x, tokens):
-    """Tokens as rows; for ``even`` each divided by its root mean square."""
+    """Tokens as rows; for ``normalized`` each divided by its root mean square."""
     rows = x.flatten(0, -2)
     return rows if tokens == "all" else rows / rows.square().mean(1, keepdim=True).sqrt()
 
 
-@pytest.mark.parametrize("tokens", ["all", "even"])
+@pytest.mark.parametrize("tokens", ["all", "normalized"])
 @pytest.mark.parametrize("name", ["w4a16", "w4a8", "w4a16kv4"])
 def test_each_linear_is_quantized_for_its_input_in_the_model_quantized_up_to_it(name, tokens):
     block, calib = step_case(name)
@@ -215,22 +216,22 @@ def test_options_out_of_range(options):
         GPTQ(**options)
 
 
-@pytest.mark.parametrize("tokens", ["all", "even"])
+@pytest.mark.parametrize("tokens", ["all", "normalized"])
 def test_towards_the_output_the_weights_are_first_moved_to_the_least_squares_answer(tokens):
     block, calib = step_case("w4a8")
     # Far from the float stream, as behind many blocks.
     calib = replace(calib, x_q=calib.x_q + 0.3 * torch.randn(calib.x_q.shape, generator=torch.manual_seed(1)))
-    done = GPTQ(tokens=tokens, target="output", pull=0.1)(block, calib)
+    done = GPTQ(tokens=tokens, target="output", ridge=0.1)(block, calib)
     name = block.linear_groups()[1][0]  # o_proj, behind quantized linears
     upto = replace(block, qweights={linear: done.qweights[linear] for linear in block.linear_groups()[0]})
     got, wanted = [], []
     run_all(block, calib.x_q, upto.quantized_params(), quantized=True, taps={name: got.append})
     run_all(block, calib.x_fp, taps={name: wanted.append})
     x, y = rows_of(torch.cat(got), "all").double(), rows_of(torch.cat(wanted), "all").double()
-    if tokens == "even":
+    if tokens == "normalized":
         unit = x.square().mean(1, keepdim=True).sqrt()
         x, y = x / unit, y / unit
-    # A ridge regression as one tall least-squares problem: tokens, and the pull as rows of their own.
+    # A ridge regression as one tall least-squares problem: tokens, and the ridge as rows of their own.
     weight, hold = block.weight(name).double(), (0.1 * (x.square().sum() / x.shape[1])).sqrt()
     tall = torch.cat([x, hold * torch.eye(x.shape[1], dtype=torch.float64)])
     answer = torch.linalg.lstsq(tall, torch.cat([y @ weight.T, hold * weight.T])).solution.T
@@ -241,6 +242,6 @@ def test_towards_the_output_the_weights_are_first_moved_to_the_least_squares_ans
 
 
 def test_what_is_no_option_is_refused():
-    for wrong in ({"tokens": "some"}, {"target": "loss"}, {"pull": 0.0}):
+    for wrong in ({"tokens": "some"}, {"target": "loss"}, {"ridge": 0.0}):
         with pytest.raises(LowbitError, match=rf"gptq\.{next(iter(wrong))}"):
             GPTQ(**wrong)

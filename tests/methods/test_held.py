@@ -10,7 +10,8 @@ import torch
 from held import Held
 from lowbit.methods.lowrank import Correction, LowRank
 from lowbit.methods.reassemble import Reassemble
-from lowbit.models.block import Calib, run_all
+from lowbit.models.block import Calib
+from lowbit.models.forward import run_all
 from tiny import block_of, planned, tiny_model
 
 WIDE = 256
@@ -35,9 +36,9 @@ def wide_case(kind):
 @pytest.mark.parametrize(
     ("kind", "assembly", "tokens"),
     [
-        ("down", "drop", "even"),
+        ("down", "drop", "normalized"),
         ("norms", "drop", "all"),
-        ("norms", "bipartite", "even"),
+        ("norms", "bipartite", "normalized"),
         ("norms", "one-to-one", "all"),
     ],
 )

@@ -13,7 +13,8 @@ from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.lowrank import Correction, LowRank, adaptive_ranks
 from lowbit.methods.options import with_options
 from lowbit.methods.training import fit
-from lowbit.models.block import Calib, relative_error, run_all, run_quantized
+from lowbit.models.block import Calib
+from lowbit.models.forward import relative_error, run_all, run_quantized
 from tiny import block_of, planned, tiny_model
 
 W4A4, W3 = "w4a4", "w3a16g16-asym"

@@ -12,7 +12,8 @@ from lowbit.errors import LowbitError
 from lowbit.methods import GPTQ, RTN
 from lowbit.methods.offsets import copy_offsets, offset_weight, with_offsets
 from lowbit.methods.reassemble import Reassemble, fold
-from lowbit.models.block import Calib, relative_error, run, run_all, run_quantized
+from lowbit.models.block import Calib
+from lowbit.models.forward import relative_error, run, run_all, run_quantized
 from lowbit.pipeline.recipe import Recipe
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import IntFormat

@@ -17,7 +17,8 @@ from lowbit.methods.options import with_options
 from lowbit.methods.reassemble import Reassemble, candidate_counts, fold
 from lowbit.methods.sites import apply
 from lowbit.methods.statistics import input_statistics
-from lowbit.models.block import Calib, relative_error, run, run_all, run_quantized
+from lowbit.models.block import Calib
+from lowbit.models.forward import relative_error, run, run_all, run_quantized
 from lowbit.models.runtime_ops import Gather, Matrix
 from lowbit.pipeline.recipe import Recipe, load_recipe, with_settings
 from lowbit.runs.streamed_model import StreamedModel

@@ -10,10 +10,11 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.options import with_options
-from lowbit.methods.refit import PULLS, Refit, best_pull, output_target
+from lowbit.methods.refit import RIDGES, Refit, best_ridge, output_target
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import paired_statistics
-from lowbit.models.block import Calib, relative_error, run_all, run_quantized
+from lowbit.models.block import Calib
+from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.runtime_ops import Clip
 from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import NAMES, block_of, planned, tiny_model
@@ -34,20 +35,20 @@ def inputs(block, x, params, linear, quantized=False):
     return torch.cat(seen).double()
 
 
-@pytest.mark.parametrize("tokens", ["all", "even"])
+@pytest.mark.parametrize("tokens", ["all", "normalized"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_each_weight_is_the_ridge_regression_behind_the_refitted_and_quantized_linears_before_it(count, tokens):
     block, calib = case(count=count, start=0)
-    done = Refit(pull=0.5, search=False, tokens=tokens)(block, calib)
+    done = Refit(ridge=0.5, search=False, tokens=tokens)(block, calib)
     shipped = dict(block.params)
     for group in block.linear_groups():
         x = inputs(block, calib.x_q, shipped, group[0], quantized=True)
         y = inputs(block, calib.x_fp, block.params, group[0])
-        if tokens == "even":
+        if tokens == "normalized":
             unit = x.square().mean(1, keepdim=True).sqrt()
             x, y = x / unit, y / unit
         for name in group:
-            # One tall least-squares problem: the tokens, and the pull as rows of their own.
+            # One tall least-squares problem: the tokens, and the ridge as rows of their own.
             weight, hold = block.weight(name).double(), (0.5 * x.square().sum() / x.shape[1]).sqrt()
             tall = torch.cat([x, hold * torch.eye(x.shape[1], dtype=torch.float64)])
             answer = torch.linalg.lstsq(tall, torch.cat([y @ weight.T, hold * weight.T])).solution.T
@@ -124,10 +125,10 @@ def test_the_pull_is_the_one_whose_weight_errs_least_on_the_judging_tokens(seed)
     x = y + (0.2 + 0.3 * seed) * torch.randn(y.shape, generator=generator, dtype=torch.float64)
     moments = [(a.T @ a, b.T @ a) for a, b in zip(x, y, strict=True)]
     errors = {
-        pull: float((y[1] @ weight.T - x[1] @ output_target(weight, *moments[0], pull).T).square().sum())
-        for pull in PULLS
+        ridge: float((y[1] @ weight.T - x[1] @ output_target(weight, *moments[0], ridge).T).square().sum())
+        for ridge in RIDGES
     }
-    assert best_pull(weight, *moments, PULLS) == min(errors, key=errors.get)
+    assert best_ridge(weight, *moments, RIDGES) == min(errors, key=errors.get)
 
 
 def test_the_search_judges_by_every_fourth_sequence_and_fits_all():
@@ -138,21 +139,21 @@ def test_the_search_judges_by_every_fourth_sequence_and_fits_all():
     assert 0 < judging.sum() < len(judging)
     parts = [replace(calib, x_fp=calib.x_fp[some], x_q=calib.x_q[some]) for some in (~judging, judging)]
     weight = torch.cat([block.weight(one) for one in block.linear_groups()[0]])
-    want = ("even_gram", "even_cross")
+    want = ("normalized_gram", "normalized_cross")
     seen = [paired_statistics(block, block, part, name, want) for part in parts]
-    pull = best_pull(weight, *(tuple(one[figure] for figure in want) for one in seen), PULLS)
-    assert done.record[1]["refit"][name]["pull"] == pull
-    given = Refit(pull=pull, search=False)(block, calib)
+    ridge = best_ridge(weight, *(tuple(one[figure] for figure in want) for one in seen), RIDGES)
+    assert done.record[1]["refit"][name]["ridge"] == ridge
+    given = Refit(ridge=ridge, search=False)(block, calib)
     assert torch.allclose(done.weight(name), given.weight(name), atol=1e-5)
-    pulls = {figures["pull"] for figures in done.record[1]["refit"].values()}
+    pulls = {figures["ridge"] for figures in done.record[1]["refit"].values()}
     assert len(pulls) > 1  # each input has its own
 
 
 def test_one_sequence_cannot_judge_and_takes_the_pull_as_it_is():
     block, calib = case()
     one = replace(calib, x_fp=calib.x_fp[:1], x_q=calib.x_q[:1], y_fp=calib.y_fp[:1])
-    done = Refit(pull=0.7)(block, one)
-    assert {figures["pull"] for figures in done.record[1]["refit"].values()} == {0.7}
+    done = Refit(ridge=0.7)(block, one)
+    assert {figures["ridge"] for figures in done.record[1]["refit"].values()} == {0.7}
 
 
 def test_the_correction_behind_starts_lower_and_ends_lower():
@@ -164,7 +165,7 @@ def test_the_correction_behind_starts_lower_and_ends_lower():
     assert min(with_it) < min(without)
 
 
-@pytest.mark.parametrize("wrong", [{"tokens": "some"}, {"pull": 0.0}, {"pull": -1.0}])
+@pytest.mark.parametrize("wrong", [{"tokens": "some"}, {"ridge": 0.0}, {"ridge": -1.0}])
 def test_what_is_no_option_is_refused(wrong):
     with pytest.raises(LowbitError, match=f"refit[.:] ?{next(iter(wrong))}"):
         Refit(**wrong)

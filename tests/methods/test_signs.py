@@ -12,7 +12,8 @@ from lowbit.methods import signs as module
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.options import with_options
 from lowbit.methods.signs import Signs, best_signs, with_signs
-from lowbit.models.block import Calib, run_all
+from lowbit.models.block import Calib
+from lowbit.models.forward import run_all
 from lowbit.models.runtime_ops import Matrix
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.scheme import parse_scheme

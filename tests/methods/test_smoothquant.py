@@ -7,7 +7,8 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.methods.smoothquant import SmoothQuant, smooth_scale
-from lowbit.models.block import Calib, run_all
+from lowbit.models.block import Calib
+from lowbit.models.forward import run_all
 from tiny import block_of, planned, tiny_model
 
 

@@ -13,7 +13,8 @@ from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
 from lowbit.methods.reassemble import Reassemble, candidate_counts
 from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics
-from lowbit.models.block import Calib, run_all
+from lowbit.models.block import Calib
+from lowbit.models.forward import run_all
 from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import block_of, planned, tiny_model
 
@@ -36,10 +37,10 @@ def test_figures_are_those_of_a_loop_over_tokens():
     x = torch.randn(5, 7, 6, generator=generator)
     x[2, 3] *= 50
     x[4, 0] = 0  # a token of zeros counts and adds nothing
-    seen = Statistics(("gram", "even_gram", "magnitude", "crest", "peak", "low", "high", "tokens"))
+    seen = Statistics(("gram", "normalized_gram", "magnitude", "crest", "peak", "low", "high", "tokens"))
     for part in x.split(2):
         seen.add(part)
-    gram, even_gram = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
+    gram, normalized_gram = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
     magnitude, crest, peak = (torch.zeros(6, dtype=torch.float64) for _ in range(3))
     for token in x.reshape(-1, 6).double():
         rms = (sum(value**2 for value in token) / 6) ** 0.5
@@ -49,9 +50,14 @@ def test_figures_are_those_of_a_loop_over_tokens():
             crest[i] += (token[i] / rms) ** 8 if rms else 0
             for j in range(6):
                 gram[i, j] += token[i] * token[j]
-                even_gram[i, j] += token[i] * token[j] / rms**2 if rms else 0
+                normalized_gram[i, j] += token[i] * token[j] / rms**2 if rms else 0
     assert seen.count == 35
-    for name, wanted in (("gram", gram), ("even_gram", even_gram), ("magnitude", magnitude), ("crest", crest)):
+    for name, wanted in (
+        ("gram", gram),
+        ("normalized_gram", normalized_gram),
+        ("magnitude", magnitude),
+        ("crest", crest),
+    ):
         # Sums of some hundred float32 products of either sign; eighth powers lose three bits more.
         torch.testing.assert_close(seen[name].double(), wanted, rtol=2e-5, atol=2e-5 * float(wanted.max()))
     assert torch.equal(seen["peak"].double(), peak)
@@ -64,7 +70,7 @@ def test_figures_are_those_of_a_loop_over_tokens():
 def test_shares_that_are_merged_are_one():
     """What two processes saw of the tokens is what one would have seen of all."""
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(3))
-    want = ("gram", "even_gram", "magnitude", "crest", "peak", "low", "high", "tokens")
+    want = ("gram", "normalized_gram", "magnitude", "crest", "peak", "low", "high", "tokens")
     whole, first, second = (Statistics(want) for _ in range(3))
     whole.add(x)
     first.add(x[:4])
@@ -94,7 +100,7 @@ def test_paired_figures_are_those_of_a_loop_over_tokens():
     drawn = torch.randn(calib.x_fp.shape, generator=torch.Generator().manual_seed(1))
     calib = replace(calib, x_q=calib.x_q + 0.2 * drawn, batch=1)
     (down,) = block.linear_groups()[-1]
-    want = ("gram", "cross", "even_gram", "even_cross")
+    want = ("gram", "cross", "normalized_gram", "normalized_cross")
     seen = paired_statistics(block, block, calib, down, want)
     x = torch.cat(inputs_of(block, calib.x_q, down, quantized=True)).double()
     y = torch.cat(inputs_of(block, calib.x_fp, down)).double()
@@ -103,8 +109,8 @@ def test_paired_figures_are_those_of_a_loop_over_tokens():
         rms = a.square().mean().sqrt()
         wanted["gram"] += torch.outer(a, a)
         wanted["cross"] += torch.outer(b, a)
-        wanted["even_gram"] += torch.outer(a / rms, a / rms)
-        wanted["even_cross"] += torch.outer(b / rms, a / rms)
+        wanted["normalized_gram"] += torch.outer(a / rms, a / rms)
+        wanted["normalized_cross"] += torch.outer(b / rms, a / rms)
     for name, exact in wanted.items():
         assert torch.allclose(seen[name].double(), exact, atol=1e-4 * float(exact.abs().max())), name
 
@@ -114,15 +120,15 @@ def test_a_token_counts_alike_in_the_even_figures_however_large_it_is():
     sizes = torch.logspace(-2, 4, 40)[:, None]
     found = []
     for rows in (x, x * sizes):
-        seen = Statistics(("gram", "even_gram", "crest"))
+        seen = Statistics(("gram", "normalized_gram", "crest"))
         seen.add(rows)
         found.append(seen)
-    torch.testing.assert_close(found[0]["even_gram"], found[1]["even_gram"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0]["normalized_gram"], found[1]["normalized_gram"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[0]["crest"], found[1]["crest"], rtol=1e-4, atol=1e-4)
     assert float((found[0]["gram"] - found[1]["gram"]).abs().max()) > 1e3
 
 
-@pytest.mark.parametrize("tokens", ["all", "even"])
+@pytest.mark.parametrize("tokens", ["all", "normalized"])
 def test_gptq_takes_the_second_moments_that_it_is_told_to_take(tokens):
     scheme = with_overrides(parse_scheme("w3a16"), {"*.self_attn.*": "float", "*.gate_proj": "float"})
     scheme = with_overrides(scheme, {"*.up_proj": "float"})  # down_proj alone, so that its input is the float one
@@ -131,20 +137,20 @@ def test_gptq_takes_the_second_moments_that_it_is_told_to_take(tokens):
     found = GPTQ(tokens=tokens)(block, calib).qweights
     assert list(found) == [down]
     codes = {}
-    for kind in ("all", "even"):
+    for kind in ("all", "normalized"):
         gram = torch.zeros(96, 96)
         for rows in inputs_of(block, calib.x_q, down):
-            unit = rows.square().mean(1, keepdim=True).sqrt() if kind == "even" else torch.ones(len(rows), 1)
+            unit = rows.square().mean(1, keepdim=True).sqrt() if kind == "normalized" else torch.ones(len(rows), 1)
             gram = gram + (rows / unit).T @ (rows / unit)
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
         upper, _ = inverse_factor(gram[order][:, order], 0.01)
         qparams = scheme.weight.qparams(block.weight(down))
         codes[kind] = gptq_codes(block.weight(down), upper, order, qparams, scheme.weight, 128)
-    assert not torch.equal(codes["all"], codes["even"])
+    assert not torch.equal(codes["all"], codes["normalized"])
     assert torch.equal(found[down].codes, codes[tokens])
 
 
-@pytest.mark.parametrize("tokens", ["all", "even"])
+@pytest.mark.parametrize("tokens", ["all", "normalized"])
 @pytest.mark.parametrize("peaks", ["absolute", "relative"])
 def test_reassembly_splits_and_drops_by_the_figures_that_it_is_told_to_take(peaks, tokens, monkeypatch):
     block, calib = case()
@@ -169,7 +175,7 @@ def test_reassembly_splits_and_drops_by_the_figures_that_it_is_told_to_take(peak
     even = rows / unit
     torch.testing.assert_close(seen["peak"], wanted[peaks], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
-        seen["gram"], even.T @ even if tokens == "even" else rows.T @ rows, rtol=1e-4, atol=1e-3
+        seen["gram"], even.T @ even if tokens == "normalized" else rows.T @ rows, rtol=1e-4, atol=1e-3
     )
     assert float((wanted["absolute"] / wanted["relative"]).std()) > 0.01
 
@@ -215,7 +221,7 @@ def test_all_candidates_of_a_layer_share_one_sequence_of_drops(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "options", "near"),
     [
-        (GPTQ, {"tokens": "evn"}, "even"),
+        (GPTQ, {"tokens": "evn"}, "normalized"),
         (Reassemble, {"tokens": "al"}, "all"),
         (Reassemble, {"peaks": "relativ"}, "relative"),
     ],

@@ -1,7 +1,7 @@
-"""Which linears should get more bits, and which can do with fewer: the least damage within a number of bits.
+"""Which linears should get more bits, and which can do with fewer: the least sensitivity within a number of bits.
 
 Linears that read one tensor (q, k and v; gate and up) are one choice, since runtimes fuse them and then want one
-format. For each such group and width the damage is that of the group alone at that width; their sum is minimised
+format. For each such group and width the sensitivity is that of the group alone at that width; their sum is minimised
 subject to the stored bits, codes with scales and zeros. That is a knapsack with one choice from each group (multiple
 choice; Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11), solved exactly by dynamic programming
 over the bits in units of their greatest common divisor.
@@ -26,15 +26,15 @@ UNITS = 1 << 16  # steps of the budget at most; where its own unit is finer, cos
 
 @dataclass(frozen=True)
 class Linear:
-    """A rounded linear, and what it damages alone.
+    """A rounded linear, and what it layer_sensitivity alone.
 
     Attributes:
         name: its full name.
         block: its layer's index.
         shape: ``(out, in)``.
         spec: its format.
-        damage: at that format.
-        input: the part of the damage that its rounded input makes, which no wider weight mends.
+        sensitivity: at that format.
+        input: the part of the sensitivity that its rounded input makes, which no wider weight mends.
         rtn: by bits, its own output's relative error when rounded to nearest, the spec's bits included.
     """
 
@@ -42,24 +42,24 @@ class Linear:
     block: int
     shape: tuple[int, int]
     spec: IntFormat
-    damage: float
+    sensitivity: float
     input: float
     rtn: dict[int, float]
 
-    def damage_at(self, bits: int) -> float:
-        """The damage at another width: the weight's part of it grows and shrinks as the error of rounding does.
+    def sensitivity_at(self, bits: int) -> float:
+        """The sensitivity at another width: the weight's part of it grows and shrinks as the error of rounding does.
 
         >>> one = Linear("q", 0, (2, 2), IntFormat(4), 0.5, 0.1, {4: 0.02, 8: 0.0001})
-        >>> one.damage_at(4), round(one.damage_at(8), 6)
+        >>> one.sensitivity_at(4), round(one.sensitivity_at(8), 6)
         (0.5, 0.102)
         """
         if bits == self.spec.bits:
-            return self.damage
+            return self.sensitivity
         now, then = self.rtn[self.spec.bits], self.rtn[bits]
         if now == 0:  # held exactly as it is: wider stays so, and how bad narrower is cannot be told from here
-            return self.damage if then == 0 else math.inf
-        part = max(self.damage - self.input, 0.0)
-        return self.damage - part + part * then / now
+            return self.sensitivity if then == 0 else math.inf
+        part = max(self.sensitivity - self.input, 0.0)
+        return self.sensitivity - part + part * then / now
 
     def bits_at(self, spec: IntFormat) -> int:
         """Bits that the weight takes in a format: codes, scales and zeros."""
@@ -85,7 +85,7 @@ def formats(group: Sequence[Linear], base: IntFormat, bits: Sequence[int]) -> li
 def within_budget(
     groups: Sequence[Sequence[Linear]], base: IntFormat, bits: Sequence[int], room: int
 ) -> list[IntFormat]:
-    """The format of each group that damages least while all together take ``room`` bits at most.
+    """The format of each group that layer_sensitivity least while all together take ``room`` bits at most.
 
     Raises ``LowbitError`` where even the smallest widths take more.
     """
@@ -94,7 +94,7 @@ def within_budget(
         [sum(one.bits_at(spec) for one in group) for spec in specs]
         for group, specs in zip(groups, choices, strict=True)
     ]
-    losses = [[sum(one.damage_at(b) for one in group) for b in bits] for group in groups]
+    losses = [[sum(one.sensitivity_at(b) for one in group) for b in bits] for group in groups]
     weights = sum(one.shape[0] * one.shape[1] for group in groups for one in group)
     picked = least_loss(costs, losses, room)
     if picked is None:

@@ -1,7 +1,7 @@
 """``lowbit.diagnose``: where a run lost what it lost, what more bits would bring there, and a scheme for a budget.
 
-What a run recorded about each linear (see ``damage``) is enough for a ranking, and nothing is computed. With the
-float model at hand, damage is also measured as what counts in the end: KL divergence of next-token distributions,
+What a run recorded about each linear (see ``sensitivity``) is enough for a ranking, and nothing is computed. With the
+float model at hand, sensitivity is also measured as what counts in the end: KL divergence of next-token distributions,
 each block as it ships with all others in float, and each linear alone where the run left its block's float weights
 as they were (a recipe that only rounds). Elsewhere a linear has the share of its block's divergence that its error
 predicts: for small errors, divergence is proportional to the error at the block's output.
@@ -27,8 +27,8 @@ from lowbit.checkpoints.safetensors_folder import write_bytes
 from lowbit.data.text import evaluation
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.metrics.sensitivity import divergences_alone
-from lowbit.models.block import run_all
 from lowbit.models.device import check_device
+from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_ids
 from lowbit.quant.integer import integer
@@ -48,11 +48,11 @@ class Diagnosis:
 
     Attributes:
         run: the run folder.
-        measure: what ``damage`` and ``gain`` are in: ``ERROR`` or ``KL``.
+        measure: what ``sensitivity`` and ``gain`` are in: ``ERROR`` or ``KL``.
         protocol: what the figures depend on: text, windows, length and seed, or the run's first calibration window.
-        blocks: most damaged first: ``block``, ``damage`` (the block alone, all that is rounded in it), ``gain`` (what
+        blocks: most damaged first: ``block``, ``sensitivity`` (the block alone, all that is rounded in it), ``gain`` (what
             its linears would gain at 8 bits, each alone, together), ``error``.
-        linears: most damaging first: ``linear``, ``block``, ``format``, ``damage`` (alone), ``gain`` (at 8 bits),
+        linears: most damaging first: ``linear``, ``block``, ``format``, ``sensitivity`` (alone), ``gain`` (at 8 bits),
             ``error``, ``measured`` (false: a share of its block's divergence).
         proposal: overrides for the budget; ``None`` without one.
         seconds: wall time.
@@ -73,7 +73,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class _Run:
-    """A finished run that recorded its damage."""
+    """A finished run that recorded its sensitivity."""
 
     source: Source
     manifest: Manifest
@@ -83,10 +83,10 @@ class _Run:
     @property
     def error(self) -> list[float]:
         """Each block's error at its output, everything in it rounded."""
-        return [row.damage["error"] for row in self.manifest.blocks]
+        return [row.sensitivity["error"] for row in self.manifest.blocks]
 
     @property
-    def only_rounded(self) -> bool:
+    def only_rounds(self) -> bool:
         """The recipe is its rounding step alone, so the float weights are the model's own."""
         return len(self.manifest.identity.steps) == 1
 
@@ -108,7 +108,7 @@ def diagnose(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Diagnosis:
-    """Rank a run's blocks and linears by the damage each does alone and by what it would gain at 8 bits.
+    """Rank a run's blocks and linears by the sensitivity each does alone and by what it would gain at 8 bits.
 
     Args:
         run: the run folder.
@@ -121,13 +121,13 @@ def diagnose(
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
 
     Raises:
-        LowbitError: no run, a run without recorded damage, another float model, a budget that no choice fits into.
+        LowbitError: no run, a run without recorded sensitivity, another float model, a budget that no choice fits into.
     """
     began = time.monotonic()
     _check_given(budget, bits, out)
     found = _opened(run, trust_remote_code)
     blocks, linears, measure = found.error, found.linears, ERROR
-    protocol: dict[str, Any] = {"tokens": found.manifest.blocks[0].damage["tokens"], "text": "calibration"}
+    protocol: dict[str, Any] = {"tokens": found.manifest.blocks[0].sensitivity["tokens"], "text": "calibration"}
     # Before anything is measured, so that a budget which nothing fits into is refused at once.
     proposal = None if budget is None else propose(found.skeleton, found.manifest, linears, budget, bits)
     if exact is not None:
@@ -148,7 +148,7 @@ def diagnose(
     if out is not None and proposal is not None:
         head = f"# lowbit inspect {shlex.quote(str(run))} --budget {budget:g}\n"
         write_bytes(Path(out), (head + yaml.safe_dump(proposal.scheme, sort_keys=False)).encode())
-    rows = _rows(found, blocks, linears, measured=exact is None or found.only_rounded)
+    rows = _rows(found, blocks, linears, measured=exact is None or found.only_rounds)
     return Diagnosis(str(run), measure, protocol, *rows, proposal, time.monotonic() - began)
 
 
@@ -172,15 +172,15 @@ def _opened(run: str | Path, trust_remote_code: bool) -> _Run:
     manifest = manifest_of(source.folder)
     if manifest is None:
         raise LowbitError(f"{run} is no finished run folder: give what 'lowbit quantize' wrote")
-    if any(not row.damage for row in manifest.blocks):
-        raise LowbitError(f"{run} was made before runs recorded damage: quantize again into another folder")
+    if any(not row.sensitivity for row in manifest.blocks):
+        raise LowbitError(f"{run} was made before runs recorded sensitivity: quantize again into another folder")
     skeleton = Skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)
     shapes = linear_shapes(skeleton)
     weights = run_formats(manifest, run_scheme(manifest), skeleton.family.embed).weights
     linears = []
     try:
         for row in manifest.blocks:
-            for name, told in row.damage["linears"].items():
+            for name, told in row.sensitivity["linears"].items():
                 full = f"{skeleton.family.blocks}.{row.block}.{name}"
                 errors = float(told["error"]), float(told["input"])
                 rtn = {int(b): float(error) for b, error in told["rtn"].items()}
@@ -188,7 +188,7 @@ def _opened(run: str | Path, trust_remote_code: bool) -> _Run:
                 linears.append(Linear(full, row.block, shapes[full], format, *errors, rtn))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LowbitError(
-            f"the damage recorded in {MANIFEST} of {run} is broken ({error!r}): quantize again"
+            f"the sensitivity recorded in {MANIFEST} of {run} is broken ({error!r}): quantize again"
         ) from error
     return _Run(source, manifest, skeleton, linears)
 
@@ -215,7 +215,7 @@ def _measured(
 ) -> tuple[list[float], list[Linear]]:
     """KL divergence of each block alone, and the linears with theirs in the place of their error."""
     names: list[list[str]] = [[] for _ in range(exact.blocks)]
-    if found.only_rounded:
+    if found.only_rounds:
         for one in found.linears:
             names[one.block].append(one.name)
 
@@ -237,33 +237,33 @@ def _measured(
     linears = []
     for one in found.linears:
         whole, error = kls[one.block][0], found.error[one.block]
-        kl = alone.get(one.name, whole * one.damage / error if error else 0.0)
-        share = one.input / one.damage if one.damage else 0.0
-        linears.append(replace(one, damage=kl, input=kl * min(share, 1.0)))
+        kl = alone.get(one.name, whole * one.sensitivity / error if error else 0.0)
+        share = one.input / one.sensitivity if one.sensitivity else 0.0
+        linears.append(replace(one, sensitivity=kl, input=kl * min(share, 1.0)))
     return [first for first, *_ in kls], linears
 
 
 def _rows(
     found: _Run, blocks: Sequence[float], linears: Sequence[Linear], measured: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    gains = {one.name: one.damage - one.damage_at(8) for one in linears}
+    gains = {one.name: one.sensitivity - one.sensitivity_at(8) for one in linears}
     by_block: list[dict[str, Any]] = [
         {
             "block": index,
-            "damage": damage,
+            "sensitivity": sensitivity,
             "gain": sum(gains[one.name] for one in linears if one.block == index),
             "error": error,
         }
-        for index, (damage, error) in enumerate(zip(blocks, found.error, strict=True))
+        for index, (sensitivity, error) in enumerate(zip(blocks, found.error, strict=True))
     ]
     by_linear: list[dict[str, Any]] = [
         {
             "linear": one.name,
             "block": one.block,
             "format": override_text(one.spec),
-            "damage": one.damage,
+            "sensitivity": one.sensitivity,
             "gain": gains[one.name],
-            "error": recorded.damage,
+            "error": recorded.sensitivity,
             "measured": measured,
         }
         for one, recorded in zip(linears, found.linears, strict=True)
@@ -274,4 +274,4 @@ def _rows(
 
 
 def _worst_first(row: dict[str, Any]) -> float:
-    return -float(row["damage"])
+    return -float(row["sensitivity"])

@@ -1,7 +1,7 @@
 """What rounding one linear, alone, does to its block's output, measured while its float weight is still at hand.
 
 A run folder holds rounded weights of a model whose maps have moved. The float weights that they were rounded from
-exist while a run works on their block and nowhere after, so this is where a single linear's damage can be measured
+exist while a run works on their block and nowhere after, so this is where a single linear's sensitivity can be measured
 for every recipe. With ``y`` the output of the block as its steps left it, in float, and ``y_p`` the same with
 linear ``p`` rounded as it ships (and its input, where scheme or runtime round activations):
 
@@ -9,13 +9,13 @@ linear ``p`` rounded as it ships (and its input, where scheme or runtime round a
 
 on the float model's own input to that block, for the first calibration window. The first term lets every token count
 alike. The second counts what the few tokens with massive activations lose (Sun et al. 2024, arXiv 2402.17762): all
-later tokens attend to these, so an error there damages all, and a mean over tokens hides it.
+later tokens attend to these, so an error there layer_sensitivity all, and a mean over tokens hides it.
 
 ``input`` is the part of it that comes with the rounded input alone, which no wider weight mends. ``rtn`` has the
-linear's own output error, relative in the same way, for rounding to nearest at several widths: how damage shrinks or
+linear's own output error, relative in the same way, for rounding to nearest at several widths: how sensitivity shrinks or
 grows with bits. It is measured on fewer than ``2 * ROWS`` output rows, since each row is rounded on its own.
 
-Rejected: keeping the float weights (four times the folder), and the error of a linear's own output as its damage (an
+Rejected: keeping the float weights (four times the folder), and the error of a linear's own output as its sensitivity (an
 error of a tenth in k and one in down do not weigh the same).
 """
 
@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 from lowbit.metrics.kl import token_error
-from lowbit.models.block import Block, relative_error, run
+from lowbit.models.block import Block
+from lowbit.models.forward import relative_error, run
 from lowbit.quant.format import Format
 from lowbit.quant.integer import integer
 
-BITS = (2, 3, 4, 5, 6, 8)  # widths whose damage is measured
+BITS = (2, 3, 4, 5, 6, 8)  # widths whose sensitivity is measured
 ROWS = 64
 
 
@@ -44,7 +45,7 @@ def only(block: Block, linear: str) -> Block:
 
 
 @torch.no_grad()
-def damages(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
+def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
     """Plain data for each layer of a rounded block, by the layer's index.
 
     Args:

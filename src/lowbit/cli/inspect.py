@@ -114,12 +114,12 @@ def _show(told: Diagnosis, out: Path | None) -> None:
     linears.title = f"Most sensitive linears of {len(told.linears)}: {told.measure}, each alone"
     for row in told.linears[:SHOWN]:
         sign = "" if row["measured"] else "~"
-        figures = (f"{sign}{row['damage']:.3g}", f"{sign}{row['gain']:.3g}")
+        figures = (f"{sign}{row['sensitivity']:.3g}", f"{sign}{row['gain']:.3g}")
         linears.add_row(Text(row["linear"]), row["format"], *figures)
     blocks = table("block", "sensitivity", "gain at 8 bits")
     blocks.title = f"Most sensitive blocks of {len(told.blocks)}"
     for row in told.blocks[:SHOWN]:
-        blocks.add_row(str(row["block"]), f"{row['damage']:.3g}", f"{row['gain']:.3g}")
+        blocks.add_row(str(row["block"]), f"{row['sensitivity']:.3g}", f"{row['gain']:.3g}")
     console.print(blocks)
     console.print(linears)
     if told.proposal is not None:
@@ -132,8 +132,8 @@ def _show_proposal(console: Console, made: Proposal, out: Path | None) -> None:
         rows.add_row("\n".join(change["linears"]), "\n".join(change["from"]), change["to"])
     console.print(rows)
     console.print(
-        f"{made.bits_per_weight:.4f} bits per weight; sum of sensitivities: {made.damage_now:.4g} now, "
-        f"{made.damage_proposed:.4g} predicted",
+        f"{made.bits_per_weight:.4f} bits per weight; sum of sensitivities: {made.sensitivity_now:.4g} now, "
+        f"{made.sensitivity_proposed:.4g} predicted",
         highlight=False,
     )
     if made.transformers is not None:

@@ -14,7 +14,8 @@ from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import Site, apply, make_site, site_name, start
 from lowbit.methods.training import Fitted, Schedule, loss_unit, relative_loss
-from lowbit.models.block import Block, Calib, relative_error, run, run_all
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.runtime_ops import Clip, Matrix, RuntimeOp
 

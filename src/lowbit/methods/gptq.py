@@ -33,7 +33,7 @@ from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
 
-GRAMS = {"all": "gram", "even": "even_gram"}  # which second moments
+GRAMS = {"unweighted": "gram", "normalized": "normalized_gram"}  # which second moments
 CHOICES = {"tokens": tuple(GRAMS), "target": ("weights", "output")}
 
 
@@ -45,20 +45,20 @@ class GPTQ(Method):
         damping: share of the mean of the Hessian's diagonal that is added to it.
         act_order: round the columns with the strongest inputs first.
         block_size: columns whose updates to the rest are gathered into one product.
-        tokens: ``all`` sums the error over tokens as they are (the paper); ``even`` divides each token by its root
-            mean square first, so that a few tokens with massive activations do not decide alone.
+        tokens: ``unweighted`` sums the error over tokens as they are (the paper); ``normalized`` divides each token
+            by its root mean square first, so that a few tokens with massive activations do not decide alone.
         target: what the rounded linear is to match. ``weights``: the weight's own output on the quantized model's
             input (the paper). ``output``: the float model's output, so that rounding also makes up for what the
             input has lost so far (asymmetric calibration, arXiv 2504.02692).
-        pull: with ``output``, the share of the diagonal's mean that holds the target near the given weight.
+        ridge: with ``output``, the share of the diagonal's mean that holds the target near the given weight.
     """
 
     damping: float = 0.01
     act_order: bool = True
     block_size: int = 128
-    tokens: str = "even"
+    tokens: str = "normalized"
     target: str = "weights"
-    pull: float = 0.1
+    ridge: float = 0.1
     rounds: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = False
     needs: ClassVar[Needs] = "both"
@@ -69,7 +69,7 @@ class GPTQ(Method):
 
     def __post_init__(self) -> None:
         check_choices("gptq", self, CHOICES)
-        check_bounds("gptq", self, {"damping": "above 0", "block_size": "1 or more", "pull": "above 0"})
+        check_bounds("gptq", self, {"damping": "above 0", "block_size": "1 or more", "ridge": "above 0"})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: codes are all that it leaves."""
@@ -100,7 +100,7 @@ class GPTQ(Method):
         """Round linears that read one input with the moments that ``_moments`` gives."""
         weights = {name: block.weight(name) for name in linears}
         if cross is not None:
-            weights = {name: output_target(weight, gram, cross, self.pull) for name, weight in weights.items()}
+            weights = {name: output_target(weight, gram, cross, self.ridge) for name, weight in weights.items()}
         strength = gram.diagonal()
         given = torch.arange(gram.shape[0], device=gram.device)
         order = torch.argsort(strength, descending=True, stable=True) if self.act_order else given

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lowbit.methods.rtn import RTN
-from lowbit.models.block import Block, Calib, run_all, run_quantized
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import run_all, run_quantized
 
 Step = Callable[[Block, Calib], Block]
 

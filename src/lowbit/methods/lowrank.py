@@ -22,7 +22,8 @@ from torch import Tensor
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.training import Fitted, Schedule, fit, loss_unit, relative_loss
-from lowbit.models.block import Block, Calib, run
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import run
 from lowbit.models.offload import Rows
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat

@@ -71,7 +71,7 @@ class Reassemble(Method):
             the eighth-power mean of the values over their tokens' root mean squares. Ranges are found for each token,
             so a channel matters where it stands out in its token; one massive token decides the absolute maxima of
             channels that are small everywhere else, and their copies are wasted.
-        tokens: ``even`` weighs every token alike when channels are dropped, ``all`` by its square.
+        tokens: ``normalized`` weighs every token alike when channels are dropped, ``unweighted`` by its square.
         offsets: copies round to different codes: ``none``, ``weights`` (folded) or ``both``, where one constant for
             each channel of the linears' inputs stays online; see ``offsets.py``.
     """
@@ -85,7 +85,7 @@ class Reassemble(Method):
     sequences: int = 4
     damping: float = 0.01
     peaks: str = "absolute"
-    tokens: str = "even"
+    tokens: str = "normalized"
     offsets: str = "none"
     rounds: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False

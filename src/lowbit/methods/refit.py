@@ -23,14 +23,14 @@ from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.statistics import Statistics, paired_statistics
 from lowbit.models.block import Block, Calib
-from lowbit.models.offload import taken
+from lowbit.models.offload import select_sequences
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 
-FIGURES = {"all": ("gram", "cross"), "even": ("even_gram", "even_cross")}
+FIGURES = {"unweighted": ("gram", "cross"), "normalized": ("normalized_gram", "normalized_cross")}
 CHOICES = {"tokens": tuple(FIGURES)}
-PULLS = (0.1, 0.3, 1.0, 3.0, 10.0)  # that are tried, in units of ``Refit.pull``
-JUDGE = 4  # every fourth sequence judges them
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)  # that are tried, in units of ``Refit.ridge``
+EVERY = 4  # every fourth sequence validates them
 Moments = tuple[Tensor, Tensor]
 
 
@@ -39,17 +39,17 @@ class Refit(Method):
     """Weights for the inputs that the quantized model has; merged, since they are all that changes.
 
     Attributes:
-        pull: what holds a weight near the given one, in units of the mean square of the input's channels: the larger,
-            the less the few calibration tokens decide.
-        search: try ``PULLS`` times ``pull`` for each input, and take the one with the least error on sequences that
-            were not fitted (a quarter of them; the fit that is kept uses all).
-        tokens: ``all`` sums the error over tokens as they are; ``even`` divides each token by its root mean square
-            first, so that a few tokens with massive activations do not decide alone.
+        ridge: regularization towards the given weight, in units of the mean square of the input's channels: the
+            larger, the less the few calibration tokens decide.
+        search: try ``RIDGES`` times ``ridge`` for each input, and take the one with the least error on a validation
+            split (a quarter of the sequences; the fit that is kept uses all).
+        tokens: ``unweighted`` sums the error over tokens as they are; ``normalized`` divides each token by its root
+            mean square first, so that a few tokens with massive activations do not decide alone.
     """
 
-    pull: float = 1.0
+    ridge: float = 1.0
     search: bool = True
-    tokens: str = "even"
+    tokens: str = "normalized"
     rounds: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False
     needs: ClassVar[Needs] = "both"
@@ -60,7 +60,7 @@ class Refit(Method):
 
     def __post_init__(self) -> None:
         check_choices("refit", self, CHOICES)
-        check_bounds("refit", self, {"pull": "above 0"})
+        check_bounds("refit", self, {"ridge": "above 0"})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: weights are all that changes."""
@@ -82,20 +82,20 @@ class Refit(Method):
             quantized = replace(done, params=shipped)
             want = FIGURES[self.tokens]
             seen = [paired_statistics(quantized, block, share, wanted[0], want) for share in shares]
-            pull = self.pull
+            ridge = self.ridge
             if len(seen) > 1:
                 weight = torch.cat([block.weight(name) for name in wanted])
-                pulls = [self.pull * factor for factor in PULLS]
-                pull = best_pull(weight, self._moments(seen[0]), self._moments(seen[1]), pulls)
+                pulls = [self.ridge * factor for factor in RIDGES]
+                ridge = best_ridge(weight, self._moments(seen[0]), self._moments(seen[1]), pulls)
                 seen[0].merge(seen[1])
             gram, cross = self._moments(seen[0])
             for name in wanted:
                 weight = block.weight(name)
-                found = output_target(weight, gram, cross, pull)
+                found = output_target(weight, gram, cross, ridge)
                 done = replace(done, params={**done.params, f"{name}.weight": found})
                 shipped[f"{name}.weight"] = done.weight_format(name).fake_quant(found, done.qparams(name))
                 change = (found - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
-                figures[name] = {"pull": pull, "relative_change": float(change)}
+                figures[name] = {"ridge": ridge, "relative_change": float(change)}
         return done.with_record("refit", figures) if figures else block
 
     def _moments(self, seen: Statistics) -> Moments:
@@ -103,30 +103,31 @@ class Refit(Method):
         return gram, cross
 
     def _parts(self, calib: Calib) -> list[Calib]:
-        """The sequences that choose a pull: those fitted, those that judge; or all as one."""
+        """The training and the validation split that choose a ridge strength; or all sequences as one."""
         count = len(calib.x_q)
         if not self.search or count < 2:
             return [calib]
-        judging = torch.arange(count) % JUDGE == min(JUDGE, count) - 1
-        return [
-            replace(calib, x_fp=taken(calib.x_fp, some), x_q=taken(calib.x_q, some), y_fp=taken(calib.y_fp, some))
-            for some in (torch.nonzero(~judging).flatten(), torch.nonzero(judging).flatten())
-        ]
+        validates = torch.arange(count) % EVERY == min(EVERY, count) - 1
+        return [self._share(calib, torch.nonzero(share).flatten()) for share in (~validates, validates)]
+
+    def _share(self, calib: Calib, chosen: Tensor) -> Calib:
+        x_fp, x_q, y_fp = (select_sequences(states, chosen) for states in (calib.x_fp, calib.x_q, calib.y_fp))
+        return replace(calib, x_fp=x_fp, x_q=x_q, y_fp=y_fp)
 
 
-def best_pull(weight: Tensor, fitted: Moments, judge: Moments, pulls: Sequence[float]) -> float:
-    """The pull whose ``output_target`` of the ``fitted`` moments has the least squared error by those of ``judge``.
+def best_ridge(weight: Tensor, fitted: Moments, judge: Moments, pulls: Sequence[float]) -> float:
+    """The ridge whose ``output_target`` of the ``fitted`` moments has the least squared error by those of ``judge``.
 
     With the eigenvectors ``Q`` and eigenvalues ``l`` of the fitted ``gram``, the change of the weight is
     ``W (cross - gram) Q diag(1 / (l + hold)) Q^T``: one decomposition serves all pulls. For a change ``D`` the error
-    ``sum |W x - (W + D) x_q|^2`` is ``tr(D gram D^T) - 2 tr(D (W (cross - gram))^T)`` and what no pull changes.
+    ``sum |W x - (W + D) x_q|^2`` is ``tr(D gram D^T) - 2 tr(D (W (cross - gram))^T)`` and what no ridge changes.
 
     Where fitted and judging tokens say the same, holding back gains nothing:
 
     >>> one, two = torch.eye(1), torch.full((1, 1), 2.0)
-    >>> best_pull(one, (one, two), (one, two), [0.1, 1.0, 10.0])
+    >>> best_ridge(one, (one, two), (one, two), [0.1, 1.0, 10.0])
     0.1
-    >>> best_pull(one, (one, two), (one, one), [0.1, 1.0, 10.0])
+    >>> best_ridge(one, (one, two), (one, one), [0.1, 1.0, 10.0])
     10.0
     """
     values, vectors = torch.linalg.eigh(fitted[0].double())
@@ -134,27 +135,27 @@ def best_pull(weight: Tensor, fitted: Moments, judge: Moments, pulls: Sequence[f
     change, wanted = (weight.double() @ (cross - gram).double() @ vectors for gram, cross in (fitted, judge))
     gram = vectors.T @ judge[0].double() @ vectors
     errors = []
-    for pull in pulls:
-        step = change / (values.clamp(min=0) + pull * mean)
+    for ridge in pulls:
+        step = change / (values.clamp(min=0) + ridge * mean)
         errors.append(float((step * (step @ gram - 2 * wanted)).sum()))
     return pulls[errors.index(min(errors))]
 
 
-def output_target(weight: Tensor, gram: Tensor, cross: Tensor, pull: float) -> Tensor:
-    """The weight ``V`` ``(out, in)`` of least ``|W x - V x_q|^2 + pull * mean |V - W|^2``, before any rounding.
+def output_target(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """The weight ``V`` ``(out, in)`` of least ``|W x - V x_q|^2 + ridge * mean |V - W|^2``, before any rounding.
 
     Args:
         weight: ``W`` ``(out, in)``.
         gram: ``sum x_q x_q^T``.
         cross: ``sum x x_q^T``, ``x`` the same input in the float model.
-        pull: in units of ``gram``'s mean diagonal.
+        ridge: in units of ``gram``'s mean diagonal.
 
     Half of what the input should be asks for twice the weight:
 
     >>> output_target(torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), 2.0), 1e-9)
     tensor([[2.]])
     """
-    hold = pull * gram.diagonal().double().mean().clamp(min=1e-30)
+    hold = ridge * gram.diagonal().double().mean().clamp(min=1e-30)
     eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     right = weight.double() @ (cross.double() + hold * eye)
     return torch.linalg.solve(gram.double() + hold * eye, right, left=False).to(weight.dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lowbit.methods.rtn import RTN
 from lowbit.methods.training import loss_unit, relative_loss
-from lowbit.models.block import Block, Calib, run_quantized
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import run_quantized
 
 
 def output_error(block: Block, calib: Calib, sequences: int) -> float:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowbit.models.block import Block, Calib, observe
-from lowbit.models.offload import parts
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import observe
+from lowbit.models.offload import batches
 
 
 def _sum(total: Tensor, part: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ FIGURES: dict[str, tuple[Callable[[Tensor], Tensor], Merge]] = {
     # sum x x^T (in, in)
     "gram": (lambda x: _gram(x), _sum),
     # the same with every token over its root mean square
-    "even_gram": (lambda x: _gram(_even(x)), _sum),
+    "normalized_gram": (lambda x: _gram(_even(x)), _sum),
     # sum |x| (in,)
     "magnitude": (lambda x: x.abs().sum(0), _sum),
     # max |x| (in,)
@@ -63,7 +64,7 @@ PAIRED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     # sum x x_q^T (in, in)
     "cross": lambda x_q, x: x.T @ x_q,
     # the same with both over the root mean square of x_q, token by token
-    "even_cross": lambda x_q, x: (x / _rms(x_q)).T @ _even(x_q),
+    "normalized_cross": lambda x_q, x: (x / _rms(x_q)).T @ _even(x_q),
 }
 
 
@@ -144,7 +145,7 @@ def paired_statistics(quantized: Block, exact: Block, calib: Calib, linear: str,
     """
     seen = Statistics(want)
     params = quantized.quantized_params()
-    both = (parts(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
+    both = (batches(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
     for x_q, x_fp in zip(*both, strict=True):
         inputs: list[Tensor] = []
         observe(quantized, x_q, {linear: inputs.append}, params, quantized=True, batch=calib.batch)

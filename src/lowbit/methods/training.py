@@ -24,7 +24,7 @@ from torch import Tensor
 from lowbit.checkpoints.safetensors_folder import Checkpoint, write_tensors
 from lowbit.methods.adam import Adam
 from lowbit.methods.options import check_bounds, check_choices
-from lowbit.models.offload import parts
+from lowbit.models.offload import batches
 
 PATIENCE = 8  # steps in a row that were not finite before the fit gives up
 
@@ -123,7 +123,7 @@ def loss_unit(wanted: Tensor, loss: str, device: torch.device | None = None, bat
     """
     if device is None or device.type == wanted.device.type:
         batch = len(wanted)
-    pieces = parts(wanted, batch, device or wanted.device)
+    pieces = batches(wanted, batch, device or wanted.device)
     power = torch.cat([piece.float().square().mean(-1, keepdim=True).clamp(min=1e-12) for piece in pieces])
     return power if loss == "token" else power.double().mean().float().expand_as(power)
 
@@ -177,7 +177,7 @@ def fit(
         begin(epoch)
         losses = []
         following = batches[epoch][:1] if epoch < schedule.epochs else []
-        order = _announced(batches[epoch - 1], looked[:1] or following, ahead)
+        order = _with_prefetch(batches[epoch - 1], looked[:1] or following, ahead)
         for step, chosen in enumerate(order, (epoch - 1) * per_epoch):
             value = _backward(tensors, loss, chosen, schedule.grad_clip)
             if value is None:
@@ -227,7 +227,7 @@ def _batches(train: Tensor, schedule: Schedule, seed: int) -> list[list[Tensor]]
     return [list(order.split(schedule.batch)) for order in orders]
 
 
-def _announced(
+def _with_prefetch(
     steps: Sequence[Tensor], following: Sequence[Tensor], ahead: Callable[[Tensor], None]
 ) -> Iterator[Tensor]:
     """``steps`` in turn, each after ``ahead`` was told of the one behind it; behind the last come ``following``."""
@@ -307,5 +307,5 @@ def _mean_loss(
     following: Sequence[Tensor],
 ) -> float:
     """The mean loss over held-out sequences, in parts; NaN if there are none."""
-    means = [(len(part), float(loss(part))) for part in _announced(looked, following, ahead)]
+    means = [(len(part), float(loss(part))) for part in _with_prefetch(looked, following, ahead)]
     return sum(count * value for count, value in means) / sum(map(len, looked)) if means else math.nan

@@ -22,10 +22,10 @@ from torch import Tensor
 READY = 2  # prepared sets of rows that may wait: those of this step and of the next
 
 
-def home(device: torch.device | str) -> torch.device:
+def storage_device(device: torch.device | str) -> torch.device:
     """Where streams for work on ``device`` live: the host for CUDA, else the device itself.
 
-    >>> home("cuda:1"), home("mps")
+    >>> storage_device("cuda:1"), storage_device("mps")
     (device(type='cpu'), device(type='mps'))
     """
     device = torch.device(device)
@@ -49,7 +49,7 @@ def _indexed(device: torch.device) -> torch.device:
     return device if whole else torch.device("cuda", torch.cuda.current_device())
 
 
-def parts(x: Tensor, batch: int, device: torch.device) -> Iterator[Tensor]:
+def batches(x: Tensor, batch: int, device: torch.device) -> Iterator[Tensor]:
     """``x`` ``(sequences, ...)`` in parts of ``batch`` sequences on ``device``, one part ahead of their use.
 
     At most three parts are on the device: one that is worked on, one before it that may not be done, one to come.
@@ -94,7 +94,7 @@ def _arrived(copies: list[Tensor], event: Any, device: torch.device) -> list[Ten
     return copies
 
 
-def joined(pieces: Iterable[Tensor], sequences: int, where: torch.device) -> Tensor:
+def concatenate(pieces: Iterable[Tensor], sequences: int, where: torch.device) -> Tensor:
     """``pieces`` ``(some, ...)``, made one after the other, as one tensor of ``sequences`` on ``where``.
 
     Each goes into its place at once, so that nothing is held twice. Pieces on a GPU that shall live on the host go
@@ -131,7 +131,7 @@ def joined(pieces: Iterable[Tensor], sequences: int, where: torch.device) -> Ten
     return out
 
 
-def taken(x: Tensor, chosen: Tensor) -> Tensor:
+def select_sequences(x: Tensor, chosen: Tensor) -> Tensor:
     """The sequences ``chosen`` of a stream as a stream of their own, pinned if it was."""
     out = x[chosen.to(x.device)]
     return out.pin_memory() if x.is_pinned() else out

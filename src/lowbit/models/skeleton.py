@@ -62,7 +62,7 @@ class Skeleton:
         parent, _, attribute = self.family.blocks.rpartition(".")
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.blocks))
         self._recorders = [_Recorder() for _ in self.layers]
-        self._length = 0  # of the sequences that ``start`` saw last
+        self._length = 0  # of the sequences that ``embed`` saw last
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
 
     def empty(self) -> Skeleton:
@@ -75,13 +75,13 @@ class Skeleton:
         return bool(self.config.tie_word_embeddings)
 
     @property
-    def rest_names(self) -> list[str]:
+    def shared_names(self) -> list[str]:
         """Names of the parameters and stored buffers that belong to no block, a tied head left out."""
         tied = f"{self.family.head}.weight" if self.tied else ""
         return [name for name in self.model.state_dict() if name != tied]
 
     def fill(self, rest: Mapping[str, Tensor]) -> None:
-        """Take parameters for some or all of ``rest_names``; afterwards none may be missing."""
+        """Take parameters for some or all of ``shared_names``; afterwards none may be missing."""
         self.model.load_state_dict(dict(rest), strict=False, assign=True)
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
@@ -95,7 +95,7 @@ class Skeleton:
         head.register_forward_pre_hook(lambda module, args: (format.fake_quant(args[0]), *args[1:]))
 
     @torch.no_grad()
-    def start(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """What block 0 is called with for token ids ``(sequences, length)``: ``(sequences, length, hidden)``."""
         first, last = self._recorders[0], self._recorders[-1]
         last.answer = None
@@ -128,7 +128,7 @@ class Skeleton:
     ) -> Block:
         """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``) and the plan's formats.
 
-        It is for sequences of the length that ``start`` saw last; before ``start`` it holds parameters and cannot
+        It is for sequences of the length that ``embed`` saw last; before ``embed`` it holds parameters and cannot
         run. Without ``formats`` nothing of it is to be quantized.
         """
         formats = formats or ModelFormats()
@@ -146,12 +146,12 @@ class Skeleton:
             kv=formats.kv,
         )
 
-    def fitted(self, block: Block, length: int) -> Block:
-        """The block for sequences of another ``length`` that ``start`` has seen: masks and rotary embeddings."""
+    def for_length(self, block: Block, length: int) -> Block:
+        """The block for sequences of another ``length`` that ``embed`` has seen: masks and rotary embeddings."""
         return replace(block, kwargs=self._kwargs(block.start, len(block.layers), length))
 
     def forget(self) -> None:
-        """Drop what ``start`` kept of the lengths that it saw."""
+        """Drop what ``embed`` kept of the lengths that it saw."""
         for recorder in self._recorders:
             recorder.kwargs.clear()
 

@@ -19,7 +19,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 
 
 @contextmanager
-def building(folder: Path) -> Iterator[None]:
+def report_build_errors(folder: Path) -> Iterator[None]:
     """Around what transformers makes of ``config.json``: its values are checked nowhere before, and by any error."""
     try:
         yield
@@ -41,7 +41,7 @@ def building(folder: Path) -> Iterator[None]:
 def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
     """Shapes of all tensors that a float checkpoint of the model has, by the model's names."""
     state, blocks = skeleton.model.state_dict(), skeleton.family.blocks
-    shapes = {name: state[name].shape for name in skeleton.rest_names}
+    shapes = {name: state[name].shape for name in skeleton.shared_names}
     for index, layer in enumerate(skeleton.layers):
         shapes |= {f"{blocks}.{index}.{name}": value.shape for name, value in layer.named_parameters()}
     return shapes

@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lowbit.analysis.linear_error import damages
+from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
 from lowbit.methods.training import Fitted, fit
 from lowbit.methods.tune import Tune
-from lowbit.models.block import Block, Note, run, run_all
+from lowbit.models.block import Block, Note
+from lowbit.models.forward import run, run_all
 from lowbit.models.offload import Rows
-from lowbit.pipeline.runner import Walk, entered
+from lowbit.pipeline.runner import Walk, embed_tokens
 from lowbit.progress import say
 from lowbit.quant.format import Format, QParams
 from lowbit.runs.folder import RUN, block_file, notes_file, pictures_file
@@ -73,12 +74,12 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
     )
     for note in _notes(fitted):
         say(note)
-    x = tuning.teacher.start(ids[:1].to(walk.device))
+    x = tuning.teacher.embed(ids[:1].to(walk.device))
     for index in range(layers):
         block, float_block = tuning.rounded(index, fitted), first.float_block(index)
         if not (walk.out / block_file(index)).exists():
             before = read_json(first.out / notes_file(index))["seconds"]
-            walk.write(block, damages(block, x), before + (time.monotonic() - began) / layers)
+            walk.write(block, layer_sensitivity(block, x), before + (time.monotonic() - began) / layers)
         x = run_all(float_block, x)
 
 
@@ -89,7 +90,7 @@ class Tuning:
         """Take over from ``first``, whose files are all there; ``y_fp`` is the float model's last hidden state."""
         self.options, self.formats, self.device, self.folder = options, first.plan.formats, first.device, first.out
         self.teacher, self.student = first.skeletons(ids)
-        x = entered(self.student, ids, self.device)
+        x = embed_tokens(self.student, ids, self.device)
         self.rows = Rows(torch.device(self.device), x, y_fp, ids.to(self.device))
         self.layers = range(len(self.student.layers))
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}

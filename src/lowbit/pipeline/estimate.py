@@ -36,7 +36,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     block = sum(weights) // layers * recipe.window
     tokens, hidden = samples * length, skeleton.config.hidden_size
     widest = max(columns for _, columns in linear_shapes(skeleton).values())
-    rest = sum(p.numel() for n, p in skeleton.model.named_parameters() if n in skeleton.rest_names)
+    rest = sum(p.numel() for n, p in skeleton.model.named_parameters() if n in skeleton.shared_names)
     # x_fp, x_q and what replaces them; steps that go through a window block by block have such four of their own, of
     # which one is the window's.
     streams = (7 if recipe.window > 1 else 4) * tokens * hidden * 4

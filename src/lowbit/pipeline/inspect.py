@@ -8,7 +8,7 @@ from lowbit.checkpoints.resolve import load_config, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.models.architecture import DeclaredEdge, Part, Ref
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.validate import building, check_tensors, refuse_foreign_quantization, shapes_of
+from lowbit.models.validate import check_tensors, refuse_foreign_quantization, report_build_errors, shapes_of
 from lowbit.pipeline.estimate import estimate
 from lowbit.pipeline.recipe import load_recipe, with_effort
 from lowbit.quant.scheme import load_scheme
@@ -33,7 +33,7 @@ def inspect_model(
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
     refuse_foreign_quantization(config, manifest is not None, source.folder)
-    with building(source.folder):
+    with report_build_errors(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
     checkpoint = Checkpoint(source.folder)
     family, heads = skeleton.family, skeleton.heads

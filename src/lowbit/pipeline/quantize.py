@@ -21,12 +21,12 @@ from lowbit.data.text import Tokens, calibration, self_sample
 from lowbit.models.device import DTYPES
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
-    building,
     check_finite,
     check_ids,
     check_tensors,
     check_tied,
     refuse_foreign_quantization,
+    report_build_errors,
     shapes_of,
 )
 from lowbit.pipeline.end_to_end import tune
@@ -38,7 +38,7 @@ from lowbit.pipeline.target import settle
 from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.scheme import Scheme, scheme_to_dict
-from lowbit.runs.activation_stats import write_observed
+from lowbit.runs.activation_stats import write_activation_stats
 from lowbit.runs.folder import RUN, claim, look
 from lowbit.runs.load import load
 from lowbit.runs.manifest import Calibration, Identity, Manifest, manifest_of
@@ -186,7 +186,7 @@ def _check(request: Request) -> Resolved:
     )
     config = load_config(source.folder, trusted)
     refuse_foreign_quantization(config, False, source.folder)
-    with building(source.folder):
+    with report_build_errors(source.folder):
         skeleton = Skeleton(config, trusted)
     checkpoint = Checkpoint(source.folder)
     scheme = _scheme(request, skeleton)
@@ -220,7 +220,7 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
         if request.recipe.tune is not None:
             tune(request.recipe.tune, run, ids)
         run.walk(ids)
-    write_observed(out, run.observed)
+    write_activation_stats(out, run.observed)
     return finish(out, resolved.source.folder, plan, identity, run.rows, request.to_dict())
 
 

@@ -21,19 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.analysis.linear_error import damages
+from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.methods.method import Method
-from lowbit.models.block import Block, Calib, relative_error, run_all, run_quantized
-from lowbit.models.offload import home, joined, parts, taken
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import relative_error, run_all, run_quantized
+from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
 from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
 from lowbit.progress import say, track
 from lowbit.quant.compressed_tensors import pack
-from lowbit.runs.activation_stats import FLOAT, MAP, QUANTIZED, watched
-from lowbit.runs.folder import REST, block_file, dequantized, notes_file, pictures_file, read_block
+from lowbit.runs.activation_stats import FLOAT, MAP, QUANTIZED, record_peaks
+from lowbit.runs.folder import REST, block_file, notes_file, pictures_file, read_block, read_dequantized
 from lowbit.runs.latent_weights import write_latents
 from lowbit.runs.manifest import BlockRow
 from lowbit.runs.plan import Plan
@@ -47,21 +48,21 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def entered(skeleton: Skeleton, ids: Tensor, device: str) -> Tensor:
+def embed_tokens(skeleton: Skeleton, ids: Tensor, device: str) -> Tensor:
     """What block 0 is called with for ``ids`` ``(sequences, length)``, made on ``device``, at the streams' home."""
-    where = home(device)
+    where = storage_device(device)
     if where == torch.device(device):
-        return skeleton.start(ids.to(device))
-    return joined((skeleton.start(some.to(device)) for some in ids.split(STARTED)), len(ids), where)
+        return skeleton.embed(ids.to(device))
+    return concatenate((skeleton.embed(some.to(device)) for some in ids.split(STARTED)), len(ids), where)
 
 
-def stream_error(got: Tensor, wanted: Tensor, device: str, batch: int) -> float:
+def hidden_state_error(got: Tensor, wanted: Tensor, device: str, batch: int) -> float:
     """``relative_error`` of two streams; for a GPU summed there, over parts."""
     on = torch.device(device)
-    if home(on) == on:
+    if storage_device(on) == on:
         return relative_error(got, wanted)
     sums = torch.zeros(2, dtype=torch.float64, device=on)
-    for ours, exact in zip(parts(got, batch, on), parts(wanted, batch, on), strict=True):
+    for ours, exact in zip(batches(got, batch, on), batches(wanted, batch, on), strict=True):
         sums += torch.stack([(ours - exact).double().square().sum(), exact.double().square().sum()])
     return float(sums[0] / sums[1].clamp(min=1e-300))
 
@@ -97,16 +98,16 @@ class Walk:
     def walk(self, ids: Tensor) -> Tensor:
         """Quantize every block against calibration tokens ``(sequences, length)``; write the rest before.
 
-        Returns the float model's last hidden states, where ``feed.home`` says that streams live.
+        Returns the float model's last hidden states, where ``offload.storage_device`` says that streams live.
         """
-        rest = self.checkpoint.read(self.skeleton.rest_names)
+        rest = self.checkpoint.read(self.skeleton.shared_names)
         self._fill(rest)
-        x_fp = entered(self.skeleton, ids, self.device)
+        x_fp = embed_tokens(self.skeleton, ids, self.device)
         self._write_rest(rest)
         x_q = x_fp
         if self.plan.embed in self.plan.formats.modules:
             self._fill(self._shipped_rest(rest))
-            x_q = entered(self.skeleton, ids, self.device)
+            x_q = embed_tokens(self.skeleton, ids, self.device)
         del rest
         layers = len(self.skeleton.layers)
         for start in track(range(0, layers, self.recipe.window), "quantizing"):
@@ -125,7 +126,7 @@ class Walk:
 
     def skeletons(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
         """Embeddings and head of the float model and of what ships, after a walk over ``ids``; often one and same."""
-        rest = self.checkpoint.read(self.skeleton.rest_names)
+        rest = self.checkpoint.read(self.skeleton.shared_names)
         exact = self.skeleton
         if {self.plan.embed, self.plan.head} & set(self.plan.formats.modules):
             exact = self.skeleton.empty()
@@ -134,11 +135,11 @@ class Walk:
                 self.skeleton.quantize_head_input(inputs)
         self._fill(rest, exact)
         for skeleton in (exact, self.skeleton):
-            skeleton.start(ids[:1].to(self.device))
+            skeleton.embed(ids[:1].to(self.device))
         return exact, self.skeleton
 
     def _shipped_rest(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dequantized(Checkpoint(self.out, [REST]), rest, self.plan.formats.weights, self.plan.layout)
+        return read_dequantized(Checkpoint(self.out, [REST]), rest, self.plan.formats.weights, self.plan.layout)
 
     def _fill(self, rest: Mapping[str, Tensor], skeleton: Skeleton | None = None) -> None:
         skeleton = skeleton or self.skeleton
@@ -149,7 +150,7 @@ class Walk:
         """One window: run it in float, quantize it unless its shards are there, run what the shards hold."""
         began = time.monotonic()
         block = self.float_block(start, count)
-        with watched(block) as seen:
+        with record_peaks(block) as seen:
             y_fp = run_all(block, x_fp, batch=self.batch)
         self._see(FLOAT, {name: one["peak"] for name, one in seen.items()})
         if not bool(torch.stack(torch.aminmax(y_fp)).isfinite().all()):
@@ -162,7 +163,7 @@ class Walk:
             done = block
             for _, step in self.recipe.block_steps:
                 done = step(done, self._shown(step, calib))
-            self.write(done, damages(done, x_fp[:1].to(self.device)), time.monotonic() - began)
+            self.write(done, layer_sensitivity(done, x_fp[:1].to(self.device)), time.monotonic() - began)
             for note in done.notes:
                 say(f"block {note.layer}: {note.text}")
         del block
@@ -170,7 +171,7 @@ class Walk:
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
             ours = read_block(shard, self.skeleton, index, self.plan.formats, self.plan.layout, self.device)
-            with watched(ours) as seen:
+            with record_peaks(ours) as seen:
                 x_q = run_quantized(ours, x_q, self.batch)
             self._see(QUANTIZED, {name: one["peak"] for name, one in seen.items()})
             if (self.out / pictures_file(index)).exists():
@@ -179,11 +180,11 @@ class Walk:
             kept = read_json(self.out / notes_file(index))
             notes.append((kept["notes"], kept.get("record", {})))
         # The float hidden states are known at the window's end only; a window shares one error.
-        error = stream_error(x_q, y_fp, self.device, self.batch)
+        error = hidden_state_error(x_q, y_fp, self.device, self.batch)
         if not math.isfinite(error):
             raise LowbitError(f"block {start}: the quantized model's output is NaN or infinite: take another recipe")
         for index, (texts, record) in enumerate(notes, start):
-            self.rows.append(BlockRow(index, texts, error, record["damage"], record.get("steps", {})))
+            self.rows.append(BlockRow(index, texts, error, record["sensitivity"], record.get("steps", {})))
         return y_fp, x_q
 
     def _shown(self, step: Method, calib: Calib) -> Calib:
@@ -198,7 +199,7 @@ class Walk:
         if schedule is None or not step.closed_form:
             return calib
         train, _ = schedule.split(len(calib.x_q))
-        x_fp, x_q, y_fp = (taken(stream, train) for stream in (calib.x_fp, calib.x_q, calib.y_fp))
+        x_fp, x_q, y_fp = (select_sequences(stream, train) for stream in (calib.x_fp, calib.x_q, calib.y_fp))
         return replace(calib, x_fp=x_fp, x_q=x_q, y_fp=y_fp)
 
     def _see(self, kind: str, found: Mapping[str, Tensor]) -> None:
@@ -216,7 +217,7 @@ class Walk:
             if not bool(torch.isfinite(value).all()):
                 raise LowbitError(f"block {block.start}: '{name}' became NaN or infinite; nothing of it was written")
         for name, q in block.qweights.items():
-            if not q.format.storable(q.qparams):
+            if not q.format.fits_scale_dtype(q.qparams):
                 raise LowbitError(
                     f"block {block.start}: the weights of '{name}' are so large that their scale would be cut to the "
                     "largest that is stored; the checkpoint is broken, or the recipe scaled too much"
@@ -230,7 +231,7 @@ class Walk:
             if type(op) not in declared:
                 raise RuntimeError(f"block {block.start}: no step declares the {op.kind} at {name}")
 
-    def write(self, block: Block, damage: Mapping[int, Any], seconds: float) -> None:
+    def write(self, block: Block, sensitivity: Mapping[int, Any], seconds: float) -> None:
         """Notes and pictures first, the shard last: a shard that is there is complete, and its block was checked."""
         self._check(block)
         if self.latents:
@@ -254,7 +255,7 @@ class Walk:
             figures = {"steps": dict(block.record[index])} if index in block.record else {}
             record = {
                 "notes": notes,
-                "record": {**figures, "damage": damage[index]},
+                "record": {**figures, "sensitivity": sensitivity[index]},
                 "seconds": seconds / len(block.layers),
                 "peak_memory_bytes": peak_memory_bytes(),
             }

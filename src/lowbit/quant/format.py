@@ -155,7 +155,7 @@ class Format(ABC):
         """What codes, or positions between codes, stand for; qparams broadcast against ``codes``."""
 
     @abstractmethod
-    def storable(self, qparams: QParams) -> bool:
+    def fits_scale_dtype(self, qparams: QParams) -> bool:
         """No scale is cut to the largest number that its stored precision holds."""
 
     def groups(self, columns: int) -> int:

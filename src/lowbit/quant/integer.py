@@ -149,7 +149,7 @@ class IntFormat(Format):
         """``(code - zero) * scale``."""
         return (codes - qparams.zero) * qparams.scale
 
-    def storable(self, qparams: QParams) -> bool:
+    def fits_scale_dtype(self, qparams: QParams) -> bool:
         """Every scale is below the largest number of its dtype."""
         return float(qparams.scale.max()) < torch.finfo(self.scale_dtype).max
 

@@ -17,7 +17,7 @@ from lowbit.reports.collect import Measured, measured_of
 from lowbit.reports.command import command
 from lowbit.reports.facts import Array, RunFacts, Target, place_of
 from lowbit.reports.page import render
-from lowbit.runs.activation_stats import FLOAT, MAP, OBSERVED, QUANTIZED, read_observed
+from lowbit.runs.activation_stats import FLOAT, MAP, OBSERVED, QUANTIZED, read_activation_stats
 from lowbit.runs.folder import TIMING
 
 
@@ -74,7 +74,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _facts(run: Run, name: str, found: Measured) -> RunFacts:
     repeat, recipe = command(run.manifest.request)
-    timing, seen = run.folder / TIMING, read_observed(run.folder)
+    timing, seen = run.folder / TIMING, read_activation_stats(run.folder)
     return RunFacts(
         name=name,
         manifest=run.manifest,

@@ -36,7 +36,7 @@ def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
         models=list(dict.fromkeys(run.manifest.identity.model for run in runs)),
         scores=score_table(runs, floats),
         quality=quality_charts(runs),
-        damage=damage_charts(runs),
+        sensitivity=damage_charts(runs),
         cost=cost_charts(runs),
         outlier_charts=outliers.comparison(runs),
     )
@@ -95,7 +95,7 @@ def quality_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
 
 def damage_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
     """Where each run broke: the error that each linear makes alone, for every block, on one scale for all runs."""
-    found = [(run, _damage(run)) for run in runs]
+    found = [(run, _sensitivity(run)) for run in runs]
     largest = max((value for _, values in found for value in values.values()), default=0.0)
     charts = []
     for run, values in found:
@@ -111,9 +111,9 @@ def damage_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
     return [(title, chart) for title, chart in charts if chart]
 
 
-def _damage(run: RunFacts) -> dict[tuple[str, int], float]:
+def _sensitivity(run: RunFacts) -> dict[tuple[str, int], float]:
     """Errors by linear and block; see ``lowbit.analysis.linear_error``."""
-    rows = ((row.block, row.damage["linears"]) for row in run.blocks if row.damage)
+    rows = ((row.block, row.sensitivity["linears"]) for row in run.blocks if row.sensitivity)
     return {(name, block): one["error"] for block, linears in rows for name, one in linears.items()}
 
 

@@ -24,7 +24,7 @@ FLOAT, QUANTIZED, MAP = "float", "quantized", "map"  # first words of the names 
 
 
 @contextmanager
-def watched(block: Block) -> Iterator[dict[str, Statistics]]:
+def record_peaks(block: Block) -> Iterator[dict[str, Statistics]]:
     """Within it, runs of ``block`` note the largest absolute value of each channel ``(in,)`` that linears read.
 
     Keys are a layer's index and the linears that read the tensor: ``7.mlp.gate_proj+mlp.up_proj``. Values are taken
@@ -49,12 +49,12 @@ def watched(block: Block) -> Iterator[dict[str, Statistics]]:
         yield seen
 
 
-def write_observed(out: Path, found: Mapping[str, Tensor]) -> None:
+def write_activation_stats(out: Path, found: Mapping[str, Tensor]) -> None:
     """Write everything that was seen to its file in the run folder ``out``."""
     write_tensors(out / OBSERVED, {name: value.to("cpu", torch.bfloat16) for name, value in found.items()})
 
 
-def read_observed(folder: Path) -> dict[str, Tensor]:
+def read_activation_stats(folder: Path) -> dict[str, Tensor]:
     """What a run saw, in float32, by ``float.7.mlp.down_proj``, ``quantized.7...`` and ``map.7.affinequant.heads``;
     empty for a run of a version that did not look."""
     if not (folder / OBSERVED).exists():

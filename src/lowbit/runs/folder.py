@@ -228,7 +228,7 @@ def run_layout(manifest: Manifest, embed: str) -> str:
     return layout_of(run_formats(manifest, run_scheme(manifest), embed))
 
 
-def dequantized(
+def read_dequantized(
     checkpoint: Checkpoint, names: Iterable[str], weights: Mapping[str, Format], layout: str
 ) -> dict[str, Tensor]:
     """Parameters by the model's names, quantized ones as the values that their codes stand for, in float32."""

@@ -21,10 +21,10 @@ from lowbit.models.attention import attention_name
 from lowbit.models.families import family_of
 from lowbit.models.gathered_norm import gathered_norm
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp
-from lowbit.models.validate import building, check_tensors, refuse_foreign_quantization
+from lowbit.models.validate import check_tensors, refuse_foreign_quantization, report_build_errors
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats, simulated_on
-from lowbit.runs.folder import dequantized, read_ops, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_layout, run_scheme
 from lowbit.runs.manifest import manifest_of
 
 
@@ -49,7 +49,7 @@ def load(
     config: Any = load_config(folder, trust_remote_code)
     refuse_foreign_quantization(config, manifest is not None, folder)
     config.__dict__.pop("quantization_config", None)
-    with building(folder), init_empty_weights(include_buffers=False):
+    with report_build_errors(folder), init_empty_weights(include_buffers=False):
         family = family_of(config)
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     scheme = simulated_on(run_scheme(manifest) if manifest else None, target)
@@ -60,7 +60,7 @@ def load(
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     checkpoint = Checkpoint(folder)
     check_tensors(checkpoint, shapes, family.blocks, formats.weights)
-    state = dequantized(checkpoint, shapes, formats.weights, layout)
+    state = read_dequantized(checkpoint, shapes, formats.weights, layout)
     model.load_state_dict({n: v.to(device, dtype) for n, v in state.items()}, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

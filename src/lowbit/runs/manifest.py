@@ -72,14 +72,14 @@ class BlockRow:
         block: its index.
         notes: what a reader must know: a damping raised, a fit that gave up.
         relative_error: of the hidden states behind it, against the float model's.
-        damage: its linears' sensitivity; see ``analysis/linear_error.py``.
+        sensitivity: its linears' sensitivity; see ``analysis/linear_error.py``.
         steps: figures by the step's name.
     """
 
     block: int
     notes: list[str]
     relative_error: float
-    damage: dict[str, Any] = field(default_factory=dict)
+    sensitivity: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
 
 

@@ -16,12 +16,19 @@ from torch import Tensor
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.errors import LowbitError
-from lowbit.models.block import Block, run_all
+from lowbit.models.block import Block
+from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.validate import building, check_tensors, check_tied, refuse_foreign_quantization, shapes_of
+from lowbit.models.validate import (
+    check_tensors,
+    check_tied,
+    refuse_foreign_quantization,
+    report_build_errors,
+    shapes_of,
+)
 from lowbit.progress import track
 from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
-from lowbit.runs.folder import dequantized, read_block, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import read_block, read_dequantized, run_formats, run_layout, run_scheme
 from lowbit.runs.manifest import manifest_of
 
 # Hidden states of this many bytes are held at once; longer texts are done in several passes over the blocks.
@@ -55,7 +62,7 @@ class StreamedModel:
         self.device, self.dtype = device, dtype
         self.scheme: Scheme | None = simulated_on(run_scheme(manifest) if manifest else None, target)
         self.checkpoint = Checkpoint(folder)
-        with building(folder):
+        with report_build_errors(folder):
             self.skeleton = Skeleton(self.config, trust_remote_code)
         family = self.skeleton.family
         self.formats, self._layout = ModelFormats(), ""
@@ -65,7 +72,7 @@ class StreamedModel:
         weights = self.formats.weights
         check_tensors(self.checkpoint, shapes_of(self.skeleton), family.blocks, weights)
         check_tied(self.checkpoint, self.skeleton)
-        rest = dequantized(self.checkpoint, self.skeleton.rest_names, weights, self._layout)
+        rest = read_dequantized(self.checkpoint, self.skeleton.shared_names, weights, self._layout)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in rest.items()})
         self.skeleton.model.to(device)
         if (inputs := self.formats.input(family.head)) is not None:
@@ -96,7 +103,7 @@ class StreamedModel:
 
     def enter(self, ids: Tensor) -> Tensor:
         """What block 0 is called with for ``ids`` ``(windows, length)``: ``(windows, length, hidden)``."""
-        return self.skeleton.start(ids.to(self.device))
+        return self.skeleton.embed(ids.to(self.device))
 
     def through(self, index: int, batches: Sequence[Tensor]) -> list[Tensor]:
         """Batches of hidden states through block ``index``, which is read now and held no longer.
@@ -106,7 +113,7 @@ class StreamedModel:
         block = self.block(index)
         params, quantized = block.quantized_params(), self.scheme is not None
         return [
-            run_all(self.skeleton.fitted(block, x.shape[1]), x, params, quantized=quantized, batch=len(x))
+            run_all(self.skeleton.for_length(block, x.shape[1]), x, params, quantized=quantized, batch=len(x))
             for x in batches
         ]
 

@@ -1,0 +1,161 @@
+"""Running a block: the library's layers through ``torch.func.functional_call``, hooks that leave nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.models.attention import quantized_attention
+from lowbit.models.block import Block
+from lowbit.models.offload import batches, concatenate
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
+
+Tap = Callable[[Tensor], None]
+
+
+def run(
+    block: Block,
+    x: Tensor,
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    quantized: bool = False,
+    taps: Mapping[str, Tap] | None = None,
+) -> Tensor:
+    """The block's output for hidden states ``x`` ``(sequences, length, hidden)``; differentiable in ``params``.
+
+    Args:
+        block: the block.
+        x: hidden states; everything is computed in their dtype.
+        params: parameters to run with; the block's float ones by default (``quantized_params()`` for the
+            quantized ones).
+        quantized: inputs of the linears and Q, K, V are quantized as ``block.formats`` and ``block.kv`` say.
+        taps: for a linear's name a function that is shown the linear's input as the linear sees it.
+    """
+    params = block.params if params is None else params
+    for layer, index, kwargs in zip(block.layers, block.indices, block.kwargs, strict=True):
+        prefix = f"{index}."
+        own = {name.removeprefix(prefix): p.to(x.dtype) for name, p in params.items() if name.startswith(prefix)}
+        with ExitStack() as stack:
+            attention = layer.get_submodule(block.family.attention)
+            stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
+            for name, hook in _hooks(block, index, quantized, taps or {}):
+                handle = layer.get_submodule(name).register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
+            for name, op in block.ops.items():
+                if op.place == "behind a norm" and name.startswith(prefix):
+                    norm = layer.get_submodule(name.removeprefix(prefix))
+                    stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
+            x = torch.func.functional_call(layer, own, args=(x,), kwargs=dict(kwargs))
+    return x
+
+
+def apply_behind(op: RuntimeOp) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A forward hook that applies a runtime op to a norm's output."""
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return op(out)
+
+    return hook
+
+
+class _Seen(Exception):
+    """Ends a forward pass whose rest nobody needs; private, so that it can be taken for nothing else."""
+
+
+@torch.no_grad()
+def observe(
+    block: Block,
+    x: Tensor,
+    taps: Mapping[str, Tap],
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    quantized: bool = False,
+    batch: int = 4,
+) -> None:
+    """Show the linears' inputs to ``taps``, all sequences, ``batch`` at a time, without gradients.
+
+    As ``run``, but each pass ends where the last of the taps has seen its tensor.
+    """
+    last = [name for name in block.linears() if name in taps][-1]
+
+    def stop(value: Tensor) -> None:
+        taps[last](value)
+        raise _Seen
+
+    for part in batches(x, batch, block.device):
+        try:
+            run(block, part, params, quantized=quantized, taps={**taps, last: stop})
+        except _Seen:
+            continue
+
+
+def _hooks(
+    block: Block, index: int, quantized: bool, taps: Mapping[str, Tap]
+) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
+    """For the linears of a layer that need it: quantize the input, then show it to the tap.
+
+    Linears that read one tensor share its quantization where they have the same format.
+    """
+    for group in block.family.linears:
+        cache: dict[ActFormat, tuple[Tensor, Tensor]] = {}
+        for name in group:
+            linear = f"{index}.{name}"
+            format = block.input_format(linear) if quantized else None
+            tap, op = taps.get(linear), block.ops.get(linear)
+            if format is None and tap is None:
+                continue
+
+            def hook(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                format: ActFormat | None = format,
+                tap: Tap | None = tap,
+                op: RuntimeOp | None = op,
+                cache: dict[ActFormat, tuple[Tensor, Tensor]] = cache,
+            ) -> tuple[Any, ...] | None:
+                x = args[0]
+                if format is not None and op is not None:
+                    x = op(x, format)
+                elif format is not None:
+                    if format not in cache or cache[format][0] is not x:
+                        cache[format] = (x, format.fake_quant(x))
+                    x = cache[format][1]
+                if tap is not None:
+                    tap(x)
+                return (x, *args[1:])
+
+            yield name, hook
+
+
+@torch.no_grad()
+def run_all(
+    block: Block,
+    x: Tensor,
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    quantized: bool = False,
+    taps: Mapping[str, Tap] | None = None,
+    batch: int = 4,
+) -> Tensor:
+    """``run`` over all sequences, ``batch`` at a time, without gradients; the result lives where ``x`` does."""
+    done = (run(block, part, params, quantized=quantized, taps=taps) for part in batches(x, batch, block.device))
+    return concatenate(done, len(x), x.device)
+
+
+def run_quantized(block: Block, x: Tensor, batch: int = 4) -> Tensor:
+    """The output of the block as it ships, for all sequences: quantized weights, inputs, Q, K and V."""
+    return run_all(block, x, block.quantized_params(), quantized=True, batch=batch)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """``||got - wanted||^2 / ||wanted||^2`` over everything, summed in float64.
+
+    >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
+    0.5
+    """
+    return float((got - wanted).double().square().sum() / wanted.double().square().sum().clamp(min=1e-300))
