@@ -224,8 +224,8 @@ def test_few_pieces_wait_on_the_device_while_they_are_joined():
 def test_rows_are_the_chosen_ones_prepared_or_not(monkeypatch):
     x, y, here = torch.randn(9, 64, 512).pin_memory(), torch.randn(9, 33), torch.randn(9, 5, device=CUDA)
     sent = []
-    real = offload._sent
-    monkeypatch.setattr(offload, "_sent", lambda *args: sent.append(0) or real(*args))
+    real = offload._start_copy
+    monkeypatch.setattr(offload, "_start_copy", lambda *args: sent.append(0) or real(*args))
     rows = Rows(torch.device("cuda"), x, y, here)
     order = [torch.tensor(some) for some in ([3, 1], [0], [8, 7, 2], [3, 1], [5])]
     for now, then in itertools.zip_longest(order, order[1:]):

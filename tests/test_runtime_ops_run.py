@@ -118,7 +118,7 @@ def test_every_reader_of_the_folder_runs_what_is_online(name, scheme, settings, 
     assert manifest.bits_per_weight == pytest.approx(plain + more)
     assert made.bits_per_weight == manifest.bits_per_weight
     assert not manifest.transformers.loads
-    for what, count in (("matrices behind norms", maps), ("clipped ranges", clips)):
+    for what, count in (("matrices after norms", maps), ("clipped ranges", clips)):
         assert (f"{count} {what}" in manifest.transformers.why_not) == bool(count)
     assert any("lowbit.load" in warning for warning in made.warnings)
 
@@ -196,7 +196,7 @@ OPS = {
         ({f"{NORM}.runtime.gather.idx": CHANNELS}, "its gather holds .* is expected"),
         (
             {f"{NORM}.runtime.gather.idx": CHANNELS + 1, f"{NORM}.runtime.gather.factor": EYE[0]},
-            "its gather names channels that are not there",
+            "its gather has channel indices out of range",
         ),
         ({f"{LINEAR}.runtime.clip.ratios": torch.ones(3)}, r"its clip holds .*\(3,\).* is expected"),
         (

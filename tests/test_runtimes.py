@@ -240,8 +240,8 @@ def test_it_exports_and_verifies(made: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--scheme", "w4a4"], r"llama.cpp cannot carry scheme w4a4, act: .*nearest that fits: w4a16-asym$"),
-        (["--recipe", "qllm"], r"recipe: reassemble leaves gathers behind norms online"),
-        (["--recipe", "affinequant", "--set", "affinequant.mlp=matrix"], r"affinequant leaves matrices behind norms"),
+        (["--recipe", "qllm"], r"recipe: reassemble leaves gathers after norms online"),
+        (["--recipe", "affinequant", "--set", "affinequant.mlp=matrix"], r"affinequant leaves matrices after norms"),
         (["--override", "*.down_proj=w4g16"], r"override \*\.down_proj: .*--override '\*\.down_proj=w4g32-sym'$"),
     ],
 )  # fmt: skip
@@ -260,7 +260,7 @@ def test_what_llama_cpp_cannot_carry_is_refused_before_any_work(
 
 
 def test_the_recipe_is_named_where_only_the_larger_groups_fail_by_their_size(tmp_path: Path) -> None:
-    with pytest.raises(LowbitError, match=r"vllm cannot carry .*, recipe: reassemble leaves gathers behind norms"):
+    with pytest.raises(LowbitError, match=r"vllm cannot carry .*, recipe: reassemble leaves gathers after norms"):
         quantized(tmp_path, None, recipe="qllm", target="vllm")
     assert not (tmp_path / "run").exists()
 

@@ -90,7 +90,7 @@ def test_a_run_with_a_runtime_op_is_refused_before_any_work(
 def test_a_run_whose_recipe_left_matrices_is_refused(run_of: Callable[..., Path], tmp_path: Path) -> None:
     folder = run_of("w4a16g32-sym", recipe="affinequant", settings=("affinequant.qkv=matrix", "affinequant.epochs=1"))
     for target in EXPORTERS:
-        with pytest.raises(LowbitError, match=r"recipe: .* leaves matrices behind norms online") as caught:
+        with pytest.raises(LowbitError, match=r"recipe: .* leaves matrices after norms online") as caught:
             lowbit.export(folder, target, out=tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())

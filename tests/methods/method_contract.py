@@ -265,7 +265,7 @@ def check_behind(step: Method, block: Block, calib: Calib, left_by: Method) -> A
         Recipe("contract", steps)
     for edge in block.edges():
         if edge.src.module in block.ops:
-            with pytest.raises(LowbitError, match="stands behind the norm"):
+            with pytest.raises(LowbitError, match="follows the norm"):
                 move(block, edge, torch.ones(map_width(block, edge)))
     try:
         tried = attempt(step, block, calib)

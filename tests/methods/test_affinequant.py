@@ -263,7 +263,7 @@ def test_dominance_is_enforced_through_a_whole_fit():
         _, _, done = trained(options, "llama-odd")
         margin = done.record[1]["affinequant"]["sites"]["1.heads"]["margin"]
         assert (margin > 0) == holds, (dominance, margin)
-    with pytest.raises(LowbitError, match="masked and blocks only"):
+    with pytest.raises(LowbitError, match="it applies to 'masked' and 'blocks' only"):
         affine(dominance="enforce", parametrisation="lu")
 
 
@@ -389,7 +389,7 @@ def test_learned_clips_of_inputs_keep_the_rounding_offsets_of_a_step_before():
 def test_a_matrix_is_refused_behind_a_norm_where_a_runtime_op_stands(start):
     block, calib = case("llama-odd")
     before = METHODS["reassemble"](sites="norms", theta="most", most=0.2)(block, calib)
-    with pytest.raises(LowbitError, match=r"a gather stands behind the norm 1\.input_layernorm"):
+    with pytest.raises(LowbitError, match=r"a gather follows the norm 1\.input_layernorm"):
         affine(qkv="matrix", mlp="matrix", start=start, epochs=1)(before, calib)
 
 

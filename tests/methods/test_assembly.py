@@ -215,7 +215,7 @@ def test_norms_alone_leave_down_proj_as_it_is():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"assembly": "bipartite"}, "no product of means; take assembly 'drop', or sites 'norms' or 'all'"),
+        ({"assembly": "bipartite"}, "not a product of means; choose assembly 'drop', or sites 'norms' or 'all'"),
         ({"assembly": "pad", "sites": "all"}, "one hidden_size and one intermediate_size .*allowed: drop"),
         ({"assembly": "one-to-on", "sites": "all"}, "did you mean 'one-to-one'"),
         ({"sites": "norm"}, "did you mean 'norms'"),

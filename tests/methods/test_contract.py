@@ -221,19 +221,19 @@ def test_a_closed_form_fit_sees_nothing_of_the_validation_split_behind_it(name):
     behind = (("tune", Tune()),) if step.rounds else (("lowrank", learned), ("rtn", RTN()))
     walk = SimpleNamespace(recipe=Recipe("contract", ((name, step), *behind)))
     block, calib = window("llama-odd", "w4a8", 1)
-    shown = Walk._shown(walk, step, calib)
+    visible = Walk._visible(walk, step, calib)
     if not METHODS[name].closed_form:
-        assert shown is calib
+        assert visible is calib
         return
     train, held = learned.schedule.split(len(calib.x_q))
     assert len(held)
     for stream in ("x_fp", "x_q", "y_fp"):
-        assert torch.equal(getattr(shown, stream), getattr(calib, stream)[train])
+        assert torch.equal(getattr(visible, stream), getattr(calib, stream)[train])
     spoilt = {stream: getattr(calib, stream).clone() for stream in ("x_fp", "x_q", "y_fp")}
     for value in spoilt.values():
         value[held] = torch.nan
-    blind = Walk._shown(walk, step, replace(calib, **spoilt))
-    assert same(everything(step(block, shown)), everything(step(block, blind)))
+    blind = Walk._visible(walk, step, replace(calib, **spoilt))
+    assert same(everything(step(block, visible)), everything(step(block, blind)))
 
 
 @pytest.mark.parametrize("missing", DECLARED)

@@ -179,10 +179,10 @@ def test_the_step_notes_a_damping_that_was_raised_and_only_then(monkeypatch):
 def rows_of(x, tokens):
     """Tokens as rows; for ``normalized`` each divided by its root mean square."""
     rows = x.flatten(0, -2)
-    return rows if tokens == "all" else rows / rows.square().mean(1, keepdim=True).sqrt()
+    return rows if tokens == "unweighted" else rows / rows.square().mean(1, keepdim=True).sqrt()
 
 
-@pytest.mark.parametrize("tokens", ["all", "normalized"])
+@pytest.mark.parametrize("tokens", ["unweighted", "normalized"])
 @pytest.mark.parametrize("name", ["w4a16", "w4a8", "w4a16kv4"])
 def test_each_linear_is_quantized_for_its_input_in_the_model_quantized_up_to_it(name, tokens):
     block, calib = step_case(name)
@@ -216,7 +216,7 @@ def test_options_out_of_range(options):
         GPTQ(**options)
 
 
-@pytest.mark.parametrize("tokens", ["all", "normalized"])
+@pytest.mark.parametrize("tokens", ["unweighted", "normalized"])
 def test_towards_the_output_the_weights_are_first_moved_to_the_least_squares_answer(tokens):
     block, calib = step_case("w4a8")
     # Far from the float stream, as behind many blocks.
@@ -227,7 +227,7 @@ def test_towards_the_output_the_weights_are_first_moved_to_the_least_squares_ans
     got, wanted = [], []
     run_all(block, calib.x_q, upto.quantized_params(), quantized=True, taps={name: got.append})
     run_all(block, calib.x_fp, taps={name: wanted.append})
-    x, y = rows_of(torch.cat(got), "all").double(), rows_of(torch.cat(wanted), "all").double()
+    x, y = rows_of(torch.cat(got), "unweighted").double(), rows_of(torch.cat(wanted), "unweighted").double()
     if tokens == "normalized":
         unit = x.square().mean(1, keepdim=True).sqrt()
         x, y = x / unit, y / unit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -37,9 +38,9 @@ def wide_case(kind):
     ("kind", "assembly", "tokens"),
     [
         ("down", "drop", "normalized"),
-        ("norms", "drop", "all"),
+        ("norms", "drop", "unweighted"),
         ("norms", "bipartite", "normalized"),
-        ("norms", "one-to-one", "all"),
+        ("norms", "one-to-one", "unweighted"),
     ],
 )
 def test_matching_and_search_hold_two_matrices_of_the_channels_squared(kind, assembly, tokens):
@@ -52,6 +53,7 @@ def test_matching_and_search_hold_two_matrices_of_the_channels_squared(kind, ass
     assert WIDE**2 < held.numbers <= 2 * WIDE**2
 
 
+@cache
 def one_step(count, layers):
     """What a step of the correction holds for the last ``count`` of a model's layers."""
     block, x = block_of(tiny_model("llama", num_hidden_layers=layers), layers - count, count)

@@ -152,7 +152,7 @@ def test_reassembly_everywhere_reaches_every_reader_of_the_folder(tmp_path):
     gathers = [name for name, kind in made.manifest.runtime_ops.items() if kind == "gather"]
     assert gathers == list(made.manifest.runtime_ops)
     assert all(name.endswith("norm") for name in gathers)
-    assert "gathers behind norms" in made.manifest.transformers.why_not
+    assert "gathers after norms" in made.manifest.transformers.why_not
     ids = tiny_ids()
     simulated = torch.cat([logits for _, logits in StreamedModel(tmp_path / "out").logits(ids)])
     loaded = lowbit.load(tmp_path / "out")(ids, use_cache=False).logits.detach()
@@ -261,7 +261,7 @@ def test_the_inverse_for_dropping_is_the_inverse_and_a_bad_matrix_is_an_error():
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     torch.testing.assert_close(damped_inverse(gram.clone(), 0.01) @ damped, torch.eye(12, dtype=torch.float64))
     for bad in (torch.full((4, 4), torch.nan), torch.tensor([[1.0, 2.0], [2.0, 1.0]])):
-        with pytest.raises(LowbitError, match="Else raise"):
+        with pytest.raises(LowbitError, match="or raise reassemble.damping"):
             damped_inverse(bad.double(), 0.01)
 
 

@@ -35,7 +35,7 @@ def inputs(block, x, params, linear, quantized=False):
     return torch.cat(seen).double()
 
 
-@pytest.mark.parametrize("tokens", ["all", "normalized"])
+@pytest.mark.parametrize("tokens", ["unweighted", "normalized"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_each_weight_is_the_ridge_regression_behind_the_refitted_and_quantized_linears_before_it(count, tokens):
     block, calib = case(count=count, start=0)

@@ -115,7 +115,7 @@ def test_paired_figures_are_those_of_a_loop_over_tokens():
         assert torch.allclose(seen[name].double(), exact, atol=1e-4 * float(exact.abs().max())), name
 
 
-def test_a_token_counts_alike_in_the_even_figures_however_large_it_is():
+def test_a_token_counts_alike_in_the_normalized_figures_however_large_it_is():
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     sizes = torch.logspace(-2, 4, 40)[:, None]
     found = []
@@ -128,7 +128,7 @@ def test_a_token_counts_alike_in_the_even_figures_however_large_it_is():
     assert float((found[0]["gram"] - found[1]["gram"]).abs().max()) > 1e3
 
 
-@pytest.mark.parametrize("tokens", ["all", "normalized"])
+@pytest.mark.parametrize("tokens", ["unweighted", "normalized"])
 def test_gptq_takes_the_second_moments_that_it_is_told_to_take(tokens):
     scheme = with_overrides(parse_scheme("w3a16"), {"*.self_attn.*": "float", "*.gate_proj": "float"})
     scheme = with_overrides(scheme, {"*.up_proj": "float"})  # down_proj alone, so that its input is the float one
@@ -137,7 +137,7 @@ def test_gptq_takes_the_second_moments_that_it_is_told_to_take(tokens):
     found = GPTQ(tokens=tokens)(block, calib).qweights
     assert list(found) == [down]
     codes = {}
-    for kind in ("all", "normalized"):
+    for kind in ("unweighted", "normalized"):
         gram = torch.zeros(96, 96)
         for rows in inputs_of(block, calib.x_q, down):
             unit = rows.square().mean(1, keepdim=True).sqrt() if kind == "normalized" else torch.ones(len(rows), 1)
@@ -146,11 +146,11 @@ def test_gptq_takes_the_second_moments_that_it_is_told_to_take(tokens):
         upper, _ = inverse_factor(gram[order][:, order], 0.01)
         qparams = scheme.weight.qparams(block.weight(down))
         codes[kind] = gptq_codes(block.weight(down), upper, order, qparams, scheme.weight, 128)
-    assert not torch.equal(codes["all"], codes["normalized"])
+    assert not torch.equal(codes["unweighted"], codes["normalized"])
     assert torch.equal(found[down].codes, codes[tokens])
 
 
-@pytest.mark.parametrize("tokens", ["all", "normalized"])
+@pytest.mark.parametrize("tokens", ["unweighted", "normalized"])
 @pytest.mark.parametrize("peaks", ["absolute", "relative"])
 def test_reassembly_splits_and_drops_by_the_figures_that_it_is_told_to_take(peaks, tokens, monkeypatch):
     block, calib = case()
@@ -172,10 +172,10 @@ def test_reassembly_splits_and_drops_by_the_figures_that_it_is_told_to_take(peak
     monkeypatch.setattr(reassemble, "DropPlan", Plan)
     Reassemble(peaks=peaks, tokens=tokens)(block, calib)
     wanted = {"absolute": rows.abs().amax(0), "relative": (rows / unit).pow(8).mean(0).pow(1 / 8)}
-    even = rows / unit
+    normalized = rows / unit
     torch.testing.assert_close(seen["peak"], wanted[peaks], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
-        seen["gram"], even.T @ even if tokens == "normalized" else rows.T @ rows, rtol=1e-4, atol=1e-3
+        seen["gram"], normalized.T @ normalized if tokens == "normalized" else rows.T @ rows, rtol=1e-4, atol=1e-3
     )
     assert float((wanted["absolute"] / wanted["relative"]).std()) > 0.01
 
@@ -221,8 +221,8 @@ def test_all_candidates_of_a_layer_share_one_sequence_of_drops(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "options", "near"),
     [
-        (GPTQ, {"tokens": "evn"}, "normalized"),
-        (Reassemble, {"tokens": "al"}, "all"),
+        (GPTQ, {"tokens": "normalised"}, "normalized"),
+        (Reassemble, {"tokens": "unweightd"}, "unweighted"),
         (Reassemble, {"peaks": "relativ"}, "relative"),
     ],
 )

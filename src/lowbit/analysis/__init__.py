@@ -1,1 +1,1 @@
-"""Where a run loses quality, and which bits would buy it back: layer sensitivity, bit allocation, proposals."""
+"""Where a run loses quality, and where more bits recover it: layer sensitivity, bit allocation, proposals."""

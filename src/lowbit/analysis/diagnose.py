@@ -1,10 +1,10 @@
-"""``lowbit.diagnose``: where a run lost what it lost, what more bits would bring there, and a scheme for a budget.
+"""``lowbit.diagnose``: sensitivity of a run's blocks and linears, the gain of more bits, and a scheme for a budget.
 
-What a run recorded about each linear (see ``sensitivity``) is enough for a ranking, and nothing is computed. With the
-float model at hand, sensitivity is also measured as what counts in the end: KL divergence of next-token distributions,
-each block as it ships with all others in float, and each linear alone where the run left its block's float weights
-as they were (a recipe that only rounds). Elsewhere a linear has the share of its block's divergence that its error
-predicts: for small errors, divergence is proportional to the error at the block's output.
+The sensitivities that a run records (see ``analysis.linear_error``) suffice for a ranking without computation. With
+the float model, sensitivity is measured as KL divergence of next-token distributions: for each block as it ships with
+all others in float, and for each linear alone where the recipe does not change float weights before quantizing them.
+Elsewhere a linear gets the share of its block's divergence that its error predicts: for small errors, divergence is
+proportional to the error at the block's output.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ ERROR, KL = "relative error at the block's output", "KL divergence in nats per t
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Where a run lost what it lost; ``to_dict`` is what ``--json`` prints.
+    """Sensitivities of a run's blocks and linears; ``--json`` prints ``to_dict``.
 
     Attributes:
         run: the run folder.
-        measure: what ``sensitivity`` and ``gain`` are in: ``ERROR`` or ``KL``.
-        protocol: what the figures depend on: text, windows, length and seed, or the run's first calibration window.
-        blocks: most damaged first: ``block``, ``sensitivity`` (the block alone, all that is rounded in it), ``gain`` (what
-            its linears would gain at 8 bits, each alone, together), ``error``.
-        linears: most damaging first: ``linear``, ``block``, ``format``, ``sensitivity`` (alone), ``gain`` (at 8 bits),
-            ``error``, ``measured`` (false: a share of its block's divergence).
-        proposal: overrides for the budget; ``None`` without one.
+        measure: the measure of ``sensitivity`` and ``gain``: ``ERROR`` or ``KL``.
+        protocol: text, windows, length and seed of the measurement, or the run's first calibration window.
+        blocks: most sensitive first: ``block``, ``sensitivity`` (only this block quantized), ``gain`` (sum of its
+            linears' gains), ``error``.
+        linears: most sensitive first: ``linear``, ``block``, ``format``, ``sensitivity`` (only this linear
+            quantized), ``gain`` (decrease of sensitivity at 8 bits), ``error``, ``measured`` (false: a share of its
+            block's divergence).
+        proposal: overrides for the budget; ``None`` without a budget.
         seconds: wall time.
     """
 
@@ -73,7 +74,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class _Run:
-    """A finished run that recorded its sensitivity."""
+    """A finished run with recorded sensitivities."""
 
     source: Source
     manifest: Manifest
@@ -82,12 +83,12 @@ class _Run:
 
     @property
     def error(self) -> list[float]:
-        """Each block's error at its output, everything in it rounded."""
+        """Error at each block's output, with all of the block quantized."""
         return [row.sensitivity["error"] for row in self.manifest.blocks]
 
     @property
     def only_rounds(self) -> bool:
-        """The recipe is its rounding step alone, so the float weights are the model's own."""
+        """The recipe has no step before the one that quantizes, so the float weights are the model's own."""
         return len(self.manifest.identity.steps) == 1
 
 
@@ -108,82 +109,82 @@ def diagnose(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Diagnosis:
-    """Rank a run's blocks and linears by the sensitivity each does alone and by what it would gain at 8 bits.
+    """Rank a run's blocks and linears by their sensitivity when quantized alone, with their gain at 8 bits.
 
     Args:
         run: the run folder.
-        exact: the float model it was made from; measures KL divergence. Without it, errors that the run recorded.
-        data, samples, length, seed: with ``exact``: so many windows of so many tokens of an evaluation text, drawn by
-            the seed.
-        budget: effective bits per rounded weight to propose overrides for, scales and zeros counted.
-        bits: the widths that the proposal chooses among.
+        exact: the float model of the run, to measure KL divergence; default: use the errors that the run recorded.
+        data, samples, length, seed: evaluation text, number of windows, tokens per window and the seed that draws
+            them; used with ``exact`` only.
+        budget: effective bits per quantized weight of a proposal, including scales and zero points.
+        bits: candidate bit widths of the proposal.
         out: a YAML file to write the proposal to, for ``quantize(scheme=...)``.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
 
     Raises:
-        LowbitError: no run, a run without recorded sensitivity, another float model, a budget that no choice fits into.
+        LowbitError: no run, no recorded sensitivity, a different float model, or an infeasible budget.
     """
     began = time.monotonic()
-    _check_given(budget, bits, out)
-    found = _opened(run, trust_remote_code)
-    blocks, linears, measure = found.error, found.linears, ERROR
-    protocol: dict[str, Any] = {"tokens": found.manifest.blocks[0].sensitivity["tokens"], "text": "calibration"}
-    # Before anything is measured, so that a budget which nothing fits into is refused at once.
-    proposal = None if budget is None else propose(found.skeleton, found.manifest, linears, budget, bits)
+    _check_arguments(budget, bits, out)
+    recorded = _open_run(run, trust_remote_code)
+    blocks, linears, measure = recorded.error, recorded.linears, ERROR
+    protocol: dict[str, Any] = {"tokens": recorded.manifest.blocks[0].sensitivity["tokens"], "text": "calibration"}
+    # Before any measurement, so that an infeasible budget is refused at once.
+    proposal = None if budget is None else propose(recorded.skeleton, recorded.manifest, linears, budget, bits)
     if exact is not None:
         source = resolve(exact, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-        if source.identity != found.manifest.identity.fingerprint:
+        if source.identity != recorded.manifest.identity.fingerprint:
             raise LowbitError(
-                f"{run} was not made from {exact}, whose weights differ: give the model it was made from"
+                f"{run} was not made from {exact}, whose weights differ: give the float model of the run"
             )
         models = [
-            StreamedModel(one.folder, device, check_device(device, dtype), trust_remote_code)
-            for one in (source, found.source)
+            StreamedModel(origin.folder, device, check_device(device, dtype), trust_remote_code)
+            for origin in (source, recorded.source)
         ]
         ids, text = _windows(models[0], source, data, samples, length, seed, trust_remote_code)
-        blocks, linears = _measured(found, models[0], models[1], ids)
+        blocks, linears = _measured(recorded, models[0], models[1], ids)
         protocol, measure = {"text": text, "windows": samples, "length": length, "seed": seed}, KL
         protocol |= {"device": device, "dtype": dtype}
-        proposal = None if budget is None else propose(found.skeleton, found.manifest, linears, budget, bits)
+        proposal = None if budget is None else propose(recorded.skeleton, recorded.manifest, linears, budget, bits)
     if out is not None and proposal is not None:
         head = f"# lowbit inspect {shlex.quote(str(run))} --budget {budget:g}\n"
         write_bytes(Path(out), (head + yaml.safe_dump(proposal.scheme, sort_keys=False)).encode())
-    rows = _rows(found, blocks, linears, measured=exact is None or found.only_rounds)
+    rows = _rows(recorded, blocks, linears, measured=exact is None or recorded.only_rounds)
     return Diagnosis(str(run), measure, protocol, *rows, proposal, time.monotonic() - began)
 
 
-def _check_given(budget: float | None, bits: Sequence[int], out: str | Path | None) -> None:
+def _check_arguments(budget: float | None, bits: Sequence[int], out: str | Path | None) -> None:
     if budget is not None:
         check_budget(budget, bits)
     if out is None:
         return
     if budget is None:
-        raise LowbitError("--out takes a proposal, and there is none without --budget")
+        raise LowbitError("--out writes a proposal, which needs --budget")
     if Path(out).suffix not in (".yaml", ".yml"):
-        raise LowbitError(f"--out {out} given; name a .yaml file, as 'quantize --scheme' takes it")
+        raise LowbitError(f"--out {out} given; name a .yaml file, as 'quantize --scheme' reads it")
     if Path(out).exists():
-        raise LowbitError(f"--out {out} exists; name a file that is new")
+        raise LowbitError(f"--out {out} exists; name a new file")
     if not Path(out).absolute().parent.is_dir():
-        raise LowbitError(f"--out {out} is in a folder that is not there; make it, or name another file")
+        raise LowbitError(f"--out {out} is in a folder that does not exist; create it, or name another file")
 
 
-def _opened(run: str | Path, trust_remote_code: bool) -> _Run:
+def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
     source = resolve(str(run), trust_remote_code=trust_remote_code)
     manifest = manifest_of(source.folder)
     if manifest is None:
-        raise LowbitError(f"{run} is no finished run folder: give what 'lowbit quantize' wrote")
+        raise LowbitError(f"{run} is not a finished run folder: give a folder that 'lowbit quantize' wrote")
     if any(not row.sensitivity for row in manifest.blocks):
-        raise LowbitError(f"{run} was made before runs recorded sensitivity: quantize again into another folder")
+        raise LowbitError(f"{run} has no recorded sensitivity: quantize again into another folder")
     skeleton = Skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)
     shapes = linear_shapes(skeleton)
     weights = run_formats(manifest, run_scheme(manifest), skeleton.family.embed).weights
     linears = []
     try:
         for row in manifest.blocks:
-            for name, told in row.sensitivity["linears"].items():
+            for name, record in row.sensitivity["linears"].items():
                 full = f"{skeleton.family.blocks}.{row.block}.{name}"
-                errors = float(told["error"]), float(told["input"])
-                rtn = {int(b): float(error) for b, error in told["rtn"].items()}
+                errors = float(record["error"]), float(record["input"])
+                rtn = {int(b): float(error) for b, error in record["rtn"].items()}
                 format = integer(weights[full], "a bit allocation")
                 linears.append(Linear(full, row.block, shapes[full], format, *errors, rtn))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -196,7 +197,7 @@ def _opened(run: str | Path, trust_remote_code: bool) -> _Run:
 def _windows(
     model: StreamedModel, source: Source, data: str, samples: int, length: int, seed: int, trust_remote_code: bool
 ) -> tuple[Tensor, str]:
-    """``samples`` of a text's windows ``(samples, length)``, drawn by the seed without repetition."""
+    """``samples`` windows of a text, ``(samples, length)``, drawn without replacement."""
     model.check_length(length)
     check_least("--samples", samples, 1, "give the number of windows to measure on")
     check_seed(seed)
@@ -211,62 +212,64 @@ def _windows(
 
 
 def _measured(
-    found: _Run, exact: StreamedModel, ours: StreamedModel, ids: Tensor
+    recorded: _Run, exact: StreamedModel, ours: StreamedModel, ids: Tensor
 ) -> tuple[list[float], list[Linear]]:
-    """KL divergence of each block alone, and the linears with theirs in the place of their error."""
+    """KL divergence of each block alone, and the linears with KL divergence as their sensitivity."""
     names: list[list[str]] = [[] for _ in range(exact.blocks)]
-    if found.only_rounds:
-        for one in found.linears:
-            names[one.block].append(one.name)
+    if recorded.only_rounds:
+        for linear in recorded.linears:
+            names[linear.block].append(linear.name)
 
-    ours.enter(ids)  # what the model passes to its blocks beside the hidden states
+    ours.enter(ids)  # sets up the block inputs other than hidden states
 
     def changed(index: int, x: Tensor) -> Iterator[Tensor]:
         yield ours.through(index, [x])[0]
-        block, rounded = exact.block(index), ours.block(index)
+        block, quantized = exact.block(index), ours.block(index)
         for full in names[index]:
             name = full.removeprefix(f"{block.family.blocks}.")
-            params = {**block.params, f"{name}.weight": rounded.qweights[name].dequantize()}
-            alone = replace(block, formats={name: rounded.formats[name]}, ops=rounded.ops)
+            params = {**block.params, f"{name}.weight": quantized.qweights[name].dequantize()}
+            alone = replace(block, formats={name: quantized.formats[name]}, ops=quantized.ops)
             yield run_all(alone, x, params, quantized=True, batch=len(x))
 
-    kls = divergences_alone(exact, [1 + len(some) for some in names], changed, ids)
+    kls = divergences_alone(exact, [1 + len(block_names) for block_names in names], changed, ids)
     alone = {
-        full: kl for some, (_, *rest) in zip(names, kls, strict=True) for full, kl in zip(some, rest, strict=True)
+        full: kl
+        for block_names, (_, *linear_kls) in zip(names, kls, strict=True)
+        for full, kl in zip(block_names, linear_kls, strict=True)
     }
     linears = []
-    for one in found.linears:
-        whole, error = kls[one.block][0], found.error[one.block]
-        kl = alone.get(one.name, whole * one.sensitivity / error if error else 0.0)
-        share = one.input / one.sensitivity if one.sensitivity else 0.0
-        linears.append(replace(one, sensitivity=kl, input=kl * min(share, 1.0)))
+    for linear in recorded.linears:
+        whole, error = kls[linear.block][0], recorded.error[linear.block]
+        kl = alone.get(linear.name, whole * linear.sensitivity / error if error else 0.0)
+        share = linear.input / linear.sensitivity if linear.sensitivity else 0.0
+        linears.append(replace(linear, sensitivity=kl, input=kl * min(share, 1.0)))
     return [first for first, *_ in kls], linears
 
 
 def _rows(
-    found: _Run, blocks: Sequence[float], linears: Sequence[Linear], measured: bool
+    run: _Run, blocks: Sequence[float], linears: Sequence[Linear], measured: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    gains = {one.name: one.sensitivity - one.sensitivity_at(8) for one in linears}
+    gains = {linear.name: linear.sensitivity - linear.sensitivity_at(8) for linear in linears}
     by_block: list[dict[str, Any]] = [
         {
             "block": index,
             "sensitivity": sensitivity,
-            "gain": sum(gains[one.name] for one in linears if one.block == index),
+            "gain": sum(gains[linear.name] for linear in linears if linear.block == index),
             "error": error,
         }
-        for index, (sensitivity, error) in enumerate(zip(blocks, found.error, strict=True))
+        for index, (sensitivity, error) in enumerate(zip(blocks, run.error, strict=True))
     ]
     by_linear: list[dict[str, Any]] = [
         {
-            "linear": one.name,
-            "block": one.block,
-            "format": override_text(one.spec),
-            "sensitivity": one.sensitivity,
-            "gain": gains[one.name],
-            "error": recorded.sensitivity,
+            "linear": linear.name,
+            "block": linear.block,
+            "format": override_text(linear.spec),
+            "sensitivity": linear.sensitivity,
+            "gain": gains[linear.name],
+            "error": before.sensitivity,
             "measured": measured,
         }
-        for one, recorded in zip(linears, found.linears, strict=True)
+        for linear, before in zip(linears, run.linears, strict=True)
     ]
     by_block.sort(key=_worst_first)
     by_linear.sort(key=_worst_first)

@@ -1,22 +1,22 @@
-"""What rounding one linear, alone, does to its block's output, measured while its float weight is still at hand.
+"""Sensitivity of single linears: the error at the block's output when only one of its linears is quantized.
 
-A run folder holds rounded weights of a model whose maps have moved. The float weights that they were rounded from
-exist while a run works on their block and nowhere after, so this is where a single linear's sensitivity can be measured
-for every recipe. With ``y`` the output of the block as its steps left it, in float, and ``y_p`` the same with
-linear ``p`` rounded as it ships (and its input, where scheme or runtime round activations):
+A run folder holds quantized weights of a transformed model. The float weights behind them exist only while a run
+works on their block, so this is where a single linear's sensitivity can be measured for every recipe. With ``y`` the
+output of the block in float after its steps, and ``y_p`` the same with linear ``p`` quantized as it ships (and its
+input, where scheme or runtime quantize activations):
 
     error(p) = mean over tokens of ||y_p - y||^2 / ||y||^2  +  sum over tokens of ||y_p - y||^2 / sum of ||y||^2
 
-on the float model's own input to that block, for the first calibration window. The first term lets every token count
-alike. The second counts what the few tokens with massive activations lose (Sun et al. 2024, arXiv 2402.17762): all
-later tokens attend to these, so an error there layer_sensitivity all, and a mean over tokens hides it.
+on the float model's input to that block, for the first calibration window. The first term weights all tokens equally.
+The second captures errors at the few tokens with massive activations (Sun et al. 2024, arXiv 2402.17762): all later
+tokens attend to these, so an error there affects every token, and a mean over tokens hides it.
 
-``input`` is the part of it that comes with the rounded input alone, which no wider weight mends. ``rtn`` has the
-linear's own output error, relative in the same way, for rounding to nearest at several widths: how sensitivity shrinks or
-grows with bits. It is measured on fewer than ``2 * ROWS`` output rows, since each row is rounded on its own.
+``input`` is the part of the error due to the quantized input alone, which no wider weight reduces. ``rtn`` is the
+relative error of the linear's own output under round to nearest at several widths, which predicts how the sensitivity
+changes with bits. It is measured on fewer than ``2 * ROWS`` output rows, since rows are quantized independently.
 
-Rejected: keeping the float weights (four times the folder), and the error of a linear's own output as its sensitivity (an
-error of a tenth in k and one in down do not weigh the same).
+Rejected: keeping the float weights (four times the folder size), and the error of a linear's own output as its
+sensitivity (equal errors in k and in down do not have equal effects).
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from lowbit.models.forward import relative_error, run
 from lowbit.quant.format import Format
 from lowbit.quant.integer import integer
 
-BITS = (2, 3, 4, 5, 6, 8)  # widths whose sensitivity is measured
+BITS = (2, 3, 4, 5, 6, 8)  # widths in ``rtn``
 ROWS = 64
 
 
 def only(block: Block, linear: str) -> Block:
-    """The block with one linear's formats left: all others, Q, K and V stay float."""
+    """The block with the formats of one linear: all other linears, Q, K and V stay float."""
     return replace(block, formats={linear: block.formats[linear]}, kv=None)
 
 
 @torch.no_grad()
 def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
-    """Plain data for each layer of a rounded block, by the layer's index.
+    """Sensitivities of each layer of a quantized block, plain data by the layer's index.
 
     Args:
-        block: the block with its float parameters and the rounded weights beside them.
+        block: the block with float parameters and quantized weights.
         x: the block's input in the float model, ``(sequences, length, hidden)``.
 
     Returns:
-        ``tokens``, ``error`` (all that the run rounds in the layer, at once) and, in ``linears``, by a linear's name
+        ``tokens``, ``error`` (the whole layer quantized) and, in ``linears``, by a linear's name
         within the layer: ``error``, ``input`` and ``rtn`` (by bits, as text).
     """
     out = {}
-    for at, index in enumerate(block.indices):
-        layer = block.part(at, at + 1)
+    for position, index in enumerate(block.indices):
+        layer = block.part(position, position + 1)
         inputs: dict[str, Tensor] = {}
         y = run(layer, x, taps={name: partial(inputs.__setitem__, name) for name in layer.qweights})
         quantized = run(layer, x, layer.quantized_params(), quantized=True)
@@ -72,17 +72,17 @@ def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
     return out
 
 
-def relative_errors(got: Tensor, wanted: Tensor) -> float:
-    """The error of outputs ``(..., width)``: relative for each token, in the mean, and for all together, as a sum.
+def relative_errors(got: Tensor, exact: Tensor) -> float:
+    """Error of outputs ``(..., width)``: the mean of the tokens' relative errors plus the relative error of all.
 
     >>> relative_errors(torch.tensor([[1.0, 1.0], [6.0, 8.0]]), torch.tensor([[1.0, 0.0], [6.0, 8.0]]))
     0.5099009900990099
     """
-    return token_error(got, wanted) / wanted[..., 0].numel() + relative_error(got, wanted)
+    return token_error(got, exact) / exact[..., 0].numel() + relative_error(got, exact)
 
 
 def _alone(layer: Block, name: str, x: Tensor, y: Tensor) -> dict[str, float]:
-    """The error of one linear quantized, and the part of it that its quantized input makes."""
+    """Errors with only this linear quantized, and with only its input quantized."""
     params: Mapping[str, Tensor] = {**layer.params, f"{name}.weight": layer.qweights[name].dequantize()}
     if layer.input_format(name) is None:
         return {"error": relative_errors(run(layer, x, params), y), "input": 0.0}
@@ -92,13 +92,13 @@ def _alone(layer: Block, name: str, x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def _by_bits(weight: Tensor, x: Tensor, format: Format) -> dict[str, float]:
-    """Relative error of ``x @ weight.T``, the weight rounded to nearest, for ``BITS`` and the format's own width."""
+    """Relative error of ``x @ weight.T`` with an RTN weight, for ``BITS`` and the format's own width."""
     rows = weight[:: max(1, len(weight) // ROWS)].float()
     x = x.float()
-    wanted = x @ rows.T
+    exact = x @ rows.T
     own = integer(format, "a table of errors by bits")
     out = {}
     for bits in sorted({*BITS, own.bits}):
         quantized = own.with_bits(bits).fake_quant_clipped(rows)
-        out[str(bits)] = relative_errors(x @ quantized.T, wanted)
+        out[str(bits)] = relative_errors(x @ quantized.T, exact)
     return out

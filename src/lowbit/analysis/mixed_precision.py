@@ -1,4 +1,4 @@
-"""Overrides for a bit budget: a scheme made from what a run's linears sensitivity alone."""
+"""Mixed-precision proposals: overrides within a bit budget, from the sensitivities of a run's linears."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowbit.runs.folder import run_scheme
 from lowbit.runs.manifest import Manifest
 from lowbit.runs.plan import make_plan
 
-WIDTHS = (3, 4, 5, 6, 8)  # what a proposal chooses among by default
+WIDTHS = (3, 4, 5, 6, 8)  # default candidates of a proposal
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Proposal:
     """A scheme within a budget.
 
     Attributes:
-        budget: what was asked for, in effective bits per rounded weight.
-        widths: what was chosen among.
-        bits_per_weight: what a run with the scheme will report.
-        sensitivity_now: sum of what the linears sensitivity alone, as they are.
-        sensitivity_proposed: the same in the scheme, as predicted.
+        budget: the requested effective bits per quantized weight.
+        widths: candidate bit widths.
+        bits_per_weight: effective bits per quantized weight of a run with the proposed scheme.
+        sensitivity_now: sum of the linears' sensitivities in their current formats.
+        sensitivity_proposed: the same in the proposed formats, as predicted.
         changes: for each group of linears that changes: ``linears``, ``from`` and ``to``.
-        scheme: what a scheme file holds.
+        scheme: the proposed scheme, as in a scheme file.
         transformers: why stock ``transformers`` will not load the result, or ``None``.
     """
 
@@ -44,11 +44,11 @@ class Proposal:
 
 
 def check_budget(budget: float, bits: Sequence[int]) -> None:
-    """Refuse what no proposal can be made for."""
-    if wrong := [b for b in bits if b not in BITS]:
-        raise LowbitError(f"--bits {wrong[0]} given; allowed: {', '.join(map(str, BITS))}")
+    """Check that ``budget`` and ``bits`` are valid."""
+    if unsupported := [b for b in bits if b not in BITS]:
+        raise LowbitError(f"--bits {unsupported[0]} given; allowed: {', '.join(map(str, BITS))}")
     if not bits:
-        raise LowbitError(f"--bits is empty; give some of {', '.join(map(str, BITS))}")
+        raise LowbitError(f"--bits is empty; give one or more of {', '.join(map(str, BITS))}")
     if not 0 < budget <= 32:
         raise LowbitError(f"--budget {budget:g} given; give bits per weight, for example 4.5")
 
@@ -58,41 +58,40 @@ def propose(
 ) -> Proposal:
     """The scheme of least sensitivity whose ``bits_per_weight`` is at most ``budget``.
 
-    The budget is that of the whole run: rounded embeddings and head, and what stays online, are counted and left
-    alone.
+    The budget covers the whole run: quantized embeddings and head, and runtime ops, are counted but not changed.
 
     Args:
         skeleton: the run's model.
-        manifest: the run's.
-        linears: its blocks' rounded linears.
-        budget: effective bits per rounded weight.
-        bits: widths to choose among.
+        manifest: the run's manifest.
+        linears: the quantized linears of its blocks.
+        budget: effective bits per quantized weight.
+        bits: candidate bit widths.
     """
     scheme = run_scheme(manifest)
     plan = make_plan(skeleton, scheme)
     online = (manifest.bits_per_weight - plan.bits_per_weight) * plan.quantized_weights
-    outside = plan.stored_bits - sum(one.bits_at(one.spec) for one in linears) + online
+    outside = plan.stored_bits - sum(linear.bits_at(linear.spec) for linear in linears) + online
     groups, widths = fused(linears, skeleton.family.linears), sorted(set(bits))
-    # Sums of floats may miss a whole number of bits by a little.
+    # The tolerance covers rounding errors in sums of floats.
     picked = within_budget(groups, scheme.weight, widths, int(budget * plan.quantized_weights - outside + 1e-3))
     proposed = with_formats(scheme, groups, picked)
-    then = make_plan(skeleton, proposed)
+    proposed_plan = make_plan(skeleton, proposed)
     pairs = list(zip(groups, picked, strict=True))
     return Proposal(
         budget=budget,
         widths=widths,
-        bits_per_weight=(then.stored_bits + online) / then.quantized_weights,
-        sensitivity_now=sum(one.sensitivity for one in linears),
-        sensitivity_proposed=sum(one.sensitivity_at(spec.bits) for group, spec in pairs for one in group),
+        bits_per_weight=(proposed_plan.stored_bits + online) / proposed_plan.quantized_weights,
+        sensitivity_now=sum(linear.sensitivity for linear in linears),
+        sensitivity_proposed=sum(linear.sensitivity_at(spec.bits) for group, spec in pairs for linear in group),
         changes=[
             {
-                "linears": [one.name for one in group],
-                "from": [override_text(one.spec) for one in group],
+                "linears": [linear.name for linear in group],
+                "from": [override_text(linear.spec) for linear in group],
                 "to": override_text(spec),
             }
             for group, spec in pairs
-            if any(one.spec != spec for one in group)
+            if any(linear.spec != spec for linear in group)
         ],
         scheme=scheme_to_dict(proposed),
-        transformers=then.stock,
+        transformers=proposed_plan.stock,
     )

@@ -1,1 +1,1 @@
-"""Measuring finished models: perplexity, comparison with the float model, zero-shot tasks, generated text."""
+"""Evaluation of models: perplexity, comparison with the float model, zero-shot tasks, text generation."""

@@ -20,18 +20,18 @@ from lowbit.runs.streamed_model import StreamedModel
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What ``evaluate`` measured.
+    """The result of ``evaluate``.
 
     Attributes:
         perplexity: by data name.
-        tokens: how many tokens of each were scored, by data name.
-        length: tokens in a window.
+        tokens: number of scored tokens, by data name.
+        length: tokens per window.
         seconds: wall time.
         data_hash: hash of the evaluated tokens, by data name.
-        target: the runtime whose quantization of inputs was simulated, if any.
-        special: the special tokens that the tokenizer puts before a text (once, not before each window).
-        scheme, bits_per_weight: a run's; ``None`` for a float model.
-        fingerprint: digest of the model's weights, as a run of it has in its identity.
+        target: the target runtime whose quantization of inputs was simulated, if any.
+        special: the special tokens, such as BOS, before a text (once, not before each window).
+        scheme, bits_per_weight: of a run; ``None`` for a float model.
+        fingerprint: digest of the model's weights, as in the identity of its runs.
     """
 
     perplexity: dict[str, float]
@@ -64,10 +64,10 @@ def evaluate(
     Args:
         model: as for ``quantize``, or a run folder.
         data: one or several of ``builtin``, ``wikitext2``, ``ptb``, ``c4`` or a file.
-        length: tokens in a window. Perplexities of different lengths do not compare.
-        tokens: how many tokens of each text at most; all by default.
+        length: tokens per window. Perplexities at different lengths are not comparable.
+        tokens: maximum number of tokens of each text; all by default.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
-        target: a runtime whose quantization of inputs is simulated, or ``float``; by default the one of the run.
+        target: runtime whose quantization of inputs is simulated, or ``float``; by default the run's target.
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
@@ -76,19 +76,19 @@ def evaluate(
     names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
     windows = {name: evaluation(name, tokenizer, length, tokens) for name in names}
     streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target)
-    for found in windows.values():
-        check_ids(found.ids, streamed.skeleton, source.folder)
-    batches = streamed.logits_of([found.ids for found in windows.values()])
+    for text in windows.values():
+        check_ids(text.ids, streamed.skeleton, source.folder)
+    batches = streamed.logits_of([text.ids for text in windows.values()])
     results = {
-        names[which]: perplexity((ids, logits) for _, ids, logits in some)
-        for which, some in groupby(batches, key=lambda found: found[0])
+        names[which]: perplexity((ids, logits) for _, ids, logits in group)
+        for which, group in groupby(batches, key=lambda batch: batch[0])
     }
     return Evaluated(
         results,
-        {name: found.ids.numel() for name, found in windows.items()},
+        {name: text.ids.numel() for name, text in windows.items()},
         length,
         time.monotonic() - began,
-        {name: found.hash for name, found in windows.items()},
+        {name: text.hash for name, text in windows.items()},
         streamed.scheme.target if streamed.scheme else None,
         special_before(tokenizer),
         streamed.scheme.name if streamed.scheme else None,
@@ -98,10 +98,10 @@ def evaluate(
 
 
 def special_before(tokenizer: Any) -> str:
-    """The special tokens, if any, that a tokenizer puts before a text."""
+    """The special tokens, such as BOS, that a tokenizer puts before a text; may be empty."""
     with_, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    at = next((i for i in range(len(with_)) if with_[i : i + len(without)] == without), 0)
-    return str(tokenizer.decode(with_[:at]))
+    start = next((i for i in range(len(with_)) if with_[i : i + len(without)] == without), 0)
+    return str(tokenizer.decode(with_[:start]))
 
 
 def bits_of(folder: Path) -> float | None:

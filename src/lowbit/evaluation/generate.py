@@ -1,4 +1,4 @@
-"""Text that a model goes on with, greedily: what ``lowbit generate``, ``compare`` and ``demo`` let people read."""
+"""Greedy text generation for ``lowbit generate``, ``compare`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lowbit.runs.load import load
 
 
 def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: bool = False) -> str:
-    """The prompt and its greedy continuation by ``tokens`` tokens at most."""
+    """The prompt and its greedy continuation by up to ``tokens`` tokens."""
     tokenizer = load_tokenizer(folder, trust_remote_code)
     model = load(folder, trust_remote_code=trust_remote_code)
-    given = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt")
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and given.input_ids.shape[1] + tokens > limit:
+    if limit and inputs.input_ids.shape[1] + tokens > limit:
         raise LowbitError(
-            f"the prompt has {given.input_ids.shape[1]} tokens and --tokens is {tokens}: "
+            f"the prompt has {inputs.input_ids.shape[1]} tokens and --tokens is {tokens}: "
             f"this model's positions end at {limit}"
         )
-    if int(given.input_ids.max()) >= model.config.vocab_size:
+    if int(inputs.input_ids.max()) >= model.config.vocab_size:
         raise LowbitError(f"{folder}: the tokenizer has ids beyond the model's {model.config.vocab_size} embeddings")
     with torch.no_grad():
-        out = model.generate(**given, max_new_tokens=tokens, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

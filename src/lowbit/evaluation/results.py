@@ -1,8 +1,8 @@
-"""Results that stay with a run: what ``lowbit evaluate`` measured on its folder, in one file for ``lowbit report``.
+"""Results stored with a run: what ``lowbit evaluate`` measured on its folder, in one file for ``lowbit report``.
 
-An entry is plain data: ``on`` (the text or task), ``measure``, ``value`` (``None`` for one that is not finite),
-``error`` (its standard error, or ``None``), ``protocol``, everything that the value depends on beside the model, and
-``runtime``, whose quantization of inputs was simulated, or ``None``. An entry replaces one that differs from it in
+An entry is plain data: ``on`` (the text or task), ``measure``, ``value`` (``None`` if not finite), ``error`` (its
+standard error, or ``None``), ``protocol`` (everything else that the value depends on, except the model) and
+``runtime`` (whose quantization of inputs was simulated, or ``None``). An entry replaces one that differs from it in
 ``value`` and ``error`` only.
 """
 
@@ -31,7 +31,7 @@ def entry(
     runtime: str | None = None,
     error: float | None = None,
 ) -> Entry:
-    """One result; a text that was given as a path goes by the file's name."""
+    """One result; a path to a text is shortened to the file's name."""
     finite = value is not None and math.isfinite(value)
     return {
         "on": Path(on).name,
@@ -43,63 +43,63 @@ def entry(
     }
 
 
-def results_of(found: Mapping[str, Any]) -> tuple[str, list[Entry]]:
+def results_of(printed: Mapping[str, Any]) -> tuple[str, list[Entry]]:
     """The model's fingerprint, and entries, from what ``lowbit evaluate --json`` prints.
 
-    >>> found = {"perplexity": {"a.txt": 9.5}, "tokens": {"a.txt": 64}, "data_hash": {"a.txt": "0f"}, "length": 32}
-    >>> results_of(found | {"fingerprint": "f"})[1][0]["protocol"]
+    >>> result = {"perplexity": {"a.txt": 9.5}, "tokens": {"a.txt": 64}, "data_hash": {"a.txt": "0f"}, "length": 32}
+    >>> results_of(result | {"fingerprint": "f"})[1][0]["protocol"]
     {'tokens': 64, 'length': 32, 'hash': '0f'}
     """
     out = []
-    for name, value in found.get("perplexity", {}).items():
-        protocol = text_protocol(found["tokens"][name], found["length"], found["data_hash"][name])
-        out.append(entry(name, "perplexity", value, protocol, found.get("target")))
-    if tasks := found.get("zero_shot"):
+    for name, value in printed.get("perplexity", {}).items():
+        protocol = text_protocol(printed["tokens"][name], printed["length"], printed["data_hash"][name])
+        out.append(entry(name, "perplexity", value, protocol, printed.get("target")))
+    if tasks := printed.get("zero_shot"):
         return tasks["fingerprint"], [*out, *_accuracies(tasks)]
-    return found["fingerprint"], out
+    return printed["fingerprint"], out
 
 
-def _accuracies(found: Mapping[str, Any]) -> Iterator[Entry]:
-    """Entries of tasks, and of the papers' averages of them; shares in percent."""
-    given = found["protocol"]
-    drawn = {"limit": given["limit"], "seed": given["seed"]} if given["limit"] is not None else {}
-    common = {"shots": given["shots"], **drawn, "special": given["special"], "lm_eval": given["lm_eval"]}
-    for task, row in found["tasks"].items():
+def _accuracies(scores: Mapping[str, Any]) -> Iterator[Entry]:
+    """Entries of tasks and of the papers' averages over tasks; accuracies in percent."""
+    settings = scores["protocol"]
+    sampling = {"limit": settings["limit"], "seed": settings["seed"]} if settings["limit"] is not None else {}
+    common = {"shots": settings["shots"], **sampling, "special": settings["special"], "lm_eval": settings["lm_eval"]}
+    for task, row in scores["tasks"].items():
         protocol = {"documents": row["documents"], "version": row["version"], **common, "hash": row["data_hash"]}
         for measure, value in row["metrics"].items():
             unit, sign = (1, "") if measure == "perplexity" else (100, ", %")
             error = row["errors"].get(measure)
-            shown = None if error is None else unit * error
-            yield entry(task, f"{measure}{sign}", unit * value, protocol, given["target"], shown)
-    for name, mean in found["averages"].items():
-        digest = sha256(" ".join(found["tasks"][task]["data_hash"] for task in mean["tasks"]).encode()).hexdigest()
+            scaled_error = None if error is None else unit * error
+            yield entry(task, f"{measure}{sign}", unit * value, protocol, settings["target"], scaled_error)
+    for name, mean in scores["averages"].items():
+        digest = sha256(" ".join(scores["tasks"][task]["data_hash"] for task in mean["tasks"]).encode()).hexdigest()
         for measure in ("acc", "acc_norm"):
             on, protocol = f"mean of {len(mean['tasks'])} tasks ({name})", {**common, "hash": digest}
-            yield entry(on, f"{measure}, %", 100 * mean[measure], protocol, given["target"])
+            yield entry(on, f"{measure}, %", 100 * mean[measure], protocol, settings["target"])
 
 
 def text_protocol(tokens: int, length: int, digest: str) -> dict[str, Any]:
-    """What a figure on a text depends on: how many tokens, in windows of what length, and which ones."""
+    """Protocol of a result on a text: number of tokens, tokens per window, and digest of the tokens."""
     return {"tokens": tokens, "length": length, "hash": digest}
 
 
 def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
-    """``old`` with ``new``, which win; in a stable order."""
-    found = {}
-    for one in [*old, *new]:
-        same = {key: value for key, value in one.items() if key not in ("value", "error")}
-        found[json.dumps(same, sort_keys=True)] = one
-    return [found[name] for name in sorted(found)]
+    """``old`` updated with ``new``, in a stable order."""
+    by_question = {}
+    for result in [*old, *new]:
+        question = {key: value for key, value in result.items() if key not in ("value", "error")}
+        by_question[json.dumps(question, sort_keys=True)] = result
+    return [by_question[name] for name in sorted(by_question)]
 
 
 def keep(folder: Path, fingerprint: str, entries: Iterable[Entry]) -> None:
-    """Merge entries into the run folder's file; results of other weights, from before, go."""
+    """Merge entries into the run folder's file; results of other weights are dropped."""
     results = merged(kept(folder, fingerprint), entries)
     write_json(folder / EVALUATIONS, {"format": FORMAT, "fingerprint": fingerprint, "results": results})
 
 
 def kept(folder: Path, fingerprint: str) -> list[Entry]:
-    """What was kept for a run folder whose weights have this fingerprint."""
+    """Results stored in a run folder for weights with this fingerprint."""
     path = folder / EVALUATIONS
     if not path.exists():
         return []
@@ -114,11 +114,11 @@ def kept(folder: Path, fingerprint: str) -> list[Entry]:
     return results
 
 
-def _valid(one: Any) -> bool:
+def _valid(result: Any) -> bool:
     kinds: dict[str, tuple[type, ...]] = {
         **dict.fromkeys(("on", "measure"), (str,)),
         **dict.fromkeys(("value", "error"), (int, float, type(None))),
         "protocol": (dict,),
         "runtime": (str, type(None)),
     }
-    return isinstance(one, dict) and all(isinstance(one.get(name, ...), kind) for name, kind in kinds.items())
+    return isinstance(result, dict) and all(isinstance(result.get(name, ...), kind) for name, kind in kinds.items())

@@ -1,8 +1,8 @@
-"""``lowbit.evaluate_tasks``: zero-shot tasks on a float model or a run; a task that was finished is not repeated.
+"""``lowbit.evaluate_tasks``: zero-shot tasks on a float model or a run, with cached results.
 
 Each finished task is one small file in the cache, named by the digest of everything its scores depend on: the model's
-weights and tokenizer, the documents, device, dtype, versions and lowbit's own code. So the same command goes on where
-it was stopped, from whatever folder, and a command with more tasks measures only those.
+weights and tokenizer, the documents, device, dtype, versions and lowbit's own code. An interrupted command resumes,
+from any folder, and a command with additional tasks evaluates only these.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ SETS = {**AVERAGES, "all": tuple(CONFIGS)}
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What ``evaluate_tasks`` measured.
+    """The result of ``evaluate_tasks``.
 
     Attributes:
         tasks: by lm-eval's name: ``metrics`` (``acc``, ``acc_norm`` from 0 to 1, ``perplexity``), their standard
-            ``errors``, ``documents`` asked of ``total``, the task's ``version``, ``source`` and ``data_hash`` of the
+            ``errors``, ``documents`` used out of ``total``, the task's ``version``, ``source`` and ``data_hash`` of the
             documents, ``seconds``.
-        averages: ``qllm`` and ``affinequant``, each where all of its tasks were measured: ``tasks``, and the mean
-            ``acc`` and ``acc_norm`` (``acc`` where a task has no other).
-        protocol: what the scores depend on beside model and documents: ``shots`` (0), ``special`` (tokens that the
-            tokenizer puts before a question), ``limit``, ``seed``, ``device``, ``dtype``, ``lm_eval`` (its version),
+        averages: ``qllm`` and ``affinequant``, each if all of its tasks were evaluated: ``tasks``, and the mean
+            ``acc`` and ``acc_norm`` (``acc`` for tasks without ``acc_norm``).
+        protocol: settings that the scores depend on: ``shots`` (0), ``special`` (tokens that the tokenizer puts before
+            a question), ``limit``, ``seed``, ``device``, ``dtype``, ``lm_eval`` (its version),
             ``target``, ``scheme`` and ``bits_per_weight`` of a run.
         seconds: wall time.
-        fingerprint: digest of the model's weights, as a run of it has in its identity.
+        fingerprint: digest of the model's weights, as in the identity of its runs.
     """
 
     tasks: dict[str, dict[str, Any]]
@@ -78,12 +78,12 @@ def evaluate_tasks(
     Args:
         model: as for ``quantize``, or a run folder.
         tasks: names of tasks, or ``qllm``, ``affinequant`` (the papers' five and six) or ``all``.
-        task_data: ``hub``, ``package``, a folder with ``TASK.jsonl``, or ``auto``: the hub if it answers, else the
-            package.
-        limit: at most this many documents of each task, drawn at random with ``seed``; all by default.
+        task_data: ``hub``, ``package``, a folder with ``TASK.jsonl``, or ``auto``: the hub if it is reachable,
+            else the package.
+        limit: maximum number of documents of each task, drawn at random with ``seed``; all by default.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
         target: as for ``evaluate``.
-        fresh: measure again what was measured before.
+        fresh: ignore cached results.
 
     Raises:
         LowbitError: an unknown task, unreadable documents, and everything that ``evaluate`` refuses; ``MissingExtra``
@@ -94,37 +94,42 @@ def evaluate_tasks(
     names = task_names(tasks)
     _check_draw(limit, seed)
     harness = harness_version()
-    where = settle(task_data, names[0], HubSet(*hub_set(names[0])))
+    origin = settle(task_data, names[0], HubSet(*hub_set(names[0])))
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
     scheme = simulated_on(run_scheme(manifest) if manifest else None, target)
-    asked: dict[str, Any] = {"device": device, "dtype": dtype, "limit": limit, "seed": seed}
-    asked["target"] = scheme.target if scheme else None
-    identity = {**_model_identity(source), **asked, "versions": {**versions(), "lm_eval": harness}, "code": _code()}
-    opened = _Opened(lambda: StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target), tokenizer)
-    found = {}
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "limit": limit, "seed": seed}
+    settings["target"] = scheme.target if scheme else None
+    identity = {
+        **_model_identity(source),
+        **settings,
+        "versions": {**versions(), "lm_eval": harness},
+        "code": _code(),
+    }
+    lazy = _LazyModel(lambda: StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target), tokenizer)
+    rows = {}
     for name in names:
-        chosen = documents(name, where, HubSet(*hub_set(name)), limit, seed)
-        facts = {"task": name, "source": chosen.source, "data_hash": chosen.hash}
-        found[name] = _once({**identity, **facts}, functools.partial(opened.measure, name, chosen), fresh)
-    scores = {name: row["metrics"] for name, row in found.items()}
+        task_documents = documents(name, origin, HubSet(*hub_set(name)), limit, seed)
+        facts = {"task": name, "source": task_documents.source, "data_hash": task_documents.hash}
+        rows[name] = _cached({**identity, **facts}, functools.partial(lazy.measure, name, task_documents), fresh)
+    scores = {name: row["metrics"] for name, row in rows.items()}
     means = {name: average(scores, members) for name, members in AVERAGES.items()}
-    protocol = {"shots": 0, "special": special_before(tokenizer), **asked, "lm_eval": harness}
+    protocol = {"shots": 0, "special": special_before(tokenizer), **settings, "lm_eval": harness}
     protocol |= {"scheme": scheme.name if scheme else None, "bits_per_weight": bits_of(source.folder)}
     averages = {name: {"tasks": list(AVERAGES[name]), **mean} for name, mean in means.items() if mean}
-    return TaskScores(found, averages, protocol, time.monotonic() - began, source.identity)
+    return TaskScores(rows, averages, protocol, time.monotonic() - began, source.identity)
 
 
 def task_names(given: str | Sequence[str]) -> list[str]:
-    """The tasks that were asked for, each once, sets and comma-separated names taken apart.
+    """Task names without duplicates, with task sets and comma-separated names expanded.
 
     >>> task_names("boolq,qllm")
     ['boolq', 'piqa', 'arc_easy', 'arc_challenge', 'hellaswag', 'winogrande']
     """
-    words = [word.strip() for text in ([given] if isinstance(given, str) else given) for word in text.split(",")]
+    requested = [word.strip() for text in ([given] if isinstance(given, str) else given) for word in text.split(",")]
     names: list[str] = []
-    for word in filter(None, words):
+    for word in filter(None, requested):
         if word not in SETS and word not in CONFIGS:
             raise unknown("task", word, [*CONFIGS, *SETS])
         names += SETS.get(word, (word,))
@@ -133,44 +138,44 @@ def task_names(given: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-class _Opened:
-    """The model, read when the first task needs it."""
+class _LazyModel:
+    """A model that is opened when the first task needs it."""
 
     def __init__(self, open_: Callable[[], StreamedModel], tokenizer: Any) -> None:
         self._open, self._tokenizer = open_, tokenizer
         self._model: StreamedModel | None = None
 
-    def measure(self, task: str, on: Documents) -> dict[str, Any]:
+    def measure(self, task: str, documents: Documents) -> dict[str, Any]:
         """One task's row of ``TaskScores.tasks``."""
         began = time.monotonic()
         self._model = self._model or self._open()
         lm = harness_model(self._model, self._tokenizer, self._model.config.max_position_embeddings, task)
-        found = measure(task, on.rows, lm)
-        facts = {"total": on.total, "source": on.source, "data_hash": on.hash}
-        return {**asdict(found), **facts, "seconds": time.monotonic() - began}
+        scores = measure(task, documents.rows, lm)
+        facts = {"total": documents.total, "source": documents.source, "data_hash": documents.hash}
+        return {**asdict(scores), **facts, "seconds": time.monotonic() - began}
 
 
-def _once(identity: dict[str, Any], measured: Callable[[], dict[str, Any]], fresh: bool) -> dict[str, Any]:
-    """What ``measured()`` gives, from the cache if this very measurement was finished before."""
+def _cached(identity: dict[str, Any], measured: Callable[[], dict[str, Any]], fresh: bool) -> dict[str, Any]:
+    """The result of ``measured()``, cached by ``identity``."""
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = cache_dir() / "tasks" / f"{name}.json"
     if path.exists() and not fresh:
-        kept: dict[str, Any] = read_json(path).get("row", {})
-        if "metrics" not in kept:
-            raise LowbitError(f"{path} is no task's result any more: delete it")
-        say(f"{identity['task']} was measured before: taken from {path}")
-        return kept
+        stored: dict[str, Any] = read_json(path).get("row", {})
+        if "metrics" not in stored:
+            raise LowbitError(f"{path} is not a task result: delete it")
+        say(f"{identity['task']}: cached result read from {path}")
+        return stored
     row: dict[str, Any] = measured()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LowbitError(f"cannot make the cache folder {path.parent}: {error}; set LOWBIT_CACHE") from error
+        raise LowbitError(f"cannot create the cache folder {path.parent}: {error}; set LOWBIT_CACHE") from error
     write_json(path, {"identity": identity, "row": row})
     return row
 
 
 def _model_identity(source: Source) -> dict[str, str | None]:
-    """Digests of weights, tokenizer and, of a run, the manifest (which lists the digest of every file)."""
+    """Digests of weights, tokenizer and, for a run, the manifest (which lists the digest of every file)."""
     files = {path for pattern in (*TOKENIZER_FILES, "tokenizer_config.json") for path in source.folder.glob(pattern)}
     digests = "\n".join(f"{path.name} {sha256_of(path)}" for path in sorted(files))
     manifest = source.folder / MANIFEST
@@ -183,7 +188,7 @@ def _model_identity(source: Source) -> dict[str, str | None]:
 
 @functools.cache
 def _code() -> str:
-    """Digest of this package's sources: a version that is being worked on changes without its number."""
+    """Digest of this package's sources, which may change without a new version number."""
     root = Path(__file__).parent
     files = "\n".join(f"{path.relative_to(root)} {sha256_of(path)}" for path in sorted(root.rglob("*.py")))
     return hashlib.sha256(files.encode()).hexdigest()

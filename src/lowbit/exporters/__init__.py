@@ -1,7 +1,7 @@
-"""One grid, written in the format of each runtime: one file a target, one line here.
+"""Export targets: the codes of a run in the format of each runtime, one module per target.
 
-A target states what it can carry (``limits``), writes it and reads it back; see ``target.Exporter``. Its module is
-loaded when it is asked for, so that a package that one format needs is no condition for the others.
+A target states what it supports (``limits``), writes it and reads it back; see ``target.Exporter``. Modules are
+imported on first use, so a package that one format needs stays optional for the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALIASES = {"llama.cpp": "gguf", "onnxruntime": "onnx"}
 
 
 def exporter_of(target: str) -> Exporter:
-    """The exporter of a target's name; an unknown one is an error that lists the known."""
+    """The exporter of a target; an unknown name raises an error that lists the known ones."""
     name = ALIASES.get(target, target)
     if name not in EXPORTERS:
         raise unknown("target", target, [*EXPORTERS, *ALIASES])
@@ -40,10 +40,10 @@ def exporter_of(target: str) -> Exporter:
 
 
 def target_of(path: Path) -> str:
-    """The target whose format a file or folder has."""
+    """The target whose format a file or folder is in."""
     if not path.exists():
         raise LowbitError(f"{path} does not exist: give files or folders that 'lowbit export' wrote")
     for name in EXPORTERS:
         if exporter_of(name).owns(path):
             return name
-    raise LowbitError(f"{path} is no export of a known format: {', '.join(EXPORTERS)}")
+    raise LowbitError(f"{path} is not an export in a known format: {', '.join(EXPORTERS)}")

@@ -1,4 +1,4 @@
-"""``lowbit.export`` and ``lowbit.verify``: a run folder in other formats, and the proof that they hold it."""
+"""``lowbit.export`` and ``lowbit.verify``: a run folder in other formats, and its comparison with each export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowbit.exporters.target import Options
 from lowbit.exporters.verify import Verified, run_one, verify_one
 from lowbit.runs.load import load
 
-# What runtimes are compared on; ours, so that it needs no download.
+# The text on which logits are compared; built in, so that it needs no download.
 TEXT = (
     "A map is smaller than the country it shows, and that is why people carry it. Whoever draws one must choose: the "
     "rivers stay, the fences go, and a road that bends a little becomes straight. The traveller does not mind, as "
@@ -38,8 +38,8 @@ class Exported:
     Attributes:
         out: the file or folder.
         target: its format.
-        size_bytes: what it takes on disk.
-        warnings: what the target does differently.
+        size_bytes: its size on disk.
+        warnings: differences between the export and the run.
     """
 
     out: Path
@@ -59,31 +59,31 @@ def export(
     context: int | None = None,
     accuracy_level: int | None = None,
 ) -> Exported:
-    """Write a finished run in the format of a runtime, without quantizing anything again.
+    """Write a finished run in the format of a runtime; its codes are reused, nothing is quantized again.
 
     Args:
         folder: the run folder.
         to: ``gguf`` (or ``llama.cpp``), ``executorch``, ``onnx`` (or ``onnxruntime``), ``gptq``, ``awq`` or
             ``vllm``.
-        out: what to write, which must not exist; by default beside the run, named after it and the target.
-        embeddings: gguf only, how float matrices are stored: ``auto`` (smallest type that loses nothing), ``f32``,
+        out: the path to write, which must not exist; by default next to the run, named after it and the target.
+        embeddings: gguf only, type of float matrices: ``auto`` (the smallest lossless type), ``f32``,
             ``f16`` or ``q8_0``.
-        pre: gguf only, llama.cpp's name for the tokenizer's splitting where it cannot be found out.
+        pre: gguf only, llama.cpp's name of the pre-tokenizer, where it cannot be detected.
         gptq_format: gptq only, zero points minus one (``v1``) or as they are (``v2``); ``auto``: v1 if symmetric.
-        context: executorch only, tokens that the program's cache holds: 2048 by default, or the model's positions.
+        context: executorch only, capacity of the KV cache in tokens: by default 2048, or the model's positions.
         accuracy_level: onnx only, 0 multiplies in float32, 4 with inputs quantized to 8 bits, which is faster; by
-            default 4 if the run was made for onnxruntime, else 0.
+            default 4 if the run's target is onnxruntime, else 0.
 
     Raises:
-        LowbitError: the folder is no finished run, or the target cannot carry it; nothing is written then.
+        LowbitError: the folder is not a finished run, or the target does not support it; nothing is written.
     """
     folder, target = Path(folder), ALIASES.get(to, to)
     exporter = exporter_of(target)
     run = open_run(folder)
     check(target, exporter.misfit, run.subject)
     name = folder.resolve().name
-    beside = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
-    final = Path(out) if out is not None else beside
+    default = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
+    final = Path(out) if out is not None else default
     if final.exists():
         raise LowbitError(f"--out {final} exists: name another, or delete it")
     if exporter.suffix and final.suffix != exporter.suffix:
@@ -109,24 +109,24 @@ def verify(folder: str | Path, files: Sequence[str | Path], *, logits: bool = Tr
     Args:
         folder: the run folder.
         files: what ``export`` wrote.
-        logits: run each in its runtime, where that is installed, and compare logits with the simulation's on a
-            built-in text. This takes the memory of the whole model in float32.
+        logits: run each export in its runtime, where that is installed, and compare its logits with the
+            simulation's on a built-in text. This needs memory for the whole model in float32.
 
     Raises:
-        LowbitError: the folder is no finished run, or a path is no export.
+        LowbitError: the folder is not a finished run, or a path is not an export.
     """
     if not files:
         raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
     run = open_run(Path(folder))
     ids = _text_ids(run) if logits else torch.empty(0)
     simulated = functools.lru_cache(maxsize=1)(lambda runtime: _simulated(run, ids, runtime))
-    out = []
+    results = []
     for path in map(Path, files):
         target = target_of(path)
         exporter = exporter_of(target)
-        found = verify_one(run, path, target, exporter)
-        out.append(run_one(found, exporter, ids, simulated) if logits else found)
-    return out
+        result = verify_one(run, path, target, exporter)
+        results.append(run_one(result, exporter, ids, simulated) if logits else result)
+    return results
 
 
 def _text_ids(run: Run) -> Tensor:

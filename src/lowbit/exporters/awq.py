@@ -1,15 +1,15 @@
 """A run as a Hugging Face folder in the AWQ layout (GEMM), which vLLM, SGLang and onnxruntime-genai read.
 
-For a linear ``(out, in)``; eight 4-bit values in an int32 word, low bits first, are those of eight neighbouring
+For a linear ``(out, in)``; eight 4-bit values in an int32 word, low bits first, are those of eight adjacent
 outputs in the order 0, 2, 4, 6, 1, 3, 5, 7:
 
 =========== ==================================== ===========================================
 ``qweight`` int32 ``(in, out / 8)``              codes, packed along the output
-``qzeros``  int32 ``(groups, out / 8)``          zeros as they are, packed in the same way
+``qzeros``  int32 ``(groups, out / 8)``          zero points, packed in the same way
 ``scales``  float16 ``(groups, out)``
 =========== ==================================== ===========================================
 
-There is one width, 4 bits, and one group size for all modules; a symmetric grid is one whose zeros are 8.
+All modules have 4 bits and one group size; a symmetric format has zero points of 8.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def _group(subject: Subject) -> int | None:
 
 def limits(subject: Subject) -> Misfit | None:
     """4 bits, one group size, outputs in multiples of 8, activations in float, embeddings and head in float."""
-    found = no_activations(subject, "what runs AWQ folders takes them in float")
-    if found is not None:
-        return found
+    misfit = no_activations(subject, "runtimes of AWQ folders take them in float")
+    if misfit is not None:
+        return misfit
     size = _group(subject)
     for module, format in subject.integers.items():
         rows, columns = subject.shapes[module]
         if module in (embedding_of(subject.config), "lm_head"):
-            why = "the layout has no place for a rounded embedding or head"
+            why = "the layout does not support a quantized embedding or head"
         elif format.bits != 4:
             why = f"{format.bits} bits; the layout has 4"
         elif format.group != size:
@@ -75,13 +75,13 @@ def pack_words(values: Tensor) -> Tensor:
 def unpack_words(words: Tensor) -> Tensor:
     """The inverse of ``pack_words``: ``(n, out / 8)`` -> ``(n, out)``."""
     out = torch.empty(*words.shape, WORD, dtype=torch.long)
-    for place, column in enumerate(ORDER):
-        out[:, :, column] = words.long() >> 4 * place & 15
+    for position, column in enumerate(ORDER):
+        out[:, :, column] = words.long() >> 4 * position & 15
     return out.flatten(1)
 
 
 def pack_module(q: QTensor) -> dict[str, Tensor]:
-    """A rounded weight ``(out, in)`` as the tensors of the layout, by their names below the module."""
+    """A quantized weight ``(out, in)`` as the tensors of the layout, by name relative to the module."""
     scales = q.qparams.scale.T.to(torch.float16)
     return {"qweight": pack_words(q.codes.T), "qzeros": pack_words(q.qparams.zero.T), "scales": scales}
 
@@ -100,7 +100,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
 
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter, as the folder's own config says that it is to be read."""
+    """Every parameter, decoded as the folder's own config specifies."""
     size = int(stored_config(path)["group_size"])
 
     def value(module: str, stored: Mapping[str, Tensor]) -> Tensor:

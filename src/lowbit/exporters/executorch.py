@@ -1,12 +1,12 @@
-"""A run as an ExecuTorch program for phones: int4 linears of XNNPACK (8da4w) that hold the run's own codes.
+"""A run as an ExecuTorch program for phones: XNNPACK's int4 linears (8da4w) with the run's own codes.
 
-A folder: ``model.pte`` with its cache of keys and values, and the tokenizer's files beside it. XNNPACK rounds the
-linears' inputs to int8 per token on the fly. It keeps the scales of 4-bit groups as bfloat16: a run that was made for
-ExecuTorch has such scales and is held exactly; of any other run the codes are exact and the scales are rounded, by
-at most one part in 256, which the export says and ``expect`` knows.
+The export is a folder: ``model.pte``, a program with a KV cache, and the tokenizer's files. XNNPACK quantizes the
+linears' inputs to int8 per token on the fly. It stores the scales of 4-bit groups as bfloat16: a run with
+``--target executorch`` has such scales and is stored exactly; in any other run the codes are exact and each scale
+changes by at most one part in 256, which the export reports and ``expect`` accounts for.
 
-The program answers ``forward(tokens, position)`` with the logits behind the last token, and carries the methods that
-ExecuTorch's own text runners ask for (``get_max_context_len``, ``get_eos_ids`` and so on).
+``forward(tokens, position)`` returns the logits after the last token; the program also has the constant methods that
+ExecuTorch's text runners call (``get_max_context_len``, ``get_eos_ids`` and so on).
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ PROGRAM, CONTEXT = "model.pte", 2048
 MODELS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 ROTARY = "model.rotary_emb.inv_freq"
 NORMS = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm")
-# Of the logits' spread, beside a simulation with XNNPACK's inputs: sums in another order move an int8 code now and
-# then, and so do scales that became bfloat16.
+# Tolerance in units of the logits' spread, against a simulation with XNNPACK's inputs: a different order of sums
+# occasionally changes an int8 code, and so do scales that became bfloat16.
 EXPLAINED = 0.1
 
 
 def limits(subject: Subject) -> Misfit | None:
-    """Grids that XNNPACK stores, activations in float, attention that ExecuTorch's operator computes."""
-    if (why := _unlike(subject.config)) is not None:
+    """Formats that XNNPACK stores, activations in float, attention that ExecuTorch's operator supports."""
+    if (why := _unsupported(subject.config)) is not None:
         return Misfit("architecture", why)
-    found = no_activations(subject, "XNNPACK rounds them to int8 in its own way")
-    if found is not None:
-        return found
+    misfit = no_activations(subject, "XNNPACK quantizes them to int8 in its own way")
+    if misfit is not None:
+        return misfit
     for module, format in subject.integers.items():
         embedding = module == family_of(subject.config).embed
         if why := why_not(format, None if embedding else subject.shapes[module][1]):
@@ -54,13 +54,13 @@ def limits(subject: Subject) -> Misfit | None:
     return None
 
 
-def _unlike(config: Any) -> str | None:
-    """What in a config the program could not compute."""
+def _unsupported(config: Any) -> str | None:
+    """What a config requires that the program cannot compute; ``None`` if nothing."""
     if config.model_type not in MODELS:
-        return f"model_type {config.model_type}; exported are {', '.join(MODELS)}"
+        return f"model_type {config.model_type}; supported: {', '.join(MODELS)}"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or (config.model_type in ("mistral", "phi3") and config.sliding_window):
-        return "attention with a window, which the cache does not have"
+        return "sliding-window attention, which the cache does not support"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         return f"rope_type {rope}, whose frequencies change with the length of the text"
@@ -97,14 +97,14 @@ def _need(what: str) -> None:
 
 
 def _methods(run: Run) -> dict[str, Any]:
-    """What ExecuTorch's text runners ask a program beside logits."""
+    """The constant methods that ExecuTorch's text runners call, by name."""
     config, generation = run.subject.config, run.folder / "generation_config.json"
-    stops = read_json(generation).get("eos_token_id") if generation.exists() else None
-    stops = config.eos_token_id if stops is None else stops
-    begin = {} if config.bos_token_id is None else {"get_bos_id": config.bos_token_id}
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+    eos = config.eos_token_id if eos is None else eos
+    bos = {} if config.bos_token_id is None else {"get_bos_id": config.bos_token_id}
     return {
-        **begin,
-        "get_eos_ids": stops if isinstance(stops, list) else [] if stops is None else [stops],
+        **bos,
+        "get_eos_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
         "get_vocab_size": config.vocab_size,
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
@@ -113,23 +113,23 @@ def _methods(run: Run) -> dict[str, Any]:
 
 
 def _warnings(run: Run) -> list[str]:
-    """How far the scales move, if they do."""
+    """By how much the scales change, if they do."""
     worst, count = 0.0, 0
     for module in run.quantized:
         q = run.qtensor(module)
-        moved = (stored(q).qparams.scale - q.qparams.scale).abs() / q.qparams.scale
-        count += bool(moved.any())
-        worst = max(worst, float(moved.max()))
+        change = (stored(q).qparams.scale - q.qparams.scale).abs() / q.qparams.scale
+        count += bool(change.any())
+        worst = max(worst, float(change.max()))
     if not count:
         return []
     return [
-        f"XNNPACK keeps scales as bfloat16: those of {count} of {len(run.quantized)} linears are rounded, by "
-        f"{worst:.2%} at most; codes are as they were. 'lowbit quantize --target executorch' avoids it"
+        f"XNNPACK stores scales as bfloat16: those of {count} of {len(run.quantized)} linears are rounded, by "
+        f"{worst:.2%} at most; codes are unchanged. 'lowbit quantize --target executorch' avoids it"
     ]
 
 
 def expect(run: Run, name: str) -> Tensor:
-    """A parameter as the file must have it: the run's value, scales as XNNPACK holds them."""
+    """The value that the file must hold for a parameter: the run's, with scales as XNNPACK stores them."""
     module = name.removesuffix(".weight")
     if name == ROTARY:
         return frequencies(run)
@@ -139,27 +139,27 @@ def expect(run: Run, name: str) -> Tensor:
 
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by their place in the program."""
+    """Parameters, identified by their position in the program."""
     _need("verifying a .pte file")
     names = {kind: iter(order) for kind, order in _order(run).items()}
     rotary = frequencies(run).shape
-    for found in constants(_program(path)):
-        if found.kind == GAIN and found.weight.shape == rotary:
-            yield ROTARY, found.weight
+    for constant in constants(_program(path)):
+        if constant.kind == GAIN and constant.weight.shape == rotary:
+            yield ROTARY, constant.weight
             continue
-        name = next(names[found.kind], f"one {found.kind} too many")
-        if found.kind == LINEAR and name == _head(run) and run.subject.config.tie_word_embeddings:
-            yield from _tied(run, name, found.weight)
+        name = next(names[constant.kind], f"one {constant.kind} too many")
+        if constant.kind == LINEAR and name == _head(run) and run.subject.config.tie_word_embeddings:
+            yield from _tied(run, name, constant.weight)
             continue
-        yield f"{name}.weight", found.weight
-        if found.bias is not None:
-            yield f"{name}.bias", found.bias
+        yield f"{name}.weight", constant.weight
+        if constant.bias is not None:
+            yield f"{name}.bias", constant.bias
 
 
 def _tied(run: Run, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The head that is the embedding's own matrix is no parameter of the model; here it is stored a second time."""
-    own = run.tensor(f"{family_of(run.subject.config).embed}.weight").float()
-    if not torch.equal(weight.view(torch.int32), own.view(torch.int32)):
+    """A tied head is not a parameter of its own, but stored a second time here; yielded only if it differs."""
+    embedding = run.tensor(f"{family_of(run.subject.config).embed}.weight").float()
+    if not torch.equal(weight.view(torch.int32), embedding.view(torch.int32)):
         yield f"{name}.weight", weight
 
 
@@ -168,23 +168,23 @@ def _head(run: Run) -> str:
 
 
 def _order(run: Run) -> dict[str, list[str]]:
-    """Modules by kind in the order in which the model runs them."""
+    """Modules by kind, in the order in which the model runs them."""
     family, layers = family_of(run.subject.config), range(run.subject.config.num_hidden_layers)
-    there = {name.removesuffix(".weight") for name in run.floats}
+    present = {name.removesuffix(".weight") for name in run.floats}
     linears = [f"{family.blocks}.{i}.{name}" for i in layers for group in family.linears for name in group]
     norms = [f"{family.blocks}.{i}.{name}" for i in layers for name in NORMS]
     return {
         EMBEDDING: [family.embed],
         LINEAR: [*linears, family.head],
-        GAIN: [name for name in [*norms, "model.norm"] if name in there],
+        GAIN: [name for name in [*norms, "model.norm"] if name in present],
     }
 
 
 def other(run: Run, path: Path) -> Iterator[str]:
-    """Files beside the program, and the program's own methods, that are not as they were written."""
-    found = methods_of(_program(path))
+    """Names of files next to the program, and of its constant methods, that differ from what ``write`` produced."""
+    stored_methods = methods_of(_program(path))
     for name, value in _methods(run).items():
-        if found.get(name) != (value if isinstance(value, list) else [value]):
+        if stored_methods.get(name) != (value if isinstance(value, list) else [value]):
             yield name
     for name in carried(run) if path.is_dir() else ():
         if not (path / name).is_file() or (path / name).read_bytes() != (run.folder / name).read_bytes():
@@ -201,7 +201,7 @@ def owns(path: Path) -> bool:
 
 
 def execute(path: Path, ids: Tensor) -> Executed | None:
-    """Logits of the program: each token's from its own step, and the last one's from all tokens at once."""
+    """Logits of the program: each token's from a step of its own, the last one's from the whole text as a prompt."""
     if _missing():
         return None
     session = Session(_program(path))

@@ -1,14 +1,14 @@
-"""A run as one ``.gguf`` file for llama.cpp and what builds on it: the codes as they are, nothing rounded again.
+"""A run as one ``.gguf`` file for llama.cpp and the tools built on it: the run's own codes, not quantized again.
 
-The usual route (dequantize, convert, quantize) rounds a second time, on another grid. Here codes are relabelled into
-blocks, see ``gguf_blocks``; names come from the ``gguf`` package's own map, metadata from ``gguf_model`` and
-``gguf_tokenizer``. Two things look different in the file and compute the same:
+The usual route (dequantize, convert, quantize) quantizes a second time, in another format. Here codes are repacked
+into blocks, see ``gguf_blocks``; names come from the ``gguf`` package's own map, metadata from ``gguf_model`` and
+``gguf_tokenizer``. Two things are stored differently and compute the same:
 
-* Under the ``llama`` architecture rotary pairs are neighbours, so the rows of q and k (codes, scales, biases) are
+* Under the ``llama`` architecture rotary pairs are adjacent, so the rows of q and k (codes, scales, biases) are
   interleaved within each head: ``(heads, 2, d / 2) -> (heads, d / 2, 2)``.
 * Gemma's norms multiply by ``1 + weight``, and that sum is stored; the library computes the same sum in float32.
 
-Float matrices keep every bit: F16 if that loses nothing, else BF16 if that does not, else F32.
+Float matrices keep every bit: F16 if that is lossless, else BF16 if that is, else F32.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.progress import track
 
 FLOATS = {"auto": None, "f32": Kind.F32, "f16": Kind.F16, "q8_0": Kind.Q8_0}
-FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; of a K type the one without larger types for some tensors
+FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; for a K type the one without larger types for some tensors
     Kind.F32: 0, Kind.Q4_0: 2, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q2_K: 10, Kind.Q3_K: 11, Kind.Q4_K: 14,
     Kind.Q5_K: 16, Kind.Q6_K: 18,
 }  # fmt: skip
-# The simulation rounds inputs as llama.cpp does; what is left is a step of an input here and there that falls on the
-# other side of an edge between codes. It stays below 5% of the logits' spread in SmolLM2's thirty blocks.
+# The simulation quantizes inputs as llama.cpp does; what remains are single inputs that fall on the other side of a
+# boundary between two codes: below 5% of the logits' spread in SmolLM2's thirty blocks.
 EXPLAINED = 0.1
 ROPE = "rope_freqs.weight"
 
 
 def limits(subject: Subject) -> Misfit | None:
-    """Any grid whose signed codes fit a block type, groups and widths in multiples of 32, activations in float."""
+    """Formats whose signed codes fit a block type, groups and widths in multiples of 32, activations in float."""
     if (why := unlike_llamacpp(subject.config)) is not None:
         return Misfit("architecture", why)
-    found = no_activations(subject, "llama.cpp rounds them to its own 8-bit blocks")
-    if found is not None:
-        return found
+    misfit = no_activations(subject, "llama.cpp quantizes them to its own 8-bit blocks")
+    if misfit is not None:
+        return misfit
     for module, format in subject.integers.items():
         kind = block_type(format, subject.shapes[module][1])
         if isinstance(kind, str):
@@ -61,7 +61,7 @@ def limits(subject: Subject) -> Misfit | None:
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:
-    """Write the file; at most one tensor is in memory."""
+    """Write the file with at most one tensor in memory."""
     if options.embeddings not in FLOATS:
         raise LowbitError(f"--embeddings {options.embeddings} given; allowed: {', '.join(FLOATS)}")
     metadata, warnings = metadata_of(run, options.pre)
@@ -112,20 +112,20 @@ def gguf_name(run: Run, name: str) -> str:
     arch = gguf.MODEL_ARCH_NAMES
     kind = next(key for key, value in arch.items() if value == architecture(run.subject.config))
     names = gguf.get_tensor_name_map(kind, run.subject.config.num_hidden_layers)
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
+    stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if stored_name is None:
         raise LowbitError(f"the installed gguf package has no name for '{name}' of {run.folder}: update gguf")
-    return str(found)
+    return str(stored_name)
 
 
 def names_of(run: Run) -> list[str]:
-    """The model's names of all parameters, and the factors of the rotary frequencies where there are any."""
+    """The model's names of all parameters, and of the rotary frequency factors where the config has them."""
     extra = [ROPE] if rope_factors(run.subject.config) is not None else []
     return [*extra, *run.floats, *(f"{module}.weight" for module in run.quantized)]
 
 
 def expect(run: Run, name: str) -> Tensor:
-    """A parameter as the file must have it, but for the order of rows."""
+    """The value that the file must hold for a parameter, up to the order of rows."""
     if name == ROPE:
         factors = rope_factors(run.subject.config)
         return factors if factors is not None else torch.empty(0)
@@ -149,7 +149,9 @@ def _kinds(run: Run, options: Options, warnings: list[str]) -> dict[str, tuple[A
         value = expect(run, name)
         kind = Kind.F32 if value.ndim == 1 else (FLOATS[options.embeddings] or _lossless(value))
         if kind == Kind.Q8_0 and value.shape[1] % BLOCK:
-            raise LowbitError(f"{name} has rows of {value.shape[1]}, no multiple of {BLOCK}: use --embeddings auto")
+            raise LowbitError(
+                f"{name} has rows of {value.shape[1]}, not a multiple of {BLOCK}: use --embeddings auto"
+            )
         if kind not in (Kind.F32, Kind.BF16) and (kind == Kind.Q8_0 or not _holds(value, torch.float16)):
             warnings.append(f"{name} is rounded to {kind.name}: the file is not what was evaluated")
         out[name] = kind, tuple(value.shape)
@@ -168,7 +170,7 @@ def _holds(value: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _declare(writer: Any, name: str, kind: Kind, shape: tuple[int, ...]) -> None:
-    """Announce a tensor; its data follow when all are announced."""
+    """Declare a tensor; data follow once all tensors are declared."""
     if kind in (Kind.F32, Kind.F16):
         dtype = np.dtype(np.float32 if kind == Kind.F32 else np.float16)
         writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
@@ -191,7 +193,7 @@ def _data(run: Run, name: str, kind: Kind) -> Any:
 
 
 def _heads(run: Run, name: str) -> int:
-    """Heads whose rows the file interleaves, or 0."""
+    """Number of heads whose rows the file interleaves, or 0."""
     config = run.subject.config
     if architecture(config) != "llama":
         return 0
@@ -200,7 +202,7 @@ def _heads(run: Run, name: str) -> int:
 
 
 def _rows(run: Run, name: str) -> Tensor | None:
-    """The order in which a parameter's rows are written, or ``None`` for their own."""
+    """The order in which a parameter's rows are written; ``None`` if unchanged."""
     if not (heads := _heads(run, name)):
         return None
     dim = head_dim(run.subject.config)
@@ -208,7 +210,7 @@ def _rows(run: Run, name: str) -> Tensor | None:
 
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the file through the package's reader, q and k with their rows put back."""
+    """Every tensor of the file through the package's reader, with the rows of q and k in the model's order."""
     names = {gguf_name(run, name): name for name in names_of(run)}
     for tensor in gguf.GGUFReader(path).tensors:
         name = names.get(tensor.name, tensor.name)
@@ -220,19 +222,19 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def other(run: Run, path: Path) -> Iterator[str]:
-    """Metadata that differ from the run's."""
+    """Metadata keys whose values differ from the run's."""
     fields = gguf.GGUFReader(path).fields
-    found = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
+    stored = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
     try:
         expected, _ = metadata_of(run, None)
     except LowbitError:
-        expected, _ = metadata_of(run, str(found.get("tokenizer.ggml.pre")))
+        expected, _ = metadata_of(run, str(stored.get("tokenizer.ggml.pre")))
     expected["general.architecture"] = architecture(run.subject.config)
-    for key in sorted({**expected, **found}):
-        wanted, got = expected.get(key), found.get(key)
-        if isinstance(wanted, float):
-            wanted = float(np.float32(wanted))
-        if wanted != got and not (wanted == [] and got is None):
+    for key in sorted({**expected, **stored}):
+        ours, theirs = expected.get(key), stored.get(key)
+        if isinstance(ours, float):
+            ours = float(np.float32(ours))
+        if ours != theirs and not (ours == [] and theirs is None):
             yield key
 
 
@@ -247,7 +249,7 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
 
 
 def owns(path: Path) -> bool:
-    """A file named ``.gguf``; what is in it is for the reader to say."""
+    """A file named ``.gguf``; its content is checked by the reader."""
     return path.is_file() and path.suffix == ".gguf"
 
 

@@ -1,7 +1,7 @@
 """Codes as GGUF blocks: Q4_0, Q5_0, Q8_0 and, for groups of 256, the K types.
 
-Nothing is rounded; a grid that a type cannot hold never gets here. Each block has one float16 scale, so groups are
-multiples of its width. Signed types hold ``n = code - zero``:
+Nothing is rounded; ``block_type`` refuses formats that no type represents exactly. Each block has one float16 scale,
+so groups are multiples of its width. Signed types hold ``n = code - zero``:
 
 ===== ====== ==================== ============================================================================
 type  values ``n``                bytes
@@ -13,7 +13,7 @@ Q3_K  256    ``-4 .. 3``          32 of high bits; 64 of low pairs of bits; 12 o
 Q6_K  256    ``-32 .. 31``        128 of low nibbles; 64 of high pairs of bits; 16 of sub-scales; scale
 ===== ====== ==================== ============================================================================
 
-Types with an offset hold ``code`` and ``zero`` apart, as ``scale * code - scale * zero``:
+Types with an offset hold ``code`` and ``zero`` separately, as ``scale * code - scale * zero``:
 
 ===== ====== ==================== ============================================================================
 Q2_K  256    2 bits, zero to 15   16 of sub-scales and zeros; 64 of pairs of bits; scale; scale of the zeros
@@ -21,9 +21,9 @@ Q4_K  256    4 bits, zero to 63   scale; scale of the zeros; 12 of sub-scales an
 Q5_K  256    5 bits, zero to 63   as Q4_K, with 32 of high bits before the nibbles
 ===== ====== ==================== ============================================================================
 
-K types give each 16 or 32 values a small integer that multiplies the scale; here it is 1 everywhere, as finer groups
+K types give each 16 or 32 values a small integer that multiplies the scale; here it is always 1, since finer groups
 would need scales that are multiples of one another. A product and a difference of such integers with a float16 scale
-are exact in float32. Rejected: Q4_1, whose offset is rounded to float16, so that it holds no free zero exactly.
+are exact in float32. Rejected: Q4_1, whose offset is rounded to float16 and so represents no free zero point exactly.
 https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0 to block_q6_K)
 """
 
@@ -41,7 +41,7 @@ from lowbit.quant.format import QTensor
 from lowbit.quant.integer import IntFormat
 
 BLOCK = 32
-# By size; of two equal ones the one with the narrower block first. Signed: range of n. With an offset: codes, zeros.
+# By size, the narrower block first among equals. Signed: range of n. With an offset: largest code and zero point.
 SIGNED = {Kind.Q3_K: (-4, 3), Kind.Q4_0: (-8, 7), Kind.Q5_0: (-16, 15), Kind.Q6_K: (-32, 31), Kind.Q8_0: (-128, 127)}
 OFFSET = {Kind.Q2_K: (3, 15), Kind.Q4_K: (15, 63), Kind.Q5_K: (31, 63)}
 TYPES = (Kind.Q2_K, Kind.Q3_K, Kind.Q4_0, Kind.Q4_K, Kind.Q5_0, Kind.Q5_K, Kind.Q6_K, Kind.Q8_0)
@@ -49,7 +49,7 @@ Bytes = npt.NDArray[Any]  # of uint8; numpy's annotations call it signed once it
 
 
 def block_type(format: IntFormat, columns: int) -> Kind | str:
-    """The smallest type that holds every grid of a format exactly, or why there is none.
+    """The smallest type that represents every weight of a format exactly, or why there is none.
 
     >>> block_type(IntFormat(4, 64, symmetric=False), 128).name
     'Q5_0'
@@ -66,7 +66,7 @@ def block_type(format: IntFormat, columns: int) -> Kind | str:
         if (format.group or columns) % width(kind) == 0 and _holds(kind, format):
             return kind
     span = f"{-format.levels} .. {format.levels}"
-    return f"{format.bits}-bit codes with a free zero span {span}, beyond the widest type's 127"
+    return f"{format.bits}-bit codes with a free zero point span {span}, beyond the widest type's 127"
 
 
 def width(kind: Kind) -> int:
@@ -75,18 +75,18 @@ def width(kind: Kind) -> int:
 
 
 def _holds(kind: Kind, format: IntFormat) -> bool:
-    """Every code with every zero has its place in the type."""
+    """Whether the type represents every code with every zero point."""
     half = 2 ** (format.bits - 1)
     if kind in OFFSET:
         code, zero = OFFSET[kind]
         return format.levels <= code and (half if format.symmetric else format.levels) <= zero
     low, high = (-half, half - 1) if format.symmetric else (-format.levels, format.levels)
-    least, most = SIGNED[kind]
-    return least <= low and high <= most
+    smallest, largest = SIGNED[kind]
+    return smallest <= low and high <= largest
 
 
 def pack_blocks(q: QTensor, kind: Kind) -> Bytes:
-    """``uint8 (rows, bytes of a row)`` that dequantize to ``q.dequantize()``, bit for bit."""
+    """``uint8 (rows, bytes per row)`` that dequantize to ``q.dequantize()``, bit for bit."""
     rows, columns = q.codes.shape
     size, wide = columns // q.qparams.zero.shape[1], width(kind)
     codes = q.codes.numpy().astype(np.int16).reshape(rows, -1, wide)
@@ -115,7 +115,7 @@ def _signed(kind: Kind, n: npt.NDArray[np.int16], scale: Bytes) -> list[Bytes]:
 
 
 def _offset(kind: Kind, codes: Bytes, zero: Bytes, scale: Bytes) -> list[Bytes]:
-    """The parts of blocks that hold codes and zeros apart."""
+    """The parts of blocks that hold codes and zero points separately."""
     if kind == Kind.Q2_K:
         return [(1 | zero << 4).repeat(16, -1), _planes(codes, 2), scale, scale]
     # Eight sub-scales and eight zeros of 6 bits: four bytes of each, then the low nibbles of the other four of both,
@@ -126,14 +126,14 @@ def _offset(kind: Kind, codes: Bytes, zero: Bytes, scale: Bytes) -> list[Bytes]:
 
 
 def _planes(values: Bytes, bits: int) -> Bytes:
-    """256 small values as planes of 32: a byte takes the values 32 apart, the first in its lowest bits."""
+    """256 small values as planes of 32: a byte holds values 32 apart, the first in its lowest bits."""
     planes = values.reshape(*values.shape[:2], -1, 8 // bits, 32)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return np.bitwise_or.reduce(planes << shifts, axis=-2).reshape(*values.shape[:2], -1)
 
 
 def _bits(values: Bytes) -> Bytes:
-    """One bit a value, value ``j`` in bit ``j``."""
+    """One bit per value, value ``j`` in bit ``j``."""
     return np.packbits(values, axis=-1, bitorder="little")
 
 

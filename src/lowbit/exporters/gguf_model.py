@@ -1,8 +1,8 @@
-"""An architecture in GGUF's words: its name there, its metadata, and what llama.cpp assumes without asking.
+"""An architecture in GGUF: its name, its metadata, and what llama.cpp takes for granted.
 
-llama.cpp builds the graph from the architecture's name and a few numbers; what it takes for granted about a family
-(which layers have a sliding window, the scale of the attention) is compared with the config here, and a model that
-differs is refused: its tensors would be exact and its function another.
+llama.cpp builds the graph from the architecture's name and a few numbers. What it assumes about a family (the layers
+with a sliding window, the scale of the attention) is compared with the config here, and a model that differs is
+refused: its tensors would be exact, its function would not.
 
 Sources: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp (hyperparameters by architecture),
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (keys).
@@ -25,13 +25,13 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
 }
-# One layer in so many attends to everything, the others to a window; the depth at which the scale follows the width.
+# Period of layers with full attention, the others have a window; depth at which the scale follows the width.
 WINDOWS = {"gemma2": 2, "gemma3": 6}
 LARGEST = {"gemma2": 46, "gemma3": 62}
 
 
 def architecture(config: Any) -> str | None:
-    """llama.cpp's name for a config's architecture, or ``None`` if it is not one that is written here."""
+    """llama.cpp's name of a config's architecture, or ``None`` if it is not supported."""
     return ARCHITECTURES.get((config.architectures or [""])[0])
 
 
@@ -41,7 +41,7 @@ def head_dim(config: Any) -> int:
 
 
 def ropes(config: Any) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """Rotary parameters of full attention and, where they are their own, of sliding layers."""
+    """Rotary parameters of full attention and, where they differ, of sliding-window layers."""
     rope = config.rope_parameters or {}
     if "full_attention" in rope:
         return rope["full_attention"], rope.get("sliding_attention")
@@ -49,20 +49,20 @@ def ropes(config: Any) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
 
 
 def unlike_llamacpp(config: Any) -> str | None:
-    """What a config asks for and llama.cpp's graph of its architecture does not do; ``None`` if all agrees."""
+    """What a config requires and llama.cpp's graph does not compute; ``None`` if nothing."""
     arch = architecture(config)
     if arch is None:
-        return f"{config.architectures[0]} is not written yet; known: {', '.join(ARCHITECTURES)}"
+        return f"{config.architectures[0]} is not supported; known: {', '.join(ARCHITECTURES)}"
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
-    wanted = "gelu_pytorch_tanh" if arch in WINDOWS else "silu"
-    if activation != wanted:
-        return f"activation '{activation}'; llama.cpp computes {wanted} for {arch}"
+    assumed = "gelu_pytorch_tanh" if arch in WINDOWS else "silu"
+    if activation != assumed:
+        return f"activation '{activation}'; llama.cpp computes {assumed} for {arch}"
     if arch in ("qwen3", *WINDOWS) and getattr(config, "attention_bias", False):
         return f"llama.cpp's {arch} has no attention biases"
     if arch == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
         return f"heads of {head_dim(config)}; llama.cpp's qwen2 takes hidden_size / num_attention_heads"
     if arch == "gemma2" and not config.tie_word_embeddings:
-        return "a head of its own (or a rounded one); llama.cpp's gemma2 takes the embedding for it"
+        return "an untied or quantized head; llama.cpp's gemma2 uses the embedding"
     return _rope_unlike(config, arch) or _attention_unlike(config, arch)
 
 
@@ -71,14 +71,14 @@ def _rope_unlike(config: Any, arch: str) -> str | None:
     kind = full.get("rope_type", "default")
     allowed = {"default", "linear", "llama3"} if arch == "llama" else {"default", "linear"}
     if kind not in allowed:
-        return f"rope type '{kind}'; written for {arch}: {', '.join(sorted(allowed))}"
+        return f"rope type '{kind}'; supported for {arch}: {', '.join(sorted(allowed))}"
     if (full.get("partial_rotary_factor") or 1.0) != 1.0:
         return "a partial rotary embedding"
     if sliding is not None and (sliding.get("rope_type", "default"), float(sliding["rope_theta"])) != (
         "default",
         10000.0,
     ):
-        return f"sliding layers with rope {dict(sliding)}; llama.cpp takes the base 10000 there"
+        return f"sliding layers with rope {dict(sliding)}; llama.cpp assumes the base 10000 there"
     return None
 
 
@@ -94,14 +94,14 @@ def _attention_unlike(config: Any, arch: str) -> str | None:
     wide = layers == LARGEST[arch]
     scale = config.hidden_size // config.num_attention_heads if wide else head_dim(config)
     if config.query_pre_attn_scalar != scale:
-        return f"query_pre_attn_scalar {config.query_pre_attn_scalar}; llama.cpp takes {scale} for this {arch}"
+        return f"query_pre_attn_scalar {config.query_pre_attn_scalar}; llama.cpp assumes {scale} for this {arch}"
     if arch == "gemma3" and getattr(config, "attn_logit_softcapping", None):
         return "capped attention logits; llama.cpp's gemma3 has none"
     return None
 
 
 def model_metadata(config: Any, name: str) -> dict[str, Any]:
-    """GGUF keys and values that describe the model, without the tokenizer's."""
+    """GGUF keys and values that describe the model, except the tokenizer's."""
     arch = architecture(config)
     full, _ = ropes(config)
     dim = head_dim(config)
@@ -131,9 +131,9 @@ def model_metadata(config: Any, name: str) -> dict[str, Any]:
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """What each rotary frequency is divided by under Llama 3's scaling, float32 ``(head_dim / 2,)``; else ``None``.
+    """Divisors of the rotary frequencies under Llama 3's scaling, float32 ``(head_dim / 2,)``; else ``None``.
 
-    With ``wave = 2 pi / f``, ``L`` the length trained on: 1 where ``wave < L / high``, ``factor`` where
+    With ``wave = 2 pi / f`` and ``L`` the original context length: 1 where ``wave < L / high``, ``factor`` where
     ``wave > L / low``, and between them ``1 / ((1 - s) / factor + s)`` with ``s = (L / wave - low) / (high - low)``.
     https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling)
     """

@@ -1,9 +1,9 @@
-"""A tokenizer in GGUF's words: byte-pair (``gpt2``) or SentencePiece BPE (``llama``).
+"""A tokenizer in GGUF: byte-level BPE (``gpt2``) or SentencePiece BPE (``llama``).
 
-What is written is read from the tokenizer that transformers really uses, not from file names: its pieces, merges,
-splitting and special ids. llama.cpp knows splittings by name only (``tokenizer.ggml.pre``); the name is found by
-comparing the splitting itself, and one that has no name here is refused rather than written as ``default``, which
-tokenizes differently without a word. ``--pre`` names it by hand.
+Pieces, merges, pre-tokenizer and special ids come from the tokenizer that transformers loads, not from file names.
+llama.cpp knows pre-tokenizers by name only (``tokenizer.ggml.pre``); the name is found by comparing the rules
+themselves. A pre-tokenizer without a known name is refused rather than written as ``default``, which would tokenize
+differently without a message; ``--pre`` gives the name.
 
 https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp (regular expressions by name)
 """
@@ -28,12 +28,12 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
     """GGUF keys and values of the folder's tokenizer, and warnings.
 
     Args:
-        folder: with the tokenizer's files.
+        folder: folder with the tokenizer's files.
         vocab_size: rows of the embedding; ids without a piece get a placeholder of type ``UNUSED``.
-        pre: llama.cpp's name of the splitting, where it cannot be found out.
+        pre: llama.cpp's name of the pre-tokenizer, where it cannot be detected.
 
     Raises:
-        LowbitError: there is no tokenizer, or llama.cpp has no equal of it.
+        LowbitError: there is no tokenizer, or llama.cpp has no equivalent.
     """
     tokenizer = load_tokenizer(folder)
     if not tokenizer.is_fast:
@@ -41,7 +41,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
     if model["type"] != "BPE":
-        raise LowbitError(f"the tokenizer in {folder} is a {model['type']} model; gguf is written for BPE only")
+        raise LowbitError(f"the tokenizer in {folder} is a {model['type']} model; gguf export supports BPE only")
     pieces, types = _pieces(content, vocab_size, folder)
     out: dict[str, Any] = {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": types}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -49,13 +49,13 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
     if model.get("byte_fallback"):
         out |= _sentencepiece(content, pieces, merges)
     else:
-        found = pre or splitting(content)
-        if found is None:
+        name = pre or splitting(content)
+        if name is None:
             raise LowbitError(
-                f"llama.cpp's name for the splitting of the tokenizer in {folder} is not known; give it with --pre, "
+                f"llama.cpp's name of the pre-tokenizer in {folder} is not known; give it with --pre, "
                 "for example --pre qwen2"
             )
-        out |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": found, "tokenizer.ggml.merges": merges}
+        out |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
         if content.get("normalizer"):
             warnings.append(f"llama.cpp does not apply the tokenizer's {content['normalizer']['type']} normalizer")
     return out | _special(tokenizer, warnings), warnings
@@ -90,7 +90,7 @@ def _is_byte(piece: str) -> bool:
 
 
 def splitting(content: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how a byte-level tokenizer cuts text before merging, or ``None``."""
+    """llama.cpp's name of a byte-level tokenizer's pre-tokenizer, or ``None``."""
     steps = content.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     kinds = [step.get("type") for step in steps]
@@ -103,16 +103,16 @@ def splitting(content: dict[str, Any]) -> str | None:
         return None if whole else "smollm"
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
         name = _PATTERNS.get(steps[0]["pattern"].get("Regex", ""))
-        # llama.cpp takes a word that is one piece as it is, whatever the merges say, for llama-bpe only.
+        # Only for llama-bpe does llama.cpp keep a word that is one piece regardless of the merges.
         return name if whole == (name == "llama-bpe") else None
     return None
 
 
 def _sentencepiece(content: dict[str, Any], pieces: list[str], merges: list[str]) -> dict[str, Any]:
-    """Scores that give the order of the merges: a piece's is minus the rank of the first merge that makes it.
+    """Scores that encode the order of the merges: a piece's score is minus the rank of its first merge.
 
-    llama.cpp merges the neighbours whose joint piece has the highest score; merges of one piece are neighbours in the
-    list that transformers makes of a SentencePiece model, so both orders are the same.
+    llama.cpp merges the adjacent pair whose joint piece has the highest score. Merges that yield one piece are next
+    to each other in the list that transformers derives from a SentencePiece model, so both orders are the same.
     """
     rank: dict[str, int] = {}
     for i, pair in enumerate(merges):
@@ -129,7 +129,7 @@ def _sentencepiece(content: dict[str, Any], pieces: list[str], merges: list[str]
 
 
 def _special(tokenizer: Any, warnings: list[str]) -> dict[str, Any]:
-    """Special ids, what is put around a text (tried, not read), and the chat template."""
+    """Special ids, tokens added around a text (determined by tokenizing one), and the chat template."""
     out: dict[str, Any] = {}
     for key, field in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         if (number := getattr(tokenizer, f"{field}_token_id")) is not None:
@@ -139,6 +139,6 @@ def _special(tokenizer: Any, warnings: list[str]) -> dict[str, Any]:
     out["tokenizer.ggml.add_eos_token"] = bool(ids) and ids[-1] == tokenizer.eos_token_id
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        warnings.append(f"of the chat templates {', '.join(template)} the default is written")
+        warnings.append(f"of the chat templates {', '.join(template)}, only the default is written")
         template = template.get("default")
     return out | ({"tokenizer.chat_template": template} if template else {})

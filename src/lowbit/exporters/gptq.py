@@ -1,19 +1,19 @@
 """A run as a Hugging Face folder in the GPTQ layout, which vLLM, GPTQModel, ExLlama and onnxruntime-genai read.
 
-For a linear ``(out, in)``, values packed densely into int32 words, low bits first:
+For a linear ``(out, in)``, with values packed densely into int32 words, low bits first:
 
 =========== ======================================= ===================================================
 ``qweight`` int32 ``(in * bits / 32, out)``         codes, packed along the input
-``qzeros``  int32 ``(groups, out * bits / 32)``     zeros, packed along the output
+``qzeros``  int32 ``(groups, out * bits / 32)``     zero points, packed along the output
 ``scales``  float16 ``(groups, out)``
 ``g_idx``   int32 ``(in,)``                         the group of each input channel: ``i // group_size``
 =========== ======================================= ===================================================
 
-With 3 bits, 32 values fill 3 words, and two of them cross a word's end. There are two conventions for zeros, named by
-``checkpoint_format``: ``gptq`` (v1) stores ``zero - 1``, ``gptq_v2`` the zero itself. Readers that know one only
-(onnxruntime-genai, older vLLM) know v1; but v1 has no word for a zero of 0, which readers then take for 0 or for
-``2**bits``. Hence ``auto``: v1 where every grid is symmetric, v2 where one is not. Modules with a format of their own
-are named under ``dynamic``, as GPTQModel and vLLM read it.
+With 3 bits, 32 values fill 3 words, and two of them cross a word boundary. There are two conventions for zero points,
+named by ``checkpoint_format``: ``gptq`` (v1) stores ``zero - 1``, ``gptq_v2`` the zero point itself. Readers that
+support only one (onnxruntime-genai, older vLLM) support v1; but v1 cannot represent a zero point of 0, which readers
+take for 0 or for ``2**bits``. Hence ``auto``: v1 if every format is symmetric, v2 otherwise. Modules with a format of
+their own are listed under ``dynamic``, as GPTQModel and vLLM read it.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ FORMATS = {"v1": "gptq", "v2": "gptq_v2"}
 
 def limits(subject: Subject) -> Misfit | None:
     """2, 3, 4 or 8 bits, any group size, widths that fill words, activations in float, embeddings in float."""
-    found = no_activations(subject, "what runs GPTQ folders takes them in float")
-    if found is not None:
-        return found
+    misfit = no_activations(subject, "runtimes of GPTQ folders take them in float")
+    if misfit is not None:
+        return misfit
     for module, format in subject.integers.items():
         if module == embedding_of(subject.config):
-            return weight_misfit(subject, module, "the layout has no place for rounded embeddings")
+            return weight_misfit(subject, module, "the layout does not support quantized embeddings")
         if why := wrong_scale(format) or _why_not(format, subject.shapes[module]):
             return weight_misfit(subject, module, why)
     return None
@@ -65,15 +65,15 @@ def _why_not(format: IntFormat, shape: tuple[int, int]) -> str | None:
 
 
 def pack_module(q: QTensor, checkpoint_format: str) -> dict[str, Tensor]:
-    """A rounded weight ``(out, in)`` as the tensors of the layout, by their names below the module.
+    """A quantized weight ``(out, in)`` as the tensors of the layout, by name relative to the module.
 
-    In v1 a zero of 0 becomes ``2**bits - 1``.
+    In v1 a zero point of 0 becomes ``2**bits - 1``.
     """
     columns, format = q.codes.shape[1], integer(q.format, "the GPTQ layout")
-    stored = q.qparams.zero.int() - int(checkpoint_format == "gptq")
+    zero = q.qparams.zero.int() - int(checkpoint_format == "gptq")
     return {
         "qweight": _packed(q.codes.T.int(), format.bits, 0),
-        "qzeros": _packed(stored.T & format.levels, format.bits, 1),
+        "qzeros": _packed(zero.T & format.levels, format.bits, 1),
         "scales": q.qparams.scale.T.to(torch.float16),
         "g_idx": torch.arange(columns, dtype=torch.int32) // (format.group or columns),
     }
@@ -85,7 +85,7 @@ def _packed(values: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def quantization_config(subject: Subject, checkpoint_format: str) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``; the commonest format is the default."""
+    """The ``quantization_config`` of ``config.json``; the most common format is the default."""
     common = Counter(subject.integers.values()).most_common(1)[0][0]
     dynamic: dict[str, Any] = {
         f"+:{_pattern(name)}": _format(format) for name, format in subject.integers.items() if format != common
@@ -107,17 +107,17 @@ def _format(format: IntFormat) -> dict[str, Any]:
 
 
 def _pattern(module: str) -> str:
-    """A module or a tensor below it: some readers match one, some the other, both from the beginning."""
+    """Matches a module or a tensor below it: readers match either one, both from the beginning."""
     return rf"{re.escape(module)}(\.|$)"
 
 
-def checkpoint_format(subject: Subject, asked: str = "auto") -> str:
-    """The convention for zeros, ``gptq`` or ``gptq_v2``, from ``auto``, ``v1`` or ``v2``."""
-    if asked == "auto":
+def checkpoint_format(subject: Subject, choice: str = "auto") -> str:
+    """The convention for zero points, ``gptq`` or ``gptq_v2``, from ``auto``, ``v1`` or ``v2``."""
+    if choice == "auto":
         return FORMATS["v1" if all(format.symmetric for format in subject.integers.values()) else "v2"]
-    if asked not in FORMATS:
-        raise LowbitError(f"--gptq-format {asked} given; allowed: auto, v1, v2")
-    return FORMATS[asked]
+    if choice not in FORMATS:
+        raise LowbitError(f"--gptq-format {choice} given; allowed: auto, v1, v2")
+    return FORMATS[choice]
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:
@@ -133,7 +133,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     write_folder(run, path, quantization_config(run.subject, convention), store)
     if not odd:
         return []
-    return [f"{len(odd)} modules have zeros of 0, which some readers of v1 take for 2**bits: use --gptq-format v2"]
+    return [f"{len(odd)} modules have zero points of 0, which some v1 readers take for 2**bits: use --gptq-format v2"]
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
@@ -149,7 +149,7 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter, as the folder's own config says that it is to be read."""
+    """Every parameter, decoded as the folder's own config specifies."""
     config = stored_config(path)
 
     def value(module: str, stored: Mapping[str, Tensor]) -> Tensor:
@@ -167,8 +167,8 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def other(run: Run, path: Path) -> Iterator[str]:
     """Files that differ, whichever convention the folder was written in."""
-    found = str(stored_config(path).get("checkpoint_format"))
-    convention = found if found in FORMATS.values() else checkpoint_format(run.subject)
+    stored = str(stored_config(path).get("checkpoint_format"))
+    convention = stored if stored in FORMATS.values() else checkpoint_format(run.subject)
     return other_files(run, path, quantization_config(run.subject, convention))
 
 

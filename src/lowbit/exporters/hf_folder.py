@@ -1,7 +1,7 @@
-"""A run as a Hugging Face folder in another layout: rounded modules stored differently, all else as it is.
+"""A run as a Hugging Face folder in another layout: quantized modules are repacked, everything else is copied.
 
-The shards keep their names and their order; config, index and tokenizer go with them. A target brings two things: the
-``quantization_config`` and the tensors that it stores for one rounded module.
+Shards keep their names and order; config, index and tokenizer accompany them. A target provides two things: the
+``quantization_config``, and the tensors that it stores for one quantized module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lowbit.progress import track
 from lowbit.quant.format import QTensor
 
 CONFIG = "config.json"
-_OURS = (CONFIG, INDEX, "README.md")  # of the run folder: they speak of its own layout
+_OURS = (CONFIG, INDEX, "README.md")  # describe the run folder's own layout
 
 
 def write_folder(
@@ -45,8 +45,8 @@ def write_folder(
         run: the run.
         path: a folder that does not exist yet.
         quantization: the ``quantization_config``.
-        store: for a rounded module's name and weight the tensors by their names below the module.
-        dtype: of everything else; by default as it is stored.
+        store: maps a quantized module's name and weight to its tensors, by name relative to the module.
+        dtype: of everything else; by default as stored.
     """
     path.mkdir()
     shards: dict[str, list[str]] = {}
@@ -67,8 +67,8 @@ def write_folder(
 def config_of(run: Run, quantization: Mapping[str, Any]) -> dict[str, Any]:
     """The content of ``config.json``.
 
-    vLLM reads scales in the dtype that it computes in, and bfloat16 would round them: the config asks for float16,
-    except for Gemma, which vLLM refuses to run in float16.
+    vLLM reads scales in its compute dtype, and bfloat16 would round them: the config requests float16, except for
+    Gemma, which vLLM refuses to run in float16.
     """
     config = {**read_json(run.folder / CONFIG), "quantization_config": dict(quantization)}
     if not str(config["model_type"]).startswith("gemma"):
@@ -77,7 +77,7 @@ def config_of(run: Run, quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def carried(run: Run) -> list[str]:
-    """Files that go over as they are: the tokenizer's, and how to generate."""
+    """Names of the files that are copied: the tokenizer's and the generation config."""
     return [name for name in run.manifest.files if not name.endswith(".safetensors") and name not in _OURS]
 
 
@@ -85,8 +85,8 @@ def stored_config(path: Path) -> dict[str, Any]:
     """The ``quantization_config`` of a folder; empty for anything else."""
     if not (path / CONFIG).is_file():
         return {}
-    found = read_json(path / CONFIG).get("quantization_config")
-    return found if isinstance(found, dict) else {}
+    config = read_json(path / CONFIG).get("quantization_config")
+    return config if isinstance(config, dict) else {}
 
 
 def owns(method: str) -> Callable[[Path], bool]:
@@ -101,19 +101,19 @@ def read_folder(
 
     Args:
         path: the folder.
-        key: the tensor whose presence says that a module is rounded, such as ``qweight``.
-        value: a rounded module's weight ``(out, in)`` from its name and its tensors by the names below it.
+        key: the tensor whose presence marks a quantized module, such as ``qweight``.
+        value: computes a quantized module's weight ``(out, in)`` from its name and its tensors, by relative name.
     """
     checkpoint = Checkpoint(path)
-    rounded = [name.removesuffix(f".{key}") for name in checkpoint.names if name.endswith(f".{key}")]
+    quantized = [name.removesuffix(f".{key}") for name in checkpoint.names if name.endswith(f".{key}")]
     seen: set[str] = set()
-    for module in rounded:
+    for module in quantized:
         own = [n for n in checkpoint.names if n.startswith(f"{module}.") and n != f"{module}.bias"]
         seen |= set(own)
         stored = {name.removeprefix(f"{module}."): tensor for name, tensor in checkpoint.read(own).items()}
         try:
             weight = value(module, stored)
-        except Exception as error:  # broken bytes trip a reader in many ways; the name says where
+        except Exception as error:  # readers fail on broken bytes in many ways; the message names the module
             raise LowbitError(f"'{module}' cannot be read: {error}") from error
         yield f"{module}.weight", weight
     for name in checkpoint.names:
@@ -122,7 +122,7 @@ def read_folder(
 
 
 def other_files(run: Run, path: Path, quantization: Mapping[str, Any]) -> Iterator[str]:
-    """Names of the files beside the weights that are not as ``write_folder`` makes them."""
+    """Names of the files, weights aside, that differ from what ``write_folder`` produces."""
     if read_json(path / CONFIG) != config_of(run, quantization):
         yield CONFIG
     for name in carried(run):
@@ -131,5 +131,5 @@ def other_files(run: Run, path: Path, quantization: Mapping[str, Any]) -> Iterat
 
 
 def embedding_of(run_config: Any) -> str:
-    """The name of the embedding's module."""
+    """The name of the embedding module."""
     return family_of(run_config).embed

@@ -1,8 +1,8 @@
-"""A ``.gguf`` file in llama.cpp itself: logits, greedy text and tokens of a text, through ``llama-cpp-python``.
+"""Runs a ``.gguf`` file in llama.cpp through ``llama-cpp-python``: logits, greedy text, tokenization.
 
-The package's low-level functions are used, not its ``Llama`` class, which samples and keeps more than is needed here.
-llama.cpp rounds the inputs of quantized matrices, see ``runtimes.py``; with ``exact`` it keeps keys and values in
-float32, so that little but that rounding is between its logits and the run's.
+The package's low-level functions are used, not its ``Llama`` class, which samples and stores more than is needed
+here. llama.cpp quantizes the inputs of quantized matrices, see ``quant/runtimes.py``; with ``exact`` it keeps keys
+and values in float32, so that little else separates its logits from the run's.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ERROR = 4  # ggml.h, GGML_LOG_LEVEL_ERROR
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model with a context of its own; see ``loaded``.
+    """A loaded model with its own context; see ``loaded``.
 
     Attributes:
         model, context: the library's handles.
         vocabulary: columns of the logits.
-        length: tokens that the context holds.
+        length: capacity of the context in tokens.
     """
 
     model: Any
@@ -45,12 +45,12 @@ class Session:
     length: int
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after each token of a text of its own, float32 ``(len(ids), vocabulary)``."""
+        """Logits after each token of an independent text, float32 ``(len(ids), vocabulary)``."""
         self.forget()
         return self.decode(ids, 0, every=True)
 
     def greedy(self, ids: Sequence[int], tokens: int) -> list[int]:
-        """The ``tokens`` ids that follow, each the likeliest after those before it."""
+        """The next ``tokens`` ids, each the most likely one after those before it."""
         self.forget()
         scores, out = self.decode(ids, 0), list[int]()
         for i in range(tokens):
@@ -60,20 +60,20 @@ class Session:
         return out
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text by llama.cpp's tokenizer, without what it would put around it."""
+        """The ids of a text by llama.cpp's tokenizer, without the tokens that it adds around a text."""
         vocabulary = native.llama_model_get_vocab(self.model)
         content = text.encode()
-        room = len(content) + 8
-        ids = (native.llama_token * room)()
-        count = native.llama_tokenize(vocabulary, content, len(content), ids, room, False, True)
+        capacity = len(content) + 8
+        ids = (native.llama_token * capacity)()
+        count = native.llama_tokenize(vocabulary, content, len(content), ids, capacity, False, True)
         return list(ids[:count])
 
     def forget(self) -> None:
-        """Empty the cache of keys and values."""
+        """Empty the KV cache."""
         native.llama_memory_clear(native.llama_get_memory(self.context), True)
 
     def decode(self, ids: Sequence[int], start: int, every: bool = False) -> Tensor:
-        """Logits after the last token, or after ``every`` one, of ``ids`` at positions from ``start`` on."""
+        """Logits after the last token of ``ids``, or after ``every`` token; positions begin at ``start``."""
         if start + len(ids) > self.length:
             raise LowbitError(f"{start + len(ids)} tokens given to a context of {self.length}")
         batch = native.llama_batch_init(len(ids), 0, 1)
@@ -91,42 +91,42 @@ class Session:
             native.llama_batch_free(batch)
 
 
-_COMPLAINTS: list[str] = []
+_ERRORS: list[str] = []
 
 
-def _hear(level: int, text: bytes, _: Any) -> None:
+def _record_error(level: int, text: bytes, _: Any) -> None:
     if level == ERROR:
-        _COMPLAINTS.append(" ".join(text.decode(errors="replace").split()))
+        _ERRORS.append(" ".join(text.decode(errors="replace").split()))
 
 
-# The library keeps the address of the function that it logs to, so that one must live as long as the process.
-_HEAR = native.llama_log_callback(_hear)
+# The library keeps the address of its log callback, which must therefore live as long as the process.
+_LOG = native.llama_log_callback(_record_error)
 
 
 def quiet() -> None:
-    """Keep the library's log off the screen; what it complains of from here on goes into error messages."""
-    _COMPLAINTS.clear()
-    native.llama_log_set(_HEAR, ctypes.c_void_p(0))
+    """Silence the library's log; errors that it reports from now on go into error messages."""
+    _ERRORS.clear()
+    native.llama_log_set(_LOG, ctypes.c_void_p(0))
 
 
 @contextmanager
 def loaded(path: Path, length: int = 512, threads: int = 1, exact: bool = False) -> Iterator[Session]:
-    """The model of a file, for texts of up to ``length`` tokens.
+    """The model in a file, for texts of up to ``length`` tokens.
 
     Args:
         path: the file.
-        length: tokens that fit, prompt and answer together.
-        threads: for prompts and for single tokens.
-        exact: keys and values in float32 and plain attention; llama.cpp's defaults round them to float16.
+        length: tokens of prompt and continuation together.
+        threads: used for prompts and for single tokens.
+        exact: keys and values in float32 and plain attention; llama.cpp's default is float16.
 
     Raises:
-        LowbitError: llama.cpp does not load the file; its own reason is in the message.
+        LowbitError: llama.cpp does not load the file; the message has its reason.
     """
     quiet()
     native.llama_backend_init()
     model = native.llama_model_load_from_file(str(path).encode(), native.llama_model_default_params())
     if not model:
-        raise LowbitError(f"llama.cpp does not load {path}: {'; '.join(_COMPLAINTS)[:300] or 'no reason given'}")
+        raise LowbitError(f"llama.cpp does not load {path}: {'; '.join(_ERRORS)[:300] or 'no reason given'}")
     options = native.llama_context_default_params()
     options.n_ctx = options.n_batch = options.n_ubatch = length
     options.n_threads = options.n_threads_batch = threads
@@ -136,8 +136,8 @@ def loaded(path: Path, length: int = 512, threads: int = 1, exact: bool = False)
     context = native.llama_init_from_model(model, options)
     try:
         if not context:
-            reason = "; ".join(_COMPLAINTS)[:300]
-            raise LowbitError(f"llama.cpp makes no context of {length} tokens for {path}: {reason}")
+            reason = "; ".join(_ERRORS)[:300]
+            raise LowbitError(f"llama.cpp cannot create a context of {length} tokens for {path}: {reason}")
         vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
         yield Session(model, context, vocabulary, length)
     finally:

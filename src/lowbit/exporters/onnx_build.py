@@ -1,7 +1,7 @@
-"""The graph, made by onnxruntime-genai's model builder out of the run's codes in the GPTQ layout.
+"""Builds the graph with onnxruntime-genai's model builder, from the run's codes in the GPTQ layout.
 
-The builder is a program: it is run as one, offline, on a folder that is deleted afterwards. What it would quantize by
-itself (embedding and head) is excluded beforehand; zeros that are MatMulNBits' default are taken out afterwards.
+The builder runs as a separate process, offline, on a temporary folder. Embedding and head, which it would quantize by
+itself, are excluded beforehand; zero points that equal MatMulNBits' default are removed afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lowbit.quant.format import QTensor
 from lowbit.quant.scheme import ModelFormats, ModuleFormats
 
 SOURCE, CACHE = "source", "cache"
-# Nodes that the builder would round with its own quantizer.
+# Nodes that the builder would quantize with its own quantizer.
 FLOAT_NODES = ("/lm_head/MatMul", "/model/embed_tokens/Gather")
 
 
@@ -42,7 +42,7 @@ def needed(*packages: str) -> None:
 
 
 def build(run: Run, path: Path, level: int) -> None:
-    """Make ``path`` the folder that onnxruntime-genai loads.
+    """Create the folder that onnxruntime-genai loads.
 
     Args:
         run: the run.
@@ -52,7 +52,7 @@ def build(run: Run, path: Path, level: int) -> None:
     needed("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
     path.mkdir()
     _write_source(run, path / SOURCE)
-    say("making the graph with onnxruntime-genai's model builder")
+    say("building the graph with onnxruntime-genai's model builder")
     _run_builder(run, path, level)
     shutil.rmtree(path / SOURCE)
     shutil.rmtree(path / CACHE, ignore_errors=True)
@@ -60,14 +60,14 @@ def build(run: Run, path: Path, level: int) -> None:
 
 
 def _write_source(run: Run, folder: Path) -> None:
-    """The run in the layout that the builder reads: GPTQ, zeros minus one, floats as float32 (it adds to them)."""
+    """The run in the layout that the builder reads: GPTQ v1, floats as float32 (it adds to them)."""
 
     def store(module: str, q: QTensor) -> dict[str, Tensor]:
         return pack_module(in_blocks(q), "gptq")
 
     write_folder(run, folder, quantization_config(_stored(run.subject), "gptq"), store, torch.float32)
     config = read_json(folder / CONFIG)
-    # What the builder does not find it takes for something else: a scaled rotary embedding, attention to everything.
+    # Where these keys are missing, the builder assumes a scaled rotary embedding or full attention.
     if config["model_type"] == "phi3":
         config["original_max_position_embeddings"] = config["max_position_embeddings"]
     if config.get("sliding_window") and "layer_types" not in config:
@@ -96,21 +96,21 @@ def _run_builder(run: Run, path: Path, level: int) -> None:
         "accuracy_level": str(level),
         "nodes_to_exclude": ",".join(FLOAT_NODES),
         "shared_embeddings": str(bool(tied)).lower(),
-        "windowed_kv_cache": "false",  # plain onnxruntime starts from an empty cache, which that one refuses
+        "windowed_kv_cache": "false",  # plain onnxruntime starts from an empty cache, which a windowed one refuses
         "hf_token": "false",
     }
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
     command += ["-i", str(path / SOURCE), "-o", str(path), "-c", str(path / CACHE), "--extra_options"]
     command += [f"{key}={value}" for key, value in options.items()]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise LowbitError(f"onnxruntime-genai's model builder gave up on {run.folder}: {said[:300]}")
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LowbitError(f"onnxruntime-genai's model builder failed on {run.folder}: {reason[:300]}")
 
 
 def _drop_default_zeros(path: Path) -> None:
-    """Take out the zeros of symmetric linears: where there are none, MatMulNBits takes the middle of the range."""
+    """Remove the zero points of symmetric linears; MatMulNBits' default is the middle of the range."""
     import onnx
     from onnx.numpy_helper import to_array
 
@@ -126,7 +126,7 @@ def _drop_default_zeros(path: Path) -> None:
     for file in (path / GRAPH, path / f"{GRAPH}.data"):
         file.unlink()
     onnx.save(model, path / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data", size_threshold=0)
-    shutil.copymode(path / GRAPH, path / f"{GRAPH}.data")  # it comes out readable by its owner only
+    shutil.copymode(path / GRAPH, path / f"{GRAPH}.data")  # onnx makes it readable by its owner only
 
 
 def _is_default(packed: Tensor, attributes: dict[str, Any]) -> bool:

@@ -1,8 +1,8 @@
-"""The run's grid as MatMulNBits holds it: 2, 4 or 8 bits, blocks of a power of two.
+"""Quantized weights in the integer formats of MatMulNBits: 2, 4 or 8 bits, blocks of a power of two.
 
 Operator: com.microsoft.MatMulNBits, https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
-Nothing is rounded: codes and zeros of 3, 5, 6 and 7 bits move up together into 4 or 8 bits, and a group that is
-larger than a block becomes several blocks with one scale.
+Nothing is rounded: codes and zero points of 3, 5, 6 and 7 bits are shifted together into 4 or 8 bits, and a group
+that is larger than a block becomes several blocks with one scale.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SMALLEST = 16
 
 
 def stored_bits(bits: int) -> int:
-    """The bits that codes take in the file.
+    """The bits per code in the file.
 
     >>> [stored_bits(b) for b in range(2, 9)]
     [2, 4, 4, 8, 8, 8, 8]
@@ -26,7 +26,7 @@ def stored_bits(bits: int) -> int:
 
 
 def block_of(group: int) -> int | None:
-    """The block for groups of that size; ``None`` where the operator has none.
+    """The block size for groups of that size; ``None`` where the operator has none.
 
     >>> block_of(128), block_of(48), block_of(40)
     (128, 16, None)
@@ -36,7 +36,7 @@ def block_of(group: int) -> int | None:
 
 
 def in_blocks(q: QTensor) -> QTensor:
-    """The same values in the integer format that MatMulNBits holds.
+    """The same values in the integer format that MatMulNBits stores.
 
     >>> import torch
     >>> from lowbit.quant.integer import IntFormat
@@ -52,7 +52,7 @@ def in_blocks(q: QTensor) -> QTensor:
     format = integer(q.format, "MatMulNBits")
     group = format.group or columns
     block, bits = block_of(group) or group, stored_bits(format.bits)
-    # a symmetric format's zero stays in the middle, the operator's default
+    # a symmetric format's zero point stays in the middle, the operator's default
     up = 2 ** (bits - 1) - format.middle
     scale, zero = (x.repeat_interleave(group // block, 1) for x in q.qparams)
     return QTensor(q.codes + up, QParams(scale, zero + up), replace(format, bits=bits, group=block))

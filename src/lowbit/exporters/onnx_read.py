@@ -1,7 +1,7 @@
-"""Every parameter out of a ``model.onnx`` again, through the ``onnx`` package, under the model's own names.
+"""Reads every parameter of a ``model.onnx`` back through the ``onnx`` package, under the model's own names.
 
-The builder packs q, k and v into one MatMulNBits, and takes Phi-3's gate and up apart; both are undone here. It
-stores the head transposed, and once where embedding and head are one matrix.
+The builder packs q, k and v into one MatMulNBits and splits Phi-3's fused gate and up; both are undone here. It
+stores the head transposed, and a matrix that embedding and head share once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowbit.models.families import family_of
 GRAPH = "model.onnx"
 TABLES = re.compile(r"(cos|sin)_cache|/.*")  # of the rotary embedding; constants
 HEAD = "lm_head.MatMul.weight"
-# Parts of names, the builder's and the model's.
+# Parts of names: the builder's, the model's.
 RENAMED = (
     (r"\.attn\.", ".self_attn."),
     (r"\.(MatMul|Add)\.(weight|bias)$", r".\2"),
@@ -32,7 +32,7 @@ RENAMED = (
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Codes ``(rows, n * 8 / bits)`` of bytes ``(rows, n)``, low bits first.
+    """Codes ``(rows, n * 8 / bits)`` from bytes ``(rows, n)``, low bits first.
 
     >>> unpack(torch.tensor([[0x21, 0x43]], dtype=torch.uint8), 4).tolist()
     [[1, 2, 3, 4]]
@@ -42,7 +42,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def accuracy_level(path: Path) -> int:
-    """The one ``accuracy_level`` of all MatMulNBits of a graph."""
+    """The ``accuracy_level`` that all MatMulNBits of a graph share."""
     levels = {attributes["accuracy_level"] for _, attributes in _nodes(_load(path))}
     if len(levels) != 1:
         raise LowbitError(f"{path / GRAPH} mixes accuracy levels {sorted(levels)}")
@@ -79,12 +79,12 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     for inputs, attributes in _nodes(model):
         seen |= set(inputs)
         name = _renamed(inputs[1].replace(".MatMulNBits.qweight", ".weight"))
-        yield from _as_in_the_run(run, name, _dequantized([value(n) for n in inputs[1:]], attributes), halves)
+        yield from _split_or_fuse(run, name, _dequantized([value(n) for n in inputs[1:]], attributes), halves)
     for name in stored:
         if name in seen or TABLES.fullmatch(name):
             continue
         if name != HEAD:
-            yield from _as_in_the_run(run, _renamed(name), value(name).float(), halves)
+            yield from _split_or_fuse(run, _renamed(name), value(name).float(), halves)
         elif f"{embedding_of(run.subject.config)}.weight" in stored:
             yield "lm_head.weight", value(name).T.contiguous()
         else:
@@ -105,7 +105,7 @@ def _dequantized(tensors: list[Tensor], attributes: dict[str, Any]) -> Tensor:
 
 
 def _renamed(name: str) -> str:
-    """The model's name of a parameter that is one in the graph, too.
+    """The model's name of a parameter that the graph stores as one tensor, too.
 
     >>> _renamed("model.layers.3.attn.o_proj.Add.bias")
     'model.layers.3.self_attn.o_proj.bias'
@@ -117,8 +117,8 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _as_in_the_run(run: Run, name: str, value: Tensor, halves: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The run's own parameters of one in the graph; ``halves`` keeps what waits for its other half."""
+def _split_or_fuse(run: Run, name: str, value: Tensor, halves: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The run's parameters from one of the graph's; ``halves`` holds those that wait for their counterpart."""
     config = run.subject.config
     fused = any(module.endswith(".qkv_proj") for module in run.quantized)
     if ".qkv_proj." in name and not fused:

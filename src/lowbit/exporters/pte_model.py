@@ -1,10 +1,10 @@
-"""A run as the graph that ExecuTorch takes: the library's own model, a cache of fixed length, XNNPACK's int8 linears.
+"""A run as the graph that ExecuTorch lowers: the library's own model, a KV cache of fixed length, XNNPACK's linears.
 
-Linears get torchao's ``IntxUnpackedToInt8Tensor``, made of the run's own codes and scales, so nothing is rounded on
-the way. The attention is ExecuTorch's operator, put in through the library's registry of attention functions: it
-writes keys and values at a position into buffers and reads what is there. One graph serves a prompt of any length and
-single tokens. Rejected: the static cache of ``transformers.integrations.executorch``, which attends to all its places
-at every token and takes longer to lower.
+Linears hold torchao's ``IntxUnpackedToInt8Tensor``, built from the run's own codes and scales, so nothing is rounded.
+The attention is ExecuTorch's operator, registered as one of the library's attention functions: it writes keys and
+values at a position into buffers and reads the positions up to it. One graph serves prompts of any length and single
+tokens. Rejected: the static cache of ``transformers.integrations.executorch``, which attends to its whole length at
+every token and takes longer to lower.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ATTENTION = "lowbit_executorch"
 
 
 class Decoder(nn.Module):
-    """``(tokens (1, n), position (1,)) -> (1, 1, vocabulary)``: the logits behind the last token.
+    """``(tokens (1, n), position (1,)) -> (1, 1, vocabulary)``: the logits after the last token.
 
-    ``position`` is that of the first token. What was written before it stays in the buffers ``keys`` and ``values``
+    ``position`` is that of the first token. Earlier keys and values are in the buffers ``keys`` and ``values``
     ``(1, context, heads, width)`` of each attention.
     """
 
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
                 attention.register_buffer(name, torch.zeros(shape), persistent=False)
 
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Logits behind the last token."""
+        """Logits after the last token."""
         start = position[0].item()
         torch._check(start >= 0)
         positions = (torch.arange(tokens.shape[1]) + start)[None]
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
 
 
 class ByteEmbedding(nn.Module):
-    """A rounded embedding: rows of int8 codes, looked up and scaled by ExecuTorch's operator."""
+    """A quantized embedding: rows of int8 codes, looked up and scaled by ExecuTorch's operator."""
 
     def __init__(self, q: QTensor) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class ByteEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """``(1, n)`` tokens as ``(1, n, width)``."""
         lookup = torch.ops.quantized_decomposed.embedding_byte.dtype
-        found: Tensor = lookup(self.codes, self.scales, None, -128, 127, tokens, dtype=torch.float32)
-        return found
+        rows: Tensor = lookup(self.codes, self.scales, None, -128, 127, tokens, dtype=torch.float32)
+        return rows
 
 
 def _attention(
@@ -91,24 +91,24 @@ def lower(run: Run, path: Path, context: int, methods: Mapping[str, Any]) -> Non
     Args:
         run: the run.
         path: the file.
-        context: tokens that its cache holds.
-        methods: constants that it answers to by name.
+        context: capacity of its cache in tokens.
+        methods: constant methods by name.
     """
     example = (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     length = torch.export.Dim("length", min=1, max=context)
-    answers = {**methods, "get_max_seq_len": context, "get_max_context_len": context}
+    constants = {**methods, "get_max_seq_len": context, "get_max_context_len": context}
     with path.open("wb") as file:
-        program_of(decoder_of(run, context), example, ({1: length}, None), answers).write_to_file(file)
+        program_of(decoder_of(run, context), example, ({1: length}, None), constants).write_to_file(file)
 
 
 def program_of(module: nn.Module, example: tuple[Tensor, ...], shapes: Any, methods: Mapping[str, Any]) -> Any:
-    """ExecuTorch's program of a module, everything that XNNPACK computes handed to it.
+    """ExecuTorch's program of a module, with everything that XNNPACK supports delegated to it.
 
     Args:
         module: what to compile.
         example: its inputs.
-        shapes: which of their dimensions vary, as ``torch.export`` takes it.
-        methods: constants that the program answers to by name.
+        shapes: their dynamic dimensions, as ``torch.export`` takes them.
+        methods: constant methods of the program by name.
     """
     with _quiet(), torch.no_grad():
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
@@ -116,7 +116,7 @@ def program_of(module: nn.Module, example: tuple[Tensor, ...], shapes: Any, meth
         lowered = to_edge_transform_and_lower(
             torch.export.export(module, example, dynamic_shapes=shapes, strict=False),
             partitioner=[_partitioner()],
-            # The attention's operators are ExecuTorch's own, which the check does not know.
+            # The validity check does not know the attention's operators, which are ExecuTorch's own.
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
             constant_methods=dict(methods),
         )
@@ -124,10 +124,10 @@ def program_of(module: nn.Module, example: tuple[Tensor, ...], shapes: Any, meth
 
 
 def _partitioner() -> Any:
-    """What hands operators to XNNPACK.
+    """The partitioner that delegates operators to XNNPACK.
 
-    Under the key of its older partitioner of linears XNNPACK runs one pass over each part; otherwise 17, which look
-    for convolutions, batch norms and images, find none here, and take about half of the time.
+    Under the key of its older partitioner of linears, XNNPACK runs one pass over each partition; otherwise 17, which
+    look for convolutions, batch norms and images, find none here, and take about half of the time.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
@@ -141,7 +141,7 @@ def _partitioner() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the libraries say about their GPU builds and their own next versions."""
+    """Suppress the libraries' messages about GPU builds and deprecations."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -153,9 +153,9 @@ def _quiet() -> Iterator[None]:
 
 
 def decoder_of(run: Run, context: int) -> Decoder:
-    """The graph's module, ready to be exported; its linears hold the run's integers."""
+    """The module to export; its linears hold the run's codes."""
     with _quiet():
-        # Imported for what they register: the attention, and the lookup in a rounded embedding.
+        # Imported for the operators that they register: the attention, and the lookup in a quantized embedding.
         import executorch.exir.passes.quant_fusion_pass
         import executorch.extension.llm.custom_ops.custom_ops
         import executorch.kernels.quantized  # noqa: F401
@@ -176,7 +176,7 @@ def decoder_of(run: Run, context: int) -> Decoder:
 
 
 def _empty(run: Run) -> Any:
-    """The model without parameters; its buffers are there."""
+    """The model with its buffers and without parameters."""
     config = copy.deepcopy(run.subject.config)
     config.__dict__.pop("quantization_config", None)
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
@@ -186,7 +186,7 @@ def _empty(run: Run) -> Any:
 
 
 def frequencies(run: Run) -> Tensor:
-    """Frequencies of the rotary embedding ``(rotary / 2,)``, which the program holds beside parameters."""
+    """Frequencies of the rotary embedding ``(rotary / 2,)``, which the program holds besides parameters."""
     out: Tensor = _empty(run).model.rotary_emb.inv_freq
     return out
 
@@ -197,7 +197,7 @@ def _set(model: Any, name: str, value: Tensor) -> None:
 
 
 def int_tensor(q: QTensor) -> Tensor:
-    """A rounded weight ``(out, in)`` as torchao's tensor: int8 codes around 0 and the scales as they are."""
+    """A quantized weight ``(out, in)`` as torchao's tensor: signed int8 codes and the run's scales."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     tensor: Tensor = IntxUnpackedToInt8Tensor(

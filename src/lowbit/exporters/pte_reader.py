@@ -1,8 +1,8 @@
-"""What a ``.pte`` file holds, through ExecuTorch's own deserializer: constants in the order in which they are used.
+"""Reads the constants of a ``.pte`` file through ExecuTorch's own deserializer, in the order of their use.
 
-A program is a list of instructions. Those of XNNPACK carry a graph of their own, a flatbuffer whose schema comes with
-the package; its constants stand in the file under the hash of their bytes. Neither keeps the model's names, so a
-parameter is known by its place: the third ``linear`` of the program is the third that the model runs.
+A program is a list of instructions. Those of XNNPACK contain a graph of their own, a flatbuffer whose schema ships
+with the package; its constants are stored in the file under the hash of their bytes. Neither keeps the model's names,
+so a parameter is identified by its position: the third ``linear`` of the program is the third that the model runs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Constant:
     """One operator's parameters.
 
     Attributes:
-        kind: ``linear``, ``gain`` (a vector, of a norm) or ``embedding``.
-        weight: its values in float32, in the shape of the model's parameter.
-        bias: the same of a linear's bias.
+        kind: ``linear``, ``gain`` (a norm's vector) or ``embedding``.
+        weight: values in float32, in the shape of the model's parameter.
+        bias: the same for a linear's bias.
     """
 
     kind: str
@@ -63,35 +63,35 @@ def constants(path: Path) -> Iterator[Constant]:
 
 
 def _program_constant(program: Any, value: Any) -> Constant | None:
-    """A parameter that the program holds itself and hands to an operator; ``None`` for any other value."""
+    """A parameter that the program itself holds and passes to an operator; ``None`` for any other value."""
     if not hasattr(value, "data_buffer_idx") or value.allocation_info is not None or not value.data_buffer_idx:
         return None
     kind, shape = {1: GAIN, 2: EMBEDDING}.get(len(value.sizes)), tuple(value.sizes)
-    if kind is None or value.scalar_type.name != "FLOAT":  # a number, a table of the rotary embedding
+    if kind is None or value.scalar_type.name != "FLOAT":  # a scalar, or a table of the rotary embedding
         return None
     return Constant(kind, _floats(_storage(program, value), shape))
 
 
 def _embedding(program: Any, codes: Any, scales: Any) -> Constant:
-    """A rounded embedding ``(rows, columns)``: int8 codes and float32 scales for each row or group."""
+    """A quantized embedding ``(rows, columns)``: int8 codes, float32 scales per row or group."""
     rows, columns = codes.sizes
     factors = _storage(program, scales)[: 4 * int(torch.Size(scales.sizes).numel())]
     return Constant(EMBEDDING, unpack(_storage(program, codes), factors, INT8, (rows, columns)))
 
 
 def _storage(program: Any, value: Any) -> bytes:
-    """A constant's bytes, and what pads them."""
+    """A constant's bytes, padding included."""
     return bytes(program.constant_buffer[value.data_buffer_idx].storage)
 
 
 def _floats(raw: bytes, shape: tuple[int, ...]) -> Tensor:
-    """Padding behind the last value is left out."""
+    """The float32 values of ``raw``, without the padding after the last one."""
     count = int(torch.Size(shape).numel())
     return torch.frombuffer(bytearray(raw[: 4 * count]), dtype=torch.float32).reshape(shape)
 
 
 def _delegate(blob: bytes, data: Mapping[str, bytes]) -> Iterator[Constant]:
-    """The same for one graph of XNNPACK."""
+    """The linears of one XNNPACK graph, in order."""
     graph = _graph(blob)
     values = {}
     for entry in graph["xvalues"]:
@@ -107,30 +107,30 @@ def _delegate(blob: bytes, data: Mapping[str, bytes]) -> Iterator[Constant]:
 
 
 def _graph(blob: bytes) -> dict[str, Any]:
-    """A delegate's graph as the plain data that ``flatc`` makes of it."""
+    """A delegate's graph as plain data, decoded by ``flatc``."""
     from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as serializer
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
 
     header = serializer.XNNHeader.from_bytes(blob[: serializer.XNNHeader.EXPECTED_LENGTH])
     start = header.flatbuffer_offset
-    with TemporaryDirectory() as folder:
-        place = Path(folder)
-        (place / SCHEMA).write_bytes(serializer._get_schema_bytes())
-        (place / "graph.bin").write_bytes(blob[start : start + header.flatbuffer_size])
-        _flatc_decompile(folder, str(place / SCHEMA), str(place / "graph.bin"), ["--raw-binary"])
-        content: dict[str, Any] = json.loads((place / "graph.json").read_text())
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / SCHEMA).write_bytes(serializer._get_schema_bytes())
+        (folder / "graph.bin").write_bytes(blob[start : start + header.flatbuffer_size])
+        _flatc_decompile(temporary, str(folder / SCHEMA), str(folder / "graph.bin"), ["--raw-binary"])
+        content: dict[str, Any] = json.loads((folder / "graph.json").read_text())
     return content
 
 
 def _value(value: Mapping[str, Any], graph: Mapping[str, Any], data: Mapping[str, bytes]) -> Tensor | None:
-    """A value that is constant, dequantized; ``None`` for one that is computed."""
+    """A constant value, dequantized; ``None`` for a computed one."""
     tensor = value.get("tensor_value", value)
     if not tensor["constant_buffer_idx"]:
         return None
     raw, shape = _bytes(graph, tensor["constant_buffer_idx"], data), tuple(tensor["dims"])
     if "quant_params" not in value:
         if tensor["datatype"] != _FLOAT:
-            raise ValueError(f"a constant is stored as {tensor['datatype']}")
+            raise ValueError(f"a constant has the type {tensor['datatype']}")
         return _floats(raw, shape)
     scales = _bytes(graph, value["quant_params"]["scale_buffer_idx"], data)
     return unpack(raw, scales, tensor["datatype"].removeprefix(_PREFIX), (shape[0], shape[1]))

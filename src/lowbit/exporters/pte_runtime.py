@@ -1,4 +1,4 @@
-"""A ``.pte`` decoder in ExecuTorch's own runtime: logits and greedy text, as a phone computes them."""
+"""Runs a ``.pte`` decoder in ExecuTorch's own runtime: logits and greedy text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Session:
-    """A loaded decoder; its cache is filled by position, so a new text simply starts at 0.
+    """A loaded decoder; its cache is filled by position, so a new text starts at 0.
 
     Attributes:
-        context: how many tokens the cache holds.
+        context: capacity of the cache in tokens.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,22 +29,22 @@ class Session:
         self.context = int(self._program.load_method("get_max_context_len").execute([])[0])
 
     def step(self, tokens: Sequence[int], position: int) -> Tensor:
-        """Logits ``(vocabulary,)`` behind ``tokens``, the first of which is at ``position``."""
-        given = (torch.tensor([list(tokens)]), torch.tensor([position]))
-        logits: Tensor = self._forward.execute(given)[0]
+        """Logits ``(vocabulary,)`` after ``tokens``, the first of which is at ``position``."""
+        inputs = (torch.tensor([list(tokens)]), torch.tensor([position]))
+        logits: Tensor = self._forward.execute(inputs)[0]
         return logits.flatten().clone()
 
     def logits(self, ids: Sequence[int], prompt: int) -> Tensor:
-        """Logits ``(len(ids) - prompt + 1, vocabulary)`` behind the first ``prompt`` tokens and each one after them.
+        """Logits ``(len(ids) - prompt + 1, vocabulary)`` after the first ``prompt`` tokens and after each later one.
 
-        The prompt goes in at once, the others one by one: both ways that a runtime takes.
+        The prompt is passed at once, the others one by one: prefill and decoding as in a runtime.
         """
         rows = [self.step(ids[:prompt], 0)]
         rows += [self.step([token], position) for position, token in enumerate(ids[prompt:], prompt)]
         return torch.stack(rows)
 
     def greedy(self, ids: Sequence[int], stop: Sequence[int] = ()) -> Iterator[int]:
-        """Tokens that follow ``ids``, each the likeliest, until one of ``stop`` or the end of the cache."""
+        """Tokens that follow ``ids``, each the most likely one, until one of ``stop`` or the end of the cache."""
         token = int(self.step(ids, 0).argmax())
         for position in range(len(ids), self.context):
             yield token
@@ -54,7 +54,7 @@ class Session:
 
 
 def methods_of(path: Path) -> dict[str, list[Any]]:
-    """What the program's constant methods give, by name."""
+    """The values of the program's constant methods, by name."""
     from executorch.runtime import Runtime
 
     program: Any = Runtime.get().load_program(path)
@@ -62,7 +62,7 @@ def methods_of(path: Path) -> dict[str, list[Any]]:
 
 
 def set_threads(count: int) -> None:
-    """Threads that XNNPACK computes with from now on, in the whole process; no program may be running."""
+    """Set XNNPACK's number of threads for the whole process; no program may be running."""
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
     _unsafe_reset_threadpool(count)

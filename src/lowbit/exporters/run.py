@@ -1,7 +1,7 @@
 """A finished run folder as exporters read it: quantized weights one by one, everything else in its own dtype.
 
-Nothing is held: a model larger than memory can be exported. Choices: an exporter sees ``QTensor`` and float tensors
-by the model's names and never the layout that the folder stores them in.
+Tensors are read on demand, so a model larger than memory can be exported. An exporter receives ``QTensor`` values and
+float tensors by the model's names, never the layout in which the folder stores them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 
 @dataclass(frozen=True)
 class Subject:
-    """What has to be known to say whether a target can carry a result; also before there is one.
+    """What decides whether a target supports a result; also known before the result exists.
 
     Attributes:
         config: the Hugging Face config.
-        scheme: the run's scheme, which messages name; what is asked for is in ``formats``.
+        scheme: the run's scheme, for messages; the formats in effect are in ``formats``.
         formats: of each quantized module, by full name.
         shapes: ``(out, in)`` of those modules and of ``floats``.
         floats: linears of the blocks that stay float.
-        ops: kinds of runtime ops that the result has, or may have, each with who leaves it.
+        ops: kinds of runtime ops that the result has, or may have, each with the step or module it comes from.
     """
 
     config: Any
@@ -54,14 +54,14 @@ class Subject:
 
     @property
     def integers(self) -> dict[str, IntFormat]:
-        """The same where all are integer formats, as ``Exporter.misfit`` has made sure for targets that ask."""
+        """The same where all are integer formats, which ``Exporter.misfit`` checks for targets that need it."""
         out = {name: format for name, format in self.weights.items() if isinstance(format, IntFormat)}
-        assert len(out) == len(self.weights), "a target that knows integer formats alone was given another"
+        assert len(out) == len(self.weights), "a target for integer formats was given another format"
         return out
 
     @property
     def act(self) -> IntTokens | None:
-        """The format of the linears' inputs where the scheme has one; what a runtime does by itself is not in it."""
+        """The scheme's format of the linears' inputs; a runtime's own quantization of them is not included."""
         return next((f.input for f in self.formats.modules.values() if isinstance(f.input, IntTokens)), None)
 
 
@@ -95,7 +95,7 @@ class Run:
         return self.checkpoint.read([name])[name]
 
     def file_of(self, module: str) -> str:
-        """The shard that a module's weight, or a tensor, is in."""
+        """The shard that holds a module's weight, or a tensor."""
         format = self.subject.weights.get(module)
         return self.checkpoint.file_of(packed_names(module, format, self.layout)[0] if format else module)
 
@@ -105,10 +105,10 @@ def open_run(folder: Path) -> Run:
     manifest = manifest_of(folder)
     if manifest is None:
         if (folder / RUN / IDENTITY).exists():
-            raise LowbitError(f"{folder} holds a run that is not finished: give its 'lowbit quantize' command again")
-        raise LowbitError(f"{folder} is no run folder: give a folder that 'lowbit quantize' has finished")
-    if gone := [name for name in manifest.files if not (folder / name).is_file()]:
-        raise LowbitError(f"{folder} lacks {gone[0]} of its finished run: quantize again into another folder")
+            raise LowbitError(f"{folder} holds an unfinished run: repeat its 'lowbit quantize' command to resume it")
+        raise LowbitError(f"{folder} is not a run folder: give the folder of a finished 'lowbit quantize'")
+    if missing := [name for name in manifest.files if not (folder / name).is_file()]:
+        raise LowbitError(f"{folder} lacks {missing[0]} of its finished run: quantize again into another folder")
     config = load_config(folder)
     embed = family_of(config).embed
     scheme = run_scheme(manifest)

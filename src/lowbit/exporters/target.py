@@ -1,4 +1,4 @@
-"""What an export target is: a value of a few functions, listed in ``EXPORTERS``."""
+"""An export target as a value: a few functions and what it supports; see ``EXPORTERS``."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lowbit.quant.integer import IntFormat
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may choose about an export.
+    """User options of an export.
 
     Attributes:
-        embeddings: how float matrices (embedding, head) are stored in gguf: ``auto`` for the smallest type that
-            loses nothing, ``f32``, ``f16``, or ``q8_0``, which rounds them.
-        pre: llama.cpp's name for the tokenizer's splitting, where it cannot be found out.
-        gptq_format: how gptq stores zeros: ``v1`` (minus one), ``v2`` (as they are), or ``auto``, v1 where all are
-            symmetric.
-        context: how many tokens an executorch program's cache holds; ``None``: 2048, or the model's positions.
-        accuracy_level: how onnx multiplies: 0 in float32; 4 with inputs rounded to 8 bits, which is faster; by
-            default as the run was evaluated.
+        embeddings: gguf: type of float matrices (embedding, head): ``auto`` for the smallest lossless type, ``f32``,
+            ``f16``, or ``q8_0``, which rounds them.
+        pre: gguf: llama.cpp's name of the pre-tokenizer, where it cannot be detected.
+        gptq_format: gptq: convention for zero points: ``v1`` (minus one), ``v2`` (as they are), or ``auto``, v1 where
+            all formats are symmetric.
+        context: executorch: capacity of the cache in tokens; ``None``: 2048, or the model's positions.
+        accuracy_level: onnx: 0 multiplies in float32; 4 with inputs quantized to 8 bits, which is faster; by default
+            as the run was evaluated.
     """
 
     embeddings: str = "auto"
@@ -39,7 +39,7 @@ class Options:
 
 
 def value_of(run: Run, name: str) -> Tensor:
-    """A parameter by the model's name, rounded or not, as the float32 values that the run computes with."""
+    """A parameter by the model's name, quantized or not, as the float32 values that the run computes with."""
     module = name.removesuffix(".weight")
     if name.endswith(".weight") and module in run.subject.weights:
         return run.qtensor(module).dequantize()
@@ -54,8 +54,8 @@ class Executed:
         logits: ``(tokens, vocabulary)`` float32 from an empty cache, for as many of the tokens as fit in it.
         explained: the largest relative error that the runtime's documented arithmetic explains, see
             ``verify.relative_error``.
-        runtime: whose inputs the simulation has to take, a runtime's name or ``float``; by default those of the
-            runtime that the run was made for.
+        runtime: the runtime whose quantization of inputs the simulation uses, or ``float``; by default the run's
+            target.
     """
 
     logits: Tensor
@@ -69,16 +69,16 @@ class Exporter:
 
     Attributes:
         suffix: of the file that is written; empty for a folder.
-        limits: why the target cannot carry a subject, or ``None``.
-        write: writes a run to a path that does not exist yet, under that very name (the caller renames); returns
+        limits: why the target does not support a subject, or ``None``.
+        write: writes a run to a path that does not exist yet, under exactly that name (the caller renames); returns
             warnings.
-        owns: a path is of this format.
+        owns: whether a path is of this format.
         read: names and float32 values of all parameters, by the format's own reader, from the export alone.
-        other: names of what else differs from what ``write`` would have written (metadata, config, tokenizer).
-        expect: the value that a parameter must have there.
+        other: names of anything else that differs from what ``write`` produces (metadata, config, tokenizer).
+        expect: the value that the export must hold for a parameter.
         execute: runs an export on token ids ``(tokens,)`` in its runtime; ``None`` where that is not installed.
-        formats: the kinds of weight formats that it knows; any other is refused, never taken for a known one.
-        ops: the kinds of runtime ops that its graph can hold; a run with any other is refused.
+        formats: the classes of weight formats that it supports; any other is refused.
+        ops: the classes of runtime ops that its graph can hold; a run with any other is refused.
     """
 
     suffix: str
@@ -93,12 +93,12 @@ class Exporter:
     ops: frozenset[type[RuntimeOp]] = frozenset()
 
     def misfit(self, subject: Subject) -> Misfit | None:
-        """Why the target cannot carry a subject: an op or a format that it does not know, or its own limits."""
-        for op, who in subject.ops.items():
+        """Why the target does not support a subject: a runtime op, a format, or its own limits."""
+        for op, origin in subject.ops.items():
             if op not in self.ops:
-                mend = "quantize with diagonal maps after norms (qkv and mlp), sites=down and without act_clip"
-                return Misfit("recipe", f"{who} leaves {op.why} online; {mend}")
+                advice = "use diagonal transforms after norms (qkv and mlp), sites=down, and no act_clip"
+                return Misfit("recipe", f"{origin} leaves {op.why} at run time; {advice}")
         for module, format in subject.weights.items():
             if not isinstance(format, self.formats):
-                return weight_misfit(subject, module, f"{format.name} is no format that this target is written for")
+                return weight_misfit(subject, module, f"this target does not support the format {format.name}")
         return self.limits(subject)

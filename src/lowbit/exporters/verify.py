@@ -1,8 +1,8 @@
-"""Is an exported file what the run evaluated? Every value, bit for bit, through the format's own reader.
+"""Compares an export with its run, every value bit for bit, through the format's own reader.
 
-What is compared is the float32 value of every parameter, rounded or not, by its bits (so that -0 is not 0 and NaN is
-found), and beside them metadata, config and tokenizer. A file that its reader cannot read has failed, too. Where the
-target's runtime is installed, its logits are compared with the simulation's as well.
+The float32 values of all parameters, quantized or not, are compared by their bits (so that -0 differs from 0 and NaN
+is detected), then metadata, config and tokenizer. A file that its reader cannot read fails, too. Where the target's
+runtime is installed, its logits are compared with the simulation's as well.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class Verified:
-    """What comparing one export with its run gave.
+    """The result of comparing one export with its run.
 
     Attributes:
         path: the export.
         target: its format.
         tensors: how many parameters were compared; ``exact``: how many are equal bit for bit.
         max_difference: the largest absolute difference of a value, in the value's own unit.
-        differs: names of parameters that differ, are missing, or are there and should not be.
-        other: what else differs: metadata keys, file names.
-        unreadable: why the format's reader, or its runtime, gave up, or ``None``.
+        differs: names of parameters that differ, are missing or are superfluous.
+        other: anything else that differs: metadata keys, file names.
+        unreadable: why the format's reader, or its runtime, failed, or ``None``.
         logits: relative error of the runtime's logits, see ``relative_error``; ``None`` if nothing was run.
         explained: how much of it the runtime's documented arithmetic explains.
     """
@@ -50,66 +50,66 @@ class Verified:
 
     @property
     def ok(self) -> bool:
-        """Nothing differs beyond what the format documents."""
+        """Whether nothing differs beyond what the format documents."""
         return not (self.differs or self.other or self.unreadable) and self.computes_the_same
 
     @property
     def computes_the_same(self) -> bool:
-        """The runtime's logits, if there are any, are within what its arithmetic explains."""
+        """Whether the runtime's logits, if any, are within what its arithmetic explains."""
         return self.logits is None or self.explained is None or self.logits <= self.explained
 
 
 def verify_one(run: Run, path: Path, target: str, exporter: Exporter) -> Verified:
-    """Compare one export with the run that it claims to hold."""
+    """Compare one export with its run."""
     names = {*run.floats, *(f"{module}.weight" for module in run.quantized)}
     differs, seen, worst = [], set(), 0.0
     try:
-        for name, got in exporter.read(run, path):
+        for name, value in exporter.read(run, path):
             seen.add(name)
             try:
-                wanted = exporter.expect(run, name)
+                expected = exporter.expect(run, name)
             except (LowbitError, KeyError):
                 differs.append(name)
                 continue
-            if wanted.shape != got.shape:
+            if expected.shape != value.shape:
                 differs.append(name)
-            elif not torch.equal(got.contiguous().view(torch.int32), wanted.contiguous().view(torch.int32)):
+            elif not torch.equal(value.contiguous().view(torch.int32), expected.contiguous().view(torch.int32)):
                 differs.append(name)
-                gap = (got.double() - wanted.double()).abs().nan_to_num(nan=torch.inf)
+                gap = (value.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
                 worst = max(worst, float(gap.max()))
         other = list(exporter.other(run, path))
-    except Exception as error:  # readers check little and trip over broken bytes in many ways
+    except Exception as error:  # readers validate little and fail on broken bytes in many ways
         return Verified(str(path), target, len(seen), len(seen) - len(differs), worst, differs, [], _line(error))
     differs += sorted(names - seen)
     count = len(seen | names)
     return Verified(str(path), target, count, count - len(differs), worst, differs, other)
 
 
-def run_one(found: Verified, exporter: Exporter, ids: Tensor, simulated: Callable[[str | None], Tensor]) -> Verified:
-    """The same result with the logits of the target's runtime, if it is installed.
+def run_one(result: Verified, exporter: Exporter, ids: Tensor, simulated: Callable[[str | None], Tensor]) -> Verified:
+    """Add the comparison of logits in the target's runtime, if it is installed.
 
     Args:
-        found: what comparing values gave; an export that failed there is not run.
+        result: of comparing values; an export that failed there is not run.
         exporter: the target.
         ids: token ids ``(tokens,)``.
-        simulated: gives the simulation's logits for them, ``(tokens, vocabulary)``, for ``Executed.runtime``.
+        simulated: computes the simulation's logits for them, ``(tokens, vocabulary)``, by ``Executed.runtime``.
     """
-    if not found.ok:
-        return found
+    if not result.ok:
+        return result
     try:
-        executed = exporter.execute(Path(found.path), ids)
-    except Exception as error:  # runtimes refuse a model with exceptions of their own
-        return replace(found, unreadable=f"its runtime says: {_line(error)}")
+        executed = exporter.execute(Path(result.path), ids)
+    except Exception as error:  # runtimes raise exceptions of their own
+        return replace(result, unreadable=f"error in its runtime: {_line(error)}")
     if executed is None:
-        return found
+        return result
     gap = relative_error(executed.logits, simulated(executed.runtime)[: len(executed.logits)])
-    return replace(found, logits=gap, explained=executed.explained)
+    return replace(result, logits=gap, explained=executed.explained)
 
 
 def relative_error(logits: Tensor, simulated: Tensor) -> float:
-    """How far logits are from the simulation's, root mean square, in units of the spread of the latter.
+    """Root-mean-square distance of logits from the simulation's, in units of the latter's spread.
 
-    A token's logits mean the same when a constant is added, so each token's mean is taken off.
+    Adding a constant to a token's logits changes nothing, so each token's mean is subtracted first.
 
     >>> relative_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 4.0]]))
     0.0

@@ -1,8 +1,8 @@
-"""A run in the layout of compressed-tensors that vLLM runs, where that is not the run folder's own.
+"""A run in the compressed-tensors layout that vLLM reads, where it differs from the run folder's own.
 
-A run folder is written for stock ``transformers``, which reads activations only beside one int8 a code. vLLM's
-integer kernels (Humming: weights of 2 to 8 bits, activations of 4 or 8) read the packed layout. Codes, scales and
-zeros go over as they are; only their packing changes:
+A run folder is written for stock ``transformers``, which supports quantized activations only with one int8 per code.
+vLLM's integer kernels (Humming: weights of 2 to 8 bits, activations of 4 or 8) read the packed layout. Codes, scales
+and zero points are unchanged; only their packing differs:
 
 =========================================== ================= ===============================================
 scheme                                      run folder        here
@@ -10,10 +10,10 @@ scheme                                      run folder        here
 weights only, symmetric                     pack-quantized    the same
 weights only, asymmetric (4 or 8 bits)      pack-quantized    the same, scales as float16, no ``dequantize``
 activations, symmetric, per token           int-quantized     pack-quantized
-``w8a8-sym``, one scale a row               int-quantized     the same: vLLM's int8 kernels read it
+``w8a8-sym``, one scale per row             int-quantized     the same: vLLM's int8 kernels read it
 =========================================== ================= ===============================================
 
-What vLLM takes is from its source of 2026 (``compressed_tensors.py``, ``schemes/``); it has not been run here.
+vLLM's limits are taken from its source of 2026 (``compressed_tensors.py``, ``schemes/``), not from running it.
 """
 
 from __future__ import annotations
@@ -39,51 +39,51 @@ from lowbit.quant.integer import integer
 from lowbit.runs.manifest import MANIFEST
 
 ACT_BITS = (4, 8)
-FREE_ZEROS = (4, 8)  # widths that its kernels have with a zero of their own
+FREE_ZEROS = (4, 8)  # widths for which its kernels support asymmetric weights
 
 
 def limits(subject: Subject) -> Misfit | None:
-    """Activations symmetric at 4 or 8 bits, free zeros at 4 or 8 bits, one format for what runs as one linear."""
-    found = no_kv(subject)
-    if found is not None:
-        return found
+    """Symmetric activations at 4 or 8 bits, asymmetric weights at 4 or 8 bits, one format per fused linear."""
+    misfit = no_kv(subject)
+    if misfit is not None:
+        return misfit
     act = subject.act
     if act is not None and not act.symmetric:
-        return Misfit("act", "inputs have a range of their own at both ends; vLLM's kernels round symmetrically")
+        return Misfit("act", "inputs are asymmetric; vLLM's kernels quantize them symmetrically")
     if act is not None and act.bits not in ACT_BITS:
-        return Misfit("act", f"inputs at {act.bits} bits; vLLM has 4 and 8")
+        return Misfit("act", f"inputs at {act.bits} bits; vLLM supports 4 and 8")
     for module, format in subject.integers.items():
         if module in (embedding_of(subject.config), "lm_head"):
             return weight_misfit(subject, module, "vLLM keeps embeddings and head in float")
         if not format.symmetric and format.bits not in FREE_ZEROS:
-            return weight_misfit(subject, module, f"a free zero at {format.bits} bits; vLLM has it at 4 and 8")
+            return weight_misfit(subject, module, f"asymmetric at {format.bits} bits; vLLM supports that at 4 and 8")
         if subject.shapes[module][1] % (format.group or 1):
             return weight_misfit(subject, module, f"groups of {format.group} do not divide its width")
     return _fused(subject)
 
 
 def _fused(subject: Subject) -> Misfit | None:
-    """vLLM runs linears that read one tensor as one: they need one format."""
+    """Linears that read one tensor, which vLLM fuses, need one format."""
     family = family_of(subject.config)
     for index in range(subject.config.num_hidden_layers):
         for group in family.linears:
             names = [f"{family.blocks}.{index}.{name}" for name in group]
             if len({subject.weights.get(name) for name in names}) > 1:
                 odd = next(name for name in names if subject.scheme.override(name))
-                beside = next(name for name in names if subject.weights.get(name) != subject.weights.get(odd))
-                return weight_misfit(subject, odd, f"vLLM runs it as one with {beside}, whose format differs")
+                other_name = next(name for name in names if subject.weights.get(name) != subject.weights.get(odd))
+                return weight_misfit(subject, odd, f"vLLM fuses it with {other_name}, whose format differs")
     return None
 
 
 def layout_for(subject: Subject) -> str:
-    """The layout that vLLM has a kernel for."""
+    """The layout for which vLLM has a kernel."""
     act, weights = subject.act, set(subject.integers.values())
     plain = all(format.bits == 8 and format.symmetric and format.group is None for format in weights)
     return "int-quantized" if act is not None and act.bits == 8 and plain else "pack-quantized"
 
 
 def store(q: QTensor, layout: str) -> dict[str, Tensor]:
-    """A rounded weight as the tensors of the layout, by their names below the module."""
+    """A quantized weight as the tensors of the layout, by name relative to the module."""
     return {**pack(q, layout), "weight_scale": q.qparams.scale.to(integer(q.format, layout).scale_dtype)}
 
 
@@ -108,8 +108,8 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     library: Any = BaseCompressor.get_value_from_registry(config["format"])
 
     def value(module: str, stored: Mapping[str, Tensor]) -> Tensor:
-        named = next((g for g in groups.values() if any(_names(t, module) for t in g.targets)), None)
-        scheme = named or next(group for group in groups.values() if "Linear" in group.targets)
+        own = next((g for g in groups.values() if any(_names(t, module) for t in g.targets)), None)
+        scheme = own or next(group for group in groups.values() if "Linear" in group.targets)
         scales = {"weight_scale": stored["weight_scale"].float()}
         weight: Tensor = library.decompress({**stored, **scales}, scheme)["weight"].float()
         if "weight_shape" in stored and stored["weight_shape"].tolist() != list(weight.shape):

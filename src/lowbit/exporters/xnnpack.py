@@ -1,15 +1,15 @@
-"""How XNNPACK stores a rounded weight, and which grids that holds.
+"""How XNNPACK stores a quantized weight, and which formats it represents.
 
 ========== ======================= =========================== ==================
-store      codes                   scales                      grids
+store      codes                   scales                      formats
 ========== ======================= =========================== ==================
-``qbint4`` int4, groups of ``32k`` bfloat16, one a group       sym 2-4, asym 2-3
-``qcint4`` int4                    float32, one a row          sym 2-4, asym 2-3
-``qcint8`` int8                    float32, one a row          sym 5-8, asym 4-7
+``qbint4`` int4, groups of ``32k`` bfloat16, one per group     sym 2-4, asym 2-3
+``qcint4`` int4                    float32, one per row        sym 2-4, asym 2-3
+``qcint8`` int8                    float32, one per row        sym 5-8, asym 4-7
 ========== ======================= =========================== ==================
 
-What is stored is ``code - zero``, so zeros cost nothing where the difference fits. (From the schema and the
-serializer that ``executorch`` 1.5 installs: ``backends/xnnpack``.)
+It stores ``code - zero``, so zero points cost nothing where the difference fits. (From the schema and the serializer
+of ``executorch`` 1.5: ``backends/xnnpack``.)
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ def stored_bits(format: IntFormat) -> int:
 
 
 def why_not(format: IntFormat, columns: int | None) -> str | None:
-    """Why XNNPACK cannot hold a grid for rows of ``columns`` values; ``None`` if it can.
+    """Why XNNPACK does not support a format for rows of ``columns`` values; ``None`` if it does.
 
     ``columns`` is ``None`` for an embedding, which is int8 with float32 scales for groups of any size.
 
     >>> why_not(IntFormat(4, 64), 128), why_not(IntFormat(4, 16), 128)
-    (None, 'groups of 16, XNNPACK has multiples of 32')
+    (None, 'groups of 16, XNNPACK supports multiples of 32')
     """
     size = format.group
     if format.bits == 8 and not format.symmetric:
-        return "a free zero at 8 bits takes 9"
+        return "asymmetric codes of 8 bits take 9"
     if columns is None or size is None or size == columns:
         return None
     if stored_bits(format) == 8:
-        free = "" if format.symmetric else " with a free zero"
-        return f"{format.bits} bits{free} are stored as int8, which has one scale a row"
+        kind = "" if format.symmetric else "asymmetric "
+        return f"{kind}{format.bits} bits are stored as int8, which has one scale per row"
     if size % BLOCK or columns % size:
-        return f"groups of {size}, XNNPACK has multiples of {BLOCK}"
+        return f"groups of {size}, XNNPACK supports multiples of {BLOCK}"
     return None
 
 
 def rounds_scales(format: IntFormat, columns: int) -> bool:
-    """XNNPACK may have to round the scales: float16 ones of groups become bfloat16."""
+    """Whether XNNPACK may round the scales: float16 scales of groups become bfloat16."""
     return format.group not in (None, columns) and format.scale_dtype != torch.bfloat16
 
 
 def signed_codes(q: QTensor) -> Tensor:
     """``code - zero`` as int8 ``(out, in)``.
 
-    >>> grid = QParams(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
-    >>> signed_codes(QTensor(torch.tensor([[0, 2, 3]], dtype=torch.uint8), grid, IntFormat(2))).tolist()
+    >>> qparams = QParams(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
+    >>> signed_codes(QTensor(torch.tensor([[0, 2, 3]], dtype=torch.uint8), qparams, IntFormat(2))).tolist()
     [[-2, 0, 1]]
     """
     zero = q.qparams.zero.repeat_interleave(q.codes.shape[1] // q.qparams.zero.shape[1], 1)
@@ -66,7 +66,7 @@ def signed_codes(q: QTensor) -> Tensor:
 
 
 def stored(q: QTensor) -> QTensor:
-    """The weight as XNNPACK holds it: equal, but for float16 scales of groups, which become bfloat16."""
+    """The weight as XNNPACK stores it: equal except for float16 scales of groups, which become bfloat16."""
     if not rounds_scales(integer(q.format, "XNNPACK"), q.codes.shape[1]):
         return q
     scale, zero = q.qparams

@@ -1,6 +1,6 @@
-"""The methods: one file each, one line here; ``method.py`` says what a method has to declare.
+"""Quantization methods: one file and one entry of ``METHODS`` each; ``method.py`` defines the contract.
 
-``AFTER`` has what works on the whole model, behind the step that rounds: options only, run by a module of its own.
+``AFTER`` holds the options of steps that train the whole model after the step that quantizes; the pipeline runs them.
 """
 
 from __future__ import annotations

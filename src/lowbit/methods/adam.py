@@ -1,8 +1,8 @@
-"""AdamW without weight decay and with a step counter for each *entry*.
+"""AdamW without weight decay and with one step counter per *entry*.
 
-An entry that a mask releases late starts with moments of zero, and a counter that had run all the time would make its
-first step about three times too long. Where every entry takes part from the start this is ``torch.optim.AdamW``, bit
-for bit up to the order of operations; a test compares them.
+An entry that a mask opens late starts with zero moments; a step counter shared by the tensor would make its first
+step about three times too long. Where every entry is trained from the start, this equals ``torch.optim.AdamW`` up to
+the order of operations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class Adam:
-    """AdamW without decay and with a step counter for each entry, over ``(tensors, learning rate)`` groups."""
+    """AdamW without weight decay and with one step counter per entry, over ``(tensors, learning rate)`` groups."""
 
     def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]]) -> None:
         flat = [(tensor, lr) for tensors, lr in groups for tensor in tensors]
@@ -24,7 +24,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """One step along the tensors' gradients with the learning rates times ``factor``."""
+        """One update from the tensors' gradients, with learning rates times ``factor``."""
         for tensor, lr, mean, square, count in self.entries:
             if tensor.grad is None or lr == 0:
                 continue
@@ -32,6 +32,6 @@ class Adam:
             count.add_(((count > 0) | (grad != 0)).to(count.dtype))
             mean.lerp_(grad, 1 - BETAS[0])
             square.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-            since = count.clamp(min=1)
-            size = (square / (1 - BETAS[1] ** since)).sqrt_().add_(EPS)
-            tensor.addcdiv_(mean / (1 - BETAS[0] ** since), size, value=-lr * factor)
+            steps = count.clamp(min=1)
+            size = (square / (1 - BETAS[1] ** steps)).sqrt_().add_(EPS)
+            tensor.addcdiv_(mean / (1 - BETAS[0] ** steps), size, value=-lr * factor)

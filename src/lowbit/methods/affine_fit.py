@@ -1,4 +1,4 @@
-"""AffineQuant's fit of one block: what is learned, the loss, the constraints, and the merge."""
+"""AffineQuant's training of one block: learned tensors, loss, constraints, and folding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLIP_START = 4.0  # sigmoid(4) = 0.982 of the range, as in OmniQuant
 
 
 class AffineFit:
-    """One block's fit: what is learned, the loss, the constraints, and the merge."""
+    """Training of one block: learned tensors, loss, constraints, and folding."""
 
     def __init__(
         self,
@@ -47,16 +47,16 @@ class AffineFit:
         )
         self.flipped: dict[str, int] = {}
         if sites.signs and smooth:
-            # Behind another step's maps its clips may stand, which are for the weights' ranges as they were.
+            # Not with ``given``: an earlier step's clipping ratios refer to weight ranges, which sign flips change.
             moved, edges = replace(block, params=self.base), [site.edge for site in self.sites]
             self.base, self.flipped = with_signs(moved, calib.x_fp, calib.batch, edges)
-        # In float64 the weights are turned into it once, not at every step.
+        # With float64 the weights are converted once, not at every step.
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
         self.logits = self._clip_logits() if clipping.clip else {}
         self.act_logits = self._act_logits() if clipping.act_clip else {}
         self.unit = loss_unit(calib.y_fp, objective.loss, device, calib.batch)
-        also = [run_all(block, calib.x_q, batch=calib.batch)] if objective.aug_loss else []
-        self.rows = Rows(device, calib.x_q, calib.y_fp, self.unit, *also)
+        augmented = [run_all(block, calib.x_q, batch=calib.batch)] if objective.aug_loss else []
+        self.rows = Rows(device, calib.x_q, calib.y_fp, self.unit, *augmented)
         self.shrunk = 0
 
     def _sites(self) -> list[Site]:
@@ -77,14 +77,14 @@ class AffineFit:
             shape = (weight.shape[0], self.block.weight_format(name).groups(weight.shape[1]))
             low, high = (torch.full(shape, CLIP_START, device=weight.device) for _ in range(2))
             if name in self.block.clips and self.objective.start == "given":
-                # Those of a step before; just inside of 0 and 1, where the sigmoid still has a slope.
-                found = (clip.to(weight).expand(shape) for clip in self.block.clips[name])
-                low, high = (clip.clamp(1e-3, 0.982).logit().clone() for clip in found)
+                # Ratios of an earlier step, kept inside (0, 1), where the sigmoid has a gradient.
+                ratios = (clip.to(weight).expand(shape) for clip in self.block.clips[name])
+                low, high = (clip.clamp(1e-3, 0.982).logit().clone() for clip in ratios)
             logits[name] = (low.requires_grad_(), high.requires_grad_())
         return logits
 
     def _act_logits(self) -> dict[str, Tensor]:
-        """One pair for the linears that read one tensor: they share its quantization."""
+        """One pair per group of linears that share an input and therefore its quantization."""
         logits: dict[str, Tensor] = {}
         for group in self.block.linear_groups():
             shared = torch.full((2,), CLIP_START, device=self.block.device, requires_grad=True)
@@ -95,38 +95,38 @@ class AffineFit:
         return logits
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
-        """What is learned, with learning rates."""
+        """Learned tensors with their learning rates."""
         maps = [leaf for site in self.sites for leaf in site.leaves()]
         clips = [logit for pair in self.logits.values() for logit in pair]
         acts = list({id(logit): logit for logit in self.act_logits.values()}.values())
         return [(maps, self.maps.lr_maps), ([*clips, *acts], self.clipping.lr_clips)]
 
     def begin(self, epoch: int) -> None:
-        """Open the masks for an epoch."""
+        """Set the masks for an epoch."""
         for site in self.sites:
             site.map.begin(epoch, max(self.schedule.epochs, 1))
 
     def project(self) -> None:
-        """After each step: dominance where it is asked for, conditioning always."""
+        """Applied after each step: the condition bound, and diagonal dominance where it is enforced."""
         for site in self.sites:
             if site.map.is_matrix and self.maps.dominance == "enforce":
                 site.map.keep_dominant()
             self.shrunk += site.map.keep_condition()
 
     def transformed(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
-        """Float parameters with maps in them, and what stays online; differentiable."""
+        """Float parameters with maps folded in, and the runtime ops; differentiable."""
         params, online = apply(self.block, self.sites, self.start)
         ops: dict[str, RuntimeOp] = {name: Matrix(value.float()) for name, value in online.items()}
         ops |= {name: Clip(logit.sigmoid(), self._offset(name)) for name, logit in self.act_logits.items()}
         return {name: value.float() for name, value in params.items()}, ops
 
     def _offset(self, name: str) -> Tensor | None:
-        """The rounding offsets of an earlier step before a linear."""
-        before = self.block.ops.get(name)
-        return before.offset if isinstance(before, Clip) else None
+        """The rounding offsets that an earlier step set at a linear's input."""
+        op = self.block.ops.get(name)
+        return op.offset if isinstance(op, Clip) else None
 
     def quantized(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
-        """The block's parameters as they will ship, and what stays online; differentiable."""
+        """The block's parameters as they are stored, and the runtime ops; differentiable."""
         params, ops = self.transformed()
         for name in self.block.quantized_linears():
             low, high = (logit.sigmoid() for logit in self.logits[name]) if name in self.logits else (1.0, 1.0)
@@ -134,20 +134,20 @@ class AffineFit:
             params[f"{name}.weight"] = quantize(params[f"{name}.weight"], low, high)
         return params, ops
 
-    def loss(self, chosen: Tensor) -> Tensor:
-        """The block's error on the chosen sequences, relative to its float output's mean square."""
+    def loss(self, indices: Tensor) -> Tensor:
+        """The block's output error on the sequences ``indices``, relative to the float output's mean square."""
         params, ops = self.quantized()
-        x, y_fp, unit, *also = self.rows(chosen)
-        # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in 32.
+        x, y_fp, unit, *augmented = self.rows(indices)
+        # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in float32 or above.
         y = run(replace(self.block, ops={**self.block.ops, **ops}), x.to(self.run_dtype), params, quantized=True)
         error = relative_loss(y, y_fp, unit)
-        for y_aug in also:
+        for y_aug in augmented:
             error = error + self.objective.aug_loss * relative_loss(y, y_aug, unit)
         return error
 
     @torch.no_grad()
     def merged(self, fitted: Fitted) -> Block:
-        """The block with everything folded in, by the code and in the precision that was trained."""
+        """The block with everything folded in, by the function and in the precision that training uses."""
         params, ops = self.transformed()
         ops = {name: Matrix(op.matrix.contiguous()) if isinstance(op, Matrix) else op for name, op in ops.items()}
         clips = {name: (low.sigmoid(), high.sigmoid()) for name, (low, high) in self.logits.items()}
@@ -163,42 +163,42 @@ class AffineFit:
         )
 
     def record(self, done: Block, fitted: Fitted) -> dict[str, Any]:
-        """What the report shows: losses, the maps' conditions and margins, and what merging cost."""
-        some, wanted = (stream[:2].to(self.block.device) for stream in (self.calib.x_fp, self.calib.y_fp))
+        """Figures for the report: losses, the maps' condition numbers and margins, and the error of folding."""
+        x_fp, y_fp = (states[:2].to(self.block.device) for states in (self.calib.x_fp, self.calib.y_fp))
         sites = {}
         for site in self.sites:
-            facts: dict[str, Any] = {"map": site.map.kind, "condition": float(site.map.conditions().max())}
+            entry: dict[str, Any] = {"map": site.map.kind, "condition": float(site.map.conditions().max())}
             if self.maps.dominance != "off" and site.map.is_matrix:
-                facts["margin"] = float(site.map.margins().min())
-            if (turned := self.flipped.get(site.edge.src.module)) is not None:
-                facts["turned_over"] = turned
-            sites[_key(site)] = facts
+                entry["margin"] = float(site.map.margins().min())
+            if (flips := self.flipped.get(site.edge.src.module)) is not None:
+                entry["turned_over"] = flips
+            sites[_key(site)] = entry
         return {
             "loss": fitted.train,
             "held_out": [value if math.isfinite(value) else None for value in fitted.held_out],
             "best_epoch": fitted.best,
             "skipped_steps": fitted.skipped,
             "pulled_to_condition": self.shrunk,
-            "merge_error": relative_error(run_all(done, some), wanted),
+            "merge_error": relative_error(run_all(done, x_fp), y_fp),
             "sites": sites,
         }
 
     def pictures(self) -> dict[str, Tensor]:
-        """The learned matrices, at a size to look at."""
+        """The learned matrices, reduced to a size that a report can show."""
         keys = ((_key(site).partition("."), site.map) for site in self.sites if site.map.is_matrix)
-        return {f"{index}.affinequant.{name}": map.picture() for (index, _, name), map in keys}
+        return {f"{index}.affinequant.{name}": learned.picture() for (index, _, name), learned in keys}
 
     def _notes(self, fitted: Fitted) -> list[str]:
         notes = list(fitted.notes)
         if self.schedule.epochs and not fitted.best:
-            notes.append("nothing learned was better on the validation split; the start was kept: scales only")
+            notes.append("no epoch improves the validation loss; the starting point is kept")
         if self.shrunk:
-            notes.append(f"{self.shrunk} times a map was pulled back to condition {self.maps.condition:g}")
+            notes.append(f"{self.shrunk} map updates were reduced to the condition bound {self.maps.condition:g}")
         if self.chosen.qk == "matrix" and self.block.family.qk_norm_per_head:
-            notes.append("q and k have norms, so only a diagonal tied within rotary pairs merges there")
+            notes.append("q and k have norms: only a diagonal tied within rotary pairs folds there")
         return notes
 
 
 def _key(site: Site) -> str:
-    """A site by its layer's index and its name: ``7.heads``."""
+    """The layer's index and the site's name: ``7.heads``."""
     return f"{site.edge.src.module.partition('.')[0]}.{site.name}"

@@ -1,4 +1,4 @@
-"""AffineQuant's options, in groups: where maps are learned, how, clipping, and what is minimized."""
+"""AffineQuant's options, grouped: sites, parametrization of the maps, clipping, objective."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Sites:
     """Where maps are learned.
 
     Attributes:
-        qkv: map after the norm before q, k and v: ``off``, ``diagonal``, or ``matrix``, which stays online.
-        mlp: the same for the norm before the MLP.
-        heads: map from v to o, one for each KV head.
-        qk: map between q and k; under a rotary embedding ``matrix`` means scaled rotations.
+        qkv: map between the norm and q, k, v: ``off``, ``diagonal``, or ``matrix``, which stays online.
+        mlp: the same between the norm and the MLP.
+        heads: map from v to o, one per KV head: ``off``, ``diagonal`` or ``matrix``.
+        qk: map between q and k; with a rotary embedding, ``matrix`` means scaled rotations.
         channels: map from up to down (fc1 to fc2): ``off`` or ``diagonal``.
-        signs: flip signs first, so that a token's outliers lie on one side of zero; not in the papers.
-        shift: also learn shifts where both ends of a site have a bias.
+        signs: apply per-channel sign flips before training (``signs.py``); not in the papers.
+        shift: also learn shifts at sites where both ends have a bias.
     """
 
     qkv: str = "diagonal"
@@ -37,25 +37,25 @@ class Sites:
 
     @property
     def matrix_behind_norm(self) -> bool:
-        """A dense matrix behind a norm is asked for; it stays online."""
+        """Whether a dense matrix after a norm is selected; it stays online."""
         return "matrix" in (self.qkv, self.mlp)
 
 
 @dataclass(frozen=True)
 class Maps:
-    """How maps are parametrized and kept invertible.
+    """Parametrization and conditioning of the maps.
 
     Attributes:
-        parametrisation: of the matrices: ``masked``, ``lu``, ``blocks`` or ``svd``.
-        block_size: of ``blocks``; where it does not divide a width, the next smaller number that does.
-        mask: how the matrices open: ``gradual`` (the paper's), ``released`` (its code's), ``none``.
-        stability: the factor on all entries off the diagonal.
-        dominance: ``enforce`` keeps every matrix strictly diagonally dominant after each step, ``report`` records the
-            margins, ``off`` leaves them out.
-        condition: largest condition number of a map.
-        precision: of the maps: ``float``, ``float-double`` (maps and merged weights in float64, the block in
-            float32), ``double`` (all in float64).
-        lr_maps: learning rate of maps and shifts. The paper's 5e-3 is for thousands of steps; a quick run has 80.
+        parametrisation: of matrices: ``masked``, ``lu``, ``blocks`` or ``svd``; see ``maps.py``.
+        block_size: of ``blocks``; replaced by the largest smaller divisor where it does not divide the width.
+        mask: schedule of the gradual mask: ``gradual`` (the paper's), ``released`` (its code's) or ``none``.
+        stability: factor on all off-diagonal entries.
+        dominance: ``enforce`` keeps every matrix strictly diagonally dominant after each step; ``report`` records the
+            margins; ``off`` omits them.
+        condition: upper bound on the condition number of a map.
+        precision: ``float``; ``float-double``: maps and folded weights in float64, the block in float32; ``double``:
+            all in float64.
+        lr_maps: learning rate of maps and shifts. The paper's 5e-3 assumes thousands of steps; a quick run has 80.
     """
 
     parametrisation: str = "masked"
@@ -77,8 +77,8 @@ class Maps:
         check_choices("affinequant", self, choices)
         if self.dominance == "enforce" and self.parametrisation not in ("masked", "blocks"):
             raise LowbitError(
-                f"affinequant: dominance 'enforce' with parametrisation '{self.parametrisation}': it can be kept for "
-                "masked and blocks only; take one of these, or dominance report"
+                f"affinequant: dominance 'enforce' with parametrisation '{self.parametrisation}' given; it applies "
+                "to 'masked' and 'blocks' only: choose one of these, or dominance 'report'"
             )
         bounds = {"stability": "0 or more", "condition": "above 1", "block_size": "1 or more", "lr_maps": "0 or more"}
         check_bounds("affinequant", self, bounds)
@@ -86,12 +86,13 @@ class Maps:
 
 @dataclass(frozen=True)
 class Clipping:
-    """Learned clipping of ranges (OmniQuant).
+    """Learned clipping ratios (OmniQuant).
 
     Attributes:
-        clip: learn clipping ratios on the ends of every weight group's range.
-        act_clip: learn clipping ratios on the tokens' ranges; no stock runtime has them, so they stay online.
-        lr_clips: learning rate of the ratios' logits. The papers' 1e-2 is for thousands of steps.
+        clip: learn clipping ratios for both ends of every weight group's range.
+        act_clip: learn clipping ratios for the activations' per-token ranges; they stay online, and no stock runtime
+            supports them.
+        lr_clips: learning rate of the ratios' logits. The papers' 1e-2 assumes thousands of steps.
     """
 
     clip: bool = True
@@ -104,15 +105,15 @@ class Clipping:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimized, and from where.
+    """Training objective and starting point.
 
     Attributes:
-        loss: ``token`` divides each token's squared error by the mean square of its float output; with ``mse``, the
-            papers', the few tokens with massive activations decide alone.
-        aug_loss: weight of a second error, against the float block on the quantized input.
-        start: ``smooth`` moves SmoothQuant's scale into the block first; ``given`` takes the block as it comes, for
-            use behind a step such as ``awq`` that has moved scales itself.
-        init_power: how much of the activations' outliers a smooth start moves into the weights.
+        loss: ``token`` divides each token's squared error by the mean square of its float output; ``mse``, the
+            papers' loss, is dominated by the few tokens with massive activations.
+        aug_loss: weight of a second term, the error against the float block's output on the quantized input.
+        start: ``smooth`` folds SmoothQuant's scale into the block first; ``given`` starts from the block as it is,
+            for use after a step such as ``awq`` that folds scales itself.
+        init_power: migration strength of the ``smooth`` start (SmoothQuant's ``alpha``).
     """
 
     loss: str = "token"

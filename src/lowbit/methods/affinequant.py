@@ -1,22 +1,22 @@
-"""AffineQuant: equivalent affine maps and clipping, learned so that the rounded block still matches the float one.
+"""AffineQuant: equivalent affine maps and clipping ratios, learned by matching the quantized block to the float one.
 
 Source: Ma et al., ICLR 2024, arXiv 2403.12544. For each block, in order, gradient descent on
 
     ``mean (block_q(x_q; A, s, clips) - block(x_fp))**2``   (equation 4)
 
-over maps ``A`` and shifts ``s`` at the sites of ``sites.py`` and over the factors that clip the weights' ranges. The
-maps are merged by the code that trained them. With diagonals only this is OmniQuant (Shao et al., ICLR 2024, arXiv
-2308.13137), whose learnable weight clipping it takes over.
+over maps ``A`` and shifts ``s`` at the sites of ``sites.py`` and over the weights' clipping ratios. The function that
+training uses also folds the maps. With diagonals only this is OmniQuant (Shao et al., ICLR 2024, arXiv 2308.13137),
+the source of the learnable weight clipping.
 
-Departures, with reasons:
+Differences from the papers:
 
-* Maps start at the identity on a block that has SmoothQuant's scale merged already, so one learning rate suits them.
-* Diagonals are ``exp(s)``: positive and bounded. Their signs are chosen before, where inputs are rounded with a zero
-  point (``signs.py``): no gradient leads from one to the other.
-* q and k under a rotary embedding take scaled rotations of its pairs, the maps that commute with it. The released
-  codes train maps there that change the function.
-* up -> down takes a diagonal; both papers leave this site out.
-* What bounds the inverse is the condition number. Strict diagonal dominance is measured, and kept where asked.
+* Maps start at the identity, on a block into which SmoothQuant's scale is folded: one learning rate suits all.
+* Diagonals are ``exp(s)``: positive and bounded. Sign flips are chosen beforehand, for inputs that are quantized with
+  a zero point (``signs.py``), because no gradient leads from one sign to the other.
+* q and k with a rotary embedding take scaled rotations of its pairs, the maps that commute with it. The released
+  implementations train maps there that change the function.
+* up -> down takes a diagonal; both papers omit this site.
+* The condition number bounds the inverse. Strict diagonal dominance is measured, and enforced on request.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from lowbit.quant.activations import ActFormat
 
 @dataclass(frozen=True)
 class AffineQuant(Method):
-    """Learned equivalent maps and clipping; options go by their own names in recipes, without that of their group.
+    """Learned equivalent maps and clipping ratios; recipes use the option names without their group.
 
     Attributes:
-        sites, maps, clipping, objective: see these.
-        schedule: epochs, validation split and the like.
-        window: consecutive layers that are fitted together, where the recipe's window has more.
+        sites, maps, clipping, objective: option groups; see their classes.
+        schedule: epochs, batches, validation split and learning-rate decay.
+        window: consecutive layers that are trained together, where the recipe's window has more.
     """
 
     sites: Sites = Sites()
@@ -62,11 +62,11 @@ class AffineQuant(Method):
 
     @property
     def passes(self) -> int:
-        """One for the start, then forward and backward in each epoch."""
+        """Two for the starting point, then forward and backward in each epoch."""
         return 2 + 4 * self.schedule.epochs
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """Matrices behind norms and clipped inputs, where they are asked for."""
+        """Matrices after norms and clipped inputs, where the options select them."""
         ops: set[type[RuntimeOp]] = set()
         if self.sites.matrix_behind_norm:
             ops.add(Matrix)
@@ -75,7 +75,7 @@ class AffineQuant(Method):
         return frozenset(ops)
 
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """The block with maps merged and clips chosen; its float function is unchanged."""
+        """The block with maps folded and clipping ratios set; its float function is unchanged."""
         if not block.formats:
             return block
         if len(block.layers) > self.window:
@@ -86,7 +86,7 @@ class AffineQuant(Method):
             trainer.loss,
             len(calib.x_q),
             self.schedule,
-            # Blocks draw differently, and a run that was resumed as one that was not.
+            # The seed depends on the position only, so that a resumed run equals an uninterrupted one.
             block.start,
             trainer.begin,
             trainer.project,

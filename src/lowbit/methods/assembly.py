@@ -1,4 +1,4 @@
-"""Channel assembly: like channels after a norm become one, their mean, to make room for copies of outliers.
+"""Channel assembly: similar channels after a norm merge into their mean, to make room for copies of outliers.
 
 Source: QLLM, Liu et al., ICLR 2024, arXiv 2310.08041, section 3.2.2. Two channels ``i`` and ``j`` become
 ``(x_i + x_j) / 2`` with the weight column ``w_i + w_j``; a group of any size becomes its mean, with the sum of the
@@ -7,16 +7,16 @@ over tokens and outputs, factorises:
 
     D(i, j) = ||x_i - x_j||^2 ||w_i - w_j||^2 / 4
 
-so that the inputs' second moments and the weight are all that is needed; no loop over tokens or outputs.
+so that it needs only the inputs' second moments and the weight, without a loop over tokens or outputs.
 
-Matching (Bolya et al., ToMe, arXiv 2210.09461, as QLLM takes it): even channels on one side, odd ones on the other;
-an even one merges into an odd one and goes. ``bipartite``, the paper's: each even channel points at its closest odd
-one and the cheapest of these go, several into one if need be. ``one-to-one``: the cheapest pair of channels that are
-both still alone, again and again; then no dozen can land on one weak channel, whose summed column would set the
-weights' range. Channels that are split are on neither side.
+Matching (Bolya et al., ToMe, arXiv 2210.09461, as used by QLLM): even channels form one side, odd channels the other;
+an even channel merges into an odd one and is removed. ``bipartite``, the paper's: each even channel selects its
+closest odd one and the cheapest pairs merge; several may share one odd channel. ``one-to-one``: repeatedly merge the
+cheapest pair of which neither is merged, so that many channels cannot collect in one weak channel, whose summed
+column would then set the weights' range. Split channels are on neither side.
 
-The released code takes ``||x_i - x_j||^2 (s_i + s_j)^2`` with ``s`` the signed sum of a channel's weights: the sign
-is not that of the residual, and it can vanish for unlike channels. It is not offered.
+The released implementation uses ``||x_i - x_j||^2 (s_i + s_j)^2`` with ``s`` the signed sum of a channel's weights.
+Its sign differs from the residual's and it can vanish for dissimilar channels, so it is not offered.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ ASSEMBLIES = ("drop", "bipartite", "one-to-one")
 
 
 def check_assembly(assembly: str, sites: str) -> None:
-    """Refuse what no run folder can hold.
+    """Refuse an assembly that a run folder cannot store.
 
     Raises:
-        LowbitError: ``pad``, an unknown choice, or merging where only down_proj is asked for.
+        LowbitError: ``pad``, an unknown choice, or merging with ``sites: down``.
     """
     if assembly == "pad":
         raise LowbitError(
@@ -45,18 +45,18 @@ def check_assembly(assembly: str, sites: str) -> None:
     if assembly != "drop" and sites == "down":
         raise LowbitError(
             f"reassemble: assembly '{assembly}' with sites 'down' given: before down_proj channels are products, and "
-            "a mean of products is no product of means; take assembly 'drop', or sites 'norms' or 'all'"
+            "a mean of products is not a product of means; choose assembly 'drop', or sites 'norms' or 'all'"
         )
 
 
 def distances(gram: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """``D(i, j)`` for ``i`` in ``first`` and ``j`` in ``second``: ``(len(first), len(second))`` float64.
 
-    Two matrices of that shape are held beside ``gram``; with halves of the channels they are a quarter of it each.
+    Memory: two matrices of that shape beside ``gram``; for halves of the channels, each is a quarter of its size.
 
     Args:
         gram: the inputs' second moments ``(channels, channels)``, ``sum_t x_t x_t^T``.
-        weight: ``(out, channels)``, all linears that read the channels, one below the other.
+        weight: ``(out, channels)``, the stacked weights of all linears that read the channels.
         first: indices of channels.
         second: indices of channels.
 
@@ -74,18 +74,18 @@ def distances(gram: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Te
 
 
 class MergePlan:
-    """Channels that can merge, cheapest first.
+    """A sequence of channel merges, cheapest first.
 
-    One sequence of merges serves all candidates, taken in the order of their numbers of copies.
+    One sequence serves all candidates, visited in increasing order of their numbers of copies.
 
     Attributes:
-        weight: ``(out, channels)`` float64 as given.
-        left: the distances ``(even, odd)`` between those that may still merge; infinite for others.
-        merges: ``(even, odd)`` pairs in order.
+        weight: ``(out, channels)`` float64, before any merge.
+        left: distances ``(even, odd)`` of the pairs that may still merge; infinite for others.
+        merges: the ``(even, odd)`` pairs merged so far, in order.
     """
 
     def __init__(self, weight: Tensor, gram: Tensor, keep: Tensor, one_to_one: bool) -> None:
-        """``keep`` ``(channels,)`` marks channels that are on neither side; see the module for the rest."""
+        """``keep`` ``(channels,)`` marks the channels on neither side; see the module docstring for the matching."""
         self.weight, self.one_to_one = weight.double(), one_to_one
         free = torch.nonzero(~keep).flatten()
         self.even, self.odd = free[free % 2 == 0], free[free % 2 == 1]
@@ -94,16 +94,16 @@ class MergePlan:
 
     @property
     def most(self) -> int:
-        """The largest number of channels that can go."""
+        """The largest number of channels that can merge."""
         if not len(self.odd):
             return 0
         return min(len(self.even), len(self.odd)) if self.one_to_one else len(self.even)
 
     def without(self, count: int, copies: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What ``reassemble.fold`` takes: order, divisors, weight ``(out, channels)``, and where merged channels go.
+        """Arguments of ``reassemble.fold``: index, divisors, weight ``(out, channels)``, targets of merged channels.
 
-        ``count`` channels go, no fewer than at the call before, and at most ``most``; every split one is there
-        ``copies`` times, at its old place and at those that became free.
+        ``count`` channels merge, at least as many as at the previous call and at most ``most``; every split channel
+        appears ``copies`` times, at its own index and at freed ones.
         """
         while len(self.merges) < count:
             i, j = divmod(int(self.left.argmin()), self.left.shape[1])
@@ -113,10 +113,10 @@ class MergePlan:
             self.merges.append((int(self.even[i]), int(self.odd[j])))
         idx = torch.arange(len(copies), device=copies.device)
         into, size, weight = torch.full_like(idx, -1), torch.ones_like(idx), self.weight.clone()
-        for gone, stays in self.merges:
-            into[gone] = stays
-            size[stays] += 1
-            weight[:, stays] += self.weight[:, gone]
+        for merged, target in self.merges:
+            into[merged] = target
+            size[target] += 1
+            weight[:, target] += self.weight[:, merged]
         split = copies > 1
         idx[into >= 0] = idx[split].repeat_interleave(copies[split] - 1)
         divisor = torch.where(split, copies, size)[idx].to(weight.dtype)

@@ -1,13 +1,13 @@
-"""AWQ: scales that protect the weights of strong activations, then clipped ranges.
+"""AWQ: activation-aware scales, then clipping ratios.
 
-Source: Lin et al., MLSys 2024, arXiv 2306.00978. For each place where a scale can move (norms, v -> o, up ->
-down) a grid search over ``s = mean|x|**ratio`` minimises the linears' output error ``||Q(W s) s^-1 x - W x||^2``
-(equation 4); then every group's range is shrunk where that lowers the same error.
+Source: Lin et al., MLSys 2024, arXiv 2306.00978. For each edge into which a scale folds (norms, v -> o, up -> down) a
+grid search over ``s = mean|x|**ratio`` minimises the linears' output error ``||Q(W s) s^-1 x - W x||^2``
+(equation 4); then a search over each group's clipping ratio minimises the same error.
 
 Both errors are quadratic forms in the input's second moments ``G = sum x x^T``, so one pass over the data serves
-all candidates: ``||dW x||^2 = tr(dW G dW^T)``. The released code measures the error at the end of the attention or
-MLP on a sample of tokens instead; this is the paper's equation on all of them. As there, q and k are not clipped.
-With grouped-query attention, where that code skips v -> o, one scale per channel of a KV head is shared by the
+all candidates: ``||dW x||^2 = tr(dW G dW^T)``. The released implementation measures the output of the attention or
+MLP on a sample of tokens instead; this is the paper's equation on all tokens. As there, q and k are not clipped. With
+grouped-query attention, where that implementation skips v -> o, one scale per channel of a KV head is shared by the
 query heads that read it.
 """
 
@@ -33,13 +33,13 @@ from lowbit.quant.format import Format
 
 @dataclass(frozen=True)
 class AWQ(Method):
-    """Activation-aware scales and clipping.
+    """Activation-aware scales and clipping ratios.
 
     Attributes:
-        grid: candidates for the scale's exponent, ``0, 1/grid, .., (grid - 1)/grid``; 0 is "no scale".
-        clip: also search shrunken ranges.
-        clip_grid: steps of the shrink factor between 1 and 0.
-        clip_least: the smallest factor tried.
+        grid: candidates for the scale's exponent, ``0, 1/grid, .., (grid - 1)/grid``; 0 means no scaling.
+        clip: also search clipping ratios.
+        clip_grid: steps of the clipping ratio between 1 and 0.
+        clip_least: smallest clipping ratio.
     """
 
     grid: int = 20
@@ -59,11 +59,11 @@ class AWQ(Method):
         check_bounds("awq", self, bounds)
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """None: diagonals merge, and clipped ranges are weights' own."""
+        """None: diagonals fold, and clipping ratios only affect weight qparams."""
         return NO_OPS
 
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """The block with scales moved and clips chosen; its float function is unchanged."""
+        """The block with scales folded and clipping ratios set; its float function is unchanged."""
         edges = [edge for edge in block.edges() if edge.kind != "qk"]
         readers = [edge.readers[0].module for edge in edges]
         seen = input_statistics(block, calib.x_fp, readers, ("gram", "magnitude"), batch=calib.batch)
@@ -76,19 +76,19 @@ class AWQ(Method):
         return self._clipped(moved, calib) if self.clip else moved
 
     def _best_scale(self, block: Block, params: Mapping[str, Tensor], edge: Edge, seen: Statistics) -> Tensor | None:
-        """The map of least error over ``edge``; ``None`` if no linear behind it is quantized."""
+        """The scale of least error over ``edge``; ``None`` if no linear that reads it is quantized."""
         readers = [dst for dst in edge.readers if dst.module in block.formats]
         targets = [(dst.read(params), block.weight_format(dst.module)) for dst in readers]
         if not targets:
             return None
         magnitude = (seen["magnitude"] / seen.count).clamp(min=1e-5)
-        if edge.kind == "heads":  # query heads of a group share the KV head's channels
+        if edge.kind == "heads":  # the query heads of a group share the KV head's channels
             magnitude = magnitude.unflatten(0, (block.heads.kv, block.heads.group, -1)).mean(1).flatten()
         best: tuple[float, Tensor] | None = None
         for step in range(self.grid):
             scale = magnitude.pow(step / self.grid)
             scale = scale / (scale.max() * scale.min()).sqrt()
-            spread = _over_inputs(block, edge, scale)
+            spread = _per_input_channel(block, edge, scale)
             error = sum(scaled_error(w, spread, seen["gram"], format) for w, format in targets)
             if best is None or error < best[0]:
                 best = (error, scale)
@@ -104,27 +104,27 @@ class AWQ(Method):
             for linear in group:
                 if linear in block.formats and linear not in _queries_and_keys(block):
                     format = block.weight_format(linear)
-                    factor = self._best_clip(block.weight(linear), seen[group[0]]["gram"], format)
-                    clips[linear] = (factor, factor)
+                    best_ratio = self._best_clip(block.weight(linear), seen[group[0]]["gram"], format)
+                    clips[linear] = (best_ratio, best_ratio)
         return replace(block, clips=clips)
 
     def _best_clip(self, weight: Tensor, gram: Tensor, format: Format) -> Tensor:
-        """The factor ``(rows, groups)`` on each group's range with the least output error; 1 is tried first."""
+        """The clipping ratio ``(rows, groups)`` of least output error for each group; 1 is tried first."""
         groups = format.groups(weight.shape[1])
         blocks = torch.stack(_diagonal_blocks(gram, groups))
-        best = weight.new_full((weight.shape[0], groups), torch.inf)
-        factor = torch.ones_like(best)
+        best_error = weight.new_full((weight.shape[0], groups), torch.inf)
+        best_ratio = torch.ones_like(best_error)
         steps = int((1 - self.clip_least) * self.clip_grid + 1e-9)
         for step in range(steps + 1):
-            tried = 1 - step / self.clip_grid
-            if tried <= 0:
+            ratio = 1 - step / self.clip_grid
+            if ratio <= 0:
                 break
-            delta = format.fake_quant(weight, format.qparams(weight, tried, tried)) - weight
+            delta = format.fake_quant(weight, format.qparams(weight, ratio, ratio)) - weight
             split = delta.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, rows, size)
             error = ((split @ blocks) * split).sum(-1).T
-            factor = torch.where(error < best, tried, factor)
-            best = torch.minimum(error, best)
-        return factor
+            best_ratio = torch.where(error < best_error, ratio, best_ratio)
+            best_error = torch.minimum(error, best_error)
+        return best_ratio
 
 
 def scaled_error(weight: Tensor, scale: Tensor, gram: Tensor, format: Format) -> float:
@@ -139,8 +139,8 @@ def _diagonal_blocks(gram: Tensor, groups: int) -> list[Tensor]:
     return [gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(groups)]
 
 
-def _over_inputs(block: Block, edge: Edge, scale: Tensor) -> Tensor:
-    """A scale per source channel as a scale per input channel of the linears behind the edge."""
+def _per_input_channel(block: Block, edge: Edge, scale: Tensor) -> Tensor:
+    """A scale per source channel as a scale per input channel of the linears that read the edge."""
     if edge.kind != "heads":
         return scale
     heads = block.heads

@@ -1,16 +1,17 @@
-"""GPTQ: round column by column, and let the columns not yet rounded make up for the error.
+"""GPTQ: quantizes a weight column by column; the remaining columns compensate for each column's error.
 
-Source: Frantar et al., ICLR 2023, arXiv 2210.17323 (Cholesky form, section 3.3). Linears are taken in execution
-order; each sees its input in the model that is quantized up to it, activations rounded as the scheme says.
+Source: Frantar et al., ICLR 2023, arXiv 2210.17323 (Cholesky form, section 3.3). Linears are quantized in
+execution order, each against its input in the model that is quantized up to it, with activations quantized as the
+scheme says.
 
 Choices:
 
-* The grid is fixed before the first column is rounded, from the weights as they are then. The activation order
-  (most important column first) then needs no index at run time: groups stay contiguous and the checkpoint is an
-  ordinary one. (Grids found on the way would follow the updated weights but tie groups to the order.)
-* The factorisation is in float64: it is a few per cent of the time and fails less often. If it does fail, the
-  damping is raised tenfold and a note says so.
-* A column whose input was always 0 has no say in the error: it is rounded to nearest.
+* Qparams are computed before the first column is quantized. Activation order (columns with the strongest inputs
+  first) then needs no index at run time: groups stay contiguous and the checkpoint format is unchanged. Qparams
+  computed during the pass would follow the updated weights, but tie groups to the order.
+* The factorisation runs in float64, which takes a few per cent of the time and fails less often. If it fails, the
+  damping is multiplied by ten, and a note records it.
+* A column whose input is always 0 does not affect the error: it is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -33,24 +34,24 @@ from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
 
-GRAMS = {"unweighted": "gram", "normalized": "normalized_gram"}  # which second moments
+GRAMS = {"unweighted": "gram", "normalized": "normalized_gram"}  # ``tokens`` -> figure of ``statistics.py``
 CHOICES = {"tokens": tuple(GRAMS), "target": ("weights", "output")}
 
 
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """Error-compensating rounding.
+    """Error-compensating quantization.
 
     Attributes:
-        damping: share of the mean of the Hessian's diagonal that is added to it.
-        act_order: round the columns with the strongest inputs first.
-        block_size: columns whose updates to the rest are gathered into one product.
-        tokens: ``unweighted`` sums the error over tokens as they are (the paper); ``normalized`` divides each token
-            by its root mean square first, so that a few tokens with massive activations do not decide alone.
-        target: what the rounded linear is to match. ``weights``: the weight's own output on the quantized model's
-            input (the paper). ``output``: the float model's output, so that rounding also makes up for what the
-            input has lost so far (asymmetric calibration, arXiv 2504.02692).
-        ridge: with ``output``, the share of the diagonal's mean that holds the target near the given weight.
+        damping: added to the Hessian's diagonal, as a share of the diagonal's mean.
+        act_order: quantize the columns with the strongest inputs first.
+        block_size: columns per update of the remaining weight.
+        tokens: ``unweighted``: the paper's Hessian; ``normalized``: the Hessian of per-token normalized inputs (each
+            token divided by its root mean square), so that a few tokens with massive activations do not dominate.
+        target: the output that the quantized linear approximates. ``weights``: the original weight's output on the
+            quantized model's input (the paper). ``output``: the float model's output, which also compensates for the
+            error of the input (asymmetric calibration, arXiv 2504.02692).
+        ridge: with ``output``, the ridge strength towards the original weight, as a share of the diagonal's mean.
     """
 
     damping: float = 0.01
@@ -72,21 +73,21 @@ class GPTQ(Method):
         check_bounds("gptq", self, {"damping": "above 0", "block_size": "1 or more", "ridge": "above 0"})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """None: codes are all that it leaves."""
+        """None: only codes change."""
         return NO_OPS
 
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """Codes for every linear that has a format, chosen against the quantized hidden states."""
+        """Codes for every linear that has a format, computed on the quantized hidden states."""
         for group in block.linear_groups():
-            wanted = [name for name in group if name in block.formats]
-            if not wanted:
+            linears = [name for name in group if name in block.formats]
+            if not linears:
                 continue
             gram, cross = self._moments(block, calib, group[0])
-            block = self._round(block, wanted, gram, cross)
+            block = self._round(block, linears, gram, cross)
         return block
 
     def _moments(self, block: Block, calib: Calib, linear: str) -> tuple[Tensor, Tensor | None]:
-        """The input's second moments, and those between the float model's input and it, both ``(in, in)``."""
+        """The input's second moments and its cross moments with the float model's input, both ``(in, in)``."""
         gram = GRAMS[self.tokens]
         if self.target == "weights":
             params = block.quantized_params()
@@ -97,25 +98,25 @@ class GPTQ(Method):
         return paired[gram], paired[cross]
 
     def _round(self, block: Block, linears: list[str], gram: Tensor, cross: Tensor | None) -> Block:
-        """Round linears that read one input with the moments that ``_moments`` gives."""
+        """Quantize linears that share an input, with the moments of ``_moments``."""
         weights = {name: block.weight(name) for name in linears}
         if cross is not None:
             weights = {name: output_target(weight, gram, cross, self.ridge) for name, weight in weights.items()}
         strength = gram.diagonal()
-        given = torch.arange(gram.shape[0], device=gram.device)
-        order = torch.argsort(strength, descending=True, stable=True) if self.act_order else given
+        natural = torch.arange(gram.shape[0], device=gram.device)
+        order = torch.argsort(strength, descending=True, stable=True) if self.act_order else natural
         upper, damping = inverse_factor(gram[order][:, order], self.damping)
         if damping != self.damping:
             raised = f"damping raised from {self.damping:g} to {damping:g} for {', '.join(linears)}"
             block = block.with_notes("gptq", raised, layer=int(linears[0].partition(".")[0]))
         qweights = dict(block.qweights)
         for format, names in _by_format(block, linears).items():
-            # Linears that read one input and share a format are rounded as one tall matrix: a third of the steps.
+            # Linears with the same input and format are quantized as one stacked matrix: a third of the steps.
             qparams = [format.qparams(weights[name], *block.clips.get(name, (1.0, 1.0))) for name in names]
-            tall = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
+            stacked = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
             weight = torch.cat([weights[name] for name in names])
             with _one_thread():
-                codes = gptq_codes(weight, upper, order, tall, format, self.block_size)
+                codes = gptq_codes(weight, upper, order, stacked, format, self.block_size)
             parts = codes.split([weights[name].shape[0] for name in names])
             for name, own, part in zip(names, qparams, parts, strict=True):
                 qweights[name] = QTensor(part.contiguous(), own, format)
@@ -124,9 +125,9 @@ class GPTQ(Method):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The column loop is thousands of small operations: waking threads for each costs more than it saves.
+    """One intra-op thread: the column loop is thousands of small operations, each too short to parallelize.
 
-    On two idle cores the difference is small; where something else runs beside, two threads were ten times slower.
+    Two threads gain little on an idle machine and can be ten times slower on a loaded one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -144,15 +145,15 @@ def _by_format(block: Block, linears: list[str]) -> dict[Format, list[str]]:
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper Cholesky factor of the damped ``gram``'s inverse ``(in, in)``, and the damping that it took.
+    """The upper Cholesky factor of the damped ``gram``'s inverse ``(in, in)``, and the damping used.
 
-    ``damping`` is a share of the diagonal's mean; it is raised tenfold until the factorisation succeeds. With ``H``
-    turned end for end, ``H = R R^T`` with an upper ``R``; then ``H^-1 = R^-T R^-1`` and the factor is ``R^-1``: one
-    factorisation and one triangular inverse, without the inverse of ``H`` itself.
+    ``damping`` is a share of the diagonal's mean; it is multiplied by ten until the factorisation succeeds. The
+    Cholesky factor of ``H`` with rows and columns reversed gives ``H = R R^T`` with an upper ``R``; then ``H^-1 = R^-T
+    R^-1`` and the factor is ``R^-1``: one factorisation and one triangular inverse, without the inverse of ``H``.
     """
     hessian = gram.double()
     dead = hessian.diagonal() == 0
-    hessian = hessian + torch.diag(dead.double())  # independent of all others, with any positive weight
+    hessian = hessian + torch.diag(dead.double())  # uncorrelated with all others; any positive value
     mean = gram.diagonal().double().sum() / (~dead).sum().clamp(min=1)
     eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     while damping < 1e6:
@@ -162,25 +163,25 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
             if bool(torch.isfinite(upper).all()):
                 return upper.to(gram.dtype), damping
         damping *= 10
-    raise LowbitError("gptq: the second moments of a linear's input hold NaN or infinity; is the model sound?")
+    raise LowbitError("gptq: the second moments of a linear's input contain NaN or infinity; check its weights")
 
 
 def gptq_codes(
     weight: Tensor, upper: Tensor, order: Tensor, qparams: QParams, format: Format, block_size: int
 ) -> Tensor:
-    """Codes ``uint8 (out, in)`` for ``weight``, each column's error spread over those still to come.
+    """Codes ``uint8 (out, in)`` for ``weight``, each column's error compensated by the columns after it.
 
     Args:
         weight: ``(out, in)``.
         upper: ``inverse_factor`` of the inputs' second moments with rows and columns in ``order``.
-        order: the columns in the order in which they are rounded.
-        qparams: ``(out, groups)`` each, over columns in their own order.
-        format: the format.
-        block_size: columns between two updates of everything behind them.
+        order: the columns in the order in which they are quantized.
+        qparams: ``(out, groups)`` each, for columns in natural order.
+        format: the weight format.
+        block_size: columns per update of the remaining weight.
     """
     columns = weight.T[order].contiguous()  # (in, out): a column of the weight is a row here
-    every = format.per_column(qparams, weight.shape[1])
-    scale, zero = (x.T[order].contiguous() for x in every)
+    per_column = format.per_column(qparams, weight.shape[1])
+    scale, zero = (x.T[order].contiguous() for x in per_column)
     codes = torch.empty_like(columns, dtype=torch.uint8)
     for start in range(0, len(order), block_size):
         stop = min(start + block_size, len(order))

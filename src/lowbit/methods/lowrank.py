@@ -1,13 +1,14 @@
-"""Low-rank error correction: a small change of the weights, learned over a window of blocks, merged before rounding.
+"""Low-rank error correction: a weight update trained over a window of blocks and merged before quantization.
 
 Source: QLLM, Liu et al., ICLR 2024, arXiv 2310.08041, section 3.3: a pair ``B A`` of rank 4 for every projection,
-trained against the float output of several consecutive blocks, so that a block makes up for those before it.
+trained against the float output of several consecutive blocks, so that a block compensates for the error of those
+before it.
 
-The paper trains ``Q(W) + B A / r`` and then rounds ``W + B A / r`` again, so that what is trained is not what ships
-(it measures 9.35 and 9.65 perplexity). Here the fit goes through the rounding, ``Q(W + B A / r)``, on the grid that
-the rounding step will choose; with ``rtn`` behind it the trained weights are the shipped ones, bit for bit. Clips
-that an earlier step found can be learned again on the way, since the weights that they were found for change. Nothing
-is added that the architecture lacks: no bias, no online product.
+The paper trains ``Q(W) + B A / r`` and then quantizes ``W + B A / r``, so that the trained and the stored weights
+differ (it measures 9.35 and 9.65 perplexity). Here training goes through the quantizer, ``Q(W + B A / r)``, with the
+qparams of the step that quantizes; with ``rtn`` after it, trained and stored weights agree bit for bit. Clipping
+ratios of an earlier step can be trained further, since the weights that they were chosen for change. The architecture
+is unchanged: no bias, no online product.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 
 CHOICES = {"ranks": ("fixed", "adaptive"), "share": ("none", "input"), "loss": ("token", "mse")}
-CLIP_START = 0.982  # where no earlier step has clipped: sigmoid(4), as in learnable weight clipping
+CLIP_START = 0.982  # without ratios of an earlier step: sigmoid(4), as in learnable weight clipping
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,19 @@ class LowRank(Method):
     """A merged low-rank correction of every quantized linear.
 
     Attributes:
-        rank: of each linear's pair (the paper's is 4; merged, it costs nothing when running); with ``ranks:
-            adaptive`` the budget is what this rank would take in all.
-        ranks: ``fixed``, or ``adaptive``: larger where the rounding error's singular values are.
-        share: ``input`` adds one pair over all linears that read one input, beside one each (each of half the rank).
+        rank: rank of each linear's pair (the paper's is 4; merged, a rank costs nothing at run time); with ``ranks:
+            adaptive``, this rank for all linears sets the parameter budget.
+        ranks: ``fixed``, or ``adaptive``: larger where the quantization error has larger singular values.
+        share: ``input`` adds one pair over all linears that read one input, next to one per linear, each of half the
+            rank.
         loss: ``token`` or ``mse``; see ``AffineQuant``.
-        clips: learn the factors on the ends of the weights' ranges again.
-        norms: learn the norms' gains too.
-        epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``.
-        lr, lr_clips, lr_norms: learning rates of the pairs, of the clips' logits, of the gains. The paper's 5e-4 is
-            for thousands of steps; a quick run has some 80.
-        weight_decay: weight of the corrections' mean square relative to their weights', against fitting the few
-            sequences too well.
-        schedule: epochs, validation split and the like.
+        clips: also train the weights' clipping ratios.
+        norms: also train the norms' gains.
+        lr, lr_clips, lr_norms: learning rates of the pairs, of the clipping ratios' logits, of the gains. The
+            paper's 5e-4 assumes thousands of steps; a quick run has about 80.
+        weight_decay: regularization against overfitting the calibration sequences: weight of the corrections' mean
+            square relative to that of the weights.
+        schedule: epochs, batches, validation split, gradient clipping and learning-rate decay.
     """
 
     rank: int = 32
@@ -76,7 +77,7 @@ class LowRank(Method):
 
     @property
     def passes(self) -> int:
-        """One for the start, then forward and backward in each epoch."""
+        """One for the starting point, then forward and backward in each epoch."""
         return 1 + 4 * self.schedule.epochs
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
@@ -84,7 +85,7 @@ class LowRank(Method):
         return NO_OPS
 
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """The window with corrections merged; its float function changes, towards the quantized one's target."""
+        """The window with corrections merged; its float function changes, so that its quantized output improves."""
         if not block.formats:
             return block
         correction = Correction(self, block, calib)
@@ -101,21 +102,21 @@ class LowRank(Method):
 
 @dataclass(frozen=True)
 class Pair:
-    """``B A`` over the stacked rows of some linears: ``up`` ``(rows, rank)``, ``down`` ``(rank, in)``."""
+    """``B A`` over the stacked rows of one or more linears: ``up`` ``(rows, rank)``, ``down`` ``(rank, in)``."""
 
     linears: tuple[str, ...]
     up: Tensor
     down: Tensor
 
     def change(self, rows: dict[str, int]) -> dict[str, Tensor]:
-        """What it adds to each linear's weight; ``1 / rank`` as in the paper."""
+        """The update of each linear's weight, ``B A / rank`` as in the paper."""
         whole = (self.up @ self.down) / self.up.shape[1]
         parts = whole.split([rows[name] for name in self.linears])
         return dict(zip(self.linears, parts, strict=True))
 
 
 class Correction:
-    """One window's fit: pairs, clips, gains, the loss, and the merge."""
+    """Training of one window: pairs, clipping ratios, gains, loss, and merging."""
 
     def __init__(self, options: LowRank, block: Block, calib: Calib) -> None:
         self.options, self.block, self.calib = options, block, calib
@@ -125,9 +126,9 @@ class Correction:
         self.pairs = [self._pair((name,), rank, generator) for name, rank in self._ranks().items()]
         if options.share == "input":
             for group in block.linear_groups():
-                wanted = tuple(name for name in group if name in self.outputs)
-                if len(wanted) > 1:
-                    self.pairs.append(self._pair(wanted, self._half(options.rank), generator))
+                readers = tuple(name for name in group if name in self.outputs)
+                if len(readers) > 1:
+                    self.pairs.append(self._pair(readers, self._half(options.rank), generator))
         self.logits = {name: self._logits(name) for name in self.linears} if options.clips else {}
         self.gains = self._gains() if options.norms else {}
         self.power = {name: block.weight(name).square().sum() for name in self.linears}
@@ -138,7 +139,7 @@ class Correction:
         return max(1, rank // 2)
 
     def _pair(self, linears: tuple[str, ...], rank: int, generator: torch.Generator) -> Pair:
-        """``B`` starts at 0, so the correction does; ``A`` is drawn as torch draws a linear's weight (Kaiming)."""
+        """A pair that starts at 0: ``B`` is zero, ``A`` has torch's initialization of a linear (Kaiming uniform)."""
         columns = self.block.weight(linears[0]).shape[1]
         device = self.block.device
         down = (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
@@ -158,11 +159,11 @@ class Correction:
         return adaptive_ranks(errors, {name: sum(self.block.weight(name).shape) for name in self.linears}, rank)
 
     def _logits(self, name: str) -> tuple[Tensor, Tensor]:
-        """Logits of the clips found so far, or of a start just inside the range."""
+        """Logits of the current clipping ratios, or of ``CLIP_START``."""
         weight = self.block.weight(name)
         shape = (weight.shape[0], self.block.weight_format(name).groups(weight.shape[1]))
-        found = self.block.clips.get(name, (torch.full(shape, CLIP_START), torch.full(shape, CLIP_START)))
-        low, high = (f.to(weight).expand(shape).clamp(1e-3, 0.999).logit().clone() for f in found)
+        ratios = self.block.clips.get(name, (torch.full(shape, CLIP_START), torch.full(shape, CLIP_START)))
+        low, high = (ratio.to(weight).expand(shape).clamp(1e-3, 0.999).logit().clone() for ratio in ratios)
         return low.requires_grad_(), high.requires_grad_()
 
     def _gains(self) -> dict[str, Tensor]:
@@ -170,14 +171,14 @@ class Correction:
         return {name: self.block.params[name].clone().requires_grad_() for name in sorted(names)}
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
-        """What is learned, with learning rates."""
+        """Learned tensors with their learning rates."""
         pairs = [leaf for pair in self.pairs for leaf in (pair.up, pair.down)]
-        clips = [logit for both in self.logits.values() for logit in both]
+        clips = [logit for ends in self.logits.values() for logit in ends]
         options = self.options
         return [(pairs, options.lr), (clips, options.lr_clips), (list(self.gains.values()), options.lr_norms)]
 
     def params(self) -> dict[str, Tensor]:
-        """Float parameters with corrections and gains in them; differentiable."""
+        """Float parameters with corrections and gains applied; differentiable."""
         params = {**self.block.params, **self.gains}
         for pair in self.pairs:
             for name, change in pair.change(self.outputs).items():
@@ -185,21 +186,21 @@ class Correction:
         return params
 
     def clips(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Factors on the ends of the ranges as the rounding step will take them."""
+        """Clipping ratios for the step that quantizes."""
         learned = {name: (low.sigmoid(), high.sigmoid()) for name, (low, high) in self.logits.items()}
         return {**self.block.clips, **learned}
 
     def quantized(self) -> dict[str, Tensor]:
-        """Parameters as they will ship; differentiable."""
+        """Quantized parameters, as they are stored; differentiable."""
         params, clips = self.params(), self.clips()
         for name in self.linears:
             quantize = self.block.weight_format(name).fake_quant_clipped
             params[f"{name}.weight"] = quantize(params[f"{name}.weight"], *clips.get(name, (1.0, 1.0)))
         return params
 
-    def loss(self, chosen: Tensor) -> Tensor:
-        """The window's error on the chosen sequences, relative to its float output, and the decay's share."""
-        x, y_fp, unit = self.rows(chosen)
+    def loss(self, indices: Tensor) -> Tensor:
+        """The window's output error on the sequences ``indices``, relative to its float output, plus weight decay."""
+        x, y_fp, unit = self.rows(indices)
         error = relative_loss(run(self.block, x, self.quantized(), quantized=True), y_fp, unit)
         if not (self.options.weight_decay and torch.is_grad_enabled()):
             return error
@@ -222,7 +223,7 @@ class Correction:
         }
         notes = list(fitted.notes)
         if self.options.schedule.epochs and not fitted.best:
-            notes.append("nothing learned was better on the validation split; nothing was corrected")
+            notes.append("no epoch improves the validation loss; no correction is applied")
         done = replace(
             self.block,
             params={name: value.detach() for name, value in self.params().items()},
@@ -232,12 +233,12 @@ class Correction:
 
 
 def adaptive_ranks(errors: dict[str, Tensor], cost: dict[str, int], rank: int) -> dict[str, int]:
-    """Ranks, at least 1 each, that together cost no more than ``rank`` everywhere.
+    """Ranks, at least 1 each, that together cost no more than ``rank`` for every linear.
 
-    Greedy: the next rank goes where it removes the most squared rounding error for its parameters.
+    Greedy: the next rank goes to the linear where it removes the most squared quantization error per parameter.
 
     Args:
-        errors: for each linear the squared singular values of its rounding error, largest first.
+        errors: for each linear the squared singular values of its quantization error, largest first.
         cost: parameters of one rank.
         rank: the budget, as a rank for all.
 
@@ -246,11 +247,11 @@ def adaptive_ranks(errors: dict[str, Tensor], cost: dict[str, int], rank: int) -
     {'a': 3, 'b': 1}
     """
     ranks = dict.fromkeys(errors, 1)
-    left = (rank - 1) * sum(cost.values())
+    budget = (rank - 1) * sum(cost.values())
     while True:
-        open_ = [n for n in errors if ranks[n] < len(errors[n]) and cost[n] <= left]
-        if not open_:
+        growable = [n for n in errors if ranks[n] < len(errors[n]) and cost[n] <= budget]
+        if not growable:
             return ranks
-        best = max(open_, key=lambda name: float(errors[name][ranks[name]]) / cost[name])
+        best = max(growable, key=lambda name: float(errors[name][ranks[name]]) / cost[name])
         ranks[best] += 1
-        left -= cost[best]
+        budget -= cost[best]

@@ -1,12 +1,12 @@
-"""Invertible maps that can be learned: from free numbers to a matrix, its inverse, and a bound on its condition.
+"""Parametrizations of learned invertible maps: value, inverse, and a bound on the condition number.
 
-All start at the identity; what the data says beforehand (SmoothQuant's scale) is moved into the block before.
+All start at the identity; a data-dependent start (SmoothQuant's scale) is folded into the block beforehand.
 
 ============ ================================================ =====================================================
-``masked``   ``A = N * M``                                    AffineQuant's: a free matrix under the gradual mask
-``lu``       ``A = L (D U)``                                  unit lower times upper triangle, ``D = exp(s)``
+``masked``   ``A = N * M``                                    AffineQuant's: a free matrix times the gradual mask
+``lu``       ``A = L (D U)``                                  unit lower times upper triangular, ``D = exp(s)``
 ``blocks``   ``A = blockdiag(N_1, N_2, ...)``                 free blocks of ``block_size``
-``svd``      ``A = C(X) exp(s) C(Y)^T``                       two rotations by Cayley's map, bounded ``s``
+``svd``      ``A = C(X) exp(s) C(Y)^T``                       two rotations (Cayley transform), bounded ``s``
 ``diagonal`` ``A = exp(s)``                                   OmniQuant's, positive by construction
 ``rotation`` ``(a, b) = exp(s) (cos t, sin t)``               scaled rotations, for rotary pairs
 ============ ================================================ =====================================================
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 Kind = Literal["masked", "lu", "blocks", "svd", "diagonal", "rotation"]
-PICTURE = 64  # rows and columns at which a report shows a matrix
-DOMINANCE = 0.99  # the share of its diagonal that a row's other entries may reach together
+PICTURE = 64  # largest number of rows and columns of a matrix in the report
+DOMINANCE = 0.99  # largest sum of a row's off-diagonal magnitudes, as a share of its diagonal entry
 
 
 def band(size: int, share: float, stability: float) -> Tensor:
-    """The mask ``(size, size)`` with the bands ``0 < |i - j| <= share * size`` open at ``stability``.
+    """The mask ``(size, size)`` with ``stability`` where ``0 < |i - j| <= share * size``.
 
     >>> band(3, 1 / 3, 0.1).tolist() == torch.tensor([[1, 0.1, 0], [0.1, 1, 0.1], [0, 0.1, 1]]).tolist()
     True
@@ -42,9 +42,9 @@ def band(size: int, share: float, stability: float) -> Tensor:
 
 
 def open_share(mask: str, epoch: int, epochs: int, size: int) -> float:
-    """How much of the matrix is open in ``epoch`` of ``epochs``: 0 the diagonal alone, 1 all of it.
+    """The share of the matrix that is trained in ``epoch`` of ``epochs``: 0 the diagonal alone, 1 all entries.
 
-    ``gradual`` is the paper's equation 6; ``released`` is its code's, whose first epoch has the diagonal alone.
+    ``gradual`` is the paper's equation 6; ``released`` is its implementation's, with the diagonal alone in epoch 1.
 
     >>> open_share("gradual", 2, 4, 64), open_share("released", 1, 4, 64), open_share("none", 1, 4, 64)
     (0.5, 0.0, 1.0)
@@ -60,15 +60,15 @@ def open_share(mask: str, epoch: int, epochs: int, size: int) -> float:
 
 @dataclass
 class LearnedMap:
-    """``count`` maps of one size.
+    """``count`` learned maps of one size.
 
     Attributes:
         kind: see the table above.
-        count, size: how many maps, and of what width (``rotation``: of how many pairs).
-        condition: largest condition number allowed; a bound on it is kept below.
-        mask, stability: for ``masked``, ``lu`` and ``blocks``: which entries take part, and how strongly.
-        block_size: for ``blocks``; it divides ``size``.
-        leaves: what is learned.
+        count, size: number of maps and their width (``rotation``: number of pairs).
+        condition: upper bound on the condition number.
+        mask, stability: for ``masked``, ``lu`` and ``blocks``: mask schedule and factor on off-diagonal entries.
+        block_size: for ``blocks``; divides ``size``.
+        leaves: the learned tensors.
     """
 
     kind: Kind
@@ -104,7 +104,7 @@ class LearnedMap:
 
     @property
     def is_matrix(self) -> bool:
-        """It mixes channels, so ``value`` gives matrices."""
+        """Whether it mixes channels, so that ``value`` returns matrices."""
         return self.kind not in ("diagonal", "rotation")
 
     def _band(self, share: float) -> Tensor:
@@ -112,7 +112,7 @@ class LearnedMap:
         return band(size, share, self.stability).to(self.device, self.dtype)
 
     def begin(self, epoch: int, epochs: int) -> None:
-        """Open the mask for an epoch; 0 is the start, where only the diagonal takes part."""
+        """Set the mask for an epoch; in epoch 0, the start, only the diagonal is used."""
         self._mask = self._band(open_share(self.mask, epoch, epochs, self._mask.shape[-1]))
 
     def value(self) -> tuple[Tensor, Tensor | None]:
@@ -145,79 +145,79 @@ class LearnedMap:
     def _svd(self, limit: float) -> tuple[Tensor, Tensor]:
         left, right = _cayley(self.leaves["left"]), _cayley(self.leaves["right"])
         scale = (limit * torch.tanh(self.leaves["log"] / limit)).exp()
-        # The inverse needs no factorisation of its own: rotations are inverted by their transposes.
+        # The inverse needs no factorisation: the inverse of a rotation is its transpose.
         return (left * scale[:, None]) @ right.mT, (right / scale[:, None]) @ left.mT
 
     @torch.no_grad()
     def conditions(self) -> Tensor:
-        """An upper bound on each map's condition number ``(count,)``; exact for diagonals.
+        """An upper bound on each value's condition number ``(count,)``; exact for diagonals.
 
-        For matrices ``||A||_2^2 <= ||A||_1 ||A||_inf``, so ``cond_2 <= sqrt(cond_1 cond_inf)``: no singular values.
+        For matrices ``||A||_2^2 <= ||A||_1 ||A||_inf``, so ``cond_2 <= sqrt(cond_1 cond_inf)``, without an SVD.
         """
-        map, inverse = self.value()
+        value, inverse = self.value()
         if inverse is None:
-            size = map.norm(dim=-1) if self.kind == "rotation" else map
+            size = value.norm(dim=-1) if self.kind == "rotation" else value
             return size.amax(-1) / size.amin(-1)
-        norms = [t.abs().sum(dim).amax(-1) for t in (map, inverse) for dim in (-1, -2)]
+        norms = [t.abs().sum(dim).amax(-1) for t in (value, inverse) for dim in (-1, -2)]
         bound = (norms[0] * norms[1] * norms[2] * norms[3]).sqrt()
         return bound.nan_to_num(torch.inf, torch.inf)
 
     @torch.no_grad()
     def margins(self) -> Tensor:
-        """The least ``(|a_ii| - sum_j |a_ij|) / |a_ii|`` over each map's rows ``(count,)``: above 0 is dominant."""
-        map, _ = self.value()
+        """The least ``(|a_ii| - sum_j |a_ij|) / |a_ii|`` over each value's rows ``(count,)``; dominant above 0."""
+        value, _ = self.value()
         if not self.is_matrix:
-            return map.new_ones(self.count)
-        diagonal = map.diagonal(dim1=-2, dim2=-1).abs()
-        others = map.abs().sum(-1) - diagonal
+            return value.new_ones(self.count)
+        diagonal = value.diagonal(dim1=-2, dim2=-1).abs()
+        others = value.abs().sum(-1) - diagonal
         return (1 - others / diagonal).amin(-1)
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        """Of matrices the one of the largest condition, ``PICTURE`` rows and columns at most; see ``pooled``."""
+        """The matrix with the largest condition number, pooled to at most ``PICTURE`` rows and columns."""
         return pooled(self.value()[0][int(self.conditions().argmax())].float(), PICTURE)
 
     @torch.no_grad()
     def keep_dominant(self) -> None:
-        """Shrink the rows of ``masked`` and ``blocks`` that are not strictly diagonally dominant, so that they are.
+        """Shrink off-diagonal entries of ``masked`` and ``blocks`` until every row is strictly diagonally dominant.
 
-        A strictly diagonally dominant matrix is invertible (Levy-Desplanques). The diagonal is kept positive.
+        A strictly diagonally dominant matrix is invertible (Levy-Desplanques). The diagonal is original positive.
         """
         full = self.leaves["full"]
         diagonal = full.diagonal(dim1=-2, dim2=-1)
         diagonal.clamp_(min=1e-2)
         others = (full * self._mask).abs().sum(-1) - diagonal
         factor = (DOMINANCE * diagonal / others.clamp(min=1e-30)).clamp(max=1)
-        kept = diagonal.clone()
+        original = diagonal.clone()
         full.mul_(factor[..., None])
-        diagonal.copy_(kept)
+        diagonal.copy_(original)
 
     @torch.no_grad()
     def keep_condition(self) -> bool:
-        """Pull maps whose condition could exceed the bound towards their diagonal; whether any had to be."""
+        """Shrink maps whose condition number may exceed the bound towards their diagonal; return whether any did."""
         if self.kind in ("diagonal", "rotation", "svd"):
             return False  # bounded by construction
-        touched = False
+        changed = False
         for _ in range(60):
-            bad = self.conditions() > self.condition
-            if not bool(bad.any()):
-                return touched
-            touched = True
+            exceeding = self.conditions() > self.condition
+            if not bool(exceeding.any()):
+                return changed
+            changed = True
             if self.kind == "lu":
-                self.leaves["log"][bad] *= 0.9
-                self.leaves["full"][bad] *= 0.9
+                self.leaves["log"][exceeding] *= 0.9
+                self.leaves["full"][exceeding] *= 0.9
                 continue
-            rows = bad.repeat_interleave(self.size // self.block_size) if self.kind == "blocks" else bad
+            rows = exceeding.repeat_interleave(self.size // self.block_size) if self.kind == "blocks" else exceeding
             full = self.leaves["full"][rows].nan_to_num(0.0, 0.0, 0.0)
             diagonal = full.diagonal(dim1=-2, dim2=-1)
             spread = self.condition**0.25
             near = torch.diag_embed(diagonal.clamp(1 / spread, spread).pow(0.9))
             self.leaves["full"][rows] = near + 0.9 * (full - torch.diag_embed(diagonal))
-        return touched
+        return changed
 
 
 def pooled(matrix: Tensor, most: int) -> Tensor:
-    """A matrix at ``most`` rows and columns at most: of each tile the entry that is largest in absolute value.
+    """A matrix pooled to at most ``most`` rows and columns: each tile's entry of largest absolute value.
 
     >>> pooled(torch.tensor([[1.0, 2.0, 0.0, 0.0], [-3.0, 0.0, 0.0, 0.5]]), most=2).tolist()
     [[2.0, 0.0], [-3.0, 0.5]]

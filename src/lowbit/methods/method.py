@@ -1,16 +1,16 @@
-"""What a method is: ``Block -> Block``, with everything declared that the pipeline has to know about it.
+"""The interface of a method: ``Block -> Block``, with declarations that the pipeline relies on.
 
-A method is a frozen dataclass of its options. Six facts are declared in its class, and one that is missing is a
-``TypeError`` when the class is made:
+A method is a frozen dataclass of its options. Its class declares six properties; a missing one raises a ``TypeError``
+when the class is created:
 
 ================== ==============================================================================================
-``rounds``         it chooses codes for the linears, so it ends a recipe's steps on blocks
-``keeps_function`` without rounding, the block computes what it computed before
-``needs``          the hidden states that it looks at: ``none``, ``x_fp``, ``x_q`` or ``both``
-``closed_form``    it fits weights or codes to the data at once; the pipeline keeps the sequences from it that
-                   validate a learned step behind it
-``moves_norms``    it moves maps over norms, so no step before it may leave a runtime op behind a norm
-``schedule``       epochs and validation split of a method that learns by gradient descent, else ``None``
+``rounds``         whether it chooses codes for the linears and so is the last of a recipe's block steps
+``keeps_function`` whether the block's unquantized function is unchanged
+``needs``          the hidden states that it reads: ``none``, ``x_fp``, ``x_q`` or ``both``
+``closed_form``    whether it fits weights or codes to the data in closed form; the pipeline then withholds the
+                   validation split of a later trained step from it
+``moves_norms``    whether it folds maps into norms; then no earlier step may leave a runtime op after a norm
+``schedule``       epochs and validation split of a method that trains by gradient descent, else ``None``
 ================== ==============================================================================================
 """
 
@@ -29,11 +29,11 @@ DECLARED = ("rounds", "keeps_function", "needs", "closed_form", "moves_norms", "
 
 
 class Method(ABC):
-    """The contract of a method; see the module for the declared facts.
+    """Base class of methods; the module docstring lists the declarations.
 
-    The contract tests hold every method to it: the block that is given stays as it is, codes come for exactly the
-    linears with a format, the same input gives the same bytes under any global seed, and the output error is not
-    above that of rounding to nearest.
+    The contract, which tests check for every method: the input block is not modified, exactly the linears with a
+    format get codes, equal input gives equal bytes under any global seed, and the output error does not exceed that
+    of rounding to nearest.
     """
 
     rounds: ClassVar[bool]
@@ -44,7 +44,7 @@ class Method(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # A dataclass's field without a default is an annotation only.
+        # A dataclass field without a default is an annotation only.
         missing = [name for name in DECLARED if name not in cls.__dict__]
         if missing:
             raise TypeError(f"{cls.__name__} declares no {', '.join(missing)}: see lowbit.methods.method")
@@ -52,20 +52,20 @@ class Method(ABC):
     @property
     @abstractmethod
     def schedule(self) -> Schedule | None:
-        """How long it learns; ``None`` for a method that does not. A field, or a class variable."""
+        """The training schedule, ``None`` for a method without training; a field or a class variable."""
 
     @property
     @abstractmethod
     def passes(self) -> int:
-        """Forward passes of a block over the calibration tokens that it costs, a backward pass counted as two."""
+        """Cost in forward passes of a block over the calibration tokens; a backward pass counts as two."""
 
     @abstractmethod
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """The kinds of runtime ops that it may leave, as its options are, where linears' inputs have this format."""
+        """The kinds of runtime ops that it may leave with its options, for linears with this input format."""
 
     @abstractmethod
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """``block`` transformed, clipped, rounded or corrected; what was given stays as it is."""
+        """A transformed, clipped, quantized or corrected copy of ``block``; the argument is not modified."""
 
 
 NO_OPS: frozenset[type[RuntimeOp]] = frozenset()

@@ -1,20 +1,21 @@
-"""Copy-aware rounding: the copies of a split channel round to different codes, which together are finer.
+"""Copy-aware rounding: offsets between the copies of a split channel, so that their sum has a finer step.
 
-Copies of one channel hold the same number, so that rounding to nearest gives all of them one code and one error ``T``
-times over. With the offset ``(t + 1/2) / T`` in the place of ``1/2`` for copy ``t``, Hermite's identity
+Copies of one channel have the same value, so rounding to nearest gives them the same code and ``T`` times the same
+error. With the offset ``(t + 1/2) / T`` in place of ``1/2`` for copy ``t``, Hermite's identity
 
     sum_t floor(y + (t + 1/2) / T) = floor(T y + 1/2)
 
-makes their sum as good as a rounding with a step ``T`` times smaller. Not in QLLM (Liu et al., arXiv 2310.08041).
+makes their sum as accurate as rounding with a step ``T`` times smaller. Not in QLLM (Liu et al., arXiv 2310.08041).
 
-* Weights: offsets of the ``T`` equal columns sum to 0, so adding ``step * offset`` to the columns leaves the float
-  function alone, and rounding to nearest does the rest: nothing is stored, every runtime takes it. The addition
-  shrinks near the ends of a row's range, so that no range grows.
-* Activations: one constant for each channel of a linear's input, added before rounding. It stays online.
-* Where both are on, copies with a larger activation code must not have the larger weights too, or the products'
-  errors add up: weights take the offsets upwards or downwards by the parity of row and channel.
+* Weights: the offsets of the ``T`` equal columns sum to 0, so adding ``step * offset`` to the columns leaves the
+  float function unchanged. Nothing is stored, and every runtime supports it. Near the ends of a row's range the
+  offset shrinks, so that no range grows.
+* Activations: one constant per channel of a linear's input, added before rounding. It stays online.
+* With both, copies with the larger activation code must not always have the larger weight, or the errors of the
+  products add up: the sign of a weight's offset alternates with the parity of row and channel.
 
-GPTQ after the split does for weights what the offsets do and more: it sees copies as inputs that correlate fully.
+GPTQ after the split achieves the same for weights and more: copies are fully correlated inputs, so each compensates
+for the error of the preceding ones.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ OFFSETS = ("none", "weights", "both")
 
 
 def copy_offsets(idx: Tensor, copies: Tensor) -> Tensor:
-    """``(t + 1/2) / T - 1/2`` for each new channel, 0 for those that are not split; ``(width,)`` float64, in steps.
+    """``(t + 1/2) / T - 1/2`` for each new channel, 0 where it is not split; ``(width,)`` float64, in steps.
 
     Args:
-        idx: for each new channel the old one, ``(width,)``.
+        idx: the old index of each new channel, ``(width,)``.
         copies: the number of copies ``T`` of each old channel, ``(channels,)``.
 
     >>> copy_offsets(torch.tensor([0, 1, 1, 3]), torch.tensor([1, 2, 1, 1])).tolist()
@@ -43,20 +44,20 @@ def copy_offsets(idx: Tensor, copies: Tensor) -> Tensor:
     """
     out = torch.zeros(len(idx), dtype=torch.float64, device=idx.device)
     for channel in torch.nonzero(copies > 1).flatten().tolist():
-        places = torch.nonzero(idx == channel).flatten()
-        t = torch.arange(len(places), dtype=torch.float64, device=idx.device)
-        out[places] = (t + 0.5) / len(places) - 0.5
+        positions = torch.nonzero(idx == channel).flatten()
+        t = torch.arange(len(positions), dtype=torch.float64, device=idx.device)
+        out[positions] = (t + 0.5) / len(positions) - 0.5
     return out
 
 
 def offset_weight(weight: Tensor, step: Tensor, offsets: Tensor, idx: Tensor) -> Tensor:
-    """``weight`` ``(out, width)`` with each copy moved by its offset; a copy's sum and a row's range stay.
+    """``weight`` ``(out, width)`` with offset copies; the sum over copies and each row's range are unchanged.
 
     Args:
         weight: with equal columns where ``idx`` is equal.
-        step: of each row's grid, ``(out, 1)``.
-        offsets: of ``copy_offsets``.
-        idx: as there.
+        step: scale of each row, ``(out, 1)``.
+        offsets: from ``copy_offsets``.
+        idx: as for ``copy_offsets``.
     """
     top = weight.amax(1, keepdim=True).clamp(min=0)
     bottom = weight.amin(1, keepdim=True).clamp(max=0)
@@ -67,10 +68,10 @@ def offset_weight(weight: Tensor, step: Tensor, offsets: Tensor, idx: Tensor) ->
 
 
 def with_offsets(block: Block, readers: list[str], idx: Tensor, copies: Tensor, kind: str) -> Block:
-    """``block``, just folded, with the offsets of ``kind`` at its linears ``readers``.
+    """``block`` after ``reassemble.fold``, with the offsets of ``kind`` at its linears ``readers``.
 
     Raises:
-        LowbitError: the weights have groups: then copies have steps of their own.
+        LowbitError: the weights have groups, so that copies can have different steps.
     """
     offsets = copy_offsets(idx, copies)
     if kind == "none" or not bool(offsets.any()):
@@ -81,13 +82,13 @@ def with_offsets(block: Block, readers: list[str], idx: Tensor, copies: Tensor, 
         if format.group is not None:
             raise LowbitError(
                 f"reassemble: offsets '{kind}' with groups of {format.group} given: copies in different groups "
-                "have different steps, which do not add up; take a scheme without g, or offsets 'none'"
+                "have different steps; choose a scheme without groups, or offsets 'none'"
             )
         step = block.qparams(name).scale
         params[f"{name}.weight"] = offset_weight(weight.double(), step, offsets, idx).to(weight.dtype).contiguous()
         inputs = block.input_format(name)
         if kind == "both" and inputs is not None and inputs.clippable:
-            before = ops.get(name)
-            ratios = before.ratios if isinstance(before, Clip) else torch.ones(2, device=weight.device)
+            op = ops.get(name)
+            ratios = op.ratios if isinstance(op, Clip) else torch.ones(2, device=weight.device)
             ops[name] = Clip(ratios, offsets.to(ratios.dtype))
     return replace(block, params=params, ops=ops)

@@ -1,4 +1,4 @@
-"""A step's options by name: flat for people (``affinequant.epochs``), grouped in the code (``schedule.epochs``)."""
+"""A step's options by name: flat in recipes (``affinequant.epochs``), grouped in code (``schedule.epochs``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Step = TypeVar("Step")
 
 
 def options_of(step: Any) -> dict[str, Any]:
-    """Every option of a step with its value, those of groups beside the others, in the order of their declaration.
+    """Every option of a step with its value, groups flattened, in declaration order.
 
     >>> from lowbit.methods.lowrank import LowRank
     >>> options_of(LowRank())["epochs"]
@@ -28,10 +28,10 @@ def option_types(step: Any) -> dict[str, Any]:
 
 
 def with_options(step: Step, **values: Any) -> Step:
-    """The step with some options set, wherever they are grouped.
+    """A copy of the step with the named options set, whatever their group.
 
     Raises:
-        LowbitError: it has no option of a name, or refuses a value.
+        LowbitError: the step has no such option, or refuses a value.
 
     >>> from lowbit.methods.lowrank import LowRank
     >>> with_options(LowRank(), epochs=3).schedule.epochs
@@ -77,7 +77,7 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 
 
 def check_bounds(step: str, options: Any, bounds: Mapping[str, str]) -> None:
-    """Refuse a number out of its bounds, names of ``BOUNDS``.
+    """Refuse a number outside its bounds (keys of ``BOUNDS``).
 
     >>> from lowbit.methods.smoothquant import SmoothQuant
     >>> SmoothQuant(2.0)
@@ -91,7 +91,7 @@ def check_bounds(step: str, options: Any, bounds: Mapping[str, str]) -> None:
 
 
 def check_choices(step: str, options: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse an option with a value that is not among its choices."""
+    """Refuse an option whose value is not among its choices."""
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise unknown(f"{step}.{name}", getattr(options, name), allowed)

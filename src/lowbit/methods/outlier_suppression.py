@@ -1,15 +1,16 @@
-"""Outlier Suppression+: channels are shifted to their middle and scaled down where they exceed a searched threshold.
+"""Outlier Suppression+: centres channels and scales down those that exceed a searched threshold.
 
-Source: Wei et al., EMNLP 2023, arXiv 2304.09145. Over every norm, with the least and the largest value of each
-channel over the float model's activations,
+Source: Wei et al., EMNLP 2023, arXiv 2304.09145. For every norm, with the minimum and maximum of each channel over
+the float model's activations,
 
-    z = (max + min) / 2                    shift (section 4.1), where the norm and all that read it have a bias
-    s = max(1, max|x - z| / t)             scale (section 4.2): channels within the threshold stay as they are
+    z = (max + min) / 2                    shift (section 4.1), where the norm and all its readers have a bias
+    s = max(1, max|x - z| / t)             scale (section 4.2): channels within the threshold are unchanged
 
-The threshold ``t`` is searched for each norm on a grid below the largest ``max|x - z|``, by the error of the layer's
-output with the quantizers on; the layer as it was given is a candidate.
+The threshold ``t`` of each norm is searched on a grid below the largest ``max|x - z|``, by the layer's output error
+with quantizers enabled; the unchanged layer is a candidate.
 
-Departure: the error is relative for each token, so that a few tokens with massive activations do not decide alone.
+Difference from the paper: each token's error is relative to its float output, so that a few tokens with massive
+activations do not dominate.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from lowbit.quant.activations import ActFormat
 
 @dataclass(frozen=True)
 class OutlierSuppression(Method):
-    """Shift and scale over every norm.
+    """Per-channel shift and scale at every norm.
 
     Attributes:
-        grid: thresholds tried for each norm, equally spaced from the largest value down.
+        grid: thresholds per norm, equally spaced from the largest value downwards.
         sequences: calibration sequences that score a candidate.
-        shift: move channels to their middle where biases take it.
+        shift: centre channels where biases can absorb the shift.
     """
 
     grid: int = 20
@@ -57,15 +58,15 @@ class OutlierSuppression(Method):
 
     @property
     def passes(self) -> int:
-        """Statistics for two norms and the hidden states behind a layer; candidates see few sequences."""
+        """Statistics at two norms and the hidden states after a layer; candidates run on few sequences."""
         return 4
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """None: diagonals and shifts merge."""
+        """None: diagonals and shifts fold."""
         return NO_OPS
 
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """The block with shifts and scales moved over its norms; its float function is unchanged."""
+        """The block with shifts and scales folded at its norms; its float function is unchanged."""
         return layer_by_layer(self._layer, block, calib) if block.formats else block
 
     def _layer(self, layer: Block, calib: Calib) -> Block:
@@ -81,21 +82,21 @@ class OutlierSuppression(Method):
         low, high = seen["low"], seen["high"]
         shift = (low + high) / 2 if self.shift and can_shift(block, edge) else None
         peak = torch.maximum(low.abs(), high.abs()) if shift is None else (high - low) / 2
-        best, least = block, output_error(block, calib, self.sequences)
-        figures: dict[str, float | int] = {"error_before": least, "scaled_channels": 0}
+        best, best_error = block, output_error(block, calib, self.sequences)
+        figures: dict[str, float | int] = {"error_before": best_error, "scaled_channels": 0}
         for step in range(self.grid):
             threshold = float(peak.max()) * (1 - step / self.grid)
             scale = suppression_scale(peak, threshold)
-            tried = replace(block, params=move(block, edge, scale, shift=shift))
-            error = output_error(tried, calib, self.sequences)
-            if error < least:
-                best, least = tried, error
+            candidate = replace(block, params=move(block, edge, scale, shift=shift))
+            error = output_error(candidate, calib, self.sequences)
+            if error < best_error:
+                best, best_error = candidate, error
                 figures |= {"threshold": threshold, "scaled_channels": int((scale > 1).sum())}
-        return best, figures | {"error": least}
+        return best, figures | {"error": best_error}
 
 
 def suppression_scale(peak: Tensor, threshold: float) -> Tensor:
-    """``max(1, peak / threshold)`` ``(channels,)``: what divides activations and multiplies weights.
+    """``max(1, peak / threshold)`` ``(channels,)``: the divisor of activations and factor of weights.
 
     >>> suppression_scale(torch.tensor([8.0, 2.0, 1.0]), 2.0).tolist()
     [4.0, 1.0, 1.0]

@@ -1,1 +1,1 @@
-"""Perplexity, KL divergence, log-likelihoods and lm-eval's tasks, as functions of logits."""
+"""Perplexity, KL divergence, log-likelihoods and lm-eval tasks, computed from logits."""

@@ -1,12 +1,12 @@
-"""Next-token distributions of models against those of one float model, token by token.
+"""Token-level comparison of next-token distributions with those of a float model.
 
-All models see the same windows and walk over their blocks in step, so that one block of each is in memory and every
-block's output can be set against the float model's. With ``p`` the float model's distribution over the vocabulary and
-``q`` another's, a token's divergence is ``KL(p || q) = sum_v p(v) (log p(v) - log q(v))`` in nats, in float64: two
-equal models give 0 exactly. A window's last position predicts a token that is not there and counts nowhere.
+All models see the same windows and run block by block in lockstep, so that one block of each is in memory and every
+block's output can be compared with the float model's. With ``p`` the float model's distribution over the vocabulary
+and ``q`` another model's, a token's divergence is ``KL(p || q) = sum_v p(v) (log p(v) - log q(v))`` in nats, in
+float64: equal models give exactly 0. A window's last position has no target token and is excluded.
 
-Rejected: whole logits of a batch (a vocabulary of 256,000 makes 8 GB of 4 x 2048 tokens, for each model); they are
-made for ``LOGIT_BYTES`` worth of tokens at a time.
+Rejected: logits of a whole batch (a vocabulary of 256,000 takes 8 GB for 4 x 2048 tokens, for each model); they are
+computed for at most ``LOGIT_BYTES`` of tokens at a time.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.progress import track
 
-LOGIT_BYTES = 1 << 26  # float64 logits of one model that are held at once
+LOGIT_BYTES = 1 << 26  # float64 logits of one model held at once
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
 class Stream(Protocol):
-    """A model whose blocks are read when they are run."""
+    """A model whose blocks are read as they run."""
 
     @property
     def blocks(self) -> int:
-        """How many decoder layers there are."""
+        """Number of decoder layers."""
         ...
 
     def enter(self, ids: Tensor) -> Tensor:
-        """Hidden states ``(windows, length, hidden)`` that block 0 is called with."""
+        """Hidden states ``(windows, length, hidden)`` at the input of block 0."""
         ...
 
     def through(self, index: int, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Batches of hidden states through one block."""
+        """Run batches of hidden states through one block."""
         ...
 
     def scores(self, ids: Tensor, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """Logits ``(windows, stop - start, vocabulary)`` at some positions, from the last block's output."""
+        """Logits ``(windows, stop - start, vocabulary)`` at positions ``start`` to ``stop``, from the last block's output."""
         ...
 
 
 @dataclass
 class Told:
-    """What one model said of a text; lists grow by a tensor ``(1, length - 1)`` for each window.
+    """Token-level records of one model on a text; each window adds a tensor ``(1, length - 1)`` to the lists.
 
     Attributes:
         loss: ``-log q(token | tokens before it)`` in float64.
         divergence: ``KL(p || q)`` in nats; empty for the float model itself.
         agrees: whether the most likely token is the float model's; empty for the float model itself.
-        block_error: for each block the sum over tokens of ``||y - y_float||^2 / ||y_float||^2``.
-        tokens: how many tokens those sums are over.
+        block_error: for each block, the sum over tokens of ``||y - y_float||^2 / ||y_float||^2``.
+        tokens: number of tokens in those sums.
     """
 
     loss: list[Tensor] = field(default_factory=list)
@@ -70,42 +70,42 @@ class Told:
 def listen(
     exact: Stream, runs: Sequence[Stream], passes: Iterable[list[tuple[int, Tensor]]], texts: int
 ) -> list[list[Told]]:
-    """For each text what the float model and each run say of it: ``[text][0: float, 1: first run, ...]``.
+    """Records of the float model and each run on each text: ``[text][0: float, 1: first run, ...]``.
 
-    ``passes`` are groups of batches ``(which text, ids (windows, length))`` that go over the blocks together.
+    ``passes`` are groups of batches ``(which text, ids (windows, length))`` that run through the blocks together.
     """
     models = [exact, *runs]
-    told = [[Told(block_error=[0.0] * exact.blocks) for _ in models] for _ in range(texts)]
+    records = [[Told(block_error=[0.0] * exact.blocks) for _ in models] for _ in range(texts)]
     for group in passes:
         streams = [[model.enter(ids) for _, ids in group] for model in models]
         for index in track(range(exact.blocks), "blocks"):
             streams = [model.through(index, xs) for model, xs in zip(models, streams, strict=True)]
-            for at, (which, _) in enumerate(group):
-                for one, xs in zip(told[which][1:], streams[1:], strict=True):
-                    one.block_error[index] += token_error(xs[at], streams[0][at])
-        for at, (which, ids) in enumerate(group):
+            for batch, (text, _) in enumerate(group):
+                for record, xs in zip(records[text][1:], streams[1:], strict=True):
+                    record.block_error[index] += token_error(xs[batch], streams[0][batch])
+        for batch, (text, ids) in enumerate(group):
             for window in range(len(ids)):
-                hidden = [xs[at][window : window + 1] for xs in streams]
-                _listen_to(models, ids[window : window + 1], hidden, told[which])
-            for one in told[which]:
-                one.tokens += ids.numel()
-    return told
+                hidden = [xs[batch][window : window + 1] for xs in streams]
+                _record_window(models, ids[window : window + 1], hidden, records[text])
+            for record in records[text]:
+                record.tokens += ids.numel()
+    return records
 
 
-def token_error(got: Tensor, wanted: Tensor) -> float:
+def token_error(got: Tensor, exact: Tensor) -> float:
     """Sum over tokens of ``||got - wanted||^2 / ||wanted||^2``, hidden states ``(windows, length, hidden)``.
 
     >>> token_error(torch.tensor([[[1.0, 2.0], [3.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]))
     0.5
     """
-    wanted = wanted.double()
-    power = wanted.square().sum(-1).clamp(min=1e-300)
-    return float(((got.double() - wanted).square().sum(-1) / power).sum())
+    exact = exact.double()
+    power = exact.square().sum(-1).clamp(min=1e-300)
+    return float(((got.double() - exact).square().sum(-1) / power).sum())
 
 
-def _listen_to(models: Sequence[Stream], ids: Tensor, hidden: Sequence[Tensor], told: Sequence[Told]) -> None:
-    """One window ``(1, length)``, some positions at a time."""
-    last, step = ids.shape[1] - 1, 1  # of the first position, to see how large the vocabulary is
+def _record_window(models: Sequence[Stream], ids: Tensor, hidden: Sequence[Tensor], records: Sequence[Told]) -> None:
+    """Record one window ``(1, length)``, a few positions at a time."""
+    last, step = ids.shape[1] - 1, 1  # one position first, to learn the size of the vocabulary
     parts: list[list[list[Tensor]]] = [[[], [], []] for _ in models]
     start = 0
     while start < last:
@@ -119,34 +119,34 @@ def _listen_to(models: Sequence[Stream], ids: Tensor, hidden: Sequence[Tensor], 
                 p = q
                 continue
             if q.shape != p.shape:
-                raise LowbitError(f"vocabularies of {p.shape[-1]} and {q.shape[-1]} tokens do not compare")
+                raise LowbitError(f"vocabularies of {p.shape[-1]} and {q.shape[-1]} tokens are not comparable")
             kls.append((p.exp() * (p - q)).sum(-1).cpu())
             same.append((p.argmax(-1) == q.argmax(-1)).cpu())
         if p is not None:
             step = max(1, LOGIT_BYTES // (8 * p.shape[-1]))
         start = stop
-    for one, (losses, kls, same) in zip(told, parts, strict=True):
-        one.loss.append(torch.cat(losses, 1))
+    for record, (losses, kls, same) in zip(records, parts, strict=True):
+        record.loss.append(torch.cat(losses, 1))
         if kls:
-            one.divergence.append(torch.cat(kls, 1))
-            one.agrees.append(torch.cat(same, 1))
+            record.divergence.append(torch.cat(kls, 1))
+            record.agrees.append(torch.cat(same, 1))
 
 
-def summary(told: Sequence[Told], seed: int, names: Sequence[str]) -> dict[str, Any]:
-    """The figures of one text, plain data: the float model's perplexity and a row for each run.
+def summary(records: Sequence[Told], seed: int, names: Sequence[str]) -> dict[str, Any]:
+    """Summary of one text as plain data: the float model's perplexity and a row for each run.
 
-    ``names`` are the float model's and the runs', for errors.
+    ``names`` of the float model and the runs appear in errors.
     """
-    losses = [torch.cat(one.loss) for one in told]
+    losses = [torch.cat(record.loss) for record in records]
     for name, loss in zip(names, losses, strict=True):
         if bool(loss.isnan().any()):
             raise LowbitError(
                 f"{name}: its logits are NaN; its weights or 16-bit arithmetic overflow: --dtype float32"
             )
     rows = []
-    for one, loss in zip(told[1:], losses[1:], strict=True):
+    for record, loss in zip(records[1:], losses[1:], strict=True):
         low, high = ratio_interval(losses[0], loss, seed)
-        kl, agrees = torch.cat(one.divergence), torch.cat(one.agrees)
+        kl, agrees = torch.cat(record.divergence), torch.cat(record.agrees)
         rows.append(
             {
                 "perplexity": _exp(float(loss.mean())),
@@ -156,7 +156,7 @@ def summary(told: Sequence[Told], seed: int, names: Sequence[str]) -> dict[str, 
                 "kl_mean": float(kl.mean()),
                 "kl_p99": percentile(kl, 99),
                 "top1_agreement": float(agrees.double().mean()),
-                "block_error": [total / one.tokens for total in one.block_error],
+                "block_error": [total / record.tokens for total in record.block_error],
             }
         )
     return {"windows": len(losses[0]), "perplexity": _exp(float(losses[0].mean())), "runs": rows}
@@ -175,15 +175,17 @@ def percentile(values: Tensor, percent: float) -> float:
 def ratio_interval(exact: Tensor, other: Tensor, seed: int) -> tuple[float | None, float | None]:
     """A 95 % bootstrap interval of ``perplexity(other) / perplexity(exact)``, from losses ``(windows, tokens)``.
 
-    Windows are drawn with replacement, the same ones for both models: what makes a window hard for both cancels.
-    One window says nothing about the spread: ``(None, None)``.
+    Windows are resampled with replacement, the same for both models (a paired bootstrap). One window has no spread:
+    ``(None, None)``.
     """
-    apart = (other - exact).mean(1)
-    count = len(apart)
+    differences = (other - exact).mean(1)
+    count = len(differences)
     if count < 2:
         return None, None
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack([apart[torch.randint(count, (count,), generator=generator)].mean() for _ in range(RESAMPLES)])
+    means = torch.stack(
+        [differences[torch.randint(count, (count,), generator=generator)].mean() for _ in range(RESAMPLES)]
+    )
     tail = 50 * (1 - CONFIDENCE)
     return _exp(percentile(means, tail)), _exp(percentile(means, 100 - tail))
 

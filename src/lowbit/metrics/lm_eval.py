@@ -1,12 +1,12 @@
 """Zero-shot tasks through EleutherAI's lm-eval, with a streamed model behind its interface.
 
-Questions, answers, metrics and versions are lm-eval's own: its task configs are read as they are and only the data
-set is replaced by documents that the caller has. So a score here equals what lm-eval's Hugging Face class gives on
-the same documents (a test compares). Nothing here knows where documents come from or how the model was made.
+Questions, answers, metrics and versions are lm-eval's own: its task configs are used unchanged, with the data set
+replaced by the caller's documents. Scores equal those of lm-eval's Hugging Face class on the same documents (a test
+compares them). This module is independent of the source of the documents and of the model.
 
-The papers average over tasks, each over its own: QLLM over five, AffineQuant over six. Both report accuracy for
-PIQA, BoolQ and WinoGrande and, by the size of their figures, length-normalised accuracy for HellaSwag and ARC, from
-harness versions of their time: ``average`` therefore gives both means, and neither compares with a paper's table.
+The papers average over different tasks: QLLM over five, AffineQuant over six. Both report accuracy for PIQA, BoolQ
+and WinoGrande and, judging by the values, length-normalized accuracy for HellaSwag and ARC, from older harness
+versions: ``average`` gives both means, and neither is comparable with a paper's table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.metrics.loglikelihood import Stream, loglikelihoods
 
-CONFIGS = {  # below lm-eval's folder of tasks
+CONFIGS = {  # relative to lm-eval's folder of tasks
     "piqa": "piqa/piqa.yaml",
     "arc_easy": "arc/arc_easy.yaml",
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -41,13 +41,13 @@ AVERAGES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What one task gave.
+    """Scores of one task.
 
     Attributes:
         metrics: by lm-eval's name: ``acc``, ``acc_norm`` (0 to 1), ``perplexity``.
         errors: standard errors of the accuracies.
-        documents: how many questions were asked.
-        version: of lm-eval's task.
+        documents: number of questions.
+        version: version of lm-eval's task.
     """
 
     metrics: dict[str, float]
@@ -57,48 +57,48 @@ class Measured:
 
 
 def harness_version() -> str:
-    """The installed lm-eval's version; ``MissingExtra`` without it."""
+    """Version of the installed lm-eval; raises ``MissingExtra`` if it is missing."""
     _harness()
     return version("lm_eval")
 
 
 def hub_set(task: str) -> tuple[str, str | None, str]:
-    """Where lm-eval's config of a task looks on the hub: repository, its config, and the split that is measured."""
+    """A task's data set on the hub as in lm-eval's config: repository, configuration and evaluated split."""
     config = _config(task)
     return config["dataset_path"], config.get("dataset_name"), _split(config)
 
 
 def measure(task: str, documents: Sequence[Mapping[str, Any]], lm: Any) -> Measured:
-    """One task over ``documents``, zero-shot; ``lm`` is what ``harness_model`` makes, or any of lm-eval's models.
+    """Evaluate one task on ``documents``, zero-shot; ``lm`` is from ``harness_model`` or any lm-eval model.
 
     Raises:
-        LowbitError: documents that lm-eval's config of the task cannot make questions of.
+        LowbitError: documents that do not fit lm-eval's config of the task.
     """
     lm_eval = _harness()
     with _quiet():
-        made = _task(task, documents)
-        # Without draws, since lm-eval prints to standard output when it draws; accuracies need none.
-        found = lm_eval.evaluator.evaluate(
-            lm=lm, task_dict={"tasks": {task: made}, "groups": {}}, bootstrap_iters=0, log_samples=False
+        built = _task(task, documents)
+        # No bootstrap: lm-eval prints to standard output during it, and accuracies do not need it.
+        results = lm_eval.evaluator.evaluate(
+            lm=lm, task_dict={"tasks": {task: built}, "groups": {}}, bootstrap_iters=0, log_samples=False
         )
-    rows = {name.partition(",")[0]: value for name, value in found["results"][task].items()}
+    rows = {name.partition(",")[0]: value for name, value in results["results"][task].items()}
     metrics = {name: float(rows[name]) for name in ("acc", "acc_norm", "perplexity") if name in rows}
-    count = len(made.eval_docs)
+    count = len(built.eval_docs)
     errors = {name: standard_error(share, count) for name, share in metrics.items() if name != "perplexity"}
-    return Measured(metrics, errors, count, float(made.VERSION))
+    return Measured(metrics, errors, count, float(built.VERSION))
 
 
 def harness_model(model: Stream, tokenizer: Any, positions: int, title: str) -> Any:
     """A streamed model as lm-eval's ``LM``; it tokenizes as lm-eval's Hugging Face class does.
 
-    ``positions`` is how many tokens the model can see, ``title`` stands beside the progress bar.
+    ``positions`` is the maximum number of input tokens, ``title`` labels the progress bar.
     """
     _harness()
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import has_bos_prefix
 
-    class Streamed(TemplateLM):  # type: ignore[misc]  # lm-eval tells no types
-        """Only likelihoods: no task in ``CONFIGS`` asks for text or for rolling likelihoods."""
+    class Streamed(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
+        """Log-likelihoods only: no task in ``CONFIGS`` needs generation or rolling log-likelihoods."""
 
         @property
         def eot_token_id(self) -> int:
@@ -112,8 +112,8 @@ def harness_model(model: Stream, tokenizer: Any, positions: int, title: str) -> 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             if add_special_tokens is None and has_bos_prefix(string, tokenizer.decode(self.prefix_token_id)):
                 add_special_tokens = False
-            given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-            return list(tokenizer.encode(string, **given))
+            options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+            return list(tokenizer.encode(string, **options))
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
@@ -125,22 +125,22 @@ def harness_model(model: Stream, tokenizer: Any, positions: int, title: str) -> 
             raise NotImplementedError("rolling likelihoods: lowbit evaluate --data measures perplexity")
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-            raise NotImplementedError("tasks that generate text are not among those measured here")
+            raise NotImplementedError("tasks that generate text are not supported")
 
     return Streamed()
 
 
-def average(found: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float] | None:
+def average(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float] | None:
     """The plain mean over ``tasks`` of ``acc``, and of ``acc_norm`` where a task has it (else ``acc``).
 
-    ``None`` where a task is missing: a mean over others is another figure.
+    ``None`` if a task is missing.
 
     >>> average({"piqa": {"acc": 0.5, "acc_norm": 0.75}, "boolq": {"acc": 0.25}}, ["piqa", "boolq"])
     {'acc': 0.375, 'acc_norm': 0.5}
     """
-    if any(task not in found for task in tasks):
+    if any(task not in scores for task in tasks):
         return None
-    rows = [found[task] for task in tasks]
+    rows = [scores[task] for task in tasks]
     return {
         "acc": sum(row["acc"] for row in rows) / len(rows),
         "acc_norm": sum(row.get("acc_norm", row["acc"]) for row in rows) / len(rows),
@@ -148,7 +148,7 @@ def average(found: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> d
 
 
 def standard_error(share: float, count: int) -> float:
-    """Of a share of right answers: ``sqrt(p (1 - p) / (n - 1))``, as lm-eval has it; NaN for one answer.
+    """Standard error of an accuracy: ``sqrt(p (1 - p) / (n - 1))``, as in lm-eval; NaN for one answer.
 
     >>> standard_error(0.5, 101)
     0.05
@@ -166,7 +166,7 @@ def _harness() -> Any:
 
 
 def _config(task: str) -> dict[str, Any]:
-    """lm-eval's config of a task. Its ``TaskManager`` would read all 13,000 of them first."""
+    """lm-eval's config of a task, without its ``TaskManager``, which would read all 13,000 configs first."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config: dict[str, Any] = load_yaml(Path(_harness().__file__).parent / "tasks" / CONFIGS[task])
@@ -183,14 +183,14 @@ def _task(task: str, documents: Sequence[Mapping[str, Any]]) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     class Local(ConfigurableTask):  # type: ignore[misc]
-        """A task whose documents are at hand."""
+        """A task on the caller's documents."""
 
         def download(self, *_: Any, **__: Any) -> None:
             self.dataset = {"test": rows}
 
-        def build_all_requests(self, **given: Any) -> None:
-            with redirect_stderr(io.StringIO()):  # a bar that no option turns off, over less than a second
-                super().build_all_requests(**given)
+        def build_all_requests(self, **options: Any) -> None:
+            with redirect_stderr(io.StringIO()):  # hides a short progress bar that no option turns off
+                super().build_all_requests(**options)
 
     config = {key: value for key, value in _config(task).items() if key != "tag"}
     process = config.pop("process_docs", None)
@@ -199,18 +199,18 @@ def _task(task: str, documents: Sequence[Mapping[str, Any]]) -> Any:
         with redirect_stderr(io.StringIO()):
             rows = datasets.Dataset.from_list([dict(document) for document in documents])
             rows = process(rows) if process else rows
-        made = Local(config=config)
-        made.set_fewshot_seed(0)  # no shots are drawn, yet lm-eval asks for the generator
-        made.build_all_requests()
+        built = Local(config=config)
+        built.set_fewshot_seed(0)  # lm-eval requires the generator even without shots
+        built.build_all_requests()
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise LowbitError(f"lm-eval cannot make questions of {task} out of these documents ({reason})") from error
-    return made
+        raise LowbitError(f"lm-eval cannot build questions of {task} from these documents ({reason})") from error
+    return built
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's remarks on configs, which are not the user's."""
+    """Suppress lm-eval's warnings about its own configs."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

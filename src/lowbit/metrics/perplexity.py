@@ -1,8 +1,8 @@
 """Perplexity by the protocol of the quantization literature.
 
-A text is tokenized as a whole and cut into consecutive windows of equal length that do not overlap; each window
-is scored on its own, without context from the one before, and every token but a window's first counts. The result
-is ``exp`` of the mean negative log-likelihood. It depends on the window's length: only rows of one length compare.
+A text is tokenized as a whole and split into consecutive, non-overlapping windows of equal length; each window is
+scored without context from the previous one, and every token except a window's first counts. The result is ``exp``
+of the mean negative log-likelihood. It depends on the window length: only results at one length are comparable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def negative_log_likelihood(ids: Tensor, logits: Tensor) -> Tensor:
     ``ids`` is ``(windows, length)``, ``logits`` ``(windows, length, vocabulary)``; ``length - 1`` tokens count.
     """
     sums = []
-    for tokens, scores in zip(ids, logits, strict=True):  # one window at a time: a float32 copy of all would be large
+    for tokens, scores in zip(
+        ids, logits, strict=True
+    ):  # one window at a time, since a float32 copy of all would be large
         losses = torch.nn.functional.cross_entropy(scores[:-1].float(), tokens[1:], reduction="none")
         sums.append(losses.double().sum())
     return torch.stack(sums)
@@ -31,7 +33,7 @@ def negative_log_likelihood(ids: Tensor, logits: Tensor) -> Tensor:
 def perplexity(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Perplexity over ``(ids, logits)`` batches, ``(windows, length)`` and ``(windows, length, vocabulary)``.
 
-    A model that spreads its belief evenly over V tokens has perplexity V:
+    A uniform distribution over V tokens has perplexity V:
 
     >>> round(perplexity([(torch.tensor([[0, 1, 2]]), torch.zeros(1, 3, 8))]), 6)
     8.0

@@ -1,11 +1,11 @@
-"""What one change in one block, and nothing else, does to the next-token distributions of a model.
+"""Sensitivity of next-token distributions to single changes of single blocks.
 
-The float model runs once. At each block, every change to that block makes a stream of hidden states of its own,
-which goes on through the float blocks behind, all streams side by side: each block is read once, whatever the
-number of changes, and a change costs the blocks behind it and the head. Where the streams would not fit into
-``HELD_BYTES``, the blocks are gone through again for the rest of them.
+The float model runs once. At each block, every change to that block yields hidden states that continue through the
+remaining float blocks, all changes side by side: each block is read once, whatever the number of changes, and a
+change costs the blocks after it and the head. Where the hidden states exceed ``HELD_BYTES``, the blocks are run again
+for the remaining changes.
 
-Rejected: a whole forward pass for each change (twice the work, and each would read the whole model).
+Rejected: a full forward pass for each change (twice the work, and each reads the whole model).
 """
 
 from __future__ import annotations
@@ -20,62 +20,62 @@ from lowbit.errors import LowbitError
 from lowbit.metrics.kl import LOGIT_BYTES, Stream
 from lowbit.progress import track
 
-HELD_BYTES = 1 << 30  # hidden states of all streams together
-_FAR = 60.0  # in nats; float32 ends at exp(88)
+HELD_BYTES = 1 << 30  # of all hidden states together
+_FAR = 60.0  # in nats; float32 overflows at exp(88)
 
 
 @torch.no_grad()
 def divergences_alone(
     exact: Stream, counts: Sequence[int], changed: Callable[[int, Tensor], Iterator[Tensor]], ids: Tensor
 ) -> list[list[float]]:
-    """Mean over tokens of ``KL(p || q)`` in nats, ``[block][change]``; ``q`` is ``p``'s model with that one change.
+    """Mean over tokens of ``KL(p || q)`` in nats, ``[block][change]``; ``q`` is the model with that change only.
 
     Args:
         exact: the float model.
-        counts: how many changes each block has.
-        changed: ``(block, x)`` gives, in turn, that block's output for ``x`` under each of its changes.
-        ids: ``(windows, length)``; a window's last position predicts nothing and counts nowhere.
+        counts: number of changes of each block.
+        changed: ``(block, x)`` yields the block's output for ``x`` under each of its changes.
+        ids: ``(windows, length)``; a window's last position has no target token and is excluded.
     """
     x = exact.enter(ids)
     most = max(1, HELD_BYTES // (x.numel() * x.element_size()))
-    found: list[list[float]] = []
+    divergences: list[list[float]] = []
     for first, stop in _spans(counts, most):
-        streams: list[Tensor] = []
+        states: list[Tensor] = []
         before = x
         for index in track(range(first, exact.blocks), f"blocks {first} to {stop - 1}, each alone"):
-            fresh = list(changed(index, before)) if index < stop else []
-            *streams, before = exact.through(index, [*streams, before])
-            streams += fresh
+            new_states = list(changed(index, before)) if index < stop else []
+            *states, before = exact.through(index, [*states, before])
+            states += new_states
             if index == stop - 1:
                 x = before
-        flat = iter(_divergences(exact, ids, before, streams))
-        found += [[next(flat) for _ in range(count)] for count in counts[first:stop]]
-    return found
+        flat = iter(_divergences(exact, ids, before, states))
+        divergences += [[next(flat) for _ in range(count)] for count in counts[first:stop]]
+    return divergences
 
 
 def _spans(counts: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive blocks ``(first, stop)`` with ``most`` changes together, or one block with more."""
-    first = held = 0
-    for at, count in enumerate(counts):
-        if at > first and held + count > most:
-            yield first, at
-            first, held = at, 0
-        held += count
+    """Ranges of blocks ``(first, stop)`` with at most ``most`` changes in total, or one block with more."""
+    first = total = 0
+    for block, count in enumerate(counts):
+        if block > first and total + count > most:
+            yield first, block
+            first, total = block, 0
+        total += count
     if first < len(counts):
         yield first, len(counts)
 
 
-def _divergences(exact: Stream, ids: Tensor, hidden: Tensor, streams: Sequence[Tensor]) -> list[float]:
-    totals = [0.0] * len(streams)
+def _divergences(exact: Stream, ids: Tensor, hidden: Tensor, states: Sequence[Tensor]) -> list[float]:
+    totals = [0.0] * len(states)
     last = ids.shape[1] - 1
     step = max(1, LOGIT_BYTES // (8 * exact.scores(ids[:1], hidden[:1], 0, 1).shape[-1]))
     for window in range(len(ids)):
-        some = slice(window, window + 1)
+        row = slice(window, window + 1)
         for start in range(0, last, step):
             stop = min(start + step, last)
-            p = exact.scores(ids[some], hidden[some], start, stop).float()
-            for at, stream in enumerate(track(streams, "distributions")):
-                totals[at] += float(divergence(p, exact.scores(ids[some], stream[some], start, stop).float()).sum())
+            p = exact.scores(ids[row], hidden[row], start, stop).float()
+            for change, state in enumerate(track(states, "distributions")):
+                totals[change] += float(divergence(p, exact.scores(ids[row], state[row], start, stop).float()).sum())
     if not all(map(math.isfinite, totals)):
         raise LowbitError("a block's output is NaN or infinite: try --dtype float32, or quantize with another recipe")
     return [total / (len(ids) * last) for total in totals]
@@ -84,8 +84,8 @@ def _divergences(exact: Stream, ids: Tensor, hidden: Tensor, streams: Sequence[T
 def divergence(exact: Tensor, other: Tensor) -> Tensor:
     """``KL(softmax(exact) || softmax(other))`` over the last axis, in float64, from logits in float32.
 
-    With ``d = exact - other``, shifted so that ``sum p d = 0``, it is ``log(1 + sum p (exp(-d) - 1))``: no difference
-    of large numbers is left, so that float32 keeps small divergences, and a vocabulary costs no float64.
+    With ``d = exact - other``, shifted so that ``sum p d = 0``, it is ``log(1 + sum p (exp(-d) - 1))``: without
+    differences of large numbers, float32 resolves small divergences, and no float64 copy of the logits is needed.
 
     >>> logits = torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
     >>> round(float(divergence(logits[0], logits[1])), 6)
@@ -93,9 +93,11 @@ def divergence(exact: Tensor, other: Tensor) -> Tensor:
     """
     log_p = exact.log_softmax(-1)
     p = log_p.exp()
-    apart = exact - other
-    apart = apart - apart.mean(-1, keepdim=True)  # a large shift would meet the rounding of sum p = 1
-    apart = apart - (p * apart).sum(-1, keepdim=True)
-    far = torch.logsumexp(log_p - apart, -1)  # where exp would overflow; there nothing small is asked for
-    near = (p * torch.expm1(-apart.clamp(min=-_FAR))).sum(-1).double().log1p()
-    return torch.where((apart < -_FAR).any(-1), far.double(), near)
+    difference = exact - other
+    difference = difference - difference.mean(
+        -1, keepdim=True
+    )  # a large shift would amplify the rounding error of sum p = 1
+    difference = difference - (p * difference).sum(-1, keepdim=True)
+    far = torch.logsumexp(log_p - difference, -1)  # where exp would overflow; the divergence is large there
+    near = (p * torch.expm1(-difference.clamp(min=-_FAR))).sum(-1).double().log1p()
+    return torch.where((difference < -_FAR).any(-1), far.double(), near)

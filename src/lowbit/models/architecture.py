@@ -1,11 +1,11 @@
-"""What has to be known about an architecture, as data, and how methods see its matrices.
+"""The declared facts of an architecture, and the matrices of a layer as methods see them.
 
-A family is one value: where the blocks are, which linears a block has, and along which edges an invertible map
-can move without changing the function. Nothing here runs a model; the library's own layers do that. Facts come
-from the config and the tensors, never from a model's name, and an architecture that is not listed is an error.
+A family is one value: where the blocks are, which linears a block has, and across which edges an invertible map
+folds without changing the function. Nothing here runs a model; the library's own layers do that. Facts come
+from the config and the tensors, never from a model's name. An architecture that is not listed is an error.
 
-A family declares with names (``DeclaredEdge``, ``Part``); a block resolves them into ``Projection``, ``Norm`` and
-``Edge``, which know their parameters. Methods see these alone.
+A family refers to modules by name (``DeclaredEdge``, ``Part``); a block resolves the names into ``Projection``,
+``Norm`` and ``Edge``, which know their parameters. Methods use only the resolved types.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ EdgeKind = Literal["norm", "heads", "channels", "qk"]
 
 @dataclass(frozen=True)
 class Part:
-    """Some output rows of a linear that computes several things at once, such as ``v`` in a fused ``qkv_proj``."""
+    """A slice of the output rows of a fused linear, such as ``v`` in ``qkv_proj``."""
 
     module: str
     part: Literal["q", "k", "v", "gate", "up"]
 
     def rows(self, heads: Heads, rows: int) -> slice:
-        """Which of the linear's ``rows`` output rows these are.
+        """The slice of the linear's ``rows`` output rows that the part covers.
 
         >>> Part("qkv", "k").rows(Heads(query=4, kv=2, dim=8, rotary=8), 64)
         slice(32, 48, None)
@@ -51,7 +51,7 @@ Ref = str | Part
 
 @dataclass(frozen=True)
 class DeclaredEdge:
-    """An edge of a family, by names within a layer; see ``Edge``."""
+    """An edge of a family, by module names within a layer; see ``Edge``."""
 
     kind: EdgeKind
     src: Ref
@@ -61,29 +61,29 @@ class DeclaredEdge:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of a block, by its name: a gain ``(width,)`` and perhaps a bias."""
+    """A norm of a block, by name: a gain ``(width,)`` and, for a LayerNorm, a bias."""
 
     module: str
 
     @property
     def parameter(self) -> str:
-        """The gain's name."""
+        """Name of the gain."""
         return f"{self.module}.weight"
 
     @property
     def bias(self) -> str:
-        """The bias's name; LayerNorms have one."""
+        """Name of the bias; only LayerNorms have one."""
         return f"{self.module}.bias"
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One matrix of a layer as methods see it, ``(out, in)``: a linear, or some output rows of one.
+    """One matrix of a layer as methods see it, ``(out, in)``: a linear, or a slice of its output rows.
 
     Attributes:
-        module: the linear that holds it.
-        rows: its output rows within the linear's parameter.
-        whole: they are all of the parameter's rows.
+        module: name of the linear that holds the matrix.
+        rows: the matrix's output rows within the linear's parameter.
+        whole: the matrix is the entire parameter.
     """
 
     module: str
@@ -92,17 +92,17 @@ class Projection:
 
     @property
     def parameter(self) -> str:
-        """The parameter that holds the matrix."""
+        """Name of the parameter that holds the matrix."""
         return f"{self.module}.weight"
 
     @property
     def bias(self) -> str:
-        """The linear's bias, which need not be there."""
+        """Name of the linear's bias, which is optional."""
         return f"{self.module}.bias"
 
     @property
     def out(self) -> int:
-        """Output channels."""
+        """Number of output channels."""
         return int(self.rows.stop - self.rows.start)
 
     def read(self, params: Mapping[str, Tensor]) -> Tensor:
@@ -110,27 +110,27 @@ class Projection:
         return params[self.parameter][self.rows]
 
     def read_bias(self, params: Mapping[str, Tensor]) -> Tensor | None:
-        """The bias ``(out,)``, or ``None``."""
+        """The bias ``(out,)``, or ``None`` if the linear has none."""
         return params[self.bias][self.rows] if self.bias in params else None
 
     def change(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
-        """Put ``by`` of the matrix, and of its bias where it has one, in their places; differentiable as ``by`` is.
+        """Replace the matrix, and its bias if it has one, by ``by`` of them; differentiable where ``by`` is.
 
         ``by`` takes ``(out, ...)`` and keeps the shape.
         """
         for name in (self.parameter, self.bias):
             if name in params:
-                params[name] = self._replaced(params[name], by(params[name][self.rows]))
+                params[name] = self._with_rows_replaced(params[name], by(params[name][self.rows]))
 
     def change_weight(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
-        """The same for the matrix alone."""
-        params[self.parameter] = self._replaced(params[self.parameter], by(self.read(params)))
+        """``change`` for the matrix alone."""
+        params[self.parameter] = self._with_rows_replaced(params[self.parameter], by(self.read(params)))
 
     def change_bias(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
-        """The same for the bias alone, which must be there."""
-        params[self.bias] = self._replaced(params[self.bias], by(params[self.bias][self.rows]))
+        """``change`` for the bias alone, which must exist."""
+        params[self.bias] = self._with_rows_replaced(params[self.bias], by(params[self.bias][self.rows]))
 
-    def _replaced(self, parameter: Tensor, rows: Tensor) -> Tensor:
+    def _with_rows_replaced(self, parameter: Tensor, rows: Tensor) -> Tensor:
         if self.whole:
             return rows
         return torch.cat([parameter[: self.rows.start], rows, parameter[self.rows.stop :]])
@@ -138,19 +138,19 @@ class Projection:
 
 @dataclass(frozen=True)
 class Edge:
-    """A place where an invertible map moves from ``src`` into ``dst`` and leaves the block's function alone.
+    """A place where an invertible map folds into ``src`` and ``dst`` without changing the block's function.
 
-    * ``norm``: ``src`` is a norm, ``dst`` read its output. A diagonal merges (a matrix would stay online).
-    * ``heads``: ``src`` is v, ``dst`` is o. One matrix per KV head merges, spread over its query heads.
+    * ``norm``: ``src`` is a norm, ``dst`` read its output. A diagonal folds (a matrix needs a runtime op).
+    * ``heads``: ``src`` is v, ``dst`` is o. One matrix per KV head folds, shared by its query heads.
     * ``channels``: ``src`` -> an elementwise product or a positively homogeneous function -> ``dst``. A diagonal
-      merges; it must be positive where ``positive`` is set.
+      folds; it must be positive where ``positive`` is set.
     * ``qk``: ``src`` is q, ``dst`` is k (or their norms). Under a rotary embedding only maps that commute with it
-      merge: one scaled rotation for each rotary pair. Without one, any matrix per head merges.
+      fold: one scaled rotation per rotary pair. Without one, any matrix per head folds.
 
     Attributes:
         kind, positive: see above.
         src: a projection or a norm.
-        dst: what reads it: projections, or the norm of k.
+        dst: the readers of its output: projections, or the norm of k.
         partner: of a ``channels`` edge, the projection that ``src`` is multiplied with before ``dst``, if any.
     """
 
@@ -162,12 +162,12 @@ class Edge:
 
     @property
     def readers(self) -> tuple[Projection, ...]:
-        """``dst`` as projections, for edges whose map reaches matrices."""
+        """The projections in ``dst``."""
         return tuple(dst for dst in self.dst if isinstance(dst, Projection))
 
     @property
     def width(self) -> int:
-        """Channels of a diagonal map over an edge between projections (for ``heads``: all KV heads together)."""
+        """Channels of a diagonal map across an edge between projections (for ``heads``: all KV heads together)."""
         assert isinstance(self.src, Projection)
         return self.src.out
 
@@ -180,8 +180,8 @@ class Heads:
         query: number of query heads.
         kv: number of key/value heads; it divides ``query``.
         dim: width of a head (``dim * query`` need not be the hidden size).
-        rotary: how many leading dimensions of a head the rotary embedding turns; 0 without one. Dimension ``i``
-            is paired with ``i + rotary / 2``.
+        rotary: number of leading dimensions of a head that the rotary embedding rotates; 0 without one. Dimension
+            ``i`` is paired with ``i + rotary / 2``.
     """
 
     query: int
@@ -197,22 +197,22 @@ class Heads:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture.
+    """One declared architecture.
 
     Attributes:
-        name: what messages call it.
-        architectures: values of ``config.architectures`` that it covers.
+        name: the name in messages.
+        architectures: the values of ``config.architectures`` that the family covers.
         blocks: module path of the list of decoder layers.
         linears: a layer's linears in execution order, grouped by shared input.
-        edges: see ``Edge``; names are relative to a layer.
+        edges: see ``Edge``; module names are relative to a layer.
         heads: reads the attention's shape from a config.
         attention: a layer's attention module.
         head: the output head.
         embed: the token embedding.
         norm_offset: a norm multiplies by ``norm_offset + weight``.
-        qk_norm_per_head: the qk edge's ``src`` and ``dst`` are norms over a head's dimensions, shared by heads.
-        flat_mlp: the layer hands its MLP ``(tokens, hidden)`` instead of ``(sequences, length, hidden)``.
-        refuse: returns why a config of this family cannot be handled, or ``None``.
+        qk_norm_per_head: the qk edge's ``src`` and ``dst`` are norms over a head's dimensions, shared by all heads.
+        flat_mlp: the layer passes ``(tokens, hidden)`` to its MLP instead of ``(sequences, length, hidden)``.
+        refuse: returns why a config of this family is not supported, or ``None``.
     """
 
     name: str
@@ -231,7 +231,7 @@ class Family:
 
 
 def rotary_heads(config: Any) -> Heads:
-    """The attention's shape of a model with rotary embeddings, from its Hugging Face config."""
+    """The attention's shape from the Hugging Face config of a model with rotary embeddings."""
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
     nested = next((value for value in rope.values() if isinstance(value, dict)), rope)
@@ -240,6 +240,8 @@ def rotary_heads(config: Any) -> Heads:
 
 
 def check_heads(heads: Heads) -> None:
-    """Refuse a config whose numbers of heads do not divide."""
+    """Refuse a config whose KV heads do not divide its query heads."""
     if heads.query % heads.kv:
-        raise LowbitError(f"{heads.query} query heads are no multiple of {heads.kv} key/value heads: broken config")
+        raise LowbitError(
+            f"config.json is invalid: {heads.query} query heads are not a multiple of {heads.kv} key/value heads"
+        )

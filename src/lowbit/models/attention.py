@@ -1,9 +1,9 @@
-"""Q, K and V rounded after the rotary embedding, through the library's registry of attention functions.
+"""Quantization of Q, K and V after the rotary embedding, through transformers' registry of attention functions.
 
-``transformers`` looks the attention up by a name in the config. A function under a name of ours rounds its three
-inputs, per token and head, and hands them to the function that the model would have used. K and V come out of the
-cache in float and are rounded at each use: since every token and head has a range of its own, that gives the same
-numbers as storing them rounded. The softmax output stays in float, as in the literature.
+``transformers`` looks the attention function up by a name in the config. A function registered by lowbit quantizes
+its three inputs, per token and head, and passes them to the function that the model would have used. The cache holds
+K and V in float, and they are quantized at each use: since every token and head has its own range, the result equals
+that of a quantized cache. The softmax output stays in float, as in the literature.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def attention_name(format: ActFormat, base: str) -> str:
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         quantized = (format.fake_quant(x) for x in (query, key, value))
-        # Each modelling file has an eager function of its own (Gemma2's caps the logits).
+        # Each modelling file defines its own eager function (Gemma2's caps the logits).
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)(module, *quantized, *args, **kwargs)
 
@@ -42,7 +42,7 @@ def attention_name(format: ActFormat, base: str) -> str:
 
 @contextmanager
 def quantized_attention(config: Any, format: ActFormat | None) -> Iterator[None]:
-    """Inside, layers that share ``config`` quantize Q, K and V in ``format`` (``None``: nothing changes)."""
+    """Within the context, layers that share ``config`` quantize Q, K and V in ``format`` (``None``: no effect)."""
     before = config._attn_implementation
     if format is not None:
         config._attn_implementation = attention_name(format, before)

@@ -1,10 +1,10 @@
-"""A block is a value: the library's own decoder layers and their parameters, run without changing either.
+"""A decoder block as a value: the library's own layers and their parameters.
 
-``Block`` holds one layer, or a window of consecutive ones that a method treats as one. The layers are the
-library's modules and may sit on the ``meta`` device; their parameters live in a dict under names such as
-``7.mlp.up_proj.weight`` (the layer's index in the model, then its own name). ``run`` calls the layers with
-``torch.func.functional_call``, so nothing is forked, patched or left behind. A method takes a ``Block`` and
-returns a new one.
+``Block`` holds one layer, or a window of consecutive layers that a method treats as one. The layers are the
+library's modules and may be on the ``meta`` device; their parameters are in a dict under names such as
+``7.mlp.up_proj.weight`` (the layer's index in the model, then the name within the layer). ``forward.run`` calls the
+layers with ``torch.func.functional_call``, so nothing is forked or patched. A method takes a ``Block`` and returns a
+new one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowbit.quant.scheme import ModuleFormats
 
 @dataclass(frozen=True)
 class Note:
-    """What a reader of the report must know of a layer: a damping raised, a fit that gave up."""
+    """A note on a layer for the report: a raised damping, a fallback."""
 
     layer: int
     text: str
@@ -34,23 +34,23 @@ class Note:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer, or a window of consecutive ones, as a value.
+    """One decoder layer, or a window of consecutive layers, as a value.
 
     Attributes:
-        layers: the library's layer modules, never changed.
-        start: index of the first one in the model.
-        kwargs: what the model passes to each layer beside the hidden states (masks, rotary embeddings).
-        family: the architecture's facts.
+        layers: the library's layer modules, never modified.
+        start: index of the first layer in the model.
+        kwargs: the keyword arguments that the model passes to each layer (masks, rotary embeddings).
+        family: the declared architecture.
         heads: the attention's shape.
-        params: float parameters by name, transformed so far.
-        formats: the formats of each linear that is to be quantized, as the plan settled them.
-        kv: the format of queries, keys and values inside the attention; ``None``: float.
-        clips: for a linear's name the clipping ratios ``(low, high)`` on the ends of its groups' ranges, each
-            ``(rows, groups)``, for the qparams that a rounding step will choose.
-        qweights: quantized weights by the linear's name; they take the place of ``params`` in the quantized block.
-        ops: runtime operations by the module's name: behind a norm, or before a linear.
-        notes: what a reader of the report must know.
-        record: figures for the report, plain data by layer index and the step's name: losses, conditions.
+        params: float parameters by name, with the transforms so far folded in.
+        formats: formats of the linears to be quantized, as resolved by the plan.
+        kv: format of queries, keys and values inside the attention; ``None``: float.
+        clips: clipping ratios ``(low, high)`` of the groups' ranges by linear name, each ``(rows, groups)``, for the
+            qparams that a rounding step chooses.
+        qweights: quantized weights by linear name; they replace ``params`` in the quantized block.
+        ops: runtime ops by module name: after a norm, or before a linear.
+        notes: notes for the report.
+        record: figures for the report, plain data by layer index and step name: losses, condition numbers.
         pictures: small matrices for the report by layer index, step and site: ``7.affinequant.heads``.
     """
 
@@ -71,7 +71,7 @@ class Block:
 
     @property
     def device(self) -> torch.device:
-        """Where the block is computed: its parameters are all on one device."""
+        """The device that holds all of the block's parameters."""
         return next(iter(self.params.values())).device
 
     @property
@@ -80,7 +80,7 @@ class Block:
         return range(self.start, self.start + len(self.layers))
 
     def linear_groups(self) -> list[tuple[str, ...]]:
-        """Names of the linears in execution order, those that read one tensor together."""
+        """Names of the linears in execution order, grouped by shared input."""
         return [tuple(f"{i}.{name}" for name in group) for i in self.indices for group in self.family.linears]
 
     def linears(self) -> list[str]:
@@ -88,22 +88,22 @@ class Block:
         return [name for group in self.linear_groups() for name in group]
 
     def quantized_linears(self) -> list[str]:
-        """Names of those that have a format, in execution order."""
+        """Names of the linears that have a format, in execution order."""
         return [name for name in self.linears() if name in self.formats]
 
     @cached_property
     def _edges(self) -> tuple[Edge, ...]:
-        return tuple(self._edge(edge, i) for i in self.indices for edge in self.family.edges)
+        return tuple(self._resolve_edge(edge, i) for i in self.indices for edge in self.family.edges)
 
     def edges(self) -> tuple[Edge, ...]:
-        """Where maps can move in this block: the family's edges for each of its layers."""
+        """The edges of this block: the family's, resolved for each layer."""
         return self._edges
 
-    def _edge(self, edge: DeclaredEdge, index: int) -> Edge:
-        src, dst = self._end(edge.src, index), tuple(self._end(ref, index) for ref in edge.dst)
+    def _resolve_edge(self, edge: DeclaredEdge, index: int) -> Edge:
+        src, dst = self._endpoint(edge.src, index), tuple(self._endpoint(ref, index) for ref in edge.dst)
         return Edge(edge.kind, src, dst, edge.positive, self._partner(edge, index))
 
-    def _end(self, ref: Ref, index: int) -> Projection | Norm:
+    def _endpoint(self, ref: Ref, index: int) -> Projection | Norm:
         linears = {name for group in self.family.linears for name in group}
         if isinstance(ref, str) and ref not in linears:
             return Norm(f"{index}.{ref}")
@@ -118,7 +118,7 @@ class Block:
         return Projection(module, slice(0, count))
 
     def _partner(self, edge: DeclaredEdge, index: int) -> Projection | None:
-        """The other projection that reads what ``src`` reads, if any: a gate."""
+        """The other projection that reads the input of ``src``, if any: a gate."""
         if edge.kind != "channels":
             return None
         if isinstance(edge.src, Part):
@@ -128,7 +128,7 @@ class Block:
         return self._projection(others[0], index) if others else None
 
     def full_name(self, name: str) -> str:
-        """The name in the model: ``7.mlp.up_proj`` -> ``model.layers.7.mlp.up_proj``."""
+        """The module's name in the model: ``7.mlp.up_proj`` -> ``model.layers.7.mlp.up_proj``."""
         return f"{self.family.blocks}.{name}"
 
     def weight(self, linear: str) -> Tensor:
@@ -136,7 +136,7 @@ class Block:
         return self.params[f"{linear}.weight"]
 
     def weight_format(self, linear: str) -> Format:
-        """The format of a linear that is to be quantized."""
+        """The weight format of a linear that is to be quantized."""
         return self.formats[linear].weight
 
     def input_format(self, linear: str) -> ActFormat | None:
@@ -144,32 +144,32 @@ class Block:
         return self.formats[linear].input if linear in self.formats else None
 
     def qparams(self, linear: str) -> QParams:
-        """Of a linear's weight as it is now: its groups' ranges, shrunk by the clipping ratios found so far."""
+        """Qparams of a linear's current weight: its groups' ranges, shrunk by the current clipping ratios."""
         return self.weight_format(linear).qparams(self.weight(linear), *self.clips.get(linear, (1.0, 1.0)))
 
     def quantized_params(self) -> dict[str, Tensor]:
-        """``params`` with the quantized weights in their places."""
+        """``params`` with the dequantized values of the quantized weights."""
         quantized = {f"{name}.weight": q.dequantize() for name, q in self.qweights.items()}
         return {**self.params, **quantized}
 
     def with_notes(self, step: str, *texts: str, layer: int | None = None) -> Block:
-        """The block with notes of a step on a layer, given by its index in the model; by default on the first."""
-        at = self.start if layer is None else layer
-        return replace(self, notes=(*self.notes, *(Note(at, f"{step}: {text}") for text in texts)))
+        """The block with a step's notes on a layer, by its index in the model; by default the first."""
+        index = self.start if layer is None else layer
+        return replace(self, notes=(*self.notes, *(Note(index, f"{step}: {text}") for text in texts)))
 
     def with_record(self, step: str, figures: Mapping[str, Any]) -> Block:
-        """The block with a step's figures, kept under its first layer."""
-        own = {**self.record.get(self.start, {}), step: figures}
-        return replace(self, record={**self.record, self.start: own})
+        """The block with a step's figures, recorded under its first layer."""
+        steps = {**self.record.get(self.start, {}), step: figures}
+        return replace(self, record={**self.record, self.start: steps})
 
     def part(self, start: int, stop: int) -> Block:
-        """The layers ``start`` to ``stop`` (counted from 0 within the block) as a block of their own.
+        """Layers ``start`` to ``stop`` (counted from 0 within the block) as a block.
 
-        Its notes, record and pictures start empty: they are its own.
+        Its notes, record and pictures start empty.
         """
         prefixes = tuple(f"{index}." for index in self.indices[start:stop])
 
-        def own(content: Mapping[str, Any]) -> dict[str, Any]:
+        def select(content: Mapping[str, Any]) -> dict[str, Any]:
             return {name: value for name, value in content.items() if name.startswith(prefixes)}
 
         return replace(
@@ -177,22 +177,22 @@ class Block:
             layers=self.layers[start:stop],
             start=self.start + start,
             kwargs=self.kwargs[start:stop],
-            params=own(self.params),
-            formats=own(self.formats),
-            clips=own(self.clips),
-            qweights=own(self.qweights),
-            ops=own(self.ops),
+            params=select(self.params),
+            formats=select(self.formats),
+            clips=select(self.clips),
+            qweights=select(self.qweights),
+            ops=select(self.ops),
             notes=(),
             record={},
             pictures={},
         )
 
     def with_part(self, part: Block) -> Block:
-        """The block with what was done to ``part``, some of its layers: it takes the place of what was there."""
+        """The block with the content of ``part``, some of its layers, in place of its own for those layers."""
         prefixes = tuple(f"{index}." for index in part.indices)
 
-        def merge(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-            return {**{n: v for n, v in ours.items() if not n.startswith(prefixes)}, **theirs}
+        def merge(current: Mapping[str, Any], updated: Mapping[str, Any]) -> dict[str, Any]:
+            return {**{n: v for n, v in current.items() if not n.startswith(prefixes)}, **updated}
 
         record = {index: {**self.record.get(index, {}), **rows} for index, rows in part.record.items()}
         return replace(
@@ -209,16 +209,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Calib:
-    """What a method may look at, each ``(sequences, length, hidden)`` in the dtype that blocks run in.
+    """A block's calibration data: hidden states ``(sequences, length, hidden)`` in the compute dtype.
 
-    They live where ``offload.storage_device`` says, which for a block on a GPU is the host: ``offload.batches`` and
-    ``offload.Rows`` bring what is at work to the block's device.
+    They are stored on ``offload.storage_device``, which is the host for a block on a GPU: ``offload.batches`` and
+    ``offload.Rows`` copy the sequences in use to the block's device.
 
     Attributes:
         x_fp: the block's input in the float model.
-        x_q: its input in the model that is quantized up to here.
+        x_q: its input in the model with all preceding blocks quantized.
         y_fp: its output in the float model, for ``x_fp``.
-        batch: how many sequences to run at once.
+        batch: number of sequences to run at once.
     """
 
     x_fp: Tensor

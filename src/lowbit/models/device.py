@@ -1,4 +1,4 @@
-"""Where blocks are computed, and in what: checked before any work."""
+"""The compute device and dtype, checked before any work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
 
 def check_device(device: str, dtype: str) -> torch.dtype:
-    """The dtype to compute in; a device that is not there or a slow combination is refused."""
+    """The compute dtype; an unavailable device or a slow combination is refused."""
     if dtype not in DTYPES:
         raise LowbitError(f"--dtype {dtype} given; allowed: {', '.join(DTYPES)}")
     if not _DEVICE.fullmatch(device):

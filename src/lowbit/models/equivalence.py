@@ -1,12 +1,12 @@
-"""Moving an invertible map along an edge of a block: the float function stays, the numbers change.
+"""Equivalent transforms: an invertible map folded across an edge of a block keeps the block's float function.
 
 The contract, tested for every edge of every family: ``run(block, x, move(block, edge, t)) == run(block, x)``.
-Activations are rows ``x``; the map turns them into ``x A^-1`` and a weight ``W`` ``(out, in)`` that reads them
-into ``W A^T`` (AffineQuant, arXiv 2403.12544, section 3). The same code fits and merges: it is differentiable in
-the map and does not touch the block's own parameters.
+Activations are rows ``x``; a map ``A`` turns them into ``x A^-1``, and a weight ``W`` ``(out, in)`` that reads them
+into ``W A^T`` (AffineQuant, arXiv 2403.12544, section 3). The same code serves fitting and merging: it is
+differentiable in the map and leaves the block's own parameters untouched.
 
 ========== =============================== ===========================================================
-edge       shape of ``map``                what it is
+edge       shape of ``map``                meaning
 ========== =============================== ===========================================================
 norm       ``(width,)``                    the diagonal of A
 heads      ``(kv, dim)``                   one diagonal per KV head
@@ -18,10 +18,10 @@ qk         ``(rotary / 2,)``               rotary, norms on q and k: one scale p
 qk         ``(kv, dim)``, ``(kv, dim, dim)`` no rotary embedding: a diagonal or a matrix per head
 ========== =============================== ===========================================================
 
-For qk, K becomes ``K C^T`` and Q ``Q C^-1``. A dense matrix after a norm never merges, so it is refused here.
+For qk, K becomes ``K C^T`` and Q ``Q C^-1``. A dense matrix after a norm cannot be folded and is refused here.
 
-Norm and heads edges also take a shift ``s``: activations become ``(x - s) A^-1``, which costs nothing where both ends
-have a bias (``can_shift``). Over the heads that is exact because the rows of the softmax sum to 1.
+Norm and heads edges also take a shift ``s``: activations become ``(x - s) A^-1``, at no run-time cost where both ends
+have a bias (``can_shift``). Across heads this is exact because the rows of the softmax sum to 1.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ def move(
     shift: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> Params:
-    """Parameters with ``map`` moved along ``edge``; all others are passed through.
+    """The block's parameters with ``map`` folded across ``edge``.
 
     Args:
-        block: where the edge lies; its parameters are the start unless ``params`` is given.
+        block: the block that has the edge; its parameters are the start unless ``params`` is given.
         edge: one of ``block.edges()``.
         map: see the table above; it must be invertible.
-        params: parameters to start from, for several moves in a row.
-        shift: what is taken from the activations before the map: ``(width,)`` for a norm, ``(kv, dim)`` for heads.
-        inverse: the inverse of a matrix ``map`` where the caller has it already.
+        params: parameters to start from, for several transforms in sequence.
+        shift: subtracted from the activations before the map: ``(width,)`` for a norm, ``(kv, dim)`` for heads.
+        inverse: the inverse of a matrix ``map``, if already computed.
 
     Raises:
-        LowbitError: the map's shape does not fit the edge, the edge cannot take a shift, or a runtime op stands
-            behind the norm, so that what reads it is not the norm's own output.
+        LowbitError: the map's shape does not fit the edge, the edge cannot take a shift, or a runtime op follows the
+            norm, so that ``dst`` does not read the norm's own output.
 
-    Example: a norm with gain 2 before a linear with weight 3, and the map 4: the gain becomes 0.5, the weight
-    12, and their product stays 6.
+    Example: for a norm with gain 2, a linear with weight 3 and the map 4, the gain becomes 0.5 and the weight 12;
+    their product stays 6.
     """
     out: Params = dict(block.params if params is None else params)
     check_can_move(block, edge)
@@ -74,51 +74,51 @@ def move(
     elif edge.kind == "heads":
         _heads(block, out, edge, map, inverse)
     elif block.heads.rotary == 0:
-        _qk_free(block, out, edge, map, inverse)
+        _qk_without_rotary(block, out, edge, map, inverse)
     else:
         _qk_rotary(block, out, edge, map)
     return out
 
 
 def can_move(block: Block, edge: Edge) -> bool:
-    """Whether maps move over the edge: nothing stands between a norm and what reads it."""
+    """Whether a map can be folded across the edge: no runtime op is between a norm and its readers."""
     return edge.kind != "norm" or edge.src.module not in block.ops
 
 
 def check_can_move(block: Block, edge: Edge) -> None:
-    """Refuse a map over a norm with a runtime op behind it.
+    """Refuse to fold a map across a norm that a runtime op follows.
 
     Raises:
-        LowbitError: there is one.
+        LowbitError: a runtime op follows the norm.
     """
     if not can_move(block, edge):
         raise LowbitError(
-            f"a {block.ops[edge.src.module].kind} stands behind the norm {edge.src.module}: no map moves over it any "
-            "more; put the step that moves maps before the one that leaves it"
+            f"a {block.ops[edge.src.module].kind} follows the norm {edge.src.module}: no transform can be folded "
+            "across it; put the step that folds before the step that leaves the runtime op"
         )
 
 
 def can_shift(block: Block, edge: Edge) -> bool:
-    """Whether a shift over the edge merges: only over norms and heads, and both ends must have a bias."""
+    """Whether a shift can be folded across the edge: norm and heads edges whose ends all have a bias."""
     return edge.kind in ("norm", "heads") and all(end.bias in block.params for end in (edge.src, *edge.dst))
 
 
 def map_width(block: Block, edge: Edge) -> int:
-    """How many channels a diagonal map over the edge has (for ``heads``: all KV heads together)."""
+    """Number of channels of a diagonal map across the edge (for ``heads``: all KV heads together)."""
     return edge.width if isinstance(edge.src, Projection) else block.params[edge.src.parameter].shape[0]
 
 
 def _expect(edge: Edge, map: Tensor, *shapes: tuple[int, ...]) -> None:
     if tuple(map.shape) not in shapes:
         allowed = " or ".join(str(shape) for shape in shapes)
-        extra = "; a dense matrix after a norm does not merge" if edge.kind == "norm" and map.ndim == 2 else ""
+        extra = "; a dense matrix after a norm cannot be folded" if edge.kind == "norm" and map.ndim == 2 else ""
         raise LowbitError(f"a map of shape {tuple(map.shape)} for the {edge.kind} edge: expected {allowed}{extra}")
 
 
 def _shift(block: Block, out: Params, edge: Edge, shift: Tensor) -> None:
-    """Take ``shift`` from the source's bias and give its image to the biases behind the edge: ``b + W s``."""
+    """Subtract ``shift`` from the source's bias and add its image to the readers' biases: ``b + W s``."""
     if not can_shift(block, edge):
-        raise LowbitError(f"a shift over the {edge.kind} edge from {edge.src.module}: both ends need a bias")
+        raise LowbitError(f"a shift across the {edge.kind} edge from {edge.src.module}: both ends need a bias")
     spread = shift
     if edge.kind == "heads":
         spread = shift.repeat_interleave(block.heads.group, 0).flatten()
@@ -162,19 +162,19 @@ def _heads(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor |
         for dst in edge.readers:
             dst.change_weight(out, lambda weight: weight * spread.flatten())
         return
-    back = torch.linalg.inv(map) if inverse is None else inverse
-    # V becomes V A^-1 per head; as rows of the weight that is A^-T W_v.
-    edge.src.change(out, lambda rows: _per_head(back.mT, rows, heads.kv))
+    inverse_map = torch.linalg.inv(map) if inverse is None else inverse
+    # V becomes V A^-1 per head; on the rows of the weight this is A^-T W_v.
+    edge.src.change(out, lambda rows: _per_head(inverse_map.mT, rows, heads.kv))
 
-    def behind(weight: Tensor) -> Tensor:
+    def transform_columns(weight: Tensor) -> Tensor:
         columns = weight.unflatten(-1, (heads.query, heads.dim))  # (out, query, dim)
         return torch.einsum("ohd,hed->ohe", columns, spread).flatten(-2)
 
     for dst in edge.readers:
-        dst.change_weight(out, behind)
+        dst.change_weight(out, transform_columns)
 
 
-def _qk_free(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
+def _qk_without_rotary(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
     """Without a rotary embedding: any matrix per KV head."""
     heads = block.heads
     _expect(edge, map, (heads.kv, heads.dim), (heads.kv, heads.dim, heads.dim))
@@ -197,30 +197,30 @@ def _qk_rotary(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
     _expect(edge, map, (heads.kv, pairs), (heads.kv, pairs, 2))
     a, b = (map, torch.zeros_like(map)) if map.ndim == 2 else map.unbind(-1)
     size = a.square() + b.square()
-    # The inverse of a scaled rotation is one too.
+    # The inverse of a scaled rotation is a scaled rotation.
     _apply_qk(block, out, edge, _rotary_matrix(a, b, heads), _rotary_matrix(a / size, -b / size, heads))
 
 
 def _rotary_matrix(a: Tensor, b: Tensor, heads: Heads) -> Tensor:
-    """``(kv, dim, dim)`` from the pairs' ``a`` and ``b`` ``(kv, pairs)``; identity where nothing is rotated."""
-    rest = heads.dim - heads.rotary
-    one = a.new_ones(a.shape[0], rest)
+    """``(kv, dim, dim)`` from the pairs' ``a`` and ``b`` ``(kv, pairs)``; identity on unrotated dimensions."""
+    unrotated = heads.dim - heads.rotary
+    ones = a.new_ones(a.shape[0], unrotated)
     blocks = [
         torch.cat([torch.diag_embed(a), torch.diag_embed(-b)], -1),
         torch.cat([torch.diag_embed(b), torch.diag_embed(a)], -1),
     ]
-    turned = torch.nn.functional.pad(torch.cat(blocks, -2), (0, rest, 0, rest))
-    return turned + torch.diag_embed(torch.cat([torch.zeros_like(a), torch.zeros_like(a), one], -1))
+    rotation = torch.nn.functional.pad(torch.cat(blocks, -2), (0, unrotated, 0, unrotated))
+    return rotation + torch.diag_embed(torch.cat([torch.zeros_like(a), torch.zeros_like(a), ones], -1))
 
 
 def _apply_qk(block: Block, out: Params, edge: Edge, c: Tensor, inverse: Tensor | None) -> None:
-    """K rows times C, Q rows times C^-T, ``c`` being ``(kv, dim, dim)``."""
+    """Multiply K rows by C and Q rows by C^-T; ``c`` is ``(kv, dim, dim)``."""
     heads = block.heads
     for dst in edge.readers:
         dst.change(out, lambda rows: _per_head(c, rows, heads.kv))
-    back = (torch.linalg.inv(c) if inverse is None else inverse).mT.repeat_interleave(heads.group, 0)
+    inverse_t = (torch.linalg.inv(c) if inverse is None else inverse).mT.repeat_interleave(heads.group, 0)
     assert isinstance(edge.src, Projection)
-    edge.src.change(out, lambda rows: _per_head(back, rows, heads.query))
+    edge.src.change(out, lambda rows: _per_head(inverse_t, rows, heads.query))
 
 
 def _per_head(matrix: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -230,5 +230,5 @@ def _per_head(matrix: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _as_rows(map: Tensor, rows: Tensor) -> Tensor:
-    """A factor per row, shaped to multiply the rows of a weight or of a bias."""
+    """A factor per row, shaped to broadcast over the rows of a weight or bias."""
     return map.reshape(-1, *[1] * (rows.ndim - 1))

@@ -1,4 +1,4 @@
-"""Running a block: the library's layers through ``torch.func.functional_call``, hooks that leave nothing behind."""
+"""Running a block: the library's layers through ``torch.func.functional_call``, with temporary hooks."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def run(
 
     Args:
         block: the block.
-        x: hidden states; everything is computed in their dtype.
-        params: parameters to run with; the block's float ones by default (``quantized_params()`` for the
+        x: hidden states; their dtype is the compute dtype.
+        params: parameters to run with; by default the block's float parameters (``quantized_params()`` gives the
             quantized ones).
-        quantized: inputs of the linears and Q, K, V are quantized as ``block.formats`` and ``block.kv`` say.
-        taps: for a linear's name a function that is shown the linear's input as the linear sees it.
+        quantized: quantize the linears' inputs and Q, K, V according to ``block.formats`` and ``block.kv``.
+        taps: functions by linear name; each receives the input of its linear as the linear sees it.
     """
     params = block.params if params is None else params
     for layer, index, kwargs in zip(block.layers, block.indices, block.kwargs, strict=True):
         prefix = f"{index}."
-        own = {name.removeprefix(prefix): p.to(x.dtype) for name, p in params.items() if name.startswith(prefix)}
+        state = {name.removeprefix(prefix): p.to(x.dtype) for name, p in params.items() if name.startswith(prefix)}
         with ExitStack() as stack:
             attention = layer.get_submodule(block.family.attention)
             stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
@@ -50,7 +50,7 @@ def run(
                 if op.place == "behind a norm" and name.startswith(prefix):
                     norm = layer.get_submodule(name.removeprefix(prefix))
                     stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
-            x = torch.func.functional_call(layer, own, args=(x,), kwargs=dict(kwargs))
+            x = torch.func.functional_call(layer, state, args=(x,), kwargs=dict(kwargs))
     return x
 
 
@@ -63,8 +63,8 @@ def apply_behind(op: RuntimeOp) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     return hook
 
 
-class _Seen(Exception):
-    """Ends a forward pass whose rest nobody needs; private, so that it can be taken for nothing else."""
+class _LastTapReached(Exception):
+    """Ends a forward pass after its last tap; private, so that it cannot be mistaken for another exception."""
 
 
 @torch.no_grad()
@@ -77,29 +77,29 @@ def observe(
     quantized: bool = False,
     batch: int = 4,
 ) -> None:
-    """Show the linears' inputs to ``taps``, all sequences, ``batch`` at a time, without gradients.
+    """Pass the linears' inputs to ``taps`` for all sequences, ``batch`` at a time, without gradients.
 
-    As ``run``, but each pass ends where the last of the taps has seen its tensor.
+    Like ``run``, except that each pass ends at the last tap.
     """
     last = [name for name in block.linears() if name in taps][-1]
 
     def stop(value: Tensor) -> None:
         taps[last](value)
-        raise _Seen
+        raise _LastTapReached
 
     for part in batches(x, batch, block.device):
         try:
             run(block, part, params, quantized=quantized, taps={**taps, last: stop})
-        except _Seen:
+        except _LastTapReached:
             continue
 
 
 def _hooks(
     block: Block, index: int, quantized: bool, taps: Mapping[str, Tap]
 ) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
-    """For the linears of a layer that need it: quantize the input, then show it to the tap.
+    """Pre-hooks for a layer's linears: quantize the input, then pass it to the tap.
 
-    Linears that read one tensor share its quantization where they have the same format.
+    Linears that share an input and its format share its quantization.
     """
     for group in block.family.linears:
         cache: dict[ActFormat, tuple[Tensor, Tensor]] = {}
@@ -142,20 +142,20 @@ def run_all(
     taps: Mapping[str, Tap] | None = None,
     batch: int = 4,
 ) -> Tensor:
-    """``run`` over all sequences, ``batch`` at a time, without gradients; the result lives where ``x`` does."""
-    done = (run(block, part, params, quantized=quantized, taps=taps) for part in batches(x, batch, block.device))
-    return concatenate(done, len(x), x.device)
+    """``run`` over all sequences, ``batch`` at a time, without gradients; the result is on the device of ``x``."""
+    outputs = (run(block, part, params, quantized=quantized, taps=taps) for part in batches(x, batch, block.device))
+    return concatenate(outputs, len(x), x.device)
 
 
 def run_quantized(block: Block, x: Tensor, batch: int = 4) -> Tensor:
-    """The output of the block as it ships, for all sequences: quantized weights, inputs, Q, K and V."""
+    """The output of the quantized block for all sequences: quantized weights, inputs, Q, K and V."""
     return run_all(block, x, block.quantized_params(), quantized=True, batch=batch)
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """``||got - wanted||^2 / ||wanted||^2`` over everything, summed in float64.
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """``||output - reference||^2 / ||reference||^2`` over all elements, summed in float64.
 
     >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
     0.5
     """
-    return float((got - wanted).double().square().sum() / wanted.double().square().sum().clamp(min=1e-300))
+    return float((output - reference).double().square().sum() / reference.double().square().sum().clamp(min=1e-300))

@@ -1,11 +1,11 @@
-"""Norm and gather in one module: ``x[idx] * rstd * gamma[idx] / T``, with ``rstd`` of the original channels.
+"""RMS norm and gather in one module: ``x[idx] * rstd * gamma[idx] / T``, with ``rstd`` of the original channels.
 
-Source: QLLM, Liu et al., arXiv 2310.08041, section 3.2: after a norm the gather of reassembled channels costs no pass
-of its own where the norm reads its input in the new order. The products are taken in the order of the library's norm
+Source: QLLM, Liu et al., arXiv 2310.08041, section 3.2: the gather of reassembled channels after a norm costs no
+extra pass where the norm reads its input in the new order. The products are taken in the order of the library's norm
 and of ``runtime_ops.Gather``, so that the result is theirs bit for bit; folding ``gamma / T`` into one number would
-round differently, and a value at the edge between two codes would change its code.
+round differently, and a value on the boundary between two codes would change its code.
 
-LayerNorm and dense matrices keep the hook.
+LayerNorm and dense matrices use a forward hook instead.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lowbit.models.runtime_ops import Gather, RuntimeOp, take_channels
 
 
 class GatheredRMSNorm(nn.Module):
-    """An RMS norm over ``(..., width)`` whose output is gathered; equal to the norm with the ``Gather`` behind it.
+    """An RMS norm over ``(..., width)`` whose output is gathered; equal to the norm followed by the ``Gather``.
 
     Attributes:
         weight: the norm's own gain ``(width,)``.
-        idx, factor, into: the gather's, see ``Gather``.
+        idx, factor, into: tensors of the gather, see ``Gather``.
     """
 
     idx: Tensor
@@ -29,34 +29,34 @@ class GatheredRMSNorm(nn.Module):
     into: Tensor | None
 
     def __init__(self, weight: nn.Parameter, eps: float, norm_offset: float, gather: Gather) -> None:
-        """``norm_offset``: the norm multiplies by ``norm_offset + weight``; where it is not 0, in float32 (Gemma)."""
+        """``norm_offset``: the norm multiplies by ``norm_offset + weight``; if that is not 0, in float32 (Gemma)."""
         super().__init__()
         self.weight, self.eps, self.norm_offset = weight, eps, norm_offset
-        # Buffers follow the model to another device; they are no part of what the library would save.
+        # Buffers move with the model to another device; non-persistent ones are not in its state dict.
         for name in ("idx", "factor", "into"):
             self.register_buffer(name, getattr(gather, name), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., width) -> (..., width)`` in the dtype of ``x``."""
-        whole = x.float()
-        rstd = torch.rsqrt(whole.square().mean(-1, keepdim=True) + self.eps)
-        out = self._part(whole, rstd, self.idx, x.dtype)
+        x_float = x.float()
+        rstd = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
+        out = self._normed(x_float, rstd, self.idx, x.dtype)
         if self.into is not None:
-            gone = torch.nonzero(self.into >= 0).flatten()
-            out = out.index_add(-1, self.into[gone], self._part(whole, rstd, gone, x.dtype))
+            merged = torch.nonzero(self.into >= 0).flatten()
+            out = out.index_add(-1, self.into[merged], self._normed(x_float, rstd, merged, x.dtype))
         return out * self.factor.to(x.dtype)
 
-    def _part(self, whole: Tensor, rstd: Tensor, idx: Tensor, dtype: torch.dtype) -> Tensor:
-        normed = take_channels(whole, idx) * rstd
+    def _normed(self, x_float: Tensor, rstd: Tensor, idx: Tensor, dtype: torch.dtype) -> Tensor:
+        normed = take_channels(x_float, idx) * rstd
         if self.norm_offset:
             return (normed * (self.norm_offset + self.weight[idx].float())).to(dtype)
         return self.weight[idx] * normed.to(dtype)
 
 
 def gathered_norm(norm: nn.Module, norm_offset: float, op: RuntimeOp) -> GatheredRMSNorm | None:
-    """The module that takes the place of ``norm`` and its gather, or ``None`` where they cannot be one.
+    """The module that replaces ``norm`` and its gather, or ``None`` where they cannot be fused.
 
-    ``None`` for a LayerNorm (it subtracts a mean, and has a bias) and for any other op.
+    ``None`` for a LayerNorm (it subtracts the mean and has a bias) and for any op other than a gather.
     """
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     weight = norm.get_parameter("weight")

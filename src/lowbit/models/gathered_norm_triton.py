@@ -1,7 +1,8 @@
-"""One Triton kernel: RMS norm, gather and rounding per token, as a runtime for reassembled channels would do it.
+"""One Triton kernel for RMS norm, gather and per-token quantization, for runtimes with reassembled channels.
 
-Source: QLLM, Liu et al., arXiv 2310.08041, section 3.2, whose own kernel was not published. One program a token: the
-row is read once for ``rstd``, once more in the new order (from cache), and codes leave; the gather has no own pass.
+Source: QLLM, Liu et al., arXiv 2310.08041, section 3.2, whose own kernel is not published. One program per token
+reads the row once for ``rstd`` and once more in the new order (from cache), and writes codes; the gather needs no
+separate pass.
 
 Needs Triton: pip install triton. Runs on a GPU, or anywhere with ``TRITON_INTERPRET=1`` set before the import.
 """
@@ -26,15 +27,15 @@ def _kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    whole = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(whole * whole, 0) / width + eps)
-    place = tl.load(idx + column, mask=inside, other=0)
-    value = tl.load(x + row * width + place, mask=inside, other=0.0).to(tl.float32) * rstd
-    value = value * tl.load(gain + place, mask=inside, other=0.0) * tl.load(factor + column, mask=inside, other=0.0)
+    values = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
+    source = tl.load(idx + column, mask=inside, other=0)
+    value = tl.load(x + row * width + source, mask=inside, other=0.0).to(tl.float32) * rstd
+    value = value * tl.load(gain + source, mask=inside, other=0.0) * tl.load(factor + column, mask=inside, other=0.0)
     bottom, top = tl.minimum(tl.min(value, 0), 0.0), tl.maximum(tl.max(value, 0), 0.0)
     scale = (top - bottom) / (HIGH - LOW)
     scale = tl.where(scale == 0.0, 1.1920929e-07, scale)
-    magic = 12582912.0  # 1.5 * 2**23: adding and taking it away rounds to the nearest integer, ties to even
+    magic = 12582912.0  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer, ties to even
     zero = tl.minimum(tl.maximum(LOW - bottom / scale, LOW), HIGH)
     zero = (zero + magic) - magic
     code = tl.minimum(tl.maximum(value / scale + zero, LOW), HIGH)
@@ -47,15 +48,15 @@ def _kernel(  # type: ignore[no-untyped-def]
 def norm_gather_quantize(norm: GatheredRMSNorm, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 ``(tokens, width)``, scales and zeros float32 ``(tokens,)``: ``value = (code - zero) * scale``.
 
-    The plain form is ``norm(x)`` and then ``IntTokens(bits, symmetric=False).fake_quant``.
+    The unfused equivalent is ``norm(x)`` followed by ``IntTokens(bits, symmetric=False).fake_quant``.
 
     Args:
-        norm: with a gather that merges no channels.
+        norm: a norm whose gather merges no channels.
         x: ``(tokens, width)``, contiguous.
         bits: 2 to 8.
 
     Raises:
-        LowbitError: merged channels, or a width of ``x`` that is not the norm's.
+        LowbitError: the gather merges channels, or the width of ``x`` is not the norm's.
     """
     width = len(norm.idx)
     if norm.into is not None or x.ndim != 2 or x.shape[1] != width:

@@ -1,13 +1,13 @@
-"""Activations that wait in host memory while a GPU works on a few sequences of them.
+"""Host-offloaded activations with prefetch.
 
-Calibration streams ``(sequences, length, hidden)`` grow with the number of sequences; a GPU's memory does not. Where
-a run's device is CUDA, streams live in pinned host memory, and only the sequences at work are on the device: the next
-ones are copied on a stream of their own meanwhile. Everywhere else streams live where the work is, nothing is copied,
-and the functions here are ``split``, ``cat`` and indexing.
+Calibration hidden states ``(sequences, length, hidden)`` grow with the number of sequences; a GPU's memory does not.
+On a CUDA device, hidden states are stored in pinned host memory and only the sequences in use are on the device; the
+next ones are copied meanwhile on a separate CUDA stream. On other devices, hidden states are stored on the compute
+device, nothing is copied, and the functions here reduce to ``split``, ``cat`` and indexing.
 
-What is copied for one stream of work and made on another must not be reused by the allocator too early: tensors are
-recorded on the stream that reads them, and pinned sources are kept by torch's own host allocator until their copies
-are done. It rounds a pinned buffer up to a power of two bytes and keeps it for the next one of that size.
+The allocator must not reuse a tensor that one CUDA stream writes and another reads too early: device tensors are
+recorded on the stream that reads them, and torch's host allocator keeps pinned sources until their copies are done.
+It rounds a pinned buffer up to a power of two bytes and caches it for the next buffer of that size.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-READY = 2  # prepared sets of rows that may wait: those of this step and of the next
+READY = 2  # prefetched sets of rows held at once: those of the current step and of the next
 
 
 def storage_device(device: torch.device | str) -> torch.device:
-    """Where streams for work on ``device`` live: the host for CUDA, else the device itself.
+    """The device that stores hidden states for computation on ``device``: the host for CUDA, else the device itself.
 
     >>> storage_device("cuda:1"), storage_device("mps")
     (device(type='cpu'), device(type='mps'))
@@ -32,156 +32,156 @@ def storage_device(device: torch.device | str) -> torch.device:
     return torch.device("cpu") if device.type == "cuda" else device
 
 
-def _travels(x: Tensor, device: torch.device) -> bool:
-    """Whether ``x`` is copied to ``device`` before work, part by part."""
+def _is_offloaded(x: Tensor, device: torch.device) -> bool:
+    """Whether ``x`` is stored elsewhere and copied to ``device`` batch by batch."""
     return device.type == "cuda" and x.device.type != "cuda"
 
 
 @cache
-def _stream(device: torch.device, way: str) -> Any:
-    """The stream for copies to (``in``) or from (``out``) a device; one for all, so that memory is used again."""
+def _copy_stream(device: torch.device, direction: str) -> Any:
+    """The CUDA stream for copies to (``in``) or from (``out``) a device; shared, so that its memory is reused."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def _indexed(device: torch.device) -> torch.device:
-    """``cuda`` as ``cuda:0``, or whichever is the current one."""
-    whole = device.index is not None or device.type != "cuda"
-    return device if whole else torch.device("cuda", torch.cuda.current_device())
+def _with_index(device: torch.device) -> torch.device:
+    """``device`` with an index: ``cuda`` becomes the current device, such as ``cuda:0``."""
+    has_index = device.index is not None or device.type != "cuda"
+    return device if has_index else torch.device("cuda", torch.cuda.current_device())
 
 
 def batches(x: Tensor, batch: int, device: torch.device) -> Iterator[Tensor]:
-    """``x`` ``(sequences, ...)`` in parts of ``batch`` sequences on ``device``, one part ahead of their use.
+    """``x`` ``(sequences, ...)`` in batches of ``batch`` sequences on ``device``, prefetched by one batch.
 
-    At most three parts are on the device: one that is worked on, one before it that may not be done, one to come.
+    At most three batches are on the device: the current one, the previous one (possibly unfinished) and the next.
     """
     pieces = x.split(batch)
-    if not _travels(x, device):
+    if not _is_offloaded(x, device):
         yield from pieces
         return
-    device = _indexed(device)
-    work = torch.cuda.current_stream(device)
-    coming = _sent(partial(_copied, pieces[0], device), device)
-    before: Any = None
-    for at in range(len(pieces)):
-        now = coming
-        if at + 1 < len(pieces):
-            coming = _sent(partial(_copied, pieces[at + 1], device), device)
-        yield _arrived(*now, device)[0]
+    device = _with_index(device)
+    compute = torch.cuda.current_stream(device)
+    upcoming = _start_copy(partial(_copy, pieces[0], device), device)
+    previous: Any = None
+    for index in range(len(pieces)):
+        current = upcoming
+        if index + 1 < len(pieces):
+            upcoming = _start_copy(partial(_copy, pieces[index + 1], device), device)
+        yield _wait_for_copy(*current, device)[0]
         # The host may run far ahead of the device; without this, everything might be copied before it is used.
-        done = work.record_event()
-        if before is not None:
-            before.synchronize()
-        before = done
+        done = compute.record_event()
+        if previous is not None:
+            previous.synchronize()
+        previous = done
 
 
-def _copied(x: Tensor, device: torch.device) -> list[Tensor]:
+def _copy(x: Tensor, device: torch.device) -> list[Tensor]:
     return [x.to(device, non_blocking=True)]
 
 
-def _sent(copy: Callable[[], list[Tensor]], device: torch.device) -> tuple[list[Tensor], Any]:
-    """What ``copy`` starts on the stream for copies, and the event after it."""
-    side = _stream(device, "in")
-    with torch.cuda.stream(side):
-        return copy(), side.record_event()
+def _start_copy(copy: Callable[[], list[Tensor]], device: torch.device) -> tuple[list[Tensor], Any]:
+    """Run ``copy`` on the copy stream; returns its tensors and the event after it."""
+    stream = _copy_stream(device, "in")
+    with torch.cuda.stream(stream):
+        return copy(), stream.record_event()
 
 
-def _arrived(copies: list[Tensor], event: Any, device: torch.device) -> list[Tensor]:
-    """The copies, for use on the present stream: it waits for them, the host does not."""
-    work = torch.cuda.current_stream(device)
-    work.wait_event(event)
-    for one in copies:
-        one.record_stream(work)
+def _wait_for_copy(copies: list[Tensor], event: Any, device: torch.device) -> list[Tensor]:
+    """The copies, for use on the current stream, which waits for them; the host does not."""
+    compute = torch.cuda.current_stream(device)
+    compute.wait_event(event)
+    for tensor in copies:
+        tensor.record_stream(compute)
     return copies
 
 
 def concatenate(pieces: Iterable[Tensor], sequences: int, where: torch.device) -> Tensor:
-    """``pieces`` ``(some, ...)``, made one after the other, as one tensor of ``sequences`` on ``where``.
+    """``pieces`` ``(n, ...)``, produced one after the other, as one tensor of ``sequences`` on ``where``.
 
-    Each goes into its place at once, so that nothing is held twice. Pieces on a GPU that shall live on the host go
-    into a pinned buffer while the next piece is made. Without gradients.
+    Each piece is copied into the result at once, so that nothing is held twice. Pieces on a GPU whose result is
+    stored on the host are copied into a pinned buffer while the next piece is computed. Without gradients.
     """
     out: Tensor | None = None
-    at = 0
-    side: Any = None
-    before: Any = None
+    filled = 0
+    stream: Any = None
+    previous: Any = None
     for piece in pieces:
-        far = piece.device.type == "cuda" and where.type != "cuda"
+        to_host = piece.device.type == "cuda" and where.type != "cuda"
         if out is None:
-            place = where if far else piece.device
-            out = torch.empty((sequences, *piece.shape[1:]), dtype=piece.dtype, device=place, pin_memory=far)
-            side = _stream(piece.device, "out") if far else None
-        to = out[at : at + len(piece)]
-        at += len(piece)
-        if not far:
-            to.copy_(piece)
+            device = where if to_host else piece.device
+            out = torch.empty((sequences, *piece.shape[1:]), dtype=piece.dtype, device=device, pin_memory=to_host)
+            stream = _copy_stream(piece.device, "out") if to_host else None
+        target = out[filled : filled + len(piece)]
+        filled += len(piece)
+        if not to_host:
+            target.copy_(piece)
             continue
-        side.wait_stream(torch.cuda.current_stream(piece.device))
-        with torch.cuda.stream(side):
-            to.copy_(piece, non_blocking=True)
-            done = side.record_event()
-        piece.record_stream(side)
-        # A piece may be made faster than it is copied; without this, all of them might wait on the device.
-        if before is not None:
-            before.synchronize()
-        before = done
+        stream.wait_stream(torch.cuda.current_stream(piece.device))
+        with torch.cuda.stream(stream):
+            target.copy_(piece, non_blocking=True)
+            done = stream.record_event()
+        piece.record_stream(stream)
+        # A piece may be computed faster than it is copied; without this, all of them might pile up on the device.
+        if previous is not None:
+            previous.synchronize()
+        previous = done
     assert out is not None
-    assert at == sequences, f"{at} of {sequences} sequences came"
-    if side is not None:
-        side.synchronize()
+    assert filled == sequences, f"{filled} of {sequences} sequences given"
+    if stream is not None:
+        stream.synchronize()
     return out
 
 
 def select_sequences(x: Tensor, chosen: Tensor) -> Tensor:
-    """The sequences ``chosen`` of a stream as a stream of their own, pinned if it was."""
+    """The sequences ``chosen`` of hidden states ``x`` as a new tensor, pinned if ``x`` is."""
     out = x[chosen.to(x.device)]
     return out.pin_memory() if x.is_pinned() else out
 
 
 class Rows:
-    """Chosen sequences of several streams on a device, copied ahead of their use where they live elsewhere.
+    """Selected sequences of several tensors on a device, prefetched where they are stored elsewhere.
 
     >>> rows = Rows(torch.device("cpu"), torch.tensor([[1.0], [2.0], [3.0]]))
     >>> rows(torch.tensor([2, 0]))[0].tolist()
     [[3.0], [1.0]]
     """
 
-    def __init__(self, device: torch.device, *streams: Tensor) -> None:
-        """``streams``: each ``(sequences, ...)``, on the device or where streams for it live."""
-        self.streams = streams
-        self.device = _indexed(device) if device.type == "cuda" else device
-        self._far = [stream for stream in streams if _travels(stream, self.device)]
+    def __init__(self, device: torch.device, *tensors: Tensor) -> None:
+        """``tensors``: each ``(sequences, ...)``, on the device or on its ``storage_device``."""
+        self.tensors = tensors
+        self.device = _with_index(device) if device.type == "cuda" else device
+        self._offloaded = [tensor for tensor in tensors if _is_offloaded(tensor, self.device)]
         self._ready: dict[tuple[int, ...], tuple[list[Tensor], Any]] = {}
 
     def prepare(self, chosen: Tensor) -> None:
-        """Start to copy the sequences ``chosen`` (indices, on the host); of earlier ones only the last are kept."""
+        """Prefetch the sequences ``chosen`` (indices, on the host); the oldest beyond ``READY`` sets are dropped."""
         key = tuple(chosen.tolist())
-        if not self._far or key in self._ready:
+        if not self._offloaded or key in self._ready:
             return
         while len(self._ready) >= READY:
             del self._ready[next(iter(self._ready))]
-        self._ready[key] = _sent(partial(self._picked, key), self.device)
+        self._ready[key] = _start_copy(partial(self._copy_rows, key), self.device)
 
     def __call__(self, chosen: Tensor) -> list[Tensor]:
-        """The sequences ``chosen`` of each stream, in their order: what was prepared, or copied now."""
+        """The sequences ``chosen`` of each tensor, in order: prefetched, or copied now."""
         if self.device.type != "cuda":
-            return [stream[chosen] for stream in self.streams]
+            return [tensor[chosen] for tensor in self.tensors]
         key = tuple(chosen.tolist())
-        far: Iterator[Tensor] = iter(())
-        if self._far:
+        copied: Iterator[Tensor] = iter(())
+        if self._offloaded:
             self.prepare(chosen)
-            far = iter(_arrived(*self._ready.pop(key), self.device))
+            copied = iter(_wait_for_copy(*self._ready.pop(key), self.device))
         # An index tensor on the host would make the host wait for the device.
         return [
-            next(far) if _travels(stream, self.device) else torch.stack([stream[i] for i in key])
-            for stream in self.streams
+            next(copied) if _is_offloaded(tensor, self.device) else torch.stack([tensor[i] for i in key])
+            for tensor in self.tensors
         ]
 
-    def _picked(self, key: Sequence[int]) -> list[Tensor]:
-        """Row by row: a gather on the host would take a pass, and a pinned buffer, of its own."""
+    def _copy_rows(self, key: Sequence[int]) -> list[Tensor]:
+        """Copy row by row: a gather on the host would take an extra pass and an extra pinned buffer."""
         out = []
-        for stream in self._far:
-            rows = torch.empty((len(key), *stream.shape[1:]), dtype=stream.dtype, device=self.device)
-            for to, index in enumerate(key):
-                rows[to].copy_(stream[index], non_blocking=True)
+        for tensor in self._offloaded:
+            rows = torch.empty((len(key), *tensor.shape[1:]), dtype=tensor.dtype, device=self.device)
+            for row, index in enumerate(key):
+                rows[row].copy_(tensor[index], non_blocking=True)
             out.append(rows)
         return out

@@ -1,13 +1,13 @@
-"""Runtime operations: what no parameter could absorb, so that it is computed beside the model's own graph.
+"""Runtime (online) operations: transforms that no parameter absorbs, computed in addition to the model's own graph.
 
-Each kind is one class that says where it stands, what it computes, what it costs and how it is stored. Who runs or
-writes a model lists the kinds that it can carry (``lowbit.load``: all; exporters: see ``Exporter.ops``) and refuses
-all others before any work.
+Each kind is one class that defines where the op is attached, what it computes, what it costs and how it is stored.
+Loaders and exporters list the kinds that they support (``lowbit.load``: all; exporters: see ``Exporter.ops``) and
+refuse all others before any work.
 
 ============ ================== ====================================================================================
-``Matrix``   behind a norm      ``x P``
-``Gather``   behind a norm      ``x[idx] * factor``, channels that are merged added first
-``Clip``     before a linear    clipping ratios on the ranges of its quantized input, and offsets before rounding
+``Matrix``   after a norm       ``x P``
+``Gather``   after a norm       ``x[idx] * factor``, merged channels added first
+``Clip``     before a linear    clipping ratios for the ranges of its quantized input, and offsets before rounding
 ============ ================== ====================================================================================
 """
 
@@ -25,16 +25,16 @@ from lowbit.errors import LowbitError
 from lowbit.quant.activations import ActFormat, IntTokens
 
 Place = Literal["behind a norm", "before a linear"]
-PREFIX = "runtime"  # of tensors' names: ``model.layers.3.input_layernorm.runtime.gather.factor``
+PREFIX = "runtime"  # in tensor names: ``model.layers.3.input_layernorm.runtime.gather.factor``
 
 
 class RuntimeOp(ABC):
-    """One operation at one module of a block; a frozen dataclass of its tensors.
+    """One operation attached to one module of a block; a frozen dataclass of its tensors.
 
     Attributes:
         kind: the name in files and messages.
-        place: at which modules it can stand.
-        why: what a message says of it, such as ``maps behind norms``.
+        place: the modules to which it can be attached.
+        why: its description in messages, such as ``matrices after norms``.
     """
 
     kind: ClassVar[str]
@@ -43,21 +43,21 @@ class RuntimeOp(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor, format: ActFormat | None = None) -> Tensor:
-        """The operation on ``x`` ``(..., width)``; ``format`` is that of a linear's input, for ops before one."""
+        """Apply the op to ``x`` ``(..., width)``; ``format``: of the linear's input, for ops before a linear."""
 
     @property
     @abstractmethod
     def macs(self) -> int:
-        """Multiplications, or multiply-adds, for one token."""
+        """Multiplications or multiply-adds per token."""
 
     @property
     @abstractmethod
     def bits(self) -> int:
-        """Bits that its tensors take."""
+        """Stored bits of its tensors."""
 
     @abstractmethod
     def to_tensors(self) -> dict[str, Tensor]:
-        """What is stored, by names within the op."""
+        """The stored tensors, by name within the op."""
 
     @classmethod
     @abstractmethod
@@ -65,28 +65,28 @@ class RuntimeOp(ABC):
         """The inverse of ``to_tensors``.
 
         Args:
-            tensors: as stored; what comes from a file is checked.
-            width: channels at the place where it stands.
+            tensors: as stored; tensors from a file are checked.
+            width: number of channels where the op is attached.
 
         Raises:
-            ValueError: they are not such an op of this width; the message says what is wrong.
+            ValueError: the tensors are no valid op of this kind and width; the message gives the reason.
         """
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:
-        """Names of its tensors in the order in which its class takes them; one may be ``None``."""
-        made: Any = cls
-        return tuple(field.name for field in fields(made))
+        """Names of its tensors in the order of the class's arguments; a tensor may be ``None``."""
+        dataclass_type: Any = cls
+        return tuple(field.name for field in fields(dataclass_type))
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """The op on another device."""
         moved = {name: value.to(device) for name, value in self.to_tensors().items()}
         return type(self).from_tensors(moved, self.width)
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """Channels at the place where it stands."""
+        """Number of channels where the op is attached."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Matrix(RuntimeOp):
 
     kind: ClassVar[str] = "matrix"
     place: ClassVar[Place] = "behind a norm"
-    why: ClassVar[str] = "matrices behind norms"
+    why: ClassVar[str] = "matrices after norms"
 
     matrix: Tensor
 
@@ -114,7 +114,7 @@ class Matrix(RuntimeOp):
 
     @property
     def macs(self) -> int:
-        """One for each entry."""
+        """One per entry."""
         return self.matrix.numel()
 
     @property
@@ -140,10 +140,10 @@ class Gather(RuntimeOp):
     Source: channel reassembly, QLLM, Liu et al., ICLR 2024, arXiv 2310.08041, section 3.2.
 
     Attributes:
-        idx: int64 ``(width,)``, for each new channel the old one.
+        idx: int64 ``(width,)``, the source channel of each output channel.
         factor: ``(width,)``.
-        into: int64 ``(width,)``, for each old channel the new one that it is added to before the factor, or -1;
-            ``None`` where none is merged.
+        into: int64 ``(width,)``, for each source channel the output channel to which it is added before the factor,
+            or -1; ``None`` if no channel is merged.
 
     >>> Gather(torch.tensor([0, 0]), torch.tensor([0.5, 0.5]))(torch.tensor([8.0, 1.0])).tolist()
     [4.0, 4.0]
@@ -154,7 +154,7 @@ class Gather(RuntimeOp):
 
     kind: ClassVar[str] = "gather"
     place: ClassVar[Place] = "behind a norm"
-    why: ClassVar[str] = "gathers behind norms"
+    why: ClassVar[str] = "gathers after norms"
 
     idx: Tensor
     factor: Tensor
@@ -164,18 +164,18 @@ class Gather(RuntimeOp):
         """``(..., width) -> (..., width)``, in the dtype of ``x``."""
         out = take_channels(x, self.idx)
         if self.into is not None:
-            gone = torch.nonzero(self.into >= 0).flatten()
-            out = out.index_add(-1, self.into[gone], x[..., gone])
+            merged = torch.nonzero(self.into >= 0).flatten()
+            out = out.index_add(-1, self.into[merged], x[..., merged])
         return out * self.factor.to(x.dtype)
 
     @property
     def width(self) -> int:
-        """Channels before and after."""
+        """Number of channels, before and after."""
         return len(self.idx)
 
     @property
     def macs(self) -> int:
-        """One for each channel."""
+        """One per channel."""
         return len(self.idx)
 
     @property
@@ -190,22 +190,22 @@ class Gather(RuntimeOp):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
-        """All ``(width,)``; indices must name channels that are there."""
+        """All ``(width,)``; indices must be valid channels."""
         expect_shapes(tensors, dict.fromkeys(("idx", "factor", *(["into"] if "into" in tensors else [])), (width,)))
         idx, into = tensors["idx"].long(), tensors["into"].long() if "into" in tensors else None
-        for value, least in ((idx, 0), (into, -1)):
-            if value is not None and not bool(((value >= least) & (value < width)).all()):
-                raise ValueError("names channels that are not there")
+        for value, minimum in ((idx, 0), (into, -1)):
+            if value is not None and not bool(((value >= minimum) & (value < width)).all()):
+                raise ValueError("has channel indices out of range")
         return cls(idx, tensors["factor"].float(), into)
 
 
 @dataclass(frozen=True)
 class Clip(RuntimeOp):
-    """Before a linear: its input is quantized within shrunken ranges, and with offsets.
+    """Quantization of a linear's input with clipped ranges and rounding offsets.
 
     Attributes:
-        ratios: ``(2,)``, clipping ratios on the low and the high end of every token's range.
-        offset: ``(in,)``, added before rounding, in steps; ``None`` for none.
+        ratios: ``(2,)``, clipping ratios of the low and the high end of every token's range.
+        offset: ``(in,)``, added before rounding, in quantization steps; ``None`` for none.
     """
 
     kind: ClassVar[str] = "clip"
@@ -220,18 +220,18 @@ class Clip(RuntimeOp):
         if format is None:
             return x
         if not isinstance(format, IntTokens):
-            raise LowbitError(f"a clip before a linear is for dynamic integer inputs, not for {format.name}")
+            raise LowbitError(f"a clip before a linear supports dynamic integer inputs only; {format.name} given")
         ratios = self.ratios.to(x.dtype)
         return format.fake_quant(x, ratios[0], ratios[1], None if self.offset is None else self.offset.to(x.dtype))
 
     @property
     def width(self) -> int:
-        """Channels of the offset; 0 where there is none, since ratios fit any width."""
+        """Number of channels of the offset; 0 without one, since ratios fit any width."""
         return 0 if self.offset is None else len(self.offset)
 
     @property
     def macs(self) -> int:
-        """One addition for each channel with an offset."""
+        """One addition per channel with an offset."""
         return self.width
 
     @property
@@ -246,7 +246,7 @@ class Clip(RuntimeOp):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
-        """``ratios`` ``(2,)`` and, where it is there, ``offset`` ``(width,)``."""
+        """``ratios`` ``(2,)`` and, if present, ``offset`` ``(width,)``."""
         shapes: dict[str, tuple[int, ...]] = {"ratios": (2,)}
         expect_shapes(tensors, shapes | ({"offset": (width,)} if "offset" in tensors else {}))
         return cls(tensors["ratios"].float(), tensors["offset"].float() if "offset" in tensors else None)
@@ -256,10 +256,10 @@ OPS: dict[str, type[RuntimeOp]] = {op.kind: op for op in (Matrix, Gather, Clip)}
 
 
 def expect_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ``ValueError`` where stored tensors have other names or shapes."""
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != dict(shapes):
-        raise ValueError(f"holds {found}; {dict(shapes)} is expected")
+    """Raise ``ValueError`` if the names or shapes of stored tensors differ from ``shapes``."""
+    actual = {name: tuple(value.shape) for name, value in tensors.items()}
+    if actual != dict(shapes):
+        raise ValueError(f"holds {actual}; {dict(shapes)} is expected")
 
 
 def take_channels(x: Tensor, idx: Tensor) -> Tensor:
@@ -272,16 +272,16 @@ def take_channels(x: Tensor, idx: Tensor) -> Tensor:
 
 
 def tensor_name(module: str, op: RuntimeOp | type[RuntimeOp], tensor: str) -> str:
-    """What a file calls one of an op's tensors."""
+    """The stored name of one of an op's tensors."""
     return f"{module}.{PREFIX}.{op.kind}.{tensor}"
 
 
 def parse_tensor_name(name: str) -> tuple[str, str, str] | None:
-    """``(module, kind, tensor)`` of a name that ``tensor_name`` made; ``None`` for any other.
+    """The inverse of ``tensor_name``: ``(module, kind, tensor)``; ``None`` for any other name.
 
     >>> parse_tensor_name("model.layers.3.input_layernorm.runtime.gather.idx")
     ('model.layers.3.input_layernorm', 'gather', 'idx')
     """
-    module, found, rest = name.rpartition(f".{PREFIX}.")
-    kind, dot, tensor = rest.partition(".")
-    return (module, kind, tensor) if found and dot else None
+    module, prefix, suffix = name.rpartition(f".{PREFIX}.")
+    kind, dot, tensor = suffix.partition(".")
+    return (module, kind, tensor) if prefix and dot else None

@@ -1,11 +1,10 @@
-"""The model without its blocks: embeddings, final norm and head, and how the model calls its layers.
+"""The model without its blocks: embeddings, final norm and head, and the arguments that it passes to its layers.
 
 The library's own model class is built without memory for its parameters; embeddings, norms and head are then
-filled in. In place of the decoder layers stand recorders: the model's own ``forward`` runs over them once to
-give what block 0 is called with, and the keyword arguments that it passes to each layer (masks and rotary
-embeddings differ from layer to layer in some families). Run again with the last recorder returning given hidden
-states, the same ``forward`` turns these into logits, with whatever the model does on the way (final norm,
-capped logits). Rejected: an exception that stops the forward at the first layer, which sees one layer's
+filled in. Recorders replace the decoder layers: one pass of the model's own ``forward`` yields the input of block 0
+and the keyword arguments of each layer (masks and rotary embeddings differ between layers in some families). When
+the last recorder returns given hidden states, the same ``forward`` computes their logits, including the final norm
+and logit capping. Rejected: an exception that stops the forward at the first layer, which sees one layer's
 arguments only, and per-family code for embedding and head.
 """
 
@@ -28,31 +27,31 @@ from lowbit.quant.scheme import ModelFormats
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps what it was called with, returns its input or what it was told to."""
+    """Replaces a decoder layer: records its keyword arguments, returns its input or ``answer`` if that is set."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kwargs: dict[int, Mapping[str, Any]] = {}  # by the sequence's length, on which alone they depend
+        self.kwargs: dict[int, Mapping[str, Any]] = {}  # by sequence length, their only dependence
         self.answer: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        # Masks made for one sequence broadcast over any number of them; those of a batch fit that batch only.
+        # Masks for one sequence broadcast over any batch; those of a batch fit that batch only.
         if hidden_states.shape[0] == 1:
             self.kwargs[hidden_states.shape[1]] = kwargs
         return hidden_states if self.answer is None else self.answer
 
 
 class Skeleton:
-    """A causal language model whose blocks live elsewhere.
+    """A causal language model without the parameters of its blocks.
 
     Attributes:
         config: the Hugging Face config.
-        family: the architecture's facts.
-        layers: the library's decoder layers, on ``meta``; they only say how a block computes.
+        family: the declared architecture.
+        layers: the library's decoder layers, on ``meta``; they define how a block computes.
     """
 
     def __init__(self, config: Any, trust_remote_code: bool = False) -> None:
-        """Build it from a config; ``fill`` gives it its parameters."""
+        """Build the model from a config; ``fill`` loads its parameters."""
         self.config, self._trusted = config, trust_remote_code
         self.family = family_of(config)
         self.heads = self.family.heads(config)
@@ -62,59 +61,59 @@ class Skeleton:
         parent, _, attribute = self.family.blocks.rpartition(".")
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.blocks))
         self._recorders = [_Recorder() for _ in self.layers]
-        self._length = 0  # of the sequences that ``embed`` saw last
+        self._length = 0  # of the sequences in the last call of ``embed``
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
 
     def empty(self) -> Skeleton:
-        """Another one of the same model, not filled."""
+        """Another skeleton of the same model, without parameters."""
         return Skeleton(self.config, self._trusted)
 
     @property
     def tied(self) -> bool:
-        """The head is the transposed embedding."""
+        """Whether head and embedding share one weight."""
         return bool(self.config.tie_word_embeddings)
 
     @property
     def shared_names(self) -> list[str]:
-        """Names of the parameters and stored buffers that belong to no block, a tied head left out."""
+        """Names of the shared (non-block) parameters and stored buffers, without a tied head."""
         tied = f"{self.family.head}.weight" if self.tied else ""
         return [name for name in self.model.state_dict() if name != tied]
 
-    def fill(self, rest: Mapping[str, Tensor]) -> None:
-        """Take parameters for some or all of ``shared_names``; afterwards none may be missing."""
-        self.model.load_state_dict(dict(rest), strict=False, assign=True)
+    def fill(self, shared: Mapping[str, Tensor]) -> None:
+        """Load parameters for some or all of ``shared_names``; afterwards none may be missing."""
+        self.model.load_state_dict(dict(shared), strict=False, assign=True)
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta:
-                raise LowbitError(f"no tensor '{name}' (nor anything that it is tied to) was given for the model")
+                raise LowbitError(f"the model's tensor '{name}' is missing, and so is any tensor tied to it")
             parameter.requires_grad_(False)
 
     def quantize_head_input(self, format: ActFormat) -> None:
-        """From now on the head sees its input quantized, as a quantized linear does."""
+        """Quantize the head's input from now on, as for a quantized linear."""
         head = self.model.get_submodule(self.family.head)
         head.register_forward_pre_hook(lambda module, args: (format.fake_quant(args[0]), *args[1:]))
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """What block 0 is called with for token ids ``(sequences, length)``: ``(sequences, length, hidden)``."""
+        """The input of block 0, ``(sequences, length, hidden)``, for token ids ``(sequences, length)``."""
         first, last = self._recorders[0], self._recorders[-1]
         last.answer = None
         self._length = ids.shape[1]
         # One sequence suffices for the keyword arguments: all have the same length and no padding.
         self.model(ids[:1], use_cache=False, logits_to_keep=1)
-        seen: list[Tensor] = []
-        handle = first.register_forward_hook(lambda module, args, out: seen.append(out))
+        inputs: list[Tensor] = []
+        handle = first.register_forward_hook(lambda module, args, out: inputs.append(out))
         try:
             for part in ids.split(64):
                 self.model(part, use_cache=False, logits_to_keep=1)
         finally:
             handle.remove()
-        return torch.cat(seen)
+        return torch.cat(inputs)
 
     def logits(self, ids: Tensor, hidden: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits ``(sequences, length, vocabulary)`` from the last block's output for the same ``ids``.
 
-        Of the positions ``keep`` only, where they are given: a head over a large vocabulary makes much of few tokens.
+        ``keep`` restricts them to these positions: logits over a large vocabulary take much memory per token.
         Differentiable in ``hidden``.
         """
         self._recorders[-1].answer = hidden
@@ -128,13 +127,13 @@ class Skeleton:
     ) -> Block:
         """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``) and the plan's formats.
 
-        It is for sequences of the length that ``embed`` saw last; before ``embed`` it holds parameters and cannot
-        run. Without ``formats`` nothing of it is to be quantized.
+        The block runs on sequences of the length in the last call of ``embed``; before ``embed`` it holds parameters
+        but cannot run. Without ``formats`` none of its linears is to be quantized.
         """
         formats = formats or ModelFormats()
         linears = [name for group in self.family.linears for name in group]
         names = [f"{index}.{name}" for index in range(start, start + count) for name in linears]
-        own = {name: formats.modules.get(f"{self.family.blocks}.{name}") for name in names}
+        modules = {name: formats.modules.get(f"{self.family.blocks}.{name}") for name in names}
         return Block(
             layers=tuple(self.layers[start : start + count]),
             start=start,
@@ -142,19 +141,19 @@ class Skeleton:
             family=self.family,
             heads=self.heads,
             params=dict(params),
-            formats={name: found for name, found in own.items() if found is not None},
+            formats={name: module for name, module in modules.items() if module is not None},
             kv=formats.kv,
         )
 
     def for_length(self, block: Block, length: int) -> Block:
-        """The block for sequences of another ``length`` that ``embed`` has seen: masks and rotary embeddings."""
+        """The block with masks and rotary embeddings for another ``length`` to which ``embed`` was applied."""
         return replace(block, kwargs=self._kwargs(block.start, len(block.layers), length))
 
     def forget(self) -> None:
-        """Drop what ``embed`` kept of the lengths that it saw."""
+        """Drop the keyword arguments that ``embed`` recorded."""
         for recorder in self._recorders:
             recorder.kwargs.clear()
 
     def _kwargs(self, start: int, count: int, length: int) -> tuple[Mapping[str, Any], ...]:
-        chosen = self._recorders[start : start + count]
-        return tuple(recorder.kwargs[length] if length else {} for recorder in chosen)
+        recorders = self._recorders[start : start + count]
+        return tuple(recorder.kwargs[length] if length else {} for recorder in recorders)

@@ -1,4 +1,4 @@
-"""Does a checkpoint hold what its config implies? Asked before any work, from headers where that is enough."""
+"""Checks that a checkpoint matches its config, before any work and from headers where they suffice."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
 from lowbit.progress import track
 
-FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
 
 
 @contextmanager
 def report_build_errors(folder: Path) -> Iterator[None]:
-    """Around what transformers makes of ``config.json``: its values are checked nowhere before, and by any error."""
+    """Report errors of transformers on an invalid ``config.json``, which may be of many types, as ``LowbitError``."""
     try:
         yield
     except (
@@ -39,7 +39,7 @@ def report_build_errors(folder: Path) -> Iterator[None]:
 
 
 def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
-    """Shapes of all tensors that a float checkpoint of the model has, by the model's names."""
+    """Shapes of all tensors in a float checkpoint of the model, by the model's names."""
     state, blocks = skeleton.model.state_dict(), skeleton.family.blocks
     shapes = {name: state[name].shape for name in skeleton.shared_names}
     for index, layer in enumerate(skeleton.layers):
@@ -50,10 +50,10 @@ def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
 def check_tensors(
     checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], blocks: str, quantized: Collection[str]
 ) -> None:
-    """Refuse a checkpoint that does not hold what its config implies; headers are read, no tensor.
+    """Refuse a checkpoint whose tensors do not match its config; only headers are read.
 
-    ``shapes`` are those of the float model; modules in ``quantized`` are not looked at. A weight of a block
-    that the model has no place for would be left out silently, so it is refused (rotary buffers may stay).
+    ``shapes`` are those of the float model; modules in ``quantized`` are not checked. A block weight or bias that is
+    not in the model is refused, since it would be ignored silently (rotary buffers are accepted).
     """
     stored: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in checkpoint.files:
@@ -64,59 +64,58 @@ def check_tensors(
     for name, shape in shapes.items():
         if name.removesuffix(".weight") in quantized:
             continue
-        found = checkpoint.find(name)
-        if found is None:
-            raise LowbitError(f"{checkpoint.folder} has no tensor '{name}': it does not fit its config.json")
-        used.add(found)
-        given, dtype = stored[found]
-        if given != tuple(shape):
+        stored_name = checkpoint.find(name)
+        if stored_name is None:
+            raise LowbitError(f"{checkpoint.folder} has no tensor '{name}': it does not match its config.json")
+        used.add(stored_name)
+        stored_shape, dtype = stored[stored_name]
+        if stored_shape != tuple(shape):
             raise LowbitError(
-                f"'{found}' in {checkpoint.folder} is {given}, config.json implies {tuple(shape)}: they do not "
-                "belong together"
+                f"'{stored_name}' in {checkpoint.folder} has shape {stored_shape}, config.json implies "
+                f"{tuple(shape)}: they do not match"
             )
         if dtype not in FLOATS:
-            raise LowbitError(f"'{found}' in {checkpoint.folder} is {dtype}; allowed: {', '.join(FLOATS)}")
-    inside = (f"{blocks}.", f"{blocks.removeprefix('model.')}.")
+            raise LowbitError(f"'{stored_name}' in {checkpoint.folder} is {dtype}; allowed: {', '.join(FLOATS)}")
+    prefixes = (f"{blocks}.", f"{blocks.removeprefix('model.')}.")
     for name in () if quantized else checkpoint.names:
-        if name not in used and name.startswith(inside) and name.endswith((".weight", ".bias")):
+        if name not in used and name.startswith(prefixes) and name.endswith((".weight", ".bias")):
             raise LowbitError(
-                f"{checkpoint.folder} has a tensor '{name}' that config.json has no place for: they do not belong "
-                "together"
+                f"{checkpoint.folder} has a tensor '{name}' that its config.json does not imply: they do not match"
             )
 
 
 def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Read everything once: better to know of a NaN in the last block before hours of work than after."""
+    """Refuse NaN and infinite values, by reading every tensor once before any work."""
     for name in track(list(names), "checking weights"):
         checkpoint.read([name])
 
 
 def refuse_foreign_quantization(config: Any, ours: bool, folder: Path) -> None:
-    """A checkpoint that another tool quantized is refused: its format would not be read as it should."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None and not ours:
-        method = found.get("quant_method") if isinstance(found, dict) else found
+    """Refuse a checkpoint that another tool quantized: its format is not supported."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not ours:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise LowbitError(f"{folder} is already quantized ({method}) and has no lowbit.json: give a float checkpoint")
 
 
 def check_tied(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
-    """Refuse a file with a head of its own under a config that says head and embedding are one tensor."""
+    """Refuse a checkpoint whose head differs from the embedding although its config ties them."""
     head, embed = (f"{name}.weight" for name in (skeleton.family.head, skeleton.family.embed))
     if not skeleton.tied or checkpoint.find(head) is None:
         return
-    both = checkpoint.read([head, embed])
-    if not torch.equal(both[head], both[embed]):
+    weights = checkpoint.read([head, embed])
+    if not torch.equal(weights[head], weights[embed]):
         raise LowbitError(
-            f"{checkpoint.folder} holds a '{head}' that differs from '{embed}', and config.json says that they are "
-            "one (tie_word_embeddings): set it to false there, or fetch the checkpoint again"
+            f"{checkpoint.folder} has a '{head}' that differs from '{embed}', but config.json ties them "
+            "(tie_word_embeddings): set it to false there, or fetch the checkpoint again"
         )
 
 
 def check_ids(ids: torch.Tensor, skeleton: Skeleton, folder: Path) -> None:
-    """Refuse tokens that the model has no embedding for."""
+    """Refuse token ids beyond the model's embeddings."""
     rows = skeleton.model.get_input_embeddings().weight.shape[0]
     if ids.max() >= rows:
         raise LowbitError(
             f"the tokenizer in {folder} gives token {int(ids.max())}, the model has {rows} embeddings: they do not "
-            "belong together"
+            "match"
         )

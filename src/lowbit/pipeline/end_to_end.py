@@ -1,20 +1,21 @@
-"""End-to-end correction: what the blocks' fits could not see, learned against the float model's own distributions.
+"""End-to-end correction: residual errors of the quantized blocks, fitted against the float model's distributions.
 
-Every learned step before this one fits hidden states, a block or a window at a time. What counts in the end is the
-next-token distribution, and an error weighs as much as the blocks behind it make of it. Here all blocks are corrected
-at once, towards the least mean of ``KL(float || quantized)`` over calibration tokens, in nats a token: a low-rank
-pair ``B A`` for every rounded linear (as in QLLM's correction, Liu et al. 2024, arXiv 2310.08041, section 3.3, whose
-window is four blocks), the ends of the weights' ranges (scales and zeros: Chen et al. 2024, EfficientQAT, arXiv
-2407.11062, section 3.3) and the norms' gains. Everything merges: ``fake_quant(W + B A / r)`` is both what is trained
-and what ships, on a grid whose scale is stored as it is used.
+Every learned step before this one fits hidden states, one block or window at a time. Model quality depends on the
+next-token distribution, where the following blocks amplify some errors and damp others. Here all blocks are corrected
+jointly to minimize the mean of ``KL(float || quantized)`` over calibration tokens, in nats a token: a low-rank pair
+``B A`` for every quantized linear (as in QLLM's correction, Liu et al. 2024, arXiv 2310.08041, section 3.3, whose
+window is four blocks), the range ends of the weights (scales and zero points: Chen et al. 2024, EfficientQAT, arXiv
+2407.11062, section 3.3) and the norms' gains. Everything is merged: ``fake_quant(W + B A / r)`` is both what is
+trained and what ships, with the scale used exactly as stored.
 
-The weights in memory are those of one block. A step runs the blocks one after another from files
-(``runs/latent_weights.py``), keeps nothing but each block's input, and on the way back runs each block again
-to differentiate it: gradient checkpointing with the weights on disk. What is learned stays in memory: pairs, ends,
-gains, Adam's moments.
+Only one block's weights are in memory at a time. A step runs the blocks one after another from files
+(``runs/latent_weights.py``), keeps only each block's input, and reruns each block in the backward pass to
+differentiate it: gradient checkpointing with the weights on disk. The learned parameters stay in memory: low-rank
+pairs, range ends, gains, Adam's moments.
 
-The start is the model that would have shipped; the end is the best on held-out sequences, so the start if nothing is
-better. After each epoch the state goes to disk, and a run that was killed goes on from there with the same bits.
+The fit starts from the result of the earlier steps and ends with the parameters that are best on the validation
+split, which are the initial ones if nothing improves. The state is saved after each epoch; a resumed run ends with
+the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from lowbit.quant.format import Format, QParams
 from lowbit.runs.folder import RUN, block_file, notes_file, pictures_file
 from lowbit.runs.latent_weights import Latents, latent, latent_file
 
-FIRST = "first"  # in .run: the folder of what the steps before this one make
+FIRST = "first"  # folder in .run that holds the result of the earlier steps
 STATE = "tune.safetensors"
-LOGIT_BYTES = 1 << 27  # logits of one model that are held at once
+LOGIT_BYTES = 1 << 27  # logits of one model held at once
 
 
 def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
-    """Run a recipe's steps and correct their result end to end: writes every block's shard of ``walk``'s folder.
+    """Run the block steps, correct their result end to end, and write every block's shard to ``walk``'s folder.
 
     Args:
-        options: the step.
-        walk: of the run; what it finds in its folder afterwards it only measures.
+        options: options of the ``tune`` step.
+        walk: the run's walk; afterwards it finds all shards done and only measures them.
         ids: calibration tokens ``(sequences, length)``.
     """
     layers = len(walk.skeleton.layers)
@@ -84,10 +85,10 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
 
 
 class Tuning:
-    """The fit: what is learned, the loss, and the rounded blocks at its end."""
+    """The fit: learned parameters, loss, and the quantized blocks that result."""
 
     def __init__(self, options: Tune, first: Walk, ids: Tensor, y_fp: Tensor) -> None:
-        """Take over from ``first``, whose files are all there; ``y_fp`` is the float model's last hidden state."""
+        """Start from the files that ``first`` wrote; ``y_fp`` holds the float model's last hidden states."""
         self.options, self.formats, self.device, self.folder = options, first.plan.formats, first.device, first.out
         self.teacher, self.student = first.skeletons(ids)
         x = embed_tokens(self.student, ids, self.device)
@@ -103,12 +104,12 @@ class Tuning:
 
     @torch.no_grad()
     def lost(self, sequences: int) -> float:
-        """The divergence before the first step, of up to four training sequences, in nats a token."""
+        """Divergence before the first step, in nats a token, over up to four training sequences."""
         train, _ = self.options.schedule.split(sequences)
         return float(self.loss(train[:4]))
 
     def _start(self, index: int) -> None:
-        """Leaves of a layer: corrections of 0, ends where they are, gains as they are."""
+        """Initialize a layer's learned parameters: zero corrections, unchanged range ends and gains."""
         generator = torch.Generator().manual_seed(index)
         block, latents = self._read(index)
         for name, qparams in latents.qparams.items():
@@ -125,28 +126,28 @@ class Tuning:
                 self.gains[norm] = block.params[norm].clone().requires_grad_()
 
     def _read(self, index: int) -> tuple[Block, Latents]:
-        """A layer from its file: what is not rounded as a block, and the rest."""
+        """Read a layer from its file: a block with the unquantized parameters, and the latent weights."""
         file = Checkpoint(self.folder, [latent_file(index)])
         latents = Latents({name: value.to(self.device) for name, value in file.read(file.names).items()})
         return replace(self.student.block(index, latents.params, formats=self.formats), ops=latents.ops), latents
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
-        """What is learned, with learning rates."""
+        """Groups of learned parameters with their learning rates."""
         options = self.options
         return [
             ([leaf for pair in self.pairs.values() for leaf in pair], self.rate * options.lr),
-            ([leaf for both in self.ends.values() for leaf in both], self.rate * options.lr_ends),
+            ([leaf for ends in self.ends.values() for leaf in ends], self.rate * options.lr_ends),
             ([self.gains[name] for name in sorted(self.gains)], self.rate * options.lr_norms),
         ]
 
     def begin(self, epoch: int) -> None:
-        """Say where the fit is, since an epoch goes through the whole model for every sequence."""
+        """Report progress: an epoch runs every sequence through the whole model."""
         if epoch > self.begun:
             say(f"tune: epoch {epoch} of {self.options.schedule.epochs}")
             self.begun = epoch
 
     def loss(self, chosen: Tensor) -> Tensor:
-        """The mean divergence, in nats a token, over the chosen sequences; differentiable in all leaves."""
+        """Mean divergence over the chosen sequences, in nats a token; differentiable in all learned parameters."""
         x, y_fp, ids = self.rows(chosen)
         for index in self.layers:
             if torch.is_grad_enabled():
@@ -156,7 +157,7 @@ class Tuning:
         return self._divergence(x, y_fp, ids)
 
     def _through(self, index: int, x: Tensor) -> Tensor:
-        """Hidden states through a layer as it will ship."""
+        """Hidden states after a layer quantized with the current parameters."""
         block, latents = self._read(index)
         quantized = {
             f"{name}.weight": format.fake_quant(weight, qparams)
@@ -184,32 +185,32 @@ class Tuning:
     def _divergence(self, hidden: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """``KL(float || quantized)`` from the last block's outputs ``(sequences, length, hidden)``, mean over tokens.
 
-        Logits of few positions at a time are made and differentiated at once; nothing of them is kept but the
-        gradient with respect to ``hidden``.
+        Logits are computed and differentiated for a few positions at a time; only the gradient with respect to
+        ``hidden`` is kept.
         """
-        wanted = torch.is_grad_enabled()
-        leaf = hidden.detach().requires_grad_(wanted)
+        differentiate = torch.is_grad_enabled()
+        leaf = hidden.detach().requires_grad_(differentiate)
         tokens, vocabulary = ids.numel(), self.student.config.vocab_size
         total = torch.zeros((), device=hidden.device)
         positions = torch.arange(ids.shape[1], device=hidden.device)
-        for keep in positions.split(max(1, LOGIT_BYTES // (4 * vocabulary * len(ids)))):
+        for chunk in positions.split(max(1, LOGIT_BYTES // (4 * vocabulary * len(ids)))):
             with torch.no_grad():
-                exact = self.teacher.logits(ids, y, keep).float().log_softmax(-1)
-            got = self.student.logits(ids, leaf, keep).float().log_softmax(-1)
-            part = (exact.exp() * (exact - got)).sum() / tokens
-            if wanted:
-                part.backward()
-            total += part.detach()
-        return _Known.apply(hidden, total, leaf.grad) if wanted else total
+                exact = self.teacher.logits(ids, y, chunk).float().log_softmax(-1)
+            ours = self.student.logits(ids, leaf, chunk).float().log_softmax(-1)
+            divergence = (exact.exp() * (exact - ours)).sum() / tokens
+            if differentiate:
+                divergence.backward()
+            total += divergence.detach()
+        return _Known.apply(hidden, total, leaf.grad) if differentiate else total
 
     @torch.no_grad()
     def rounded(self, index: int, fitted: Fitted) -> Block:
-        """A layer as it ships, with what its steps and this one have to say."""
+        """A layer as it ships, with the notes and records of its steps and of this one."""
         block, latents = self._read(index)
         linears = self._linears(block, latents)
-        kept = read_json(self.folder / notes_file(index))
-        steps: dict[str, Any] = {**kept["record"].get("steps", {})}
-        notes = [Note(index, text) for text in kept["notes"]]
+        written = read_json(self.folder / notes_file(index))
+        steps: dict[str, Any] = {**written["record"].get("steps", {})}
+        notes = [Note(index, text) for text in written["notes"]]
         if index == 0:
             steps["tune"] = _record(fitted) | {"rate": self.rate}
             notes += [Note(index, text) for text in _notes(fitted)]
@@ -224,7 +225,7 @@ class Tuning:
                 **{name: value.detach() for name, value in self._own_gains(index).items()},
                 **{f"{name}.weight": weight for name, (weight, _, _) in linears.items()},
             },
-            qweights={name: format.quantize(weight, own) for name, (weight, own, format) in linears.items()},
+            qweights={name: format.quantize(weight, qparams) for name, (weight, qparams, format) in linears.items()},
             notes=tuple(notes),
             record={index: steps} if steps else {},
             pictures=pictures,
@@ -232,8 +233,8 @@ class Tuning:
 
 
 def _notes(fitted: Fitted) -> list[str]:
-    """What a reader of the report must know."""
-    nothing = [] if fitted.best else ["nothing learned was better on the validation split; nothing was corrected"]
+    """Notes for the report."""
+    nothing = [] if fitted.best else ["no epoch improved the validation split; no correction was applied"]
     return [f"tune: {note}" for note in [*fitted.notes, *nothing]]
 
 
@@ -249,7 +250,7 @@ def _record(fitted: Fitted) -> dict[str, Any]:
 
 
 class _Known(torch.autograd.Function):
-    """A value whose gradient with respect to ``x`` is known already."""
+    """A value with a precomputed gradient with respect to ``x``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""What a run will take, before it starts: memory, disk and time, from shapes and a short measurement.
+"""Estimates of a run's memory, disk space and time, from shapes and a short measurement.
 
-Memory is embeddings and head, one window of blocks (float weights, a copy that a method works on, second moments)
-and the streams of hidden states; for ``tune`` also all that it learns, with gradients and Adam's moments. Time counts
-the floating-point operations of forward passes and divides by what a matrix product reaches here; searches and
-factorisations come on top, so it is a lower estimate.
+Memory covers embeddings and head, one window of blocks (float weights, a working copy, second moments) and the hidden
+states; for ``tune`` also its learned parameters with gradients and Adam's moments. Time is the floating-point
+operations of the forward passes over the measured matrix-product throughput; searches and factorizations are not
+counted, so it is a lower bound.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
 from lowbit.runs.plan import Plan, linear_shapes
 
-LEAF_COPIES = 6  # of what a fit learns: itself, its best, its gradient, Adam's two moments and step counts
+LEAF_COPIES = 6  # of a learned parameter: value, best value, gradient, Adam's two moments and step counts
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes: ``memory_bytes`` at its peak, ``disk_bytes`` of the result, ``seconds`` at least."""
+    """Peak memory, size of the result on disk, and a lower bound on the time."""
 
     memory_bytes: int
     disk_bytes: int
@@ -36,13 +36,13 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     block = sum(weights) // layers * recipe.window
     tokens, hidden = samples * length, skeleton.config.hidden_size
     widest = max(columns for _, columns in linear_shapes(skeleton).values())
-    rest = sum(p.numel() for n, p in skeleton.model.named_parameters() if n in skeleton.shared_names)
-    # x_fp, x_q and what replaces them; steps that go through a window block by block have such four of their own, of
-    # which one is the window's.
-    streams = (7 if recipe.window > 1 else 4) * tokens * hidden * 4
+    shared = sum(p.numel() for n, p in skeleton.model.named_parameters() if n in skeleton.shared_names)
+    # x_fp and x_q with their successors; a step that runs a window block by block has four more, one of them shared
+    # with the window.
+    states = (7 if recipe.window > 1 else 4) * tokens * hidden * 4
     moments = 2 * widest * widest * 8
     activations = 4 * length * widest * 4 * 6
-    memory = 400_000_000 + 2 * rest * 4 + 3 * block * 4 + streams + moments + activations
+    memory = 400_000_000 + 2 * shared * 4 + 3 * block * 4 + states + moments + activations
     if recipe.tune is not None:
         memory += 4 * recipe.tune.learned(linear_shapes(skeleton).values()) * LEAF_COPIES
     stored = plan.stored_bits / 8 if plan.layout == "pack-quantized" else float(sum(weights))
@@ -52,7 +52,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
 
 
 def matmul_speed() -> float:
-    """Floating-point operations a second of a float32 matrix product here, the best of three short tries."""
+    """Floating-point operations a second of a float32 matrix product on this machine; best of three short runs."""
     a = torch.rand(768, 768)
     best = 0.0
     for _ in range(3):

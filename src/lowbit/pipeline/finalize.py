@@ -1,4 +1,4 @@
-"""The last files of a run folder: index, config, tokenizer, model card, timing, and the manifest after all."""
+"""The last files of a run folder: index, config, tokenizer, model card, timing and, last, the manifest."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def finish(
     rows: list[BlockRow],
     request: Mapping[str, Any],
 ) -> Manifest:
-    """Write everything that is not a shard, the manifest last; returns the manifest."""
+    """Write all files other than shards, the manifest last; return the manifest."""
     write_folder_index(out, len(rows))
     config = read_json(source / "config.json")
     config["quantization_config"] = quantization_config(plan.formats, plan.floats, plan.embed)
     ops = _runtime_ops(out, len(rows))
     if ops:
-        # The weights are those of another graph, and a stock loader must not run them. It skips a method that it does
-        # not know and goes on with random weights; a group that it cannot read stops it, and is named in its error.
+        # The weights belong to a graph with runtime ops, which a stock loader must not run. It ignores an unknown
+        # method and continues with random weights; an unreadable group makes it fail with the group's name.
         config["quantization_config"]["config_groups"] = {
             STOP: {"targets": ["Linear"], "weights": {"num_bits": STOP}}
         }
@@ -66,7 +66,7 @@ def finish(
     write_bytes(out / "README.md", model_card(manifest).encode())
     timing = [{"block": i, **_without_notes(read_json(out / notes_file(i)))} for i in range(len(rows))]
     write_json(out / TIMING, {"blocks": timing})
-    # Digests of what ships: the timing says when it was made, not what it is.
+    # Digests cover what ships; the timing differs between identical runs.
     ours = sorted(p for p in out.iterdir() if p.is_file() and p.name not in (TIMING, MANIFEST))
     manifest = replace(manifest, files={path.name: sha256_of(path) for path in ours})
     write_json(out / MANIFEST, manifest.to_dict())
@@ -79,39 +79,39 @@ def _without_notes(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A runtime op in a run's shards, and the bits that it takes."""
+class _StoredOp:
+    """A runtime op in a run's shards and its size in bits."""
 
     op: type[RuntimeOp]
     bits: int
 
 
-def _runtime_ops(out: Path, layers: int) -> dict[str, _Found]:
-    """What stays beside the model's graph, by full module names."""
+def _runtime_ops(out: Path, layers: int) -> dict[str, _StoredOp]:
+    """Runtime ops by full module name."""
     shards = Checkpoint(out, [block_file(i) for i in range(layers)])
-    found: dict[str, _Found] = {}
+    ops: dict[str, _StoredOp] = {}
     for name in shards.names:
         if (parsed := parse_tensor_name(name)) is not None:
             module, kind, _ = parsed
             value = shards.read([name])[name]
-            before = found[module].bits if module in found else 0
-            found[module] = _Found(OPS[kind], before + value.numel() * value.element_size() * 8)
-    return found
+            bits = ops[module].bits if module in ops else 0
+            ops[module] = _StoredOp(OPS[kind], bits + value.numel() * value.element_size() * 8)
+    return ops
 
 
-def _why_not(plan: Plan, ops: Mapping[str, _Found]) -> str | None:
-    """Why stock ``transformers`` does not run the result."""
+def _why_not(plan: Plan, ops: Mapping[str, _StoredOp]) -> str | None:
+    """Why stock ``transformers`` does not run the result; ``None`` where it does."""
     if not ops:
         return plan.stock
-    count = Counter(found.op for found in ops.values())
+    count = Counter(stored.op for stored in ops.values())
     why = f"{' and '.join(f'{n} {op.why}' for op, n in count.items())} stay online"
     return why if plan.stock is None else f"{why}; {plan.stock}"
 
 
 def _manifest(
-    plan: Plan, identity: Identity, rows: list[BlockRow], ops: Mapping[str, _Found], request: Mapping[str, Any]
+    plan: Plan, identity: Identity, rows: list[BlockRow], ops: Mapping[str, _StoredOp], request: Mapping[str, Any]
 ) -> Manifest:
-    extra, why_not = sum(found.bits for found in ops.values()), _why_not(plan, ops)
+    extra, why_not = sum(stored.bits for stored in ops.values()), _why_not(plan, ops)
     weights = plan.quantized_weights
     return Manifest(
         identity=identity,
@@ -121,29 +121,29 @@ def _manifest(
         layout=plan.layout,
         bits_per_weight=plan.bits_per_weight + extra / weights,
         model_bits_per_weight=plan.model_bits_per_weight + extra / (weights + plan.float_weights),
-        runtime_ops={module: found.op.kind for module, found in ops.items()},
+        runtime_ops={module: stored.op.kind for module, stored in ops.items()},
         transformers=StockLoading(why_not is None, why_not, _inputs(plan.formats)),
         versions=versions(),
         blocks=rows,
-        files={},  # digests follow when all other files are there
+        files={},  # digests are added once all other files are written
     )
 
 
 def _inputs(formats: ModelFormats) -> str | None:
-    """What stock ``transformers`` computes with where a runtime's quantization of inputs is simulated."""
-    found = {f.input.runtime for f in formats.modules.values() if isinstance(f.input, RuntimeInput)}
-    if not found:
+    """The activations that stock ``transformers`` uses where the run simulates a runtime's quantization of inputs."""
+    runtimes = {f.input.runtime for f in formats.modules.values() if isinstance(f.input, RuntimeInput)}
+    if not runtimes:
         return None
-    runtime = found.pop()
-    return f"float inputs; lowbit's figures are with those of {runtime}: {RUNTIMES[runtime].rounds}"
+    runtime = runtimes.pop()
+    return f"float inputs; lowbit's results simulate those of {runtime}: {RUNTIMES[runtime].rounds}"
 
 
 def model_card(manifest: Manifest) -> str:
-    """The README.md of a run folder: what was done, with what, and how to load it."""
+    """The README.md of a run folder: recipe, scheme, calibration, versions and how to load it."""
     identity = manifest.identity
     steps = " -> ".join(identity.steps)
     data = identity.data
-    overrides = identity.scheme["overrides"]
+    overrides = [pair for override in identity.scheme["overrides"] for pair in override.items()]
     lines = [
         "---",
         "library_name: transformers",
@@ -158,8 +158,9 @@ def model_card(manifest: Manifest) -> str:
         f"| recipe | {identity.recipe_name} ({steps}) |",
         f"| scheme | {identity.scheme['scheme']} |",
         *[f"| target runtime | {name} |" for name in [identity.scheme.get("target")] if name],
-        *[f"| override | `{glob}`: {text} |" for glob, text in (pair for one in overrides for pair in one.items())],
-        f"| effective bits per quantized weight | {manifest.bits_per_weight:.3f} (codes, scales, zeros, ops) |",
+        *[f"| override | `{glob}`: {text} |" for glob, text in overrides],
+        "| effective bits per quantized weight | "
+        f"{manifest.bits_per_weight:.3f} (codes, scales, zero points, runtime ops) |",
         f"| quantized modules | {len(manifest.quantized)} |",
         f"| left in float | {', '.join(manifest.floats) or 'nothing'}, embeddings unless quantized, norms |",
         f"| calibration | {data.corpus}, {data.samples} x {data.length} tokens, seed {identity.seed} |",
@@ -181,7 +182,7 @@ def model_card(manifest: Manifest) -> str:
             "```",
         ]
         if inputs := manifest.transformers.inputs:
-            lines += ["", f"That computes with {inputs}. `lowbit.load` gives the model as it was measured."]
+            lines += ["", f"This computes with {inputs}. `lowbit.load` gives the model as evaluated."]
     else:
         lines += [
             f"Stock `transformers` does not run this scheme: {manifest.transformers.why_not}.",
@@ -195,5 +196,5 @@ def model_card(manifest: Manifest) -> str:
         ]
     notes = [f"- block {row.block}: {note}" for row in manifest.blocks for note in row.notes]
     if notes:
-        lines += ["", "## What happened on the way", "", *notes]
+        lines += ["", "## Notes", "", *notes]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""What ``lowbit inspect MODEL`` tells before anything starts."""
+"""Facts and estimates that ``lowbit inspect MODEL`` prints before a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def inspect_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Facts and estimates as plain data; for a run folder, what was done in place of estimates."""
+    """Facts and estimates as plain data; for a run folder, its manifest's facts instead of estimates."""
     check_sizes(samples, length)
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
@@ -62,15 +62,15 @@ def inspect_model(
     chosen, formats = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
     plan = make_plan(skeleton, formats)
     check_length(config, length)
-    guess = estimate(skeleton, plan, chosen, samples, length)
+    needs = estimate(skeleton, plan, chosen, samples, length)
     return facts | {
         "parameters": plan.quantized_weights + plan.float_weights,
         "scheme": formats.name,
         "recipe": chosen.name,
         "bits_per_weight": round(plan.bits_per_weight, 4),
-        "estimated_memory_bytes": guess.memory_bytes,
-        "estimated_disk_bytes": guess.disk_bytes,
-        "estimated_seconds_at_least": round(guess.seconds, 1),
+        "estimated_memory_bytes": needs.memory_bytes,
+        "estimated_disk_bytes": needs.disk_bytes,
+        "estimated_seconds_at_least": round(needs.seconds, 1),
     }
 
 

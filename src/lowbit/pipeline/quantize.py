@@ -1,7 +1,7 @@
 """``lowbit.quantize``: a model, a scheme and a recipe in; a run folder out.
 
-Three stages with a value between each two: what is asked for becomes a ``Request``, every check makes it a
-``Resolved``, and only then is anything written. So what can be refused is refused before any work.
+Three stages: the arguments become a ``Request``, all checks turn it into a ``Resolved``, and only then is anything
+written. Invalid requests are refused before any work starts.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from lowbit.runs.versions import versions
 
 @dataclass(frozen=True)
 class Quantized:
-    """What ``quantize`` made.
+    """The result of ``quantize``.
 
     Attributes:
         out: the run folder.
-        bits_per_weight: effective bits of a quantized weight: codes, scales, zero points and runtime ops.
-        seconds: wall time of this call (a run that was resumed spent more before).
-        peak_memory_bytes: the most memory that the process has held.
-        warnings: what the run had to do differently, and what the folder needs to load.
+        bits_per_weight: effective bits per quantized weight: codes, scales, zero points and runtime ops.
+        seconds: wall time of this call; earlier calls of a resumed run are not included.
+        peak_memory_bytes: peak resident memory of the process.
+        warnings: fallbacks that the run took, and restrictions on loading the folder.
         manifest: the content of ``lowbit.json``.
     """
 
@@ -88,27 +88,27 @@ def quantize(
     target: str | None = None,
     compiled: bool = False,
 ) -> Quantized:
-    """Quantize a model into a folder that is a Hugging Face checkpoint; a run that was stopped goes on.
+    """Quantize a model into a folder in Hugging Face checkpoint format; an interrupted run is resumed.
 
     Omitted arguments fall back to the recipe's ``run`` section, then to ``lowbit.pipeline.request.DEFAULTS``.
 
     Args:
         model: a folder, a hub id, a ``.gguf`` file or ``demo``.
-        out: the run folder; new, empty, or of this same run.
+        out: the run folder; new, empty, or left by an interrupted run of the same request.
         scheme: a name such as ``w4a16g64-sym``, a YAML file, or a ``Scheme``.
         recipe: a name such as ``gptq``, a YAML file, or a ``Recipe``.
         data: calibration text: ``builtin``, ``wikitext2``, ``ptb``, ``c4``, ``self`` or a file.
-        samples, length, seed: how many windows of how many tokens, and how they are drawn.
-        device, dtype: where and in what the blocks run; a CPU computes in float32 only.
+        samples, length, seed: number of windows, tokens per window, and the seed that draws them.
+        device, dtype: device and dtype of the blocks' forward passes; a CPU computes in float32 only.
         settings: ``step.field=value`` for the recipe's steps.
         overrides: ``{glob: format}`` over module names, such as ``{"*.down_proj": "w8"}`` or ``{"lm_head": "w8"}``.
-        revision: of a hub model.
-        allow_pickle, trust_remote_code: both off unless asked for.
+        revision: revision of a hub model.
+        allow_pickle, trust_remote_code: permit pickle checkpoints and model code from the hub.
         effort: ``quick``, ``normal`` or ``paper``: the training budget, a share of a recipe's epochs. A ``Recipe``
-            that is given as one keeps its epochs unless this is given; ``settings`` are exact.
-        target: the runtime that the result is for: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It
-            gives the default scheme, what it cannot carry is refused now, and its own quantization of the linears'
-            inputs is simulated in calibration and evaluation.
+            object keeps its epochs unless this is set; epochs in ``settings`` are not scaled.
+        target: the target runtime: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It determines the
+            default scheme; schemes and recipes that it does not support are refused, and its own quantization of the
+            linears' inputs is simulated in calibration and evaluation.
         compiled: fused fake quantization in training, on an NVIDIA GPU: see ``lowbit.quant.inductor``.
 
     Raises:
@@ -137,15 +137,15 @@ def quantize(
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request that passed every check, with all that the run needs.
+    """A request that passed every check, with everything the run needs.
 
     Attributes:
-        request: what is asked for.
+        request: the checked arguments.
         source, checkpoint, skeleton: the model.
-        scheme: the scheme, with what a target runtime makes of it.
+        scheme: the scheme, adapted to the target runtime.
         plan: formats and layout of every module.
-        shapes: of all tensors of the checkpoint, by name.
-        tokens: what methods calibrate on.
+        shapes: shapes of the checkpoint's tensors, by name.
+        tokens: calibration tokens.
     """
 
     request: Request
@@ -158,7 +158,7 @@ class Resolved:
     tokens: Tokens
 
     def identity(self) -> Identity:
-        """What makes this run another one than others: the same on every machine."""
+        """What distinguishes this run from others: independent of the machine."""
         request, tokens = self.request, self.tokens
         return Identity(
             model=request.model_name,
@@ -176,7 +176,7 @@ class Resolved:
 
 
 def _check(request: Request) -> Resolved:
-    """Open the model and the text, and refuse what does not fit together."""
+    """Open the model and the calibration text, and check that model, scheme and text are compatible."""
     trusted = request.trust_remote_code
     source = resolve(
         request.model,
@@ -201,13 +201,13 @@ def _check(request: Request) -> Resolved:
 
 
 def _run(resolved: Resolved, out: Path) -> Manifest:
-    """Do the work, or what is left of it; returns the manifest."""
+    """Run or resume the quantization; return the manifest."""
     request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
     identity, skeleton, checkpoint = resolved.identity(), resolved.skeleton, resolved.checkpoint
     state = look(out, identity)
     if state == "finished" and (manifest := manifest_of(out)) is not None:
-        shutil.rmtree(out / RUN, ignore_errors=True)  # of a run that was killed right after its manifest
-        say(f"{out} holds this run already, finished")
+        shutil.rmtree(out / RUN, ignore_errors=True)  # left by a run that was killed right after writing its manifest
+        say(f"{out} already holds this run, finished")
         return manifest
     if state == "new":
         check_finite(checkpoint, resolved.shapes)
@@ -225,10 +225,10 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
 
 
 def _scheme(request: Request, skeleton: Skeleton) -> Scheme:
-    """The scheme, made for a target runtime where one is asked for, by option or in the scheme itself."""
+    """The scheme of the request, adapted to its target runtime if there is one."""
     if request.target is not None:
         return settle(request.target, request.scheme, request.overrides, request.recipe, skeleton)
-    assert request.scheme is not None  # it is left out for a target runtime only
+    assert request.scheme is not None  # omitted only with a target runtime
     return request.scheme
 
 
@@ -244,12 +244,12 @@ def _calibration(request: Request, source: Source) -> Tokens:
 
 
 def _size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:
-    """An upper bound: codes as stored plus the float part at 32 bits, and what a run keeps until it ends."""
+    """Upper bound in bytes: codes as stored, the float part at 32 bits, and temporary files of the run."""
     stored = plan.stored_bits if plan.layout == "pack-quantized" else plan.stored_bits + 8 * plan.quantized_weights
     result = int(stored / 8) + 4 * plan.float_weights
     if recipe.tune is None:
         return result
-    state = 4 * 5 * recipe.tune.learned(linear_shapes(skeleton).values())  # as ``training.fit`` keeps it
+    state = 4 * 5 * recipe.tune.learned(linear_shapes(skeleton).values())  # as ``training.fit`` stores it
     return 2 * (result + plan.quantized_weights) + state
 
 

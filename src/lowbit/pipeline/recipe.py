@@ -6,17 +6,16 @@
       - awq: {clip: true}
       - rtn
 
-A recipe ends with a step that rounds; behind it may stand ``tune``, the one step that works on the whole model. It
-may name the protocol that it is meant for, which counts where a person gave nothing:
+A recipe's last block step quantizes; ``tune``, the only step on the whole model, may follow it. A recipe may specify
+the protocol that it is meant for, as defaults for omitted arguments:
 
 .. code-block:: yaml
 
     run: {scheme: w3a16-asym, data: wikitext2, samples: 128, length: 2048, seed: 2, effort: paper}
 
-``description`` and ``schemes`` (which it suits) are lines for ``lowbit recipes``.
+``description`` and ``schemes`` (the schemes that it suits) are printed by ``lowbit recipes``.
 
-Unknown steps and fields are refused with the nearest known name, and every
-value is checked against the type of the field that it sets.
+Unknown steps and fields are refused with the nearest known name, and every value is checked against its field's type.
 """
 
 from __future__ import annotations
@@ -42,24 +41,24 @@ from lowbit.quant.activations import ActFormat
 
 Step = Method | Tune
 Named = tuple[str, Step]
-# How much of the epochs that a recipe asks for is spent.
+# Training budgets: shares of the epochs in a recipe.
 EFFORTS = {"quick": 0.3, "normal": 0.5, "paper": 1.0}
 PROTOCOL: dict[str, type] = {"scheme": str, "data": str, "samples": int, "length": int, "seed": int, "effort": str}
 KEYS = ("description", "schemes", "steps", "window", "run")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 takes 1e-3 for text
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 parses 1e-3 as text
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every block.
+    """The steps applied to every block.
 
     Attributes:
-        name: what results call it.
+        name: name in results.
         steps: ``(method name, method)`` in order.
-        window: how many consecutive blocks a step gets as one.
-        run: the protocol that it is meant for; see ``PROTOCOL``.
-        description, schemes: what it does and which schemes it suits, for people; no part of what a run is.
+        window: number of consecutive blocks that a step works on together.
+        run: the protocol that the recipe is meant for; see ``PROTOCOL``.
+        description, schemes: for ``lowbit recipes``; not part of a run's identity.
     """
 
     name: str
@@ -71,44 +70,46 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            raise LowbitError(f"recipe '{self.name}' has no steps: list at least one that rounds, such as rtn")
+            raise LowbitError(f"recipe '{self.name}' has no steps: list at least one that quantizes, such as rtn")
         if misplaced := [name for name, step in self.steps[:-1] if isinstance(step, Tune)]:
-            raise LowbitError(f"recipe '{self.name}': {misplaced[0]} comes last, behind the step that rounds, once")
+            raise LowbitError(
+                f"recipe '{self.name}': {misplaced[0]} may appear once, last, after the step that quantizes"
+            )
         rounds = [method.rounds for _, method in self.block_steps]
         if sum(rounds) != 1 or not rounds[-1]:
             known = ", ".join(name for name, method in METHODS.items() if method.rounds)
-            raise LowbitError(f"recipe '{self.name}': exactly one step rounds, and it comes last; one of {known}")
+            raise LowbitError(f"recipe '{self.name}': exactly one step quantizes, and it comes last; one of {known}")
         self._check_order()
-        check_least(f"recipe '{self.name}': window", self.window, 1, "give how many blocks a step gets as one")
+        check_least(f"recipe '{self.name}': window", self.window, 1, "give the number of blocks per step")
 
     def _check_order(self) -> None:
-        """No step may move maps over norms behind one that leaves something between norms and what reads them."""
-        for at, (name, method) in enumerate(self.block_steps):
-            after = next((later for later, step in self.block_steps[at + 1 :] if step.moves_norms), None)
+        """Refuse a step that folds maps into norms after one that leaves runtime ops behind norms."""
+        for position, (name, method) in enumerate(self.block_steps):
+            after = next((later for later, step in self.block_steps[position + 1 :] if step.moves_norms), None)
             if after and any(op.place == "behind a norm" for op in method.runtime_ops(None)):
                 raise LowbitError(
-                    f"recipe '{self.name}': {after} cannot come after {name} as it is set here: what {name} leaves "
-                    f"after norms is not where {after} moves its maps; put {after} first"
+                    f"recipe '{self.name}': {after} cannot come after {name} as configured here: {name} leaves "
+                    f"runtime ops behind the norms into which {after} folds its maps; put {after} first"
                 )
 
     @property
     def block_steps(self) -> tuple[tuple[str, Method], ...]:
-        """The steps that work on a block or a window."""
+        """The steps that work on one block or window."""
         return tuple((name, step) for name, step in self.steps if isinstance(step, Method))
 
     @property
     def tune(self) -> Tune | None:
-        """The step behind them, if there is one that does anything."""
+        """The end-to-end step, if there is one with epochs."""
         last = self.steps[-1][1]
         return last if isinstance(last, Tune) and last.schedule.epochs else None
 
 
 def runtime_ops(recipe: Recipe, inputs: ActFormat | None) -> dict[type[RuntimeOp], str]:
-    """The kinds of runtime ops that a recipe may leave, each with the step that leaves it; known before any work.
+    """The kinds of runtime ops that a recipe may leave, each with the step that leaves it.
 
     Args:
         recipe: the recipe.
-        inputs: the format of the linears' inputs; without one there are no ranges to clip or shift.
+        inputs: format of the linears' inputs; ``None``: inputs stay float, without ranges to clip or shift.
     """
     out: dict[type[RuntimeOp], str] = {}
     for name, method in recipe.block_steps:
@@ -118,7 +119,7 @@ def runtime_ops(recipe: Recipe, inputs: ActFormat | None) -> dict[type[RuntimeOp
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package; those of published rows as ``paper/...`` behind the others."""
+    """Names of the packaged recipes; those that reproduce published results come last, as ``paper/...``."""
     root = files("lowbit") / "recipes"
     here, papers = (
         sorted(
@@ -129,30 +130,30 @@ def recipe_names() -> list[str]:
     return here + papers
 
 
-def load_recipe(given: str) -> Recipe:
-    """A recipe from its name or from a YAML file."""
-    if given.endswith((".yaml", ".yml")):
-        name = Path(given).stem
+def load_recipe(name_or_path: str) -> Recipe:
+    """Load a recipe by name or from a YAML file."""
+    if name_or_path.endswith((".yaml", ".yml")):
+        name = Path(name_or_path).stem
         try:
-            text = Path(given).read_text()
+            text = Path(name_or_path).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise LowbitError(f"cannot read the recipe {given}: {error}") from error
-    elif given in recipe_names():
-        name, text = given, (files("lowbit") / "recipes" / f"{given}.yaml").read_text()
+            raise LowbitError(f"cannot read the recipe {name_or_path}: {error}") from error
+    elif name_or_path in recipe_names():
+        name, text = name_or_path, (files("lowbit") / "recipes" / f"{name_or_path}.yaml").read_text()
     else:
-        rows = given.startswith("paper/")  # nearly a hundred: shown to those only who look for one
-        raise unknown("recipe", given, [name for name in recipe_names() if ("/" in name) == rows])
+        published = name_or_path.startswith("paper/")  # nearly a hundred: suggested only for such names
+        raise unknown("recipe", name_or_path, [name for name in recipe_names() if ("/" in name) == published])
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise LowbitError(f"recipe {given} is no YAML: {' '.join(str(error).split())}") from error
+        raise LowbitError(f"recipe {name_or_path} is not valid YAML: {' '.join(str(error).split())}") from error
     return recipe_from_dict(content, name)
 
 
 def with_effort(recipe: Recipe, effort: str) -> Recipe:
-    """``recipe`` with the epochs of its learned steps scaled; one that learns at all keeps at least one epoch.
+    """``recipe`` with the epochs of its learned steps scaled; a learned step keeps at least one epoch.
 
-    ``quick`` is 0.3 of what the recipe says, ``normal`` 0.5, ``paper`` all of it.
+    ``quick`` is 0.3 of the recipe's epochs, ``normal`` 0.5, ``paper`` all of them.
     """
     if effort not in EFFORTS:
         raise unknown("effort", effort, EFFORTS)
@@ -207,7 +208,7 @@ def _step(entry: Any, recipe: str) -> Named:
 
 
 def _build(name: str, step: Step, options: Mapping[str, Any]) -> Step:
-    """A step with options by their flat names, whichever group they are in."""
+    """A step with options set by their flat names."""
     hints, known = option_types(step), options_of(step)
     values = {}
     for key, value in options.items():
@@ -217,25 +218,25 @@ def _build(name: str, step: Step, options: Mapping[str, Any]) -> Step:
     return with_options(step, **values)
 
 
-def _typed(where: str, value: Any, wanted: Any, usual: Any = None) -> Any:
-    """``value`` as the field's type; whole numbers and ``1e-3`` are taken for a float, false for ``off``, no more.
+def _typed(where: str, value: Any, expected: Any, default: Any = None) -> Any:
+    """``value`` as the field's type; conversions: whole numbers and ``1e-3`` to float, false to ``off``.
 
-    Infinity and NaN are refused: they slip through comparisons.
+    Infinity and NaN are refused, since range checks by comparison miss them.
     """
-    allowed = typing.get_args(wanted) or (wanted,)
+    allowed = typing.get_args(expected) or (expected,)
     if float in allowed and (type(value) is int or (isinstance(value, str) and _EXPONENT.fullmatch(value))):
         value = float(value)
     if value is False and str in allowed:
-        value = "off"  # what YAML makes of a bare off
+        value = "off"  # YAML 1.1 parses a bare off as false
     if type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value)):
         return value
     names = " or ".join(_KINDS.get(kind, str(kind)) for kind in allowed)
-    default = "" if usual is None else f" (default: {usual!r})"
-    raise LowbitError(f"{where}: {value!r} given; {names} is allowed{default}")
+    hint = "" if default is None else f" (default: {default!r})"
+    raise LowbitError(f"{where}: {value!r} given; {names} is allowed{hint}")
 
 
 def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """``recipe`` with ``step.field=value`` settings; every step of that name is set."""
+    """``recipe`` with ``step.field=value`` settings applied to every step of that name."""
     for setting in settings:
         path, equals, text = setting.partition("=")
         step, dot, key = path.partition(".")
@@ -247,12 +248,12 @@ def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise LowbitError(f"--set {setting}: '{text}' is no value") from error
+            raise LowbitError(f"--set {setting}: '{text}' is not a YAML value") from error
         steps = tuple((n, _build(n, m, {key: value}) if n == step else m) for n, m in recipe.steps)
         recipe = replace(recipe, steps=steps)
     return recipe
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain data with every option written out, for manifests and YAML files."""
+    """Plain data with every option explicit, for manifests and YAML files."""
     return {"steps": [{name: options_of(step)} for name, step in recipe.steps], "window": recipe.window}

@@ -1,8 +1,7 @@
-"""What a run is asked for, defaults filled in: the first stage of ``quantize``, and a key of the manifest.
+"""A run's arguments with defaults filled in: the first stage of ``quantize``, and a key of the manifest.
 
-A request needs no model: it is made, and whatever can be refused without one is refused, before anything is opened.
-Its plain data holds no path of this machine, and ``lowbit.reports.command`` prints it as the command that repeats
-the run.
+A request is made and checked before the model is opened. Its plain data holds no path of this machine, and
+``lowbit.reports.command`` prints it as the command that repeats the run.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Machine(TypedDict):
-    """Where a run computes, and what it may open."""
+    """Device, dtype and permissions of a run."""
 
     device: str
     dtype: str
@@ -45,13 +44,13 @@ class Machine(TypedDict):
 
 @dataclass(frozen=True)
 class Request:
-    """One run's arguments, as ``lowbit.quantize`` documents them, checked as far as that goes without the model.
+    """One run's arguments, as ``lowbit.quantize`` documents them, with all checks done that need no model.
 
     Attributes:
         model: a folder, a hub id, a ``.gguf`` file or ``demo``.
         given: the recipe before ``effort`` and ``settings``; ``recipe`` has both applied.
-        packaged: the recipe is one of the package, which its name says in full.
-        scheme: overrides included; ``None``: the target runtime's own.
+        packaged: whether ``given`` is a packaged recipe, which its name identifies.
+        scheme: overrides included; ``None``: the target runtime's default.
     """
 
     model: str
@@ -76,12 +75,12 @@ class Request:
 
     @property
     def model_name(self) -> str:
-        """The model as others may call it: of a path the last part, since its folder means nothing elsewhere."""
+        """A machine-independent name of the model: the last part of a path, or the id."""
         path = Path(self.model).expanduser()
         return path.resolve().name if self.model != DEMO and path.exists() else self.model
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the manifest: the same on every machine, whatever the paths are there."""
+        """Plain data for the manifest, independent of the machine and its paths."""
         recipe = {"name": self.given.name, **recipe_to_dict(self.given)}
         if self.scheme is None:
             overrides = [{glob: text} for glob, text in self.overrides.items()]
@@ -119,12 +118,12 @@ def make_request(
     protocol: Mapping[str, Any],
     **machine: Unpack[Machine],
 ) -> Request:
-    """Fill in defaults and refuse what no model could be quantized with.
+    """Fill in defaults and refuse arguments that are invalid for every model.
 
     Args:
         model, scheme, recipe, settings, overrides, target: as for ``lowbit.quantize``.
-        protocol: ``data``, ``samples``, ``length``, ``seed`` and ``effort``; ``None``: the recipe's value, or
-            else for the default.
+        protocol: ``data``, ``samples``, ``length``, ``seed`` and ``effort``; ``None``: the recipe's value,
+            else the default.
         machine: see ``Machine``.
     """
     check_device(machine["device"], machine["dtype"])
@@ -133,7 +132,7 @@ def make_request(
     given = load_recipe(recipe) if isinstance(recipe, str) else recipe
     chosen = {**DEFAULTS, **given.run, **{key: value for key, value in protocol.items() if value is not None}}
     check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
-    # A recipe that is given as a value keeps its epochs unless an effort is asked for.
+    # A ``Recipe`` object keeps its epochs unless ``effort`` is set.
     effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
     steps = with_settings(with_effort(given, effort), settings := tuple(settings))
     if target is not None and target not in RUNTIMES:

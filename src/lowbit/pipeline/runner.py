@@ -1,9 +1,9 @@
 """The walk over the blocks: float model in, run folder out.
 
-Two streams of hidden states go through the model side by side: ``x_fp`` through the float blocks, ``x_q`` through
-the quantized ones. After each window of blocks its shards are written, read back, and ``x_q`` goes through what
-was read: a run checks what it ships, and one that starts again does just the same for the blocks that it finds
-done. There is no other state, so a run that was killed ends with the same bytes as one that was not.
+Two sets of hidden states go through the model side by side: ``x_fp`` through the float blocks, ``x_q`` through the
+quantized ones. After each window of blocks its shards are written and read back, and ``x_q`` goes through the blocks
+as read: a run checks what it ships, and a resumed run does the same for the blocks that are already written. There is
+no other state, so a resumed run ends with the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from lowbit.runs.latent_weights import write_latents
 from lowbit.runs.manifest import BlockRow
 from lowbit.runs.plan import Plan
 
-STARTED = 16  # sequences that are embedded at once on a GPU
+EMBED_BATCH = 16  # sequences embedded at once on a GPU
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held resident so far."""
+    """Peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def embed_tokens(skeleton: Skeleton, ids: Tensor, device: str) -> Tensor:
-    """What block 0 is called with for ``ids`` ``(sequences, length)``, made on ``device``, at the streams' home."""
+    """Block 0's input for ``ids`` ``(sequences, length)``, computed on ``device``, on the storage device."""
     where = storage_device(device)
     if where == torch.device(device):
         return skeleton.embed(ids.to(device))
-    return concatenate((skeleton.embed(some.to(device)) for some in ids.split(STARTED)), len(ids), where)
+    return concatenate((skeleton.embed(batch.to(device)) for batch in ids.split(EMBED_BATCH)), len(ids), where)
 
 
 def hidden_state_error(got: Tensor, wanted: Tensor, device: str, batch: int) -> float:
-    """``relative_error`` of two streams; for a GPU summed there, over parts."""
+    """``relative_error`` of hidden states; with host storage, summed over batches on ``device``."""
     on = torch.device(device)
     if storage_device(on) == on:
         return relative_error(got, wanted)
@@ -74,13 +74,13 @@ class Walk:
     Attributes:
         checkpoint: the float model.
         skeleton: the model without its blocks; ``walk`` fills it.
-        recipe: what to do.
+        recipe: the steps to apply.
         plan: formats and layout of every module, checked against the model.
-        out: the run folder, claimed already.
-        device, dtype: where and in what the blocks run; maths on weights is float32 everywhere.
-        latents: keep where the float weights lie on their grids, for a step behind.
-        rows: one for each finished block, for the manifest.
-        observed: what the report shows of them, by its name in the file that ``observed`` writes.
+        out: the run folder, already claimed.
+        device, dtype: device and dtype of forward passes; arithmetic on weights is always float32.
+        latents: store the latent weights for a later end-to-end step.
+        rows: the manifest's rows, one per finished block.
+        observed: activation statistics and learned maps for the report, by tensor name.
     """
 
     checkpoint: Checkpoint
@@ -96,19 +96,19 @@ class Walk:
     observed: dict[str, Tensor] = field(default_factory=dict)
 
     def walk(self, ids: Tensor) -> Tensor:
-        """Quantize every block against calibration tokens ``(sequences, length)``; write the rest before.
+        """Quantize every block against calibration tokens ``(sequences, length)``; write the shared parameters first.
 
-        Returns the float model's last hidden states, where ``offload.storage_device`` says that streams live.
+        Returns the float model's last hidden states, on ``offload.storage_device``.
         """
-        rest = self.checkpoint.read(self.skeleton.shared_names)
-        self._fill(rest)
+        shared = self.checkpoint.read(self.skeleton.shared_names)
+        self._fill(shared)
         x_fp = embed_tokens(self.skeleton, ids, self.device)
-        self._write_rest(rest)
+        self._write_shared(shared)
         x_q = x_fp
         if self.plan.embed in self.plan.formats.modules:
-            self._fill(self._shipped_rest(rest))
+            self._fill(self._shipped_shared(shared))
             x_q = embed_tokens(self.skeleton, ids, self.device)
-        del rest
+        del shared
         layers = len(self.skeleton.layers)
         for start in track(range(0, layers, self.recipe.window), "quantizing"):
             count = min(self.recipe.window, layers - start)
@@ -116,7 +116,7 @@ class Walk:
         return x_fp
 
     def float_block(self, start: int, count: int = 1) -> Block:
-        """Layers of the float model, for sequences as long as those walked."""
+        """Layers of the float model, for sequences of the calibration length."""
         params: dict[str, Tensor] = {}
         for index in range(start, start + count):
             layer = self.skeleton.layers[index]
@@ -125,34 +125,34 @@ class Walk:
         return self.skeleton.block(start, on_device, count, self.plan.formats)
 
     def skeletons(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
-        """Embeddings and head of the float model and of what ships, after a walk over ``ids``; often one and same."""
-        rest = self.checkpoint.read(self.skeleton.shared_names)
+        """Embeddings and head of the float and the quantized model, after a walk over ``ids``; may be one object."""
+        shared = self.checkpoint.read(self.skeleton.shared_names)
         exact = self.skeleton
         if {self.plan.embed, self.plan.head} & set(self.plan.formats.modules):
             exact = self.skeleton.empty()
-            self._fill(self._shipped_rest(rest))
+            self._fill(self._shipped_shared(shared))
             if (inputs := self.plan.formats.input(self.plan.head)) is not None:
                 self.skeleton.quantize_head_input(inputs)
-        self._fill(rest, exact)
+        self._fill(shared, exact)
         for skeleton in (exact, self.skeleton):
             skeleton.embed(ids[:1].to(self.device))
         return exact, self.skeleton
 
-    def _shipped_rest(self, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return read_dequantized(Checkpoint(self.out, [REST]), rest, self.plan.formats.weights, self.plan.layout)
+    def _shipped_shared(self, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return read_dequantized(Checkpoint(self.out, [REST]), shared, self.plan.formats.weights, self.plan.layout)
 
-    def _fill(self, rest: Mapping[str, Tensor], skeleton: Skeleton | None = None) -> None:
+    def _fill(self, shared: Mapping[str, Tensor], skeleton: Skeleton | None = None) -> None:
         skeleton = skeleton or self.skeleton
-        skeleton.fill({name: value.to(self.device, self.dtype) for name, value in rest.items()})
+        skeleton.fill({name: value.to(self.device, self.dtype) for name, value in shared.items()})
         skeleton.model.to(self.device)
 
     def _window(self, start: int, count: int, x_fp: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
-        """One window: run it in float, quantize it unless its shards are there, run what the shards hold."""
+        """One window: run it in float, quantize it unless its shards exist, then run the shards' blocks."""
         began = time.monotonic()
         block = self.float_block(start, count)
         with record_peaks(block) as seen:
             y_fp = run_all(block, x_fp, batch=self.batch)
-        self._see(FLOAT, {name: one["peak"] for name, one in seen.items()})
+        self._observe(FLOAT, {name: stats["peak"] for name, stats in seen.items()})
         if not bool(torch.stack(torch.aminmax(y_fp)).isfinite().all()):
             raise LowbitError(
                 f"block {start}: the float model's own output is NaN or infinite; its weights are broken, or too "
@@ -160,79 +160,79 @@ class Walk:
             )
         if not all((self.out / block_file(i)).exists() for i in block.indices):
             calib = Calib(x_fp, x_q, y_fp, self.batch)
-            done = block
+            quantized = block
             for _, step in self.recipe.block_steps:
-                done = step(done, self._shown(step, calib))
-            self.write(done, layer_sensitivity(done, x_fp[:1].to(self.device)), time.monotonic() - began)
-            for note in done.notes:
+                quantized = step(quantized, self._visible(step, calib))
+            self.write(quantized, layer_sensitivity(quantized, x_fp[:1].to(self.device)), time.monotonic() - began)
+            for note in quantized.notes:
                 say(f"block {note.layer}: {note.text}")
         del block
         notes: list[tuple[list[str], dict[str, Any]]] = []
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
-            ours = read_block(shard, self.skeleton, index, self.plan.formats, self.plan.layout, self.device)
-            with record_peaks(ours) as seen:
-                x_q = run_quantized(ours, x_q, self.batch)
-            self._see(QUANTIZED, {name: one["peak"] for name, one in seen.items()})
+            shipped = read_block(shard, self.skeleton, index, self.plan.formats, self.plan.layout, self.device)
+            with record_peaks(shipped) as seen:
+                x_q = run_quantized(shipped, x_q, self.batch)
+            self._observe(QUANTIZED, {name: stats["peak"] for name, stats in seen.items()})
             if (self.out / pictures_file(index)).exists():
                 pictures = Checkpoint(self.out, [pictures_file(index)])
-                self._see(MAP, pictures.read(pictures.names))
-            kept = read_json(self.out / notes_file(index))
-            notes.append((kept["notes"], kept.get("record", {})))
-        # The float hidden states are known at the window's end only; a window shares one error.
+                self._observe(MAP, pictures.read(pictures.names))
+            stored = read_json(self.out / notes_file(index))
+            notes.append((stored["notes"], stored.get("record", {})))
+        # Float hidden states exist only at the window's end, so the blocks of a window share one error.
         error = hidden_state_error(x_q, y_fp, self.device, self.batch)
         if not math.isfinite(error):
-            raise LowbitError(f"block {start}: the quantized model's output is NaN or infinite: take another recipe")
+            raise LowbitError(f"block {start}: the quantized model's output is NaN or infinite: use another recipe")
         for index, (texts, record) in enumerate(notes, start):
             self.rows.append(BlockRow(index, texts, error, record["sensitivity"], record.get("steps", {})))
         return y_fp, x_q
 
-    def _shown(self, step: Method, calib: Calib) -> Calib:
-        """What a step may look at: closed-form fits leave out the validation split of a learned step behind them.
+    def _visible(self, step: Method, calib: Calib) -> Calib:
+        """A step's calibration data: a closed-form step does not see the validation split of a later learned step.
 
-        Had a rounding such as GPTQ's or a refit seen these sequences, the start would look better there than it is,
-        and what is learned behind it would be thrown away.
+        Otherwise GPTQ or a refit would overfit these sequences, the learned step's start would look too good on them,
+        and its result would be discarded.
         """
         steps = [method for _, method in self.recipe.steps]
-        behind = (method.schedule for method in steps[steps.index(step) + 1 :])
-        schedule = next((schedule for schedule in behind if schedule is not None and schedule.epochs), None)
+        later = (method.schedule for method in steps[steps.index(step) + 1 :])
+        schedule = next((schedule for schedule in later if schedule is not None and schedule.epochs), None)
         if schedule is None or not step.closed_form:
             return calib
         train, _ = schedule.split(len(calib.x_q))
-        x_fp, x_q, y_fp = (select_sequences(stream, train) for stream in (calib.x_fp, calib.x_q, calib.y_fp))
+        x_fp, x_q, y_fp = (select_sequences(states, train) for states in (calib.x_fp, calib.x_q, calib.y_fp))
         return replace(calib, x_fp=x_fp, x_q=x_q, y_fp=y_fp)
 
-    def _see(self, kind: str, found: Mapping[str, Tensor]) -> None:
-        self.observed |= {f"{kind}.{name}": value.cpu() for name, value in found.items()}
+    def _observe(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
+        self.observed |= {f"{kind}.{name}": value.cpu() for name, value in tensors.items()}
 
     def _check(self, block: Block) -> None:
-        """A recipe must leave codes for exactly the planned linears, finite and in range, and declared ops alone."""
+        """Check that the planned linears have codes, all values are finite and in range, and all ops declared."""
         if set(block.qweights) != set(block.formats):
-            odd = sorted(set(block.qweights) ^ set(block.formats))
-            raise RuntimeError(f"block {block.start}: codes and plan differ for {odd}")
+            unmatched = sorted(set(block.qweights) ^ set(block.formats))
+            raise RuntimeError(f"block {block.start}: codes and plan differ for {unmatched}")
         self._check_ops(block)
         tensors = {**block.params, **{name: q.qparams.scale for name, q in block.qweights.items()}}
         tensors |= {f"{name} {k}": v for name, op in block.ops.items() for k, v in op.to_tensors().items()}
         for name, value in tensors.items():
             if not bool(torch.isfinite(value).all()):
-                raise LowbitError(f"block {block.start}: '{name}' became NaN or infinite; nothing of it was written")
+                raise LowbitError(f"block {block.start}: '{name}' became NaN or infinite; the block was not written")
         for name, q in block.qweights.items():
             if not q.format.fits_scale_dtype(q.qparams):
                 raise LowbitError(
-                    f"block {block.start}: the weights of '{name}' are so large that their scale would be cut to the "
-                    "largest that is stored; the checkpoint is broken, or the recipe scaled too much"
+                    f"block {block.start}: the weights of '{name}' are so large that their scale exceeds its stored "
+                    "dtype; the checkpoint is broken, or the recipe scaled the weights too far"
                 )
 
     def _check_ops(self, block: Block) -> None:
-        """Targets were refused or accepted by what the recipe's steps declare."""
-        inputs = {found.input for found in block.formats.values()} or {None}
-        declared = {op for _, step in self.recipe.block_steps for one in inputs for op in step.runtime_ops(one)}
+        """Check that every runtime op is declared by a step: targets are checked against these declarations."""
+        inputs = {formats.input for formats in block.formats.values()} or {None}
+        declared = {op for _, step in self.recipe.block_steps for act in inputs for op in step.runtime_ops(act)}
         for name, op in block.ops.items():
             if type(op) not in declared:
                 raise RuntimeError(f"block {block.start}: no step declares the {op.kind} at {name}")
 
     def write(self, block: Block, sensitivity: Mapping[int, Any], seconds: float) -> None:
-        """Notes and pictures first, the shard last: a shard that is there is complete, and its block was checked."""
+        """Check a block and write it, shards last: an existing shard is complete, and its block was checked."""
         self._check(block)
         if self.latents:
             write_latents(self.out, block)
@@ -265,11 +265,11 @@ class Walk:
                 write_tensors(self.out / pictures_file(index), pictures)
             write_tensors(self.out / block_file(index), tensors)
 
-    def _write_rest(self, rest: Mapping[str, Tensor]) -> None:
-        """Embeddings, norms and head in the dtype they came in, rounded to nearest where an override asks for it."""
+    def _write_shared(self, shared: Mapping[str, Tensor]) -> None:
+        """Write embeddings, norms and head in their own dtype, or quantized (RTN) where an override says so."""
         if (self.out / REST).exists():
             return
-        tensors = dict(rest)
+        tensors = dict(shared)
         head = f"{self.plan.head}.weight"
         if self.plan.untie:
             tensors[head] = tensors[f"{self.plan.embed}.weight"].clone()
@@ -282,12 +282,12 @@ class Walk:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuse to start where the disk surely ends before the run does; what a stopped run left counts as done."""
-    place = next(p for p in [out, *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(place).free
+    """Refuse a run that does not fit on the disk; shards of an interrupted run count as written."""
+    folder = next(p for p in [out, *out.absolute().parents] if p.exists())
+    free = shutil.disk_usage(folder).free
     missing = needed - sum(path.stat().st_size for path in out.glob("*.safetensors"))
     if free < missing:
         raise LowbitError(
-            f"out of disk: the result takes about {missing:,} more bytes, {place} has {free:,} free; free some space "
-            "or choose another --out"
+            f"out of disk: the result takes about {missing:,} more bytes, {folder} has {free:,} free; free some "
+            "space or choose another --out"
         )

@@ -1,4 +1,4 @@
-"""What ``--target RUNTIME`` settles before any work: the scheme, and that the runtime can carry it and the recipe."""
+"""Resolves ``--target RUNTIME``: picks the scheme and checks that the runtime supports it and the recipe."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lowbit.runs.plan import Plan, make_plan
 def settle(
     runtime: str, given: Scheme | None, overrides: Mapping[str, str], recipe: Recipe, skeleton: Skeleton
 ) -> Scheme:
-    """The scheme of a run for a runtime: the given one, or the first of the runtime's own that fits the model.
+    """The scheme of a run for a target runtime: ``given``, or the first of the runtime's schemes that fits the model.
 
     Args:
         runtime: a name of ``RUNTIMES``.
-        given: what a person or the recipe asked for, ``overrides`` included, or ``None``.
-        overrides: ``{glob: format}``, put on a scheme of the runtime's own.
-        recipe: what will be done; one that leaves something beside the model's graph is refused.
+        given: the scheme of the user or the recipe, ``overrides`` included, or ``None``.
+        overrides: ``{glob: format}``, applied to the runtime's schemes.
+        recipe: the recipe; refused if it leaves runtime ops that the runtime does not support.
         skeleton: the model.
 
     Raises:
-        LowbitError: nothing fits; one line that names the field and, where there is one, the nearest scheme.
+        LowbitError: no scheme fits; one line with the field and, if there is one, the nearest scheme.
     """
     own = [with_overrides(parse_scheme(name), overrides) for name in RUNTIMES[runtime].schemes]
     misfit = exporter_of(RUNTIMES[runtime].target).misfit
@@ -41,11 +41,11 @@ def settle(
             refused.append(error)
         else:
             return scheme
-    raise refused[-1]  # the least demanding of them: its reason is not the size of its groups
+    raise refused[-1]  # the last scheme is the least demanding: its misfit is not the group size
 
 
 def subject_of(plan: Plan, scheme: Scheme, recipe: Recipe, skeleton: Skeleton) -> Subject:
-    """What a run will be, as exporters ask about it."""
+    """The planned run in the form that exporters check."""
     floats = tuple(name for name in plan.floats if name != plan.head)
     shapes = {name: plan.shapes[name] for name in (*plan.formats.modules, *floats)}
     return Subject(skeleton.config, scheme, plan.formats, shapes, floats, runtime_ops(recipe, scheme.act))

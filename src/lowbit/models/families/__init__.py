@@ -1,4 +1,4 @@
-"""The known architectures: one value each, listed here, found by ``config.architectures``."""
+"""The declared architectures: one value each, looked up by ``config.architectures``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT, 
 
 
 def family_of(config: Any) -> Family:
-    """The family of a Hugging Face config; an architecture that is not listed is an error, never a default."""
-    given = getattr(config, "architectures", None)
-    if not isinstance(given, list) or not given:
+    """The family of a Hugging Face config; there is no default for an architecture that is not listed."""
+    names = getattr(config, "architectures", None)
+    if not isinstance(names, list) or not names:
         raise LowbitError("config.json names no architecture: add 'architectures', for example ['LlamaForCausalLM']")
     for family in FAMILIES:
-        if given[0] in family.architectures:
+        if names[0] in family.architectures:
             if reason := family.refuse(config):
                 raise LowbitError(reason)
             check_heads(family.heads(config))
             return family
-    raise unknown("architecture", given[0], [name for family in FAMILIES for name in family.architectures])
+    raise unknown("architecture", names[0], [name for family in FAMILIES for name in family.architectures])

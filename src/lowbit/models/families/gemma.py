@@ -1,6 +1,6 @@
 """Gemma2 and Gemma3 text models: norms before and after each half of a layer, gains stored as ``1 + weight``.
 
-The norms after attention and MLP read a linear's output and write to the residual stream, so no edge ends there.
+The norms after attention and MLP read a linear's output and write to the residual stream, so no edge crosses them.
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma2/modeling_gemma2.py
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma3/modeling_gemma3.py

@@ -1,4 +1,4 @@
-"""Llama, and the architectures whose layers are the same: Mistral, SmolLM (which says Llama).
+"""Llama, and the architectures with the same layers: Mistral, SmolLM (whose config names Llama).
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/llama/modeling_llama.py
 """

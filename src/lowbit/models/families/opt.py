@@ -22,12 +22,12 @@ def _heads(config: Any) -> Heads:
 
 def _refuse(config: Any) -> str | None:
     if not config.do_layer_norm_before:
-        # The scaled norm output would also feed the residual stream, so no map can move (OPT-350M).
+        # The norm output also feeds the residual stream, so no transform can be folded into the norm (OPT-350M).
         return "OPT with layer norms after the residual sum (do_layer_norm_before: false) is not supported"
     if config.activation_function != "relu":
-        return f"OPT with activation '{config.activation_function}': only relu passes a positive scale through"
+        return f"OPT with activation '{config.activation_function}': only relu commutes with a positive scale"
     if not config.layer_norm_elementwise_affine:
-        return "OPT without layer norm gains has nothing that a scale could merge into"
+        return "OPT without layer norm gains is not supported: no parameter can absorb a scale"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Phi-3: q, k, v in one linear, gate and up in another.
+"""Phi-3: one fused linear for q, k and v, one for gate and up.
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/phi3/modeling_phi3.py
 """

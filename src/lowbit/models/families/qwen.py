@@ -1,4 +1,4 @@
-"""Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k, head width of its own).
+"""Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k, independent head width).
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/modeling_qwen2.py
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3/modeling_qwen3.py
@@ -9,7 +9,7 @@ from dataclasses import replace
 from lowbit.models.architecture import DeclaredEdge
 from lowbit.models.families.llama import HEADS_AND_CHANNELS, LLAMA, NORMS
 
-# A norm over a head undoes any scale of q_proj or k_proj; what is left is a scale of the two norms' gains.
+# A norm over a head cancels any scale of q_proj or k_proj, so the edge scales the gains of the two norms.
 QK_NORMS = DeclaredEdge("qk", "self_attn.q_norm", ("self_attn.k_norm",))
 
 QWEN2 = replace(LLAMA, name="qwen2", architectures=("Qwen2ForCausalLM",))

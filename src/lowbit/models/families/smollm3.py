@@ -1,6 +1,6 @@
-"""SmolLM3: Llama's layers, of which every fourth has no rotary embedding.
+"""SmolLM3: Llama's layers, every fourth without a rotary embedding.
 
-Where nothing is rotated any matrix per head merges between q and k; scaled rotations of the pairs are among them.
+Without rotation any matrix per head folds between q and k, scaled rotations of the pairs included.
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/smollm3/modeling_smollm3.py
 """
