@@ -237,10 +237,10 @@ def test_a_folder_or_file_with_something_else_is_refused_and_left_alone(m, capsy
     out.unlink()
     out.mkdir()
     (out / "thesis.tex").write_text("mine")
-    assert "exists and is no lowbit run" in refusal(capsys, filled(QUANTIZE, m))
+    assert "exists and is not a lowbit run" in refusal(capsys, filled(QUANTIZE, m))
     assert contents(out) == {"thesis.tex": b"mine"}
     before = contents(m)
-    assert "exists and is no lowbit run" in refusal(capsys, [*filled(QUANTIZE, m), "--out", str(m)])
+    assert "exists and is not a lowbit run" in refusal(capsys, [*filled(QUANTIZE, m), "--out", str(m)])
     assert contents(m) == before
 
 

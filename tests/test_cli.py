@@ -113,7 +113,7 @@ def test_quantize_for_a_reader(model, tmp_path, command):
 def test_a_finished_run_given_again_says_so(model, run, command):
     code, out, err = command(*arguments(model, run, "--scheme", "w4a8", "--json"))
     assert code == 0
-    assert err == f"{run} holds this run already, finished\n"
+    assert err == f"{run} already holds this run, finished\n"
     assert json.loads(out)["bits_per_weight"] == manifest(run)["bits_per_weight"]
 
 

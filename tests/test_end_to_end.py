@@ -309,7 +309,7 @@ def test_runtime_ops_are_trained_with_and_kept(tmp_path):
     assert record["held_out"][record["best_epoch"]] < record["held_out"][0]
     page = lowbit.report([tmp_path / "out"], out=tmp_path / "report.html").out.read_text()
     first, least = record["held_out"][0], min(record["held_out"])
-    assert f"of the whole model: from {first:.3f} to {least:.3f} nats a token on held-out sequences" in page
+    assert f"of the whole model: from {first:.3f} to {least:.3f} nats a token on the validation split" in page
 
 
 def test_no_epochs_leave_the_step_out(tmp_path):

@@ -120,7 +120,7 @@ def test_an_unknown_recipe(given, message):
         ("steps: [{gptq: 3}]\n", "options of gptq must be 'field: value' pairs; got 3"),
         ("steps: [{gptq: false}]\n", "options of gptq must be 'field: value' pairs; got False"),
         ("steps: [{smoothquant: {alpha: 2.0}}, rtn]\n", "smoothquant.alpha 2 given; it must be from 0 to 1"),
-        ("steps: [rtn, awq]\n", "exactly one step rounds, and it comes last; one of .*gptq"),
+        ("steps: [rtn, awq]\n", "exactly one step quantizes, and it comes last; one of .*gptq"),
         ("steps: [awq]\n", "exactly one step rounds"),
         ("steps: [rtn, gptq]\n", "exactly one step rounds"),
     ],
@@ -177,7 +177,7 @@ def test_a_setting_has_the_type_of_its_field(setting, wanted):
         ("gptq=1", "give step.field=value"),
         ("gptq.=1", "give step.field=value"),
         ("gptq.damping", "give step.field=value"),
-        ("gptq.damping=[1", "'\\[1' is no value"),
+        ("gptq.damping=[1", "'\\[1' is not a YAML value"),
     ],
 )
 def test_a_wrong_setting(setting, message):

@@ -98,13 +98,13 @@ def test_one_run_shows_its_charts(root, tmp_path):
     for wanted in (
         "relative error by block",
         "Seconds for each block, by run",
-        "affinequant: loss of each block on held-out sequences",
+        "affinequant: loss of each block on the validation split",
         "affinequant: loss of each block in training",
         "condition number of each learned map by block",
-        "error that each linear of affinequant makes alone",
+        "error of each linear of affinequant alone",
         "dominance margin of each learned map by block",
-        "channels turned over at each site by block",
-        "mlp: gate_proj, up_proj: how many times the median channel the largest one is, by block",
+        "sign flips at each site by block",
+        "mlp: gate_proj, up_proj: largest channel over the median one, by block",
     ):
         assert wanted in charts
     pictures = page.all("img")

@@ -136,7 +136,7 @@ def test_a_runtime_computes_inputs_in_float32() -> None:
 
 @pytest.mark.parametrize("name", [name for name, runtime in RUNTIMES.items() if runtime.round])
 def test_weights_in_a_format_that_is_not_known_are_refused(name: str) -> None:
-    with pytest.raises(LowbitError, match=f"^{name} with ternary weights: how it quantizes inputs is not known$"):
+    with pytest.raises(LowbitError, match=f"^{name} with ternary weights: its input quantization is not known$"):
         RuntimeInput(name, Ternary())
 
 
@@ -219,7 +219,7 @@ def test_inputs_can_be_those_of_another_runtime_or_float(made: Path) -> None:
 def test_rounding_inputs_that_are_float_or_rounded_already_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match="this is a float model"):
         lowbit.load(made.parent / "model", target="llama.cpp")
-    with pytest.raises(LowbitError, match="scheme w4a8, which has a format of its own"):
+    with pytest.raises(LowbitError, match="scheme w4a8, which has its own input format"):
         lowbit.load(quantized(tmp_path, "w4a8"), target="llama.cpp")
 
 

@@ -245,7 +245,7 @@ def test_a_killed_command_goes_on_where_it_was(model, data, harness, tmp_path):
     assert len(before) == 2
     done = subprocess.run([sys.executable, "-m", "lowbit", *given], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("was measured before") == 2
+    assert done.stderr.count("cached result read from") == 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len([*kept.glob("*.json")]) == len(names)
 
@@ -407,7 +407,7 @@ def test_documents_that_make_no_question_are_one_line(model, harness, tmp_path, 
         json.dumps({"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"})
     )
     assert call(["evaluate", str(model), "--tasks", "winogrande", "--task-data", str(tmp_path)]) == 2
-    assert "cannot make questions of winogrande" in capsys.readouterr().err
+    assert "cannot build questions of winogrande" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

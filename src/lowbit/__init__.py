@@ -4,7 +4,7 @@
 >>> lowbit.parse_scheme("w4a16g64-sym").weight.bits
 4
 
-Names are loaded when they are first used (PEP 562): ``lowbit --help`` need not wait for torch and transformers.
+Names are imported on first use (PEP 562), so ``lowbit --help`` does not wait for torch and transformers.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-if not TYPE_CHECKING:  # a type checker shall still see that lowbit.quantise does not exist
+if not TYPE_CHECKING:  # type checkers still report unknown names
 
     def __getattr__(name: str) -> Any:
         """A public name, or a subpackage such as ``lowbit.data``."""

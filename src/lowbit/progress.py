@@ -1,8 +1,8 @@
-"""Progress on standard error: a bar with time left on a terminal, a line now and then anywhere else.
+"""Progress on standard error: a bar with remaining time on a terminal, occasional lines elsewhere.
 
-Standard output carries results only (so that ``--json`` is one document), hence everything here writes to standard
-error. In a log or a pipe a bar would be a screenful of carriage returns: there a step that takes long says how far it
-is, first after ``FIRST`` seconds, then at most every ``EVERY`` seconds. Short work prints nothing.
+Standard output has results only (so that ``--json`` is one document); everything here writes to standard error. In a
+log or a pipe, where a bar would be a screenful of carriage returns, a long step prints its progress as a line, first
+after ``FIRST`` seconds, then at most every ``EVERY`` seconds. Short steps print nothing.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ T = TypeVar("T")
 FIRST, EVERY = 15.0, 30.0  # seconds
 console = Console(stderr=True)
 clock: Callable[[], float] = time.monotonic
-_printed = -math.inf  # when a line of any step was printed last
+_printed = -math.inf  # time of the last printed line of any step
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` and show how many are done and how long the rest takes.
+    """Yield ``items`` and show how many are done and the remaining time.
 
     ``total`` is only needed where ``items`` has no length.
     """
@@ -53,24 +53,24 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 def say(message: str) -> None:
-    """One line on standard error that is worth reading also in a log: a warning, a fallback, a choice."""
+    """Print one line on standard error: a warning, a fallback, a choice."""
     console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _log(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-    """Yield ``items``; between them, if it is time for it, a line."""
+    """Yield ``items`` and print progress lines between them, see ``EVERY``."""
     global _printed
-    began = clock()
+    start = clock()
     for done, item in enumerate(items, start=1):
         yield item
         now = clock()
-        if done != total and now - began >= FIRST and now - _printed >= EVERY:
+        if done != total and now - start >= FIRST and now - _printed >= EVERY:
             _printed = now
-            say(line(description, done, total, now - began))
+            say(line(description, done, total, now - start))
 
 
 def line(description: str, done: int, total: int | None, seconds: float) -> str:
-    """How far a step is.
+    """The progress of a step as a line.
 
     >>> line("quantizing", 6, 30, 90.0)
     'quantizing: 6 of 30 (20 %), about 6 min left'
@@ -79,12 +79,12 @@ def line(description: str, done: int, total: int | None, seconds: float) -> str:
     """
     if total is None:
         return f"{description}: {done} done in {seconds:.0f} s"
-    left = duration(seconds / done * (total - done))
-    return f"{description}: {done} of {total} ({100 * done / total:.0f} %), about {left} left"
+    remaining = duration(seconds / done * (total - done))
+    return f"{description}: {done} of {total} ({100 * done / total:.0f} %), about {remaining} left"
 
 
 def duration(seconds: float) -> str:
-    """A time for people.
+    """A duration in readable units.
 
     >>> duration(42.3), duration(400), duration(9000)
     ('42 s', '7 min', '2.5 h')

@@ -326,7 +326,7 @@ def test_a_fit_that_breaks_keeps_the_start_and_says_so(monkeypatch):
     monkeypatch.setattr(AffineFit, "loss", loss)
     _, calib, done = trained(affine(epochs=4), "llama-odd")
     assert any("not finite" in note.text for note in done.notes)
-    assert any("the start was kept" in note.text for note in done.notes)
+    assert any("the starting point is kept" in note.text for note in done.notes)
     assert all(torch.isfinite(value).all() for value in done.params.values())
     assert (run_all(done, calib.x_fp) - calib.y_fp).abs().max() < 1e-4 * calib.y_fp.abs().max()
 

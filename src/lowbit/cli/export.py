@@ -1,4 +1,4 @@
-"""The commands that write a run for a runtime and prove what was written: ``lowbit export | verify``."""
+"""``lowbit export`` and ``lowbit verify``: write a run for a runtime, and compare exports with their run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowbit.progress import say
 def export(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
     to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp), executorch, onnx, gptq, awq, vllm.")],
-    out: Annotated[Path | None, typer.Option(help="What to write; by default beside the run folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Path to write; by default next to the run folder.")] = None,
     embeddings: Annotated[
         str, typer.Option(help="gguf: type of float matrices: auto (lossless), f32, f16 or q8_0.")
     ] = "auto",
@@ -36,11 +36,11 @@ def export(
 ) -> None:
     """Write a finished run in the format of a runtime: the same codes.
 
-    Nothing is quantized again. 'lowbit schemes' lists what each target takes.
+    Nothing is quantized again. 'lowbit schemes' lists what each target supports.
     """
     from lowbit.exporters.api import export as write
 
-    made = write(
+    result = write(
         run,
         to,
         out=out,
@@ -50,18 +50,18 @@ def export(
         context=context,
         accuracy_level=accuracy_level,
     )
-    for warning in made.warnings:
+    for warning in result.warnings:
         say(f"warning: {warning}")
     if as_json:
-        print_json({**asdict(made), "out": str(made.out)})
+        print_json({**asdict(result), "out": str(result.out)})
     else:
-        print(f"{made.out}: {made.target}, {made.size_bytes / 1e6:.1f} MB")
+        print(f"{result.out}: {result.target}, {result.size_bytes / 1e6:.1f} MB")
 
 
 def verify(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="The run folder.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="What 'lowbit export' wrote.")],
-    logits: Annotated[bool, typer.Option(help="Run each whose runtime is installed, and compare logits.")] = True,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Output of 'lowbit export'.")],
+    logits: Annotated[bool, typer.Option(help="Compare logits too, where the runtime is installed.")] = True,
     as_json: Json = False,
 ) -> None:
     """Compare exports with their run, bit for bit.
@@ -70,21 +70,21 @@ def verify(
     """
     from lowbit.exporters.api import verify as read_back
 
-    found = read_back(run, files, logits=logits)
+    results = read_back(run, files, logits=logits)
     if as_json:
-        print_json([{**asdict(one), "ok": one.ok} for one in found])
+        print_json([{**asdict(result), "ok": result.ok} for result in results])
     else:
         rows = table("file", "format", "tensors", "exact", "max difference", "logits")
-        for one in found:
-            ran = "-" if one.logits is None else f"{one.logits:.2g}"
-            row = (one.target, str(one.tensors), str(one.exact), f"{one.max_difference:.3g}", ran)
-            rows.add_row(Text(Path(one.path).name), *row)
+        for result in results:
+            error = "-" if result.logits is None else f"{result.logits:.2g}"
+            row = (result.target, str(result.tensors), str(result.exact), f"{result.max_difference:.3g}", error)
+            rows.add_row(Text(Path(result.path).name), *row)
         Console().print(rows)
-    for one in found:
-        if not one.ok:
-            named = [*one.differs, *one.other, *filter(None, [one.unreadable])]
-            if not one.computes_the_same:
-                named.append(f"logits by {one.logits:.2g}, of which {one.explained:.2g} is explained")
-            say(f"{one.path} differs: {', '.join(named[:5])}")
-    if not all(one.ok for one in found):
+    for result in results:
+        if not result.ok:
+            differences = [*result.differs, *result.other, *filter(None, [result.unreadable])]
+            if not result.computes_the_same:
+                differences.append(f"logits by {result.logits:.2g}, of which {result.explained:.2g} is explained")
+            say(f"{result.path} differs: {', '.join(differences[:5])}")
+    if not all(result.ok for result in results):
         raise typer.Exit(1)

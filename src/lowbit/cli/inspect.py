@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lowbit.analysis.diagnose import Diagnosis
     from lowbit.analysis.mixed_precision import Proposal
 
-SHOWN = 10  # rows of a ranking; --json has all
+SHOWN = 10  # rows of a ranking; --json has all of them
 
 
 def inspect(
@@ -24,7 +24,8 @@ def inspect(
     scheme: Annotated[str, typer.Option(help="A MODEL: the scheme to estimate for.")] = "w4a16g64-sym",
     recipe: Annotated[str, typer.Option(help="A MODEL: the recipe to estimate for.")] = "gptq",
     samples: Annotated[
-        int | None, typer.Option(help="Windows: of calibration, or to measure on.", show_default="32; 2 with --float")
+        int | None,
+        typer.Option(help="Windows of calibration, or of the measurement.", show_default="32; 2 with --float"),
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens in a window.", show_default="512; 128 with --float")
@@ -35,7 +36,7 @@ def inspect(
     data: Annotated[str, typer.Option(help="With --float: builtin, wikitext2, ptb, c4, or a file.")] = "builtin",
     seed: Annotated[int, typer.Option(help="With --float: draws the windows.")] = 0,
     budget: Annotated[
-        float | None, typer.Option(help="A run: propose overrides for these bits per weight, such as 4.5.")
+        float | None, typer.Option(help="A run: propose overrides for this many bits per weight, such as 4.5.")
     ] = None,
     bits: Annotated[str, typer.Option(help="With --budget: the widths to choose among.")] = "3,4,5,6,8",
     out: Annotated[Path | None, typer.Option(help="With --budget: write FILE.yaml for 'quantize --scheme'.")] = None,
@@ -46,9 +47,9 @@ def inspect(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Show sizes and what a run takes; of a run, its sensitivity.
+    """Show sizes and estimated cost; for a run, layer sensitivity.
 
-    For a run folder: the layers that lose most, and with --budget overrides that help.
+    For a run folder: the most sensitive layers, and with --budget a mixed-precision proposal.
     """
     from lowbit.pipeline.inspect import inspect_model
     from lowbit.runs.manifest import manifest_of
@@ -56,7 +57,7 @@ def inspect(
     is_run = Path(model).is_dir() and manifest_of(Path(model)) is not None
     if not is_run and (budget is not None or exact is not None or out is not None):
         raise LowbitError(f"--float, --budget and --out are for a finished run folder, which {model} is not")
-    found = inspect_model(
+    facts = inspect_model(
         model,
         scheme,
         recipe,
@@ -66,11 +67,11 @@ def inspect(
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
-    told = None
+    diagnosis = None
     if is_run:
         from lowbit.analysis.diagnose import diagnose
 
-        told = diagnose(
+        diagnosis = diagnose(
             model,
             exact=exact,
             data=data,
@@ -83,23 +84,23 @@ def inspect(
             **place_of(device, dtype, revision, allow_pickle, trust_remote_code),
         )
     if as_json:
-        print_json(found if told is None else {**found, "diagnosis": told.to_dict()})
+        print_json(facts if diagnosis is None else {**facts, "diagnosis": diagnosis.to_dict()})
         return
-    _show_facts(found)
-    if told is not None:
-        _show(told, out)
+    _show_facts(facts)
+    if diagnosis is not None:
+        _show(diagnosis, out)
 
 
 def _widths(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise LowbitError(f"--bits '{text}' given; give widths with commas between them, such as 4,5,8") from None
+        raise LowbitError(f"--bits '{text}' given; give widths separated by commas, such as 4,5,8") from None
 
 
-def _show_facts(found: dict[str, Any]) -> None:
+def _show_facts(facts: dict[str, Any]) -> None:
     rows = table("", "")
-    for key, value in found.items():
+    for key, value in facts.items():
         text = (
             "\n".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if type(value) is int else value
         )
@@ -107,36 +108,36 @@ def _show_facts(found: dict[str, Any]) -> None:
     Console().print(rows)
 
 
-def _show(told: Diagnosis, out: Path | None) -> None:
-    """The worst blocks and linears, then the proposal."""
+def _show(diagnosis: Diagnosis, out: Path | None) -> None:
+    """Print the most sensitive blocks and linears, then the proposal."""
     console = Console()
     linears = table("linear", "format", "sensitivity", "gain at 8 bits")
-    linears.title = f"Most sensitive linears of {len(told.linears)}: {told.measure}, each alone"
-    for row in told.linears[:SHOWN]:
+    linears.title = f"Most sensitive linears of {len(diagnosis.linears)}: {diagnosis.measure}, each alone"
+    for row in diagnosis.linears[:SHOWN]:
         sign = "" if row["measured"] else "~"
         figures = (f"{sign}{row['sensitivity']:.3g}", f"{sign}{row['gain']:.3g}")
         linears.add_row(Text(row["linear"]), row["format"], *figures)
     blocks = table("block", "sensitivity", "gain at 8 bits")
-    blocks.title = f"Most sensitive blocks of {len(told.blocks)}"
-    for row in told.blocks[:SHOWN]:
+    blocks.title = f"Most sensitive blocks of {len(diagnosis.blocks)}"
+    for row in diagnosis.blocks[:SHOWN]:
         blocks.add_row(str(row["block"]), f"{row['sensitivity']:.3g}", f"{row['gain']:.3g}")
     console.print(blocks)
     console.print(linears)
-    if told.proposal is not None:
-        _show_proposal(console, told.proposal, out)
+    if diagnosis.proposal is not None:
+        _show_proposal(console, diagnosis.proposal, out)
 
 
-def _show_proposal(console: Console, made: Proposal, out: Path | None) -> None:
+def _show_proposal(console: Console, proposal: Proposal, out: Path | None) -> None:
     rows = table("proposed", "from", "to")
-    for change in made.changes:
+    for change in proposal.changes:
         rows.add_row("\n".join(change["linears"]), "\n".join(change["from"]), change["to"])
     console.print(rows)
     console.print(
-        f"{made.bits_per_weight:.4f} bits per weight; sum of sensitivities: {made.sensitivity_now:.4g} now, "
-        f"{made.sensitivity_proposed:.4g} predicted",
+        f"{proposal.bits_per_weight:.4f} bits per weight; sum of sensitivities: {proposal.sensitivity_now:.4g} now, "
+        f"{proposal.sensitivity_proposed:.4g} predicted",
         highlight=False,
     )
-    if made.transformers is not None:
-        console.print(f"stock transformers will not run it: {made.transformers}", highlight=False)
+    if proposal.transformers is not None:
+        console.print(f"stock transformers cannot run it: {proposal.transformers}", highlight=False)
     if out is not None:
         console.print(f"written: quantize --scheme {out}", markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
-"""The command line: the ``lowbit`` command, its subcommands, and how it fails.
+"""The ``lowbit`` command: its subcommands and error handling.
 
-Results go to standard output, everything else to standard error. A mistake ends in one line and exit code 2.
+Results go to standard output, everything else to standard error. A user error is one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from lowbit.cli.measure import compare, evaluate, report
 from lowbit.errors import LowbitError, check_least
 from lowbit.progress import say
 
-_ROOM, _RIGHTS = "free some space or choose another folder", "mend its permissions or choose another path"
+_SPACE, _RIGHTS = "free some space or choose another folder", "fix its permissions or choose another path"
 MENDABLE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _ROOM),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _SPACE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
     errno.ENAMETOOLONG: "give a shorter one",
 }
-# typer brings its own copy of click or uses the installed one, by version; this is the class of either.
+# Depending on its version, typer vendors click or uses the installed one; this is the class in both cases.
 UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # help texts contain [brackets], which rich would take for markup
+    rich_markup_mode=None,  # help texts contain [brackets], which rich would read as markup
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from lowbit.runs.versions import versions
 
         print(f"lowbit {versions()['lowbit']}")
@@ -59,7 +59,7 @@ def lowbit(
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The run folder: new, empty, or of this same run, which is resumed.")],
+    out: Annotated[Path, typer.Option(help="The run folder: new, empty, or an unfinished one, which is resumed.")],
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -114,11 +114,11 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder that is a Hugging Face checkpoint.
 
-    Defaults are those shown, unless the recipe has a protocol of its own, as the paper/... recipes do.
+    Options take the defaults shown unless the recipe has its own protocol, as the paper/... recipes do.
     """
     from lowbit.pipeline.quantize import quantize as run
 
-    made = run(
+    run_result = run(
         model,
         out,
         scheme=scheme,
@@ -139,20 +139,20 @@ def quantize(
         compiled=compiled,
     )
     result = {
-        "out": str(made.out),
-        "bits_per_weight": made.bits_per_weight,
-        "seconds": made.seconds,
-        "peak_memory_bytes": made.peak_memory_bytes,
-        "warnings": made.warnings,
+        "out": str(run_result.out),
+        "bits_per_weight": run_result.bits_per_weight,
+        "seconds": run_result.seconds,
+        "peak_memory_bytes": run_result.peak_memory_bytes,
+        "warnings": run_result.warnings,
     }
     if as_json:
         print_json(result)
         return
-    for warning in made.warnings:
+    for warning in run_result.warnings:
         say(f"warning: {warning}")
     print(
-        f"{made.out}: {made.bits_per_weight:.3f} bits per weight, {made.seconds:.0f} s, "
-        f"peak memory {made.peak_memory_bytes / 1e9:.2f} GB"
+        f"{run_result.out}: {run_result.bits_per_weight:.3f} bits per weight, {run_result.seconds:.0f} s, "
+        f"peak memory {run_result.peak_memory_bytes / 1e9:.2f} GB"
     )
 
 
@@ -175,7 +175,7 @@ def generate(
     from lowbit.checkpoints.resolve import resolve
     from lowbit.evaluation.generate import generate_text
 
-    check_least("--tokens", tokens, 1, "give how many tokens may follow the prompt")
+    check_least("--tokens", tokens, 1, "give the number of tokens to generate")
     if not prompt:
         raise LowbitError("--prompt is empty; give some text to continue")
     folder = resolve(model, trust_remote_code=trust_remote_code).folder
@@ -193,53 +193,53 @@ app.command()(demo)
 
 
 def _pairs(settings: list[str]) -> dict[str, str]:
-    out = {}
+    overrides = {}
     for setting in settings:
         glob, equals, text = setting.partition("=")
         if not (glob and equals and text):
             raise LowbitError(f"--override {setting}: give GLOB=FORMAT, for example '*.down_proj=w8' or 'lm_head=w8'")
-        out[glob] = text
-    return out
+        overrides[glob] = text
+    return overrides
 
 
 def guarded(run: Callable[[], int | None]) -> int:
-    """Run a command; a person's mistake becomes one line on standard error and exit code 2."""
+    """Run a command; a user error becomes one line on standard error and exit code 2."""
     try:
         return run() or 0
     except LowbitError as error:
-        return _refused(str(error))
+        return _fail(str(error))
     except UsageError as error:
-        said = error.format_message().rstrip(".")
-        return _refused(f"{said}; 'lowbit --help' and 'lowbit COMMAND --help' say what is allowed")
+        message = error.format_message().rstrip(".")
+        return _fail(f"{message}; 'lowbit --help' and 'lowbit COMMAND --help' list what is allowed")
     except KeyboardInterrupt:
-        say("lowbit: stopped; 'quantize' goes on where it was when it is given the same command")
+        say("lowbit: stopped; repeat the same 'quantize' command to resume")
         return 130
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        place = f": {str(error.filename)[:200]}" if error.filename else ""
-        return _refused(f"{error.strerror}{place}; {MENDABLE[error.errno]}")
+        path = f": {str(error.filename)[:200]}" if error.filename else ""
+        return _fail(f"{error.strerror}{path}; {MENDABLE[error.errno]}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # the latter is torch's
             raise
-        return _refused(f"out of memory: {str(error)[:200]}; give fewer --samples or a shorter --length")
+        return _fail(f"out of memory: {str(error)[:200]}; give fewer --samples or a shorter --length")
 
 
-def _refused(message: str) -> int:
+def _fail(message: str) -> int:
     say(f"lowbit: error: {' '.join(message.split())}")
     return 2
 
 
 def call(arguments: Sequence[str]) -> int:
-    """The ``lowbit`` command with these arguments; gives its exit code."""
+    """Run the ``lowbit`` command with these arguments and return its exit code."""
 
     def run() -> int:
-        # Not standalone: there typer would print a box of several lines about a wrong option.
+        # In standalone mode, typer would print a box of several lines about a wrong option.
         try:
             code = app(list(arguments) or ["--help"], prog_name="lowbit", standalone_mode=False)
         except typer.Abort as error:
             raise KeyboardInterrupt from error
-        if code == 130:  # how newer versions of typer tell of a KeyboardInterrupt
+        if code == 130:  # newer versions of typer report a KeyboardInterrupt so
             raise KeyboardInterrupt
         return int(code) if isinstance(code, int) else 0
 
@@ -248,8 +248,8 @@ def call(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the ``lowbit`` command."""
-    # Bars and warnings of the libraries would mix with ours. By environment: importing them takes seconds.
+    # Silence the libraries' bars and warnings; by environment, because importing them takes seconds.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would stand before our one line
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would precede our one line
     sys.exit(call(sys.argv[1:]))

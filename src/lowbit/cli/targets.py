@@ -1,4 +1,4 @@
-"""Which schemes each export target takes, found by asking the targets, and written in as few lines as it takes."""
+"""The schemes that each export target supports, computed from the targets' limits, as compact patterns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Key = tuple[int, int | None, str]  # activation bits, kv bits, suffix
 
 
 def targets() -> list[dict[str, Any]]:
-    """Each target of ``lowbit export``: its names, patterns of the schemes it takes, and what it needs installed."""
+    """Each target of ``lowbit export``: names, patterns of supported schemes, and missing packages."""
     accepted: dict[str, list[tuple[Key, int | None, int]]] = {}
     needs = dict.fromkeys(EXPORTERS, "")
     limits = {}
@@ -41,20 +41,20 @@ def targets() -> list[dict[str, Any]]:
         for name, limit in limits.items():
             if limit(subject) is None:
                 accepted[name].append(((act, kv, suffix), group, bits))
-    called = {name: [name, *(alias for alias, of in ALIASES.items() if of == name)] for name in EXPORTERS}
+    aliases = {name: [name, *(alias for alias, of in ALIASES.items() if of == name)] for name in EXPORTERS}
     return [
-        {"name": " or ".join(called[name]), "schemes": list(patterns(accepted[name])), "needs": needs[name]}
+        {"name": " or ".join(aliases[name]), "schemes": list(patterns(accepted[name])), "needs": needs[name]}
         for name in EXPORTERS
     ]
 
 
 def _config() -> Any:
-    """A model with the widths of Llama 7B and one layer: limits depend on widths."""
+    """A model with the widths of Llama 7B and one layer; limits depend on widths."""
     return LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=1)
 
 
 def patterns(accepted: Iterable[tuple[Key, int | None, int]]) -> Iterator[str]:
-    """Scheme names with sets in braces, alike ones together.
+    """Scheme names with sets in braces, similar ones combined.
 
     >>> key = (16, None, "-sym")
     >>> list(patterns([(key, None, 4), (key, None, 8), (key, 32, 4), (key, 32, 8), (key, 64, 4)]))
@@ -64,8 +64,8 @@ def patterns(accepted: Iterable[tuple[Key, int | None, int]]) -> Iterator[str]:
     for key, group, width in accepted:
         bits.setdefault((key, group), []).append(width)
     groups: dict[tuple[Key, tuple[int, ...]], list[int | None]] = {}
-    for (key, group), several in bits.items():
-        groups.setdefault((key, tuple(several)), []).append(group)
+    for (key, group), widths_of_key in bits.items():
+        groups.setdefault((key, tuple(widths_of_key)), []).append(group)
     acts: dict[tuple[tuple[int, ...], int | None, str, str], list[int]] = {}
     for ((act, kv, suffix), widths), sizes in groups.items():
         acts.setdefault((widths, kv, _groups(sizes), suffix), []).append(act)
@@ -74,10 +74,10 @@ def patterns(accepted: Iterable[tuple[Key, int | None, int]]) -> Iterator[str]:
 
 
 def _groups(sizes: Sequence[int | None]) -> str:
-    named = [size for size in sizes if size is not None]
-    if not named:
+    grouped = [size for size in sizes if size is not None]
+    if not grouped:
         return ""
-    text = "g{n}" if len(named) == len(GROUPS) - 1 else f"g{_set(named)}"
+    text = "g{n}" if len(grouped) == len(GROUPS) - 1 else f"g{_set(grouped)}"
     return f"[{text}]" if None in sizes else text
 
 
@@ -87,9 +87,9 @@ def _set(values: Iterable[int]) -> str:
     >>> _set([4]), _set([4, 8]), _set([2, 3, 4])
     ('4', '{4,8}', '{2..4}')
     """
-    several = list(values)
-    if len(several) == 1:
-        return str(several[0])
-    if len(several) > 2 and several == list(range(several[0], several[-1] + 1)):
-        return f"{{{several[0]}..{several[-1]}}}"
-    return f"{{{','.join(map(str, several))}}}"
+    items = list(values)
+    if len(items) == 1:
+        return str(items[0])
+    if len(items) > 2 and items == list(range(items[0], items[-1] + 1)):
+        return f"{{{items[0]}..{items[-1]}}}"
+    return f"{{{','.join(map(str, items))}}}"

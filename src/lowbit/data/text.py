@@ -1,13 +1,13 @@
-"""Text to token windows: what a method calibrates on and what perplexity is measured on.
+"""Token windows for calibration and for perplexity.
 
-* The papers' protocol (GPTQ, OmniQuant, AffineQuant, QLLM): a text is tokenized once, as a whole, with the special
+* The papers' protocol (GPTQ, OmniQuant, AffineQuant, QLLM): a corpus is tokenized once, as a whole, with the special
   tokens that the tokenizer adds; calibration windows start at ``randint(0, tokens - length - 1)`` and may overlap,
   evaluation windows are consecutive. Rejected: padding and attention masks; every window is full.
-* ``builtin`` comes from a published package, for machines that reach no hub; it is not WikiText-2. The first 80 %
-  calibrates, the last 20 % evaluates, less its long lines that also stand in the first (one C4 page). Calibration
-  alternates Wikipedia and C4, so that any run of windows holds both; evaluation is Wikipedia: a mean over two kinds
-  of text says less than either.
-* A path gives the same text to both functions: to hold text out, give two files.
+* ``builtin`` comes from a published package, for machines without access to a hub; it is not WikiText-2. The first
+  80 % is for calibration, the last 20 % for evaluation, without its long lines that occur in both (one C4 page).
+  Calibration alternates Wikipedia and C4, so that consecutive windows contain both; evaluation uses Wikipedia alone,
+  because a mean over two kinds of text says less than either.
+* A path gives the same text to both functions; to keep them separate, give two files.
 * Hub data sets are optional and read in one function, from files that need no remote code.
 """
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints import pypi as wheels
+from lowbit.checkpoints import pypi
 from lowbit.errors import LowbitError, MissingExtra, check_least, unknown
 from lowbit.progress import track
 
@@ -32,26 +32,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-C4_WINDOWS = 256  # what the papers evaluate on C4
+C4_WINDOWS = 256  # the papers' number of evaluation windows on C4
 TRIES = 10_000  # documents drawn for one C4 window before giving up
-REPEATED = 100  # characters from which a line that stands in both parts counts as repeated text
+REPEATED = 100  # characters from which a line that occurs in both parts counts as repeated text
 SUFFIXES = (".txt", ".raw", ".utf8", ".md", ".jsonl", ".parquet")
 PATHS = f"a path ending in {', '.join(SUFFIXES)}"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Windows of token ids, and where they come from."""
+    """Windows of token ids, and their origin."""
 
     ids: Tensor  # (windows, length) int64
-    corpus: str  # a label for reports; of a file its name without folders
+    corpus: str  # label for reports; for a file its name without folders
     hash: str  # SHA-256 over shape and ids as little-endian int64
-    seed: int | None = None  # what drew the windows; None for evaluation
+    seed: int | None = None  # of the draw of windows; None for evaluation
 
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set on the hub; pairs are for (calibration, evaluation); without ``joint`` documents stay apart."""
+    """A data set on the hub; pairs are for (calibration, evaluation); ``joint`` joins documents if given."""
 
     repo: str
     column: str
@@ -62,7 +62,7 @@ class HubText:
     config: str | None = None
 
 
-_PTB = ("penn_treebank/train/0000.parquet", "penn_treebank/test/0000.parquet")  # main is a script
+_PTB = ("penn_treebank/train/0000.parquet", "penn_treebank/test/0000.parquet")  # the main revision is a script
 _C4 = ("en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
 HUB = {
     "wikitext2": HubText("Salesforce/wikitext", "text", "\n\n", ("train", "test"), config="wikitext-2-raw-v1"),
@@ -88,33 +88,34 @@ def calibration(
 ) -> Tokens:
     """``n`` windows of ``length`` tokens at random offsets from ``random.Random(seed)``.
 
-    ``corpus`` is one of ``NAMES``, a path, or ``self`` (then ``sampler(n, length, seed)`` gives the ids). ``builtin``
-    alternates its two texts; ``c4`` draws a document, then an offset in it. ``cache`` keeps the built-in text; hub
-    data sets lie in the hub's own cache. ``LowbitError`` for an unknown name, an unreadable file, a text below one
-    window and sizes below 1 (``length``: 2); ``MissingExtra`` for a missing package.
+    ``corpus`` is one of ``NAMES``, a path, or ``self`` (then ``sampler(n, length, seed)`` returns the ids).
+    ``builtin`` alternates its two texts; ``c4`` draws a document, then an offset in it. ``cache`` is the folder for
+    the built-in text; hub data sets are in the hub's own cache. Raises ``LowbitError`` for an unknown name, an
+    unreadable file, a text shorter than one window and sizes below 1 (``length``: 2), ``MissingExtra`` for a missing
+    package.
     Ten tokens 0..9 with ``n=2, length=3, seed=0``: the offsets are drawn as 6 and 3: ``[[6, 7, 8], [3, 4, 5]]``.
     """
     _check_sizes(n=n, length=length)
     if corpus == "self":
         if sampler is None:
-            raise LowbitError("data 'self' is sampled from the model and no model is at hand: give a text")
+            raise LowbitError("data 'self' is sampled from a model, and none is given: give a text")
         return _tokens(sampler(n, length, seed).to("cpu", torch.int64).view(n, length), "self", seed)
     label, texts = _open(corpus, 0, cache)
     rng = random.Random(seed)
     if corpus in HUB and HUB[corpus].joint is None:
         ids = _draw(texts, tokenizer, n, length, rng, label)
     else:
-        streams = [_stream(text, tokenizer, length, label) for text in texts]
-        ids = torch.stack([_window(streams[i % len(streams)], length, rng) for i in range(n)])
+        corpora = [_token_ids(text, tokenizer, length, label) for text in texts]
+        ids = torch.stack([_window(corpora[i % len(corpora)], length, rng) for i in range(n)])
     return _tokens(ids, label, seed)
 
 
 def evaluation(
     corpus: str, tokenizer: Tokenizer, length: int, tokens: int | None = None, *, cache: Path | None = None
 ) -> Tokens:
-    """Consecutive windows of ``length`` tokens without overlap; a rest shorter than a window is left out.
+    """Consecutive windows of ``length`` tokens without overlap; an incomplete last window is dropped.
 
-    ``tokens`` limits the total, rounded down to whole windows; those that remain are the same ones. ``builtin`` is
+    ``tokens`` limits the total, rounded down to whole windows; the remaining windows do not change. ``builtin`` is
     its Wikipedia part; ``c4`` the papers' 256 windows, each at a random offset of a random document, drawn with
     ``random.Random(0)``. Names, paths and errors as in ``calibration``; ``self`` is an error.
     Ten tokens 0..9 with ``length=3``: ``[[0, 1, 2], [3, 4, 5], [6, 7, 8]]``; with ``tokens=7`` the first two.
@@ -129,21 +130,21 @@ def evaluation(
         count = C4_WINDOWS if tokens is None else min(C4_WINDOWS, tokens // length)
         ids = _draw(texts, tokenizer, count, length, random.Random(0), label)
     else:
-        stream = _stream(texts[0], tokenizer, length, label)
-        count = min(len(stream), tokens or len(stream)) // length
-        ids = stream[: count * length].view(count, length).clone()
+        corpus_ids = _token_ids(texts[0], tokenizer, length, label)
+        count = min(len(corpus_ids), tokens or len(corpus_ids)) // length
+        ids = corpus_ids[: count * length].view(count, length).clone()
     return _tokens(ids, label)
 
 
 def self_sample(model: Model, tokenizer: Tokenizer, n: int, length: int, seed: int, batch: int = 16) -> Tensor:
-    """Text that a causal language model samples itself: ``(n, length)`` int64 ids on the CPU.
+    """Text sampled from a causal language model: ``(n, length)`` int64 ids on the CPU.
 
-    A row starts with BOS (with a random token where there is none) and goes on at temperature 1. Special tokens, EOS
-    among them, are not drawn, so that rows are full. Token ``t`` of row ``i`` is where the cumulative distribution
-    passes ``u[i, t]`` of one seeded float64 draw: ``batch`` only decides how many rows run at once, and the global
-    generator stays untouched. With probabilities ``[0.5, 0.25, 0.25]`` a draw of 0.6 takes token 1. ``LowbitError``
-    for sizes below 1 (``length``: 2), a ``length`` beyond the model's positions and output that is not finite.
-    ``model`` is left in eval mode.
+    A row starts with BOS (with a random token where there is none) and continues at temperature 1. Special tokens,
+    EOS among them, are not drawn, so that rows are full. Token ``t`` of row ``i`` is where the cumulative
+    distribution exceeds ``u[i, t]`` of one seeded float64 draw: ``batch`` only sets how many rows run at once, and
+    the global generator is not used. With probabilities ``[0.5, 0.25, 0.25]`` a draw of 0.6 selects token 1. Raises
+    ``LowbitError`` for sizes below 1 (``length``: 2), a ``length`` beyond the model's positions and non-finite
+    output. ``model`` is left in eval mode.
     """
     _check_sizes(n=n, length=length, batch=batch)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -155,7 +156,7 @@ def self_sample(model: Model, tokenizer: Tokenizer, n: int, length: int, seed: i
     size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
     allowed = torch.tensor([i for i in range(size) if i not in special])
     model.eval()
-    return torch.cat([_sample(model, part, allowed, tokenizer.bos_token_id) for part in uniform.split(batch)])
+    return torch.cat([_sample(model, draws, allowed, tokenizer.bos_token_id) for draws in uniform.split(batch)])
 
 
 @torch.no_grad()
@@ -169,8 +170,8 @@ def _sample(model: Model, uniform: Tensor, allowed: Tensor, bos: int | None) -> 
         cdf = out.logits[:, -1].cpu().double()[:, allowed].softmax(-1).cumsum(-1)
         if not bool(cdf.isfinite().all()):
             raise LowbitError(f"the model's output is not finite at token {step}: give a text instead of 'self'")
-        at = torch.searchsorted(cdf, uniform[:, step : step + 1] * cdf[:, -1:], right=True)
-        ids[:, step] = allowed[at[:, 0].clamp(max=len(allowed) - 1)]
+        position = torch.searchsorted(cdf, uniform[:, step : step + 1] * cdf[:, -1:], right=True)
+        ids[:, step] = allowed[position[:, 0].clamp(max=len(allowed) - 1)]
     return ids
 
 
@@ -181,24 +182,24 @@ def _tokens(ids: Tensor, corpus: str, seed: int | None = None) -> Tokens:
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        what = "tokens in a window" if name == "length" else "windows"
-        check_least(name, size, 2 if name == "length" else 1, f"give the number of {what}")
+        unit = "tokens in a window" if name == "length" else "windows"
+        check_least(name, size, 2 if name == "length" else 1, f"give the number of {unit}")
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _stream(text: str, tokenizer: Tokenizer, length: int, label: str) -> Tensor:
+def _token_ids(text: str, tokenizer: Tokenizer, length: int, label: str) -> Tensor:
     ids = _encode(tokenizer, text)
     if len(ids) < length:
         raise LowbitError(f"{label} has {len(ids)} tokens, a window needs {length}: give more text or less length")
     return ids
 
 
-def _window(stream: Tensor, length: int, rng: random.Random) -> Tensor:
-    start = rng.randint(0, max(len(stream) - length - 1, 0))
-    return stream[start : start + length]
+def _window(ids: Tensor, length: int, rng: random.Random) -> Tensor:
+    start = rng.randint(0, max(len(ids) - length - 1, 0))
+    return ids[start : start + length]
 
 
 def _draw(texts: Sequence[str], tokenizer: Tokenizer, n: int, length: int, rng: random.Random, label: str) -> Tensor:
@@ -229,9 +230,9 @@ def _open(corpus: str, part: int, cache: Path | None) -> tuple[str, Sequence[str
 
 def _builtin(name: str, cache: Path | None) -> tuple[str, str]:
     """The first 80 % and the last 20 % of a built-in text, cut after a line."""
-    raw = wheels.read_member(wheels.TEXTS, f"exllamav2/conversion/standard_cal_data/{name}.utf8", cache)
-    if (found := hashlib.sha256(raw).hexdigest()) != BUILTIN[name]:
-        raise LowbitError(f"{name}.utf8 has SHA-256 {found}, expected {BUILTIN[name]}: empty the wheel cache")
+    raw = pypi.read_member(pypi.TEXTS, f"exllamav2/conversion/standard_cal_data/{name}.utf8", cache)
+    if (digest := hashlib.sha256(raw).hexdigest()) != BUILTIN[name]:
+        raise LowbitError(f"{name}.utf8 has SHA-256 {digest}, expected {BUILTIN[name]}: empty the wheel cache")
     text = "\n".join(line for line in raw.decode().split("\n") if not line.startswith(("<doc ", "</doc>")))
     cut = text.index("\n", len(text) * 4 // 5) + 1
     seen = {line for line in text[:cut].split("\n") if len(line) >= REPEATED}
@@ -239,29 +240,29 @@ def _builtin(name: str, cache: Path | None) -> tuple[str, str]:
 
 
 def hub_documents(hub: HubText, part: int) -> Sequence[str]:
-    """The documents of a split (``part`` 0: calibration, 1: evaluation), or ``LowbitError``; read when indexed."""
+    """The documents of a split (``part`` 0: calibration, 1: evaluation), read when indexed."""
     try:
         import datasets
     except ImportError as error:
         raise MissingExtra("datasets", "data", f"the data set {hub.repo}") from error
     split = hub.splits[part]
     options = {"data_files": {split: hub.files[part]}} if hub.files else {}
-    try:  # No checks: one file of many has not the size that the data set states.
+    try:  # no checks: a single file does not have the size that the data set states
         rows = datasets.load_dataset(
             hub.repo, hub.config, split=split, revision=hub.revision, verification_mode="no_checks", **options
         )
         documents: Sequence[str] = rows[hub.column]
     except Exception as error:  # datasets, the hub client and httpx share no base class
-        reason = "no hub was reached" if isinstance(error, ConnectionError) else "the hub did not give it"
+        reason = "the hub cannot be reached" if isinstance(error, ConnectionError) else "loading failed"
         raise LowbitError(f"cannot load {hub.repo}: {reason} ({error!r}); give 'builtin' or {PATHS}") from error
     return documents
 
 
 def _read(path: Path) -> list[str]:
-    """The documents in a file: all of a plain one, the field or column "text" of the others."""
+    """The documents in a file: the whole of a plain text, the field or column "text" of the others."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise LowbitError(f"'{path}' is no kind of text that is read here: give {PATHS}, or {', '.join(NAMES)}")
+        raise LowbitError(f"'{path}' is not a supported text file: give {PATHS}, or {', '.join(NAMES)}")
     try:
         if suffix == ".parquet":
             return _parquet_texts(path)
@@ -281,7 +282,7 @@ def _json_texts(text: str, path: Path) -> list[str]:
         except (ValueError, KeyError, TypeError):
             document = None
         if not isinstance(document, str):
-            raise LowbitError(f"'{path}' line {number} is no JSON object with a \"text\": mend or remove it")
+            raise LowbitError(f"'{path}' line {number} is not a JSON object with a \"text\": fix or remove it")
         documents.append(document)
     return documents
 

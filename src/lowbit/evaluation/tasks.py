@@ -40,12 +40,12 @@ class TaskScores:
 
     Attributes:
         tasks: by lm-eval's name: ``metrics`` (``acc``, ``acc_norm`` from 0 to 1, ``perplexity``), their standard
-            ``errors``, ``documents`` used out of ``total``, the task's ``version``, ``source`` and ``data_hash`` of the
-            documents, ``seconds``.
+            ``errors``, ``documents`` used out of ``total``, the task's ``version``, ``source`` and ``data_hash`` of
+            the documents, ``seconds``.
         averages: ``qllm`` and ``affinequant``, each if all of its tasks were evaluated: ``tasks``, and the mean
             ``acc`` and ``acc_norm`` (``acc`` for tasks without ``acc_norm``).
-        protocol: settings that the scores depend on: ``shots`` (0), ``special`` (tokens that the tokenizer puts before
-            a question), ``limit``, ``seed``, ``device``, ``dtype``, ``lm_eval`` (its version),
+        protocol: settings that the scores depend on: ``shots`` (0), ``special`` (tokens that the tokenizer puts
+            before a question), ``limit``, ``seed``, ``device``, ``dtype``, ``lm_eval`` (its version),
             ``target``, ``scheme`` and ``bits_per_weight`` of a run.
         seconds: wall time.
         fingerprint: digest of the model's weights, as in the identity of its runs.

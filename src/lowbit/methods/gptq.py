@@ -148,8 +148,9 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper Cholesky factor of the damped ``gram``'s inverse ``(in, in)``, and the damping used.
 
     ``damping`` is a share of the diagonal's mean; it is multiplied by ten until the factorisation succeeds. The
-    Cholesky factor of ``H`` with rows and columns reversed gives ``H = R R^T`` with an upper ``R``; then ``H^-1 = R^-T
-    R^-1`` and the factor is ``R^-1``: one factorisation and one triangular inverse, without the inverse of ``H``.
+    Cholesky factor of ``H`` with rows and columns reversed gives ``H = R R^T`` with an upper ``R``; then
+    ``H^-1 = R^-T R^-1`` and the factor is ``R^-1``: one factorisation and one triangular inverse, without the inverse
+    of ``H``.
     """
     hessian = gram.double()
     dead = hessian.diagonal() == 0
@@ -163,7 +164,7 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
             if bool(torch.isfinite(upper).all()):
                 return upper.to(gram.dtype), damping
         damping *= 10
-    raise LowbitError("gptq: the second moments of a linear's input contain NaN or infinity; check its weights")
+    raise LowbitError("gptq: the second moments of a linear's input contain NaN or infinity; check the model")
 
 
 def gptq_codes(

@@ -4,8 +4,8 @@ Source: QLLM, Liu et al., ICLR 2024, arXiv 2310.08041, section 3.2. A channel wh
 becomes ``T = ceil(max / theta)`` copies of ``x / T`` that share its weight column. The float function is unchanged,
 ``sum_t (x / T) w = x w``, and the outlier no longer determines the quantization step of the other channels.
 
-Between up and down everything folds: gate rows are repeated, up rows repeated and divided by ``T`` (also fc1's, since
-a ReLU commutes with a positive factor), down columns repeated. To keep the width, as many channels are dropped as
+Between up and down everything folds: gate rows are repeated, up rows repeated and divided by ``T`` (fc1's too: a ReLU
+commutes with a positive factor), down columns repeated. To keep the width, as many channels are dropped as
 copies are added, with compensation in the remaining columns (``dropping.py``). The paper averages pairs of channels
 instead, which cannot fold here: a mean of products is not a product of means.
 
@@ -14,7 +14,7 @@ output is gathered, ``x[idx] / T``, which stays online. The norm itself covers t
 assembly is available there (``assembly.py``).
 
 ``theta`` is searched for each layer on a grid, downwards from the largest value (the paper's grid), by the layer's
-output error with quantizers enabled. No reassembly is always a candidate, and the scored weights are the applied ones.
+output error with quantizers enabled. No reassembly is always a candidate, and the scored weights are those applied.
 
 Memory: at most two ``channels x channels`` matrices at any time: the second moments and a batch's contribution, then
 the second moments and their Cholesky factor, then the inverse alone. Candidates hold weights only.
@@ -107,7 +107,7 @@ class Reassemble(Method):
         check_bounds("reassemble", self, {"most": "above 0 and at most 0.5", "damping": "above 0", **counts})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """A gather after norms, where ``sites`` includes them; a clip with offsets where the input format supports it."""
+        """A gather after norms if ``sites`` has them; a clip with offsets if the input format supports it."""
         ops: set[type[RuntimeOp]] = set()
         if "norm" in SITES[self.sites]:
             ops.add(Gather)
@@ -116,7 +116,7 @@ class Reassemble(Method):
         return frozenset(ops)
 
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """The block with channels reassembled where that lowers the layer's error, or where ``theta`` prescribes it."""
+        """The block with channels reassembled where that lowers the layer's error, or as a fixed ``theta`` says."""
         return layer_by_layer(self._layer, block, calib) if block.formats else block
 
     def _layer(self, layer: Block, calib: Calib) -> Block:
@@ -134,7 +134,7 @@ class Reassemble(Method):
         keep = candidates[-1] > 1 if candidates else torch.zeros_like(peak, dtype=torch.bool)
         merges = edge.kind == "norm" and self.assembly != "drop"
         plan = self._plan(weight, gram, keep, merges)
-        del gram  # free memory: the plan does not need it
+        del gram  # frees memory: the plan holds what it needs
         best, best_extra, theta = block, 0, None
         scores = {0: output_error(block, calib, self.sequences)}
         for copies in candidates:
@@ -215,7 +215,7 @@ def copies_over(peak: Tensor, theta: float) -> Tensor:
 
 
 def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor, into: Tensor | None = None) -> Block:
-    """The block with the channels between ``edge.src`` and its readers reindexed: some repeated, some removed.
+    """The block with the channels between ``edge.src`` and its readers reindexed: repeated, reordered, removed.
 
     Args:
         block: one layer.
@@ -223,7 +223,7 @@ def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor,
         idx: the old index of each new channel.
         divisor: the number of copies of each new channel, or the number of channels of which it is the mean.
         weight: the readers' stacked weights ``(out, channels)``, compensated for removed channels, in the old order.
-        into: the channel that each old channel is merged into, or -1; after norms only.
+        into: the new channel that each old channel is merged into, or -1; after norms only.
     """
     params, clips, ops = dict(block.params), dict(block.clips), dict(block.ops)
     if isinstance(edge.src, Projection):
@@ -248,7 +248,7 @@ def gather_behind(op: RuntimeOp | None, idx: Tensor, divisor: Tensor, into: Tens
     if op is None:
         return gather
     if not isinstance(op, Matrix):
-        raise LowbitError("reassemble: the channels after this norm are already reassembled; remove one of the two steps")
+        raise LowbitError("reassemble: channels after this norm are already reassembled; remove one of the steps")
     return Matrix(gather(op.matrix))
 
 
@@ -259,7 +259,7 @@ def _gather(
     idx: Tensor,
     divisor: Tensor,
 ) -> None:
-    """Rows of a projection's weight, bias and clipping ratios in the new order, weight and bias divided by ``divisor``."""
+    """Reorder the rows of a projection's weight, bias and clips; divide weight and bias by ``divisor``."""
 
     def gathered(rows: Tensor) -> Tensor:
         scale = divisor.double().reshape(-1, *[1] * (rows.ndim - 1))

@@ -1,13 +1,13 @@
-"""Refit: every linear fitted again, in closed form, to the float model's output from the input that it will get.
+"""Refit: closed-form (ridge) refit of each linear to its quantized inputs.
 
-A linear of the quantized model reads an input that differs from the float model's: it is rounded, and it carries what
-the layers before have lost. Its weight was trained for the exact input; for the inexact one another weight is better.
-At four bits much of an input's variance lies in directions in which rounding noise is stronger than the signal, and a
-weight that listens less there loses less. The best weight is a ridge regression away: no gradient, no rounding in the
-objective, one factorisation for the linears that read one input. What is learned or rounded behind starts there.
+A linear of the quantized model reads an input that differs from the float model's: it is quantized and carries the
+error of the layers before it. The weight that is best for this input differs from the trained one: at four bits, much
+of an input's variance lies in directions where quantization noise exceeds the signal, and smaller weights there
+reduce the error. Ridge regression gives the best weight: no gradients, no quantization of the weight in the
+objective, one factorisation for all linears that read one input. Steps that train or quantize follow.
 
-Source: the objective is that of asymmetric calibration in GPTAQ, Li et al., arXiv 2504.02692, without its rounding;
-the ridge towards the given weight holds what few calibration tokens do not decide.
+Source: the objective is that of asymmetric calibration (GPTAQ, Li et al., arXiv 2504.02692) without its quantization;
+the ridge towards the original weight regularizes what few calibration tokens do not determine.
 """
 
 from __future__ import annotations
@@ -29,22 +29,21 @@ from lowbit.quant.activations import ActFormat
 
 FIGURES = {"unweighted": ("gram", "cross"), "normalized": ("normalized_gram", "normalized_cross")}
 CHOICES = {"tokens": tuple(FIGURES)}
-RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)  # that are tried, in units of ``Refit.ridge``
-EVERY = 4  # every fourth sequence validates them
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)  # candidates of the search, in units of ``Refit.ridge``
+EVERY = 4  # every fourth sequence belongs to the validation split
 Moments = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Refit(Method):
-    """Weights for the inputs that the quantized model has; merged, since they are all that changes.
+    """Closed-form refit of the weights to the quantized model's inputs.
 
     Attributes:
-        ridge: regularization towards the given weight, in units of the mean square of the input's channels: the
-            larger, the less the few calibration tokens decide.
-        search: try ``RIDGES`` times ``ridge`` for each input, and take the one with the least error on a validation
-            split (a quarter of the sequences; the fit that is kept uses all).
-        tokens: ``unweighted`` sums the error over tokens as they are; ``normalized`` divides each token by its root
-            mean square first, so that a few tokens with massive activations do not decide alone.
+        ridge: ridge strength towards the original weight, in units of the mean square of the input's channels.
+        search: choose the ridge strength per input among ``RIDGES`` times ``ridge``, by the error on a validation
+            split (a quarter of the sequences); the final fit uses all sequences.
+        tokens: ``unweighted`` or per-token ``normalized`` second moments, as in ``gptq``; with ``normalized``, a few
+            tokens with massive activations do not dominate.
     """
 
     ridge: float = 1.0
@@ -63,38 +62,38 @@ class Refit(Method):
         check_bounds("refit", self, {"ridge": "above 0"})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """None: weights are all that changes."""
+        """None: only weights change."""
         return NO_OPS
 
     @torch.no_grad()
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """The block with every linear refitted, in execution order, behind those before it, refitted and quantized.
+        """The block with every linear refitted in execution order, after its refitted and quantized predecessors.
 
-        Its float function changes, towards one whose quantized form is nearer to the float model.
+        Its float function changes, so that its quantized output is closer to the float model's.
         """
-        done, shipped = block, dict(block.params)
+        done, quantized_params = block, dict(block.params)
         figures: dict[str, dict[str, float]] = {}
-        shares = self._parts(calib)
+        splits = self._splits(calib)
         for group in block.linear_groups():
-            wanted = [name for name in group if name in block.formats]
-            if not wanted:
+            linears = [name for name in group if name in block.formats]
+            if not linears:
                 continue
-            quantized = replace(done, params=shipped)
-            want = FIGURES[self.tokens]
-            seen = [paired_statistics(quantized, block, share, wanted[0], want) for share in shares]
+            quantized = replace(done, params=quantized_params)
+            names = FIGURES[self.tokens]
+            seen = [paired_statistics(quantized, block, split, linears[0], names) for split in splits]
             ridge = self.ridge
             if len(seen) > 1:
-                weight = torch.cat([block.weight(name) for name in wanted])
-                pulls = [self.ridge * factor for factor in RIDGES]
-                ridge = best_ridge(weight, self._moments(seen[0]), self._moments(seen[1]), pulls)
+                weight = torch.cat([block.weight(name) for name in linears])
+                ridges = [self.ridge * factor for factor in RIDGES]
+                ridge = best_ridge(weight, self._moments(seen[0]), self._moments(seen[1]), ridges)
                 seen[0].merge(seen[1])
             gram, cross = self._moments(seen[0])
-            for name in wanted:
+            for name in linears:
                 weight = block.weight(name)
-                found = output_target(weight, gram, cross, ridge)
-                done = replace(done, params={**done.params, f"{name}.weight": found})
-                shipped[f"{name}.weight"] = done.weight_format(name).fake_quant(found, done.qparams(name))
-                change = (found - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+                refitted = output_target(weight, gram, cross, ridge)
+                done = replace(done, params={**done.params, f"{name}.weight": refitted})
+                quantized_params[f"{name}.weight"] = done.weight_format(name).fake_quant(refitted, done.qparams(name))
+                change = (refitted - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
                 figures[name] = {"ridge": ridge, "relative_change": float(change)}
         return done.with_record("refit", figures) if figures else block
 
@@ -102,27 +101,27 @@ class Refit(Method):
         gram, cross = (seen[name] for name in FIGURES[self.tokens])
         return gram, cross
 
-    def _parts(self, calib: Calib) -> list[Calib]:
-        """The training and the validation split that choose a ridge strength; or all sequences as one."""
+    def _splits(self, calib: Calib) -> list[Calib]:
+        """Training and validation split for the choice of a ridge strength, or all sequences as one part."""
         count = len(calib.x_q)
         if not self.search or count < 2:
             return [calib]
         validates = torch.arange(count) % EVERY == min(EVERY, count) - 1
-        return [self._share(calib, torch.nonzero(share).flatten()) for share in (~validates, validates)]
+        return [self._select(calib, torch.nonzero(split).flatten()) for split in (~validates, validates)]
 
-    def _share(self, calib: Calib, chosen: Tensor) -> Calib:
-        x_fp, x_q, y_fp = (select_sequences(states, chosen) for states in (calib.x_fp, calib.x_q, calib.y_fp))
+    def _select(self, calib: Calib, indices: Tensor) -> Calib:
+        x_fp, x_q, y_fp = (select_sequences(states, indices) for states in (calib.x_fp, calib.x_q, calib.y_fp))
         return replace(calib, x_fp=x_fp, x_q=x_q, y_fp=y_fp)
 
 
-def best_ridge(weight: Tensor, fitted: Moments, judge: Moments, pulls: Sequence[float]) -> float:
-    """The ridge whose ``output_target`` of the ``fitted`` moments has the least squared error by those of ``judge``.
+def best_ridge(weight: Tensor, training: Moments, validation: Moments, ridges: Sequence[float]) -> float:
+    """The ridge whose ``output_target`` on the ``training`` moments has the least squared error on ``validation``.
 
-    With the eigenvectors ``Q`` and eigenvalues ``l`` of the fitted ``gram``, the change of the weight is
-    ``W (cross - gram) Q diag(1 / (l + hold)) Q^T``: one decomposition serves all pulls. For a change ``D`` the error
-    ``sum |W x - (W + D) x_q|^2`` is ``tr(D gram D^T) - 2 tr(D (W (cross - gram))^T)`` and what no ridge changes.
+    With the eigenvectors ``Q`` and eigenvalues ``l`` of the training ``gram``, the change of the weight is
+    ``W (cross - gram) Q diag(1 / (l + strength)) Q^T``: one decomposition serves all ridges. For a change ``D`` the
+    error ``sum |W x - (W + D) x_q|^2`` is ``tr(D gram D^T) - 2 tr(D (W (cross - gram))^T)`` plus a constant.
 
-    Where fitted and judging tokens say the same, holding back gains nothing:
+    Where both splits agree, the weakest regularization is best:
 
     >>> one, two = torch.eye(1), torch.full((1, 1), 2.0)
     >>> best_ridge(one, (one, two), (one, two), [0.1, 1.0, 10.0])
@@ -130,19 +129,19 @@ def best_ridge(weight: Tensor, fitted: Moments, judge: Moments, pulls: Sequence[
     >>> best_ridge(one, (one, two), (one, one), [0.1, 1.0, 10.0])
     10.0
     """
-    values, vectors = torch.linalg.eigh(fitted[0].double())
+    values, vectors = torch.linalg.eigh(training[0].double())
     mean = values.mean().clamp(min=1e-30)
-    change, wanted = (weight.double() @ (cross - gram).double() @ vectors for gram, cross in (fitted, judge))
-    gram = vectors.T @ judge[0].double() @ vectors
+    change, target = (weight.double() @ (cross - gram).double() @ vectors for gram, cross in (training, validation))
+    gram = vectors.T @ validation[0].double() @ vectors
     errors = []
-    for ridge in pulls:
+    for ridge in ridges:
         step = change / (values.clamp(min=0) + ridge * mean)
-        errors.append(float((step * (step @ gram - 2 * wanted)).sum()))
-    return pulls[errors.index(min(errors))]
+        errors.append(float((step * (step @ gram - 2 * target)).sum()))
+    return ridges[errors.index(min(errors))]
 
 
 def output_target(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """The weight ``V`` ``(out, in)`` of least ``|W x - V x_q|^2 + ridge * mean |V - W|^2``, before any rounding.
+    """The weight ``V`` ``(out, in)`` of least ``|W x - V x_q|^2 + ridge * mean |V - W|^2``, before quantization.
 
     Args:
         weight: ``W`` ``(out, in)``.
@@ -150,12 +149,12 @@ def output_target(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> 
         cross: ``sum x x_q^T``, ``x`` the same input in the float model.
         ridge: in units of ``gram``'s mean diagonal.
 
-    Half of what the input should be asks for twice the weight:
+    An input of half the float model's value gets twice the weight:
 
     >>> output_target(torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), 2.0), 1e-9)
     tensor([[2.]])
     """
-    hold = ridge * gram.diagonal().double().mean().clamp(min=1e-30)
+    strength = ridge * gram.diagonal().double().mean().clamp(min=1e-30)
     eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    right = weight.double() @ (cross.double() + hold * eye)
-    return torch.linalg.solve(gram.double() + hold * eye, right, left=False).to(weight.dtype)
+    right = weight.double() @ (cross.double() + strength * eye)
+    return torch.linalg.solve(gram.double() + strength * eye, right, left=False).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Round to nearest: each weight to the closest value of its group's min-max range."""
+"""Round to nearest (RTN): each weight to the closest value on its group's min-max range."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowbit.quant.activations import ActFormat
 
 @dataclass(frozen=True)
 class RTN(Method):
-    """The baseline, and the last step after methods that move maps or shrink ranges."""
+    """The baseline, and the last step after methods that fold maps or set clipping ratios."""
 
     rounds: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = False

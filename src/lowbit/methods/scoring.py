@@ -1,4 +1,4 @@
-"""What a search minimizes: the error of a block's output with the quantizers on."""
+"""The objective of searches: a block's output error with quantizers enabled."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lowbit.models.forward import run_quantized
 
 
 def output_error(block: Block, calib: Calib, sequences: int) -> float:
-    """The error of the block as it would ship, rounded to nearest, each token relative to its float output.
+    """The output error of the block quantized by RTN, each token relative to its float output.
 
     Args:
         block: with candidates for its parameters, clips or ops.
-        calib: the hidden states before and behind it.
-        sequences: how many of them are looked at, the first ones.
+        calib: the hidden states before and after it.
+        sequences: number of sequences used, from the first.
     """
-    x, wanted = (stream[:sequences].to(block.device) for stream in (calib.x_q, calib.y_fp))
+    x, y_fp = (states[:sequences].to(block.device) for states in (calib.x_q, calib.y_fp))
     y = run_quantized(RTN()(block, calib), x, calib.batch)
-    return float(relative_loss(y, wanted, loss_unit(wanted, "token")))
+    return float(relative_loss(y, y_fp, loss_unit(y_fp, "token")))

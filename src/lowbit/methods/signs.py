@@ -1,14 +1,14 @@
-"""Signs: channels turned over, so that the outliers of a token lie on one side of zero.
+"""Signs: per-channel sign flips that narrow the range of quantized activations.
 
-An activation format with a zero point spends its codes between a token's least and its largest value. Two outlier
-channels of which one is always positive and the other always negative make a range twice as wide as either; with one
-of them negated, and its column of the weight too, the range is half as wide and the rounding's noise a quarter. A
-diagonal of 1 and -1 is an affine map that merges wherever a diagonal does, and one that gradient descent on
-logarithms of scales, as OmniQuant and AffineQuant have them, never finds. Not in the papers.
+With a zero point, the codes cover the interval between a token's smallest and largest value. Two outlier channels,
+one always positive and one always negative, make a range twice as wide as either; with one of them negated, in the
+activation and in the weight's column, the range is half as wide and the quantization noise a quarter. A diagonal of 1
+and -1 folds wherever a diagonal does. Gradient descent on the logarithms of scales (OmniQuant, AffineQuant) cannot
+reach it. Not in the papers.
 
-What is minimised is ``mean over tokens of (max - min)**2 / mean square``, to which the noise of uniform rounding is
-proportional. Which signs are best is a hard combinatorial question; here each channel in turn takes the sign that is
-better given all others, the largest first, until none changes; where that ends above no signs at all, none are taken.
+The objective is ``mean over tokens of (max - min)**2 / mean square``, to which the noise of uniform quantization is
+proportional. Optimal signs are a hard combinatorial problem; here each channel in turn, the largest first, takes the
+better sign given all others, until none changes. If the result is worse than no flips, none are applied.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lowbit.models.equivalence import Params, can_move, move
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 
-MOMENT = 7  # the channels' starting sign is that of a high odd moment: their extremes decide ranges
-SWEEPS = 8  # at most; two or three are usual
-TOKENS = 2048  # that are looked at, about, evenly spread over the calibration text
+MOMENT = 7  # a channel starts with the sign of this odd moment: extremes determine ranges
+SWEEPS = 8  # maximum; two or three are typical
+TOKENS = 2048  # approximate sample size, evenly spread over the calibration corpus
 
 
 @dataclass(frozen=True)
 class Signs(Method):
-    """Signs over norms, heads and channels before linears whose inputs are quantized with a zero point."""
+    """Sign flips at norms, heads and channels before linears whose inputs are quantized with a zero point."""
 
     rounds: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = True
@@ -46,17 +46,17 @@ class Signs(Method):
     passes: ClassVar[int] = 1
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """None: a diagonal of signs merges."""
+        """None: a diagonal of signs folds."""
         return NO_OPS
 
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """The block with channels turned over; its float function is unchanged."""
+        """The block with sign flips folded; its float function is unchanged."""
         params, flipped = with_signs(block, calib.x_fp, calib.batch)
         return replace(block, params=params).with_record("signs", {"turned_over": flipped})
 
 
-def _can(block: Block, edge: Edge) -> bool:
-    """Whether signs merge over the edge and can help behind it."""
+def _applies(block: Block, edge: Edge) -> bool:
+    """Whether sign flips fold at the edge and can narrow a range after it."""
     if edge.kind not in ("norm", "heads", "channels") or edge.positive or not can_move(block, edge):
         return False
     formats = [block.input_format(dst.module) for dst in edge.readers]
@@ -67,21 +67,21 @@ def _can(block: Block, edge: Edge) -> bool:
 def with_signs(
     block: Block, x: Tensor, batch: int, edges: Sequence[Edge] | None = None
 ) -> tuple[Params, dict[str, int]]:
-    """Parameters with signs moved over the block's edges, and how many channels were turned over at each.
+    """Parameters with sign flips folded at the block's edges, and the number of flipped channels at each.
 
     Args:
-        block: the block; norms with a runtime op behind them are left out.
+        block: the block; norms with a runtime op after them are skipped.
         x: its input in the float model ``(sequences, length, hidden)``.
         batch: sequences to run at once.
-        edges: where signs may move; wherever they help by default.
+        edges: edges to consider; all by default.
     """
-    chosen = [edge for edge in block.edges() if _can(block, edge) and (edges is None or edge in edges)]
+    chosen = [edge for edge in block.edges() if _applies(block, edge) and (edges is None or edge in edges)]
     readers = {edge.readers[0].module: edge for edge in chosen}
     params: Params = dict(block.params)
     if not readers:
         return params, {}
-    every = -(-x.shape[:-1].numel() // TOKENS)
-    seen = input_statistics(block, x, readers, ("tokens",), batch=batch, every=every)
+    stride = -(-x.shape[:-1].numel() // TOKENS)
+    seen = input_statistics(block, x, readers, ("tokens",), batch=batch, every=stride)
     flipped = {}
     for name, edge in readers.items():
         rows = seen.pop(name)["tokens"]
@@ -92,64 +92,64 @@ def with_signs(
             low, high = parts.amin(2).flatten(1), parts.amax(2).flatten(1)
         signs = best_signs(low, high)
         flipped[edge.src.module] = int((signs < 0).sum())
-        map = signs.unflatten(0, (block.heads.kv, block.heads.dim)) if edge.kind == "heads" else signs
-        params = move(block, edge, map, params)
+        diagonal = signs.unflatten(0, (block.heads.kv, block.heads.dim)) if edge.kind == "heads" else signs
+        params = move(block, edge, diagonal, params)
     return params, flipped
 
 
 def best_signs(low: Tensor, high: Tensor) -> Tensor:
-    """Signs ``(channels,)`` that make the tokens' squared ranges small together.
+    """Signs ``(channels,)`` that reduce the sum of the tokens' squared ranges.
 
     Args:
-        low: least value of a channel in a token, ``(tokens, channels)``; several values share a channel where query
+        low: smallest value of a channel in a token, ``(tokens, channels)``; a channel has several values where query
             heads share a KV head.
-        high: the largest; ``low`` itself where a channel has one value.
+        high: largest value; ``low`` itself where a channel has one value.
 
-    Two channels that always point in opposite ways, in units of the token's root mean square:
+    Two channels of opposite sign, in units of the token's root mean square:
 
     >>> x = torch.tensor([[4.0, -4.0, 0.5], [5.0, -3.0, 0.5]])
     >>> best_signs(x, x).tolist()
     [1.0, -1.0, 1.0]
 
-    The ranges were 8 and 8 and are 4 and 5: the noise falls to ``(16 + 25) / (64 + 64) = 0.32`` of what it was.
+    The ranges fall from 8 and 8 to 4 and 5, and the noise to ``(16 + 25) / (64 + 64) = 0.32``.
     """
     if low.shape[1] == 1:
         return torch.ones_like(low[0])
-    # Channel after channel, a few thousand numbers each: a GPU would be waiting for the host most of the time.
-    given = (high.T.contiguous().cpu(), low.T.contiguous().cpu())  # (channels, tokens)
-    moment = (given[0] + given[1]).double().pow(MOMENT).sum(1)
-    start = torch.where(moment < 0, -1.0, 1.0)
-    none = torch.ones_like(start)
-    signs = _descend(*given, start)
-    if _squares(*given, signs) > _squares(*given, none):
-        signs = none
-    # All signs turned over are as good; of the two the one that leaves more channels as they are.
+    # On the CPU: a sequential loop over channels with a few thousand numbers each leaves a GPU idle.
+    extremes = (high.T.contiguous().cpu(), low.T.contiguous().cpu())  # (channels, tokens)
+    moment = (extremes[0] + extremes[1]).double().pow(MOMENT).sum(1)
+    initial = torch.where(moment < 0, -1.0, 1.0)
+    unflipped = torch.ones_like(initial)
+    signs = _descend(*extremes, initial)
+    if _squared_ranges(*extremes, signs) > _squared_ranges(*extremes, unflipped):
+        signs = unflipped
+    # Negating all signs gives the same ranges; take the variant with fewer flips.
     return (signs if (signs > 0).sum() * 2 >= len(signs) else -signs).to(low)
 
 
-def _reach(high: Tensor, low: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each channel reaches above and below zero with ``signs``, ``(channels, tokens)`` each."""
-    over = signs[:, None] < 0
-    return torch.where(over, -low, high), torch.where(over, high, -low)
+def _extents(high: Tensor, low: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel's extent above and below zero with ``signs``, ``(channels, tokens)`` each."""
+    flipped = signs[:, None] < 0
+    return torch.where(flipped, -low, high), torch.where(flipped, high, -low)
 
 
-def _squares(high: Tensor, low: Tensor, signs: Tensor) -> float:
+def _squared_ranges(high: Tensor, low: Tensor, signs: Tensor) -> float:
     """The sum of the tokens' squared ranges."""
-    up, down = _reach(high, low, signs)
+    up, down = _extents(high, low, signs)
     return float((up.amax(0).clamp(min=0) + down.amax(0).clamp(min=0)).double().square().sum())
 
 
 def _descend(high: Tensor, low: Tensor, signs: Tensor) -> Tensor:
-    """Coordinate descent from ``signs``."""
+    """Coordinate descent on the sum of squared ranges, from ``signs``."""
     signs = signs.clone()
-    up, down = _reach(high, low, signs)
+    up, down = _extents(high, low, signs)
     ranges = _Ends(up), _Ends(down)
     order = torch.maximum(up, down).amax(1).argsort(descending=True).tolist()
     outermost = ranges[0].outermost() | ranges[1].outermost()
     for _ in range(SWEEPS):
         changed = False
         for channel in order:
-            # One that ends no token's range makes none smaller, whatever its sign; most channels are such.
+            # Only a channel that bounds some token's range can narrow one; most do not.
             if channel not in outermost:
                 continue
             top, bottom = (ends.without(channel) for ends in ranges)
@@ -169,31 +169,31 @@ def _descend(high: Tensor, low: Tensor, signs: Tensor) -> Tensor:
 
 
 class _Ends:
-    """For each token how far one end of its range reaches, at least to 0, and how far without the outermost channel.
+    """One end of each token's range, at least 0, with and without its outermost channel.
 
-    ``values`` ``(channels, tokens)`` may change row by row; ``update`` says which.
+    Rows of ``values`` ``(channels, tokens)`` may change; ``update`` must then be called with the channel.
     """
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        self.two, self.at = values.topk(2, dim=0)
+        self.top_values, self.top_channels = values.topk(2, dim=0)
 
     @property
     def value(self) -> Tensor:
-        """``(tokens,)``."""
-        return self.two[0].clamp(min=0)
+        """The end of each token's range, ``(tokens,)``."""
+        return self.top_values[0].clamp(min=0)
 
     def outermost(self) -> set[int]:
-        """The channels that reach furthest in some token."""
-        return set(self.at[0].unique().tolist())
+        """The channels that are outermost in at least one token."""
+        return set(self.top_channels[0].unique().tolist())
 
     def without(self, channel: int) -> Tensor:
-        """``value`` as if ``channel`` were not there."""
-        return torch.where(self.at[0] == channel, self.two[1], self.two[0]).clamp(min=0)
+        """``value`` without ``channel``."""
+        return torch.where(self.top_channels[0] == channel, self.top_values[1], self.top_values[0]).clamp(min=0)
 
     def update(self, channel: int) -> None:
-        """Look again at tokens where ``channel`` is one of the outermost two, or was."""
-        touched = ((self.at == channel).any(0) | (self.values[channel] >= self.two[1])).nonzero().flatten()
-        if len(touched):
-            two, at = self.values[:, touched].topk(2, dim=0)
-            self.two[:, touched], self.at[:, touched] = two, at
+        """Recompute the tokens where ``channel`` is, or becomes, one of the outermost two."""
+        touched = (self.top_channels == channel).any(0) | (self.values[channel] >= self.top_values[1])
+        tokens = touched.nonzero().flatten()
+        if len(tokens):
+            self.top_values[:, tokens], self.top_channels[:, tokens] = self.values[:, tokens].topk(2, dim=0)

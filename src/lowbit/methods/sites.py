@@ -1,8 +1,8 @@
-"""Where a block can take a learned map, with what start, and how the map gets into the parameters.
+"""Sites of learned maps: initialization, and application of the maps to the parameters.
 
-A site is an edge of the block with one learned map, and a learned shift where both ends have a bias. ``apply`` is
-used for fitting and for merging, so what is trained is what ships. A dense matrix after a norm does not merge: its
-inverse goes to ``online`` and runs after the norm.
+A site is an edge of the block with one learned map, and a learned shift where both ends have a bias. Training and
+folding share ``apply``, so that trained and stored weights agree. A dense matrix after a norm does not fold: its
+inverse stays online, after the norm.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Site:
 
     Attributes:
         name: ``qkv``, ``mlp``, ``heads``, ``qk`` or ``channels``.
-        edge: where it moves.
-        map: what is learned.
-        shift: what is taken from the activations first, learned too; ``None`` where there is none.
-        online: the map stays in the graph: a matrix after a norm.
+        edge: the edge that it transforms.
+        map: the learned map.
+        shift: learned shift, subtracted from the activations before the map; ``None`` without one.
+        online: whether the map's inverse stays in the graph (a matrix after a norm).
     """
 
     name: str
@@ -41,12 +41,12 @@ class Site:
     online: bool = False
 
     def leaves(self) -> list[Tensor]:
-        """Everything that is learned here."""
+        """All learned tensors of the site."""
         return [*self.map.leaves.values(), *([] if self.shift is None else [self.shift])]
 
 
 def site_name(block: Block, edge: Edge) -> str:
-    """The site that an edge is: its kind, norms told apart by what reads them."""
+    """The name of an edge's site: its kind, or for norms ``qkv`` or ``mlp`` by what reads them."""
     if edge.kind != "norm":
         return edge.kind
     first = {f"{i}.{name}" for i in block.indices for name in block.family.linears[0]}
@@ -56,9 +56,9 @@ def site_name(block: Block, edge: Edge) -> str:
 def make_site(block: Block, edge: Edge, name: str, choice: str, matrix: LearnedMap, shift: bool) -> Site:
     """The site for a choice of ``diagonal`` or ``matrix``.
 
-    ``matrix`` carries the options that a map takes (kind, mask, stability, condition, dtype, device); its size is
-    set here. Between q and k under a rotary embedding a matrix is a scaled rotation for each pair, and where q and k
-    have norms only a diagonal tied within the pairs is left.
+    ``matrix`` carries the options of a map (kind, mask, stability, condition, dtype, device); its size is set here.
+    Between q and k with a rotary embedding, a matrix is a scaled rotation per pair; where q and k have norms, only a
+    diagonal tied within the pairs folds.
     """
     heads, pairs = block.heads, block.heads.rotary // 2
     count, size = 1, map_width(block, edge) if edge.kind in ("norm", "channels") else 0
@@ -80,20 +80,20 @@ def make_site(block: Block, edge: Edge, name: str, choice: str, matrix: LearnedM
         matrix.dtype,
         matrix.device,
     )
-    moved = None
+    initial_shift = None
     if shift and can_shift(block, edge):
         shape = (heads.kv, heads.dim) if edge.kind == "heads" else (size,)
-        moved = torch.zeros(shape, dtype=matrix.dtype, device=matrix.device, requires_grad=True)
-    return Site(name, edge, learned, moved, online=edge.kind == "norm" and learned.is_matrix)
+        initial_shift = torch.zeros(shape, dtype=matrix.dtype, device=matrix.device, requires_grad=True)
+    return Site(name, edge, learned, initial_shift, online=edge.kind == "norm" and learned.is_matrix)
 
 
-def _divisor(size: int, wanted: int) -> int:
-    """The largest divisor of ``size`` that is at most ``wanted``."""
-    return next(n for n in range(min(wanted, size), 0, -1) if size % n == 0)
+def _divisor(size: int, limit: int) -> int:
+    """The largest divisor of ``size`` that is at most ``limit``."""
+    return next(n for n in range(min(limit, size), 0, -1) if size % n == 0)
 
 
 def apply(block: Block, sites: Sequence[Site], params: Mapping[str, Tensor]) -> tuple[Params, dict[str, Tensor]]:
-    """Parameters with all maps in them, and the maps that stay online; differentiable in what the sites learn."""
+    """Parameters with all maps folded, and the inverses that stay online; differentiable in the sites' leaves."""
     out, online = dict(params), {}
     for site in sites:
         value, inverse = site.map.value()
@@ -108,10 +108,10 @@ def apply(block: Block, sites: Sequence[Site], params: Mapping[str, Tensor]) -> 
 
 
 def _behind_norm(block: Block, site: Site, a: Tensor, params: Params) -> Params:
-    """``W A^T`` for what reads the norm; a shift goes through the norm's bias as for a diagonal."""
+    """``W A^T`` for the norm's readers; a shift folds into the norm's bias as for a diagonal."""
     check_can_move(block, site.edge)
-    width = torch.ones(a.shape[0], dtype=a.dtype, device=a.device)
-    out = move(block, site.edge, width, params, site.shift) if site.shift is not None else dict(params)
+    identity = torch.ones(a.shape[0], dtype=a.dtype, device=a.device)
+    out = move(block, site.edge, identity, params, site.shift) if site.shift is not None else dict(params)
     for dst in site.edge.readers:
         dst.change_weight(out, lambda weight: weight @ a.mT)
     return out
@@ -120,11 +120,11 @@ def _behind_norm(block: Block, site: Site, a: Tensor, params: Params) -> Params:
 def start(
     block: Block, sites: Sequence[Site], x: Tensor, power: float, batch: int, dtype: torch.dtype = torch.float64
 ) -> Params:
-    """Parameters with SmoothQuant's scale moved over every norm, heads and channels site, and shifts to the middle.
+    """Parameters with SmoothQuant's scale folded at every norm, heads and channels site, and centring shifts.
 
-    ``a = max|x - s|**power / max|w|**(1 - power)`` with absolute maxima over the float model's inputs (the released
-    code of AffineQuant takes signed ones), ``s = (max x + min x) / 2``. Maps that are learned start at the identity
-    on top of it.
+    ``a = max|x - s|**power / max|w|**(1 - power)`` with absolute maxima over the float model's inputs (AffineQuant's
+    released implementation uses signed ones), ``s = (max x + min x) / 2``. Learned maps start at the identity on top
+    of it.
     """
     readers = [site.edge.readers[0].module for site in sites if site.edge.kind != "qk"]
     if not readers:

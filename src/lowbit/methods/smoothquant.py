@@ -1,7 +1,7 @@
-"""SmoothQuant: part of the activations' outliers moves into the weights, as one scale per channel.
+"""SmoothQuant: migrates activation outliers into the weights by one scale per channel.
 
 Source: Xiao et al., ICML 2023, arXiv 2211.10438, equation 4: ``s_j = max|x_j|**alpha / max|w_j|**(1 - alpha)``,
-moved over the norms of a block. Maxima are over the float model's inputs.
+folded at the norms of a block. Maxima are over the float model's inputs.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def smooth_scale(activation_peak: Tensor, weight_peak: Tensor, alpha: float) -> 
 
 @dataclass(frozen=True)
 class SmoothQuant(Method):
-    """A diagonal map over every norm.
+    """A diagonal at every norm.
 
     Attributes:
-        alpha: how much of the outliers moves: 0 leaves them to the activations, 1 gives all to the weights.
+        alpha: migration strength: 0 leaves the outliers in the activations, 1 moves them into the weights entirely.
     """
 
     alpha: float = 0.5
@@ -52,11 +52,11 @@ class SmoothQuant(Method):
         check_bounds("smoothquant", self, {"alpha": "from 0 to 1"})
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """None: a diagonal merges into the norm."""
+        """None: a diagonal folds into the norm."""
         return NO_OPS
 
     def __call__(self, block: Block, calib: Calib) -> Block:
-        """The block with scales moved over its norms; its float function is unchanged."""
+        """The block with scales folded at its norms; its float function is unchanged."""
         norms = [edge for edge in block.edges() if edge.kind == "norm"]
         readers = [edge.readers[0].module for edge in norms]
         seen = input_statistics(block, calib.x_fp, readers, ("peak",), batch=calib.batch)

@@ -1,7 +1,7 @@
-"""What is measured on calibration data: sums, maxima and samples over tokens, gathered while a block runs.
+"""Statistics of calibration data: sums, maxima and samples over tokens, accumulated while a block runs.
 
-One accumulator, ``Statistics``, holds whatever is asked for. Each figure says how tokens enter it and how two shares
-of it come together, so that several processes can each see some of the sequences.
+One accumulator, ``Statistics``, holds the requested figures. Each figure defines its value on some tokens and how two
+partial values merge, so that sequences can be distributed over processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lowbit.models.offload import batches
 
 
 def _sum(total: Tensor, part: Tensor) -> Tensor:
-    """In the place of ``total``: no third matrix is made."""
+    """In place in ``total``, without allocating a third matrix."""
     return total.add_(part)
 
 
@@ -26,8 +26,8 @@ def _cat(total: Tensor, part: Tensor) -> Tensor:
     return torch.cat([total, part])
 
 
-def _even(rows: Tensor) -> Tensor:
-    """Every token over its root mean square, so that a few with massive activations do not decide alone."""
+def _normalized(rows: Tensor) -> Tensor:
+    """Per-token normalized rows (divided by their root mean square): massive activations do not dominate."""
     return rows / _rms(rows)
 
 
@@ -40,12 +40,12 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 Merge = Callable[[Tensor, Tensor], Tensor]
-# Of rows ``x`` (tokens, in): what a share of the tokens gives, and how two shares come together.
+# For rows ``x`` (tokens, in): the figure on a part of the tokens, and how two partial figures merge.
 FIGURES: dict[str, tuple[Callable[[Tensor], Tensor], Merge]] = {
     # sum x x^T (in, in)
     "gram": (lambda x: _gram(x), _sum),
-    # the same with every token over its root mean square
-    "normalized_gram": (lambda x: _gram(_even(x)), _sum),
+    # the same over per-token normalized rows
+    "normalized_gram": (lambda x: _gram(_normalized(x)), _sum),
     # sum |x| (in,)
     "magnitude": (lambda x: x.abs().sum(0), _sum),
     # max |x| (in,)
@@ -54,29 +54,29 @@ FIGURES: dict[str, tuple[Callable[[Tensor], Tensor], Merge]] = {
     "low": (lambda x: x.amin(0), torch.minimum),
     "high": (lambda x: x.amax(0), torch.maximum),
     # sum (|x| / rms(x))^8 (in,): how often, and how far, a channel stands out in its token. The eighth root of the
-    # mean lies between a mean and a maximum, and no single token decides it.
-    "crest": (lambda x: _even(x).pow(8).sum(0), _sum),
-    # the tokens themselves, for ``every`` > 1 some of them
+    # mean lies between a mean and a maximum, and no single token determines it.
+    "crest": (lambda x: _normalized(x).pow(8).sum(0), _sum),
+    # the tokens themselves, subsampled by ``every``
     "tokens": (lambda x: x.clone(), _cat),
 }
-# Of rows of the quantized model's input ``x_q`` and of the float model's ``x`` (tokens, in) at the same tokens.
+# For rows ``x_q`` of the quantized model's input and ``x`` of the float model's (tokens, in), at the same tokens.
 PAIRED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     # sum x x_q^T (in, in)
     "cross": lambda x_q, x: x.T @ x_q,
-    # the same with both over the root mean square of x_q, token by token
-    "normalized_cross": lambda x_q, x: (x / _rms(x_q)).T @ _even(x_q),
+    # the same with both divided by the root mean square of x_q, per token
+    "normalized_cross": lambda x_q, x: (x / _rms(x_q)).T @ _normalized(x_q),
 }
 
 
 @dataclass
 class Statistics:
-    """Figures over tokens of a linear's input; see ``FIGURES`` and ``PAIRED`` for what they are.
+    """Figures over tokens of a linear's input; see ``FIGURES`` and ``PAIRED``.
 
     Attributes:
         want: names of the figures.
-        every: of which tokens figures take one in so many, evenly spread.
+        every: use one token in ``every``, evenly spread.
         values: the figures so far, in float32.
-        count: tokens seen.
+        count: number of tokens used.
 
     >>> seen = Statistics(("magnitude", "peak"))
     >>> seen.add(torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
@@ -90,23 +90,23 @@ class Statistics:
     count: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        """One figure, after at least one token."""
+        """One figure; needs at least one token."""
         return self.values[name]
 
     def add(self, x: Tensor, exact: Tensor | None = None) -> None:
-        """Count ``x`` ``(..., in)`` in, whatever its dtype; ``exact`` is the float model's, for paired figures."""
+        """Accumulate ``x`` ``(..., in)`` of any dtype; ``exact`` is the float model's input, for paired figures."""
         rows = x.detach().flatten(0, -2)[:: self.every].float()
-        other = None if exact is None else exact.detach().flatten(0, -2)[:: self.every].float()
+        exact_rows = None if exact is None else exact.detach().flatten(0, -2)[:: self.every].float()
         for name in self.want:
             if name in FIGURES:
                 self._merge(name, FIGURES[name][0](rows))
             else:
-                assert other is not None, f"{name} needs the float model's input too"
-                self._merge(name, PAIRED[name](rows, other))
+                assert exact_rows is not None, f"{name} needs the float model's input"
+                self._merge(name, PAIRED[name](rows, exact_rows))
         self.count += len(rows)
 
     def merge(self, other: Statistics) -> None:
-        """Take in what another share of the tokens gave."""
+        """Merge the statistics of other tokens."""
         for name, value in other.values.items():
             self._merge(name, value.clone())
         self.count += other.count
@@ -127,26 +127,26 @@ def input_statistics(
     batch: int = 4,
     every: int = 1,
 ) -> dict[str, Statistics]:
-    """Statistics of the named linears' inputs while ``block`` runs over ``x``; see ``block.run`` for the rest."""
+    """Statistics of the named linears' inputs of ``block`` over ``x``; for other arguments see ``observe``."""
     seen = {name: Statistics(want, every) for name in linears}
-    observe(block, x, {name: one.add for name, one in seen.items()}, params, quantized=quantized, batch=batch)
+    observe(block, x, {name: stats.add for name, stats in seen.items()}, params, quantized=quantized, batch=batch)
     return seen
 
 
 def paired_statistics(quantized: Block, exact: Block, calib: Calib, linear: str, want: tuple[str, ...]) -> Statistics:
-    """Statistics of one linear's input in the quantized model beside the float model's.
+    """Statistics of one linear's input in the quantized model, paired with the float model's.
 
     Args:
-        quantized: the block as it will ship up to the linear.
-        exact: the same in the float model.
+        quantized: the block with quantized weights up to the linear.
+        exact: the block of the float model.
         calib: the hidden states before the block.
-        linear: its name.
+        linear: name of the linear.
         want: names of figures.
     """
     seen = Statistics(want)
     params = quantized.quantized_params()
-    both = (batches(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
-    for x_q, x_fp in zip(*both, strict=True):
+    inputs_by_batch = (batches(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
+    for x_q, x_fp in zip(*inputs_by_batch, strict=True):
         inputs: list[Tensor] = []
         observe(quantized, x_q, {linear: inputs.append}, params, quantized=True, batch=calib.batch)
         observe(exact, x_fp, {linear: inputs.append}, batch=calib.batch)

@@ -1,13 +1,13 @@
-"""The one training loop: every learned method hands ``fit`` its tensors and its loss.
+"""The training loop of all learned methods: ``fit`` takes their tensors and loss.
 
 Choices:
 
-* The optimiser is AdamW without weight decay, as the papers take it; see ``adam.py``.
-* The parameters that count are those with the least loss on sequences that were not trained on.
-* A loss or gradient that is not finite never reaches a parameter: the step is skipped, the parameters go back to the
-  best so far, the learning rate is halved, and the result says so.
-* A fit that takes long keeps its state on disk after each epoch, and one that starts again goes on from there with
-  the same bits: everything that the next step depends on is in the file, or follows from the schedule.
+* The optimiser is AdamW without weight decay, as in the papers; see ``adam.py``.
+* The result has the parameters of the epoch with the lowest validation loss.
+* A non-finite loss or gradient never reaches a parameter: the step is skipped, the best parameters are restored, the
+  learning rate is halved, and a note records it.
+* A long fit saves its state after each epoch and resumes bit for bit: the file and the schedule determine everything
+  that the next step depends on.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from lowbit.methods.adam import Adam
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.models.offload import batches
 
-PATIENCE = 8  # steps in a row that were not finite before the fit gives up
+PATIENCE = 8  # consecutive non-finite steps that end the fit
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how a fit runs.
+    """Training schedule of a fit.
 
     Attributes:
-        epochs: passes over the training sequences; 0 leaves everything at its start.
-        batch: sequences in a step.
-        held_out: share of the sequences that only validates; 0 keeps the last epoch instead of the best.
-        grad_clip: largest norm of all gradients together; 0 leaves them alone.
-        decay: ``none`` for a constant learning rate, ``cosine`` to let it fall to a tenth.
+        epochs: passes over the training split; 0 disables training.
+        batch: sequences per step.
+        held_out: share of the sequences in the validation split; with 0, the last epoch is kept, not the best.
+        grad_clip: largest global gradient norm; 0 disables clipping.
+        decay: ``none`` for a constant learning rate, ``cosine`` for a decay to a tenth.
     """
 
     epochs: int = 20
@@ -58,7 +58,7 @@ class Schedule:
         check_choices("schedule", self, {"decay": ("none", "cosine")})
 
     def scaled(self, share: float) -> Schedule:
-        """The same with a share of the epochs; one that learns at all keeps at least one.
+        """The schedule with a share of its epochs, at least one unless it has none.
 
         >>> Schedule(20).scaled(0.3).epochs, Schedule(1).scaled(0.3).epochs, Schedule(0).scaled(0.3).epochs
         (6, 1, 0)
@@ -66,11 +66,11 @@ class Schedule:
         return replace(self, epochs=math.ceil(self.epochs * share))
 
     def split(self, sequences: int) -> tuple[Tensor, Tensor]:
-        """Indices of the training sequences and of the held-out ones; with one sequence nothing is held out.
+        """Indices of the training and the validation split; with one sequence, the validation split is empty.
 
-        The draw depends on their number alone: all blocks and steps of a run hold out the same ones. Were each to
-        draw its own, a later step would be judged by sequences that earlier ones have learned from: the start, which
-        fits those, then looks better than what is learned, and nothing is kept.
+        The draw depends on the number of sequences alone, so that all blocks and steps of a run share one split. With
+        a split of its own, a later step would validate on sequences that earlier steps were trained on; its starting
+        point already fits those, and no epoch would improve on it.
 
         >>> train, held = Schedule(1, held_out=0.25).split(8)
         >>> len(train), len(held)
@@ -81,7 +81,7 @@ class Schedule:
         return order[count:].sort().values, order[:count].sort().values
 
     def rate(self, step: int, steps: int) -> float:
-        """The factor on the learning rates at ``step`` of ``steps``.
+        """Factor on the learning rates at ``step`` of ``steps``.
 
         >>> Schedule(1).rate(0, 10), Schedule(1, decay="none").rate(9, 10)
         (1.0, 1.0)
@@ -93,14 +93,14 @@ class Schedule:
 
 @dataclass
 class Fitted:
-    """What happened.
+    """Result of a fit.
 
     Attributes:
-        train: mean loss of each epoch's steps.
-        held_out: loss on the held-out sequences: before the first epoch and after each.
-        best: the epoch whose parameters were kept; 0 is the start.
-        skipped: steps that were left out because something was not finite.
-        notes: what a reader of the report must know.
+        train: mean training loss of each epoch.
+        held_out: validation loss before the first epoch and after each.
+        best: the epoch whose parameters are kept; 0 is the starting point.
+        skipped: steps skipped because of a non-finite loss or gradient.
+        notes: messages for the report.
     """
 
     train: list[float] = field(default_factory=list)
@@ -110,28 +110,28 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
 
-def loss_unit(wanted: Tensor, loss: str, device: torch.device | None = None, batch: int = 4) -> Tensor:
-    """What errors are measured in: the mean square of ``wanted`` ``(sequences, length, hidden)``, as ``(.., .., 1)``.
+def loss_unit(target: Tensor, loss: str, device: torch.device | None = None, batch: int = 4) -> Tensor:
+    """The unit of errors: the mean square of ``target`` ``(sequences, length, hidden)``, as ``(.., .., 1)``.
 
-    ``token``: of each token for itself. ``mse``: of all tokens together, so that the largest decide. With ``device``
-    it is made there, ``batch`` sequences at a time where ``wanted`` lives elsewhere.
+    ``token``: per token. ``mse``: over all tokens, so that the largest dominate. With ``device``, the result is
+    there; a ``target`` on another device is processed in batches of ``batch`` sequences.
 
     >>> loss_unit(torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]), "token").flatten().tolist()
     [1.0, 9.0]
     >>> loss_unit(torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]), "mse").flatten().tolist()
     [5.0, 5.0]
     """
-    if device is None or device.type == wanted.device.type:
-        batch = len(wanted)
-    pieces = batches(wanted, batch, device or wanted.device)
-    power = torch.cat([piece.float().square().mean(-1, keepdim=True).clamp(min=1e-12) for piece in pieces])
+    if device is None or device.type == target.device.type:
+        batch = len(target)
+    parts = batches(target, batch, device or target.device)
+    power = torch.cat([part.float().square().mean(-1, keepdim=True).clamp(min=1e-12) for part in parts])
     return power if loss == "token" else power.double().mean().float().expand_as(power)
 
 
-def relative_loss(got: Tensor, wanted: Tensor, unit: Tensor) -> Tensor:
-    """The mean over tokens of the squared error in units of ``unit``, in float32 or better."""
-    exact = got if got.dtype == torch.float64 else got.float()
-    return ((exact - wanted).square().mean(-1, keepdim=True) / unit).mean()
+def relative_loss(output: Tensor, target: Tensor, unit: Tensor) -> Tensor:
+    """The mean over tokens of the squared error in units of ``unit``, in float32 or float64."""
+    exact = output if output.dtype == torch.float64 else output.float()
+    return ((exact - target).square().mean(-1, keepdim=True) / unit).mean()
 
 
 def fit(
@@ -145,41 +145,42 @@ def fit(
     keep: Path | None = None,
     ahead: Callable[[Tensor], None] = lambda chosen: None,
 ) -> Fitted:
-    """Train the tensors of ``groups`` in place and leave them at their best.
+    """Train the tensors of ``groups`` in place and leave them at the best epoch.
 
     Args:
         groups: leaf tensors that require gradients, with their learning rates.
         loss: the mean loss over the sequences with the given indices; differentiable in the tensors.
-        sequences: how many sequences there are.
-        schedule: epochs, batches, what is held out.
-        seed: draws the order of the sequences that are not held out.
-        begin: called with the epoch (1, 2, ...) before it starts, for masks that open; with the best one at the end.
-        project: called after each step, without gradients, for constraints.
-        keep: file for the state after each epoch. If it is there, of this same fit, the fit goes on from it.
+        sequences: number of sequences.
+        schedule: epochs, batches, validation split.
+        seed: of the order of the training sequences.
+        begin: called with the epoch (1, 2, ...) before it starts, to set masks; at the end with the best epoch.
+        project: called after each step, without gradients, to apply constraints.
+        keep: file for the state after each epoch. An existing file, which must be of the same fit, is resumed from.
         ahead: prefetch hook: receives the next batch's indices, once for each loss but the first.
     """
     tensors = [t for ts, _ in groups for t in ts]
-    train, held = schedule.split(sequences)
-    batches, looked = _batches(train, schedule, seed), list(held.split(max(schedule.batch, 4))) if len(held) else []
+    train, held_out = schedule.split(sequences)
+    minibatches = _batches(train, schedule, seed)
+    validation = list(held_out.split(max(schedule.batch, 4))) if len(held_out) else []
     adam = Adam(groups)
     state = _State([t.detach().clone() for t in tensors])
     fitted = state.fitted
     if keep is not None and keep.exists():
         _load(keep, state, tensors, adam)
     else:
-        state.least = _mean_loss(loss, looked, ahead, batches[0][:1] if tensors and batches else [])
+        state.least = _mean_loss(loss, validation, ahead, minibatches[0][:1] if tensors and minibatches else [])
         fitted.held_out.append(state.least)
     if not tensors or not schedule.epochs:
         return fitted
-    per_epoch = len(batches[0])
+    per_epoch = len(minibatches[0])
     steps = schedule.epochs * per_epoch
     for epoch in range(state.epoch + 1, schedule.epochs + 1):
         begin(epoch)
         losses = []
-        following = batches[epoch][:1] if epoch < schedule.epochs else []
-        order = _with_prefetch(batches[epoch - 1], looked[:1] or following, ahead)
-        for step, chosen in enumerate(order, (epoch - 1) * per_epoch):
-            value = _backward(tensors, loss, chosen, schedule.grad_clip)
+        following = minibatches[epoch][:1] if epoch < schedule.epochs else []
+        order = _with_prefetch(minibatches[epoch - 1], validation[:1] or following, ahead)
+        for step, indices in enumerate(order, (epoch - 1) * per_epoch):
+            value = _backward(tensors, loss, indices, schedule.grad_clip)
             if value is None:
                 fitted.skipped, state.failures, state.factor = (
                     fitted.skipped + 1,
@@ -199,12 +200,12 @@ def fit(
             fitted.train.append(sum(losses) / len(losses))
         state.epoch = epoch
         if state.failures >= PATIENCE:
-            fitted.notes.append(f"gave up in epoch {epoch}: {PATIENCE} steps in a row were not finite")
+            fitted.notes.append(f"stopped in epoch {epoch}: {PATIENCE} consecutive steps were not finite")
             state.epoch = schedule.epochs
         else:
-            now = _mean_loss(loss, looked, ahead, following)
+            now = _mean_loss(loss, validation, ahead, following)
             fitted.held_out.append(now)
-            if not looked or now < state.least or (math.isfinite(now) and not math.isfinite(state.least)):
+            if not validation or now < state.least or (math.isfinite(now) and not math.isfinite(state.least)):
                 state.best, state.least, fitted.best = [t.detach().clone() for t in tensors], now, epoch
         if keep is not None:
             _save(keep, state, tensors, adam)
@@ -214,14 +215,14 @@ def fit(
     begin(fitted.best)
     if fitted.skipped:
         fitted.notes.append(
-            f"{fitted.skipped} of {steps} steps were not finite: skipped, learning rate halved each time, "
-            f"back to the parameters of epoch {fitted.best}"
+            f"{fitted.skipped} of {steps} steps skipped, not finite: learning rate halved at each; "
+            f"the parameters are those of epoch {fitted.best}"
         )
     return fitted
 
 
 def _batches(train: Tensor, schedule: Schedule, seed: int) -> list[list[Tensor]]:
-    """The indices of every step, by epoch."""
+    """Sequence indices of every step, by epoch."""
     generator = torch.Generator().manual_seed(seed)
     orders = (train[torch.randperm(len(train), generator=generator)] for _ in range(schedule.epochs))
     return [list(order.split(schedule.batch)) for order in orders]
@@ -230,16 +231,16 @@ def _batches(train: Tensor, schedule: Schedule, seed: int) -> list[list[Tensor]]
 def _with_prefetch(
     steps: Sequence[Tensor], following: Sequence[Tensor], ahead: Callable[[Tensor], None]
 ) -> Iterator[Tensor]:
-    """``steps`` in turn, each after ``ahead`` was told of the one behind it; behind the last come ``following``."""
-    for at, chosen in enumerate(steps):
-        for then in [*steps[at + 1 : at + 2], *following][:1]:
-            ahead(then)
-        yield chosen
+    """Yield ``steps``, each after a call of ``ahead`` with its successor; ``following`` succeeds the last."""
+    for index, indices in enumerate(steps):
+        for successor in [*steps[index + 1 : index + 2], *following][:1]:
+            ahead(successor)
+        yield indices
 
 
 @dataclass
 class _State:
-    """What a fit is at between two epochs, beside its tensors and Adam's moments."""
+    """State of a fit between two epochs, besides its tensors and Adam's moments."""
 
     best: list[Tensor]
     least: float = math.nan
@@ -250,23 +251,23 @@ class _State:
 
 
 def _save(path: Path, state: _State, tensors: Sequence[Tensor], adam: Adam) -> None:
-    """Everything that the next epoch depends on, in one file."""
+    """Save everything that the next epoch depends on to one file."""
     facts = asdict(state.fitted) | {name: getattr(state, name) for name in ("least", "epoch", "factor", "failures")}
     content = {"facts": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)}
-    for at, (tensor, best, (_, _, *moments)) in enumerate(zip(tensors, state.best, adam.entries, strict=True)):
+    for index, (tensor, best, (_, _, *moments)) in enumerate(zip(tensors, state.best, adam.entries, strict=True)):
         parts = zip(("now", "best", "mean", "square", "count"), (tensor, best, *moments), strict=True)
-        content |= {f"{at}.{name}": value.detach().cpu() for name, value in parts}
+        content |= {f"{index}.{name}": value.detach().cpu() for name, value in parts}
     write_tensors(path, content)
 
 
 @torch.no_grad()
 def _load(path: Path, state: _State, tensors: Sequence[Tensor], adam: Adam) -> None:
-    """The inverse of ``_save``, into tensors that are there already."""
-    kept = Checkpoint(path.parent, [path.name])
-    facts = json.loads(bytes(kept.read(["facts"])["facts"].tolist()))
-    for at, (tensor, best, (_, _, *moments)) in enumerate(zip(tensors, state.best, adam.entries, strict=True)):
-        for name, into in zip(("now", "best", "mean", "square", "count"), (tensor, best, *moments), strict=True):
-            into.copy_(kept.read([f"{at}.{name}"])[f"{at}.{name}"])
+    """Load what ``_save`` stores, into existing tensors."""
+    checkpoint = Checkpoint(path.parent, [path.name])
+    facts = json.loads(bytes(checkpoint.read(["facts"])["facts"].tolist()))
+    for index, (tensor, best, (_, _, *moments)) in enumerate(zip(tensors, state.best, adam.entries, strict=True)):
+        for name, value in zip(("now", "best", "mean", "square", "count"), (tensor, best, *moments), strict=True):
+            value.copy_(checkpoint.read([f"{index}.{name}"])[f"{index}.{name}"])
     for name in ("least", "epoch", "factor", "failures"):
         setattr(state, name, facts[name])
     for name in asdict(state.fitted):
@@ -280,12 +281,12 @@ def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _backward(
-    tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], chosen: Tensor, grad_clip: float
+    tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], indices: Tensor, grad_clip: float
 ) -> float | None:
-    """Gradients for the chosen sequences; the loss, or ``None`` if it or a gradient is not finite."""
+    """Compute gradients on the sequences ``indices``; the loss, or ``None`` if it or a gradient is not finite."""
     for tensor in tensors:
         tensor.grad = None
-    value = loss(chosen)
+    value = loss(indices)
     if not bool(torch.isfinite(value)):
         return None
     value.backward()
@@ -302,10 +303,10 @@ def _backward(
 @torch.no_grad()
 def _mean_loss(
     loss: Callable[[Tensor], Tensor],
-    looked: Sequence[Tensor],
+    validation: Sequence[Tensor],
     ahead: Callable[[Tensor], None],
     following: Sequence[Tensor],
 ) -> float:
-    """The mean loss over held-out sequences, in parts; NaN if there are none."""
-    means = [(len(part), float(loss(part))) for part in _with_prefetch(looked, following, ahead)]
-    return sum(count * value for count, value in means) / sum(map(len, looked)) if means else math.nan
+    """The mean loss over the validation batches; NaN if there are none."""
+    means = [(len(part), float(loss(part))) for part in _with_prefetch(validation, following, ahead)]
+    return sum(count * value for count, value in means) / sum(map(len, validation)) if means else math.nan

@@ -1,4 +1,4 @@
-"""Options of the last step, end-to-end correction; ``pipeline/end_to_end.py`` has what it does and why."""
+"""Options of end-to-end tuning, the last step; ``pipeline/end_to_end.py`` implements it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lowbit.methods.training import Schedule
 
 @dataclass(frozen=True)
 class Tune:
-    """A merged correction of the whole model against the float model's next-token distributions.
+    """A merged low-rank correction of the whole model, trained on the float model's next-token distributions.
 
     Attributes:
-        rank: of each linear's pair ``B A``; merged, it costs nothing when running.
-        ends: learn the ends of the weights' ranges, and with them scales and zeros.
-        norms: learn the norms' gains.
-        epochs, batch, held_out, grad_clip, decay: see ``learn.Schedule``; 0 epochs leave the step out.
+        rank: rank of each linear's pair ``B A``; merged, it costs nothing at run time.
+        ends: train both ends of the weights' ranges, which determine scales and zero points.
+        norms: train the norms' gains.
         lr, lr_ends, lr_norms: learning rates of the pairs, of the ends' logarithms, of the gains.
-        scale: let the learning rates fall with the root of what is lost at the start; see ``rate``.
-        schedule: epochs, validation split and the like; 0 epochs leave the step out.
+        scale: scale the learning rates with the square root of the initial divergence; see ``rate``.
+        schedule: epochs, batches, validation split, gradient clipping and learning-rate decay; with 0 epochs the step
+            is skipped.
     """
 
     rank: int = 32
@@ -39,11 +39,11 @@ class Tune:
 
     @property
     def passes(self) -> int:
-        """Forward passes that it costs: each block is run twice and differentiated once a step."""
+        """Cost in forward passes: per step, each block runs twice and is differentiated once."""
         return 5 * self.schedule.epochs
 
     def learned(self, shapes: Iterable[tuple[int, int]]) -> int:
-        """An upper bound on the numbers that are learned for linears ``(rows, columns)``, but for groups' ends.
+        """An upper bound on the trained parameters for linears ``(rows, columns)``, without the ends of groups.
 
         >>> Tune(rank=4).learned([(10, 20)])  # a pair of 4 x 30, and two ends of each row
         140
@@ -51,11 +51,12 @@ class Tune:
         return sum(self.rank * (rows + columns) + 2 * rows for rows, columns in shapes)
 
     def rate(self, start: float) -> float:
-        """The factor on the learning rates for a start that is ``start`` nats a token from the float model.
+        """Factor on the learning rates for an initial divergence of ``start`` nats per token from the float model.
 
-        Adam's steps have the length of the learning rate, however little there is to win. Near its least a divergence
-        is quadratic in the parameters: steps half as long stray a quarter as far. Rates that go with the root of the
-        start's divergence stray by the same share of it, whatever the scheme. From 1 nat upwards they stay as given.
+        Adam's step length is the learning rate, however small the possible gain. Near its minimum a divergence is
+        quadratic in the parameters: steps half as long raise it a quarter as much. With rates proportional to the
+        square root of the initial divergence, this noise is a constant share of it, whatever the scheme. From 1 nat
+        upwards the factor is 1.
 
         >>> Tune().rate(0.09), Tune().rate(4.0), Tune(scale=False).rate(0.09)
         (0.3, 1.0, 1.0)

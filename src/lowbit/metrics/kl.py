@@ -43,7 +43,7 @@ class Stream(Protocol):
         ...
 
     def scores(self, ids: Tensor, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """Logits ``(windows, stop - start, vocabulary)`` at positions ``start`` to ``stop``, from the last block's output."""
+        """Logits ``(windows, stop - start, vocabulary)`` from the last block's output at these positions."""
         ...
 
 
@@ -77,15 +77,15 @@ def listen(
     models = [exact, *runs]
     records = [[Told(block_error=[0.0] * exact.blocks) for _ in models] for _ in range(texts)]
     for group in passes:
-        streams = [[model.enter(ids) for _, ids in group] for model in models]
+        states = [[model.enter(ids) for _, ids in group] for model in models]
         for index in track(range(exact.blocks), "blocks"):
-            streams = [model.through(index, xs) for model, xs in zip(models, streams, strict=True)]
+            states = [model.through(index, xs) for model, xs in zip(models, states, strict=True)]
             for batch, (text, _) in enumerate(group):
-                for record, xs in zip(records[text][1:], streams[1:], strict=True):
-                    record.block_error[index] += token_error(xs[batch], streams[0][batch])
+                for record, xs in zip(records[text][1:], states[1:], strict=True):
+                    record.block_error[index] += token_error(xs[batch], states[0][batch])
         for batch, (text, ids) in enumerate(group):
             for window in range(len(ids)):
-                hidden = [xs[batch][window : window + 1] for xs in streams]
+                hidden = [xs[batch][window : window + 1] for xs in states]
                 _record_window(models, ids[window : window + 1], hidden, records[text])
             for record in records[text]:
                 record.tokens += ids.numel()
@@ -93,7 +93,7 @@ def listen(
 
 
 def token_error(got: Tensor, exact: Tensor) -> float:
-    """Sum over tokens of ``||got - wanted||^2 / ||wanted||^2``, hidden states ``(windows, length, hidden)``.
+    """Sum over tokens of ``||got - exact||^2 / ||exact||^2``, hidden states ``(windows, length, hidden)``.
 
     >>> token_error(torch.tensor([[[1.0, 2.0], [3.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]))
     0.5
@@ -183,9 +183,8 @@ def ratio_interval(exact: Tensor, other: Tensor, seed: int) -> tuple[float | Non
     if count < 2:
         return None, None
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [differences[torch.randint(count, (count,), generator=generator)].mean() for _ in range(RESAMPLES)]
-    )
+    draws = (torch.randint(count, (count,), generator=generator) for _ in range(RESAMPLES))
+    means = torch.stack([differences[draw].mean() for draw in draws])
     tail = 50 * (1 - CONFIDENCE)
     return _exp(percentile(means, tail)), _exp(percentile(means, 100 - tail))
 

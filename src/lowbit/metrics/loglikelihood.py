@@ -65,9 +65,7 @@ def loglikelihoods(model: Stream, pairs: Sequence[Pair], positions: int, title: 
             )
         inputs.setdefault(_visible(context, continuation, positions), []).append(number)
     if truncated := sum(len(context) + len(continuation) > positions + 1 for context, continuation in pairs):
-        say(
-            f"{title}: {truncated} of {len(pairs)} inputs exceed the model's {positions} positions; they are truncated on the left"
-        )
+        say(f"{title}: {truncated} of {len(pairs)} inputs exceed the model's {positions} positions; left-truncated")
     batches = list(_batches(sorted(inputs, key=lambda ids: (-len(ids), ids))))
     scores: dict[int, tuple[float, bool]] = {}
     for which, _, hidden in model.last_hidden([_padded(rows) for rows in batches], BATCH_TOKENS, title):

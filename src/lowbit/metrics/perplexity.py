@@ -22,9 +22,7 @@ def negative_log_likelihood(ids: Tensor, logits: Tensor) -> Tensor:
     ``ids`` is ``(windows, length)``, ``logits`` ``(windows, length, vocabulary)``; ``length - 1`` tokens count.
     """
     sums = []
-    for tokens, scores in zip(
-        ids, logits, strict=True
-    ):  # one window at a time, since a float32 copy of all would be large
+    for tokens, scores in zip(ids, logits, strict=True):  # by window: a float32 copy of all logits would be large
         losses = torch.nn.functional.cross_entropy(scores[:-1].float(), tokens[1:], reduction="none")
         sums.append(losses.double().sum())
     return torch.stack(sums)

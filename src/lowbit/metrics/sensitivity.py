@@ -94,9 +94,8 @@ def divergence(exact: Tensor, other: Tensor) -> Tensor:
     log_p = exact.log_softmax(-1)
     p = log_p.exp()
     difference = exact - other
-    difference = difference - difference.mean(
-        -1, keepdim=True
-    )  # a large shift would amplify the rounding error of sum p = 1
+    # Centred first: a large shift would amplify the rounding error of sum p = 1.
+    difference = difference - difference.mean(-1, keepdim=True)
     difference = difference - (p * difference).sum(-1, keepdim=True)
     far = torch.logsumexp(log_p - difference, -1)  # where exp would overflow; the divergence is large there
     near = (p * torch.expm1(-difference.clamp(min=-_FAR))).sum(-1).double().log1p()

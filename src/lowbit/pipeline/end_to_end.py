@@ -234,7 +234,7 @@ class Tuning:
 
 def _notes(fitted: Fitted) -> list[str]:
     """Notes for the report."""
-    nothing = [] if fitted.best else ["no epoch improved the validation split; no correction was applied"]
+    nothing = [] if fitted.best else ["no epoch improves the validation loss; no correction is applied"]
     return [f"tune: {note}" for note in [*fitted.notes, *nothing]]
 
 

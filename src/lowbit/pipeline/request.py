@@ -129,22 +129,22 @@ def make_request(
     check_device(machine["device"], machine["dtype"])
     if machine["compiled"]:
         check_compiler(machine["device"])
-    given = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    chosen = {**DEFAULTS, **given.run, **{key: value for key, value in protocol.items() if value is not None}}
+    base = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = {**DEFAULTS, **base.run, **{key: value for key, value in protocol.items() if value is not None}}
     check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
     # A ``Recipe`` object keeps its epochs unless ``effort`` is set.
     effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
-    steps = with_settings(with_effort(given, effort), settings := tuple(settings))
+    steps = with_settings(with_effort(base, effort), settings := tuple(settings))
     if target is not None and target not in RUNTIMES:
         raise unknown("runtime", target, RUNTIMES)
-    if scheme is None and (target is None or "scheme" in given.run):
+    if scheme is None and (target is None or "scheme" in base.run):
         scheme = chosen["scheme"]
     named = load_scheme(scheme) if isinstance(scheme, str) else scheme
     formats = None if named is None else with_overrides(named, overrides)
     return Request(
         model=model,
-        given=given,
-        packaged=given.name in recipe_names() and given == load_recipe(given.name),
+        given=base,
+        packaged=base.name in recipe_names() and base == load_recipe(base.name),
         recipe=steps,
         effort=effort,
         settings=settings,

@@ -56,14 +56,14 @@ def embed_tokens(skeleton: Skeleton, ids: Tensor, device: str) -> Tensor:
     return concatenate((skeleton.embed(batch.to(device)) for batch in ids.split(EMBED_BATCH)), len(ids), where)
 
 
-def hidden_state_error(got: Tensor, wanted: Tensor, device: str, batch: int) -> float:
+def hidden_state_error(got: Tensor, exact: Tensor, device: str, batch: int) -> float:
     """``relative_error`` of hidden states; with host storage, summed over batches on ``device``."""
     on = torch.device(device)
     if storage_device(on) == on:
-        return relative_error(got, wanted)
+        return relative_error(got, exact)
     sums = torch.zeros(2, dtype=torch.float64, device=on)
-    for ours, exact in zip(batches(got, batch, on), batches(wanted, batch, on), strict=True):
-        sums += torch.stack([(ours - exact).double().square().sum(), exact.double().square().sum()])
+    for ours, reference in zip(batches(got, batch, on), batches(exact, batch, on), strict=True):
+        sums += torch.stack([(ours - reference).double().square().sum(), reference.double().square().sum()])
     return float(sums[0] / sums[1].clamp(min=1e-300))
 
 

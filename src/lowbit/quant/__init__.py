@@ -1,1 +1,1 @@
-"""Number formats and their arithmetic, schemes, runtimes' own arithmetic, compressed-tensors layouts."""
+"""Number formats and their arithmetic, schemes, runtimes' input quantization, compressed-tensors layouts."""

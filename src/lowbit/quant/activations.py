@@ -1,10 +1,10 @@
-"""Formats of activations: quantized on the fly, with a range for each token, and never stored.
+"""Activation formats: quantized dynamically, with one range per token, and never stored.
 
 ``IntTokens`` follows the arithmetic of ``compressed-tensors`` 0.20 for ``strategy: token, dynamic: true``, operation
 for operation, so that a checkpoint gives the same logits in stock ``transformers`` as in the simulation: signed
 codes, ``scale = (max - min) / (2**b - 1)`` with a range that includes 0 (symmetric: ``absmax / ((2**b - 1) / 2)``),
-the zero rounded once, and ``round(x / scale + zero)``. Another order would round ties differently, and then logits
-would differ from what runs. The scale is not stored anywhere, so it keeps the compute dtype.
+the zero point rounded once, and ``round(x / scale + zero)``. Another order would round ties differently, and the
+simulated logits would differ from those of the runtime. The scale is not stored, so it keeps the compute dtype.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class ActFormat(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """As messages write it, such as ``a8-asym``."""
+        """The name in messages, such as ``a8-asym``."""
 
     @property
     @abstractmethod
     def independent_ends(self) -> bool:
-        """Both ends of a range are free: sign flips that move a token's outliers to one side narrow it."""
+        """Both ends of a range are independent: sign flips that move a token's outliers to one side narrow it."""
 
     @property
     @abstractmethod
     def clippable(self) -> bool:
-        """``InputClip`` can shrink its ranges and shift its codes."""
+        """``InputClip`` can clip its ranges and shift its codes."""
 
     @abstractmethod
     def fake_quant(self, x: Tensor) -> Tensor:
-        """``x`` ``(..., width)`` as it is after quantization, in its own dtype; differentiable."""
+        """``x`` ``(..., width)`` quantized and dequantized, in its own dtype; differentiable."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class IntTokens(ActFormat):
     """Integers with one range for each vector along the last axis: a token, or a token and head.
 
     Attributes:
-        bits: width of a code, 2 to 8.
+        bits: bits per code, 2 to 8.
         symmetric: no zero point.
 
     >>> IntTokens(2, symmetric=False).fake_quant(torch.tensor([[0.0, 1.0, 2.0, 3.1]])).tolist()
@@ -75,23 +75,23 @@ class IntTokens(ActFormat):
 
     @property
     def clippable(self) -> bool:
-        """Its ranges are found here, so they can be changed here."""
+        """Ranges are computed here, so they can be clipped."""
         return True
 
     @property
     def _codes(self) -> tuple[int, int]:
-        """The least and the largest signed code."""
+        """The smallest and the largest signed code."""
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     def fake_quant(self, x: Tensor, low: Factor = 1.0, high: Factor = 1.0, offset: Tensor | None = None) -> Tensor:
-        """``x`` at the nearest values of its tokens' ranges; gradients pass straight through and reach the range.
+        """``x`` rounded to the nearest values of its tokens' ranges; straight-through gradients, also to the range.
 
         Args:
             x: ``(..., width)``.
-            low, high: clipping ratios on the ends of every range; what lies beyond is clipped.
-            offset: added before rounding, in steps, one for each channel ``(width,)``.
+            low, high: clipping ratios of the ends of every range; values beyond are clipped.
+            offset: added before rounding, in quantization steps, one per channel ``(width,)``.
 
-        No stock runtime clips or shifts.
+        No stock runtime supports clipping ratios or offsets.
         """
         if not inductor.active(x):
             bottom, top = token_ends(x)
@@ -102,24 +102,24 @@ class IntTokens(ActFormat):
         return inductor.compiled(_on_range, self)(x, scale, zero, offset)
 
     def from_range(self, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero of ranges, ``(..., 1)`` each; a symmetric format has no zero."""
+        """Scale and zero point of ranges, ``(..., 1)`` each; a symmetric format has no zero point."""
         eps = torch.finfo(bottom.dtype).eps
         if self.symmetric:
             scale = torch.maximum(bottom.abs(), top.abs()) / ((2**self.bits - 1) / 2)
             return torch.where(scale == 0, eps, scale), None
         scale = (top - bottom) / (2**self.bits - 1)
-        # An all-zero vector has scale 0; any positive scale then gives zeros, and eps is what the library takes.
+        # An all-zero vector has scale 0; any positive scale then gives zeros, and compressed-tensors uses eps.
         scale = torch.where(scale == 0, eps, scale)
-        least, most = self._codes
-        return scale, round_ste((least - bottom / scale).clamp(least, most))
+        low_code, high_code = self._codes
+        return scale, round_ste((low_code - bottom / scale).clamp(low_code, high_code))
 
     def on_range(self, x: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None) -> Tensor:
-        """Activations at the nearest values of the ranges of ``from_range``."""
-        least, most = self._codes
+        """Activations rounded to the nearest values of the scale and zero point of ``from_range``."""
+        low_code, high_code = self._codes
         steps = x / scale if offset is None else x / scale + offset
         if zero is None:
-            return round_ste(steps.clamp(least, most)) * scale
-        return (round_ste((steps + zero).clamp(least, most)) - zero) * scale
+            return round_ste(steps.clamp(low_code, high_code)) * scale
+        return (round_ste((steps + zero).clamp(low_code, high_code)) - zero) * scale
 
 
 def token_ends(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,15 @@
-"""Quantized weights in the layouts of ``compressed-tensors``, and the config that tells loaders about them.
+"""Quantized weights in the layouts of ``compressed-tensors``, and the config that describes them to loaders.
 
-Two layouts are used, chosen by what stock ``transformers`` loads:
+Two layouts are used, according to what stock ``transformers`` loads:
 
 * weight-only schemes: ``pack-quantized``, codes as a dense bit stream in int32 words;
-* schemes with activations: ``int-quantized``, one int8 a code, because the packed layout does not load with
-  activations there. On disk this takes 8 bits a code whatever the width; ``bits_per_weight`` counts the width.
+* schemes with activations: ``int-quantized``, one int8 per code, because the packed layout does not load with
+  activations there. On disk a code takes 8 bits at any width; ``bits_per_weight`` counts the format's width.
 
-Weight-only asymmetric checkpoints load in ``transformers`` 5.23 only through its dequantizing route (on the usual
-one the packed zeros mismatch a placeholder of another shape), so their config asks for it. That route multiplies
-in the dtype of the scale; the scale is therefore stored as float32 there, holding the same 16-bit value, and the
-product is exact.
+Weight-only asymmetric checkpoints load in ``transformers`` 5.23 only if dequantized at load time (otherwise the
+packed zero points mismatch a placeholder of another shape), so their config requests that. Dequantization multiplies
+in the dtype of the scale; the scale is therefore stored as float32 with the same 16-bit value, and the product is
+exact.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from lowbit.quant.scheme import ModelFormats
 
 def layout_of(formats: ModelFormats) -> str:
     """``pack-quantized`` or ``int-quantized``."""
-    return "int-quantized" if _activations_of(formats) else "pack-quantized"
+    return "int-quantized" if _input_formats(formats) else "pack-quantized"
 
 
-def _activations_of(formats: ModelFormats) -> set[IntTokens]:
-    """The formats of inputs that are part of the checkpoint."""
-    return {inputs for found in formats.modules.values() if (inputs := _inputs(found.input)) is not None}
+def _input_formats(formats: ModelFormats) -> set[IntTokens]:
+    """The input formats that the checkpoint states."""
+    return {inputs for module in formats.modules.values() if (inputs := _input_format(module.input)) is not None}
 
 
-def _inputs(format: ActFormat | None) -> IntTokens | None:
-    """A format of inputs as a checkpoint states it; what a runtime makes of float inputs by itself is not in it."""
+def _input_format(format: ActFormat | None) -> IntTokens | None:
+    """An input format as a checkpoint states it; a runtime's own quantization of float inputs is not stated."""
     if format is None or isinstance(format, RuntimeInput):
         return None
     if not isinstance(format, IntTokens):
-        raise LowbitError(f"a compressed-tensors layout holds integer formats of inputs; {format.name} given")
+        raise LowbitError(f"a compressed-tensors layout holds integer input formats; {format.name} given")
     return format
 
 
@@ -55,11 +55,11 @@ def _integer(format: Format) -> IntFormat:
 
 
 def pack(q: QTensor, layout: str) -> dict[str, Tensor]:
-    """A quantized weight as the tensors that a checkpoint stores under the linear's name.
+    """A quantized weight as the tensors stored under the linear's name.
 
     ``pack-quantized``: ``weight_packed`` int32 ``(out, ceil(in * bits / 32))``, ``weight_shape`` int64 ``(2,)``;
     ``int-quantized``: ``weight`` int8 ``(out, in)``. Both: ``weight_scale`` ``(out, groups)`` and, if asymmetric,
-    ``weight_zero_point``. Stored numbers are ``code - 2**(bits - 1)``.
+    ``weight_zero_point``. Stored values are ``code - 2**(bits - 1)``.
     """
     format = _integer(q.format)
     signed = (q.codes.to(torch.int16) - format.middle).to(torch.int8)
@@ -78,7 +78,7 @@ def pack(q: QTensor, layout: str) -> dict[str, Tensor]:
 
 
 def unpack(stored: Mapping[str, Tensor], format: Format) -> QTensor:
-    """The inverse of ``pack``, from the tensors under a linear's name; the qparams come back in float32."""
+    """The inverse of ``pack``, from the tensors under a linear's name; the qparams are in float32."""
     format = _integer(format)
     scale = stored["weight_scale"].to(torch.float32)
     if packed := "weight_packed" in stored:
@@ -89,16 +89,16 @@ def unpack(stored: Mapping[str, Tensor], format: Format) -> QTensor:
     if format.symmetric:
         zero = torch.full_like(scale, format.middle)
     else:
-        zeros = stored["weight_zero_point"]
+        zero_points = stored["weight_zero_point"]
         if packed:
-            zeros = unpack_from_int32(zeros, format.bits, scale.shape, packed_dim=0)
-        zero = zeros.to(torch.float32) + format.middle
+            zero_points = unpack_from_int32(zero_points, format.bits, scale.shape, packed_dim=0)
+        zero = zero_points.to(torch.float32) + format.middle
     codes = (signed.to(torch.int16) + format.middle).to(torch.uint8)
     return QTensor(codes, QParams(scale, zero), format)
 
 
 def packed_names(linear: str, format: Format, layout: str) -> list[str]:
-    """Names of the tensors that ``pack`` gives for a linear."""
+    """Names of the tensors of ``pack`` for a linear."""
     names = ["weight_packed", "weight_shape"] if layout == "pack-quantized" else ["weight"]
     names += ["weight_scale"] if _integer(format).symmetric else ["weight_scale", "weight_zero_point"]
     return [f"{linear}.{name}" for name in names]
@@ -107,16 +107,16 @@ def packed_names(linear: str, format: Format, layout: str) -> list[str]:
 def stock_loads(formats: ModelFormats, embed: str, two_d_inputs: bool) -> str | None:
     """Why stock ``transformers`` cannot run the formats as simulated, or ``None`` if it can.
 
-    ``embed``: the embedding's name; ``two_d_inputs``: some linears get ``(tokens, width)``.
+    ``embed``: name of the embedding; ``two_d_inputs``: some linears receive ``(tokens, width)``.
     """
     weights = {_integer(format) for format in formats.weights.values()}
-    activations = _activations_of(formats)
+    activations = _input_formats(formats)
     if formats.kv is not None:
         return "Q, K and V quantized in the attention are not part of the compressed-tensors format"
     if embed in formats.modules:
         return "transformers 5.23 cannot build a model around quantized embeddings"
     if activations and two_d_inputs:
-        return "compressed-tensors takes one range for all tokens where a layer flattens its input to (tokens, width)"
+        return "compressed-tensors uses one range for all tokens where a layer flattens its input to (tokens, width)"
     if not activations and len(weights) > 1 and not all(format.symmetric for format in weights):
         return "weight-only checkpoints with asymmetric and other formats side by side do not load"
     return None
@@ -128,23 +128,23 @@ def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str
     Args:
         formats: of every quantized module.
         floats: linears that stay float.
-        embed: the embedding's name; its input is token ids, so it never has an activation format.
+        embed: name of the embedding; its input is token ids, so it never has an input format.
     """
     groups: dict[tuple[IntFormat, IntTokens | None], list[str]] = {}
-    for name, found in formats.modules.items():
+    for name, module in formats.modules.items():
         if name != embed:
-            groups.setdefault((_integer(found.weight), _inputs(found.input)), []).append(name)
-    # The commonest format is the default for class Linear; the others name their modules and take precedence.
+            groups.setdefault((_integer(module.weight), _input_format(module.input)), []).append(name)
+    # The most common format is the default for class Linear; the others name their modules and take precedence.
     ordered = sorted(groups.items(), key=lambda pair: -len(pair[1]))
-    entries = [(["Linear"] if i == 0 else [_exactly(n) for n in names]) for i, (_, names) in enumerate(ordered)]
+    entries = [(["Linear"] if i == 0 else [_exact_pattern(n) for n in names]) for i, (_, names) in enumerate(ordered)]
     config_groups: dict[str, Any] = {
         f"group_{i}": {"targets": targets, "weights": _weights(weight), "input_activations": _activations(inputs)}
         for i, (targets, ((weight, inputs), _)) in enumerate(zip(entries, ordered, strict=True))
     }
     weights = [_integer(format) for format in formats.weights.values()]
     if embed in formats.modules:
-        own = _integer(formats.modules[embed].weight)
-        config_groups["embeddings"] = {"targets": [_exactly(embed)], "weights": _weights(own)}
+        embedding = _integer(formats.modules[embed].weight)
+        config_groups["embeddings"] = {"targets": [_exact_pattern(embed)], "weights": _weights(embedding)}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": layout_of(formats),
@@ -153,13 +153,13 @@ def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str
         "config_groups": config_groups,
         "ignore": list(floats),
     }
-    free = not all(format.symmetric for format in weights)
-    if free and not _activations_of(formats) and len(set(weights)) == 1:
+    asymmetric = not all(format.symmetric for format in weights)
+    if asymmetric and not _input_formats(formats) and len(set(weights)) == 1:
         config["dequantize"] = True
     return config
 
 
-def _exactly(name: str) -> str:
+def _exact_pattern(name: str) -> str:
     return f"re:^{re.escape(name)}$"
 
 

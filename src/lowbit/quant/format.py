@@ -1,13 +1,13 @@
-"""What a number format is: elements, scales, zeros, and the only rounding formulas of the project.
+"""Number formats: elements, scales, zero points, and the only rounding formulas of the project.
 
-A format says how the numbers of one tensor are stored, and nothing about how its scales were found. Everything that
-is quantized goes through one of its methods, and every exporter reads ``QTensor`` alone. Three rules hold for all:
+A format defines how the numbers of one tensor are stored, not how its scales are chosen. All quantization goes
+through its methods, and exporters read only ``QTensor``. Three rules hold for every format:
 
-* The scale is rounded to the precision in which it is stored *before* a code is chosen. What is simulated is then
-  what is shipped, bit for bit; rounding the scale afterwards would move every value a little.
+* The scale is rounded to its stored precision *before* codes are chosen, so that simulated and stored weights are
+  equal bit for bit; rounding the scale afterwards would change every value.
 * ``format.quantize(w, q).dequantize() == format.fake_quant(w, q)``, bit for bit, in every dtype.
-* Whoever needs codes or values asks the format (``round``, ``position``, ``value``): no method and no exporter writes
-  the formula again, or asks how a zero is stored.
+* Codes and values come from the format (``round``, ``position``, ``value``): no method or exporter repeats the
+  formula or depends on how a zero point is stored.
 
 Rejected: tensor subclasses (they hide the arithmetic that this project is about).
 """
@@ -30,14 +30,14 @@ Factor = Tensor | float
 
 @dataclass(frozen=True)
 class Int:
-    """Elements that are integers of ``bits`` bits; a code is the integer itself."""
+    """Integer elements of ``bits`` bits; a code is the integer itself."""
 
     bits: int
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Scales that are stored one by one in ``dtype``."""
+    """Scales stored individually in ``dtype``."""
 
     dtype: torch.dtype
 
@@ -45,26 +45,26 @@ class Plain:
 class QParams(NamedTuple):
     """Scale and zero point of each group: ``value = (code - zero) * scale``.
 
-    Both are ``(rows, groups)`` in the compute dtype; ``scale`` holds values that the format can store, and ``zero``
-    codes. ``Format.per_column`` spreads them over columns.
+    Both are ``(rows, groups)`` in the compute dtype; ``scale`` holds values that the format can store, ``zero`` holds
+    codes. ``Format.per_column`` expands them to columns.
     """
 
     scale: Tensor
     zero: Tensor
 
     def to(self, device: torch.device | str) -> QParams:
-        """The same on another device."""
+        """The qparams on another device."""
         return QParams(self.scale.to(device), self.zero.to(device))
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized weight: the only thing that an exporter reads.
+    """A quantized weight: the only input of an exporter.
 
     Attributes:
         codes: ``uint8 (rows, columns)``.
-        qparams: ``(rows, groups)`` each.
-        format: what the codes mean.
+        qparams: scale and zero point, ``(rows, groups)`` each.
+        format: the format of the codes.
     """
 
     codes: Tensor
@@ -72,7 +72,7 @@ class QTensor:
     format: Format
 
     def dequantize(self) -> Tensor:
-        """The values that the codes stand for, ``(rows, columns)``, in the dtype of the qparams."""
+        """The dequantized weight ``(rows, columns)``, in the dtype of the qparams."""
         return self.format.dequantize(self.codes, self.qparams)
 
     def to(self, device: torch.device | str) -> QTensor:
@@ -85,27 +85,27 @@ class QTensor:
 
     @property
     def stored_bits(self) -> float:
-        """Bits that codes, scales and zeros take together."""
+        """Stored bits of codes, scales and zero points."""
         return self.codes.numel() * self.format.bits_per_value(self.codes.shape[-1])
 
 
 class Format(ABC):
-    """How the numbers of one weight are stored; a frozen dataclass of these facts."""
+    """How the numbers of one weight are stored; implementations are frozen dataclasses."""
 
     @classmethod
     @abstractmethod
     def examples(cls) -> tuple[Format, ...]:
-        """Formats of this kind that the contract tests try, the hardest first; groups of 32 or rows of 64 values."""
+        """Formats of this kind for the contract tests, the hardest first; groups of 32 or rows of 64 values."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """As schemes and messages write it, such as ``w4g64-sym``."""
+        """The name in schemes and messages, such as ``w4g64-sym``."""
 
     @property
     @abstractmethod
     def elements(self) -> Int:
-        """What a code means."""
+        """The type of a code."""
 
     @property
     @abstractmethod
@@ -120,16 +120,16 @@ class Format(ABC):
     @property
     @abstractmethod
     def zero(self) -> Zero:
-        """``none``: zero points are fixed by the format; ``code``: each group has one, an integer code."""
+        """``none``: the format fixes the zero point; ``code``: each group has an integer zero point."""
 
     @property
     @abstractmethod
     def independent_ends(self) -> bool:
-        """Both ends of a group's range are free; otherwise the larger one decides for both sides."""
+        """Both ends of a group's range are independent; otherwise the larger end determines both."""
 
     @abstractmethod
     def bits_per_value(self, columns: int) -> float:
-        """Stored bits per value of a row: codes, scales and whatever else a group stores."""
+        """Stored bits per value of a row: codes, scales and zero points."""
 
     @abstractmethod
     def from_range(self, low: Tensor, high: Tensor) -> QParams:
@@ -140,11 +140,11 @@ class Format(ABC):
 
     @abstractmethod
     def range_of(self, qparams: QParams) -> tuple[Tensor, Tensor]:
-        """The range that ``from_range`` makes these qparams from again."""
+        """The inverse of ``from_range``: a range with these qparams."""
 
     @abstractmethod
     def position(self, x: Tensor, qparams: QParams) -> Tensor:
-        """``x`` in units of codes, not rounded and not clamped; qparams broadcast against ``x``."""
+        """``x`` in units of codes, neither rounded nor clamped; qparams broadcast against ``x``."""
 
     @abstractmethod
     def round(self, x: Tensor, qparams: QParams) -> Tensor:
@@ -152,17 +152,17 @@ class Format(ABC):
 
     @abstractmethod
     def value(self, codes: Tensor, qparams: QParams) -> Tensor:
-        """What codes, or positions between codes, stand for; qparams broadcast against ``codes``."""
+        """The values of codes, or of positions between codes; qparams broadcast against ``codes``."""
 
     @abstractmethod
     def fits_scale_dtype(self, qparams: QParams) -> bool:
-        """No scale is cut to the largest number that its stored precision holds."""
+        """No scale is clamped to the largest number of its stored precision."""
 
     def groups(self, columns: int) -> int:
-        """How many groups a row of ``columns`` values has.
+        """Number of groups in a row of ``columns`` values.
 
         Raises:
-            LowbitError: the group size does not divide it.
+            LowbitError: the group size does not divide ``columns``.
         """
         size = self.group or columns
         if columns % size:
@@ -180,7 +180,7 @@ class Format(ABC):
 
         Args:
             weight: ``(rows, columns)``.
-            low: factor on each group's minimum, ``(rows, groups)`` or a number; 1 leaves the range alone.
+            low: factor on each group's minimum, ``(rows, groups)`` or a number; 1 keeps the range.
             high: the same for the maximum.
 
         The range always includes 0. Differentiable in all three.
@@ -189,7 +189,7 @@ class Format(ABC):
         return self.from_range(bottom * low, top * high)
 
     def fake_quant(self, weight: Tensor, qparams: QParams) -> Tensor:
-        """``weight`` ``(rows, columns)`` at the nearest values: ``quantize(...).dequantize()``, bit for bit.
+        """``weight`` ``(rows, columns)`` rounded to nearest: ``quantize(...).dequantize()``, bit for bit.
 
         Differentiable in the weight and the qparams (straight-through rounding). Fused within ``inductor.on()``.
         """
@@ -198,32 +198,32 @@ class Format(ABC):
         return _fake_quant(weight, *qparams, self)
 
     def fake_quant_clipped(self, weight: Tensor, low: Factor = 1.0, high: Factor = 1.0) -> Tensor:
-        """``fake_quant(weight, qparams(weight, low, high))``, with the ranges' maxima fused too where that is on."""
+        """``fake_quant(weight, qparams(weight, low, high))``, with the ranges also fused within ``inductor.on()``."""
         if not inductor.active(weight):
             return self.fake_quant(weight, self.qparams(weight, low, high))
         bottom, top = inductor.compiled(_ends, self)(weight)
         return self.fake_quant(weight, self.from_range(bottom * low, top * high))
 
     def quantize(self, weight: Tensor, qparams: QParams) -> QTensor:
-        """``weight`` ``(rows, columns)`` as the nearest codes."""
+        """``weight`` ``(rows, columns)`` rounded to the nearest codes."""
         with torch.no_grad():
             grouped = split_groups(weight, self.groups(weight.shape[-1]))
-            codes = self.round(grouped, _over_groups(qparams)).flatten(-2).to(torch.uint8)
+            codes = self.round(grouped, _per_group(qparams)).flatten(-2).to(torch.uint8)
         return QTensor(codes, QParams(*(x.detach() for x in qparams)), self)
 
     def dequantize(self, codes: Tensor, qparams: QParams) -> Tensor:
-        """The values of codes ``(rows, columns)``, in the dtype of the qparams; of positions between codes, too."""
+        """The values of codes, or positions between codes, ``(rows, columns)``, in the dtype of the qparams."""
         grouped = split_groups(codes.to(qparams.scale.dtype), qparams.scale.shape[-1])
-        return self.value(grouped, _over_groups(qparams)).flatten(-2)
+        return self.value(grouped, _per_group(qparams)).flatten(-2)
 
     def per_column(self, qparams: QParams, columns: int) -> QParams:
-        """The qparams of every single value, ``(rows, columns)``."""
+        """The qparams of each value, ``(rows, columns)``."""
         size = columns // qparams.scale.shape[-1]
         return QParams(*(x.repeat_interleave(size, -1) for x in qparams))
 
 
 def _fake_quant(weight: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Tensor:
-    qparams = _over_groups(QParams(scale, zero))
+    qparams = _per_group(QParams(scale, zero))
     grouped = split_groups(weight, scale.shape[-1])
     return format.value(format.round(grouped, qparams), qparams).flatten(-2)
 
@@ -232,7 +232,7 @@ def _ends(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return format.ends(weight)
 
 
-def _over_groups(qparams: QParams) -> QParams:
+def _per_group(qparams: QParams) -> QParams:
     """``(rows, groups)`` as ``(rows, groups, 1)``."""
     return QParams(qparams.scale[..., None], qparams.zero[..., None])
 
@@ -243,7 +243,7 @@ def split_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def usable_group_sizes(columns: int) -> list[int]:
-    """Divisors of ``columns`` from 16 to 256 that are multiples of 16, the sizes that runtimes take.
+    """Divisors of ``columns`` from 16 to 256 that are multiples of 16: the sizes that runtimes support.
 
     >>> usable_group_sizes(576)
     [16, 32, 48, 64, 96, 144, 192]
@@ -265,7 +265,7 @@ class _Round(torch.autograd.Function):
 
 def round_ste(x: Tensor) -> Tensor:
     """``round(x)`` whose gradient is 1 everywhere (straight-through estimator; Bengio et al. 2013)."""
-    # The plain operation where no gradient is asked for: GPTQ rounds column by column, thousands of small ones.
+    # The plain operation where no gradient is needed: GPTQ rounds column by column, thousands of small tensors.
     return _Round.apply(x) if x.requires_grad else x.round()
 
 
@@ -282,19 +282,19 @@ class _Store(torch.autograd.Function):
 
 
 def round_trip(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` as ``dtype`` holds it, in its own dtype again; differentiable as the identity."""
+    """``x`` cast to ``dtype`` and back; differentiable as the identity."""
     return _Store.apply(x, dtype)
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale`` as ``dtype`` can hold it, never 0 and never infinite; differentiable as the identity.
+    """``scale`` rounded to ``dtype``, never 0 or infinite; differentiable as the identity.
 
-    A scale below the smallest number of the dtype becomes that number: a row of zeros stays exact, and a row
-    of very small values keeps what the format can express. Where the scale's own dtype holds less, its ends count.
+    A scale below the smallest positive number of the dtype becomes that number: a row of zeros stays exact, and very
+    small values keep the precision that the format has. If the scale's own dtype has a narrower range, that applies.
 
     >>> stored_scale(torch.tensor([0.1, 0.0]), torch.float16).tolist()
     [0.0999755859375, 5.960464477539063e-08]
     """
-    both = [torch.finfo(dtype), torch.finfo(scale.dtype)]
-    smallest = max(info.smallest_normal * info.eps for info in both)  # the smallest subnormal
-    return _Store.apply(scale.clamp(smallest, min(info.max for info in both)), dtype)
+    infos = [torch.finfo(dtype), torch.finfo(scale.dtype)]
+    smallest = max(info.smallest_normal * info.eps for info in infos)  # the smallest subnormal
+    return _Store.apply(scale.clamp(smallest, min(info.max for info in infos)), dtype)

@@ -1,4 +1,4 @@
-"""The weight formats: one file each, one line here. The contract tests are parametrized over this dict."""
+"""The registry of weight formats: one file and one entry each. The contract tests are parametrized over it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Integer formats: ``value = (code - zero) * scale``.
 
-Codes are unsigned, ``0 .. 2**bits - 1``; a symmetric format is one whose zero is ``2**(bits - 1)``. One formula then
-covers both, and every file format is a relabelling of it. The zero is an integer in the range of the codes, so that
-every file can store it; a group whose values all have one sign therefore gets a range that includes 0.
+Codes are unsigned, ``0 .. 2**bits - 1``; a symmetric format has the zero point ``2**(bits - 1)``. One formula covers
+both, and every file format is a relabelling of it. The zero point is an integer in the range of the codes, so that
+every file format can store it; the range of a group whose values all have one sign is therefore extended to 0.
 
-Rejected: a signed representation beside this one, and float zero points (no runtime but one has them).
+Rejected: an additional signed representation, and float zero points (only one runtime has them).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MIN_BITS, MAX_BITS = 2, 8
 
 @dataclass(frozen=True)
 class IntFormat(Format):
-    """Integers of 2 to 8 bits with one scale a group.
+    """Integers of 2 to 8 bits with one scale per group.
 
     Attributes:
-        bits: width of a code.
-        group: consecutive values of a row that share a scale; ``None`` for one group a row (an output channel).
-        symmetric: the zero is fixed at the middle of the range.
-        scale_dtype: the dtype in which scales are stored.
+        bits: bits per code.
+        group: consecutive values of a row that share a scale; ``None``: one group per row (output channel).
+        symmetric: the zero point is fixed at the middle of the range.
+        scale_dtype: dtype of the stored scales.
 
     >>> format = IntFormat(2, symmetric=False)
     >>> w = torch.tensor([[-1.0, 0.0, 0.6, 2.0]])
@@ -48,15 +48,15 @@ class IntFormat(Format):
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise LowbitError(f"{self.bits} bits given; {MIN_BITS} to {MAX_BITS} are allowed")
         if self.group is not None and self.group < 2:
-            raise LowbitError(f"group size {self.group} given; it must be 2 or more, or left out")
+            raise LowbitError(f"group size {self.group} given; it must be 2 or more, or omitted")
 
     @classmethod
     def examples(cls) -> tuple[Format, ...]:
-        """Every width, groups and rows, free and fixed zeros."""
-        every = [
+        """Every width, groups and rows, with and without a zero point."""
+        arguments = [
             (bits, group, symmetric) for bits in range(2, 9) for group in (32, None) for symmetric in (False, True)
         ]
-        return tuple(cls(*one) for one in every)
+        return tuple(cls(*values) for values in arguments)
 
     @property
     def levels(self) -> int:
@@ -84,25 +84,25 @@ class IntFormat(Format):
 
     @property
     def scales(self) -> Plain:
-        """One number a group."""
+        """One number per group."""
         return Plain(self.scale_dtype)
 
     @property
     def zero(self) -> Zero:
-        """Fixed, or a code for each group."""
+        """Fixed, or one code per group."""
         return "none" if self.symmetric else "code"
 
     @property
     def independent_ends(self) -> bool:
-        """With a zero point of its own a range need not be symmetric."""
+        """With a zero point a range need not be symmetric."""
         return not self.symmetric
 
     def with_bits(self, bits: int) -> IntFormat:
-        """The same at another width."""
+        """The format with another number of bits."""
         return replace(self, bits=bits)
 
     def bits_per_value(self, columns: int) -> float:
-        """Codes, scales and (where they are free) zeros.
+        """Codes, scales and, if asymmetric, zero points.
 
         >>> IntFormat(4, 128).bits_per_value(4096)
         4.125
@@ -111,7 +111,7 @@ class IntFormat(Format):
         return self.bits + overhead * self.groups(columns) / columns
 
     def from_range(self, low: Tensor, high: Tensor) -> QParams:
-        """A symmetric format takes the larger of the two ends for both sides.
+        """Qparams of a range; a symmetric format uses the larger end for both.
 
         >>> q = IntFormat(2, symmetric=False).from_range(torch.tensor([[-1.0]]), torch.tensor([[2.0]]))
         >>> q.scale.tolist(), q.zero.tolist()
@@ -124,7 +124,7 @@ class IntFormat(Format):
         return QParams(scale, round_ste(-low / scale).clamp(0, self.levels))
 
     def range_of(self, qparams: QParams) -> tuple[Tensor, Tensor]:
-        """The ends that ``from_range`` makes these qparams from again.
+        """The inverse of ``from_range``: the ends of a range with these qparams.
 
         >>> q = QParams(torch.tensor([[1.0]]), torch.tensor([[1.0]]))
         >>> low, high = IntFormat(2, symmetric=False).range_of(q)
@@ -142,7 +142,7 @@ class IntFormat(Format):
         return x / qparams.scale + qparams.zero
 
     def round(self, x: Tensor, qparams: QParams) -> Tensor:
-        """``round(x / scale) + zero``, in the range of the codes."""
+        """``round(x / scale) + zero``, clamped to the range of the codes."""
         return (round_ste(x / qparams.scale) + qparams.zero).clamp(0, self.levels)
 
     def value(self, codes: Tensor, qparams: QParams) -> Tensor:
@@ -150,15 +150,15 @@ class IntFormat(Format):
         return (codes - qparams.zero) * qparams.scale
 
     def fits_scale_dtype(self, qparams: QParams) -> bool:
-        """Every scale is below the largest number of its dtype."""
+        """Every scale is below the largest number of ``scale_dtype``."""
         return float(qparams.scale.max()) < torch.finfo(self.scale_dtype).max
 
 
 def integer(format: Format, what: str) -> IntFormat:
-    """``format`` for ``what`` that holds integer formats alone; any other is refused, never taken for one.
+    """``format`` as an integer format, for a ``what`` that holds no other; anything else is refused.
 
     Raises:
-        LowbitError: it is no integer format.
+        LowbitError: ``format`` is no integer format.
     """
     if not isinstance(format, IntFormat):
         raise LowbitError(f"{what} holds integer formats; {format.name} given")

@@ -1,17 +1,17 @@
-"""Which numbers are rounded to what: weights, activations, keys and values, and exceptions by name.
+"""Schemes: the formats of weights, activations, and keys and values, with overrides by module name.
 
 A scheme has a name, ``w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym]``:
 
 ========= ==========================================================================================
 ``w4``    weights of the blocks' linears at 4 bits, one scale per output channel unless ``g`` is given
-``a8``    inputs of those linears at 8 bits, one range per token, found on the fly; ``a16``: left in float
+``a8``    inputs of those linears at 8 bits, one dynamic range per token; ``a16``: float
 ``kv4``   queries, keys and values at 4 bits after the rotary embedding, per token and head, asymmetric
 ``g64``   one scale for every 64 consecutive input channels of a weight row
-``-sym``  zeros fixed at the middle of the range; ``-asym``: free. This covers weights and activations.
+``-sym``  zero points fixed at the middle of the range; ``-asym``: free. For weights and activations.
 ========= ==========================================================================================
 
-Without a suffix, weight-only schemes are symmetric and schemes with activations asymmetric: the first is what
-every runtime holds exactly, the second what the literature measures, and stock ``transformers`` loads both.
+Without a suffix, weight-only schemes are symmetric and schemes with activations asymmetric: every runtime supports
+the former exactly, the literature evaluates the latter, and stock ``transformers`` loads both.
 Embeddings and the output head stay float unless an override names them.
 """
 
@@ -44,14 +44,14 @@ class Scheme:
     """The formats of a run.
 
     Attributes:
-        name: the name it was parsed from.
+        name: the name from which it is parsed.
         weight: format of the blocks' linear weights.
         act: format of those linears' inputs, dynamic per token; ``None``: float.
         kv: format of Q, K and V inside the attention, dynamic per token and head; ``None``: float.
         overrides: ``(glob, format)`` pairs over module names such as ``model.layers.3.mlp.down_proj`` or
             ``lm_head``; the first match wins; ``None`` leaves the module in float.
-        target: the runtime whose arithmetic is simulated, a name of ``RUNTIMES``; ``None``: the scheme's own. Set it
-            with ``for_runtime``.
+        target: the runtime whose arithmetic is simulated, a name of ``RUNTIMES``; ``None``: the scheme's own. Set
+            by ``for_runtime``.
     """
 
     name: str
@@ -68,14 +68,14 @@ class Scheme:
     def module(self, name: str) -> ModuleFormats | None:
         """The formats of a linear inside a block, by its full name; ``None``: it stays float.
 
-        Its input has the scheme's format or, where the scheme has none, what the target runtime makes of it.
+        Its input has the scheme's format or, if the scheme has none, that of the target runtime.
         """
-        found = self.override(name)
-        weight = found[1] if found else self.weight
+        override = self.override(name)
+        weight = override[1] if override else self.weight
         return None if weight is None else ModuleFormats(weight, self._input(weight))
 
     def outside(self, name: str) -> ModuleFormats | None:
-        """The formats of a module outside of the blocks (embedding, head): float unless an override names it."""
+        """The formats of a module outside the blocks (embedding, head): float unless an override matches it."""
         return self.module(name) if self.override(name) else None
 
     def _input(self, weight: IntFormat) -> ActFormat | None:
@@ -87,7 +87,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class ModuleFormats:
-    """The formats of one linear: of its weight and of its input (``None``: float)."""
+    """The formats of one linear's weight and input (``None``: float)."""
 
     weight: Format
     input: ActFormat | None = None
@@ -95,11 +95,11 @@ class ModuleFormats:
 
 @dataclass(frozen=True)
 class ModelFormats:
-    """What a scheme means for a model: settled once, by the plan, and asked by everything behind it.
+    """The formats of a model's modules, resolved from a scheme once, by the plan.
 
     Attributes:
-        modules: by the full name of each module that is quantized.
-        kv: of queries, keys and values inside the attention; ``None``: float.
+        modules: formats of the quantized modules by full name.
+        kv: format of queries, keys and values inside the attention; ``None``: float.
     """
 
     modules: Mapping[str, ModuleFormats] = field(default_factory=dict)
@@ -107,13 +107,13 @@ class ModelFormats:
 
     def weight(self, module: str) -> Format | None:
         """A module's weight format; ``None``: float."""
-        found = self.modules.get(module)
-        return found.weight if found else None
+        formats = self.modules.get(module)
+        return formats.weight if formats else None
 
     def input(self, module: str) -> ActFormat | None:
         """The format of a module's input; ``None``: float."""
-        found = self.modules.get(module)
-        return found.input if found else None
+        formats = self.modules.get(module)
+        return formats.input if formats else None
 
     @property
     def weights(self) -> dict[str, Format]:
@@ -122,7 +122,7 @@ class ModelFormats:
 
 
 def parse_scheme(name: str) -> Scheme:
-    """The scheme that a name stands for.
+    """The scheme of a name.
 
     >>> s = parse_scheme("w4a8kv4g64-asym")
     >>> s.weight.bits, s.weight.group, s.act.bits, s.kv.bits, s.weight.symmetric
@@ -132,10 +132,10 @@ def parse_scheme(name: str) -> Scheme:
     if not match:
         raise LowbitError(f"unknown scheme '{name}': give {GRAMMAR}, for example w4a16g64-sym or w8a8")
     weight, act, kv, group, suffix = match.groups()
-    _allowed(name, "weight bits", int(weight), WEIGHT_BITS)
-    _allowed(name, "activation bits", int(act), ACT_BITS)
+    _check_allowed(name, "weight bits", int(weight), WEIGHT_BITS)
+    _check_allowed(name, "activation bits", int(act), ACT_BITS)
     if kv:
-        _allowed(name, "kv bits", int(kv), KV_BITS)
+        _check_allowed(name, "kv bits", int(kv), KV_BITS)
     symmetric = suffix == "-sym" if suffix else int(act) == 16
     return Scheme(
         name,
@@ -145,13 +145,13 @@ def parse_scheme(name: str) -> Scheme:
     )
 
 
-def _allowed(name: str, what: str, given: int, allowed: range | tuple[int, ...]) -> None:
-    if given not in allowed:
-        raise LowbitError(f"scheme '{name}': {given} {what} given; allowed: {', '.join(map(str, allowed))}")
+def _check_allowed(name: str, what: str, bits: int, allowed: range | tuple[int, ...]) -> None:
+    if bits not in allowed:
+        raise LowbitError(f"scheme '{name}': {bits} {what} given; allowed: {', '.join(map(str, allowed))}")
 
 
 def parse_override(text: str) -> IntFormat | None:
-    """A weight format such as ``w8``, ``w4g64-asym`` or ``float``; symmetric unless it says otherwise."""
+    """A weight format such as ``w8``, ``w4g64-asym`` or ``float``; symmetric by default."""
     if text == "float":
         return None
     match = _SPEC.fullmatch(text)
@@ -171,14 +171,14 @@ def override_text(spec: Format | None) -> str:
 
 
 def with_overrides(scheme: Scheme, overrides: Mapping[str, str]) -> Scheme:
-    """``scheme`` with ``{glob: format}`` put before its own overrides; a glob that it had already is replaced."""
+    """``scheme`` with ``{glob: format}`` before its own overrides; an existing glob is replaced."""
     added = {str(glob): parse_override(str(text)) for glob, text in overrides.items()}
     kept = tuple((glob, spec) for glob, spec in scheme.overrides if glob not in added)
     return replace(scheme, overrides=(*added.items(), *kept))
 
 
 def for_runtime(scheme: Scheme, name: str | None) -> Scheme:
-    """``scheme`` as a runtime runs it: its rounding of inputs, its dtype of scales; ``None`` leaves it as it is."""
+    """``scheme`` for a target runtime: its input quantization and scale dtype; ``None``: unchanged."""
     if name is None:
         return scheme
     if name not in RUNTIMES:
@@ -189,29 +189,30 @@ def for_runtime(scheme: Scheme, name: str | None) -> Scheme:
 
 
 def simulated_on(scheme: Scheme | None, name: str | None) -> Scheme | None:
-    """A finished run's scheme with the inputs of another runtime, or ``float`` ones; ``None``: those it was made for.
+    """A finished run's scheme with the inputs of another runtime, or ``float`` ones; ``None``: unchanged.
 
-    Raises ``LowbitError`` where that makes no sense: for a float model, or a scheme with its own format of inputs.
+    Raises:
+        LowbitError: the model is float, or the scheme has its own input format.
     """
     if name is None:
         return scheme
     if scheme is None or scheme.act is not None:
-        what = "a float model" if scheme is None else f"scheme {scheme.name}, which has a format of its own"
-        raise LowbitError(f"--target {name} given: it rounds the inputs of a weight-only run, and this is {what}")
+        what = "a float model" if scheme is None else f"scheme {scheme.name}, which has its own input format"
+        raise LowbitError(f"--target {name} given: it sets the inputs of a weight-only run, and this is {what}")
     if name not in (known := [*RUNTIMES, "float"]):
         raise unknown("runtime", name, known)
     return replace(scheme, target=None if name == "float" else name)
 
 
-def load_scheme(given: str) -> Scheme:
+def load_scheme(name: str) -> Scheme:
     """A scheme from its name, or from a YAML file with ``scheme: NAME`` and ``overrides: {glob: format}``."""
-    if not given.endswith((".yaml", ".yml")):
-        return parse_scheme(given)
+    if not name.endswith((".yaml", ".yml")):
+        return parse_scheme(name)
     try:
-        content = yaml.safe_load(Path(given).read_text())
+        content = yaml.safe_load(Path(name).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LowbitError(f"cannot read the scheme file {given}: {' '.join(str(error).split())}") from error
-    return scheme_from_dict(content, given)
+        raise LowbitError(f"cannot read the scheme file {name}: {' '.join(str(error).split())}") from error
+    return scheme_from_dict(content, name)
 
 
 def scheme_from_dict(content: Any, where: str = "scheme") -> Scheme:
@@ -230,7 +231,7 @@ def scheme_from_dict(content: Any, where: str = "scheme") -> Scheme:
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
-    """Plain data for a manifest or a YAML file; overrides as a list, since their order counts."""
+    """Plain data for a manifest or a YAML file; overrides as a list, since their order matters."""
     target = {} if scheme.target is None else {"target": scheme.target}
     overrides = [{glob: override_text(spec)} for glob, spec in scheme.overrides]
     return {"scheme": scheme.name, "overrides": overrides, **target}

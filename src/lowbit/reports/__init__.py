@@ -1,1 +1,1 @@
-"""One self-contained HTML page from finished runs; it takes plain facts, and knows nothing of how runs are made."""
+"""Self-contained HTML reports on finished runs, rendered from plain data."""

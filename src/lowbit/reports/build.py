@@ -1,4 +1,4 @@
-"""``lowbit.report``: one HTML page from run folders, with everything that they, and measurements of them, say."""
+"""``lowbit.report``: an HTML report on run folders and their evaluation results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowbit.runs.folder import TIMING
 
 @dataclass(frozen=True)
 class Reported:
-    """What ``report`` wrote: the page, how large it is, and the runs on it by name."""
+    """The result of ``report``: the page, its size, and the names of its runs."""
 
     out: Path
     size_bytes: int
@@ -36,62 +36,62 @@ def report(
     out: str | Path = "report.html",
     measured: Iterable[str | Path] = (),
 ) -> Reported:
-    """Write one HTML page about finished runs; several become a comparison.
+    """Write an HTML report on finished runs; several runs are compared side by side.
 
     Args:
         folders: run folders.
-        out: the page; one that is there is replaced.
-        measured: files with what ``lowbit evaluate --json`` or ``lowbit compare --json`` printed, about these runs or
-            their float models. What ``lowbit evaluate`` printed for a run on this machine is in its folder anyway.
+        out: the page; an existing file is replaced.
+        measured: files with the output of ``lowbit evaluate --json`` or ``lowbit compare --json`` for these runs or
+            their float models. Results that ``lowbit evaluate`` stored in a run folder are included without it.
 
     Raises:
-        LowbitError: a folder is no finished run, a file is none of these or about another model, or the page cannot
-            be written.
+        LowbitError: a folder is not a finished run, a file has another format or belongs to other models, or the
+            page cannot be written.
     """
-    given = [folders] if isinstance(folders, str | Path) else list(folders)
-    if not given:
+    folder_list = [folders] if isinstance(folders, str | Path) else list(folders)
+    if not folder_list:
         raise LowbitError("no run given: name at least one run folder")
-    paths, out = [Path(folder) for folder in given], Path(out)
+    paths, out = [Path(folder) for folder in folder_list], Path(out)
     if out.is_dir():
         raise LowbitError(f"{out} is a folder; name the file to write, such as {out / 'report.html'}")
-    if twice := [path for at, path in enumerate(paths) if path.resolve() in [p.resolve() for p in paths[:at]]]:
-        raise LowbitError(f"{twice[0]} is given twice; name each run once")
+    if duplicates := [path for i, path in enumerate(paths) if path.resolve() in [p.resolve() for p in paths[:i]]]:
+        raise LowbitError(f"{duplicates[0]} is given twice; name each run once")
     runs = [open_run(path) for path in paths]
     names = _names(paths)
-    found, floats = measured_of(runs, [Path(file) for file in measured])
-    facts = [_facts(*given) for given in zip(runs, names, found, strict=True)]
+    results, floats = measured_of(runs, [Path(file) for file in measured])
+    facts = [_facts(run, name, result) for run, name, result in zip(runs, names, results, strict=True)]
     content = render(facts, floats).encode()
     write_bytes(out, content)
     return Reported(out, len(content), names)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Names of the folders, with as many parents before them as it takes to tell them apart."""
+    """Names of the folders, prefixed with as many parents as make them unique."""
     parts = [path.resolve().parts for path in paths]
     depth = next(n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts))
-    return ["/".join(one[-depth:]) for one in parts]
+    return ["/".join(path_parts[-depth:]) for path_parts in parts]
 
 
-def _facts(run: Run, name: str, found: Measured) -> RunFacts:
-    repeat, recipe = command(run.manifest.request)
-    timing, seen = run.folder / TIMING, read_activation_stats(run.folder)
+def _facts(run: Run, name: str, results: Measured) -> RunFacts:
+    command_line, recipe = command(run.manifest.request)
+    timing, stats = run.folder / TIMING, read_activation_stats(run.folder)
     return RunFacts(
         name=name,
         manifest=run.manifest,
         timing=read_json(timing)["blocks"] if timing.exists() else [],
         size_bytes=sum(path.stat().st_size for path in run.checkpoint.files),
         targets=_targets(run),
-        command=repeat,
+        command=command_line,
         recipe=recipe,
-        scores=found.scores,
-        block_error=found.block_error,
-        peaks=_peaks(run, seen),
-        pictures=_pictures(seen),
+        scores=results.scores,
+        block_error=results.block_error,
+        peaks=_peaks(run, stats),
+        pictures=_pictures(stats),
     )
 
 
 def _targets(run: Run) -> list[Target]:
-    """Where the run can go: asked of each export target itself."""
+    """The loaders and export targets, each with whether it supports the run."""
     loads = run.manifest.transformers
     out = [Target("lowbit.load", True), Target("transformers", loads.loads, loads.why_not or "")]
     for name in EXPORTERS:
@@ -106,23 +106,23 @@ def _targets(run: Run) -> list[Target]:
 
 
 def _peaks(run: Run, seen: Mapping[str, Tensor]) -> dict[str, tuple[Array, Array]]:
-    """By the linears that read one tensor, in execution order: ``(blocks, in)`` of the float model and of the run."""
-    found: dict[str, dict[str, dict[int, Array]]] = {}
+    """Channel peaks ``(blocks, in)`` of float model and run, by linears that share an input, in execution order."""
+    peaks: dict[str, dict[str, dict[int, Array]]] = {}
     for name, value in seen.items():
         kind, index, linears = name.split(".", 2)
         if kind in (FLOAT, QUANTIZED):
-            found.setdefault(linears, {FLOAT: {}, QUANTIZED: {}})[kind][int(index)] = value.numpy()
-    for kinds in found.values():
-        before, after = kinds[FLOAT], kinds[QUANTIZED]
-        if set(before) != set(after) or len({value.shape for value in [*before.values(), *after.values()]}) != 1:
+            peaks.setdefault(linears, {FLOAT: {}, QUANTIZED: {}})[kind][int(index)] = value.numpy()
+    for kinds in peaks.values():
+        exact, ours = kinds[FLOAT], kinds[QUANTIZED]
+        if set(exact) != set(ours) or len({value.shape for value in [*exact.values(), *ours.values()]}) != 1:
             raise LowbitError(f"{run.folder / OBSERVED} is broken: quantize again into another folder")
 
     def stacked(kind: Mapping[int, Array]) -> Array:
         return np.stack([kind[block] for block in sorted(kind)])
 
     return {
-        linears: (stacked(found[linears][FLOAT]), stacked(found[linears][QUANTIZED]))
-        for linears in sorted(found, key=lambda name: place_of(name.partition("+")[0], run.quantized))
+        linears: (stacked(peaks[linears][FLOAT]), stacked(peaks[linears][QUANTIZED]))
+        for linears in sorted(peaks, key=lambda name: place_of(name.partition("+")[0], run.quantized))
     }
 
 

@@ -1,4 +1,4 @@
-"""The report's charts: lines, many lines by depth, bars, cells."""
+"""The report's charts: lines, lines coloured by depth, bars, heat maps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lowbit.reports.svg import (
 )
 
 Points = Sequence[tuple[float, float]]
-COLOURS = 6  # then they begin again
+COLOURS = 6  # further series reuse them
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Series:
     """One line.
 
     Attributes:
-        name: for the legend and for what shows at its points.
-        points: ``(x, y)``; what is not finite, and on a logarithmic axis what is not above 0, is left out.
-        style: number of its colour, of ``COLOURS``, or ``float`` for the float model's.
+        name: in the legend and in tooltips.
+        points: ``(x, y)``; non-finite values, and on a logarithmic axis values not above 0, are skipped.
+        style: index of its colour, modulo ``COLOURS``, or ``float`` for the float model.
     """
 
     name: str
@@ -44,56 +44,56 @@ class Series:
 
     @property
     def kind(self) -> str:
-        """Its class on the page."""
+        """CSS class."""
         return f"series s-{self.style if isinstance(self.style, str) else self.style % COLOURS}"
 
 
 def _drawable(series: Iterable[Series], log: bool) -> list[Series]:
-    kept = []
-    for one in series:
-        points = [(x, y) for x, y in one.points if math.isfinite(y) and (y > 0 or not log)]
+    drawable = []
+    for line in series:
+        points = [(x, y) for x, y in line.points if math.isfinite(y) and (y > 0 or not log)]
         if points:
-            kept.append(Series(one.name, points, one.style))
-    return kept
+            drawable.append(Series(line.name, points, line.style))
+    return drawable
 
 
 def _scales(series: Sequence[Series], log: bool, base: float = 0.0) -> tuple[Scale, Scale]:
-    xs = [x for one in series for x, _ in one.points]
-    room = 0.5 if min(xs) == max(xs) else 0.0
-    across = Scale(min(xs) - room, max(xs) + room, LEFT + 8, WIDTH - RIGHT - 8)
-    low, high = spread((y for one in series for _, y in one.points), log, base)
+    xs = [x for line in series for x, _ in line.points]
+    margin = 0.5 if min(xs) == max(xs) else 0.0
+    across = Scale(min(xs) - margin, max(xs) + margin, LEFT + 8, WIDTH - RIGHT - 8)
+    low, high = spread((y for line in series for _, y in line.points), log, base)
     return across, Scale(low, high, HEIGHT - BOTTOM, TOP, log)
 
 
 def lines(
     label: str, series: Iterable[Series], x_label: str, y_label: str, log: bool = False, dots: bool = True
 ) -> Markup | None:
-    """A line chart, ``None`` where there is nothing to draw; a point shows its value when it is pointed at."""
+    """A line chart, ``None`` without data; tooltips show the values of points."""
     shown = _drawable(series, log)
     if not shown:
         return None
     root = drawing(label)
     x, y = _scales(shown, log)
     axes(root, x, y, x_label, y_label)
-    for one in shown:
-        group = add(root, "g", kind=one.kind)
-        add(group, "title", one.name)
-        add(group, "path", kind="line", d=path(one.points, x, y))
+    for line in shown:
+        group = add(root, "g", kind=line.kind)
+        add(group, "title", line.name)
+        add(group, "path", kind="line", d=path(line.points, x, y))
         if dots:
-            for at, value in one.points:
-                point = add(group, "circle", cx=x(at), cy=y(value), r=3.2)
-                add(point, "title", f"{one.name}, {x_label} {short(at)}: {short(value)}")
+            for position, value in line.points:
+                point = add(group, "circle", cx=x(position), cy=y(value), r=3.2)
+                add(point, "title", f"{line.name}, {x_label} {short(position)}: {short(value)}")
     return markup(root)
 
 
 def path(points: Points, x: Scale, y: Scale) -> str:
-    """A path's commands."""
-    return "M" + "L".join(f"{x(at):.1f} {y(value):.1f}" for at, value in points)
+    """SVG path data."""
+    return "M" + "L".join(f"{x(position):.1f} {y(value):.1f}" for position, value in points)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One fit's course: its block, its losses by epoch, and the epoch whose parameters were kept."""
+    """Loss curve of one fit: its block, its losses by epoch, and the epoch whose parameters were kept."""
 
     block: int
     points: Points
@@ -101,8 +101,7 @@ class Curve:
 
 
 def by_depth(label: str, curves: Sequence[Curve]) -> Markup | None:
-    """Losses of many blocks in percent of their first, coloured from the first block to the last; a dot marks what
-    was kept."""
+    """Losses of many blocks in percent of their initial loss, coloured by depth; a dot marks the kept epoch."""
     drawn = [(c, [(x, 100 * y / c.points[0][1]) for x, y in c.points]) for c in curves if c.points and c.points[0][1]]
     if not drawn:
         return None
@@ -114,14 +113,14 @@ def by_depth(label: str, curves: Sequence[Curve]) -> Markup | None:
         ends = f"from {short(curve.points[0][1])} to {short(min(v for _, v in curve.points))}"
         add(group, "title", f"block {curve.block}: {ends}, epoch {curve.best} was kept")
         add(group, "path", kind="line", d=path(points, x, y))
-        for at, value in points:
-            if at == curve.best:
-                add(group, "circle", cx=x(at), cy=y(value), r=3.2)
+        for epoch, value in points:
+            if epoch == curve.best:
+                add(group, "circle", cx=x(epoch), cy=y(value), r=3.2)
     return markup(root)
 
 
 def bars(label: str, values: Points, x_label: str, y_label: str, style: int = 0) -> Markup | None:
-    """One bar for each whole ``x``, from 0."""
+    """A bar chart with one bar for each integer ``x``, from 0."""
     if not values or all(value == 0 for _, value in values):
         return None
     root = drawing(label)
@@ -130,31 +129,39 @@ def bars(label: str, values: Points, x_label: str, y_label: str, style: int = 0)
     y = Scale(*spread((value for _, value in values), False), HEIGHT - BOTTOM, TOP)
     axes(root, x, y, x_label, y_label)
     group = add(root, "g", kind=f"series s-{style}")
-    wide = min(0.8 * (x(1) - x(0)), 40.0)
-    for at, value in values:
-        bar = add(group, "rect", kind="bar", x=x(at) - wide / 2, y=y(value), width=wide, height=y(0) - y(value))
-        add(bar, "title", f"{x_label} {short(at)}: {short(value)}")
+    bar_width = min(0.8 * (x(1) - x(0)), 40.0)
+    for position, value in values:
+        bar = add(
+            group,
+            "rect",
+            kind="bar",
+            x=x(position) - bar_width / 2,
+            y=y(value),
+            width=bar_width,
+            height=y(0) - y(value),
+        )
+        add(bar, "title", f"{x_label} {short(position)}: {short(value)}")
     return markup(root)
 
 
 def cells(
     label: str, rows: Sequence[str], values: Mapping[tuple[int, int], float], x_label: str, high: float
 ) -> Markup | None:
-    """A grid of values by ``(row, x)``: the stronger the larger, logarithmic over three decades to ``high``."""
+    """A heat map of values by ``(row, x)``: opacity is logarithmic over the three decades up to ``high``."""
     shown = {place: value for place, value in values.items() if value > 0 and math.isfinite(value)}
     if not shown:
         return None
-    strength, last = Scale(high / 1e3, high, 0.06, 1.0, log=True), max(at for _, at in shown)
-    tall, bottom = 26.0, TOP + 26.0 * len(rows)
+    strength, last = Scale(high / 1e3, high, 0.06, 1.0, log=True), max(column for _, column in shown)
+    row_height, bottom = 26.0, TOP + 26.0 * len(rows)
     root = drawing(label, height=round(bottom) + BOTTOM)
     x = Scale(-0.5, last + 0.5, LEFT + 50, WIDTH - RIGHT)
     for row, name in enumerate(rows):
-        add(root, "text", name, "tick", x=LEFT + 42.0, y=TOP + tall * (row + 0.5) + 5, text_anchor="end")
-    for (row, at), value in shown.items():
-        left, top, wide = x(at - 0.5) + 0.5, TOP + tall * row + 0.5, x(1) - x(0) - 1
-        cell = add(root, "rect", kind="cell", x=left, y=top, width=wide, height=tall - 1)
+        add(root, "text", name, "tick", x=LEFT + 42.0, y=TOP + row_height * (row + 0.5) + 5, text_anchor="end")
+    for (row, column), value in shown.items():
+        left, top, cell_width = x(column - 0.5) + 0.5, TOP + row_height * row + 0.5, x(1) - x(0) - 1
+        cell = add(root, "rect", kind="cell", x=left, y=top, width=cell_width, height=row_height - 1)
         cell.set("fill-opacity", f"{strength(max(value, high / 1e3)):.2f}")
-        add(cell, "title", f"{x_label} {at}, {rows[row]}: {short(value)}")
+        add(cell, "title", f"{x_label} {column}, {rows[row]}: {short(value)}")
     for tick in x.ticks(6, least=1):
         add(root, "text", short(tick), "tick", x=x(tick), y=bottom + 20, text_anchor="middle")
     add(root, "text", x_label, "label", x=(x.start + x.stop) / 2, y=bottom + BOTTOM - 10, text_anchor="middle")

@@ -1,4 +1,4 @@
-"""The command that repeats a run, printed from the request in its manifest: the same command, the same bytes."""
+"""The command that reproduces a run bit for bit, from the request in its manifest."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import yaml
 
 
 def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
-    """A run's ``lowbit quantize`` command, and its recipe as YAML where the command needs that as a file.
+    """A run's ``lowbit quantize`` command, and its recipe as YAML if the command needs it as a file.
 
-    The model, and a calibration text that was a file, go by name: a manifest holds no folder of another machine.
+    The model and a calibration file appear by name only: a manifest holds no paths.
 
-    >>> given = {"model": "demo", "recipe": "rtn", "effort": "quick", "settings": [], "scheme": "w8a8"}
-    >>> given |= {"overrides": [], "data": "c4", "samples": 8, "length": 8, "seed": 0}
-    >>> command(given)[0].partition(" --scheme ")[2]
+    >>> request = {"model": "demo", "recipe": "rtn", "effort": "quick", "settings": [], "scheme": "w8a8"}
+    >>> request |= {"overrides": [], "data": "c4", "samples": 8, "length": 8, "seed": 0}
+    >>> command(request)[0].partition(" --scheme ")[2]
     'w8a8 --recipe rtn --effort quick --data c4 --samples 8 --length 8 --seed 0'
     """
     recipe, file = request["recipe"], None

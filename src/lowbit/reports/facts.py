@@ -1,4 +1,4 @@
-"""What a report is made from: plain data, gathered by ``lowbit.reports.build``."""
+"""Input of a report as plain data, gathered by ``lowbit.reports.build``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Target:
-    """Somewhere a run could go: a loader, or a format of ``lowbit export``.
+    """A loader, or a format of ``lowbit export``.
 
     Attributes:
-        name: as a person would ask for it.
-        carries: whether it can; ``None`` where that could not be found out.
-        why: why not, or what to do to find out.
+        name: as the user would request it.
+        carries: whether it supports the run; ``None`` if unknown.
+        why: the reason if not, or how to find out.
     """
 
     name: str
@@ -33,17 +33,17 @@ class RunFacts:
     """One run.
 
     Attributes:
-        name: its folder's, made different where two are alike.
-        manifest: what ``lowbit.json`` holds.
+        name: of its folder, made unique.
+        manifest: content of ``lowbit.json``.
         timing: for each block its seconds and the process's peak memory in bytes so far.
-        size_bytes: of its weights on disk.
-        targets: where it can run.
-        command: repeats it; ``recipe`` is the YAML file that the command needs, if any.
+        size_bytes: size of its weights on disk.
+        targets: loaders and export targets.
+        command: reproduces the run; ``recipe`` is the YAML file that it needs, if any.
         scores: entries as in ``lowbit.evaluation.results``.
-        block_error: by text, the error after each block against the float model from the embeddings on
+        block_error: by text, the error after each block, accumulated from the embeddings on
             (``lowbit compare``).
-        peaks: for the linears that read one tensor the largest absolute value of each channel, ``(blocks, in)``, in
-            the float model and in the run.
+        peaks: for linears that share an input, the largest absolute value of each channel, ``(blocks, in)``, in the
+            float model and in the run.
         pictures: learned matrices by block, step and site.
     """
 
@@ -67,16 +67,16 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class FloatFacts:
-    """A float model that runs were made from: its name and what was measured on it."""
+    """A float model that runs were made from: its name and its results."""
 
     name: str
     scores: Sequence[Mapping[str, Any]] = ()
 
 
 def place_of(linear: str, modules: Sequence[str]) -> int:
-    """Where a linear, named without its layer, comes first in execution order; behind all if it does not.
+    """Position of a linear, named without its layer, in execution order; last if it is not in ``modules``.
 
     >>> place_of("mlp.up_proj", ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"])
     1
     """
-    return next((at for at, name in enumerate(modules) if name.endswith(f".{linear}")), len(modules))
+    return next((index for index, name in enumerate(modules) if name.endswith(f".{linear}")), len(modules))

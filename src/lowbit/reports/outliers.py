@@ -1,4 +1,4 @@
-"""The outlier picture: each channel's largest activation in the float model and in the run, for every block."""
+"""Activation outliers: each channel's largest activation in the float model and in the run, for every block."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lowbit.reports.facts import Array, RunFacts
 from lowbit.reports.pixels import strengths
 from lowbit.reports.svg import short
 
-FULL = 64.0  # from this many times the median on a channel is at full strength
-COLUMNS = 288  # channels are drawn at this many columns at most, each the largest of those that share it
+FULL = 64.0  # channels at this many times the median, or more, have full opacity
+COLUMNS = 288  # most columns of an image; channels that share one are pooled by maximum
 
 
 @dataclass(frozen=True)
 class Site:
-    """What is shown for the linears that read one tensor.
+    """Images and chart for linears that share an input.
 
     Attributes:
-        name: those linears.
-        before, after: pictures with a row for each block and a column for each channel.
-        full: how many times its block's median a channel at full strength is.
-        worst: the block whose float activations stand out most.
-        profile: that block's channels one by one.
-        summary: in words.
+        name: the linears.
+        before, after: images of the float model and of the run, a row for each block and a column for each channel.
+        full: multiple of the block's median at which a channel has full opacity.
+        worst: the block with the largest outlier in the float model.
+        profile: chart of that block's channels.
+        summary: median outlier factors.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Site:
 
 
 def site_name(key: str) -> str:
-    """Linears without what their names share.
+    """Names of linears, with their common parent factored out.
 
     >>> site_name("self_attn.q_proj+self_attn.k_proj"), site_name("mlp.down_proj")
     ('self_attn: q_proj, k_proj', 'mlp: down_proj')
@@ -60,7 +60,7 @@ def standing_out(peaks: Array) -> Array:
 
 
 def sites(run: RunFacts, style: int = 0) -> list[Site]:
-    """One entry for each tensor that linears read; ``style`` is the run's colour."""
+    """One entry for each input shared by linears; ``style`` is the run's colour."""
     return [_site(run.name, style, key, before, after) for key, (before, after) in run.peaks.items()]
 
 
@@ -81,25 +81,25 @@ def _site(run: str, style: int, key: str, before: Array, after: Array) -> Site:
         log=True,
         dots=False,
     )
-    said = " to ".join(f"{short(float(np.median(ratio.max(1))))}×" for ratio in ratios)
-    return Site(name, images[0], images[1], full, worst, profile, f"largest channel over the median one: {said}")
+    factors = " to ".join(f"{short(float(np.median(ratio.max(1))))}×" for ratio in ratios)
+    return Site(name, images[0], images[1], full, worst, profile, f"largest channel over the median one: {factors}")
 
 
 def pooled(peaks: Array) -> Array:
-    """``(blocks, in)`` at ``COLUMNS`` columns at most; each keeps the largest of its channels."""
+    """``(blocks, in)`` max-pooled to at most ``COLUMNS`` columns."""
     width = min(COLUMNS, peaks.shape[1])
     starts = np.arange(width) * peaks.shape[1] // width
     return np.maximum.reduceat(peaks, starts, axis=1)
 
 
 def comparison(runs: Sequence[RunFacts]) -> list[tuple[str, Markup | None]]:
-    """For each tensor that linears read, how far its largest channel stands out, block by block, in all runs."""
+    """Charts of the largest channel over the median one by block, for each input shared by linears, in all runs."""
     charts = []
     for key in dict.fromkeys(key for run in runs for key in run.peaks):
-        having = [(at, run) for at, run in enumerate(runs) if key in run.peaks]
-        series = [Series("float model", _by_block(having[0][1].peaks[key][0]), "float")]
-        series += [Series(run.name, _by_block(run.peaks[key][1]), at) for at, run in having]
-        label = f"{site_name(key)}: how many times the median channel the largest one is, by block"
+        with_peaks = [(index, run) for index, run in enumerate(runs) if key in run.peaks]
+        series = [Series("float model", _by_block(with_peaks[0][1].peaks[key][0]), "float")]
+        series += [Series(run.name, _by_block(run.peaks[key][1]), index) for index, run in with_peaks]
+        label = f"{site_name(key)}: largest channel over the median one, by block"
         charts.append((site_name(key), lines(label, series, "block", "largest over median channel", log=True)))
     return charts
 

@@ -1,7 +1,7 @@
-"""The page: facts about runs in, one HTML document out, with nothing to fetch and nothing to run.
+"""Rendering of the report: facts about runs to one self-contained HTML document.
 
-No script: charts are inline SVG that says its values when it is pointed at, light and dark follow the reader's
-setting, what is long folds away. The page forbids itself every request, so that what a manifest says cannot make one.
+The page has no scripts: charts are inline SVG with tooltips, colours follow the reader's light or dark setting, long
+parts fold. Its content security policy forbids every request, so that the content of a manifest cannot cause one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lowbit.runs.manifest import Manifest
 
 
 def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
-    """The report on one or several runs; ``floats`` are the float models that something was measured on."""
+    """The report on one or several runs; ``floats`` are the float models that have results."""
     environment = Environment(
         loader=PackageLoader("lowbit.reports", "."),
         autoescape=True,
@@ -32,18 +32,18 @@ def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
     environment.filters |= {"short": short, "megabytes": megabytes, "duration": duration}
     page = environment.get_template("page.html")
     return page.render(
-        runs=[_Shown(run, at) for at, run in enumerate(runs)],
+        runs=[_Shown(run, index) for index, run in enumerate(runs)],
         models=list(dict.fromkeys(run.manifest.identity.model for run in runs)),
         scores=score_table(runs, floats),
         quality=quality_charts(runs),
-        sensitivity=damage_charts(runs),
+        sensitivity=sensitivity_charts(runs),
         cost=cost_charts(runs),
         outlier_charts=outliers.comparison(runs),
     )
 
 
 class _Shown:
-    """A run as the template reads it; ``style`` is the number of its colour."""
+    """A run as the template reads it; ``style`` is the index of its colour."""
 
     def __init__(self, facts: RunFacts, style: int) -> None:
         self.facts, self.style = facts, style
@@ -62,7 +62,7 @@ class _Shown:
 
 
 def warnings(manifest: Manifest) -> list[tuple[str, str]]:
-    """What a reader must know, as ``(where, what)``: what stayed float, what was done differently, what loads it."""
+    """Notes as ``(where, what)``: fallbacks, modules left in float, restrictions on loading, runtime ops."""
     out = [(f"block {row.block}", note) for row in manifest.blocks for note in row.notes]
     if manifest.floats:
         out.append(("left in float", ", ".join(manifest.floats)))
@@ -72,72 +72,74 @@ def warnings(manifest: Manifest) -> list[tuple[str, str]]:
         out.append(("inputs", f"stock transformers computes with {inputs}"))
     if ops := manifest.runtime_ops:
         first = next(iter(ops))
-        out.append(("runtime ops", f"{len(ops)} stay beside the model's graph, a {ops[first]} at {first} first"))
+        out.append(("runtime ops", f"{len(ops)} beside the model's graph, the first a {ops[first]} at {first}"))
     return out
 
 
 def quality_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
-    """Each block's error: as the run saw it on calibration data, and as ``lowbit compare`` did on other text."""
+    """Each block's error: on calibration data from the run, and on other text from ``lowbit compare``."""
     own = [
-        Series(run.name, [(float(row.block), row.relative_error) for row in run.blocks], at)
-        for at, run in enumerate(runs)
+        Series(run.name, [(float(row.block), row.relative_error) for row in run.blocks], index)
+        for index, run in enumerate(runs)
     ]
     charts = [("Relative error after each block, calibration data", _by_block("relative error", own))]
     for text in dict.fromkeys(text for run in runs for text in run.block_error):
         series = [
-            Series(run.name, [(float(i), value) for i, value in enumerate(run.block_error[text])], at)
-            for at, run in enumerate(runs)
+            Series(run.name, [(float(i), value) for i, value in enumerate(run.block_error[text])], index)
+            for index, run in enumerate(runs)
             if text in run.block_error
         ]
         charts.append((f"Relative error after each block, {text}", _by_block("relative error", series)))
     return [(title, chart) for title, chart in charts if chart]
 
 
-def damage_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
-    """Where each run broke: the error that each linear makes alone, for every block, on one scale for all runs."""
-    found = [(run, _sensitivity(run)) for run in runs]
-    largest = max((value for _, values in found for value in values.values()), default=0.0)
+def sensitivity_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
+    """Sensitivity: the error of each linear quantized alone, for every block, on one scale for all runs."""
+    sensitivities = [(run, _sensitivity(run)) for run in runs]
+    largest = max((value for _, values in sensitivities for value in values.values()), default=0.0)
     charts = []
-    for run, values in found:
+    for run, values in sensitivities:
         if not values:
             continue
         rows = sorted({name for name, _ in values}, key=lambda name: place_of(name, run.manifest.quantized))
         (linear, block), worst = max(values.items(), key=lambda item: item[1])
-        label = f"error that each linear of {run.name} makes alone; most: block {block}, {linear}, {short(worst)}"
-        title = f"{run.name}: each linear alone, up to {short(worst)} (block {block}, {linear})"
-        places = {(rows.index(name), at): value for (name, at), value in values.items()}
+        label = f"error of each linear of {run.name} alone; largest: block {block}, {linear}, {short(worst)}"
+        title = f"{run.name}: each linear quantized alone, up to {short(worst)} (block {block}, {linear})"
+        cell_values = {(rows.index(name), column): value for (name, column), value in values.items()}
         short_names = [name.rpartition(".")[2] for name in rows]
-        charts.append((title, cells(label, short_names, places, "block", largest)))
+        charts.append((title, cells(label, short_names, cell_values, "block", largest)))
     return [(title, chart) for title, chart in charts if chart]
 
 
 def _sensitivity(run: RunFacts) -> dict[tuple[str, int], float]:
     """Errors by linear and block; see ``lowbit.analysis.linear_error``."""
     rows = ((row.block, row.sensitivity["linears"]) for row in run.blocks if row.sensitivity)
-    return {(name, block): one["error"] for block, linears in rows for name, one in linears.items()}
+    return {(name, block): record["error"] for block, linears in rows for name, record in linears.items()}
 
 
 def cost_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
     """Seconds and peak memory of each block."""
-    what = (("seconds", "Seconds for each block", 1.0), ("peak_memory_bytes", "Peak memory so far, GB", 1e9))
+    figures = (("seconds", "Seconds for each block", 1.0), ("peak_memory_bytes", "Peak memory so far, GB", 1e9))
     charts = []
-    for key, title, unit in what:
+    for key, title, unit in figures:
         series = [
-            Series(run.name, [(float(row["block"]), row[key] / unit) for row in run.timing], at)
-            for at, run in enumerate(runs)
+            Series(run.name, [(float(row["block"]), row[key] / unit) for row in run.timing], index)
+            for index, run in enumerate(runs)
         ]
         label = "seconds" if unit == 1 else "GB"
         charts.append((title, lines(f"{title}, by run", series, "block", label)))
     return [(title, chart) for title, chart in charts if chart]
 
 
-def _by_block(what: str, series: list[Series]) -> Markup | None:
-    worst = ", ".join(f"{one.name}: {short(max(v for _, v in one.points))} at most" for one in series if one.points)
-    return lines(f"{what} by block; {worst}", series, "block", what, log=True)
+def _by_block(measure: str, series: list[Series]) -> Markup | None:
+    worst = ", ".join(
+        f"{line.name}: {short(max(v for _, v in line.points))} at most" for line in series if line.points
+    )
+    return lines(f"{measure} by block; {worst}", series, "block", measure, log=True)
 
 
 def megabytes(size: float) -> str:
-    """Bytes for a reader.
+    """Size in bytes as text.
 
     >>> megabytes(170_300_000), megabytes(1_040_000_000)
     ('170 MB', '1.04 GB')
@@ -148,7 +150,7 @@ def megabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a reader.
+    """Duration in seconds as text.
 
     >>> duration(45.2), duration(306), duration(8000)
     ('45 s', '5 min 6 s', '2 h 13 min')

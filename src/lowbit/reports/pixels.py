@@ -1,7 +1,7 @@
-"""Matrices as pictures: one pixel an entry, in a PNG inside the page.
+"""Matrices as images: one pixel per entry, in PNG data URIs.
 
-A matrix of 64 rows would be 4096 elements as SVG. The pictures are transparent where there is nothing to see, so
-that they look right on a light page and on a dark one.
+As SVG, a matrix of 64 rows would be 4096 elements. The images are transparent at 0, so that they fit light and dark
+pages.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 
 from lowbit.reports.facts import Array
 
-WARM, COLD = (222, 91, 42), (38, 125, 191)  # above and below 0, readable on white and on black
-CONTRAST = 0.4  # power on the share of the largest: entries beside the diagonal are far smaller than those on it
+WARM, COLD = (222, 91, 42), (38, 125, 191)  # above and below 0, visible on white and on black
+CONTRAST = 0.4  # exponent of the relative size: off-diagonal entries are far smaller than the diagonal
 
 
 def signed(matrix: Array) -> str:
-    """A matrix with warm positive and cold negative entries: opacity is ``(|a| / max |a|) ** 0.4``."""
+    """Image of a matrix, positive entries warm and negative ones cold: opacity is ``(|a| / max |a|) ** 0.4``."""
     size = np.abs(matrix)
     return _data_uri((size / max(float(size.max()), 1e-30)) ** CONTRAST, matrix < 0)
 
 
 def strengths(shares: Array) -> str:
-    """Values from 0, nothing to see, to 1."""
+    """Image of values from 0, transparent, to 1, opaque."""
     return _data_uri(np.clip(shares, 0, 1), np.zeros(shares.shape, bool))
 
 

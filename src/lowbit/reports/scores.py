@@ -1,4 +1,4 @@
-"""The table of results: a row for each text or task under one protocol, a column for each model."""
+"""The table of results: a row for each text or task and protocol, a column for each model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowbit.reports.facts import FloatFacts, RunFacts
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as text, and how it relates to the float model's in the same row."""
+    """A value as text, and its ratio to the float model's in the same row."""
 
     text: str
     against: str = ""
@@ -20,7 +20,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Values that compare: of one text or task, one measure, one protocol."""
+    """Comparable values: one text or task, one measure, one protocol."""
 
     on: str
     measure: str
@@ -37,46 +37,48 @@ class Table:
 
 
 def score_table(runs: Sequence[RunFacts], floats: Sequence[FloatFacts]) -> Table | None:
-    """All results, if there are any; a cell is ``None`` where nothing was measured under its row's protocol.
+    """All results, or ``None`` without any; a cell is ``None`` where its row's protocol was not evaluated.
 
-    A run has a row of its own for each runtime that was simulated; the float model's value stands in all of them.
+    Each simulated runtime has its own row; the float model's value is repeated in all of them.
     """
-    exact = [{_question(one): one for one in model.scores} for model in floats]
-    ours = [{(_question(one), one["runtime"] or ""): one for one in run.scores} for run in runs]
-    asked = {key for some in ours for key in some}
-    asked |= {(question, "") for some in exact for question in some if question not in {q for q, _ in asked}}
+    exact = [{_question(result): result for result in model.scores} for model in floats]
+    ours = [{(_question(result), result["runtime"] or ""): result for result in run.scores} for run in runs]
+    questions = {key for results in ours for key in results}
+    questions |= {
+        (question, "") for results in exact for question in results if question not in {q for q, _ in questions}
+    }
     rows = [
-        _row([some.get(question) for some in exact], [some.get((question, runtime)) for some in ours], runtime)
-        for question, runtime in sorted(asked)
+        _row([model.get(question) for model in exact], [run.get((question, runtime)) for run in ours], runtime)
+        for question, runtime in sorted(questions)
     ]
-    return Table([f"float: {one.name}" for one in floats] + [run.name for run in runs], rows) if rows else None
+    return Table([f"float: {model.name}" for model in floats] + [run.name for run in runs], rows) if rows else None
 
 
-def _question(one: Mapping[str, Any]) -> str:
-    """Equal for entries that compare."""
-    return json.dumps([one["on"], one["measure"], one["protocol"]], sort_keys=True)
+def _question(result: Mapping[str, Any]) -> str:
+    """A key that is equal for comparable entries."""
+    return json.dumps([result["on"], result["measure"], result["protocol"]], sort_keys=True)
 
 
 def _row(exact: list[Mapping[str, Any] | None], ours: list[Mapping[str, Any] | None], runtime: str) -> Row:
-    one = next(value for value in [*exact, *ours] if value is not None)
+    sample = next(value for value in [*exact, *ours] if value is not None)
     unit = next((value["value"] for value in exact if value and value["value"]), None)
-    protocol = ", ".join(f"{k} {str(v)[:12] if k == 'hash' else v}" for k, v in one["protocol"].items())
-    protocol += f", inputs rounded as on {runtime}" if runtime else ""
+    protocol = ", ".join(f"{k} {str(v)[:12] if k == 'hash' else v}" for k, v in sample["protocol"].items())
+    protocol += f", inputs quantized as on {runtime}" if runtime else ""
     cells = [*(_cell(value, None) for value in exact), *(_cell(value, unit) for value in ours)]
-    return Row(one["on"], one["measure"], protocol, cells)
+    return Row(sample["on"], sample["measure"], protocol, cells)
 
 
-def _cell(one: Mapping[str, Any] | None, exact: float | None) -> Cell | None:
-    if one is None:
+def _cell(result: Mapping[str, Any] | None, exact: float | None) -> Cell | None:
+    if result is None:
         return None
-    if one["value"] is None:
+    if result["value"] is None:
         return Cell("not finite")
-    text = number(one["value"]) + (f" ± {number(one['error'])}" if one.get("error") else "")
-    return Cell(text, f"×{number(one['value'] / exact)}" if exact else "")
+    text = number(result["value"]) + (f" ± {number(result['error'])}" if result.get("error") else "")
+    return Cell(text, f"×{number(result['value'] / exact)}" if exact else "")
 
 
 def number(value: float) -> str:
-    """Four digits for what is compared.
+    """A number to four digits.
 
     >>> number(26.6711), number(0.41237), number(1234.5)
     ('26.67', '0.4124', '1234')

@@ -1,6 +1,6 @@
-"""Drawings as inline SVG: elements, scales and axes; colours are CSS classes, so that a page can be light or dark.
+"""Inline SVG: elements, scales and axes; colours are CSS classes, so that the page's theme applies.
 
-Rejected: a plotting library's SVG, which carries its own fonts and colours and takes no part in the page's theme.
+Rejected: a plotting library's SVG, which has its own fonts and colours and ignores the page's theme.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 54  # room for labels that are larger on 
 
 
 def drawing(label: str, width: int = WIDTH, height: int = HEIGHT) -> Element:
-    """An empty drawing; ``label`` is what a screen reader says."""
+    """An empty drawing; ``label`` is read by screen readers."""
     root = Element("svg", viewBox=f"0 0 {width} {height}", role="img")
     root.set("class", "chart")
     root.set("aria-label", label)
@@ -32,19 +32,19 @@ def add(parent: Element, tag: str, text: str | None = None, kind: str | None = N
     >>> markup(add(Element("g"), "text", "a < b", kind="tick", x=1 / 3, text_anchor="end"))
     Markup('<text x="0.33" text-anchor="end" class="tick">a &lt; b</text>')
     """
-    made = ElementTree.SubElement(parent, tag)
+    element = ElementTree.SubElement(parent, tag)
     for name, value in attributes.items():
-        made.set(
+        element.set(
             name.replace("_", "-"), f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
         )
     if kind:
-        made.set("class", kind)
-    made.text = text
-    return made
+        element.set("class", kind)
+    element.text = text
+    return element
 
 
 def markup(root: Element) -> Markup:
-    """The drawing as text that is safe in a page: the library has escaped what came from outside."""
+    """The drawing as safe markup: ``ElementTree`` escapes all text."""
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
@@ -66,7 +66,7 @@ def short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """From values to places: ``low`` is drawn at ``start``, ``high`` at ``stop``.
+    """Maps values to coordinates: ``low`` to ``start``, ``high`` to ``stop``.
 
     >>> Scale(1, 100, 0, 10, log=True)(10)
     5.0
@@ -79,12 +79,12 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Where a value is drawn."""
+        """The coordinate of a value."""
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (self.stop - self.start) * (value - low) / (high - low)
 
     def ticks(self, count: int = 5, least: float = 0.0) -> list[float]:
-        """About ``count`` round values inside, on a linear scale at least ``least`` apart.
+        """About ``count`` round values in range, on a linear scale at least ``least`` apart.
 
         >>> Scale(0, 29, 0, 1).ticks(), Scale(0.02, 3, 0, 1, log=True).ticks()
         ([0.0, 10.0, 20.0], [0.03, 0.1, 0.3, 1.0, 3.0])
@@ -94,8 +94,8 @@ class Scale:
             first = math.ceil(self.low / step - 1e-9)
             return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        wide = math.log10(self.high / self.low)
-        digits = (1,) if wide > 2.2 else (1, 3) if wide > 1.2 else (1, 2, 5) if wide > 0.6 else FINE
+        span = math.log10(self.high / self.low)
+        digits = (1,) if span > 2.2 else (1, 3) if span > 1.2 else (1, 2, 5) if span > 0.6 else FINE
         inside = [v for e in decades for d in digits if self.low <= (v := float(f"{d}e{e}")) <= self.high]
         return inside[:: max(1, math.ceil(len(inside) / (count + 1)))]
 
@@ -107,16 +107,16 @@ def _round_step(least: float) -> float:
 
 
 def spread(values: Iterable[float], log: bool, base: float = 0.0) -> tuple[float, float]:
-    """Ends of an axis that shows all values; a linear one shows ``base`` too."""
+    """Ends of an axis that includes all values and, if linear, ``base``."""
     if log:
         return (min(values := list(values)) / 1.15, max(values) * 1.15)
     low, high = min(values := [base, *values]), max(values)
-    room = 0.06 * (high - low) or 1.0
-    return (low - room if low < base else low, high + room)
+    margin = 0.06 * (high - low) or 1.0
+    return (low - margin if low < base else low, high + margin)
 
 
 def axes(root: Element, x: Scale, y: Scale, x_label: str, y_label: str) -> None:
-    """Grid lines, ticks and the axes' names."""
+    """Grid lines, ticks and axis labels."""
     for value in y.ticks():
         add(root, "line", kind="rule", x1=float(LEFT), x2=float(WIDTH - RIGHT), y1=y(value), y2=y(value))
         add(root, "text", short(value), "tick", x=LEFT - 8.0, y=y(value) + 4, text_anchor="end")

@@ -1,1 +1,1 @@
-"""The run folder: its layout, what is read back from it, and models made of it."""
+"""The run folder: its layout, its readers, and the models loaded from it."""

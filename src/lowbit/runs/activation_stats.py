@@ -1,8 +1,8 @@
-"""What a run saw on its way, for the report: each channel's largest activation, and pictures of learned matrices.
+"""Activation statistics of a run for the report: each channel's largest activation, and pictures of learned matrices.
 
-Activations are watched in the passes that a run makes anyway, so that looking costs nothing: in the float block on
-the float stream, and in the block as it ships on the quantized one. All goes into one file beside the shards, in
-bfloat16: it is looked at, never computed with.
+Activations are recorded in the passes that a run makes anyway, at no extra pass: in the float block on the float
+hidden states, and in the quantized block on the quantized ones. All statistics are in one file beside the shards, in
+bfloat16: they are displayed, not used in computation.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from lowbit.methods.statistics import Statistics
 from lowbit.models.block import Block
 
 OBSERVED = "lowbit-observed.safetensors"
-FLOAT, QUANTIZED, MAP = "float", "quantized", "map"  # first words of the names in the file
+FLOAT, QUANTIZED, MAP = "float", "quantized", "map"  # prefixes of the names in the file
 
 
 @contextmanager
 def record_peaks(block: Block) -> Iterator[dict[str, Statistics]]:
-    """Within it, runs of ``block`` note the largest absolute value of each channel ``(in,)`` that linears read.
+    """Within the context, runs of ``block`` record each channel's largest absolute input to its linears, ``(in,)``.
 
-    Keys are a layer's index and the linears that read the tensor: ``7.mlp.gate_proj+mlp.up_proj``. Values are taken
-    before a linear's input is rounded, else a channel below half a step would look as if it were not there: hooks run
-    in the order in which they were registered, and those that round come later.
+    Keys are a layer's index and the linears that read the tensor: ``7.mlp.gate_proj+mlp.up_proj``. Values are
+    recorded before a linear's input is quantized; otherwise a channel below half a step would read as zero. Hooks run
+    in the order of registration, and those that quantize are registered later.
     """
-    seen: dict[str, Statistics] = {}
+    peaks: dict[str, Statistics] = {}
 
-    def watch(key: str, linear: nn.Module) -> Any:
+    def add_hook(key: str, linear: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[key].add(args[0])
+            peaks[key].add(args[0])
 
         return linear.register_forward_pre_hook(hook)
 
@@ -43,20 +43,20 @@ def record_peaks(block: Block) -> Iterator[dict[str, Statistics]]:
         for layer, index in zip(block.layers, block.indices, strict=True):
             for group in block.family.linears:
                 key = f"{index}.{'+'.join(group)}"
-                seen[key] = Statistics(("peak",))
-                hook = watch(key, layer.get_submodule(group[0]))
+                peaks[key] = Statistics(("peak",))
+                hook = add_hook(key, layer.get_submodule(group[0]))
                 stack.callback(hook.remove)
-        yield seen
+        yield peaks
 
 
-def write_activation_stats(out: Path, found: Mapping[str, Tensor]) -> None:
-    """Write everything that was seen to its file in the run folder ``out``."""
-    write_tensors(out / OBSERVED, {name: value.to("cpu", torch.bfloat16) for name, value in found.items()})
+def write_activation_stats(out: Path, stats: Mapping[str, Tensor]) -> None:
+    """Write the statistics to their file in the run folder ``out``."""
+    write_tensors(out / OBSERVED, {name: value.to("cpu", torch.bfloat16) for name, value in stats.items()})
 
 
 def read_activation_stats(folder: Path) -> dict[str, Tensor]:
-    """What a run saw, in float32, by ``float.7.mlp.down_proj``, ``quantized.7...`` and ``map.7.affinequant.heads``;
-    empty for a run of a version that did not look."""
+    """A run's statistics in float32, by name: ``float.7.mlp.down_proj``, ``quantized.7...``,
+    ``map.7.affinequant.heads``; empty for a run without them."""
     if not (folder / OBSERVED).exists():
         return {}
     file = Checkpoint(folder, [OBSERVED])

@@ -1,22 +1,22 @@
-"""A run folder: what a run leaves behind, and how it is read again.
+"""The run folder: its layout, and how it is read back.
 
 It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a manifest:
 
 =============================== ================================================================================
-``block-00007.safetensors``     decoder layer 7: packed linears, norms, biases, what stays online
+``block-00007.safetensors``     decoder layer 7: packed linears, norms, biases, runtime ops
 ``model-rest.safetensors``      embeddings, final norm, head
-``model.safetensors.index.json`` which tensor is in which file
+``model.safetensors.index.json`` the file of each tensor
 ``config.json``, tokenizer      as in the source, plus ``quantization_config``
 ``README.md``                   the model card
 ``lowbit-observed.safetensors`` each channel's largest activation, and pictures of learned matrices, for the report
-``lowbit-evaluations.json``     what ``lowbit evaluate`` measured on the finished run, if it did
-``lowbit-timing.json``          seconds and memory for each block; the one file that differs between equal runs
-``lowbit.json``                 the manifest, written last: a folder that has it is finished
-``.run/``                       while it is running: who is running what, and each block's notes and pictures
+``lowbit-evaluations.json``     results of ``lowbit evaluate`` on the finished run, if any
+``lowbit-timing.json``          seconds and memory per block; the only file that differs between equal runs
+``lowbit.json``                 the manifest, written last: a folder with a manifest is finished
+``.run/``                       during the run: its identity, and each block's notes and pictures
 =============================== ================================================================================
 
-Shards are the only state of a run, but for ``tune``, which keeps its own in ``.run/``. A run that starts again
-replays the finished ones and goes on.
+Shards are the only state of a run, except for ``tune``, which keeps its own in ``.run/``. A resumed run replays the
+finished shards and continues.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
 
 TIMING, RUN, IDENTITY = "lowbit-timing.json", ".run", "identity.json"
 REST = "model-rest.safetensors"
-_FOLLOWS = ("fingerprint", "versions.")  # differ because something else does
+_DERIVED = ("fingerprint", "versions.")  # differ as a consequence of other settings
 State = Literal["new", "running", "finished"]
 
 
@@ -56,42 +56,42 @@ def block_file(index: int) -> str:
 
 
 def notes_file(index: int) -> str:
-    """Where a running run keeps layer ``index``'s notes, seconds and memory, relative to the folder."""
+    """The file for layer ``index``'s notes, seconds and memory during a run, relative to the folder."""
     return f"{RUN}/block-{index:05d}.json"
 
 
 def pictures_file(index: int) -> str:
-    """Where a running run keeps layer ``index``'s pictures for the report, if it has any."""
+    """The file for layer ``index``'s pictures for the report during a run, if there are any."""
     return f"{RUN}/block-{index:05d}.safetensors"
 
 
 def look(out: Path, identity: Identity) -> State:
-    """What ``out`` is to a run: new, this same run half done, or finished. Nothing is written.
+    """The state of ``out`` for a run: new, the same run unfinished, or finished. Nothing is written.
 
-    Raises ``LowbitError`` for a folder of another run or with anything else in it, and for a finished run of which
-    something is missing.
+    Raises:
+        LowbitError: the folder holds another run or other files, or files of a finished run are missing.
     """
     try:
         if out.exists() and not out.is_dir():
-            raise LowbitError(f"--out {out} is a file; name a folder that is new, empty or of this same run")
+            raise LowbitError(f"--out {out} is a file; give a folder that is new, empty or of the same run")
         running = out / RUN / IDENTITY
         if (manifest := manifest_of(out)) is not None:
-            _same_run(out, asdict(manifest.identity), identity)
-            if gone := [name for name in manifest.files if not (out / name).is_file()]:
-                raise LowbitError(f"--out {out} lacks {gone[0]} of its finished run: delete the folder and run again")
+            _check_same_run(out, asdict(manifest.identity), identity)
+            if lost := [name for name in manifest.files if not (out / name).is_file()]:
+                raise LowbitError(f"--out {out} lacks {lost[0]} of its finished run: delete the folder and run again")
             return "finished"
         if running.exists():
-            _same_run(out, read_json(running), identity)
+            _check_same_run(out, read_json(running), identity)
             return "running"
         if out.exists() and any(entry.name != RUN for entry in out.iterdir()):
-            raise LowbitError(f"--out {out} exists and is no lowbit run; name a folder that is new or empty")
+            raise LowbitError(f"--out {out} exists and is not a lowbit run; give a folder that is new or empty")
     except OSError as error:
         raise _unusable(out, error) from error
     return "new"
 
 
 def claim(out: Path, identity: Identity) -> None:
-    """Make ``out`` the folder of a run, or take it up again; half-written files of a killed run go."""
+    """Make ``out`` the folder of a run, or resume it; partially written files of a killed run are deleted."""
     try:
         (out / RUN).mkdir(parents=True, exist_ok=True)
         for leftover in [*out.glob(f"*{PARTIAL}"), *(out / RUN).glob(f"*{PARTIAL}")]:
@@ -103,28 +103,28 @@ def claim(out: Path, identity: Identity) -> None:
 
 
 def _unusable(out: Path, error: OSError) -> LowbitError:
-    return LowbitError(f"cannot use --out {out}: {error.strerror or error}; choose a folder you may write")
+    return LowbitError(f"cannot use --out {out}: {error.strerror or error}; give a folder with write permission")
 
 
-def _same_run(out: Path, found: Mapping[str, Any], wanted: Identity) -> None:
-    """Refuse a run that differs; what a person chose is named before digests and versions that follow from it."""
-    ours, theirs = _leaves(asdict(wanted)), _leaves(found)
-    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+def _check_same_run(out: Path, stored: Mapping[str, Any], identity: Identity) -> None:
+    """Refuse a run that differs; the user's settings are named before digests and versions derived from them."""
+    requested, existing = _flatten(asdict(identity)), _flatten(stored)
+    names = [name for name in {**existing, **requested} if existing.get(name) != requested.get(name)]
     if names:
-        first, *others = sorted(names, key=lambda n: (n.endswith("hash"), n.startswith(_FOLLOWS), n.count("."), n))
-        too = f" ({', '.join(others)[:100]} too)" if others else ""
+        first, *others = sorted(names, key=lambda n: (n.endswith("hash"), n.startswith(_DERIVED), n.count("."), n))
+        more = f" ({', '.join(others)[:100]} too)" if others else ""
         raise LowbitError(
-            f"--out {out} holds another run: its {first} is {_short(theirs.get(first))}, this one's "
-            f"{_short(ours.get(first))}{too}; choose another folder, or delete that one"
+            f"--out {out} holds another run: its {first} is {_short(existing.get(first))}, this one's "
+            f"{_short(requested.get(first))}{more}; give another folder, or delete that one"
         )
 
 
-def _leaves(content: Any, at: str = "") -> dict[str, Any]:
+def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings by path: ``{"data.length": 512, "recipe.steps.0.gptq.damping": 0.01, ...}``."""
     items = content.items() if isinstance(content, Mapping) else enumerate(content)
     out: dict[str, Any] = {}
     for key, value in items:
-        out |= _leaves(value, f"{at}{key}.") if isinstance(value, Mapping | list) else {f"{at}{key}": value}
+        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | list) else {f"{prefix}{key}": value}
     return out
 
 
@@ -134,7 +134,7 @@ def _short(value: Any) -> str:
 
 
 def write_folder_index(folder: Path, layers: int) -> None:
-    """Write the index over all shards, from what they really hold."""
+    """Write the index of all shards, from their actual content."""
     files = [*(block_file(i) for i in range(layers)), REST]
     shards = {file: Checkpoint(folder, [file]).names for file in files}
     write_index(folder, shards)
@@ -157,41 +157,41 @@ def read_block(
     layout: str,
     device: torch.device | str = "cpu",
 ) -> Block:
-    """Layer ``index`` from its shard: what was quantized in ``qweights``, everything else in ``params``."""
+    """Layer ``index`` from its shard: quantized weights in ``qweights``, other parameters in ``params``."""
     prefix = f"{skeleton.family.blocks}."
     shapes = dict(skeleton.layers[index].named_parameters())
     names = [f"{prefix}{index}.{name}" for name in shapes]
-    own = {name: format for name, format in formats.weights.items() if name.startswith(f"{prefix}{index}.")}
-    quantized = read_qtensors(checkpoint, own, layout)
-    floats = checkpoint.read([n for n in names if n.removesuffix(".weight") not in own], torch.float32)
+    weights = {name: format for name, format in formats.weights.items() if name.startswith(f"{prefix}{index}.")}
+    quantized = read_qtensors(checkpoint, weights, layout)
+    floats = checkpoint.read([n for n in names if n.removesuffix(".weight") not in weights], torch.float32)
     params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
     qweights = {name.removeprefix(prefix): q.to(device) for name, q in quantized.items()}
     block = skeleton.block(index, params, formats=formats)
-    kept = read_ops(checkpoint, skeleton.family, skeleton.layers[index], index)
-    ops = {f"{index}.{name}": op.to(device) for name, op in kept.items()}
+    layer_ops = read_ops(checkpoint, skeleton.family, skeleton.layers[index], index)
+    ops = {f"{index}.{name}": op.to(device) for name, op in layer_ops.items()}
     return replace(block, qweights=qweights, ops=ops)
 
 
 def read_ops(checkpoint: Checkpoint, family: Family, layer: nn.Module, index: int) -> dict[str, RuntimeOp]:
     """The runtime ops of layer ``index``, by module names within the layer.
 
-    One at a module that cannot have it, of an unknown kind or of another shape is refused.
+    An op at an unsuitable module, of an unknown kind or of another shape is refused.
     """
     prefix = f"{family.blocks}.{index}."
     norms = {edge.src for edge in family.edges if edge.kind == "norm"}
     linears = {name for group in family.linears for name in group}
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    names: dict[tuple[str, str], dict[str, str]] = {}
     for full in checkpoint.names:
         if full.startswith(prefix) and (parsed := parse_tensor_name(full)) is not None:
             module, kind, tensor = parsed
-            found.setdefault((module.removeprefix(prefix), kind), {})[tensor] = full
+            names.setdefault((module.removeprefix(prefix), kind), {})[tensor] = full
     out: dict[str, RuntimeOp] = {}
-    for (name, kind), tensors in found.items():
+    for (name, kind), tensors in names.items():
         op = OPS.get(kind)
         fits = name in (norms if op is not None and op.place == "behind a norm" else linears)
         if op is None or not fits or name in out:
-            wrong = next(iter(tensors.values()))
-            raise LowbitError(f"{checkpoint.folder} has a tensor '{wrong}' that no module can have: it is broken")
+            first = next(iter(tensors.values()))
+            raise LowbitError(f"{checkpoint.folder} has a tensor '{first}' that no module can have: it is broken")
         shape = layer.get_parameter(f"{name}.weight").shape
         stored = {tensor: checkpoint.read([full])[full] for tensor, full in tensors.items()}
         try:
@@ -211,27 +211,27 @@ def run_formats(manifest: Manifest, scheme: Scheme, embed: str) -> ModelFormats:
 
     Args:
         manifest: the run's.
-        scheme: its own, or with the inputs of another runtime.
-        embed: the embedding's name; its input is token ids.
+        scheme: the run's, or with the inputs of another runtime.
+        embed: name of the embedding; its input is token ids.
     """
     modules: dict[str, ModuleFormats] = {}
     for name in manifest.quantized:
-        found = scheme.module(name)
-        if found is None:
+        module = scheme.module(name)
+        if module is None:
             raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
-        modules[name] = ModuleFormats(found.weight) if name == embed else found
+        modules[name] = ModuleFormats(module.weight) if name == embed else module
     return ModelFormats(modules, scheme.kv)
 
 
 def run_layout(manifest: Manifest, embed: str) -> str:
-    """How a finished run stores its codes."""
+    """The layout of a finished run's codes."""
     return layout_of(run_formats(manifest, run_scheme(manifest), embed))
 
 
 def read_dequantized(
     checkpoint: Checkpoint, names: Iterable[str], weights: Mapping[str, Format], layout: str
 ) -> dict[str, Tensor]:
-    """Parameters by the model's names, quantized ones as the values that their codes stand for, in float32."""
+    """Parameters by the model's names in float32, quantized ones dequantized."""
     out: dict[str, Tensor] = {}
     for name in names:
         module = name.removesuffix(".weight")

@@ -1,11 +1,11 @@
-"""Where the float weights behind a rounded layer lie on its grid: what end-to-end correction starts from.
+"""The latent weights of a quantized layer, as offsets within its quantization steps: the start of end-to-end tuning.
 
-A file for each layer holds all of it: for a linear the place of every float weight, in steps of 1/128 of its grid's
-and held within the cell of its code, so that rounding to nearest gives the very codes that ship, whatever method
-chose them; the grid; and the layer's other parameters. Two bytes a weight.
+One file per layer holds, for each linear, the position of every latent weight in units of 1/128 of a quantization
+step, clamped to the cell of its code so that rounding to nearest reproduces the stored codes, whichever method chose
+them; the qparams; and the layer's other parameters. A weight takes two bytes.
 
-Rejected: float weights (four bytes, and GPTQ's codes are not the nearest to them), and the codes alone: a weight in
-the middle of its cell has far to go until it rounds otherwise.
+Rejected: float weights (four bytes, and GPTQ's codes are not the nearest to them), and the codes alone (a weight in
+the middle of its cell must move half a step before its code changes).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lowbit.models.block import Block
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name, tensor_name
 from lowbit.quant.format import Format, QParams, QTensor
 
-PARTS = 128  # of a step; 8 bits of code and 7 of place fill 16 bits
+PARTS = 128  # positions per step; 8 bits of code and 7 of offset fill 16 bits
 
 
 def latent_file(index: int) -> str:
@@ -30,33 +30,33 @@ def latent_file(index: int) -> str:
 
 
 def places(weight: Tensor, q: QTensor) -> Tensor:
-    """Positions of ``weight`` ``(rows, columns)`` between the codes that it was quantized to, as ``int16``.
+    """Positions of ``weight`` ``(rows, columns)`` within the cells of its codes, as ``int16``.
 
     >>> from lowbit.quant.integer import IntFormat
-    >>> own = QParams(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
-    >>> q = QTensor(torch.tensor([[1, 3]], dtype=torch.uint8), own, IntFormat(2))
+    >>> qparams = QParams(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+    >>> q = QTensor(torch.tensor([[1, 3]], dtype=torch.uint8), qparams, IntFormat(2))
     >>> places(torch.tensor([[0.5, 9.0]]), q).tolist()  # a quarter step above code 1; beyond the last code
     [[160, 447]]
     """
-    every = q.format.per_column(q.qparams, weight.shape[1])
-    codes = q.codes.to(every.scale.dtype)
-    within = ((q.format.position(weight, every) - codes) * PARTS).round().clamp(1 - PARTS // 2, PARTS // 2 - 1)
-    return (codes * PARTS + within).to(torch.int16)
+    qparams = q.format.per_column(q.qparams, weight.shape[1])
+    codes = q.codes.to(qparams.scale.dtype)
+    offsets = ((q.format.position(weight, qparams) - codes) * PARTS).round().clamp(1 - PARTS // 2, PARTS // 2 - 1)
+    return (codes * PARTS + offsets).to(torch.int16)
 
 
 def latent(places: Tensor, qparams: QParams, format: Format) -> Tensor:
-    """The float weights ``(rows, columns)`` at ``places``.
+    """The latent weights ``(rows, columns)`` at positions ``places``.
 
     >>> from lowbit.quant.integer import IntFormat
-    >>> own = QParams(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
-    >>> latent(torch.tensor([[160, 447]]), own, IntFormat(2)).tolist()
+    >>> qparams = QParams(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+    >>> latent(torch.tensor([[160, 447]]), qparams, IntFormat(2)).tolist()
     [[0.5, 4.984375]]
     """
     return format.dequantize(places.to(qparams.scale.dtype) / PARTS, qparams)
 
 
 def write_latents(folder: Path, block: Block) -> None:
-    """The files of a quantized block's layers."""
+    """Write the latent-weight files of a quantized block's layers."""
     for index in block.indices:
         prefix = f"{index}."
         content: dict[str, Tensor] = {}
@@ -74,25 +74,25 @@ def write_latents(folder: Path, block: Block) -> None:
 
 
 class Latents:
-    """One layer's file, taken apart.
+    """The content of one layer's file.
 
     Attributes:
         params: parameters that are not quantized.
-        ops: runtime ops by the module's name.
-        places, qparams: of each quantized linear.
+        ops: runtime ops by module name.
+        places, qparams: positions and qparams by the name of the quantized linear.
     """
 
     def __init__(self, content: Mapping[str, Tensor]) -> None:
         """Sort the tensors of a file by their names."""
         self.places = {n.removesuffix(".places"): v for n, v in content.items() if n.endswith(".places")}
         self.qparams = {n: QParams(content[f"{n}.scale"], content[f"{n}.zero"]) for n in self.places}
-        kept: dict[tuple[str, str], dict[str, Tensor]] = {}
+        op_tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
         for name, value in content.items():
             if (parsed := parse_tensor_name(name)) is not None:
-                kept.setdefault(parsed[:2], {})[parsed[2]] = value
+                op_tensors.setdefault(parsed[:2], {})[parsed[2]] = value
         self.ops: dict[str, RuntimeOp] = {
             module: OPS[kind].from_tensors(tensors, max(len(value) for value in tensors.values()))
-            for (module, kind), tensors in kept.items()
+            for (module, kind), tensors in op_tensors.items()
         }
         known = {f"{name}.{key}" for name in self.places for key in ("places", "scale", "zero")}
         self.params = {n: v for n, v in content.items() if n not in known and parse_tensor_name(n) is None}

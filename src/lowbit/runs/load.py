@@ -1,7 +1,7 @@
 """``lowbit.load``: a run folder as an ordinary ``transformers`` model, for every scheme.
 
-Stock ``transformers`` loads most run folders by itself. This loads all of them: codes are replaced by the values
-that they stand for, inputs of quantized linears are rounded by a hook, and Q, K, V by a registered attention.
+Stock ``transformers`` loads most run folders by itself; ``load`` loads all of them. Weights are dequantized; a hook
+quantizes the inputs of quantized linears, and a registered attention function quantizes Q, K and V.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def load(
 ) -> Any:
     """A ``transformers`` causal language model from a run folder (or a float checkpoint), ready to generate.
 
-    It computes what was evaluated, activations and KV included. ``lowbit.load(DIR).generate(...)`` works as usual.
-    ``target`` names a runtime whose inputs are simulated, or ``float``; by default the one the run was made for.
+    It computes the evaluated model, with quantized activations and KV. ``lowbit.load(DIR).generate(...)`` works as
+    usual. ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
 
     Raises:
-        LowbitError: the folder is no model, is broken, or was quantized by another tool.
+        LowbitError: the folder is not a model, is broken, or was quantized by another tool.
     """
     folder = Path(folder)
     manifest = manifest_of(folder)
@@ -65,7 +65,7 @@ def load(
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
-        raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, '{missing[0]}' among them")
+        raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, including '{missing[0]}'")
     for index, layer in enumerate(model.get_submodule(family.blocks)):
         for name, op in read_ops(checkpoint, family, layer, index).items():
             _attach(layer, name, op.to(device), family.norm_offset)
@@ -87,7 +87,7 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 class _Runtime(nn.Module):
-    """A runtime op whose tensors are buffers, so that they follow the model to another device."""
+    """A runtime op whose tensors are buffers, so that they move with the model to another device."""
 
     def __init__(self, op: RuntimeOp) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _Runtime(nn.Module):
 
 
 def _attach(layer: Any, name: str, op: RuntimeOp, norm_offset: float) -> None:
-    """Put a runtime op behind a norm, or before a linear, where ``_quantize_inputs`` finds it."""
+    """Attach a runtime op after a norm, or before a linear for use by ``_quantize_inputs``."""
     module = layer.get_submodule(name)
     if op.place == "behind a norm" and (fused := gathered_norm(module, norm_offset, op)):
         layer.set_submodule(name, fused)
@@ -112,7 +112,7 @@ def _attach(layer: Any, name: str, op: RuntimeOp, norm_offset: float) -> None:
 
 
 def _quantize_inputs(linear: nn.Module, format: ActFormat) -> None:
-    """Quantize what a linear reads; a run may have left a runtime op before it."""
+    """Quantize a linear's input, with the runtime op before it if there is one."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         op = module._modules.get(PREFIX)

@@ -1,6 +1,6 @@
-"""The manifest of a run, ``lowbit.json``, as values: what was asked for, what was done, what came of it.
+"""The manifest of a run, ``lowbit.json``: the request, what was done, and the results.
 
-One parser reads it, and says which place is broken where one is; everything else takes these values.
+A single parser reads it and names the key of any invalid value.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Calibration:
-    """What methods calibrated on: the corpus's name, how many windows of how many tokens, and the tokens' digest."""
+    """The calibration data: the corpus's name, number of windows, tokens per window, and the tokens' digest."""
 
     corpus: str
     samples: int
@@ -32,18 +32,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a run another one than others: two runs of one identity have the same bytes.
+    """Everything that determines a run's output: two runs of one identity have the same bytes.
 
     Attributes:
-        model: name of the float model; of a path its last part.
+        model: name of the float model; for a path its last component.
         fingerprint: digest of its weights.
         recipe: every step with every option, and the window.
-        recipe_name: what results call it.
+        recipe_name: the recipe's name in results.
         scheme: name, overrides and target runtime, as ``scheme_from_dict`` reads them.
-        data: what was calibrated on.
-        seed, device, dtype: as asked for.
-        versions: of what computes and of what is written with.
-        compiled: fake quantization was fused while learning.
+        data: the calibration data.
+        seed, device, dtype: as requested.
+        versions: of Python and of the packages that compute and write the run.
+        compiled: whether training ran with fused fake quantization.
     """
 
     model: str
@@ -66,14 +66,14 @@ class Identity:
 
 @dataclass(frozen=True)
 class BlockRow:
-    """What happened to one decoder layer.
+    """The results of one decoder layer.
 
     Attributes:
-        block: its index.
-        notes: what a reader must know: a damping raised, a fit that gave up.
-        relative_error: of the hidden states behind it, against the float model's.
-        sensitivity: its linears' sensitivity; see ``analysis/linear_error.py``.
-        steps: figures by the step's name.
+        block: the layer's index.
+        notes: notes for the report: a raised damping, a fallback.
+        relative_error: of the layer's output hidden states, relative to the float model's.
+        sensitivity: sensitivity of the layer's linears; see ``analysis/linear_error.py``.
+        steps: figures by step name.
     """
 
     block: int
@@ -85,12 +85,12 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class StockLoading:
-    """What stock ``transformers`` makes of the folder.
+    """How stock ``transformers`` loads the folder.
 
     Attributes:
-        loads: it gives the simulated logits.
-        why_not: otherwise the reason.
-        inputs: what it computes with where a target runtime's quantization of inputs was simulated.
+        loads: whether it gives the simulated logits.
+        why_not: the reason if it does not.
+        inputs: the inputs that it computes with, if a target runtime's input quantization was simulated.
     """
 
     loads: bool
@@ -103,19 +103,19 @@ class Manifest:
     """A finished run.
 
     Attributes:
-        identity: what makes it another run than others.
-        request: what was asked for, from which the command that repeats it is printed.
+        identity: everything that determines the run's output.
+        request: the user's request, from which the command that repeats the run is printed.
         quantized: full names of the quantized modules, in order.
         floats: linears, the head included, that stay float.
-        layout: how codes are stored.
-        bits_per_weight: effective bits of the quantized weights: codes, scales, zeros and runtime ops, over weights.
-        model_bits_per_weight: the same over the whole model, its float part counted at 16 bits.
-        runtime_ops: kinds of runtime ops by the full name of the module where they stand.
-        transformers: what stock ``transformers`` makes of it.
-        versions: of what wrote it.
-        blocks: a row for each layer.
-        files: SHA-256 of every other file by its name.
-        format: of this file.
+        layout: layout of the stored codes.
+        bits_per_weight: effective bits per quantized weight: codes, scales, zero points and runtime ops.
+        model_bits_per_weight: the same over the whole model, with its float part counted at 16 bits.
+        runtime_ops: kinds of runtime ops by the full name of their module.
+        transformers: how stock ``transformers`` loads the folder.
+        versions: of Python and of the packages that wrote the run.
+        blocks: one row per layer.
+        files: SHA-256 of every other file by name.
+        format: version of the manifest's format.
     """
 
     identity: Identity
@@ -133,7 +133,7 @@ class Manifest:
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as ``lowbit.json`` holds it."""
+        """Plain data, as stored in ``lowbit.json``."""
         return asdict(self)
 
 
@@ -141,7 +141,7 @@ def manifest_of(folder: Path) -> Manifest | None:
     """The manifest of a finished run folder; ``None`` for any other folder.
 
     Raises:
-        LowbitError: it is of another format, or broken.
+        LowbitError: the manifest is of another format, or broken.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -150,60 +150,60 @@ def manifest_of(folder: Path) -> Manifest | None:
     if content.get("format") != FORMAT:
         raise LowbitError(
             f"{path} has format {content.get('format')!r}; this lowbit reads {FORMAT}: quantize again, or use the "
-            "lowbit that made it"
+            "version of lowbit that wrote it"
         )
     return parse(Manifest, content, str(path))
 
 
 def parse(kind: type[T], content: Any, where: str) -> T:
-    """A dataclass from plain data; the inverse of ``asdict``. Keys that it does not know are ignored.
+    """A dataclass from plain data; the inverse of ``asdict``. Unknown keys are ignored.
 
     Args:
         kind: a dataclass of plain values, containers and other such dataclasses.
-        content: what JSON gives.
-        where: the file, for errors.
+        content: parsed JSON.
+        where: name of the file, for errors.
 
     >>> parse(StockLoading, {"loads": True}, "lowbit.json")
     StockLoading(loads=True, why_not=None, inputs=None)
     """
-    found: T = _parsed(kind, content, where, "")
-    return found
+    value: T = _parse(kind, content, where, "")
+    return value
 
 
-def _parsed(kind: Any, content: Any, where: str, at: str) -> Any:
+def _parse(kind: Any, content: Any, where: str, key_path: str) -> Any:
     if is_dataclass(kind):
-        return _dataclass(kind, content, where, at)
+        return _parse_dataclass(kind, content, where, key_path)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return content
     if origin is types.UnionType:
         if content is None and type(None) in inner:
             return None
-        return _parsed(next(one for one in inner if one is not type(None)), content, where, at)
+        return _parse(next(member for member in inner if member is not type(None)), content, where, key_path)
     if origin is list and isinstance(content, list):
-        return [_parsed(inner[0], value, where, f"{at}.{i}") for i, value in enumerate(content)]
+        return [_parse(inner[0], value, where, f"{key_path}.{i}") for i, value in enumerate(content)]
     if origin is dict and isinstance(content, Mapping):
-        return {str(key): _parsed(inner[1], value, where, f"{at}.{key}") for key, value in content.items()}
+        return {str(key): _parse(inner[1], value, where, f"{key_path}.{key}") for key, value in content.items()}
     if kind is float and isinstance(content, int) and not isinstance(content, bool):
         return float(content)
     if origin is None and isinstance(content, kind) and (kind is bool or not isinstance(content, bool)):
         return content
-    raise _broken(where, at)
+    raise _invalid(where, key_path)
 
 
-def _dataclass(kind: Any, content: Any, where: str, at: str) -> Any:
+def _parse_dataclass(kind: Any, content: Any, where: str, key_path: str) -> Any:
     hints = typing.get_type_hints(kind)
-    given = content if isinstance(content, Mapping) else {}
+    items = content if isinstance(content, Mapping) else {}
     values = {}
-    for one in fields(kind):
-        required = one.default is MISSING and one.default_factory is MISSING
-        if one.name in given:
-            values[one.name] = _parsed(hints[one.name], given[one.name], where, f"{at}.{one.name}")
+    for entry in fields(kind):
+        required = entry.default is MISSING and entry.default_factory is MISSING
+        if entry.name in items:
+            values[entry.name] = _parse(hints[entry.name], items[entry.name], where, f"{key_path}.{entry.name}")
         elif required:
-            raise _broken(where, f"{at}.{one.name}")
+            raise _invalid(where, f"{key_path}.{entry.name}")
     return kind(**values)
 
 
-def _broken(where: str, at: str) -> LowbitError:
-    place = at.removeprefix(".")
-    return LowbitError(f"{where} has no valid '{place}': it is broken; quantize again into another folder")
+def _invalid(where: str, key_path: str) -> LowbitError:
+    key = key_path.removeprefix(".")
+    return LowbitError(f"{where} has no valid '{key}': it is broken; quantize again into another folder")

@@ -1,7 +1,7 @@
-"""A model read from disk block by block: what evaluation needs, at the memory of one block.
+"""A model read from disk block by block, for evaluation with the memory of one block.
 
-It takes a float checkpoint or a finished run folder. For a run folder the blocks are those that ship: codes read
-back from the shards, inputs of linears and Q, K, V rounded as the scheme says.
+The source is a float checkpoint or a finished run folder. The blocks of a run folder are the quantized ones: weights
+dequantized from the shards, inputs of linears and Q, K, V quantized according to the scheme.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
 from lowbit.runs.folder import read_block, read_dequantized, run_formats, run_layout, run_scheme
 from lowbit.runs.manifest import manifest_of
 
-# Hidden states of this many bytes are held at once; longer texts are done in several passes over the blocks.
+# Maximum bytes of hidden states held at once; longer texts take several passes over the blocks.
 HELD_BYTES = 1 << 30
 
 
@@ -41,7 +41,7 @@ class StreamedModel:
     Attributes:
         config: its Hugging Face config.
         scheme: the run's scheme; ``None`` for a float checkpoint.
-        formats: what it means for the model's modules; of a float checkpoint none is quantized.
+        formats: formats of the model's modules; a float checkpoint has none.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class StreamedModel:
         trust_remote_code: bool = False,
         target: str | None = None,
     ) -> None:
-        """Open ``folder``; embeddings and head are read now, blocks when they are needed.
+        """Open ``folder``; shared parameters are read now, blocks on demand.
 
-        ``target`` names a runtime whose inputs are simulated, or ``float``; by default the one the run was made for.
+        ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
         """
         manifest = manifest_of(folder)
         self.config: Any = load_config(folder, trust_remote_code)
@@ -72,14 +72,14 @@ class StreamedModel:
         weights = self.formats.weights
         check_tensors(self.checkpoint, shapes_of(self.skeleton), family.blocks, weights)
         check_tied(self.checkpoint, self.skeleton)
-        rest = read_dequantized(self.checkpoint, self.skeleton.shared_names, weights, self._layout)
-        self.skeleton.fill({name: value.to(device, dtype) for name, value in rest.items()})
+        shared = read_dequantized(self.checkpoint, self.skeleton.shared_names, weights, self._layout)
+        self.skeleton.fill({name: value.to(device, dtype) for name, value in shared.items()})
         self.skeleton.model.to(device)
         if (inputs := self.formats.input(family.head)) is not None:
             self.skeleton.quantize_head_input(inputs)
 
     def block(self, index: int) -> Block:
-        """Layer ``index``, read now."""
+        """Read layer ``index``."""
         if self.scheme is not None:
             return read_block(self.checkpoint, self.skeleton, index, self.formats, self._layout, self.device)
         params = block_params(self.checkpoint, self.skeleton.family.blocks, index, self.skeleton.layers[index])
@@ -92,7 +92,7 @@ class StreamedModel:
 
     @property
     def blocks(self) -> int:
-        """How many decoder layers there are."""
+        """Number of decoder layers."""
         return len(self.skeleton.layers)
 
     def check_length(self, length: int) -> None:
@@ -102,13 +102,13 @@ class StreamedModel:
             raise LowbitError(f"length {length} given; this model's positions end at {limit}: use --length {limit}")
 
     def enter(self, ids: Tensor) -> Tensor:
-        """What block 0 is called with for ``ids`` ``(windows, length)``: ``(windows, length, hidden)``."""
+        """The input of block 0, ``(windows, length, hidden)``, for ``ids`` ``(windows, length)``."""
         return self.skeleton.embed(ids.to(self.device))
 
     def through(self, index: int, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Batches of hidden states through block ``index``, which is read now and held no longer.
+        """Run batches of hidden states through block ``index``, which is read for this call only.
 
-        Their lengths may differ; ``enter`` has seen each of them since the last ``forget``.
+        Their lengths may differ; ``enter`` must have been called with each length since the last ``forget``.
         """
         block = self.block(index)
         params, quantized = block.quantized_params(), self.scheme is not None
@@ -123,24 +123,24 @@ class StreamedModel:
         return self.skeleton.logits(ids.to(self.device), hidden, keep)
 
     def token_scores(self, hidden: Tensor) -> Tensor:
-        """Logits ``(tokens, vocabulary)`` of tokens ``(tokens, hidden)`` from anywhere: norm and head mix none."""
+        """Logits ``(tokens, vocabulary)`` of hidden states ``(tokens, hidden)``; norm and head act per token."""
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
         return self.skeleton.logits(ids, hidden[None])[0]
 
     @torch.no_grad()
     def logits(self, ids: Tensor, batch: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(ids, logits)`` in batches, ``(b, length)`` and ``(b, length, vocabulary)``, in the given order.
+        """``(ids, logits)`` in batches, ``(b, length)`` and ``(b, length, vocabulary)``, in order.
 
-        ``ids`` is ``(sequences, length)``, unpadded. Every block is read once for each gigabyte of hidden states.
+        ``ids`` is ``(sequences, length)``, unpadded. Every block is read once per gigabyte of hidden states.
         """
-        for _, some, found in self.logits_of([ids], batch):
-            yield some, found
+        for _, batch_ids, logits in self.logits_of([ids], batch):
+            yield batch_ids, logits
 
     @torch.no_grad()
     def logits_of(self, texts: Sequence[Tensor], batch: int = 4) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """``logits`` of several texts in one pass over the blocks: ``(which text, ids, logits)``, texts in order.
+        """``logits`` of several texts in one pass over the blocks: ``(index of the text, ids, logits)``, in order.
 
-        No batch holds windows of two texts, so that each comes out with the very bits that it has alone.
+        No batch mixes windows of two texts, so that each text's logits equal those of a separate pass bit for bit.
         """
         for which, ids, hidden in self.last_hidden(texts, batch):
             yield which, ids, self.skeleton.logits(ids, hidden)
@@ -149,28 +149,28 @@ class StreamedModel:
     def last_hidden(
         self, texts: Sequence[Tensor], batch: int = 4, title: str = "blocks"
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The last block's output ``(which text, ids, (windows, length, hidden))``, in batches of one text each.
+        """The last block's output ``(index of the text, ids, (windows, length, hidden))``, in batches of one text.
 
-        Texts may differ in length. Every block is read once for each gigabyte of hidden states; ``title`` stands
-        beside the bar of each such pass.
+        Texts may differ in length. Every block is read once per gigabyte of hidden states; ``title`` labels the
+        progress bar of each such pass.
         """
         for text in texts:
             self.check_length(text.shape[1])
         groups = list(passes(texts, self.width, batch))
-        for number, some in enumerate(groups, 1):
+        for number, group in enumerate(groups, 1):
             self.skeleton.forget()
-            xs = [self.enter(ids) for _, ids in some]
-            part = f"{title} {number}/{len(groups)}" if len(groups) > 1 else title
-            for index in track(range(self.blocks), part):
+            xs = [self.enter(ids) for _, ids in group]
+            label = f"{title} {number}/{len(groups)}" if len(groups) > 1 else title
+            for index in track(range(self.blocks), label):
                 xs = self.through(index, xs)
-            for (which, ids), hidden in zip(some, xs, strict=True):
+            for (which, ids), hidden in zip(group, xs, strict=True):
                 yield which, ids.to(self.device), hidden
 
 
 def passes(texts: Sequence[Tensor], width: int, batch: int = 4) -> Iterator[list[tuple[int, Tensor]]]:
-    """Batches ``(which text, ids)`` of ``batch`` windows at most, in groups that go over the blocks together.
+    """Batches ``(index of the text, ids)`` of at most ``batch`` windows, grouped by pass over the blocks.
 
-    A group's hidden states, ``width`` bytes a token, fit into ``HELD_BYTES``; it holds one batch at least.
+    A group's hidden states, ``width`` bytes per token, fit into ``HELD_BYTES``; it holds at least one batch.
     """
     group: list[tuple[int, Tensor]] = []
     held = 0

@@ -1,4 +1,4 @@
-"""Versions of what computes and of what is written with."""
+"""Versions of Python and of the packages that compute and write a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from importlib.metadata import version
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes and of what is written with."""
+    """Versions of Python and of the packages that compute and write a run, by name."""
     packages = ("lowbit", "torch", "transformers", "compressed-tensors", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
