@@ -73,7 +73,12 @@ OPTIONS = [
     ),
     ("no YAML", {"r.yaml": "steps: [:\n - {"}, ["--recipe", "{m}/r.yaml"], ["is no YAML", "r.yaml"]),
     ("no steps", {"r.yaml": "- 1"}, ["--recipe", "{m}/r.yaml"], ["expected a key 'steps'"]),
-    ("no rounding", {"r.yaml": "steps: [awq]"}, ["--recipe", "{m}/r.yaml"], ["exactly one step rounds", "rtn, gptq"]),
+    (
+        "no rounding",
+        {"r.yaml": "steps: [awq]"},
+        ["--recipe", "{m}/r.yaml"],
+        ["exactly one step quantizes", "rtn, gptq"],
+    ),
     ("window", {"r.yaml": "steps: [rtn]\nwindow: 0"}, ["--recipe", "{m}/r.yaml"], ["window 0 given", "1 or more"]),
     ("set without field", {}, ["--set", "rtn"], ["--set rtn", "step.field=value", "gptq.damping=0.05"]),
     ("set of another step", {}, ["--set", "gptq.damping=1"], ["'gptq'", "Known: rtn"]),
@@ -139,7 +144,7 @@ OPTIONS = [
     ("short text", {"e.txt": "abc"}, ["--data", "{m}/e.txt"], ["e.txt has 3 tokens", "needs 16", "less length"]),
     ("no UTF-8", {"e.txt": b"ab\xff"}, ["--data", "{m}/e.txt"], ["e.txt", "not UTF-8 at byte 2", "convert it"]),
     ("no text field", {"e.jsonl": '{"a": 1}'}, ["--data", "{m}/e.jsonl"], ["e.jsonl", "line 1", "text"]),
-    ("kind of file", {}, ["--data", "{m}/config.json"], ["config.json", "no kind of text", ".parquet"]),
+    ("kind of file", {}, ["--data", "{m}/config.json"], ["config.json", "not a supported text", ".parquet"]),
     ("out below a file", {}, ["--out", "{m}/calib.txt/out"], ["calib.txt/out", "choose a folder"]),
     ("out too long", {}, ["--out", "{m}/" + "x" * 300], ["File name too long", "choose a folder"]),
 ]

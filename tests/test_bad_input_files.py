@@ -132,7 +132,7 @@ CASES: list[tuple[str, str, Break, list[str]]] = [
     ("unknown to lowbit", "one", config(architectures=["BloomForCausalLM"]), ["'BloomForCausalLM'", "Known: Gemma2"]),
     ("layer norm after", "opt", lambda m: None, ["do_layer_norm_before: false", "not supported"]),
     ("config without JSON", "one", text("config.json", "{"), ["cannot read", "config.json"]),
-    ("config of a list", "one", text("config.json", "[]"), ["config.json holds no JSON object"]),
+    ("config of a list", "one", text("config.json", "[]"), ["config.json does not hold a JSON object"]),
     ("config with a wrong type", "one", config(hidden_size="x"), ["no valid config", "hidden_size"]),
     ("no config", "one", gone("config.json"), ["has no config.json"]),
     ("unknown activation", "one", config(hidden_act="foo"), ["no model can be built", "config.json", "'foo'"]),
@@ -148,13 +148,13 @@ CASES: list[tuple[str, str, Break, list[str]]] = [
         config(quantization_config=OTHER_TOOL),
         ["already quantized (gptq)", "give a float"],
     ),
-    ("own code", "one", config(**OWN_CODE), ["Python code that comes with the model", "--trust-remote-code"]),
+    ("own code", "one", config(**OWN_CODE), ["Python code from the model", "--trust-remote-code"]),
     ("no weights", "one", gone(WEIGHTS), ["has no weights", WEIGHTS, INDEX]),
     ("pickles", "one", pickled, ["pytorch_model.bin", "can run code", "--allow-pickle"]),
-    ("truncated", "one", cut(WEIGHTS, -1000), [WEIGHTS, "no whole safetensors file", "fetch it again"]),
-    ("truncated header", "one", cut(WEIGHTS, 100), [WEIGHTS, "no whole safetensors file", "fetch it again"]),
-    ("header of a lying shape", "one", header(shape=[65]), ["no whole safetensors file", "fetch it again"]),
-    ("header of a lying place", "one", header(data_offsets=[2**40, 2**40 + 256]), ["no whole safetensors file"]),
+    ("truncated", "one", cut(WEIGHTS, -1000), [WEIGHTS, "not a complete safetensors file", "fetch it again"]),
+    ("truncated header", "one", cut(WEIGHTS, 100), [WEIGHTS, "not a complete safetensors file", "fetch it again"]),
+    ("header of a lying shape", "one", header(shape=[65]), ["not a complete safetensors file", "fetch it again"]),
+    ("header of a lying place", "one", header(data_offsets=[2**40, 2**40 + 256]), ["not a complete safetensors file"]),
     ("header of another dtype", "one", header(dtype="I32"), [f"'{NORM}'", "is I32", "F16, BF16, F32, F64"]),
     ("shape of a norm", "one", weights(norm=torch.ones(32)), [f"'{NORM}'", "(32,)", "(64,)"]),
     ("integers", "one", weights(down=torch.ones(64, 96, dtype=torch.int8)), [f"'{DOWN}'", "is I8", "F16, BF16"]),
@@ -168,7 +168,7 @@ CASES: list[tuple[str, str, Break, list[str]]] = [
     ("broken tokenizer", "one", text("tokenizer.json", "{"), ["cannot load the tokenizer"]),
     ("another tokenizer", "one", fewer_embeddings, ["gives token", "50 embeddings", "do not match"]),
     ("missing shard", "shards", gone("model-*"), ["lacks the shard model-00001-of-0000", "fetch it again"]),
-    ("truncated shard", "shards", cut("model-00001-of-00005.safetensors", -9), ["model-00001-of", "no whole"]),
+    ("truncated shard", "shards", cut("model-00001-of-00005.safetensors", -9), ["model-00001-of", "not a complete"]),
     ("index without JSON", "shards", text(INDEX, "{"), ["cannot read", INDEX]),
     ("index that lies", "shards", renamed_in_index, ["'model.nrm.weight'", "but it is not", "fetch both again"]),
     ("index that climbs", "shards", mapped({"a": "../x.safetensors"}), ["'../x.safetensors'", "plain file names"]),
@@ -224,7 +224,7 @@ def without(key: str) -> Break:
 
 
 RUNS: list[tuple[str, Break, list[str]]] = [
-    ("truncated shard", cut("block-00001.safetensors", -9), ["block-00001.safetensors", "no whole safetensors file"]),
+    ("truncated shard", cut("block-00001.safetensors", -9), ["block-00001.safetensors", "not a complete safetensors file"]),
     ("removed shard", gone("block-00001.*"), ["lacks the shard block-00001.safetensors"]),
     ("manifest without JSON", text("lowbit.json", "{"), ["cannot read", "lowbit.json"]),
     ("manifest of another format", text("lowbit.json", '{"format": 99}'), ["format 99", "quantize again"]),
@@ -297,5 +297,5 @@ def test_a_stopped_run_with_a_broken_shard_says_which(models, tmp_path, capsys):
     notes = {"notes": [], "record": {"sensitivity": {}}, "seconds": 1, "peak_memory_bytes": 1}
     for index in range(3):
         (out / f".run/block-0000{index}.json").write_text(json.dumps(notes))
-    assert "block-00001.safetensors is no whole safetensors file" in refusal(capsys, arguments)
+    assert "block-00001.safetensors is not a complete safetensors file" in refusal(capsys, arguments)
     assert not (out / "lowbit.json").exists()

@@ -291,7 +291,7 @@ def test_an_interrupt_is_one_line_and_code_130(model, tmp_path, monkeypatch, com
         ),
         (MemoryError(), "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "No space left on device: /x/y; free some space"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "Permission denied: /x/y; mend its permissions"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "Permission denied: /x/y; fix its permissions"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(raised, said, monkeypatch, command):

@@ -109,7 +109,7 @@ def test_the_exporter_of_the_page_is_exact_and_refuses_what_it_does_not_know(exa
     (found,) = lowbit.verify(tmp_path / "w4a16g32-asym", [made.out], logits=False)
     assert found.ok
     assert found.exact == found.tensors > 20
-    with pytest.raises(lowbit.LowbitError, match="npz cannot carry scheme w4a8, act"):
+    with pytest.raises(lowbit.LowbitError, match="npz does not support scheme w4a8, act"):
         lowbit.export(tmp_path / "w4a8", "npz")
 
 

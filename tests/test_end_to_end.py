@@ -324,7 +324,7 @@ def test_no_epochs_leave_the_step_out(tmp_path):
 
 def test_the_step_stands_last_and_its_options_are_checked():
     for steps in (["tune", "rtn"], ["rtn", "tune", "tune"], ["tune"]):
-        with pytest.raises(LowbitError, match=r"tune comes last|exactly one step rounds"):
+        with pytest.raises(LowbitError, match=r"tune comes last|exactly one step quantizes"):
             recipe_from_dict({"steps": steps}, "x")
     with pytest.raises(LowbitError, match=r"tune.rank 0 given; it must be 1 or more"):
         Tune(rank=0)

@@ -209,7 +209,7 @@ def test_garbage_in_the_header_is_refused(tmp_path: Path, position: int) -> None
         ({"blk.0.attn_k.weight": (6, HIDDEN)}, r"attn_k\.weight.*does not fit its metadata"),
         ({"arch": "bert"}, r"'bert'; transformers maps only: .*llama.*qwen2"),
         ({"arch": "t5"}, "causal language model"),
-        ({"blocks": 2**31}, "makes no model config: 2147483648 blocks, but 21 tensors"),
+        ({"blocks": 2**31}, "is not a valid model config: 2147483648 blocks, but 21 tensors"),
         ({"parts": 3}, "one of 3 parts: merge"),
     ],
 )
@@ -281,7 +281,7 @@ def test_leftovers_of_killed_builds_go_after_a_day(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(LowbitError, match=r"cannot make .*LOWBIT_CACHE"):
+    with pytest.raises(LowbitError, match=r"cannot create .*LOWBIT_CACHE"):
         build(tmp_path / "file" / "final", lambda work: None)
 
 

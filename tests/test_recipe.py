@@ -121,8 +121,8 @@ def test_an_unknown_recipe(given, message):
         ("steps: [{gptq: false}]\n", "options of gptq must be 'field: value' pairs; got False"),
         ("steps: [{smoothquant: {alpha: 2.0}}, rtn]\n", "smoothquant.alpha 2 given; it must be from 0 to 1"),
         ("steps: [rtn, awq]\n", "exactly one step quantizes, and it comes last; one of .*gptq"),
-        ("steps: [awq]\n", "exactly one step rounds"),
-        ("steps: [rtn, gptq]\n", "exactly one step rounds"),
+        ("steps: [awq]\n", "exactly one step quantizes"),
+        ("steps: [rtn, gptq]\n", "exactly one step quantizes"),
     ],
 )
 def test_a_wrong_recipe_file_is_told_what_is_wrong_in_one_line(tmp_path, text, message):

@@ -248,8 +248,8 @@ def test_mistakes_are_one_line(root, measured, tmp_path, capsys):
     (tmp_path / "stranger.json").write_text(json.dumps(stranger))
     cases = [
         ([], ["Missing argument", "DIR"]),
-        ([root / "m"], ["is no run folder", "lowbit quantize"]),
-        ([tmp_path / "nowhere"], ["nowhere", "is no run folder"]),
+        ([root / "m"], ["is not a run folder", "lowbit quantize"]),
+        ([tmp_path / "nowhere"], ["nowhere", "is not a run folder"]),
         ([root / "rtn", root / "rtn"], ["given twice"]),
         ([root / "rtn", "-o", tmp_path], ["is a folder", "report.html"]),
         ([root / "rtn", "-o", tmp_path / "no/page.html"], ["cannot write", "page.html"]),

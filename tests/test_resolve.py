@@ -119,15 +119,15 @@ def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:
     refused(r"--revision is for hub ids", folder, revision="main")
     refused(r"is a file; allowed are a \.gguf file", folder / "config.json")
     (folder / "model.safetensors").write_bytes(b"\x10")
-    refused("no whole safetensors file", folder)
+    refused("not a complete safetensors file", folder)
     (folder / "model.safetensors").unlink()
     refused(r"has no weights: neither model\.safetensors nor", folder)
     (folder / "config.json").write_text("{")
     refused(r"cannot read .*config\.json", folder)
     (folder / "config.json").write_text("[]")
-    refused("holds no JSON object", folder)
+    refused("does not hold a JSON object", folder)
     (folder / "config.json").unlink()
-    refused("has no config.json, so it is no model's folder$", folder)
+    refused("has no config.json, so it is not a model folder$", folder)
     (folder / "m.gguf").write_text("")
     refused("give the .gguf file itself", folder)
 
@@ -140,7 +140,7 @@ def test_code_of_the_models_own_needs_trust(folder: Path) -> None:
     assert resolve(str(folder), trust_remote_code=True).folder == folder
     with pytest.raises(LowbitError, match="--trust-remote-code"):
         load_config(folder)
-    with pytest.raises(LowbitError, match="is no valid config"):  # a.py is not there
+    with pytest.raises(LowbitError, match="is not a valid config"):  # a.py is not there
         load_config(folder, trust_remote_code=True)
 
 
@@ -186,7 +186,7 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps(Evil()), "no plain pickle of tensors"),
+        (pickle.dumps(Evil()), "not a plain pickle of tensors"),
         (b"", "broken"),
         (b"PK\x03\x04 cut", "broken"),
         (None, "does not hold a dictionary of tensors"),
@@ -232,10 +232,10 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch:
 def test_a_broken_gguf_file_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf")
     file.write_bytes(file.read_bytes()[:-1000])
-    refused("no whole GGUF file", file)
+    refused("not a complete GGUF file", file)
     assert list((cache / "gguf").iterdir()) == []
     file.write_text("text")
-    refused("no GGUF file", file)
+    refused("not a GGUF file", file)
 
 
 def test_the_demo_is_checked(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def test_a_hub_id_is_found_in_the_cache(folder: Path, tmp_path: Path) -> None:
     assert resolve("org/name") == Source("org/name", snapshot)
     assert resolve("org/name", revision=COMMIT).folder == snapshot
     assert resolve("org/name").identity == fingerprint(folder)
-    refused("org/name at revision 'v2' is no folder here", "org/name", revision="v2")
+    refused("org/name at revision 'v2' is no local folder", "org/name", revision="v2")
 
 
 def test_a_hub_id_without_organisation_and_with_pickles(folder: Path, tmp_path: Path, cache: Path) -> None:
@@ -280,8 +280,8 @@ def test_a_hub_id_without_organisation_and_with_pickles(folder: Path, tmp_path: 
 
 
 def test_an_id_that_is_absent_offline() -> None:
-    refused("org/absent is no folder here, not whole in the hub's cache, and HF_HUB_OFFLINE is set", "org/absent")
-    refused("is neither on this machine nor a hub id", "org/a--b")
+    refused("org/absent is no local folder, not complete in the hub's cache, and HF_HUB_OFFLINE is set", "org/absent")
+    refused("is neither a local path nor a hub id", "org/a--b")
 
 
 def _http_error(kind: type[Exception]) -> Exception:
@@ -294,11 +294,11 @@ def _http_error(kind: type[Exception]) -> Exception:
     ("error", "message"),
     [
         (_http_error(hub_errors.GatedRepoError), "org/name is gated: accept its terms"),
-        (_http_error(hub_errors.RepositoryNotFoundError), "is no folder here and not on the hub"),
+        (_http_error(hub_errors.RepositoryNotFoundError), "is neither a local folder nor on the hub"),
         (_http_error(hub_errors.RevisionNotFoundError), "has no revision 'v1' on the hub"),
         (hub_errors.LocalEntryNotFoundError("x\ny"), "the hub cannot be reached: check the network"),
-        (OSError(28, "No space left on device"), "cannot get org/name from the hub: .*No space left"),
-        (_http_error(HUB_FAILURES[1]), "cannot get org/name from the hub: line one line two"),
+        (OSError(28, "No space left on device"), "cannot fetch org/name from the hub: .*No space left"),
+        (_http_error(HUB_FAILURES[1]), "cannot fetch org/name from the hub: line one line two"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
@@ -366,8 +366,8 @@ def test_the_fingerprint_reads_both_ends_of_a_large_shard(folder: Path) -> None:
     [
         ({"model_type": "zzz"}, "has the model_type 'zzz', which the installed transformers does not know"),
         ({}, "has the model_type None"),
-        ({"model_type": "llama", "hidden_size": "abc"}, "is no valid config: .*hidden_size"),
-        ({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 2}, "is no valid config: .*multiple"),
+        ({"model_type": "llama", "hidden_size": "abc"}, "is not a valid config: .*hidden_size"),
+        ({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 2}, "is not a valid config: .*multiple"),
     ],
 )
 def test_configs_that_are_not_loaded(tmp_path: Path, content: dict[str, Any], message: str) -> None:

@@ -95,7 +95,7 @@ def test_an_index_that_points_outside_of_the_folder_is_refused(tmp_path, path):
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[1]", "{", "\udcff"])
 def test_an_index_that_is_none(tmp_path, text):
     (tmp_path / INDEX).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(LowbitError, match=r"weight_map|no JSON object|cannot read"):
+    with pytest.raises(LowbitError, match=r"weight_map|not hold a JSON object|cannot read"):
         Checkpoint(tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_a_file_that_lies_is_refused_and_named(tmp_path):
         (tmp_path / SINGLE).write_bytes(content)
         with pytest.raises(LowbitError) as caught:
             Checkpoint(tmp_path).read([A])
-        assert f"{tmp_path / SINGLE} is no whole safetensors file" in str(caught.value), what
+        assert f"{tmp_path / SINGLE} is not a complete safetensors file" in str(caught.value), what
 
 
 def test_a_missing_tensor_is_named(tmp_path):

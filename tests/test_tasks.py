@@ -384,9 +384,9 @@ def test_arrow_files_of_the_package_are_read(monkeypatch):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "one document a line"),
+        (None, "one document per line"),
         (b"\xff", "not UTF-8 at byte 0"),
-        (b"{", "line 1 is no JSON"),
+        (b"{", "line 1 is not valid JSON"),
         (b"", "holds no document"),
         (b'{"goal": "a", "sol1": "b", "label": 0}', "document 1: no valid 'sol2'"),
         (b'{"goal": "a", "sol1": "b", "sol2": "c", "label": "0"}', "no valid 'label'"),

@@ -178,7 +178,7 @@ def test_bad_json_line_is_named(tmp_path: Path, tok: Any, line: str) -> None:
     path = write(tmp_path, "a.jsonl", f'{{"text": "w1"}}\n\n{line}\n')
     with pytest.raises(LowbitError) as error:
         data.evaluation(path, tok, 2)
-    assert "line 3 is no JSON object with a" in message(error)
+    assert "line 3 is not a JSON object with a" in message(error)
 
 
 def test_bad_parquet(tmp_path: Path, tok: Any) -> None:
@@ -201,7 +201,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, tok: Any) -> None:
         "folder.txt": "cannot read",
         "latin.txt": "not UTF-8 at byte 3",
         "table.csv": "give a path ending in .txt, .raw, .utf8, .md, .jsonl, .parquet",
-        "plain": "no kind of text",
+        "plain": "not a supported text",
     }
     for name, told in cases.items():
         with pytest.raises(LowbitError) as error:
@@ -390,9 +390,9 @@ def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("failure", "told"),
     [
-        (ConnectionError("Couldn't reach it\non the hub"), "no hub was reached"),
-        (RuntimeError("Dataset scripts are no longer supported"), "the hub did not give it"),
-        (KeyError("text"), "the hub did not give it"),
+        (ConnectionError("Couldn't reach it\non the hub"), "the hub cannot be reached"),
+        (RuntimeError("Dataset scripts are no longer supported"), "loading failed"),
+        (KeyError("text"), "loading failed"),
     ],
 )
 def test_hub_that_fails(monkeypatch: pytest.MonkeyPatch, tok: Any, failure: Exception, told: str) -> None:
@@ -526,7 +526,7 @@ def test_calibration_on_own_samples(model: LlamaForCausalLM) -> None:
     assert drawn.hash == data.calibration("self", tok, 3, 8, 4, sampler=sampler).hash
     with pytest.raises(LowbitError) as error:
         data.calibration("self", tok, 3, 8, 4)
-    assert "no model is at hand" in message(error)
+    assert "none is given" in message(error)
     with pytest.raises(LowbitError) as error:
         data.evaluation("self", tok, 8)
     assert "calibration only" in message(error)

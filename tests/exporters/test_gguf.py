@@ -219,8 +219,8 @@ def test_wrong_places_are_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "half" / ".run" / "identity.json").write_text("{}")
     before = sorted(tmp_path.iterdir())
     for folder, to, out, message in [
-        (tmp_path / "empty", "gguf", None, "no run folder"),
-        (tmp_path / "half", "gguf", None, "not finished"),
+        (tmp_path / "empty", "gguf", None, "not a run folder"),
+        (tmp_path / "half", "gguf", None, "holds an unfinished run"),
         (run, "ggfu", None, "did you mean 'gguf'"),
         (run, "gguf", tmp_path / "there.gguf", "exists"),
         (run, "gguf", tmp_path / "x.bin", "ends in .gguf"),

@@ -124,7 +124,7 @@ def test_symmetric_goes_out_as_v1_and_free_zeros_as_v2(
     v2 = lowbit.export(free, "gptq", out=tmp_path / "free")
     assert json.loads((v2.out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
     assert not v2.warnings
-    assert "zeros of 0" in lowbit.export(free, "gptq", out=tmp_path / "v1", gptq_format="v1").warnings[0]
+    assert "zero points of 0" in lowbit.export(free, "gptq", out=tmp_path / "v1", gptq_format="v1").warnings[0]
     with pytest.raises(LowbitError, match="--gptq-format v3 given"):
         lowbit.export(run, "gptq", out=tmp_path / "x", gptq_format="v3")
     assert not (tmp_path / "x").exists()

@@ -206,7 +206,7 @@ def test_an_integer_changed_by_the_builder_is_refused(
 def test_a_builder_that_gives_up_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(returncode=1, stderr="Traceback\nKeyError: 'rope_type'\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(LowbitError, match=r"gave up on .*: KeyError: 'rope_type'$"):
+    with pytest.raises(LowbitError, match=r"builder failed on .*: KeyError: 'rope_type'$"):
         lowbit.export(run, "onnx", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -63,7 +63,7 @@ def test_a_runtime_op_that_the_graph_cannot_hold_is_refused(
     exporter = exporter_of(target)
     assert op not in exporter.ops
     with pytest.raises(
-        LowbitError, match=f"{target} cannot carry .*, recipe: tune leaves {op.why} online; "
+        LowbitError, match=f"{target} does not support .*, recipe: tune leaves {op.why} at run time; "
     ) as caught:
         check(target, exporter.misfit, replace(subject, ops={op: "tune"}))
     assert "\n" not in str(caught.value)
@@ -81,7 +81,7 @@ def test_a_run_with_a_runtime_op_is_refused_before_any_work(
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     place = MODULE if OPS[kind].place == "before a linear" else "model.layers.1.input_layernorm"
     write_json(folder / "lowbit.json", {**read_json(folder / "lowbit.json"), "runtime_ops": {place: kind}})
-    with pytest.raises(LowbitError, match=f"recipe: the run, at {re.escape(place)} leaves {OPS[kind].why} online"):
+    with pytest.raises(LowbitError, match=f"recipe: the run, at {re.escape(place)} leaves {OPS[kind].why} at run time"):
         lowbit.export(folder, target)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -90,7 +90,7 @@ def test_a_run_with_a_runtime_op_is_refused_before_any_work(
 def test_a_run_whose_recipe_left_matrices_is_refused(run_of: Callable[..., Path], tmp_path: Path) -> None:
     folder = run_of("w4a16g32-sym", recipe="affinequant", settings=("affinequant.qkv=matrix", "affinequant.epochs=1"))
     for target in EXPORTERS:
-        with pytest.raises(LowbitError, match=r"recipe: .* leaves matrices after norms online") as caught:
+        with pytest.raises(LowbitError, match=r"recipe: .* leaves matrices after norms at run time") as caught:
             lowbit.export(folder, target, out=tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -104,7 +104,7 @@ def test_a_run_in_a_scheme_that_does_not_fit_is_refused_before_any_work(
     folder = run_of("w4a16kv4")
     before = sorted(folder.parent.iterdir())
     for out in (None, tmp_path / "out"):
-        with pytest.raises(LowbitError, match=f"^{target} cannot carry scheme w4a16kv4, kv: .*fits: w4a16-sym$"):
+        with pytest.raises(LowbitError, match=f"^{target} does not support scheme w4a16kv4, kv: .*fits: w4a16-sym$"):
             lowbit.export(folder, target, out=out)
     assert sorted(folder.parent.iterdir()) == before
     assert not list(tmp_path.iterdir())
@@ -115,7 +115,7 @@ def test_a_format_that_is_not_known_is_refused_and_never_taken_for_a_known_one(t
     exporter = exporter_of(target)
     unknown = with_format(subject, MODULE, Ternary())
     with pytest.raises(
-        LowbitError, match=f"weight: {re.escape(MODULE)}: ternary is no format that this target is written for"
+        LowbitError, match=f"weight: {re.escape(MODULE)}: this target does not support the format ternary"
     ) as caught:
         check(target, exporter.misfit, unknown)
     assert "\n" not in str(caught.value)

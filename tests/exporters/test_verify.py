@@ -51,5 +51,5 @@ def test_a_runtime_that_gives_up_has_failed(made: tuple[Path, Path], monkeypatch
     run, file = made
     monkeypatch.setattr(exporting, "exporter_of", lambda target: replace(exporter_of(target), execute=execute))
     (found,) = lowbit.verify(run, [file])
-    assert found.unreadable == "its runtime says: RuntimeError: no kernel"
+    assert found.unreadable == "error in its runtime: RuntimeError: no kernel"
     assert not found.ok

@@ -72,9 +72,7 @@ class Recipe:
         if not self.steps:
             raise LowbitError(f"recipe '{self.name}' has no steps: list at least one that quantizes, such as rtn")
         if misplaced := [name for name, step in self.steps[:-1] if isinstance(step, Tune)]:
-            raise LowbitError(
-                f"recipe '{self.name}': {misplaced[0]} may appear once, last, after the step that quantizes"
-            )
+            raise LowbitError(f"recipe '{self.name}': {misplaced[0]} comes last, once, after the step that quantizes")
         rounds = [method.rounds for _, method in self.block_steps]
         if sum(rounds) != 1 or not rounds[-1]:
             known = ", ".join(name for name, method in METHODS.items() if method.rounds)

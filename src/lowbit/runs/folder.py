@@ -103,7 +103,7 @@ def claim(out: Path, identity: Identity) -> None:
 
 
 def _unusable(out: Path, error: OSError) -> LowbitError:
-    return LowbitError(f"cannot use --out {out}: {error.strerror or error}; give a folder with write permission")
+    return LowbitError(f"cannot use --out {out}: {error.strerror or error}; choose a folder you may write")
 
 
 def _check_same_run(out: Path, stored: Mapping[str, Any], identity: Identity) -> None:
@@ -115,7 +115,7 @@ def _check_same_run(out: Path, stored: Mapping[str, Any], identity: Identity) ->
         more = f" ({', '.join(others)[:100]} too)" if others else ""
         raise LowbitError(
             f"--out {out} holds another run: its {first} is {_short(existing.get(first))}, this one's "
-            f"{_short(requested.get(first))}{more}; give another folder, or delete that one"
+            f"{_short(requested.get(first))}{more}; choose another folder, or delete that one"
         )
 
 
