@@ -71,7 +71,7 @@ OPTIONS = [
         ["--recipe", "{m}/r.yaml"],
         ["gptq.damping: 'x' given; a number is allowed"],
     ),
-    ("no YAML", {"r.yaml": "steps: [:\n - {"}, ["--recipe", "{m}/r.yaml"], ["is no YAML", "r.yaml"]),
+    ("no YAML", {"r.yaml": "steps: [:\n - {"}, ["--recipe", "{m}/r.yaml"], ["is not valid YAML", "r.yaml"]),
     ("no steps", {"r.yaml": "- 1"}, ["--recipe", "{m}/r.yaml"], ["expected a key 'steps'"]),
     (
         "no rounding",
@@ -89,7 +89,12 @@ OPTIONS = [
         ["--recipe", "gptq", "--set", "gptq.damping="],
         ["gptq.damping: None given", "a number is allowed (default: 0.01)"],
     ),
-    ("set to nonsense", {}, ["--recipe", "gptq", "--set", "gptq.damping=[1"], ["--set gptq.damping=[1", "no value"]),
+    (
+        "set to nonsense",
+        {},
+        ["--recipe", "gptq", "--set", "gptq.damping=[1"],
+        ["--set gptq.damping=[1", "is not a YAML value"],
+    ),
     ("set out of range", {}, ["--recipe", "gptq", "--set", "gptq.damping=-1"], ["gptq.damping -1 given", "above 0"]),
     ("scheme", {}, ["--scheme", "w4b16"], ["unknown scheme 'w4b16'", "w{2..8}a{4,6,8,16}", "w4a16g64-sym"]),
     ("9 bits", {}, ["--scheme", "w9a16"], ["9 weight bits given", "2, 3, 4, 5, 6, 7, 8"]),

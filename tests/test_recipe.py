@@ -98,7 +98,7 @@ def test_an_unknown_recipe(given, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: [rtn\n", "is no YAML"),
+        ("steps: [rtn\n", "is not valid YAML"),
         ("- rtn\n", "expected a key 'steps'"),
         ("", "expected a key 'steps'"),
         ("steps: rtn\n", "expected a key 'steps' with a list"),
