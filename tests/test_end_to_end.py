@@ -159,7 +159,7 @@ def test_rates_fall_with_the_root_of_what_is_lost_at_the_start(scheme, tmp_path)
     ],
 )
 def test_what_is_fitted_in_closed_form_does_not_see_what_validates_the_learned(name, steps, tmp_path, monkeypatch):
-    save_tiny(tmp_path / "m", "llama-odd")
+    save_tiny(tmp_path / "m", "llama-odd", num_hidden_layers=2)
     shown, fitted = [], METHODS[name].__call__
 
     def watching(step, block, calib):
@@ -262,12 +262,12 @@ def shipped_divergence(model: Path, run: Path, ids: torch.Tensor) -> float:
 @pytest.mark.parametrize("scheme", ["w4a8", "w3a16g16-asym"])
 @pytest.mark.parametrize("name", ["llama-odd", "gemma2", "opt"])
 def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
-    save_tiny(tmp_path / "m", name)
+    save_tiny(tmp_path / "m", name, num_hidden_layers=2)
     made = quantized(
         tmp_path / "m",
         tmp_path / "out",
         scheme,
-        recipe_file(tmp_path, "rtn", "tune: {epochs: 16, lr: 1.0e-3, scale: false}"),
+        recipe_file(tmp_path, "rtn", "tune: {epochs: 8, lr: 2.0e-3, scale: false}"),
     )
     record = made.manifest.blocks[0].steps["tune"]
     assert record["best_epoch"] > 0
@@ -279,7 +279,7 @@ def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
     # The rest of the manifest is of what ships, too.
     x_fp, x_q = (StreamedModel(folder) for folder in (tmp_path / "m", tmp_path / "out"))
     a, b = x_fp.skeleton.embed(ids), x_q.skeleton.embed(ids)
-    for index in range(3):
+    for index in range(2):
         a = run_all(x_fp.block(index), a)
         b = run_quantized(x_q.block(index), b)
         assert relative_error(b, a) == made.manifest.blocks[index].relative_error
@@ -287,7 +287,7 @@ def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
 
 
 def test_rounded_embeddings_and_heads_are_trained_with(tmp_path):
-    save_tiny(tmp_path / "m", "llama")
+    save_tiny(tmp_path / "m", "llama", num_hidden_layers=2)
     overrides = {"lm_head": "w4", "*embed_tokens": "w4"}
     recipe = recipe_file(tmp_path, "rtn", "tune: {epochs: 2}")
     made = quantized(tmp_path / "m", tmp_path / "out", "w4a8", recipe, overrides=overrides)
@@ -298,7 +298,7 @@ def test_rounded_embeddings_and_heads_are_trained_with(tmp_path):
 
 
 def test_runtime_ops_are_trained_with_and_kept(tmp_path):
-    save_tiny(tmp_path / "m", "llama")
+    save_tiny(tmp_path / "m", "llama", num_hidden_layers=2)
     reassemble = "reassemble: {sites: all, most: 0.2}"
     made = quantized(
         tmp_path / "m", tmp_path / "out", "w4a4", recipe_file(tmp_path, reassemble, "rtn", "tune: {epochs: 12}")
@@ -353,7 +353,7 @@ def test_latents_are_taken_apart_as_they_were_put_together(tmp_path):
 
 
 def test_a_block_that_is_not_finite_is_never_written(tmp_path, monkeypatch):
-    save_tiny(tmp_path / "m", "llama")
+    save_tiny(tmp_path / "m", "llama", num_hidden_layers=2)
     rounded = Tuning.rounded
 
     def broken(self, index, fitted):

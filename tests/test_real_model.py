@@ -40,9 +40,9 @@ def float_perplexity():
 
 def divergences(model: Path, runs: Path, scheme: str, recipes: Sequence[str], **more) -> list[float]:
     """For recipes the mean KL divergence, in nats a token, of what they make of a model from the model itself."""
-    more = {"data": "builtin", "samples": 16, "length": 256, **more}
+    more = {"data": "builtin", "samples": 16, "length": 128, **more}
     made = [lowbit.quantize(str(model), runs / name, scheme=scheme, recipe=name, **more).out for name in recipes]
-    found = lowbit.compare(str(model), list(map(str, made)), data="builtin", length=LENGTH, tokens=TOKENS // 2)
+    found = lowbit.compare(str(model), list(map(str, made)), data="builtin", length=256, tokens=1024)
     return [run["kl_mean"] for run in found.texts["builtin"]["runs"]]
 
 

@@ -11,6 +11,7 @@ import signal
 import string
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -445,3 +446,12 @@ def test_several_texts_in_one_pass_are_those_of_each_alone(model, capsys, monkey
     assert read == [0, 1, 2]
     both = json.loads(capsys.readouterr().out)["perplexity"]
     assert both == {path: lowbit.evaluate(str(model), data=path, length=32).perplexity[path] for path in paths}
+
+
+def test_a_cached_score_depends_on_every_source_of_the_package(monkeypatch):
+    from lowbit.evaluation import tasks as module
+
+    seen = []
+    monkeypatch.setattr(module, "sha256_of", lambda path: seen.append(path.relative_to(Path(lowbit.__file__).parent)))
+    module.package_digest()
+    assert {part.parts[0] for part in seen} >= {"quant", "models", "runs", "evaluation", "metrics"}

@@ -189,10 +189,10 @@ def test_what_does_not_fit_is_refused(refusal_of: Callable[..., str], scheme: st
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("gemma2", {"tie_word_embeddings": False}, "gemma2 takes the embedding for it"),
+        ("gemma2", {"tie_word_embeddings": False}, "gemma2 uses the embedding"),
         ("qwen2", {"head_dim": 24}, "qwen2 takes hidden_size / num_attention_heads"),
         ("qwen3", {"attention_bias": True}, "no attention biases"),
-        ("gemma3", {"query_pre_attn_scalar": 64}, "llama.cpp takes 16"),
+        ("gemma3", {"query_pre_attn_scalar": 64}, "llama.cpp assumes 16"),
         ("mistral", {"sliding_window": 8}, "has none"),
         ("llama", {"hidden_act": "gelu"}, "computes silu"),
     ],

@@ -79,9 +79,9 @@ def test_one_wrong_byte_is_named(run_of: Callable[..., Path], tmp_path: Path, ke
         ("w4a4-asym", {}, r"act: .*symmetrically; nearest that fits: w4a4-sym$"),
         ("w6a6-sym", {}, r"act: .*6 bits.*nearest that fits: w6a8-sym$"),
         ("w4a16kv4", {}, r"kv: .*nearest that fits: w4a16-sym$"),
-        ("w3a16-asym", {}, r"weight: .*free zero at 3 bits.*nearest that fits: w3a16-sym$"),
-        ("w4a4-sym", {"*.q_proj": "w8"}, r"q_proj: vLLM runs it as one with .*k_proj.*'\*\.q_proj=w4-sym'$"),
-        ("w4a4-sym", {"*.1.mlp.up_proj": "float"}, r"1\.mlp\.up_proj: vLLM runs it as one.*=w4-sym'$"),
+        ("w3a16-asym", {}, r"weight: .*asymmetric at 3 bits.*nearest that fits: w3a16-sym$"),
+        ("w4a4-sym", {"*.q_proj": "w8"}, r"q_proj: vLLM fuses it with .*k_proj.*'\*\.q_proj=w4-sym'$"),
+        ("w4a4-sym", {"*.1.mlp.up_proj": "float"}, r"1\.mlp\.up_proj: vLLM fuses it.*=w4-sym'$"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -92,5 +92,5 @@ def test_what_does_not_fit_is_refused(
 
 def test_a_run_folder_is_no_export_of_itself(run_of: Callable[..., Path]) -> None:
     run = run_of("w4a16g32-sym")
-    with pytest.raises(LowbitError, match="no export of a known format"):
+    with pytest.raises(LowbitError, match="not an export in a known format"):
         lowbit.verify(run, [run])

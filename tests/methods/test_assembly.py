@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -143,6 +144,7 @@ def test_merges_come_in_one_order_for_all_candidates(kind):
         assert plan.merges == literal_merges(x, weight, copied(6) > 1, count, kind == "one-to-one")
 
 
+@cache
 def norm_case(name, dtype=torch.float64):
     block, x = block_of(tiny_model(name), 1, dtype=dtype)
     block = planned(block, "w4a4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tiny import block_of, planned, tiny_model
 SCHEME = parse_scheme("w3a16g16-asym")
 
 
+@cache
 def case(name, scheme=SCHEME):
     block, x = block_of(tiny_model(name), 1)
     block = planned(block, scheme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -154,6 +155,7 @@ def test_the_error_is_below_that_of_round_to_nearest(format):
         assert errors[0] < 0.9 * errors[1], seed
 
 
+@cache
 def step_case(scheme="w4a16"):
     block, x = block_of(tiny_model("llama-odd"))
     block = planned(block, scheme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ W4A4, W3 = "w4a4", "w3a16g16-asym"
 FAMILIES = ["llama-odd", "gemma3", "phi3", "opt"]
 
 
+@cache
 def case(name, scheme, count=2):
     block, x = block_of(tiny_model(name), 1, count)
     block = planned(block, scheme)
@@ -43,7 +45,7 @@ def error_of(block, calib):
 )
 def test_what_is_trained_is_what_ships(changes, scheme, name):
     block, calib = case(name, scheme)
-    options = low_rank(epochs=2, lr=5e-3, loss="mse", held_out=0.0, **changes)
+    options = low_rank(epochs=1, lr=5e-3, loss="mse", held_out=0.0, **changes)
     correction = Correction(options, block, calib)
     fitted = fit(correction.groups(), correction.loss, 4, options.schedule)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_products_of_two_roundings_do_not_add_up_their_errors():
     assert bias[0] < 0.3 * bias[1]
 
 
+@cache
 def down_case(dtype=torch.float32, scheme="w4a4"):
     """A layer with outlier channels before down_proj."""
     block, x = block_of(tiny_model("llama"), 1, dtype=dtype)

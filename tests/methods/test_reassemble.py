@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ def quantized(folder, out, steps):
     )
 
 
+@cache
 def case(name, dtype=torch.float32, outlier=0.0, scheme="w4a4"):
     """A layer whose up rows 5 and 9 are ``outlier`` times larger: outlier channels before down."""
     block, x = block_of(tiny_model(name), 1, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import NAMES, block_of, planned, tiny_model
 
 
+@cache
 def case(name="llama-odd", count=1, noise=0.3, start=1, scheme="w4a4"):
     """A block, and a quantized stream that is some way off the float one."""
     block, x = block_of(tiny_model(name), start, count)

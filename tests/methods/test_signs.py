@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tiny import NAMES, block_of, planned, tiny_model
 A4 = IntTokens(4, symmetric=False)
 
 
+@cache
 def case(name, scheme="w4a4"):
     block, x = block_of(tiny_model(name), 1)
     return planned(block, scheme), x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from lowbit.models.forward import run_all
 from tiny import block_of, planned, tiny_model
 
 
+@cache
 def case(name):
     block, x = block_of(tiny_model(name), 1)
     block = planned(block, "w8a8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import block_of, planned, tiny_model
 
 
+@cache
 def case(scheme="w4a4"):
     block, x = block_of(tiny_model("llama-odd"), 1)
     block = planned(block, scheme)

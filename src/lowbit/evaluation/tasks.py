@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import lowbit
 from lowbit.checkpoints.pypi import cache_dir, sha256_of
 from lowbit.checkpoints.resolve import TOKENIZER_FILES, Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
@@ -105,7 +106,7 @@ def evaluate_tasks(
         **_model_identity(source),
         **settings,
         "versions": {**versions(), "lm_eval": harness},
-        "code": _code(),
+        "code": package_digest(),
     }
     lazy = _LazyModel(lambda: StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target), tokenizer)
     rows = {}
@@ -187,11 +188,14 @@ def _model_identity(source: Source) -> dict[str, str | None]:
 
 
 @functools.cache
-def _code() -> str:
-    """Digest of this package's sources, which may change without a new version number."""
-    root = Path(__file__).parent
-    files = "\n".join(f"{path.relative_to(root)} {sha256_of(path)}" for path in sorted(root.rglob("*.py")))
-    return hashlib.sha256(files.encode()).hexdigest()
+def package_digest() -> str:
+    """Digest of the whole package's sources, which may change without a new version number.
+
+    A score depends on formats, blocks and loading as much as on this package of it.
+    """
+    root = Path(lowbit.__file__).parent
+    sources = "\n".join(f"{path.relative_to(root)} {sha256_of(path)}" for path in sorted(root.rglob("*.py")))
+    return hashlib.sha256(sources.encode()).hexdigest()
 
 
 def _check_draw(limit: int | None, seed: int) -> None:
