@@ -175,7 +175,7 @@ OTHERS = [
     ("one of several texts", [*EVALUATE, "--data", "nope"], ["unknown data 'nope'", "builtin"]),
     ("device", [*EVALUATE, "--device", "tpu"], ["--device 'tpu' given", "cpu, cuda"]),
     ("float16 on a CPU", [*EVALUATE, "--dtype", "float16"], ["--dtype float16 on a CPU", "float32"]),
-    ("0 new tokens", [*GENERATE, "--tokens", "0"], ["--tokens 0 given", "1 or more", "may follow the prompt"]),
+    ("0 new tokens", [*GENERATE, "--tokens", "0"], ["--tokens 0 given", "1 or more", "number of tokens to generate"]),
     ("no prompt", [*GENERATE, "--prompt", ""], ["--prompt is empty"]),
     ("unknown recipe", [*INSPECT, "--recipe", "awg"], ["unknown recipe 'awg'", "'awq'?"]),
     ("group size", [*INSPECT, "--scheme", "w4a16g64"], ["width of 96", "usable sizes: 16, 32"]),

@@ -133,7 +133,7 @@ CASES: list[tuple[str, str, Break, list[str]]] = [
     ("layer norm after", "opt", lambda m: None, ["do_layer_norm_before: false", "not supported"]),
     ("config without JSON", "one", text("config.json", "{"), ["cannot read", "config.json"]),
     ("config of a list", "one", text("config.json", "[]"), ["config.json does not hold a JSON object"]),
-    ("config with a wrong type", "one", config(hidden_size="x"), ["no valid config", "hidden_size"]),
+    ("config with a wrong type", "one", config(hidden_size="x"), ["not a valid config", "hidden_size"]),
     ("no config", "one", gone("config.json"), ["has no config.json"]),
     ("unknown activation", "one", config(hidden_act="foo"), ["no model can be built", "config.json", "'foo'"]),
     ("architecture of a number", "one", config(architectures=3), ["names no architecture", "config.json"]),

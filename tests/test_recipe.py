@@ -373,7 +373,7 @@ def test_recipes_of_qllms_rows(model, scheme):
     assert [name for name, _ in recipe.steps] == ["reassemble", "lowrank", "rtn"]
     split, correction = options(recipe, "reassemble"), options(recipe, "lowrank")
     assert (recipe.window, correction.rank, correction.epochs, correction.batch) == (4, 4, 10, 1)
-    assert (split.sites, split.assembly, split.peaks, split.tokens) == ("all", "bipartite", "absolute", "all")
+    assert (split.sites, split.assembly, split.peaks, split.tokens) == ("all", "bipartite", "absolute", "unweighted")
     assert (split.most, split.offsets) == (0.2, "none")
     assert correction.lr == (1e-4 if f"{model}-{scheme}" in QLLM_SLOW else 5e-4)
     assert (correction.loss, correction.clips, correction.norms, correction.held_out) == ("mse", False, False, 0.0)

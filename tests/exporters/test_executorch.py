@@ -36,7 +36,7 @@ def make(folder: Path, family: str, scheme: str | None = "w4a16g32-sym", changes
     ("scheme", "message"),
     [
         ("w4a4", r"w4a4, act: .*nearest that fits: w4a16-asym$"),
-        ("w4a16g32-asym", r"weight: .*free zero.*nearest that fits: w4a16-asym$"),
+        ("w4a16g32-asym", r"weight: .*asymmetric 4 bits.*nearest that fits: w4a16-asym$"),
         ("w4a16g16-sym", r"weight: .*groups of 16.*nearest that fits: w4a16g32-sym$"),
         ("w8a16g32-sym", r"weight: .*one scale per row.*nearest that fits: w8a16-sym$"),
         ("w4a16kv8", r"kv: .*nearest that fits: w4a16-sym$"),

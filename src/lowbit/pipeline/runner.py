@@ -24,7 +24,6 @@ from torch import Tensor
 from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.errors import LowbitError
-from lowbit.methods.method import Method
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
@@ -161,8 +160,8 @@ class Walk:
         if not all((self.out / block_file(i)).exists() for i in block.indices):
             calib = Calib(x_fp, x_q, y_fp, self.batch)
             quantized = block
-            for _, step in self.recipe.block_steps:
-                quantized = step(quantized, self._visible(step, calib))
+            for position, (_, step) in enumerate(self.recipe.block_steps):
+                quantized = step(quantized, self._visible(position, calib))
             self.write(quantized, layer_sensitivity(quantized, x_fp[:1].to(self.device)), time.monotonic() - began)
             for note in quantized.notes:
                 say(f"block {note.layer}: {note.text}")
@@ -187,16 +186,15 @@ class Walk:
             self.rows.append(BlockRow(index, texts, error, record["sensitivity"], record.get("steps", {})))
         return y_fp, x_q
 
-    def _visible(self, step: Method, calib: Calib) -> Calib:
+    def _visible(self, position: int, calib: Calib) -> Calib:
         """A step's calibration data: a closed-form step does not see the validation split of a later learned step.
 
         Otherwise GPTQ or a refit would overfit these sequences, the learned step's start would look too good on them,
         and its result would be discarded.
         """
-        steps = [method for _, method in self.recipe.steps]
-        later = (method.schedule for method in steps[steps.index(step) + 1 :])
+        later = (method.schedule for _, method in self.recipe.steps[position + 1 :])
         schedule = next((schedule for schedule in later if schedule is not None and schedule.epochs), None)
-        if schedule is None or not step.closed_form:
+        if schedule is None or not self.recipe.block_steps[position][1].closed_form:
             return calib
         train, _ = schedule.split(len(calib.x_q))
         x_fp, x_q, y_fp = (select_sequences(states, train) for states in (calib.x_fp, calib.x_q, calib.y_fp))
