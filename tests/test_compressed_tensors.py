@@ -238,5 +238,7 @@ def test_a_format_of_inputs_that_is_not_known_is_not_taken_for_float():
         lambda: quantization_config(formats, [], "e"),
         lambda: stock_loads(formats, "e", two_d_inputs=False),
     ):
-        with pytest.raises(LowbitError, match=r"^a compressed-tensors layout holds integer input formats; halves given$"):
+        with pytest.raises(
+            LowbitError, match=r"^a compressed-tensors layout holds integer input formats; halves given$"
+        ):
             refused()

@@ -30,6 +30,8 @@ from lowbit.runs.latent_weights import Latents, latent, latent_file, places, wri
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import block_of, params_of, planned, save_tiny, skeleton_of, tiny_ids, tiny_model
 
+pytestmark = pytest.mark.heavy  # makes whole runs by the dozen
+
 FAMILIES = ["llama-odd", "qwen3", "gemma2", "phi3", "opt"]
 
 

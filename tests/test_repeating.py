@@ -19,6 +19,8 @@ MINE = (
     "steps: [{smoothquant: {alpha: 0.3}}, {affinequant: {epochs: 3}}, {gptq: {damping: 0.05}}]\nwindow: 2\n"
     "run: {seed: 4, effort: quick}\n"
 )
+
+pytestmark = pytest.mark.heavy  # makes whole runs by the dozen
 CASES = {
     "plain": ["--recipe", "rtn"],
     "settings": ["--recipe", "affinequant", "--set", "affinequant.epochs=1", "--set", "affinequant.heads=off"],

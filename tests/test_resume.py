@@ -20,6 +20,7 @@ from lowbit.runs.manifest import MANIFEST
 from tiny import save_tiny
 
 # By name a scheme and a recipe file: rounding only, closed forms, learned maps with pictures, the whole model.
+pytestmark = pytest.mark.heavy  # makes whole runs by the dozen
 RECIPES = {
     "rtn": ("w4a16g16-sym", "steps: [rtn]"),
     "smoothquant+gptq": ("w4a8", "steps: [smoothquant, gptq]"),
@@ -185,6 +186,7 @@ CHILD = """
 import os, signal, sys
 import torch
 import lowbit
+
 
 torch.set_num_threads(1)
 model, out, scheme, recipe, write, renamed = sys.argv[1:]

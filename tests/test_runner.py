@@ -15,6 +15,8 @@ from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import NAMES, save_tiny, tiny_ids
 
+pytestmark = pytest.mark.heavy  # makes whole runs by the dozen
+
 # Two correct computations of one function in float32 differ by rounding; logits here are of order 10.
 CLOSE = 1e-5
 # Two layers have one of each kind, and show what one does to the next.

@@ -24,6 +24,8 @@ from lowbit.runs.streamed_model import StreamedModel
 from runs import folder_bytes, quantize_tiny, streamed_logits
 from tiny import block_of, planned, quantized, save_tiny, tiny_ids, tiny_model
 
+pytestmark = pytest.mark.heavy  # makes whole runs by the dozen
+
 DENSE = ["affinequant.qkv=matrix", "affinequant.mlp=matrix", "affinequant.epochs=2", "affinequant.lr_maps=0.02"]
 CLIP = ["affinequant.act_clip=true", "affinequant.epochs=2"]
 FAMILIES = ["llama", "llama-odd", "gemma3", "phi3", "opt"]

@@ -16,6 +16,8 @@ from lowbit.pipeline.runner import Walk
 from test_resume import folder_bytes
 from tiny import save_tiny
 
+pytestmark = pytest.mark.heavy  # makes whole runs by the dozen
+
 # Few tries of what is searched or learned, so that a run is short.
 FEW = {"epochs": 1, "tries": 2, "grid": 3, "sequences": 2}
 
