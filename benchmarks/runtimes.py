@@ -36,7 +36,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.cli.main import guarded
 from lowbit.errors import LowbitError
 from lowbit.exporters import gguf as exporter
-from lowbit.exporters.llamacpp import Session, loaded, quiet
+from lowbit.exporters.llamacpp import Session, open_session, quiet
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Options
 from lowbit.quant.compressed_tensors import layout_of
@@ -157,7 +157,7 @@ def measure(files: Mapping[str, Path], ids: Tensor, threads: int) -> list[dict[s
     rows = []
     with ExitStack() as stack:
         length = turns.WINDOW + turns.DECODED
-        opened = {name: stack.enter_context(loaded(path, length, threads)) for name, path in files.items()}
+        opened = {name: stack.enter_context(open_session(path, length, threads)) for name, path in files.items()}
         for name, path in files.items():
             held = ", ".join(f"{count} {kind}" for kind, count in types(path).most_common())
             found = turns.scored(scorer(opened[name]), ids)
@@ -171,7 +171,7 @@ def measure(files: Mapping[str, Path], ids: Tensor, threads: int) -> list[dict[s
 def agreement(run: Run, file: Path, ids: Tensor) -> dict[str, Any]:
     """llama.cpp on our file with float embeddings beside the simulation: perplexity and greedy text."""
     tokenizer, model = load_tokenizer(run.folder), lowbit.load(run.folder)
-    with loaded(file, turns.WINDOW, exact=True) as session:
+    with open_session(file, turns.WINDOW, exact=True) as session:
         for prompt in turns.PROMPTS:
             if session.tokenize(prompt) != tokenizer(prompt).input_ids:
                 raise LowbitError(f"llama.cpp cuts {prompt!r} into other tokens")

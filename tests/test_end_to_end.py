@@ -248,7 +248,7 @@ def test_without_steps_what_other_methods_rounded_comes_out_as_it_was(name, step
         lowbit.checkpoints.safetensors_folder.write_json(
             tmp_path / f".run/block-{index:05d}.json", {"notes": [], "record": {}}
         )
-        done = tuning.rounded(index, Fitted(best=1))
+        done = tuning.quantize_layer(index, Fitted(best=1))
         assert set(done.qweights) == set(block.qweights)
         for linear, q in block.qweights.items():
             assert torch.equal(done.qweights[linear].codes, q.codes), linear
@@ -372,14 +372,14 @@ def test_latents_are_taken_apart_as_they_were_put_together(tmp_path):
 
 def test_a_block_that_is_not_finite_is_never_written(tmp_path, monkeypatch):
     save_tiny(tmp_path / "m", "llama", num_hidden_layers=2)
-    rounded = Tuning.rounded
+    rounded = Tuning.quantize_layer
 
     def broken(self, index, fitted):
         block = rounded(self, index, fitted)
         norm = f"{index}.input_layernorm.weight"
         return replace(block, params={**block.params, norm: block.params[norm] * torch.nan}) if index == 1 else block
 
-    monkeypatch.setattr(Tuning, "rounded", broken)
+    monkeypatch.setattr(Tuning, "quantize_layer", broken)
     with pytest.raises(LowbitError, match=r"block 1: '1.input_layernorm.weight' became NaN or infinite"):
         quantized(tmp_path / "m", tmp_path / "out", "w4a8", recipe_file(tmp_path, "rtn", "tune: {epochs: 2}"))
     assert (tmp_path / "out/block-00000.safetensors").exists()

@@ -20,7 +20,7 @@ from lowbit.runs.streamed_model import StreamedModel
 
 pytestmark = pytest.mark.slow
 
-TOKENS, LENGTH = 2048, 512
+TOKENS, LENGTH = 4096, 512
 
 
 @pytest.fixture(scope="module")

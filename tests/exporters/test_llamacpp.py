@@ -19,7 +19,7 @@ from lowbit.metrics.perplexity import perplexity
 from tiny import save_tiny, tiny_ids, tiny_tokenizer
 
 pytest.importorskip("llama_cpp", reason="pip install 'lowbit[llamacpp]'")
-from lowbit.exporters.llamacpp import loaded
+from lowbit.exporters.llamacpp import open_session
 
 pytestmark = pytest.mark.runtimes
 
@@ -51,7 +51,7 @@ def logits(run: Path, file: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """Of llama.cpp, of the run, and of the run with its inputs rounded as llama.cpp rounds them."""
     ids = tiny_ids(1, 48)
     rounding = through_the_table(lowbit.load(run, target="llama.cpp"))
-    with torch.no_grad(), loaded(file, 64, exact=True) as session:
+    with torch.no_grad(), open_session(file, 64, exact=True) as session:
         return session.logits(ids[0].tolist()), lowbit.load(run)(ids).logits[0], rounding(ids).logits[0]
 
 
@@ -100,7 +100,7 @@ def test_llamacpp_goes_on_as_the_run_does(tmp_path: Path) -> None:
     ids = tiny_ids(1, 12)
     model = lowbit.load(run, target="llama.cpp")
     ours = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 12:].tolist()
-    with loaded(file, 64, exact=True) as session:
+    with open_session(file, 64, exact=True) as session:
         assert session.greedy(ids[0].tolist(), 20) == ours
 
 
@@ -116,7 +116,7 @@ def test_llamacpp_computes_smollm2(tmp_path: Path) -> None:
     plain, tokenizer = lowbit.load(run), load_tokenizer(run)
     windows = evaluation("builtin", tokenizer, 512, 1024).ids
     prompt = tokenizer("The capital of France is").input_ids
-    with torch.no_grad(), loaded(file, 512, exact=True) as session:
+    with torch.no_grad(), open_session(file, 512, exact=True) as session:
         theirs = perplexity((w[None], session.logits(w.tolist())[None]) for w in windows)
         ours = perplexity((w[None], plain(w[None]).logits) for w in windows)
         assert session.tokenize("The capital of France is") == prompt
@@ -174,7 +174,7 @@ def test_llamacpp_cuts_text_into_the_same_tokens(tmp_path: Path, kind: str) -> N
         str(tmp_path / "model"), tmp_path / "run", scheme="w4a16g32-sym", recipe="rtn", data=text, samples=1, length=8
     )
     file = lowbit.export(tmp_path / "run", "gguf").out
-    with loaded(file, 64) as session:
+    with open_session(file, 64) as session:
         for sample in (TEXT, "</s>ab 12345", "  x\n\n  y"):
             assert session.tokenize(sample) == tokenizer(sample, add_special_tokens=False).input_ids
 
@@ -182,7 +182,7 @@ def test_llamacpp_cuts_text_into_the_same_tokens(tmp_path: Path, kind: str) -> N
 def test_a_broken_file_is_one_line_with_the_reason(tmp_path: Path) -> None:
     _, file = exported(tmp_path, "llama", "w4a16g32-sym")
     file.write_bytes(file.read_bytes()[:-4000])
-    with pytest.raises(LowbitError, match=r"llama.cpp does not load .*run.gguf: .*") as caught, loaded(file):
+    with pytest.raises(LowbitError, match=r"llama.cpp does not load .*run.gguf: .*") as caught, open_session(file):
         pass
     assert "\n" not in str(caught.value)
     assert "no reason" not in str(caught.value)

@@ -139,7 +139,7 @@ def test_what_is_trained_is_what_ships(precision, scheme, name):
     with torch.no_grad():
         last, ops = trainer.quantized()
         error = float(trainer.loss(torch.arange(4)))
-    done = RTN()(trainer.merged(fitted), calib)
+    done = RTN()(trainer.fold(fitted), calib)
     assert not ops
     assert not done.ops
     for linear, q in done.qweights.items():

@@ -50,7 +50,7 @@ def test_what_is_trained_is_what_ships(changes, scheme, name):
     fitted = fit(correction.groups(), correction.loss, 4, options.schedule)
     with torch.no_grad():
         last, error = correction.quantized(), float(correction.loss(torch.arange(4)))
-    done = RTN()(correction.merged(fitted), calib)
+    done = RTN()(correction.fold(fitted), calib)
     for linear, q in done.qweights.items():
         assert torch.equal(q.dequantize(), last[f"{linear}.weight"]), linear
     assert set(done.params) == set(block.params)  # no bias that the architecture lacks

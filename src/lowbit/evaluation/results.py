@@ -83,7 +83,7 @@ def text_protocol(tokens: int, length: int, digest: str) -> dict[str, Any]:
     return {"tokens": tokens, "length": length, "hash": digest}
 
 
-def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
+def merge_entries(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
     """``old`` updated with ``new``, in a stable order."""
     by_question = {}
     for result in [*old, *new]:
@@ -94,7 +94,7 @@ def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
 
 def keep(folder: Path, fingerprint: str, entries: Iterable[Entry]) -> None:
     """Merge entries into the run folder's file; results of other weights are dropped."""
-    results = merged(kept(folder, fingerprint), entries)
+    results = merge_entries(kept(folder, fingerprint), entries)
     write_json(folder / EVALUATIONS, {"format": FORMAT, "fingerprint": fingerprint, "results": results})
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from lowbit.checkpoints.safetensors_folder import read_json, write_bytes
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
-from lowbit.exporters.hf_folder import carried
+from lowbit.exporters.hf_folder import files_to_copy
 from lowbit.exporters.pte_model import frequencies, lower
 from lowbit.exporters.pte_reader import EMBEDDING, GAIN, LINEAR, constants
 from lowbit.exporters.pte_runtime import Session, methods_of
@@ -76,7 +76,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     _need("--to executorch")
     path.mkdir()
     lower(run, path / PROGRAM, context, _methods(run))
-    for name in carried(run):
+    for name in files_to_copy(run):
         write_bytes(path / name, (run.folder / name).read_bytes())
     return _warnings(run)
 
@@ -186,7 +186,7 @@ def other(run: Run, path: Path) -> Iterator[str]:
     for name, value in _methods(run).items():
         if stored_methods.get(name) != (value if isinstance(value, list) else [value]):
             yield name
-    for name in carried(run) if path.is_dir() else ():
+    for name in files_to_copy(run) if path.is_dir() else ():
         if not (path / name).is_file() or (path / name).read_bytes() != (run.folder / name).read_bytes():
             yield name
 

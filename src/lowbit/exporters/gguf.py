@@ -242,9 +242,9 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
     """llama.cpp's logits, where ``llama-cpp-python`` is installed."""
     if find_spec("llama_cpp") is None:
         return None
-    from lowbit.exporters.llamacpp import loaded
+    from lowbit.exporters.llamacpp import open_session
 
-    with loaded(path, len(ids), exact=True) as session:
+    with open_session(path, len(ids), exact=True) as session:
         return Executed(session.logits(ids.tolist()), EXPLAINED, "llama.cpp")
 
 

@@ -59,7 +59,7 @@ def write_folder(
         write_tensors(path / file, tensors)
         shards[file] = sorted(tensors)
     write_index(path, shards)
-    for name in carried(run):
+    for name in files_to_copy(run):
         write_bytes(path / name, (run.folder / name).read_bytes())
     write_json(path / CONFIG, config_of(run, quantization))
 
@@ -76,7 +76,7 @@ def config_of(run: Run, quantization: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def carried(run: Run) -> list[str]:
+def files_to_copy(run: Run) -> list[str]:
     """Names of the files that are copied: the tokenizer's and the generation config."""
     return [name for name in run.manifest.files if not name.endswith(".safetensors") and name not in _OURS]
 
@@ -125,7 +125,7 @@ def other_files(run: Run, path: Path, quantization: Mapping[str, Any]) -> Iterat
     """Names of the files, weights aside, that differ from what ``write_folder`` produces."""
     if read_json(path / CONFIG) != config_of(run, quantization):
         yield CONFIG
-    for name in carried(run):
+    for name in files_to_copy(run):
         if not (path / name).is_file() or (path / name).read_bytes() != (run.folder / name).read_bytes():
             yield name
 

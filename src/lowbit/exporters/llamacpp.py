@@ -31,7 +31,7 @@ ERROR = 4  # ggml.h, GGML_LOG_LEVEL_ERROR
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model with its own context; see ``loaded``.
+    """A loaded model with its own context; see ``open_session``.
 
     Attributes:
         model, context: the library's handles.
@@ -110,7 +110,7 @@ def quiet() -> None:
 
 
 @contextmanager
-def loaded(path: Path, length: int = 512, threads: int = 1, exact: bool = False) -> Iterator[Session]:
+def open_session(path: Path, length: int = 512, threads: int = 1, exact: bool = False) -> Iterator[Session]:
     """The model in a file, for texts of up to ``length`` tokens.
 
     Args:

@@ -24,7 +24,7 @@ from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
 from lowbit.exporters.hf_folder import embedding_of
-from lowbit.exporters.onnx_build import build, needed
+from lowbit.exporters.onnx_build import build, require_packages
 from lowbit.exporters.onnx_grid import block_of, stored_bits
 from lowbit.exporters.onnx_read import GRAPH, accuracy_level, read
 from lowbit.exporters.run import Run, Subject
@@ -128,7 +128,7 @@ def owns(path: Path) -> bool:
     """Whether a path is such a folder; raises ``MissingExtra`` if it is and cannot be read."""
     if not (path.is_dir() and (path / GRAPH).is_file() and (path / GENAI).is_file()):
         return False
-    needed("onnx")
+    require_packages("onnx")
     return True
 
 

@@ -34,7 +34,7 @@ SOURCE, CACHE = "source", "cache"
 FLOAT_NODES = ("/lm_head/MatMul", "/model/embed_tokens/Gather")
 
 
-def needed(*packages: str) -> None:
+def require_packages(*packages: str) -> None:
     """Raise ``MissingExtra`` for the first package that is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -49,7 +49,7 @@ def build(run: Run, path: Path, level: int) -> None:
         path: a folder that does not exist yet.
         level: MatMulNBits' ``accuracy_level``.
     """
-    needed("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
+    require_packages("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
     path.mkdir()
     _write_source(run, path / SOURCE)
     say("building the graph with onnxruntime-genai's model builder")

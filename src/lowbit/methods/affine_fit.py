@@ -146,7 +146,7 @@ class AffineFit:
         return error
 
     @torch.no_grad()
-    def merged(self, fitted: Fitted) -> Block:
+    def fold(self, fitted: Fitted) -> Block:
         """The block with everything folded in, by the function and in the precision that training uses."""
         params, ops = self.transformed()
         ops = {name: Matrix(op.matrix.contiguous()) if isinstance(op, Matrix) else op for name, op in ops.items()}

@@ -92,4 +92,4 @@ class AffineQuant(Method):
             trainer.project,
             ahead=trainer.rows.prepare,
         )
-        return trainer.merged(fitted)
+        return trainer.fold(fitted)

@@ -97,7 +97,7 @@ class LowRank(Method):
             block.start,
             ahead=correction.rows.prepare,
         )
-        return correction.merged(fitted)
+        return correction.fold(fitted)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Correction:
         return error + self.options.weight_decay * torch.stack(sizes).mean()
 
     @torch.no_grad()
-    def merged(self, fitted: Fitted) -> Block:
+    def fold(self, fitted: Fitted) -> Block:
         """The window with everything merged."""
         record: dict[str, Any] = {
             "loss": fitted.train,

@@ -42,10 +42,10 @@ class Tune:
         """Cost in forward passes: per step, each block runs twice and is differentiated once."""
         return 5 * self.schedule.epochs
 
-    def learned(self, shapes: Iterable[tuple[int, int]]) -> int:
+    def parameter_count(self, shapes: Iterable[tuple[int, int]]) -> int:
         """An upper bound on the trained parameters for linears ``(rows, columns)``, without the ends of groups.
 
-        >>> Tune(rank=4).learned([(10, 20)])  # a pair of 4 x 30, and two ends of each row
+        >>> Tune(rank=4).parameter_count([(10, 20)])  # a pair of 4 x 30, and two ends of each row
         140
         """
         return sum(self.rank * (rows + columns) + 2 * rows for rows, columns in shapes)

@@ -77,7 +77,7 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
         say(note)
     x = tuning.teacher.embed(ids[:1].to(walk.device))
     for index in range(layers):
-        block, float_block = tuning.rounded(index, fitted), first.float_block(index)
+        block, float_block = tuning.quantize_layer(index, fitted), first.float_block(index)
         if not (walk.out / block_file(index)).exists():
             before = read_json(first.out / notes_file(index))["seconds"]
             walk.write(block, layer_sensitivity(block, x), before + (time.monotonic() - began) / layers)
@@ -204,7 +204,7 @@ class Tuning:
         return _Known.apply(hidden, total, leaf.grad) if differentiate else total
 
     @torch.no_grad()
-    def rounded(self, index: int, fitted: Fitted) -> Block:
+    def quantize_layer(self, index: int, fitted: Fitted) -> Block:
         """A layer as it ships, with the notes and records of its steps and of this one."""
         block, latents = self._read(index)
         linears = self._linears(block, latents)

@@ -44,7 +44,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     activations = 4 * length * widest * 4 * 6
     memory = 400_000_000 + 2 * shared * 4 + 3 * block * 4 + states + moments + activations
     if recipe.tune is not None:
-        memory += 4 * recipe.tune.learned(linear_shapes(skeleton).values()) * LEAF_COPIES
+        memory += 4 * recipe.tune.parameter_count(linear_shapes(skeleton).values()) * LEAF_COPIES
     stored = plan.stored_bits / 8 if plan.layout == "pack-quantized" else float(sum(weights))
     disk = int(stored) + 4 * plan.float_weights
     passes = 2 + sum(method.passes for _, method in recipe.steps)

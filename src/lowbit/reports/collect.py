@@ -16,7 +16,7 @@ from lowbit.checkpoints.resolve import fingerprint
 from lowbit.checkpoints.safetensors_folder import read_json
 from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import FORMAT as COMPARED
-from lowbit.evaluation.results import Entry, entry, kept, merged, results_of, text_protocol
+from lowbit.evaluation.results import Entry, entry, kept, merge_entries, results_of, text_protocol
 from lowbit.exporters.run import Run
 from lowbit.reports.facts import FloatFacts
 from lowbit.runs.manifest import MANIFEST
@@ -74,7 +74,7 @@ class _Pool:
         whose, entries = results_of(content)
         for run, own in zip(self.runs, self.prints, strict=True):
             if own == whose:
-                run.scores = merged(run.scores, entries)
+                run.scores = merge_entries(run.scores, entries)
         return self._float(whose, entries) or whose in self.prints
 
     def _float(self, whose: str, entries: Sequence[Entry]) -> bool:
@@ -82,7 +82,7 @@ class _Pool:
         if whose not in self.models:
             return False
         name, old = self.floats.get(whose, (self.models[whose], []))
-        self.floats[whose] = (name, merged(old, entries))
+        self.floats[whose] = (name, merge_entries(old, entries))
         return True
 
     def _compared(self, content: Mapping[str, Any]) -> bool:
@@ -97,7 +97,7 @@ class _Pool:
             for position, figures in zip(positions, text["runs"], strict=True):
                 if position is not None:
                     run = self.runs[position]
-                    run.scores = merged(run.scores, _figures(name, figures, protocol, self.runtimes[position]))
+                    run.scores = merge_entries(run.scores, _figures(name, figures, protocol, self.runtimes[position]))
                     run.block_error[f"{text['corpus']}, {text['tokens']:,} tokens"] = figures["block_error"]
         return self._float(content["fingerprint"], exact)
 
