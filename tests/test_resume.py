@@ -19,8 +19,9 @@ from lowbit.runs.folder import REST, RUN, TIMING
 from lowbit.runs.manifest import MANIFEST
 from tiny import save_tiny
 
-# By name a scheme and a recipe file: rounding only, closed forms, learned maps with pictures, the whole model.
 pytestmark = pytest.mark.heavy  # makes whole runs by the dozen
+
+# By name a scheme and a recipe file: rounding only, closed forms, learned maps with pictures, the whole model.
 RECIPES = {
     "rtn": ("w4a16g16-sym", "steps: [rtn]"),
     "smoothquant+gptq": ("w4a8", "steps: [smoothquant, gptq]"),
@@ -129,7 +130,7 @@ def test_every_file_of_a_run_gets_its_name_when_it_is_whole_and_the_manifest_is_
 
 
 @pytest.mark.parametrize("renamed", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.heavy) if n != "rtn" else n for n in RECIPES])
+@pytest.mark.parametrize("name", RECIPES)
 def test_killed_at_every_write_and_started_again_it_gives_the_same_bytes(name, renamed, whole, tmp_path, monkeypatch):
     run = whole(name)
     for write, file in enumerate(run.writes, 1):
@@ -208,7 +209,6 @@ lowbit.quantize(model, out, scheme=scheme, recipe=recipe, effort="paper", **size
 """
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "file", "renamed"),
     [
