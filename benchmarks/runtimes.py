@@ -59,7 +59,7 @@ def float_run(folder: Path) -> Run:
         recipe={"steps": []},
         recipe_name=FLOAT,
         scheme={},
-        data=Calibration("", 0, 0, ""),
+        data=Calibration("", 0, 0, "auto", "", ""),
         seed=0,
         device="cpu",
         dtype="float32",

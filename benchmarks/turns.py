@@ -16,7 +16,8 @@ from torch import Tensor
 
 import lowbit
 from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
-from lowbit.data.text import Tokens, calibration, evaluation
+from lowbit.data.text import calibration, evaluation
+from lowbit.data.windows import Tokens
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Run, open_run
 from lowbit.metrics.perplexity import perplexity

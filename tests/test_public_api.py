@@ -11,7 +11,7 @@ from lowbit.pipeline.inspect import inspect_model
 
 POSITIONAL = {
     lowbit.quantize: ["model", "out"],
-    lowbit.evaluate: ["model"],
+    lowbit.evaluate: ["model", "data"],
     lowbit.compare: ["exact", "runs"],
     lowbit.export: ["folder", "to"],
     lowbit.verify: ["folder", "files"],

@@ -129,7 +129,7 @@ def test_several_runs_stand_side_by_side(root, measured, tmp_path):
         assert any(a.get("id") == section for a in page.all("section"))
     found = re.sub(r"\s+", " ", page.text)
     exact = json.loads((measured / "float.json").read_text())["perplexity"][str(root / "m/calib.txt")]
-    assert "perplexitytokens 64, length 16, hash" in found
+    assert "perplexitytokens 64, length 16, bos auto, hash" in found
     assert f"{exact:.4g}" in found
     assert "KL mean, nats" in found
     assert "float: m" in found

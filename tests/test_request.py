@@ -28,7 +28,7 @@ def request(**given: Any) -> Request:
 
 def test_what_is_left_out_is_the_default():
     told = request().to_dict()
-    assert {key: told[key] for key in DEFAULTS} == DEFAULTS
+    assert {key: told[key] for key in DEFAULTS} == {**DEFAULTS, "data": [DEFAULTS["data"]]}
     assert (told["model"], told["recipe"], told["settings"], told["target"]) == ("nowhere/at/all", "gptq", [], None)
 
 
@@ -77,7 +77,7 @@ def test_nothing_of_this_machine_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for model in ("~/model", str(tmp_path / "home/model")):
         told = request(model=model, data=f"{tmp_path}/home/t.txt", recipe=f"{tmp_path}/mine.yaml").to_dict()
-        assert (told["model"], told["data"]) == ("model", "t.txt")
+        assert (told["model"], told["data"]) == ("model", ["t.txt"])
         assert (told["recipe"]["name"], told["recipe"]["steps"]) == ("mine", [{"rtn": {}}])
         assert Path(tmp_path).name not in json.dumps(told)
     for name in ("demo", "org/name"):

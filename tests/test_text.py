@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowbit.checkpoints import pypi as wheels
+from lowbit.data import hub, sampling, sources, windows
 from lowbit.data import text as data
 from lowbit.errors import LowbitError, MissingExtra
 
@@ -93,10 +94,48 @@ def test_a_text_of_exactly_one_window(tmp_path: Path, tok: Any) -> None:
     assert data.calibration(path, tok, 2, 8, 0).ids[1].tolist() == data.evaluation(path, tok, 8).ids[0].tolist()
 
 
-def test_special_tokens_are_the_tokenizers_own_and_only_at_the_start_of_the_text(tmp_path: Path) -> None:
-    ids = data.evaluation(write(tmp_path, "a.txt", words(20)), tokenizer_of(bos=True), 5).ids
-    assert ids[0].tolist() == [1, 4, 5, 6, 7]
-    assert not (ids[1:] == 1).any()
+def test_special_tokens_are_in_front_of_every_window(tmp_path: Path) -> None:
+    path, tok = write(tmp_path, "a.txt", words(20)), tokenizer_of(bos=True)
+    held = data.evaluation(path, tok, 5)
+    assert held.ids.tolist() == [[1, *range(4 + i, 8 + i)] for i in range(0, 20, 4)]
+    assert (held.bos, held.prefix, held.first, held.scored) == ("auto", (1,), 1, 20)
+    drawn = data.calibration(path, tok, 30, 5, 0)
+    assert (drawn.ids[:, 0] == 1).all()
+    assert not (drawn.ids[:, 1:] == 1).any()
+    random.seed(0)
+    starts = [random.randint(0, 20 - 4 - 1) for _ in range(30)]
+    assert drawn.ids[:, 1].tolist() == [4 + s for s in starts]
+
+
+def test_special_tokens_of_the_papers_protocol_and_none(tmp_path: Path) -> None:
+    path, tok = write(tmp_path, "a.txt", words(20)), tokenizer_of(bos=True)
+    stream, never = (data.evaluation(path, tok, 5, bos=bos) for bos in ("stream", "never"))
+    assert stream.ids.tolist() == [[1, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 15, 16, 17], [18, 19, 20, 21, 22]]
+    assert never.ids.tolist() == [[*range(4 + i, 9 + i)] for i in range(0, 20, 5)]
+    assert (stream.prefix, never.prefix, never.scored) == ((), (), 16)
+    assert not (data.calibration(path, tok, 30, 5, 0, bos="never").ids == 1).any()
+    with pytest.raises(LowbitError, match="unknown --bos 'always'"):
+        data.evaluation(path, tok, 5, bos="always")
+
+
+def test_several_special_tokens_before_and_one_behind(tmp_path: Path) -> None:
+    """As ChatGLM has two before a text and BERT's kind one behind it: none behind belongs into a window."""
+    tok = tokenizer_of(bos=True)
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <pad> $A </s>", special_tokens=[("<s>", 1), ("<pad>", 3), ("</s>", 2)]
+    )
+    path = write(tmp_path, "a.txt", words(9))
+    held = data.evaluation(path, tok, 5)
+    assert held.ids.tolist() == [[1, 3, 4, 5, 6], [1, 3, 7, 8, 9], [1, 3, 10, 11, 12]]
+    assert (held.first, held.scored) == (2, 9)  # the second special token is no text
+    assert data.evaluation(path, tok, 6, bos="stream").ids.tolist() == [[1, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 2]]
+    with pytest.raises(LowbitError, match="puts 2 special tokens before a text: give more, or --bos never"):
+        data.evaluation(path, tok, 2)
+
+
+def test_the_prefix_is_part_of_the_hash(tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 4, 5]])
+    assert windows.Tokens(ids, "a", prefix=(1,)).hash != windows.Tokens(ids, "a").hash
 
 
 def test_no_warning_about_long_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -140,6 +179,13 @@ def test_empty_text(tmp_path: Path, tok: Any) -> None:
 # --- files
 
 
+def text_of(corpus: Any, part: int) -> tuple[str, str]:
+    """Label and text of a corpus of one running text."""
+    label, (source,) = data._open(corpus, part, tokenizer_of(bos=False), windows.WindowShape(2), None)
+    assert isinstance(source, sources.RunningText)
+    return label, "".join(source.parts(0))
+
+
 def parquet_file(path: Path, columns: dict[str, list[Any]]) -> str:
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
@@ -149,9 +195,9 @@ def parquet_file(path: Path, columns: dict[str, list[Any]]) -> str:
 
 def test_documents_are_joined_by_an_empty_line(tmp_path: Path) -> None:
     lines = '{"text": "a\u2028b", "id": 1}\n\n{"text": "c"}\r\n'
-    documents = data._read(Path(write(tmp_path, "a.jsonl", lines)))
-    assert documents == ["a\u2028b", "c"]  # a line separator inside a string is no end of a line
-    assert data._open(str(tmp_path / "a.jsonl"), 0, None) == ("a.jsonl", ["a\u2028b\n\nc"])
+    label, text = text_of(write(tmp_path, "a.jsonl", lines), 0)
+    assert label == "a.jsonl"
+    assert text == "a\u2028b\n\nc"  # a line separator inside a string is no end of a line
 
 
 def test_kinds_of_files_agree(tmp_path: Path, tok: Any) -> None:
@@ -178,14 +224,14 @@ def test_bad_json_line_is_named(tmp_path: Path, tok: Any, line: str) -> None:
     path = write(tmp_path, "a.jsonl", f'{{"text": "w1"}}\n\n{line}\n')
     with pytest.raises(LowbitError) as error:
         data.evaluation(path, tok, 2)
-    assert "line 3 is not a JSON object with a" in message(error)
+    assert "line 3 is not a JSON object with a 'text', or a conversation: 'messages'" in message(error)
 
 
 def test_bad_parquet(tmp_path: Path, tok: Any) -> None:
     none = parquet_file(tmp_path / "none.parquet", {"body": ["a"]})
     null = parquet_file(tmp_path / "null.parquet", {"text": ["a", None]})
     broken = write(tmp_path, "broken.parquet", "no parquet at all")
-    for path, told in ((none, "no readable column"), (null, "a row without"), (broken, "no readable column")):
+    for path, told in ((none, "row 1 is not"), (null, "row 2 is not"), (broken, "not a readable Parquet file")):
         with pytest.raises(LowbitError) as error:
             data.evaluation(path, tok, 2)
         assert told in message(error)
@@ -200,7 +246,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, tok: Any) -> None:
         "missing.parquet": "cannot read",
         "folder.txt": "cannot read",
         "latin.txt": "not UTF-8 at byte 3",
-        "table.csv": "give a path ending in .txt, .raw, .utf8, .md, .jsonl, .parquet",
+        "table.csv": "give a path ending in .txt, .raw, .utf8, .md, .jsonl, .json, .parquet",
         "plain": "not a supported text",
     }
     for name, told in cases.items():
@@ -320,20 +366,20 @@ def test_real_builtin(tok: Any) -> None:
 def fake_hub(monkeypatch: pytest.MonkeyPatch, documents: list[str]) -> list[tuple[str, int]]:
     calls = []
 
-    def give(hub: data.HubText, part: int) -> list[str]:
-        calls.append((hub.repo, part))
+    def give(asked: hub.HubText, part: int) -> list[str]:
+        calls.append((asked.repo, part))
         return documents
 
-    monkeypatch.setattr(data, "hub_documents", give)
+    monkeypatch.setattr(hub, "hub_documents", give)
     return calls
 
 
 @pytest.mark.parametrize(("name", "joint"), [("wikitext2", "\n\n"), ("ptb", " ")])
 def test_hub_texts_are_joined(monkeypatch: pytest.MonkeyPatch, tok: Any, name: str, joint: str) -> None:
     calls = fake_hub(monkeypatch, ["w1", "", "w2 w3"])
-    assert data._open(name, 1, None) == (f"{name}/test", [f"w1{joint}{joint}w2 w3"])
+    assert text_of(name, 1) == (f"{name}/test", f"w1{joint}{joint}w2 w3")
     assert data.calibration(name, tok, 2, 2, 0).corpus == f"{name}/train"
-    assert calls == [(data.HUB[name].repo, 1), (data.HUB[name].repo, 0)]
+    assert calls == [(hub.HUB[name].repo, 1), (hub.HUB[name].repo, 0)]
 
 
 def test_c4_draws_as_the_papers_do(monkeypatch: pytest.MonkeyPatch, tok: Any) -> None:
@@ -362,7 +408,7 @@ def test_c4_draws_as_the_papers_do(monkeypatch: pytest.MonkeyPatch, tok: Any) ->
 
 
 def test_c4_without_a_long_document(monkeypatch: pytest.MonkeyPatch, tok: Any) -> None:
-    monkeypatch.setattr(data, "TRIES", 20)
+    monkeypatch.setattr(sources, "TRIES", 20)
     for documents in ([], [words(8)]):
         fake_hub(monkeypatch, documents)
         with pytest.raises(LowbitError) as error:
@@ -378,7 +424,7 @@ def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"text": ["a"], "sentence": ["b"]}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
-    assert [data.hub_documents(hub, part) for hub in data.HUB.values() for part in (0, 1)][2] == ["b"]
+    assert [hub.hub_documents(one, part) for one in hub.HUB.values() for part in (0, 1)][2] == ["b"]
     assert asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None, None)
     assert asked[1] == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None, None)
     parquet = {"test": "penn_treebank/test/0000.parquet"}
@@ -417,10 +463,10 @@ def test_a_local_folder_through_datasets(tmp_path: Path, monkeypatch: pytest.Mon
     write(tmp_path, "README.md", card)
     parquet_file(tmp_path / "wiki-2" / "test-0.parquet", {"text": ["w1", "w2"]})
     write(tmp_path, "train.json", '{"text": "w3"}\n{"text": "w4"}\n')
-    named = data.HubText(str(tmp_path), "text", None, ("train", "test"), config="wiki-2")
-    by_file = data.HubText(str(tmp_path), "text", None, ("train", "test"), ("train.json", "wiki-2/test-0.parquet"))
-    assert list(data.hub_documents(named, 1)) == ["w1", "w2"]
-    documents = data.hub_documents(by_file, 0)
+    named = hub.HubText(str(tmp_path), "text", None, ("train", "test"), config="wiki-2")
+    by_file = hub.HubText(str(tmp_path), "text", None, ("train", "test"), ("train.json", "wiki-2/test-0.parquet"))
+    assert list(hub.hub_documents(named, 1)) == ["w1", "w2"]
+    documents = hub.hub_documents(by_file, 0)
     assert (len(documents), documents[1]) == (2, "w4")
 
 
@@ -447,7 +493,7 @@ def model() -> LlamaForCausalLM:
 
 
 def test_self_sample_equals_sampling_without_a_cache(model: LlamaForCausalLM) -> None:
-    ids = data.self_sample(model, tokenizer_of(bos=True), 3, 12, seed=7)
+    ids = sampling.self_sample(model, tokenizer_of(bos=True), 3, 12, seed=7)
     uniform = torch.rand(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         logits = model(input_ids=ids).logits.double()[..., 4 : 4 + WORDS]
@@ -460,20 +506,20 @@ def test_self_sample_equals_sampling_without_a_cache(model: LlamaForCausalLM) ->
 def test_self_sample_is_deterministic_and_leaves_the_global_generator(model: LlamaForCausalLM) -> None:
     tok = tokenizer_of(bos=True)
     before = torch.get_rng_state()
-    one, again, other = (data.self_sample(model, tok, 5, 10, seed) for seed in (1, 1, 2))
+    one, again, other = (sampling.self_sample(model, tok, 5, 10, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert one.shape == (5, 10)
     assert one.dtype == torch.int64
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
-    assert torch.equal(one, data.self_sample(model, tok, 5, 10, seed=1, batch=2))
+    assert torch.equal(one, sampling.self_sample(model, tok, 5, 10, seed=1, batch=2))
     assert len({tuple(row) for row in one.tolist()}) == 5
 
 
 def test_self_sample_frequencies(model: LlamaForCausalLM) -> None:
     """The second token follows the model: 4000 draws, each frequency within 5 standard deviations."""
     n = 4000
-    ids = data.self_sample(model, tokenizer_of(bos=True), n, 2, seed=0, batch=n)
+    ids = sampling.self_sample(model, tokenizer_of(bos=True), n, 2, seed=0, batch=n)
     with torch.no_grad():
         p = model(input_ids=torch.tensor([[1]])).logits[0, 0, 4 : 4 + WORDS].double().softmax(-1)
     seen = torch.bincount(ids[:, 1] - 4, minlength=WORDS) / n
@@ -486,7 +532,7 @@ def test_self_sample_never_draws_special_tokens_and_rows_are_full(model: LlamaFo
     try:
         model.lm_head.weight.data[2] = 30 * head.abs().max()
         model.lm_head.weight.data[WORDS + 4 :] = 30 * head.abs().max()
-        ids = data.self_sample(model, tokenizer_of(bos=False), 40, 6, seed=0)
+        ids = sampling.self_sample(model, tokenizer_of(bos=False), 40, 6, seed=0)
     finally:
         model.lm_head.weight.data.copy_(head)
     assert bool(((ids >= 4) & (ids < WORDS + 4)).all())
@@ -495,7 +541,7 @@ def test_self_sample_never_draws_special_tokens_and_rows_are_full(model: LlamaFo
 
 def test_self_sample_honours_several_eos(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.generation_config, "eos_token_id", [2, 5])
-    assert not (data.self_sample(model, tokenizer_of(bos=True), 40, 10, seed=0) == 5).any()
+    assert not (sampling.self_sample(model, tokenizer_of(bos=True), 40, 10, seed=0) == 5).any()
 
 
 def test_self_sample_errors(model: LlamaForCausalLM) -> None:
@@ -507,26 +553,26 @@ def test_self_sample_errors(model: LlamaForCausalLM) -> None:
         ({"n": 1, "length": 25}, "the model has 24 positions"),
     ):
         with pytest.raises(LowbitError) as error:
-            data.self_sample(model, tok, seed=0, **sizes)
+            sampling.self_sample(model, tok, seed=0, **sizes)
         assert told in message(error)
     kept = model.model.norm.weight.data.clone()
     try:
         model.model.norm.weight.data.fill_(float("nan"))
         with pytest.raises(LowbitError, match="not finite at token 1"):
-            data.self_sample(model, tok, 1, 4, seed=0)
+            sampling.self_sample(model, tok, 1, 4, seed=0)
     finally:
         model.model.norm.weight.data.copy_(kept)
 
 
 def test_calibration_on_own_samples(model: LlamaForCausalLM) -> None:
     tok = tokenizer_of(bos=True)
-    sampler = lambda n, length, seed: data.self_sample(model, tok, n, length, seed)  # noqa: E731
+    sampler = lambda n, shape, seed: sampling.self_sample(model, tok, n, shape.length, seed)  # noqa: E731
     drawn = data.calibration("self", tok, 3, 8, 4, sampler=sampler)
     assert (drawn.corpus, drawn.seed, drawn.ids.shape) == ("self", 4, (3, 8))
     assert drawn.hash == data.calibration("self", tok, 3, 8, 4, sampler=sampler).hash
     with pytest.raises(LowbitError) as error:
         data.calibration("self", tok, 3, 8, 4)
-    assert "none is given" in message(error)
+    assert "is given alone" in message(error)
     with pytest.raises(LowbitError) as error:
         data.evaluation("self", tok, 8)
     assert "calibration only" in message(error)

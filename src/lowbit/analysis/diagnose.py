@@ -25,6 +25,7 @@ from lowbit.analysis.mixed_precision import WIDTHS, Proposal, check_budget, prop
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import write_bytes
 from lowbit.data.text import evaluation
+from lowbit.data.windows import Bos
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.metrics.sensitivity import divergences_alone
 from lowbit.models.device import check_device
@@ -96,7 +97,7 @@ def diagnose(
     run: str | Path,
     *,
     exact: str | None = None,
-    data: str = "builtin",
+    data: str | Path = "builtin",
     samples: int = 2,
     length: int = 128,
     seed: int = 0,
@@ -141,7 +142,8 @@ def diagnose(
             StreamedModel(origin.folder, device, check_device(device, dtype), trust_remote_code)
             for origin in (source, recorded.source)
         ]
-        ids, text = _windows(models[0], source, data, samples, length, seed, trust_remote_code)
+        bos = recorded.manifest.identity.data.bos
+        ids, text = _windows(models[0], source, data, samples, length, seed, bos, trust_remote_code)
         blocks, linears = _measured(recorded, models[0], models[1], ids)
         protocol, measure = {"text": text, "windows": samples, "length": length, "seed": seed}, KL
         protocol |= {"device": device, "dtype": dtype}
@@ -195,13 +197,20 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
 
 
 def _windows(
-    model: StreamedModel, source: Source, data: str, samples: int, length: int, seed: int, trust_remote_code: bool
+    model: StreamedModel,
+    source: Source,
+    data: str | Path,
+    samples: int,
+    length: int,
+    seed: int,
+    bos: Bos,
+    trust_remote_code: bool,
 ) -> tuple[Tensor, str]:
     """``samples`` windows of a text, ``(samples, length)``, drawn without replacement."""
     model.check_length(length)
     check_least("--samples", samples, 1, "give the number of windows to measure on")
     check_seed(seed)
-    text = evaluation(data, load_tokenizer(source.folder, trust_remote_code), length)
+    text = evaluation(data, load_tokenizer(source.folder, trust_remote_code), length, bos=bos)
     if samples > len(text.ids):
         raise LowbitError(
             f"--samples {samples} given; '{data}' has {len(text.ids)} windows of {length} tokens: give no more"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 import typer
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from lowbit.data.windows import Bos
 
 Model = Annotated[
     str,
@@ -16,6 +19,14 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Device = Annotated[str, typer.Option(help="Where blocks run: cpu, cuda, cuda:N or mps.")]
 DType = Annotated[str, typer.Option(help="Of blocks on a GPU: float32, bfloat16 or float16; a CPU takes float32.")]
+BosOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bos",
+        help="Special tokens before a window: auto (the tokenizer's), never, stream (once a text, as papers do).",
+        show_default="auto",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the model's repository.")]
@@ -40,6 +51,11 @@ def place_of(device: str, dtype: str, revision: str | None, allow_pickle: bool, 
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
     }
+
+
+def bos_of(text: str | None) -> Bos:
+    """The option ``--bos``; an unknown word is refused where windows are made."""
+    return cast("Bos", text or "auto")
 
 
 def table(*columns: str) -> Table:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli.catalog import recipes, schemes
-from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, print_json
+from lowbit.cli.console import BosOption, Device, DType, Json, Model, Pickle, Remote, Revision, bos_of, print_json
 from lowbit.cli.demo import demo
 from lowbit.cli.export import export, verify
 from lowbit.cli.inspect import inspect
@@ -69,9 +69,9 @@ def quantize(
     ] = None,
     recipe: Annotated[str, typer.Option(help="A name listed by 'lowbit recipes', or FILE.yaml.")] = "gptq",
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Calibration text: builtin, wikitext2, ptb, c4, self, or a text/jsonl/parquet file.",
+            help="Text: builtin, wikitext2, ptb, c4, self, or a text, jsonl, json or parquet file; repeatable.",
             show_default="builtin",
         ),
     ] = None,
@@ -80,6 +80,7 @@ def quantize(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the windows and of the methods.", show_default="0")
     ] = None,
+    bos: BosOption = None,
     effort: Annotated[
         str | None,
         typer.Option(
@@ -123,10 +124,11 @@ def quantize(
         out,
         scheme=scheme,
         recipe=recipe,
-        data=data,
+        data=data or None,
         samples=samples,
         length=length,
         seed=seed,
+        bos=bos_of(bos) if bos else None,
         device=device,
         dtype=dtype,
         settings=set_ or [],

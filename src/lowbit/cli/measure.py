@@ -11,7 +11,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, place_of, print_json, table
+from lowbit.cli.console import (
+    BosOption,
+    Device,
+    DType,
+    Json,
+    Model,
+    Pickle,
+    Remote,
+    Revision,
+    bos_of,
+    place_of,
+    print_json,
+    table,
+)
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 
@@ -29,6 +42,7 @@ def evaluate(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
+    bos: BosOption = None,
     target: Annotated[
         str | None,
         typer.Option("--target", help="Quantize inputs as this runtime does, or float; by default that of the run."),
@@ -67,7 +81,9 @@ def evaluate(
         result["zero_shot"] = asdict(scores)
     evaluated = None
     if data or not tasks:
-        evaluated = run(model, data=data or ["builtin"], length=length, tokens=tokens, target=target, **place)
+        evaluated = run(
+            model, data or ["builtin"], length=length, tokens=tokens, bos=bos_of(bos), target=target, **place
+        )
     if evaluated:
         result |= asdict(evaluated)
     _store(model, result)
@@ -88,7 +104,19 @@ def _show_perplexity(evaluated: Evaluated) -> None:
         rows.add_row(Text(Path(name).name), str(count), windows, f"{value:.4f}")
     Console().print(rows)
     facts = _run_facts(evaluated.scheme, evaluated.bits_per_weight, evaluated.target)
-    print(f"special tokens before the text: {evaluated.special or 'none'}; {facts}")
+    print(f"{special_line(evaluated.bos, evaluated.special)}; {facts}")
+
+
+def special_line(bos: str, special: str) -> str:
+    """What windows start with.
+
+    >>> special_line("auto", "<bos>")
+    'special tokens before each window: <bos>'
+    """
+    if bos == "never" and special:
+        return f"special tokens before each window: none, although the tokenizer adds {special} (--bos never)"
+    where = "the text" if bos == "stream" else "each window"
+    return f"special tokens before {where}: {special or 'none'}"
 
 
 def _show_tasks(scores: TaskScores) -> None:
@@ -140,6 +168,7 @@ def compare(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
+    bos: BosOption = None,
     seed: Annotated[int, typer.Option(help="Draws the windows of the bootstrap.")] = 0,
     prompt: Annotated[str | None, typer.Option(help="Text for all models to continue.")] = None,
     new_tokens: Annotated[int, typer.Option(help="At most this many tokens after the prompt.")] = 64,
@@ -163,6 +192,7 @@ def compare(
         data=data or ["builtin"],
         length=length,
         tokens=tokens,
+        bos=bos_of(bos),
         seed=seed,
         prompt=prompt,
         new_tokens=new_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 
 from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.data.text import evaluation
+from lowbit.data.text import Data, corpora, evaluation
+from lowbit.data.windows import Bos, Tokens, special_before
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.evaluation.generate import generate_text
 from lowbit.metrics.kl import CONFIDENCE, RESAMPLES, listen, summary
@@ -34,8 +35,8 @@ class Compared:
         fingerprint: digest of its weights, as in the identity of its runs.
         runs: for each run its name, ``bits_per_weight``, ``size_bytes`` and its manifest's SHA-256 (``None`` if the
             folder is not a run).
-        protocol: evaluation settings: ``length`` of a window, ``seed``, ``resamples`` and ``confidence`` of the
-            interval, ``device``, ``dtype``.
+        protocol: evaluation settings: ``length`` of a window, ``bos`` and ``special`` as in ``Evaluated``, ``seed``,
+            ``resamples`` and ``confidence`` of the interval, ``device``, ``dtype``.
         texts: by data name: ``corpus``, ``tokens``, ``windows``, ``data_hash``, the float model's ``perplexity`` and
             in ``runs``, in the runs' order, ``perplexity``, its ``ratio`` to the float model's with the interval
             ``ratio_low`` to ``ratio_high`` (``None`` for a single window), ``kl_mean`` and ``kl_p99`` in nats,
@@ -59,12 +60,13 @@ class Compared:
 
 
 def compare(
-    exact: str,
-    runs: str | Sequence[str],
+    exact: str | Path,
+    runs: str | Path | Sequence[str | Path],
     *,
-    data: str | Sequence[str] = "builtin",
+    data: Data = "builtin",
     length: int = 2048,
     tokens: int | None = None,
+    bos: Bos = "auto",
     seed: int = 0,
     prompt: str | None = None,
     new_tokens: int = 64,
@@ -82,7 +84,7 @@ def compare(
     Args:
         exact: the float model, as for ``quantize``.
         runs: run folders (or other checkpoints of the same architecture and tokenizer).
-        data, length, tokens: as for ``evaluate``.
+        data, length, tokens, bos: as for ``evaluate``.
         seed: seed of the bootstrap.
         prompt: text that all models continue greedily by up to ``new_tokens`` tokens.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
@@ -92,19 +94,22 @@ def compare(
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
-    folders = [runs] if isinstance(runs, str) else list(runs)
+    exact = str(exact)
+    folders = [str(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     _check_arguments(folders, seed, prompt, new_tokens)
     source = resolve(exact, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     sources = [resolve(run, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) for run in folders]
     opened = _open_models(exact, source, folders, sources, device, torch_dtype, trust_remote_code)
-    names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
-    texts = _texts(opened, source, names, length, tokens, seed, [exact, *folders], trust_remote_code)
+    opened[0].check_length(length)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    windows = {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in corpora(data)}
+    texts = _texts(opened, source, windows, seed, [exact, *folders])
     del opened
     model_folders = [source.folder, *(run_source.folder for run_source in sources)]
     generations = None if prompt is None else _generations(model_folders, prompt, new_tokens, trust_remote_code)
     facts = [_facts(name, run_source) for name, run_source in zip(folders, sources, strict=True)]
     protocol = {"resamples": RESAMPLES, "confidence": CONFIDENCE, "device": device, "dtype": dtype}
-    protocol = {"length": length, "seed": seed, **protocol}
+    protocol = {"length": length, "bos": bos, "special": special_before(tokenizer), "seed": seed, **protocol}
     return Compared(exact, source.identity, facts, protocol, texts, generations, time.monotonic() - began)
 
 
@@ -145,22 +150,16 @@ def _open_models(
 def _texts(
     models: Sequence[StreamedModel],
     source: Source,
-    data: Sequence[str],
-    length: int,
-    tokens: int | None,
+    windows: Mapping[str, Tokens],
     seed: int,
     names: Sequence[str],
-    trust_remote_code: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Figures of all models on each text of ``data``; ``names`` of the models appear in errors."""
-    models[0].check_length(length)
-    tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    windows = {name: evaluation(name, tokenizer, length, tokens) for name in data}
+    """Figures of all models on each text; ``names`` of the models appear in errors."""
     for text in windows.values():
         check_ids(text.ids, models[0].skeleton, source.folder)
     ids = [text.ids.to(models[0].device) for text in windows.values()]
     groups = passes(ids, models[0].width * len(models))
-    records = listen(models[0], models[1:], groups, len(ids))
+    records = listen(models[0], models[1:], groups, [text.first for text in windows.values()])
     return {
         name: {
             "corpus": text.corpus,

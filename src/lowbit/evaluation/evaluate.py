@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from lowbit.checkpoints.resolve import load_tokenizer, resolve
-from lowbit.data.text import evaluation
+from lowbit.data.text import Data, corpora, evaluation
+from lowbit.data.windows import Bos, special_before
 from lowbit.metrics.perplexity import perplexity
 from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
@@ -24,22 +23,27 @@ class Evaluated:
 
     Attributes:
         perplexity: by data name.
-        tokens: number of scored tokens, by data name.
+        tokens: number of tokens in windows, by data name.
+        scored: number of those that are scored.
         length: tokens per window.
         seconds: wall time.
         data_hash: hash of the evaluated tokens, by data name.
         target: the target runtime whose quantization of inputs was simulated, if any.
-        special: the special tokens, such as BOS, before a text (once, not before each window).
+        bos: what a window starts with: ``auto``, ``never`` or ``stream``.
+        special: the special tokens, such as BOS, that the tokenizer puts before a text. ``auto`` puts them in front
+            of each window, ``stream`` in front of the first one.
         scheme, bits_per_weight: of a run; ``None`` for a float model.
         fingerprint: digest of the model's weights, as in the identity of its runs.
     """
 
     perplexity: dict[str, float]
     tokens: dict[str, int]
+    scored: dict[str, int]
     length: int
     seconds: float
     data_hash: dict[str, str]
     target: str | None = None
+    bos: str = "auto"
     special: str = ""
     scheme: str | None = None
     bits_per_weight: float | None = None
@@ -47,11 +51,12 @@ class Evaluated:
 
 
 def evaluate(
-    model: str,
+    model: str | Path,
+    data: Data = "builtin",
     *,
-    data: str | Sequence[str] = "builtin",
     length: int = 2048,
     tokens: int | None = None,
+    bos: Bos = "auto",
     device: str = "cpu",
     dtype: str = "float32",
     revision: str | None = None,
@@ -63,45 +68,42 @@ def evaluate(
 
     Args:
         model: as for ``quantize``, or a run folder.
-        data: one or several of ``builtin``, ``wikitext2``, ``ptb``, ``c4`` or a file.
+        data: one or several of ``builtin``, ``wikitext2``, ``ptb``, ``c4`` or a file; or a list of texts.
         length: tokens per window. Perplexities at different lengths are not comparable.
         tokens: maximum number of tokens of each text; all by default.
+        bos: what a window starts with: ``auto``, the special tokens that the tokenizer puts before a text; ``never``,
+            none; ``stream``, the papers' protocol, where the text has them once. See ``docs/data.md``.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
         target: runtime whose quantization of inputs is simulated, or ``float``; by default the run's target.
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
-    source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    source = resolve(str(model), revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
-    windows = {name: evaluation(name, tokenizer, length, tokens) for name in names}
+    windows = {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in corpora(data)}
+    names = list(windows)
     streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target)
     for text in windows.values():
         check_ids(text.ids, streamed.skeleton, source.folder)
     batches = streamed.logits_of([text.ids for text in windows.values()])
     results = {
-        names[which]: perplexity((ids, logits) for _, ids, logits in group)
+        names[which]: perplexity(((ids, logits) for _, ids, logits in group), windows[names[which]].first)
         for which, group in groupby(batches, key=lambda batch: batch[0])
     }
     return Evaluated(
         results,
         {name: text.ids.numel() for name, text in windows.items()},
+        {name: text.scored for name, text in windows.items()},
         length,
         time.monotonic() - began,
         {name: text.hash for name, text in windows.items()},
         streamed.scheme.target if streamed.scheme else None,
+        bos,
         special_before(tokenizer),
         streamed.scheme.name if streamed.scheme else None,
         bits_of(source.folder),
         source.identity,
     )
-
-
-def special_before(tokenizer: Any) -> str:
-    """The special tokens, such as BOS, that a tokenizer puts before a text; may be empty."""
-    with_, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    start = next((i for i in range(len(with_)) if with_[i : i + len(without)] == without), 0)
-    return str(tokenizer.decode(with_[:start]))
 
 
 def bits_of(folder: Path) -> float | None:

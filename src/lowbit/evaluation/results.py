@@ -47,12 +47,14 @@ def results_of(printed: Mapping[str, Any]) -> tuple[str, list[Entry]]:
     """The model's fingerprint, and entries, from what ``lowbit evaluate --json`` prints.
 
     >>> result = {"perplexity": {"a.txt": 9.5}, "tokens": {"a.txt": 64}, "data_hash": {"a.txt": "0f"}, "length": 32}
-    >>> results_of(result | {"fingerprint": "f"})[1][0]["protocol"]
-    {'tokens': 64, 'length': 32, 'hash': '0f'}
+    >>> results_of(result | {"bos": "auto", "fingerprint": "f"})[1][0]["protocol"]
+    {'tokens': 64, 'length': 32, 'bos': 'auto', 'hash': '0f'}
     """
     out = []
     for name, value in printed.get("perplexity", {}).items():
-        protocol = text_protocol(printed["tokens"][name], printed["length"], printed["data_hash"][name])
+        protocol = text_protocol(
+            printed["tokens"][name], printed["length"], printed["bos"], printed["data_hash"][name]
+        )
         out.append(entry(name, "perplexity", value, protocol, printed.get("target")))
     if tasks := printed.get("zero_shot"):
         return tasks["fingerprint"], [*out, *_accuracies(tasks)]
@@ -78,9 +80,9 @@ def _accuracies(scores: Mapping[str, Any]) -> Iterator[Entry]:
             yield entry(on, f"{measure}, %", 100 * mean[measure], protocol, settings["target"])
 
 
-def text_protocol(tokens: int, length: int, digest: str) -> dict[str, Any]:
-    """Protocol of a result on a text: number of tokens, tokens per window, and digest of the tokens."""
-    return {"tokens": tokens, "length": length, "hash": digest}
+def text_protocol(tokens: int, length: int, bos: str, digest: str) -> dict[str, Any]:
+    """Protocol of a result on a text: its tokens, tokens per window, what windows start with, the tokens' digest."""
+    return {"tokens": tokens, "length": length, "bos": bos, "hash": digest}
 
 
 def merge_entries(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:

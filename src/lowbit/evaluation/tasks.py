@@ -21,8 +21,9 @@ from lowbit.checkpoints.pypi import cache_dir, sha256_of
 from lowbit.checkpoints.resolve import TOKENIZER_FILES, Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.data.tasks import Documents, HubSet, documents, settle
+from lowbit.data.windows import special_before
 from lowbit.errors import LowbitError, check_least, check_seed, unknown
-from lowbit.evaluation.evaluate import bits_of, special_before
+from lowbit.evaluation.evaluate import bits_of
 from lowbit.metrics.lm_eval import AVERAGES, CONFIGS, average, harness_model, harness_version, hub_set, measure
 from lowbit.models.device import check_device
 from lowbit.progress import say

@@ -49,7 +49,7 @@ class Stream(Protocol):
 
 @dataclass
 class Told:
-    """Token-level records of one model on a text; each window adds a tensor ``(1, length - 1)`` to the lists.
+    """Token-level records of one model on a text; each window adds a tensor ``(1, scored tokens)`` to the lists.
 
     Attributes:
         loss: ``-log q(token | tokens before it)`` in float64.
@@ -68,14 +68,15 @@ class Told:
 
 @torch.no_grad()
 def listen(
-    exact: Stream, runs: Sequence[Stream], passes: Iterable[list[tuple[int, Tensor]]], texts: int
+    exact: Stream, runs: Sequence[Stream], passes: Iterable[list[tuple[int, Tensor]]], first: Sequence[int]
 ) -> list[list[Told]]:
     """Records of the float model and each run on each text: ``[text][0: float, 1: first run, ...]``.
 
-    ``passes`` are groups of batches ``(which text, ids (windows, length))`` that run through the blocks together.
+    ``passes`` are groups of batches ``(which text, ids (windows, length))`` that run through the blocks together;
+    ``first`` gives each text's position of the first scored token of a window.
     """
     models = [exact, *runs]
-    records = [[Told(block_error=[0.0] * exact.blocks) for _ in models] for _ in range(texts)]
+    records = [[Told(block_error=[0.0] * exact.blocks) for _ in models] for _ in first]
     for group in passes:
         states = [[model.enter(ids) for _, ids in group] for model in models]
         for index in track(range(exact.blocks), "blocks"):
@@ -86,7 +87,7 @@ def listen(
         for batch, (text, ids) in enumerate(group):
             for window in range(len(ids)):
                 hidden = [xs[batch][window : window + 1] for xs in states]
-                _record_window(models, ids[window : window + 1], hidden, records[text])
+                _record_window(models, ids[window : window + 1], hidden, records[text], first[text])
             for record in records[text]:
                 record.tokens += ids.numel()
     return records
@@ -103,11 +104,13 @@ def token_error(got: Tensor, exact: Tensor) -> float:
     return float(((got.double() - exact).square().sum(-1) / power).sum())
 
 
-def _record_window(models: Sequence[Stream], ids: Tensor, hidden: Sequence[Tensor], records: Sequence[Told]) -> None:
-    """Record one window ``(1, length)``, a few positions at a time."""
+def _record_window(
+    models: Sequence[Stream], ids: Tensor, hidden: Sequence[Tensor], records: Sequence[Told], first: int
+) -> None:
+    """Record one window ``(1, length)`` from its token ``first`` on, a few positions at a time."""
     last, step = ids.shape[1] - 1, 1  # one position first, to learn the size of the vocabulary
     parts: list[list[list[Tensor]]] = [[[], [], []] for _ in models]
-    start = 0
+    start = first - 1
     while start < last:
         stop = min(start + step, last)
         nexts = ids[:, start + 1 : stop + 1]

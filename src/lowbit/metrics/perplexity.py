@@ -1,8 +1,9 @@
 """Perplexity by the protocol of the quantization literature.
 
-A text is tokenized as a whole and split into consecutive, non-overlapping windows of equal length; each window is
-scored without context from the previous one, and every token except a window's first counts. The result is ``exp``
-of the mean negative log-likelihood. It depends on the window length: only results at one length are comparable.
+A text is split into consecutive, non-overlapping windows of equal length; each window is scored without context from
+the previous one, and every token counts that has a token before it and is no special token in front of the window.
+The result is ``exp`` of the mean negative log-likelihood. It depends on the window length and on the special tokens:
+only results with the same are comparable.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 
 
-def negative_log_likelihood(ids: Tensor, logits: Tensor) -> Tensor:
+def negative_log_likelihood(ids: Tensor, logits: Tensor, first: int = 1) -> Tensor:
     """Sum over each window of ``-log p(token | tokens before it)``, ``(windows,)`` in float64.
 
-    ``ids`` is ``(windows, length)``, ``logits`` ``(windows, length, vocabulary)``; ``length - 1`` tokens count.
+    ``ids`` is ``(windows, length)``, ``logits`` ``(windows, length, vocabulary)``; tokens from ``first`` on count.
     """
     sums = []
     for tokens, scores in zip(ids, logits, strict=True):  # by window: a float32 copy of all logits would be large
-        losses = torch.nn.functional.cross_entropy(scores[:-1].float(), tokens[1:], reduction="none")
+        losses = torch.nn.functional.cross_entropy(scores[first - 1 : -1].float(), tokens[first:], reduction="none")
         sums.append(losses.double().sum())
     return torch.stack(sums)
 
 
-def perplexity(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def perplexity(batches: Iterable[tuple[Tensor, Tensor]], first: int = 1) -> float:
     """Perplexity over ``(ids, logits)`` batches, ``(windows, length)`` and ``(windows, length, vocabulary)``.
+
+    ``first`` is the position of a window's first scored token: behind its special tokens.
 
     A uniform distribution over V tokens has perplexity V:
 
@@ -38,8 +41,8 @@ def perplexity(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """
     total, count = 0.0, 0
     for ids, logits in batches:
-        total += float(negative_log_likelihood(ids, logits).sum())
-        count += ids.shape[0] * (ids.shape[1] - 1)
+        total += float(negative_log_likelihood(ids, logits, first).sum())
+        count += ids.shape[0] * (ids.shape[1] - first)
     if count == 0:
         raise LowbitError("perplexity of no tokens: give at least one window of two tokens")
     mean = total / count

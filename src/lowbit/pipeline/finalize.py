@@ -164,6 +164,7 @@ def model_card(manifest: Manifest) -> str:
         f"| quantized modules | {len(manifest.quantized)} |",
         f"| left in float | {', '.join(manifest.floats) or 'nothing'}, embeddings unless quantized, norms |",
         f"| calibration | {data.corpus}, {data.samples} x {data.length} tokens, seed {identity.seed} |",
+        f"| special tokens | `--bos {data.bos}`: {f'`{data.special}`' if data.special else 'none'} before a window |",
         f"| calibration hash | `{data.hash[:16]}` |",
         f"| versions | {', '.join(f'{name} {v}' for name, v in manifest.versions.items())} |",
         "",

@@ -12,12 +12,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.data.text import Tokens, calibration, self_sample
+from lowbit.data.sampling import self_sample
+from lowbit.data.text import Data, calibration
+from lowbit.data.windows import Bos, Tokens, WindowShape
 from lowbit.models.device import DTYPES
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
@@ -68,15 +71,16 @@ class Quantized:
 
 
 def quantize(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     scheme: str | Scheme | None = None,
     recipe: str | Recipe = "gptq",
-    data: str | None = None,
+    data: Data | None = None,
     samples: int | None = None,
     length: int | None = None,
     seed: int | None = None,
+    bos: Bos | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     settings: Iterable[str] = (),
@@ -97,8 +101,11 @@ def quantize(
         out: the run folder; new, empty, or left by an interrupted run of the same request.
         scheme: a name such as ``w4a16g64-sym``, a YAML file, or a ``Scheme``.
         recipe: a name such as ``gptq``, a YAML file, or a ``Recipe``.
-        data: calibration text: ``builtin``, ``wikitext2``, ``ptb``, ``c4``, ``self`` or a file.
+        data: calibration text: ``builtin``, ``wikitext2``, ``ptb``, ``c4``, ``self``, a file, several of these, or a
+            list of texts.
         samples, length, seed: number of windows, tokens per window, and the seed that draws them.
+        bos: what a window starts with: ``auto``, the special tokens that the tokenizer puts before a text; ``never``,
+            none; ``stream``, the papers' protocol, where a corpus has them once. See ``docs/data.md``.
         device, dtype: device and dtype of the blocks' forward passes; a CPU computes in float32 only.
         settings: ``step.field=value`` for the recipe's steps.
         overrides: ``{glob: format}`` over module names, such as ``{"*.down_proj": "w8"}`` or ``{"lm_head": "w8"}``.
@@ -116,13 +123,20 @@ def quantize(
     """
     began = time.monotonic()
     request = make_request(
-        model,
+        str(model),
         scheme=scheme,
         recipe=recipe,
         settings=settings,
         overrides=overrides or {},
         target=target,
-        protocol={"data": data, "samples": samples, "length": length, "seed": seed, "effort": effort},
+        protocol={
+            "data": data,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+            "bos": bos,
+            "effort": effort,
+        },
         device=device,
         dtype=dtype,
         compiled=compiled,
@@ -146,6 +160,7 @@ class Resolved:
         plan: formats and layout of every module.
         shapes: shapes of the checkpoint's tensors, by name.
         tokens: calibration tokens.
+        special: the special tokens in front of each calibration window, as text.
     """
 
     request: Request
@@ -156,6 +171,7 @@ class Resolved:
     plan: Plan
     shapes: Mapping[str, torch.Size]
     tokens: Tokens
+    special: str
 
     def identity(self) -> Identity:
         """What distinguishes this run from others: independent of the machine."""
@@ -166,7 +182,7 @@ class Resolved:
             recipe=recipe_to_dict(request.recipe),
             recipe_name=request.recipe.name,
             scheme=scheme_to_dict(self.scheme),
-            data=Calibration(tokens.corpus, request.samples, request.length, tokens.hash),
+            data=Calibration(tokens.corpus, request.samples, request.length, tokens.bos, self.special, tokens.hash),
             seed=request.seed,
             device=request.device,
             dtype=request.dtype,
@@ -195,9 +211,11 @@ def _check(request: Request) -> Resolved:
     shapes = shapes_of(skeleton)
     check_tensors(checkpoint, shapes, skeleton.family.blocks, {})
     check_tied(checkpoint, skeleton)
-    tokens = _calibration(request, source)
+    tokenizer = load_tokenizer(source.folder, trusted)
+    tokens = _calibration(request, source, tokenizer)
     check_ids(tokens.ids, skeleton, source.folder)
-    return Resolved(request, source, checkpoint, skeleton, scheme, plan, shapes, tokens)
+    special = str(tokenizer.decode(list(tokens.prefix)))
+    return Resolved(request, source, checkpoint, skeleton, scheme, plan, shapes, tokens, special)
 
 
 def _run(resolved: Resolved, out: Path) -> Manifest:
@@ -232,15 +250,22 @@ def _scheme(request: Request, skeleton: Skeleton) -> Scheme:
     return request.scheme
 
 
-def _calibration(request: Request, source: Source) -> Tokens:
-    tokenizer = load_tokenizer(source.folder, request.trust_remote_code)
-
-    def sampler(n: int, window: int, draw: int) -> torch.Tensor:
-        say(f"sampling {n} x {window} tokens from the model itself")
+def _calibration(request: Request, source: Source, tokenizer: Any) -> Tokens:
+    def sampler(n: int, shape: WindowShape, draw: int) -> torch.Tensor:
+        say(f"sampling {n} x {shape.length} tokens from the model itself")
         whole = load(source.folder, device=request.device, trust_remote_code=request.trust_remote_code)
-        return self_sample(whole, tokenizer, n, window, draw)
+        start = () if shape.bos == "never" else shape.prefix or None
+        return self_sample(whole, tokenizer, n, shape.length, draw, start=start)
 
-    return calibration(request.data, tokenizer, request.samples, request.length, request.seed, sampler=sampler)
+    return calibration(
+        request.data,
+        tokenizer,
+        request.samples,
+        request.length,
+        request.seed,
+        bos=request.bos,
+        sampler=sampler,
+    )
 
 
 def _size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:

@@ -43,7 +43,15 @@ Step = Method | Tune
 Named = tuple[str, Step]
 # Training budgets: shares of the epochs in a recipe.
 EFFORTS = {"quick": 0.3, "normal": 0.5, "paper": 1.0}
-PROTOCOL: dict[str, type] = {"scheme": str, "data": str, "samples": int, "length": int, "seed": int, "effort": str}
+PROTOCOL: dict[str, type] = {
+    "scheme": str,
+    "data": str,
+    "samples": int,
+    "length": int,
+    "seed": int,
+    "bos": str,
+    "effort": str,
+}
 KEYS = ("description", "schemes", "steps", "window", "run")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 parses 1e-3 as text

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from lowbit.checkpoints.resolve import DEMO
-from lowbit.data.text import NAMES
+from lowbit.data.text import NAMES, SELF, Corpus, Data, corpora
+from lowbit.data.windows import BOS, Bos
 from lowbit.errors import unknown
 from lowbit.models.device import check_device
 from lowbit.pipeline.recipe import Recipe, load_recipe, recipe_names, recipe_to_dict, with_effort, with_settings
@@ -27,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "samples": 32,
     "length": 512,
     "seed": 0,
+    "bos": "auto",
     "effort": "normal",
 }
 
@@ -62,10 +64,11 @@ class Request:
     scheme: Scheme | None
     overrides: Mapping[str, str]
     target: str | None
-    data: str
+    data: Data
     samples: int
     length: int
     seed: int
+    bos: Bos
     device: str
     dtype: str
     compiled: bool
@@ -95,16 +98,23 @@ class Request:
             "scheme": None if self.scheme is None else self.scheme.name,
             "overrides": overrides,
             "target": self.target,
-            "data": self.data if self.data in (*NAMES, "self") else Path(self.data).name,
+            "data": [_name(corpus) for corpus in corpora(self.data)],
             "samples": self.samples,
             "length": self.length,
             "seed": self.seed,
+            "bos": self.bos,
             "device": self.device,
             "dtype": self.dtype,
             "compiled": self.compiled,
             "allow_pickle": self.allow_pickle,
             "trust_remote_code": self.trust_remote_code,
         }
+
+
+def _name(corpus: Corpus) -> str:
+    """A corpus's name without the folders of this machine."""
+    name = str(corpus)
+    return name if not isinstance(corpus, str) or name in (*NAMES, SELF) else Path(name).name
 
 
 def make_request(
@@ -122,7 +132,7 @@ def make_request(
 
     Args:
         model, scheme, recipe, settings, overrides, target: as for ``lowbit.quantize``.
-        protocol: ``data``, ``samples``, ``length``, ``seed`` and ``effort``; ``None``: the recipe's value,
+        protocol: ``data``, ``samples``, ``length``, ``seed``, ``bos`` and ``effort``; ``None``: the recipe's value,
             else the default.
         machine: see ``Machine``.
     """
@@ -132,6 +142,8 @@ def make_request(
     base = load_recipe(recipe) if isinstance(recipe, str) else recipe
     chosen = {**DEFAULTS, **base.run, **{key: value for key, value in protocol.items() if value is not None}}
     check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
+    if chosen["bos"] not in BOS:
+        raise unknown("--bos", str(chosen["bos"]), BOS)
     # A ``Recipe`` object keeps its epochs unless ``effort`` is set.
     effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
     steps = with_settings(with_effort(base, effort), settings := tuple(settings))
@@ -151,6 +163,6 @@ def make_request(
         scheme=formats,
         overrides=overrides,
         target=target or (formats.target if formats else None),
-        **{key: chosen[key] for key in ("data", "samples", "length", "seed")},
+        **{key: chosen[key] for key in ("data", "samples", "length", "seed", "bos")},
         **machine,
     )

@@ -90,9 +90,9 @@ class _Pool:
             self.manifests.index(compared_run["manifest"]) if compared_run["manifest"] in self.manifests else None
             for compared_run in content["runs"]
         ]
-        exact, length = [], content["protocol"]["length"]
+        exact, how = [], content["protocol"]
         for name, text in content["texts"].items():
-            protocol = text_protocol(text["tokens"], length, text["data_hash"])
+            protocol = text_protocol(text["tokens"], how["length"], how["bos"], text["data_hash"])
             exact.append(entry(name, "perplexity", text["perplexity"], protocol))
             for position, figures in zip(positions, text["runs"], strict=True):
                 if position is not None:

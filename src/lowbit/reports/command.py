@@ -15,7 +15,7 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
     The model and a calibration file appear by name only: a manifest holds no paths.
 
     >>> request = {"model": "demo", "recipe": "rtn", "effort": "quick", "settings": [], "scheme": "w8a8"}
-    >>> request |= {"overrides": [], "data": "c4", "samples": 8, "length": 8, "seed": 0}
+    >>> request |= {"overrides": [], "data": ["c4"], "samples": 8, "length": 8, "seed": 0, "bos": "auto"}
     >>> command(request)[0].partition(" --scheme ")[2]
     'w8a8 --recipe rtn --effort quick --data c4 --samples 8 --length 8 --seed 0'
     """
@@ -28,9 +28,10 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
     words += [f"--set={setting}" for setting in request["settings"]]
     words += _option("target", request.get("target"))
     words += [f"--override={glob}={text}" for pair in request["overrides"] for glob, text in pair.items()]
-    for name in ("data", "samples", "length", "seed"):
+    words += [word for corpus in request["data"] for word in ("--data", corpus)]
+    for name in ("samples", "length", "seed"):
         words += ["--" + name, str(request[name])]
-    for name, default in (("device", "cpu"), ("dtype", "float32"), ("revision", None)):
+    for name, default in (("bos", "auto"), ("device", "cpu"), ("dtype", "float32"), ("revision", None)):
         words += _option(name, request.get(name), default)
     flags = {"compiled": "--compile", "allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
     words += [flag for name, flag in flags.items() if request.get(name)]

@@ -13,20 +13,31 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.data.windows import Bos
 from lowbit.errors import LowbitError
 
 MANIFEST = "lowbit.json"
-FORMAT = 2
+FORMAT = 3
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration data: the corpus's name, number of windows, tokens per window, and the tokens' digest."""
+    """The calibration data.
+
+    Attributes:
+        corpus: its name.
+        samples, length: number of windows, and tokens in one.
+        bos: what a window starts with: ``auto``, ``never`` or ``stream``.
+        special: the special tokens in front of each window, as text.
+        hash: digest of the tokens.
+    """
 
     corpus: str
     samples: int
     length: int
+    bos: Bos
+    special: str
     hash: str
 
 
@@ -175,6 +186,8 @@ def _parse(kind: Any, content: Any, where: str, key_path: str) -> Any:
         return _parse_dataclass(kind, content, where, key_path)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
+        return content
+    if origin is typing.Literal and content in inner:
         return content
     if origin is types.UnionType:
         if content is None and type(None) in inner:
