@@ -88,18 +88,10 @@ def test_a_run_says_what_its_windows_start_with(folder: Path, tmp_path: Path, bo
     assert ("--bos" in command(made.manifest.request)[0]) == (bos != "auto")
     page = lowbit.report([tmp_path / "run"], out=tmp_path / "report.html").out.read_text()
     assert f"(bos {bos})" in page
+    other: Any = {"auto": "never", "never": "stream", "stream": "auto"}[bos]
+    options: dict[str, Any] = {"recipe": "rtn", "data": text, "samples": 2, "length": LENGTH, "bos": other}
     with pytest.raises(lowbit.LowbitError, match=r"another run: its .*(bos|hash)"):
-        other = {"auto": "never", "never": "stream", "stream": "auto"}[bos]
-        lowbit.quantize(
-            folder,
-            tmp_path / "run",
-            scheme="w4a16g32-sym",
-            recipe="rtn",
-            data=text,
-            samples=2,
-            length=LENGTH,
-            bos=other,
-        )
+        lowbit.quantize(folder, tmp_path / "run", scheme="w4a16g32-sym", **options)
 
 
 def test_own_samples_start_as_the_protocol_says(folder: Path, tmp_path: Path) -> None:
