@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name, tensor_name
-from lowbit.quant.format import Format
+from lowbit.quant.format import Format, QParams
+from lowbit.quant.scale_search import search_scales
+from lowbit.quant.scales import Integers, Plain
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -29,10 +31,13 @@ def hard_rows(dtype: torch.dtype, columns: int = 64) -> torch.Tensor:
     return rows.to(dtype)
 
 
+COLUMNS = 256  # a superblock of the K-quants
+
+
 def check_format(format: Format) -> None:
     """One format, in every dtype."""
     for dtype in DTYPES:
-        weight = hard_rows(dtype)
+        weight = hard_rows(dtype, COLUMNS)
         for low, high in ((1.0, 1.0), (0.7, 0.9)):
             qparams = format.qparams(weight, low, high)
             q = format.quantize(weight, qparams)
@@ -41,28 +46,58 @@ def check_format(format: Format) -> None:
             assert bool(q.dequantize().isfinite().all()), "a value is not finite"
             assert q.codes.dtype == torch.uint8
             assert int(q.codes.max()) < 2**format.elements.bits, "a code has more bits than the elements"
-            assert torch.equal(qparams.scale.to(format.scales.dtype).to(dtype), qparams.scale), "not stored"
+            if isinstance(format.scales, Plain):
+                assert format.scales.holds(qparams.scale), "not stored"
             if dtype in (torch.float32, torch.float64):  # 16 bits cannot hold every product exactly
+                _check_stored(format, qparams)
                 again = format.quantize(q.dequantize(), qparams)
                 assert torch.equal(again.codes, q.codes), "quantizing twice moves codes"
-    weight = hard_rows(torch.float64)
+    weight = hard_rows(torch.float64, COLUMNS)
     qparams = format.qparams(weight)
     every = format.per_column(qparams, weight.shape[1])
     assert torch.allclose(format.value(format.position(weight, every), every), weight, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(format.from_range(*format.range_of(qparams)), qparams, strict=True):
         assert torch.equal(ours, theirs), "a range does not give its qparams again"
     _check_gradients(format)
-    assert format.bits_per_value(64) >= format.elements.bits
+    _check_search(format)
+    assert format.bits_per_value(COLUMNS) >= format.elements.bits
     assert format.name
     assert hash(format) == hash(type(format)(**vars(format))), "a format is a frozen value"
 
 
+def _check_stored(format: Format, qparams: QParams) -> None:
+    """Scales of several levels are products of what is stored."""
+    if isinstance(format.scales, Integers):  # COLUMNS are one superblock
+        assert format.scales.holds(qparams.scale), "not stored"
+        assert format.zero != "offset" or format.scales.holds(qparams.zero), "not stored"
+    else:
+        assert format.scales.holds(qparams.scale), "not stored"
+
+
+def _check_search(format: Format) -> None:
+    """Neighbours can be stored, and a search never makes a group worse."""
+    weight = torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(3))
+    start = format.qparams(weight)
+    found = search_scales(weight, format, start)
+    for candidate in (*format.neighbours(start), found):
+        _check_stored(format, candidate)
+    errors = [
+        format.over_shared_rows(
+            (format.fake_quant(weight, q) - weight).square().unflatten(-1, (q.scale.shape[-1], -1)).sum(-1)
+        )
+        for q in (start, found)
+    ]
+    assert bool((errors[1] <= errors[0]).all())
+    if format.elements.bits <= 6:  # at 7 and 8 bits the whole range is the best one
+        assert float(errors[1].sum()) < float(errors[0].sum())
+
+
 def _check_gradients(format: Format) -> None:
-    weight = hard_rows(torch.float32)[:1].requires_grad_()
-    groups = format.groups(64)
+    weight = hard_rows(torch.float32, COLUMNS)[:1].requires_grad_()
+    groups = format.groups(COLUMNS)
     low, high = (torch.full((1, groups), 0.8, requires_grad=True) for _ in range(2))
     format.fake_quant_clipped(weight, low, high).square().sum().backward()
-    for leaf in (weight, low, high):
+    for leaf in (weight, low, high) if format.learns_range else (weight,):
         assert leaf.grad is not None
         assert bool(leaf.grad.isfinite().all())
     assert weight.grad is not None

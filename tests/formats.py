@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lowbit.quant.activations import ActFormat
-from lowbit.quant.format import Format, Int, Plain, QParams, Zero, round_ste, stored_scale
+from lowbit.quant.elements import Int
+from lowbit.quant.format import Format, QParams, Zero, round_ste
+from lowbit.quant.scales import Plain, stored_scale
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,17 @@ class Ternary(Format):
     def independent_ends(self) -> bool:
         return False
 
+    @property
+    def learns_range(self) -> bool:
+        return True
+
     def bits_per_value(self, columns: int) -> float:
         return 2 + 16 / columns
 
-    def from_range(self, low: Tensor, high: Tensor) -> QParams:
+    def neighbours(self, qparams: QParams) -> list[QParams]:
+        return [QParams(stored_scale(qparams.scale * 0.8, torch.float16), qparams.zero)]
+
+    def from_range(self, low: Tensor, high: Tensor, tensor_peak: Tensor | None = None) -> QParams:
         scale = stored_scale(torch.maximum(high, -low), torch.float16)
         return QParams(scale, torch.ones_like(scale))
 

@@ -9,8 +9,10 @@ import torch
 
 from formats import Ternary
 from lowbit.errors import LowbitError
-from lowbit.quant.format import Format, Int, Plain, QParams, QTensor, split_groups, stored_scale, usable_group_sizes
+from lowbit.quant.elements import Int
+from lowbit.quant.format import Format, QParams, QTensor, split_groups, usable_group_sizes
 from lowbit.quant.integer import IntFormat, integer
+from lowbit.quant.scales import Plain, stored_scale
 
 FLOAT16 = torch.finfo(torch.float16)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

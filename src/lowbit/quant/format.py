@@ -23,30 +23,19 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.quant import inductor
+from lowbit.quant.elements import Float, Int, Table
+from lowbit.quant.scales import Scales
 
-Zero = Literal["none", "code"]
+Zero = Literal["none", "code", "offset"]
 Factor = Tensor | float
 
 
-@dataclass(frozen=True)
-class Int:
-    """Integer elements of ``bits`` bits; a code is the integer itself."""
-
-    bits: int
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Scales stored individually in ``dtype``."""
-
-    dtype: torch.dtype
-
-
 class QParams(NamedTuple):
-    """Scale and zero point of each group: ``value = (code - zero) * scale``.
+    """Scale and zero point of each group, ``(rows, groups)`` each in the compute dtype.
 
-    Both are ``(rows, groups)`` in the compute dtype; ``scale`` holds values that the format can store, ``zero`` holds
-    codes. ``Format.per_column`` expands them to columns.
+    ``scale`` holds effective scales: products of what a format stores on several levels, which are exact.
+    ``zero`` is the code of 0, or, for a format whose groups have a minimum (``offset``), that minimum:
+    ``value = (code - zero) * scale`` or ``code * scale - zero`` for integers. ``Format.per_column`` expands both.
     """
 
     scale: Tensor
@@ -104,7 +93,7 @@ class Format(ABC):
 
     @property
     @abstractmethod
-    def elements(self) -> Int:
+    def elements(self) -> Int | Float | Table:
         """The type of a code."""
 
     @property
@@ -114,28 +103,34 @@ class Format(ABC):
 
     @property
     @abstractmethod
-    def scales(self) -> Plain:
+    def scales(self) -> Scales:
         """How scales are stored."""
 
     @property
     @abstractmethod
     def zero(self) -> Zero:
-        """``none``: the format fixes the zero point; ``code``: each group has an integer zero point."""
+        """``none``: the format fixes the zero point; ``code``: a group has an integer one; ``offset``: a minimum."""
 
     @property
     @abstractmethod
     def independent_ends(self) -> bool:
         """Both ends of a group's range are independent; otherwise the larger end determines both."""
 
+    @property
+    @abstractmethod
+    def learns_range(self) -> bool:
+        """Gradients reach the ends of a range; otherwise scales can only be searched."""
+
     @abstractmethod
     def bits_per_value(self, columns: int) -> float:
         """Stored bits per value of a row: codes, scales and zero points."""
 
     @abstractmethod
-    def from_range(self, low: Tensor, high: Tensor) -> QParams:
+    def from_range(self, low: Tensor, high: Tensor, tensor_peak: Tensor | None = None) -> QParams:
         """Qparams of the range from ``low`` (0 or less) to ``high`` (0 or more), ``(rows, groups)`` each.
 
-        Differentiable in both.
+        Differentiable in both where ``learns_range``. ``tensor_peak`` is the largest absolute value of all tensors
+        that share a scale of the whole tensor; without it this tensor's own. Most formats have no such scale.
         """
 
     @abstractmethod
@@ -153,6 +148,10 @@ class Format(ABC):
     @abstractmethod
     def value(self, codes: Tensor, qparams: QParams) -> Tensor:
         """The values of codes, or of positions between codes; qparams broadcast against ``codes``."""
+
+    @abstractmethod
+    def neighbours(self, qparams: QParams) -> list[QParams]:
+        """Qparams next to ``qparams`` that the format can store: candidates for ``search_scales``."""
 
     @abstractmethod
     def fits_scale_dtype(self, qparams: QParams) -> bool:
@@ -175,18 +174,29 @@ class Format(ABC):
         grouped = split_groups(weight, self.groups(weight.shape[-1]))
         return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
-    def qparams(self, weight: Tensor, low: Factor = 1.0, high: Factor = 1.0) -> QParams:
+    def nearest(self, x: Tensor, qparams: QParams) -> Tensor:
+        """The nearest values, ``value(round(x))``; differentiable inside the range; qparams broadcast."""
+        return self.value(self.round(x, qparams), qparams)
+
+    def over_shared_rows(self, per_group: Tensor) -> Tensor:
+        """Sums over the rows that share a scale, for each row, of figures ``(rows, groups)``."""
+        return per_group
+
+    def qparams(
+        self, weight: Tensor, low: Factor = 1.0, high: Factor = 1.0, tensor_peak: Tensor | None = None
+    ) -> QParams:
         """Qparams that span each group's range, its ends shrunk by the clipping ratios ``low`` and ``high``.
 
         Args:
             weight: ``(rows, columns)``.
             low: factor on each group's minimum, ``(rows, groups)`` or a number; 1 keeps the range.
             high: the same for the maximum.
+            tensor_peak: as for ``from_range``.
 
         The range always includes 0. Differentiable in all three.
         """
         bottom, top = self.ends(weight)
-        return self.from_range(bottom * low, top * high)
+        return self.from_range(bottom * low, top * high, tensor_peak)
 
     def fake_quant(self, weight: Tensor, qparams: QParams) -> Tensor:
         """``weight`` ``(rows, columns)`` rounded to nearest: ``quantize(...).dequantize()``, bit for bit.
@@ -197,12 +207,14 @@ class Format(ABC):
             return inductor.compiled(_fake_quant, self)(weight, *qparams)
         return _fake_quant(weight, *qparams, self)
 
-    def fake_quant_clipped(self, weight: Tensor, low: Factor = 1.0, high: Factor = 1.0) -> Tensor:
-        """``fake_quant(weight, qparams(weight, low, high))``, with the ranges also fused within ``inductor.on()``."""
+    def fake_quant_clipped(
+        self, weight: Tensor, low: Factor = 1.0, high: Factor = 1.0, tensor_peak: Tensor | None = None
+    ) -> Tensor:
+        """``fake_quant(weight, qparams(weight, ...))``, with the ranges also fused within ``inductor.on()``."""
         if not inductor.active(weight):
-            return self.fake_quant(weight, self.qparams(weight, low, high))
+            return self.fake_quant(weight, self.qparams(weight, low, high, tensor_peak))
         bottom, top = inductor.compiled(_ends, self)(weight)
-        return self.fake_quant(weight, self.from_range(bottom * low, top * high))
+        return self.fake_quant(weight, self.from_range(bottom * low, top * high, tensor_peak))
 
     def quantize(self, weight: Tensor, qparams: QParams) -> QTensor:
         """``weight`` ``(rows, columns)`` rounded to the nearest codes."""
@@ -225,7 +237,7 @@ class Format(ABC):
 def _fake_quant(weight: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Tensor:
     qparams = _per_group(QParams(scale, zero))
     grouped = split_groups(weight, scale.shape[-1])
-    return format.value(format.round(grouped, qparams), qparams).flatten(-2)
+    return format.nearest(grouped, qparams).flatten(-2)
 
 
 def _ends(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
@@ -267,34 +279,3 @@ def round_ste(x: Tensor) -> Tensor:
     """``round(x)`` whose gradient is 1 everywhere (straight-through estimator; Bengio et al. 2013)."""
     # The plain operation where no gradient is needed: GPTQ rounds column by column, thousands of small tensors.
     return _Round.apply(x) if x.requires_grad else x.round()
-
-
-class _Store(torch.autograd.Function):
-    """A round trip through a storage dtype with the identity as its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        return grad[0], None
-
-
-def round_trip(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` cast to ``dtype`` and back; differentiable as the identity."""
-    return _Store.apply(x, dtype)
-
-
-def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale`` rounded to ``dtype``, never 0 or infinite; differentiable as the identity.
-
-    A scale below the smallest positive number of the dtype becomes that number: a row of zeros stays exact, and very
-    small values keep the precision that the format has. If the scale's own dtype has a narrower range, that applies.
-
-    >>> stored_scale(torch.tensor([0.1, 0.0]), torch.float16).tolist()
-    [0.0999755859375, 5.960464477539063e-08]
-    """
-    infos = [torch.finfo(dtype), torch.finfo(scale.dtype)]
-    smallest = max(info.smallest_normal * info.eps for info in infos)  # the smallest subnormal
-    return _Store.apply(scale.clamp(smallest, min(info.max for info in infos)), dtype)

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.quant.format import Format, Int, Plain, QParams, Zero, round_ste, stored_scale
+from lowbit.quant.elements import Int
+from lowbit.quant.format import Format, QParams, Zero, round_ste
+from lowbit.quant.scales import Plain, stored_scale
 
 MIN_BITS, MAX_BITS = 2, 8
+SEARCHED = (1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # factors on a range that a search tries
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ class IntFormat(Format):
         """With a zero point a range need not be symmetric."""
         return not self.symmetric
 
+    @property
+    def learns_range(self) -> bool:
+        """Gradients reach both ends."""
+        return True
+
     def with_bits(self, bits: int) -> IntFormat:
         """The format with another number of bits."""
         return replace(self, bits=bits)
@@ -110,8 +118,8 @@ class IntFormat(Format):
         overhead = torch.finfo(self.scale_dtype).bits + (0 if self.symmetric else self.bits)
         return self.bits + overhead * self.groups(columns) / columns
 
-    def from_range(self, low: Tensor, high: Tensor) -> QParams:
-        """Qparams of a range; a symmetric format uses the larger end for both.
+    def from_range(self, low: Tensor, high: Tensor, tensor_peak: Tensor | None = None) -> QParams:
+        """Qparams of a range; a symmetric format uses the larger end for both. ``tensor_peak`` has no effect.
 
         >>> q = IntFormat(2, symmetric=False).from_range(torch.tensor([[-1.0]]), torch.tensor([[2.0]]))
         >>> q.scale.tolist(), q.zero.tolist()
@@ -148,6 +156,11 @@ class IntFormat(Format):
     def value(self, codes: Tensor, qparams: QParams) -> Tensor:
         """``(code - zero) * scale``."""
         return (codes - qparams.zero) * qparams.scale
+
+    def neighbours(self, qparams: QParams) -> list[QParams]:
+        """Ranges scaled by ``SEARCHED``."""
+        low, high = self.range_of(qparams)
+        return [self.from_range(low * ratio, high * ratio) for ratio in SEARCHED]
 
     def fits_scale_dtype(self, qparams: QParams) -> bool:
         """Every scale is below the largest number of ``scale_dtype``."""

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.quant.activations import ActFormat
-from lowbit.quant.format import Format, round_ste, round_trip
+from lowbit.quant.format import Format, round_ste
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.scales import round_trip
 
 Q8_0, Q8_K = 32, 256
 # (bits, symmetric) that a GGUF file stores as K-quants where groups are multiples of 256: exporters/gguf_blocks.py.
