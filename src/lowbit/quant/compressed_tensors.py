@@ -25,9 +25,11 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import Format, QParams, QTensor
 from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.runtimes import RuntimeInput
+from lowbit.quant.scales import PowerOfTwo, TwoLevel
 from lowbit.quant.scheme import ModelFormats
 
 
@@ -138,13 +140,13 @@ def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str
     ordered = sorted(groups.items(), key=lambda pair: -len(pair[1]))
     entries = [(["Linear"] if i == 0 else [_exact_pattern(n) for n in names]) for i, (_, names) in enumerate(ordered)]
     config_groups: dict[str, Any] = {
-        f"group_{i}": {"targets": targets, "weights": _weights(weight), "input_activations": _activations(inputs)}
+        f"group_{i}": {"targets": targets, "weights": weights_args(weight), "input_activations": _activations(inputs)}
         for i, (targets, ((weight, inputs), _)) in enumerate(zip(entries, ordered, strict=True))
     }
     weights = [_integer(format) for format in formats.weights.values()]
     if embed in formats.modules:
         embedding = _integer(formats.modules[embed].weight)
-        config_groups["embeddings"] = {"targets": [_exact_pattern(embed)], "weights": _weights(embedding)}
+        config_groups["embeddings"] = {"targets": [_exact_pattern(embed)], "weights": weights_args(embedding)}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": layout_of(formats),
@@ -163,9 +165,24 @@ def _exact_pattern(name: str) -> str:
     return f"re:^{re.escape(name)}$"
 
 
-def _weights(format: IntFormat) -> dict[str, Any]:
+def weights_args(format: Format) -> dict[str, Any]:
+    """A weight format as compressed-tensors' arguments; raises ``LowbitError`` for one that it lacks."""
+    if isinstance(format, FloatFormat):
+        return _float_args(format)
+    integers = _integer(format)
     shape = {"strategy": "group" if format.group else "channel", "group_size": format.group}
-    return {"num_bits": format.bits, "type": "int", "symmetric": format.symmetric, **shape}
+    return {"num_bits": integers.bits, "type": "int", "symmetric": integers.symmetric, **shape}
+
+
+def _float_args(format: FloatFormat) -> dict[str, Any]:
+    common = {"num_bits": format.elements.bits, "type": "float", "symmetric": True, "group_size": format.group}
+    if isinstance(format.scales, TwoLevel):
+        return {**common, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+    if isinstance(format.scales, PowerOfTwo):
+        return {**common, "strategy": "group", "scale_dtype": "torch.uint8"}
+    if format.rows > 1:
+        return {**common, "group_size": None, "strategy": "block", "block_structure": [format.rows, format.group]}
+    return {**common, "strategy": "channel" if format.rows else "tensor"}
 
 
 def _activations(format: IntTokens | None) -> dict[str, Any] | None:
