@@ -105,34 +105,34 @@ def _signed(kind: Kind, n: npt.NDArray[np.int16], scale: Bytes) -> list[Bytes]:
         return [scale, n.astype(np.int8).view(np.uint8)]
     u = (n - SIGNED[kind][0]).astype(np.uint8)
     if kind == Kind.Q3_K:  # sub-scales are stored + 32: 33 has the low nibbles 1 and the high pairs of bits 2
-        return [_planes(u >> 2, 1), _planes(u & 3, 2), _same([0x11] * 8 + [0xAA] * 4, scale), scale]
+        return [planes(u >> 2, 1), planes(u & 3, 2), _same([0x11] * 8 + [0xAA] * 4, scale), scale]
     if kind == Kind.Q6_K:
         low = (u & 15).reshape(*u.shape[:2], 2, 2, 64)
         nibbles = (low[..., 0, :] | low[..., 1, :] << 4).reshape(*u.shape[:2], -1)
-        return [nibbles, _planes(u >> 4, 2), _same([1] * 16, scale), scale]
+        return [nibbles, planes(u >> 4, 2), _same([1] * 16, scale), scale]
     nibbles = u[..., :16] & 15 | (u[..., 16:] & 15) << 4
-    return [scale, nibbles] if kind == Kind.Q4_0 else [scale, _bits(u >> 4), nibbles]
+    return [scale, nibbles] if kind == Kind.Q4_0 else [scale, bits_of(u >> 4), nibbles]
 
 
 def _offset(kind: Kind, codes: Bytes, zero: Bytes, scale: Bytes) -> list[Bytes]:
     """The parts of blocks that hold codes and zero points separately."""
     if kind == Kind.Q2_K:
-        return [(1 | zero << 4).repeat(16, -1), _planes(codes, 2), scale, scale]
+        return [(1 | zero << 4).repeat(16, -1), planes(codes, 2), scale, scale]
     # Eight sub-scales and eight zeros of 6 bits: four bytes of each, then the low nibbles of the other four of both,
     # whose high bits are on top of the first eight bytes.
     packed = [_same([1] * 4, scale), (zero | (zero >> 4) << 6).repeat(4, -1), (1 | (zero & 15) << 4).repeat(4, -1)]
-    high = [_planes(codes >> 4, 1)] if kind == Kind.Q5_K else []
-    return [scale, scale, *packed, *high, _planes(codes & 15, 4)]
+    high = [planes(codes >> 4, 1)] if kind == Kind.Q5_K else []
+    return [scale, scale, *packed, *high, planes(codes & 15, 4)]
 
 
-def _planes(values: Bytes, bits: int) -> Bytes:
+def planes(values: Bytes, bits: int) -> Bytes:
     """256 small values as planes of 32: a byte holds values 32 apart, the first in its lowest bits."""
     planes = values.reshape(*values.shape[:2], -1, 8 // bits, 32)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return np.bitwise_or.reduce(planes << shifts, axis=-2).reshape(*values.shape[:2], -1)
 
 
-def _bits(values: Bytes) -> Bytes:
+def bits_of(values: Bytes) -> Bytes:
     """One bit per value, value ``j`` in bit ``j``."""
     return np.packbits(values, axis=-1, bitorder="little")
 
