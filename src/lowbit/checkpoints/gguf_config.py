@@ -117,7 +117,7 @@ def _phi3(meta: Metadata, content: Content, fields: Fields) -> Fields:
     out = _plain(meta, content, fields)
     rope = out["rope_parameters"]
     original = rope.get("original_max_position_embeddings") or fields["max_position_embeddings"]
-    window = meta.count("attention.sliding_window", 0, least=0) or None
+    window = meta.count("attention.sliding_window", least=0) or None
     return out | {
         "rope_parameters": {"partial_rotary_factor": 1.0} | rope,
         "original_max_position_embeddings": original,
@@ -135,11 +135,11 @@ def _gemma2(meta: Metadata, content: Content, fields: Fields) -> Fields:
 
 
 def _gemma3(meta: Metadata, content: Content, fields: Fields) -> Fields:
-    """Five of six layers have a window, and rotary frequencies without scaling; no window is written as 0 or left out."""
+    """Five of six layers have a window, and rotary frequencies without scaling; 0 stands for no window."""
     full = _plain(meta, content, fields)["rope_parameters"]
     local = {"rope_type": "default", "rope_theta": meta.number("rope.freq_base_swa", 10000.0)}
     cap = meta.number("final_logit_softcapping", 0.0, lambda x: x >= 0) or None
-    window = meta.count("attention.sliding_window", 0, least=0)
+    window = meta.count("attention.sliding_window", least=0)
     types = _layer_types(meta, fields) if window else ["full_attention"] * fields["num_hidden_layers"]
     return {
         "rope_parameters": {"full_attention": full, "sliding_attention": local},
@@ -227,6 +227,8 @@ def config_of(content: Content) -> Any:
 def _sizes(meta: Metadata, architecture: Architecture, content: Content) -> Fields:
     hidden, heads = meta.count("embedding_length"), meta.count("attention.head_count")
     layers = meta.count("block_count")
+    if content.shapes.get("token_embd.weight", (0, hidden))[-1] != hidden:
+        raise meta.refusal("embedding_length", f"token_embd.weight is {content.shapes['token_embd.weight']}")
     if layers > len(content.shapes):
         # Building a model of a billion layers, even one without storage, would take all memory.
         raise meta.refusal("block_count", f"the file has only {len(content.shapes)} tensors")
@@ -252,8 +254,11 @@ def _sizes(meta: Metadata, architecture: Architecture, content: Content) -> Fiel
 
 def _default_width(meta: Metadata, content: Content, hidden: int, heads: int) -> int:
     """The width of heads without a key for it; old files of a Llama have the rotated dimensions only, which are all."""
+    rows = content.shapes.get("blk.0.attn_q.weight", (0,))[0]
     if meta.architecture == "llama" and meta.has("rope.dimension_count"):
-        return meta.count("rope.dimension_count")
+        width = meta.count("rope.dimension_count")
+        if rows == heads * width:
+            return width
     if hidden % heads:
         raise meta.refusal("attention.head_count", f"it does not divide embedding_length = {hidden}")
     return hidden // heads
@@ -290,4 +295,3 @@ def _has_biases(content: Content, linears: Sequence[str], layers: int) -> bool:
             "biases in all of these linears or in none; use the model's own folder"
         )
     return bool(present)
-

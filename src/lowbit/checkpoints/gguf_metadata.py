@@ -124,7 +124,9 @@ class Metadata:
         """The error that names a key, its value and the reason."""
         full = self._full(key)
         if full not in self._values:
-            return LowbitError(f"{self.path} lacks the metadata key {full}: fetch it again, or convert the model anew")
+            return LowbitError(
+                f"{self.path} lacks the metadata key {full}: fetch it again, or convert the model anew"
+            )
         return LowbitError(f"{self.path} has {full} = {_shown(self._values[full])}: {why}; use another file of it")
 
     def refuse_unread(self) -> None:
