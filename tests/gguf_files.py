@@ -1,4 +1,4 @@
-"""Writes a transformers model as a ``.gguf`` file the way llama.cpp's converter does, so that tests can read it back."""
+"""Writes a transformers model as a ``.gguf`` file, as llama.cpp's converter does, so that tests can read it back."""
 
 from __future__ import annotations
 

@@ -198,7 +198,8 @@ def architecture_of(content: Content) -> str:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise LowbitError(
-            f"{content.path} has the architecture {name!r}; read exactly are only: {known}; use the model's own folder"
+            f"{content.path} has the architecture {name!r}; read exactly are only: {known}; use "
+            "the model's own folder"
         )
     kind = content.values.get("general.type", "model")
     if kind != "model":
@@ -253,7 +254,7 @@ def _sizes(meta: Metadata, architecture: Architecture, content: Content) -> Fiel
 
 
 def _default_width(meta: Metadata, content: Content, hidden: int, heads: int) -> int:
-    """The width of heads without a key for it; old files of a Llama have the rotated dimensions only, which are all."""
+    """The width of heads without a key; old files of a Llama have the rotated dimensions only, which are all."""
     rows = content.shapes.get("blk.0.attn_q.weight", (0,))[0]
     if meta.architecture == "llama" and meta.has("rope.dimension_count"):
         width = meta.count("rope.dimension_count")
@@ -286,12 +287,12 @@ def _special_tokens(content: Content) -> Fields:
 
 
 def _has_biases(content: Content, linears: Sequence[str], layers: int) -> bool:
-    """Whether these linears have biases. Raises ``LowbitError`` if only some do: the config has one switch for all."""
+    """Whether these linears have biases. Raises ``LowbitError`` if only some do: the config has one switch."""
     expected = {f"blk.{i}.{linear}.bias" for i in range(layers) for linear in linears}
     present = expected & set(content.shapes)
     if present and present != expected:
         raise LowbitError(
-            f"{content.path} has the tensor {min(present)}, but not {min(expected - present)}: transformers' model has "
-            "biases in all of these linears or in none; use the model's own folder"
+            f"{content.path} has the tensor {min(present)}, but not {min(expected - present)}: transformers' model "
+            "has biases in all of these linears or in none; use the model's own folder"
         )
     return bool(present)

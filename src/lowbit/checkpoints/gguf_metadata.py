@@ -5,8 +5,8 @@ first key that nobody asked for, unless the key cannot change what the model com
 invents is thus a refusal and never a silently different model.
 
 Three kinds of keys have no effect on the function: those about the file, its text and its making (``general.``,
-``tokenizer.``, ``split.``, ``quantize.``, ``imatrix.``, and the prefixes of tools, which llama.cpp does not read), those
-in ``INERT``, and those in ``NEUTRAL`` as long as their value says "off".
+``tokenizer.``, ``split.``, ``quantize.``, ``imatrix.``, and the prefixes of tools, which llama.cpp does not read),
+those in ``INERT``, and those in ``NEUTRAL`` as long as their value says "off".
 
 Sources: ``gguf.constants.Keys`` (all names), https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp
 (which are read, and their defaults).

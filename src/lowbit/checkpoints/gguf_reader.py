@@ -8,8 +8,8 @@ needed is about one shard plus the largest tensor, whatever the size of the mode
 The config comes from ``gguf_config``, which refuses by name whatever changes the function and cannot be expressed.
 Names and row orders come from transformers: its name map (built from a model without storage) and its tensor
 processors; ``gguf_check`` compares their results with the file's values. Rejected: ``from_pretrained(gguf_file=...)``
-followed by saving, which needs the whole model in memory and drops most metadata; split files, for which llama.cpp has
-a merge tool.
+followed by saving, which needs the whole model in memory and drops most metadata; split files, for which llama.cpp
+has a merge tool.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ What has no name of its own (another ``rope_freqs`` tensor, linear scaling with 
 ``longrope`` whose short and long divisors are the same: transformers computes those as they are given.
 
 ``rope.scaling.yarn_attn_factor`` holds the attention factor itself, ``rope.scaling.attn_factor`` what multiplies
-llama.cpp's; a file with both is refused. Rejected: guessing what a missing key might have been. llama.cpp falls back to
-values that suit some models only.
+llama.cpp's; a file with both is refused. Rejected: guessing what a missing key might have been. llama.cpp falls back
+to values that suit some models only.
 
 https://github.com/ggml-org/llama.cpp/blob/master/src/llama-context.cpp (attention factor),
 https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py
