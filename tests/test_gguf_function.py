@@ -360,6 +360,18 @@ def test_the_rotated_fraction_truncates_to_the_rotated_dimensions(width: int) ->
     assert all(int(width * fraction(dims, width)) == dims for dims in range(2, width + 1, 2))
 
 
+@pytest.mark.parametrize(("family", "largest"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemma_scales_attention_by_its_hidden_size(family: str, largest: int) -> None:
+    for layers, scalar in ((largest - 1, 24), (largest, 64 // 4)):
+        keys = keys_of(model_of(family).config) | {"block_count": layers, "rope.dimension_count": 24}
+        keys |= {"attention.key_length": 24, "attention.value_length": 24, "attention.scale": scalar**-0.5}
+        values = {f"{family}.{key}": value for key, value in keys.items()} | {"general.architecture": family}
+        shapes = {"token_embd.weight": (96, 64)} | {f"blk.{i}.attn_norm.weight": (64,) for i in range(layers)}
+        assert config_of(Content(Path("m"), values, shapes)).query_pre_attn_scalar == scalar
+        with pytest.raises(LowbitError, match=r"attention\.scale = 0\.9"):
+            config_of(Content(Path("m"), values | {f"{family}.attention.scale": 0.9}, shapes))
+
+
 def test_a_row_in_the_wrong_place_is_seen(tmp_path: Path) -> None:
     config = model_of("llama").config
     source = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)

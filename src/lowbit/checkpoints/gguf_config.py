@@ -163,9 +163,11 @@ def _layer_types(meta: Metadata, fields: Fields) -> list[str]:
 
 def _gemma_scale(meta: Metadata, fields: Fields) -> Fields:
     largest = fields["num_hidden_layers"] == GEMMA_27B[meta.architecture]
-    scalar = fields["hidden_size"] // fields["num_attention_heads"] if largest else fields["head_dim"]
-    meta.must_equal("attention.scale", scalar**-0.5, "this model", unset=0.0)
-    return {"query_pre_attn_scalar": scalar}
+    return {
+        "query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]
+        if largest
+        else fields["head_dim"]
+    }
 
 
 _BIASES = {"attention_bias": ATTENTION}
@@ -220,9 +222,13 @@ def config_of(content: Content) -> Any:
     for key, linears in architecture.biases.items():
         fields[key] = _has_biases(content, linears, fields["num_hidden_layers"])
     fields |= architecture.own(meta, content, fields)
-    meta.must_equal("attention.scale", fields["head_dim"] ** -0.5, "this model", unset=0.0)
+    divisor = fields.get("query_pre_attn_scalar", fields["head_dim"])
+    meta.must_equal("attention.scale", divisor**-0.5, "this model", unset=0.0)
     meta.refuse_unread()
-    return CONFIG_MAPPING[architecture.model_type](**fields)
+    kind = CONFIG_MAPPING[architecture.model_type]
+    if not hasattr(kind, "head_dim") and fields["head_dim"] * fields["num_attention_heads"] == fields["hidden_size"]:
+        del fields["head_dim"]  # published configs of this type have no such field
+    return kind(**fields)
 
 
 def _sizes(meta: Metadata, architecture: Architecture, content: Content) -> Fields:

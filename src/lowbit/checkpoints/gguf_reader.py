@@ -195,7 +195,7 @@ def _content(reader: Any, path: Path) -> Content:
     try:
         values = {key: field.contents() for key, field in reader.fields.items() if key not in lists}
         tables = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors if t.name in TABLES}
-    except BROKEN as error:
+    except (*BROKEN, NotImplementedError) as error:
         raise LowbitError(f"{path} has unreadable metadata ({one_line(error)}): fetch it again") from error
     parts = values.get("split.count")
     if isinstance(parts, int) and parts > 1:
