@@ -36,6 +36,7 @@ https://github.com/ggml-org/llama.cpp/tree/master/src/models (what is computed)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,8 +223,8 @@ def config_of(content: Content) -> Any:
     for key, linears in architecture.biases.items():
         fields[key] = _has_biases(content, linears, fields["num_hidden_layers"])
     fields |= architecture.own(meta, content, fields)
-    divisor = fields.get("query_pre_attn_scalar", fields["head_dim"])
-    meta.must_equal("attention.scale", divisor**-0.5, "this model", unset=0.0)
+    divisor = int(fields.get("query_pre_attn_scalar", fields["head_dim"]))
+    meta.must_equal("attention.scale", 1 / math.sqrt(divisor), "this model", unset=0.0)
     meta.refuse_unread()
     kind = CONFIG_MAPPING[architecture.model_type]
     if not hasattr(kind, "head_dim") and fields["head_dim"] * fields["num_attention_heads"] == fields["hidden_size"]:

@@ -100,8 +100,8 @@ def fraction(dims: int, head_dim: int) -> float:
 
     >>> fraction(72, 96)
     0.75
-    >>> int(49 * fraction(28, 49)), int(49 * (28 / 49))
-    (28, 28)
+    >>> int(44 * (30 / 44)), int(44 * fraction(30, 44))
+    (29, 30)
     """
     value = dims / head_dim
     return value if int(head_dim * value) == dims else math.nextafter(value, 1.0)
@@ -218,7 +218,7 @@ def llama3_divisors(base: float, dims: int, factor: float, low: float, high: flo
     ``wave > L / low``, and between them ``1 / ((1 - s) / factor + s)`` with ``s = (L / wave - low) / (high - low)``.
 
     >>> [round(v, 3) for v in llama3_divisors(1e4, 8, 8.0, 1.0, 4.0, 128.0)]
-    [1.0, 1.849, 8.0, 8.0]
+    [1.0, 2.339, 8.0, 8.0]
     """
     out = []
     for i in range(dims // 2):
