@@ -59,11 +59,11 @@ NO_TOKEN = (1 << 32) - 1  # llama.h, LLAMA_TOKEN_NULL, as the unsigned integer t
 
 @dataclass(frozen=True)
 class Content:
-    """What the config is made of, besides the values of tensors.
+    """What the config is made of.
 
     Attributes:
         path: the file, for messages.
-        values: metadata by key; token lists are not needed, only ``tokens``.
+        values: metadata by key, without lists of tokens.
         shapes: shapes of all tensors by name, outermost dimension first.
         tables: values of the tensors of rotary divisors, by name.
         tokens: length of the token list, or ``None``.
@@ -163,12 +163,9 @@ def _layer_types(meta: Metadata, fields: Fields) -> list[str]:
 
 
 def _gemma_scale(meta: Metadata, fields: Fields) -> Fields:
-    largest = fields["num_hidden_layers"] == GEMMA_27B[meta.architecture]
-    return {
-        "query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]
-        if largest
-        else fields["head_dim"]
-    }
+    if fields["num_hidden_layers"] == GEMMA_27B[meta.architecture]:
+        return {"query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]}
+    return {"query_pre_attn_scalar": fields["head_dim"]}
 
 
 _BIASES = {"attention_bias": ATTENTION}
@@ -223,7 +220,7 @@ def config_of(content: Content) -> Any:
     for key, linears in architecture.biases.items():
         fields[key] = _has_biases(content, linears, fields["num_hidden_layers"])
     fields |= architecture.own(meta, content, fields)
-    divisor = int(fields.get("query_pre_attn_scalar", fields["head_dim"]))
+    divisor = fields["query_pre_attn_scalar" if "query_pre_attn_scalar" in fields else "head_dim"]
     meta.must_equal("attention.scale", 1 / math.sqrt(divisor), "this model", unset=0.0)
     meta.refuse_unread()
     kind = CONFIG_MAPPING[architecture.model_type]
@@ -280,11 +277,10 @@ def _vocabulary(meta: Metadata, content: Content) -> int:
 
 def _special_tokens(content: Content) -> Fields:
     out: Fields = {}
+    rows = content.shapes.get("token_embd.weight", (0,))[0]
     for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         value = content.values.get(f"tokenizer.ggml.{name}_token_id")
-        rows = content.shapes.get("token_embd.weight", (0,))[0]
-        if value == NO_TOKEN:
-            value = None
+        value = None if value == NO_TOKEN else value
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < rows):
             raise LowbitError(
                 f"{content.path} has tokenizer.ggml.{name}_token_id = {value!r}: allowed are ids below {rows}"
