@@ -19,6 +19,7 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
 import lowbit
+from lowbit.checkpoints.gguf_reader import convert
 from lowbit.cli.main import call
 from lowbit.errors import LowbitError
 from lowbit.exporters.gguf_blocks import block_type, pack_blocks
@@ -33,8 +34,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(folder: Path, family: str, scheme: str = "w4a16g32-sym", **more: Any) -> Path:
-    save_tiny(folder / "model", family, **CHANGES.get(family, {}))
+def make(folder: Path, family: str, scheme: str = "w4a16g32-sym", changes: Any = None, **more: Any) -> Path:
+    save_tiny(folder / "model", family, **CHANGES.get(family, {}) | (changes or {}))
     tiny_tokenizer(merge=True).save_pretrained(folder / "model")
     text = str(folder / "model" / "calib.txt")
     lowbit.quantize(
@@ -78,6 +79,73 @@ def test_transformers_own_loader_computes_the_same(tmp_path: Path, family: str) 
     with torch.no_grad():
         ours, got = lowbit.load(run)(ids).logits, theirs(ids).logits
     assert torch.equal(got, ours)
+
+
+FACTORS = [1.0, 1.1, 1.5, 2.0, 3.0, 4.5, 5.0, 6.0]
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"factor": 4.0}),
+    "yarn": ("qwen3", {"factor": 4.0, "original_max_position_embeddings": 32}),
+    "yarn, attention": ("qwen2", {"factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.7}),
+    "yarn, mscale": (
+        "llama",
+        {"factor": 4.0, "original_max_position_embeddings": 32, "mscale": 2.0, "mscale_all_dim": 0.5},
+    ),
+    "llama3": (
+        "mistral",
+        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+    "longrope": (
+        "llama",
+        {"short_factor": FACTORS, "long_factor": [2 * f for f in FACTORS], "original_max_position_embeddings": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_rotary_embeddings_come_back(tmp_path: Path, case: str) -> None:
+    family, rope = ROPES[case]
+    parameters = {"rope_type": case.partition(",")[0], "rope_theta": 1e4, **rope}
+    comes_back(tmp_path, family, {"rope_parameters": parameters})
+
+
+def test_scaled_gemma3_comes_back(tmp_path: Path) -> None:
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    changes = {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "rope_parameters": {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        "final_logit_softcapping": 2.0,
+    }
+    comes_back(tmp_path, "gemma3", changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama-odd", {}), ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0})],
+)
+def test_what_is_special_of_a_family_comes_back(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    comes_back(tmp_path, family, changes)
+
+
+def comes_back(folder: Path, family: str, changes: dict[str, Any]) -> None:
+    """An exported run, read as any ``.gguf`` file is, has the run's logits; without its rope it has not."""
+    run = make(folder / "changed", family, changes=changes)
+    made = lowbit.export(run, "gguf")
+    assert lowbit.verify(run, [made.out])[0].ok
+    (folder / "back").mkdir()
+    convert(made.out, folder / "back")
+    ids = tiny_ids(1, 90)
+    with torch.no_grad():
+        right = lowbit.load(run)(ids).logits
+        got = AutoModelForCausalLM.from_pretrained(folder / "back")(ids).logits
+        plain = {"rope_type": "default", "rope_theta": 1e4}
+        plain = plain if family != "gemma3" else {"full_attention": plain, "sliding_attention": plain}
+        other = AutoModelForCausalLM.from_pretrained(folder / "back", rope_parameters=plain)(ids).logits
+    assert (got - right).norm() < 1e-5 * right.norm()
+    assert "rope_parameters" not in changes or (other - right).norm() > 1e-3 * right.norm()
 
 
 def test_transformers_own_loader_reads_gemmas_tensors(tmp_path: Path) -> None:
@@ -195,6 +263,21 @@ def test_what_does_not_fit_is_refused(refusal_of: Callable[..., str], scheme: st
         ("gemma3", {"query_pre_attn_scalar": 64}, "llama.cpp assumes 16"),
         ("mistral", {"sliding_window": 8}, "has none"),
         ("llama", {"hidden_act": "gelu"}, "computes silu"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_parameters.rope_type 'dynamic'",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "beta_fast": 8.0}}, "rope_parameters.beta_fast 8.0"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "rope_parameters.truncate False"),
+        ("qwen2", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type 'llama3'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor 0.5",
+        ),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping None"),
     ],
 )
 def test_what_llamacpps_graph_does_not_do_is_named(family: str, changes: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 
 import lowbit
+from gguf_files import random_model, save
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.data.text import evaluation
 from lowbit.errors import LowbitError
@@ -19,7 +20,7 @@ from lowbit.metrics.perplexity import perplexity
 from tiny import save_tiny, tiny_ids, tiny_tokenizer
 
 pytest.importorskip("llama_cpp", reason="pip install 'lowbit[llamacpp]'")
-from lowbit.exporters.llamacpp import open_session
+from lowbit.exporters.llamacpp import open_session, source_distance
 
 pytestmark = pytest.mark.runtimes
 
@@ -186,3 +187,37 @@ def test_a_broken_file_is_one_line_with_the_reason(tmp_path: Path) -> None:
         pass
     assert "\n" not in str(caught.value)
     assert "no reason" not in str(caught.value)
+
+
+FACTORS = [1.0, 1.1, 1.5, 2.0, 3.0, 4.5, 5.0, 6.0]
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+LONG = {"rope_factors_short.weight": FACTORS, "rope_factors_long.weight": [2 * f for f in FACTORS]}
+SOURCES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    # family, changes of the model, keys and tensors of the file
+    ("llama", {}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {}),
+    ("llama", {}, YARN | {"rope.scaling.attn_factor": 0.7}, {}),
+    ("qwen2", {}, YARN, {}),
+    ("llama", {}, {}, {"rope_freqs.weight": FACTORS}),
+    ("llama-odd", {}, {}, {}),
+    ("smollm3", {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5,
+     "no_rope_layers": [1, 1, 1, 0, 1], "attention_bias": False}, {}, {}),
+    ("phi3", {}, {"rope.scaling.original_context_length": 100, "rope.scaling.attn_factor": 1.2}, LONG),
+    ("phi3-partial", {}, {}, {}),
+    ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {}, {}),
+    ("gemma3", {"layer_types": ["sliding_attention"] * 3}, {"rope.freq_base_swa": 500.0}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes", "keys", "tensors"), SOURCES)
+def test_a_file_that_is_read_computes_what_llamacpp_computes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    changes: dict[str, Any],
+    keys: dict[str, Any],
+    tensors: dict[str, Any],
+) -> None:
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    model = random_model(family, **changes)
+    file = save(tmp_path / "m.gguf", model, keys | {".tokenizer.ggml.model": "no_vocab"}, tensors)
+    assert source_distance(file, tiny_ids(1, 64)[0].tolist()) < 1e-3

@@ -5,20 +5,21 @@ Tensors are dequantized one at a time from the file's memory map and written as 
 needed is about one shard plus the largest tensor, whatever the size of the model. The values are those that the
 ``gguf`` package computes, in float32; 16 bits would round them a second time.
 
+The config comes from ``gguf_config``, which refuses by name whatever changes the function and cannot be expressed.
 Names and row orders come from transformers: its name map (built from a model without storage) and its tensor
-processors are used, so an architecture is supported exactly if transformers maps it. Rejected:
-``from_pretrained(gguf_file=...)`` followed by saving, which needs the whole model in memory; tables of our own, which
-become outdated; split files, for which llama.cpp has a merge tool.
+processors; ``gguf_check`` compares their results with the file's values. Rejected: ``from_pretrained(gguf_file=...)``
+followed by saving, which needs the whole model in memory and drops most metadata; split files, for which llama.cpp
+has a merge tool.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,20 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_SUPPORTED_ARCHITECTURES,
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
+from lowbit.checkpoints.gguf_check import check_values
+from lowbit.checkpoints.gguf_config import ARCHITECTURES, Content, architecture_of, config_of
+from lowbit.checkpoints.gguf_rope import TABLES
 from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.progress import say, track
 
 SHARD_BYTES = 2 << 30
 STALE_SECONDS = 24 * 3600
+# Rotary frequencies that early converters copied from checkpoints; llama.cpp computes its own.
+UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
 # Exceptions of the readers on broken bytes: they validate little and fail at the first impossible number.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError, struct.error)
 
@@ -131,18 +131,20 @@ def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model in the GGUF file ``path`` into the empty folder ``target``; ``config.json`` comes last.
 
     Every floating-point tensor is float32, with transformers' name and layout. Raises ``LowbitError`` for an
-    incomplete file, an unsupported architecture or tensor type, and tensors that do not match the metadata. A file
-    without a usable tokenizer yields a folder without one, and a warning.
+    incomplete file, an architecture, metadata or tensors that transformers cannot compute with, an unsupported tensor
+    type, and tensors that do not match the metadata. A file without a usable tokenizer yields a folder without one,
+    and a warning.
     """
     path = path.resolve()
     reader = _open(path)
-    architecture = _architecture(reader, path)
-    facts, config = _config(path, len(reader.tensors))
+    content = _content(reader, path)
+    architecture = architecture_of(content)
+    config = _config(content)
     model = _meta_model(config, path)
     shards = ShardWriter(target, shard_bytes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     missing = set(shapes) - set(getattr(model, "all_tied_weights_keys", None) or {})
-    for name, value in _tensors(reader, architecture, model, facts, path):
+    for name, value in _tensors(reader, architecture, model, path):
         if name in shapes and tuple(value.shape) != shapes[name]:
             raise LowbitError(
                 f"'{name}' in {path} is {tuple(value.shape)}, its metadata implies {shapes[name]}: fetch it again"
@@ -183,49 +185,41 @@ def _open(path: Path) -> Any:
     if reader.byte_order != "I":
         # Quantized blocks would be read in the wrong byte order without an error.
         raise LowbitError(f"{path} has the other byte order: convert it with gguf-convert-endian")
-    parts = _field(reader, "split.count")
-    if parts is not None and parts > 1:
-        raise LowbitError(f"{path} is one of {parts} parts: merge them first with llama-gguf-split --merge")
     return reader
 
 
-def _field(reader: Any, key: str) -> Any:
-    field = reader.fields.get(key)
-    return None if field is None else field.contents()
-
-
-def _architecture(reader: Any, path: Path) -> str:
-    """``general.architecture``, if transformers maps it."""
-    known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
-    name = _field(reader, "general.architecture")
-    # The list has transformers' spelling ("qwen2_moe"), files have llama.cpp's ("qwen2moe").
-    if not isinstance(name, str) or _plain(name) not in map(_plain, known):
-        raise LowbitError(f"{path} has the architecture {name!r}; transformers maps only: {', '.join(known)}")
-    return name
-
-
-def _plain(name: str) -> str:
-    return name.replace("-", "").replace("_", "")
-
-
-def _config(path: Path, tensors: int) -> tuple[dict[str, Any], Any]:
-    """The metadata as transformers parses it (its processors need that) and the config built from it."""
+def _content(reader: Any, path: Path) -> Content:
+    """The file without tensors, but for the divisors of rotary frequencies; of token lists only the length."""
+    lists = [key for key in reader.fields if key.startswith("tokenizer.") and len(reader.fields[key].data) > 1]
+    tokens = reader.fields.get("tokenizer.ggml.tokens")
     try:
-        facts = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-        if not 0 < facts.get("num_hidden_layers", 1) <= tensors:
-            # Building a model of a billion layers, even one without storage, would take all memory.
-            raise ValueError(f"{facts['num_hidden_layers']} blocks, but {tensors} tensors")
-        # The model's title in the file is not a path to load it from.
-        content = {key: value for key, value in facts.items() if key != "_model_name_or_path"}
-        return facts, CONFIG_MAPPING[facts["model_type"]].from_dict(content)
+        values = {key: field.contents() for key, field in reader.fields.items() if key not in lists}
+        tables = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors if t.name in TABLES}
+    except (*BROKEN, NotImplementedError) as error:
+        raise LowbitError(f"{path} has unreadable metadata ({one_line(error)}): fetch it again") from error
+    parts = values.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise LowbitError(f"{path} is one of {parts} parts: merge them first with llama-gguf-split --merge")
+    return Content(
+        path,
+        values,
+        {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors},
+        {name: [float(v) for v in np.ravel(table)] for name, table in tables.items()},
+        len(tokens.data) if tokens is not None else None,
+    )
+
+
+def _config(content: Content) -> Any:
+    try:
+        return config_of(content)
+    except LowbitError:
+        raise
     except Exception as error:  # configs validate with exceptions of many types
-        raise LowbitError(f"the metadata of {path} is not a valid model config: {one_line(error)}") from error
+        raise LowbitError(f"the metadata of {content.path} is not a valid model config: {one_line(error)}") from error
 
 
 def _meta_model(config: Any, path: Path) -> Any:
     """The model without storage: its class, its parameters' names and shapes."""
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise LowbitError(f"{path} holds a '{config.model_type}', which is not a causal language model")
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
@@ -233,45 +227,35 @@ def _meta_model(config: Any, path: Path) -> Any:
         raise LowbitError(f"the metadata of {path} does not define a model: {one_line(error)}") from error
 
 
-def _tensors(
-    reader: Any, architecture: str, model: Any, facts: dict[str, Any], path: Path
-) -> Iterator[tuple[str, Tensor]]:
-    """Transformers' names and float32 values, one tensor of the file at a time.
+def _tensors(reader: Any, architecture: str, model: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Transformers' names and float32 values, one tensor of the file at a time, each checked.
 
-    A processor may store its result in a dictionary instead of returning it, when several tensors of the file form
-    one (the experts of a mixture); such a tensor is yielded once its last part has been read.
+    Raises ``LowbitError``, before the first one, for tensors that the model has no place for.
     """
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=facts)
+    config = model.config
+    processor = ARCHITECTURES[architecture].processor(config=config.to_dict())
     try:
         names = get_gguf_hf_weights_map(model, processor)
     except NotImplementedError as error:
         raise LowbitError(f"the installed gguf package does not know the tensors of {path}: {error}") from error
-    targets = {t.name: names.get(t.name) or names.get(t.name.removesuffix(".weight")) for t in reader.tensors}
-    if unused := sorted(name for name, target in targets.items() if target is None):
-        say(f"{path.name}: transformers does not use {', '.join(unused[:5])} ({len(unused)} in all): ignored")
-    remaining = Counter(targets.values())
-    collected: dict[str, Any] = {"tensors": {}}
-    for tensor in track(reader.tensors, f"converting {path.name}"):
-        target = targets[tensor.name]
-        if target is None:
-            continue
-        result = _processed(processor, tensor, names, collected, path)
-        remaining[target] -= 1
-        if result.name is not None:
-            # Tensors stored as floats are views of the read-only memory map, hence the copy.
-            yield target, torch.from_numpy(np.require(result.weights, requirements=["C", "W", "O"]))
-        elif remaining[target] == 0 and target in collected["tensors"]:
-            yield target, collected["tensors"].pop(target).contiguous()
-    yield from collected["tensors"].items()
+    used = [tensor for tensor in reader.tensors if tensor.name not in TABLES and not UNUSED.fullmatch(tensor.name)]
+    if unknown := sorted(tensor.name for tensor in used if tensor.name not in names):
+        raise LowbitError(
+            f"{path} has the tensor {unknown[0]} ({len(unknown)} such in all), which transformers' "
+            f"{type(model).__name__} has no place for: use the model's own folder"
+        )
+    for tensor in track(used, f"converting {path.name}"):
+        source, value = _processed(processor, tensor, path)
+        check_values(path, architecture, tensor.name, source, value, config)
+        # Tensors stored as floats are views of the read-only memory map, hence the copy.
+        yield names[tensor.name], torch.from_numpy(np.require(value, requirements=["C", "W", "O"]))
 
 
-def _processed(processor: Any, tensor: Any, names: dict[str, str], collected: dict[str, Any], path: Path) -> Any:
-    """A tensor's values and name after the processor; see ``_tensors``."""
+def _processed(processor: Any, tensor: Any, path: Path) -> tuple[Any, Any]:
+    """A tensor's values in the file, and in transformers' layout."""
     try:
         weights = dequantize(tensor.data, tensor.tensor_type)
-        return processor.process(
-            weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters=collected
-        )
+        return weights, processor.process(weights=weights, name=tensor.name).weights
     except NotImplementedError as error:
         raise LowbitError(
             f"'{tensor.name}' in {path} has the type {tensor.tensor_type.name}, which the gguf package "

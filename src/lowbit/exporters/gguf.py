@@ -26,10 +26,12 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from torch import Tensor
 
+from lowbit.checkpoints.gguf_rope import TABLES
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
 from lowbit.exporters.gguf_blocks import BLOCK, block_type, pack_blocks
-from lowbit.exporters.gguf_model import WINDOWS, architecture, head_dim, model_metadata, rope_factors, unlike_llamacpp
+from lowbit.exporters.gguf_model import WINDOWS, architecture, head_dim, model_metadata, unlike_llamacpp
+from lowbit.exporters.gguf_rope import rope_tensors
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
@@ -43,7 +45,6 @@ FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; for a K type the one without la
 # The simulation quantizes inputs as llama.cpp does; what remains are single inputs that fall on the other side of a
 # boundary between two codes: below 5% of the logits' spread in SmolLM2's thirty blocks.
 EXPLAINED = 0.1
-ROPE = "rope_freqs.weight"
 
 
 def limits(subject: Subject) -> Misfit | None:
@@ -107,8 +108,8 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 def gguf_name(run: Run, name: str) -> str:
     """A parameter's name in the file."""
-    if name == ROPE:
-        return ROPE
+    if name in TABLES:
+        return name
     arch = gguf.MODEL_ARCH_NAMES
     kind = next(key for key, value in arch.items() if value == architecture(run.subject.config))
     names = gguf.get_tensor_name_map(kind, run.subject.config.num_hidden_layers)
@@ -119,18 +120,20 @@ def gguf_name(run: Run, name: str) -> str:
 
 
 def names_of(run: Run) -> list[str]:
-    """The model's names of all parameters, and of the rotary frequency factors where the config has them."""
-    extra = [ROPE] if rope_factors(run.subject.config) is not None else []
-    return [*extra, *run.floats, *(f"{module}.weight" for module in run.quantized)]
+    """The model's names of all parameters, and the file's of divisors of rotary frequencies, if there are any."""
+    return [*_rope(run), *run.floats, *(f"{module}.weight" for module in run.quantized)]
 
 
 def expect(run: Run, name: str) -> Tensor:
     """The value that the file must hold for a parameter, up to the order of rows."""
-    if name == ROPE:
-        factors = rope_factors(run.subject.config)
-        return factors if factors is not None else torch.empty(0)
+    if (divisors := _rope(run).get(name)) is not None:
+        return divisors
     value = value_of(run, name)
     return value + 1.0 if _is_gain(run, name) else value
+
+
+def _rope(run: Run) -> dict[str, Tensor]:
+    return rope_tensors(run.subject.config, head_dim(run.subject.config))
 
 
 def _is_gain(run: Run, name: str) -> bool:

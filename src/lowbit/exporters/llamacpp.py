@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from lowbit.checkpoints.resolve import resolve
 from lowbit.errors import LowbitError, MissingExtra
+from lowbit.exporters.verify import relative_error
 
 try:
     import llama_cpp.llama_cpp as native
@@ -144,3 +147,22 @@ def open_session(path: Path, length: int = 512, threads: int = 1, exact: bool = 
         if context:
             native.llama_free(context)
         native.llama_model_free(model)
+
+
+def source_distance(path: Path, ids: Sequence[int]) -> float:
+    """How far llama.cpp's logits of a ``.gguf`` file are from those of the model that lowbit reads from it.
+
+    Args:
+        path: the file, as it would be given as a model.
+        ids: token ids of one text.
+
+    Returns:
+        The distance in units of the logits' spread, see ``exporters.verify.relative_error``.
+
+    Raises:
+        LowbitError: the file cannot be read here, or not by llama.cpp.
+    """
+    model = AutoModelForCausalLM.from_pretrained(resolve(str(path)).folder, local_files_only=True).eval()
+    with torch.no_grad(), open_session(path, len(ids), exact=True) as session:
+        ours = model(torch.tensor([list(ids)])).logits[0].float()
+        return relative_error(session.logits(ids), ours)
