@@ -12,6 +12,7 @@ from lowbit.errors import LowbitError
 from lowbit.methods import METHODS, RTN
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affinequant import AffineQuant
+from lowbit.methods.maps import DOMINANCE
 from lowbit.methods.options import with_options
 from lowbit.methods.sites import SITES, apply
 from lowbit.methods.training import fit
@@ -269,6 +270,25 @@ def test_dominance_is_enforced_through_a_whole_fit():
         assert (margin > 0) == holds, (dominance, margin)
     with pytest.raises(LowbitError, match="it applies to 'masked' and 'blocks' only"):
         affine(dominance="enforce", parametrisation="lu")
+
+
+def test_dominance_and_condition_hold_after_every_step_of_a_fit_that_runs_into_both():
+    block, calib = case("opt", "w3a16-asym")
+    step = affine(
+        qkv="matrix", mlp="matrix", dominance="enforce", epochs=20, lr_maps=0.3, held_out=0.0, loss="mse", decay="none"
+    )
+    trainer, margins, conditions = fit_of(step, block, calib), [], []
+
+    def project():
+        trainer.project()
+        matrices = [site.map for site in trainer.sites if site.map.is_matrix]
+        margins.append(min(float(map.margins().min()) for map in matrices))
+        conditions.append(max(float(map.conditions().max()) for map in matrices))
+
+    fit(trainer.groups(), trainer.loss, 4, step.schedule, begin=trainer.begin, project=project)
+    assert trainer.shrunk  # the bound was hit
+    assert min(margins) >= 1 - DOMINANCE - 1e-5  # float32 sums of 64 entries
+    assert max(conditions) <= step.maps.condition
 
 
 def test_condition_is_kept_through_a_fit_with_an_absurd_learning_rate():
