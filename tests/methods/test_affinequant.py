@@ -62,8 +62,8 @@ def output_error(block, calib):
 
 
 def randomly_moved(step, name, noise=0.05):
-    """A fit whose maps and shifts are random numbers, in float64."""
-    block, calib = case(name, dtype=torch.float64)
+    """A fit whose maps and shifts are random numbers, in float64; with Q, K and V quantized, all of them are trained."""
+    block, calib = case(name, "w4a4kv4", torch.float64)
     trainer = fit_of(with_options(step, precision="double"), block, calib)
     trainer.begin(step.schedule.epochs)
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +190,7 @@ def test_clipping_learns_along_the_papers_gradient():
     trainer = fit_of(affine(**dict.fromkeys(SITES, "off")), block, calib)
     assert [len(tensors) for tensors, _ in trainer.groups()] == [0, 14]
     name = "1.mlp.down_proj"
-    low, high = trainer.logits[name]
+    low, high = trainer.clips[name].leaves()
     weight = block.weight(name)
     trainer.quantized()[0][f"{name}.weight"].sum().backward()
     grouped = weight.unflatten(1, (-1, 16))
@@ -251,7 +251,7 @@ def test_a_block_that_runs_in_sixteen_bits_keeps_maps_and_quantizers_in_thirty_t
 
 def test_omniquant_is_the_same_with_diagonals():
     options = affine(heads="diagonal", qk="diagonal", channels="off", epochs=1)
-    _, _, done = trained(options, "llama-odd")
+    _, _, done = trained(options, "llama-odd", "w4a4kv4")
     kinds = {name: facts["map"] for name, facts in done.record[1]["affinequant"]["sites"].items()}
     assert kinds == dict.fromkeys(("1.qkv", "1.mlp", "1.heads", "1.qk"), "diagonal")
     full = affine(epochs=1)
@@ -379,12 +379,46 @@ def test_a_given_start_takes_scales_and_clips_of_the_step_before():
     before = METHODS["awq"]()(block, calib)
     trainer = fit_of(affine(start="given"), before, calib)
     assert all(torch.equal(trainer.start[key], value) for key, value in before.params.items())
-    for name, (low, high) in before.clips.items():
-        found = [logit.sigmoid() for logit in trainer.logits[name]]
-        assert torch.allclose(found[0], low.clamp(max=0.982), atol=1e-5)
-        assert torch.allclose(found[1], high.clamp(max=0.982), atol=1e-5)
-    done = affine(start="given", epochs=12, loss="mse", lr_maps=5e-3, lr_clips=0.05)(before, calib)
+    for name in block.linears():
+        kept = before.clips.get(name, (torch.ones(()), torch.ones(())))  # AWQ leaves q and k alone
+        for ratio, wanted in zip(trainer.clips[name].values(), kept, strict=True):
+            assert torch.equal(ratio, wanted.expand(ratio.shape))
+    done = affine(start="given", epochs=12, loss="mse", lr_maps=1e-2, lr_clips=0.1, held_out=0.0)(before, calib)
     assert output_error(done, calib) < output_error(before, calib)
+
+
+@pytest.mark.parametrize("scheme", [W4A4, W3, "w4a16g16-sym"])
+@pytest.mark.parametrize("before", [None, "awq", "affinequant"])
+def test_a_given_start_of_no_epochs_changes_no_code(before, scheme):
+    block, calib = case("llama-odd", scheme)
+    if before is not None:
+        block = METHODS[before]()(block, calib) if before == "awq" else affine(epochs=1)(block, calib)
+    done = affine(start="given", act_clip=True, epochs=0)(block, calib)
+    quantized = RTN()(block, calib), RTN()(done, calib)
+    for linear, q in quantized[0].qweights.items():
+        assert torch.equal(q.codes, quantized[1].qweights[linear].codes)
+        assert torch.equal(q.qparams.scale, quantized[1].qweights[linear].qparams.scale)
+    assert torch.equal(*(run_quantized(one, calib.x_q) for one in quantized))
+
+
+def test_clips_of_inputs_start_where_the_step_before_left_them():
+    block, calib = case("llama-odd")
+    before = affine(act_clip=True, epochs=2, held_out=0.0)(block, calib)
+    done = affine(act_clip=True, epochs=0, start="given")(before, calib)
+    assert len(before.ops) == len(done.ops) == 7
+    assert all(torch.equal(op.ratios, done.ops[name].ratios) for name, op in before.ops.items())
+
+
+def test_without_learned_clips_training_and_result_keep_those_of_the_step_before():
+    block, calib = case("llama-odd", W3)
+    before = METHODS["awq"]()(block, calib)
+    step = affine(clip=False, start="given", epochs=1, held_out=0.0)
+    trainer = fit_of(step, before, calib)
+    with torch.no_grad():
+        start = trainer.quantized()[0]
+    for linear, q in RTN()(before, calib).qweights.items():
+        assert torch.equal(q.dequantize(), start[f"{linear}.weight"])
+    assert set(step(before, calib).clips) == set(before.clips)
 
 
 def test_aug_loss_adds_the_error_against_the_float_block_on_the_quantized_input():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.methods.effect import leaves_with_effect, shift_has_effect
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.architecture import Edge
@@ -32,6 +33,8 @@ class Site:
         map: the learned map.
         shift: learned shift, subtracted from the activations before the map; ``None`` without one.
         online: whether the map's inverse stays in the graph (a matrix after a norm).
+        without_effect: names of leaves, and ``shift``, that change nothing in the quantized block (``effect.py``);
+            they are not trained.
     """
 
     name: str
@@ -39,10 +42,12 @@ class Site:
     map: LearnedMap
     shift: Tensor | None = None
     online: bool = False
+    without_effect: tuple[str, ...] = ()
 
     def leaves(self) -> list[Tensor]:
-        """All learned tensors of the site."""
-        return [*self.map.leaves.values(), *([] if self.shift is None else [self.shift])]
+        """All trained tensors of the site; none where no quantizer sees it."""
+        leaves = [leaf for name, leaf in self.map.leaves.items() if name not in self.without_effect]
+        return [*leaves, *([] if self.shift is None else [self.shift])]
 
 
 def site_name(block: Block, edge: Edge) -> str:
@@ -80,11 +85,19 @@ def make_site(block: Block, edge: Edge, name: str, choice: str, matrix: LearnedM
         matrix.dtype,
         matrix.device,
     )
+    acting = leaves_with_effect(block, edge, kind, learned.leaves)
+    for leaf in learned.leaves.keys() - acting:
+        learned.leaves[leaf].requires_grad_(False)
+    unseen = [leaf for leaf in learned.leaves if leaf not in acting]
     initial_shift = None
     if shift and can_shift(block, edge):
-        shape = (heads.kv, heads.dim) if edge.kind == "heads" else (size,)
-        initial_shift = torch.zeros(shape, dtype=matrix.dtype, device=matrix.device, requires_grad=True)
-    return Site(name, edge, learned, initial_shift, online=edge.kind == "norm" and learned.is_matrix)
+        if shift_has_effect(block, edge):
+            shape = (heads.kv, heads.dim) if edge.kind == "heads" else (size,)
+            initial_shift = torch.zeros(shape, dtype=matrix.dtype, device=matrix.device, requires_grad=True)
+        else:
+            unseen.append("shift")
+    online = edge.kind == "norm" and learned.is_matrix
+    return Site(name, edge, learned, initial_shift, online, tuple(unseen))
 
 
 def _divisor(size: int, limit: int) -> int:
