@@ -15,7 +15,7 @@ from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.maps import DOMINANCE
 from lowbit.methods.options import with_options
 from lowbit.methods.sites import SITES, apply
-from lowbit.methods.training import fit
+from lowbit.methods.training import Fitted, fit
 from lowbit.models.block import Calib
 from lowbit.models.equivalence import can_shift
 from lowbit.models.forward import relative_error, run, run_all, run_quantized
@@ -275,7 +275,14 @@ def test_dominance_is_enforced_through_a_whole_fit():
 def test_dominance_and_condition_hold_after_every_step_of_a_fit_that_runs_into_both():
     block, calib = case("opt", "w3a16-asym")
     step = affine(
-        qkv="matrix", mlp="matrix", dominance="enforce", epochs=20, lr_maps=0.3, held_out=0.0, loss="mse", decay="none"
+        qkv="matrix",
+        mlp="matrix",
+        dominance="enforce",
+        epochs=20,
+        lr_maps=0.3,
+        held_out=0.0,
+        loss="mse",
+        decay="none",
     )
     trainer, margins, conditions = fit_of(step, block, calib), [], []
 
@@ -297,6 +304,27 @@ def test_condition_is_kept_through_a_fit_with_an_absurd_learning_rate():
     assert all(facts["condition"] <= 50.0 * (1 + 1e-4) for facts in done.record[1]["affinequant"]["sites"].values())
     assert all(torch.isfinite(value).all() for value in done.params.values())
     assert (run_all(done, calib.x_fp) - calib.y_fp).abs().max() < 1e-2 * calib.y_fp.abs().max()
+
+
+@pytest.mark.parametrize("name", ["opt", "llama-odd"])
+def test_the_record_has_the_merge_error_as_stored_and_before_the_cast(name):
+    errors = {}
+    for precision in ("float", "float-double", "double"):
+        options = affine(precision=precision, mask="none", qkv="matrix", mlp="matrix", dominance="off")
+        block, calib = case(name, "w3a16-asym")
+        trainer = fit_of(options, block, calib)
+        trainer.begin(1)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for leaf in (leaf for site in trainer.sites for leaf in site.leaves()):
+                leaf += 0.1 * torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        record = trainer.fold(Fitted()).record[1]["affinequant"]
+        errors[precision] = record["merge_error_before_cast"]
+        # Stored in float32: a unit in the last place of the weights is 6e-8 of them, its square 4e-15.
+        assert record["merge_error"] > 1e-15
+    assert errors["float"] > 1e-14
+    assert errors["float-double"] < 1e-24
+    assert errors["double"] == errors["float-double"]
 
 
 def test_rows_that_are_constant_or_have_one_sign_do_no_harm():

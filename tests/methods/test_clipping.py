@@ -21,7 +21,9 @@ def test_a_ratio_moves_along_the_sigmoid_and_never_below_zero():
     assert ratio.logit.grad[:2].tolist() == pytest.approx([float(slope) for slope in slopes])
     with torch.no_grad():
         ratio.logit.sub_(1.0)
-    assert ratio.value().tolist() == pytest.approx([float(torch.tensor(3.0).sigmoid()) + 1 - 0.98201, 0.26894, 0.0], rel=1e-4)
+    assert ratio.value().tolist() == pytest.approx(
+        [float(torch.tensor(3.0).sigmoid()) + 1 - 0.98201, 0.26894, 0.0], rel=1e-4
+    )
 
 
 def test_the_papers_start_is_a_sigmoid_of_four():

@@ -24,7 +24,13 @@ OVERRIDES = {
     "o": {"*.o_proj": "float", "*.out_proj": "float"},
     "attention": {"*self_attn.*": "float"},
     "mlp": {"*mlp*": "float", "*fc?": "float"},
-    "all but v": {"*.[qk]_proj": "float", "*.o_proj": "float", "*.out_proj": "float", "*mlp*": "float", "*fc?": "float"},
+    "all but v": {
+        "*.[qk]_proj": "float",
+        "*.o_proj": "float",
+        "*.out_proj": "float",
+        "*mlp*": "float",
+        "*fc?": "float",
+    },
 }
 
 

@@ -177,9 +177,22 @@ class AffineFit:
             "skipped_steps": fitted.skipped,
             "pulled_to_condition": self.shrunk,
             "merge_error": relative_error(run_all(done, x_fp), y_fp),
+            "merge_error_before_cast": self._error_before_cast(x_fp[:1].double()),
             "sites": sites,
             "without_effect": self.without_effect,
         }
+
+    def _error_before_cast(self, x: Tensor) -> float:
+        """The relative squared error that the maps alone cause, in their own precision, for hidden states in float64.
+
+        Weights and matrices are taken as ``apply`` returns them, before they are cast to float32 for quantization
+        and storage: this is the error of computing and applying inverses.
+        """
+        params, online = apply(self.block, self.sites, self.start)
+        ops = {**self.block.ops, **{name: Matrix(value.double()) for name, value in online.items()}}
+        exact = run(self.block, x, {name: value.double() for name, value in self.base.items()})
+        moved = run(replace(self.block, ops=ops), x, {name: value.double() for name, value in params.items()})
+        return relative_error(moved, exact)
 
     def pictures(self) -> dict[str, Tensor]:
         """The learned matrices, reduced to a size that a report can show."""

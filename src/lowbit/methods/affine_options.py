@@ -53,8 +53,9 @@ class Maps:
         dominance: ``enforce`` keeps every matrix strictly diagonally dominant after each step; ``report`` records the
             margins; ``off`` omits them.
         condition: upper bound on the condition number of a map.
-        precision: ``float``; ``float-double``: maps and folded weights in float64, the block in float32; ``double``:
-            all in float64.
+        precision: ``float``: float32; ``float-double``: maps, their inverses and the folding of weights in float64;
+            ``double``: the block's forward and backward pass in float64 too. Quantizers see the folded weights in
+            float32 in all three, as they are stored: codes chosen from float64 weights would not be those that ship.
         lr_maps: learning rate of maps and shifts. The paper's 5e-3 assumes thousands of steps; a quick run has 80.
     """
 
