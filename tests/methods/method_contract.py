@@ -96,8 +96,8 @@ def check_input(tried: Attempt) -> None:
     assert all(not m._forward_pre_hooks and not m._forward_hooks for layer in block.layers for m in layer.modules())
     assert done.notes[: len(block.notes)] == block.notes, "a note of an earlier step is gone"
     for index, steps in block.record.items():
-        others = {name: figures for name, figures in steps.items() if name != name_of(tried.step)}
-        assert others.items() <= done.record[index].items(), "figures of an earlier step are gone"
+        assert steps.items() <= done.record[index].items(), "figures of an earlier step are gone"
+    assert all(done.pictures.get(name) is picture for name, picture in block.pictures.items()), "a picture is gone"
 
 
 def check_result(tried: Attempt) -> None:

@@ -197,7 +197,8 @@ class AffineFit:
     def pictures(self) -> dict[str, Tensor]:
         """The learned matrices, reduced to a size that a report can show."""
         keys = ((_key(site).partition("."), site.map) for site in self.sites if site.map.is_matrix)
-        return {f"{index}.affinequant.{name}": learned.picture() for (index, _, name), learned in keys}
+        step = self.block.record_key("affinequant")
+        return {f"{index}.{step}.{name}": learned.picture() for (index, _, name), learned in keys}
 
     def _notes(self, fitted: Fitted) -> list[str]:
         notes = list(fitted.notes)
