@@ -62,7 +62,7 @@ def output_error(block, calib):
 
 
 def randomly_moved(step, name, noise=0.05):
-    """A fit whose maps and shifts are random numbers, in float64; with Q, K and V quantized, all of them are trained."""
+    """A fit whose maps and shifts are random numbers, in float64; Q, K and V are quantized, so that all are trained."""
     block, calib = case(name, "w4a4kv4", torch.float64)
     trainer = fit_of(with_options(step, precision="double"), block, calib)
     trainer.begin(step.schedule.epochs)

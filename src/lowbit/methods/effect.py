@@ -16,8 +16,8 @@ qk           where Q and K are quantized inside the attention, or   (none)
              q or k and the map mixes channels
 ============ ====================================================== ============================================
 
-Without an effect, a parameter's gradient is rounding noise, of which Adam, which divides by the gradient's size, makes
-full steps.
+Without an effect, a parameter has rounding noise for a gradient, of which Adam, which divides by its size, makes full
+steps.
 """
 
 from __future__ import annotations
