@@ -62,7 +62,7 @@ def output_error(block, calib):
 
 
 def randomly_moved(step, name, noise=0.05):
-    """A fit whose maps and shifts are random numbers, in float64; Q, K and V are quantized, so that all are trained."""
+    """A fit whose maps and shifts are random numbers, in float64; with Q, K and V quantized all train."""
     block, calib = case(name, "w4a4kv4", torch.float64)
     trainer = fit_of(with_options(step, precision="double"), block, calib)
     trainer.begin(step.schedule.epochs)
@@ -116,7 +116,7 @@ def test_shifts_are_where_both_ends_have_a_bias(name, shifts):
 
 def test_the_start_takes_absolute_maxima_and_centres_what_is_shifted():
     block, calib = case("opt")
-    trainer = fit_of(affine(heads="off"), block, calib)
+    trainer = fit_of(affine(heads="off", init_peaks="absolute"), block, calib)
     started = replace(block, params=trainer.base)
     seen = []
     run(started, calib.x_fp, taps={"1.self_attn.q_proj": seen.append})
@@ -215,7 +215,7 @@ def test_learning_beats_the_start_and_affine_beats_rounding(name):
     for epochs in (0, 6):
         block, calib, done = trained(affine(epochs=epochs, held_out=0.0), name, W3)
         errors[epochs] = output_error(done, calib)
-    assert errors[6] < errors[0] < output_error(block, calib)
+    assert errors[6] < 0.9 * min(errors[0], output_error(block, calib))
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
@@ -492,6 +492,7 @@ def test_a_matrix_is_refused_behind_a_norm_where_a_runtime_op_stands(start):
         {"condition": 1.0},
         {"epochs": -1},
         {"init_power": 1.5},
+        {"init_peaks": "largest"},
         {"window": 0},
     ],
 )

@@ -57,7 +57,7 @@ def effects(trainer):
             for name, leaf in leaves.items():
                 start = leaf.clone()
                 noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf)
-                leaf += (0.05 if name == "full" else 0.5) * noise
+                leaf += (0.2 if name == "full" else 0.5) * noise
                 found[f"{site.name}.{name}"] = abs(float(trainer.loss(chosen)) - before) / before
                 leaf.copy_(start)
     return found

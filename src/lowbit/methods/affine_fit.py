@@ -14,7 +14,8 @@ from lowbit.methods.clipping import LearnedClips, LearnedRatio
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.signs import with_signs
-from lowbit.methods.sites import Site, apply, make_site, site_name, start
+from lowbit.methods.sites import Site, apply, make_site, site_name
+from lowbit.methods.smooth_start import smooth_start
 from lowbit.methods.training import Fitted, Schedule, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import relative_error, run, run_all
@@ -44,9 +45,10 @@ class AffineFit:
         self.sites = [site for site in sites if site.leaves()]
         self.without_effect = [name for site in sites for name in _without_effect(site)]
         smooth = objective.start == "smooth"
-        self.base = (
-            start(block, self.sites, calib.x_fp, objective.init_power, calib.batch) if smooth else dict(block.params)
-        )
+        self.base = dict(block.params)
+        if smooth:
+            options = objective.init_power, objective.init_peaks
+            self.base = smooth_start(block, self.sites, calib.x_fp, *options, calib.batch)
         self.flipped: dict[str, int] = {}
         if chosen.signs and smooth:
             # Not with ``given``: an earlier step's clipping ratios refer to weight ranges, which sign flips change.

@@ -1,4 +1,4 @@
-"""Sites of learned maps: initialization, and application of the maps to the parameters.
+"""Sites of learned maps: construction, and application of the maps to the parameters.
 
 A site is an edge of the block with one learned map, and a learned shift where both ends have a bias. Training and
 folding share ``apply``, so that trained and stored weights agree. A dense matrix after a norm does not fold: its
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lowbit.methods.effect import leaves_with_effect, shift_has_effect
 from lowbit.methods.maps import Kind, LearnedMap
-from lowbit.methods.statistics import input_statistics
 from lowbit.models.architecture import Edge
 from lowbit.models.block import Block
 from lowbit.models.equivalence import Params, can_shift, check_can_move, map_width, move
@@ -128,34 +127,3 @@ def _behind_norm(block: Block, site: Site, a: Tensor, params: Params) -> Params:
     for dst in site.edge.readers:
         dst.change_weight(out, lambda weight: weight @ a.mT)
     return out
-
-
-def start(
-    block: Block, sites: Sequence[Site], x: Tensor, power: float, batch: int, dtype: torch.dtype = torch.float64
-) -> Params:
-    """Parameters with SmoothQuant's scale folded at every norm, heads and channels site, and centring shifts.
-
-    ``a = max|x - s|**power / max|w|**(1 - power)`` with absolute maxima over the float model's inputs (AffineQuant's
-    released implementation uses signed ones), ``s = (max x + min x) / 2``. Learned maps start at the identity on top
-    of it.
-    """
-    readers = [site.edge.readers[0].module for site in sites if site.edge.kind != "qk"]
-    if not readers:
-        return dict(block.params)
-    ranges = input_statistics(block, x, readers, ("low", "high"), batch=batch)
-    params = {name: value.to(dtype) for name, value in block.params.items()}
-    for site in sites:
-        if site.edge.kind == "qk":
-            continue
-        seen = ranges[site.edge.readers[0].module]
-        low, high = seen["low"].to(dtype), seen["high"].to(dtype)
-        weight = torch.stack([dst.read(params).abs().amax(0) for dst in site.edge.readers]).amax(0)
-        if site.edge.kind == "heads":  # the query heads of a group share their KV head's channels
-            split = (block.heads.kv, block.heads.group, block.heads.dim)
-            low, high = low.reshape(split).amin(1), high.reshape(split).amax(1)
-            weight = weight.reshape(split).amax(1)
-        shift = None if site.shift is None else (low + high) / 2
-        peak = torch.maximum(low.abs(), high.abs()) if shift is None else (high - low) / 2
-        scale = peak.clamp(min=1e-5).pow(power) / weight.clamp(min=1e-5).pow(1 - power)
-        params = move(block, site.edge, scale.clamp(min=1e-5), params, shift)
-    return {name: value.to(block.params[name].dtype) for name, value in params.items()}
