@@ -12,10 +12,11 @@ from lowbit.errors import LowbitError
 from lowbit.methods import METHODS, RTN
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affinequant import AffineQuant
+from lowbit.methods.fit_state import Fitted
 from lowbit.methods.maps import DOMINANCE
 from lowbit.methods.options import with_options
 from lowbit.methods.sites import SITES, apply
-from lowbit.methods.training import Fitted, fit
+from lowbit.methods.training import fit
 from lowbit.models.block import Calib
 from lowbit.models.equivalence import can_shift
 from lowbit.models.forward import relative_error, run, run_all, run_quantized

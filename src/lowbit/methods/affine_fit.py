@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lowbit.methods.affine_options import Clipping, Maps, Objective, Sites
 from lowbit.methods.clipping import LearnedClips, LearnedRatio
+from lowbit.methods.fit_state import Fitted
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import Site, apply, make_site, site_name
 from lowbit.methods.smooth_start import smooth_start
-from lowbit.methods.training import Fitted, Schedule, loss_unit, relative_loss
+from lowbit.methods.training import Schedule, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.offload import Rows

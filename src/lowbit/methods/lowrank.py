@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from lowbit.methods.clipping import LearnedClips
+from lowbit.methods.fit_state import Fitted
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
-from lowbit.methods.training import Fitted, Schedule, fit, loss_unit, relative_loss
+from lowbit.methods.training import Schedule, fit, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run
 from lowbit.models.offload import Rows
