@@ -3,8 +3,8 @@
     python benchmarks/merge_error.py [--size 512] [--seeds 3]
 
 ``x W1 W2`` against ``x (W1 A^-1) (A W2)``, as Table 4 of AffineQuant (arXiv 2403.12544) has it for two linears of
-4096 x 4096, run with ``--size 4096``. The paper names neither the distribution of its numbers nor its unit: here all are
-normal, weights and map with variance ``1 / size``, so that all outputs have variance 1, and the error is the mean
+4096 x 4096, run with ``--size 4096``. The paper names neither the distribution of its numbers nor its unit: here all
+are normal, weights and map with variance ``1 / size``, so that all outputs have variance 1, and the error is the mean
 square of the difference. A random map of this kind has a condition number of a few times its size, and that decides
 the error: the maps that are learned are bounded to ``affinequant.condition``.
 """

@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     square: Tensor
-    count: Tensor
+    steps: Tensor
 
 
 class Adam:
@@ -47,14 +47,14 @@ class Adam:
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """One update from the tensors' gradients, with learning rates times ``factor``."""
-        for tensor, lr, (mean, square, count) in zip(self.tensors, self.rates, self.moments, strict=True):
+        for tensor, lr, (mean, square, taken) in zip(self.tensors, self.rates, self.moments, strict=True):
             if tensor.grad is None or lr == 0:
                 continue
             grad = tensor.grad
-            count.add_(((count > 0) | (grad != 0)).to(count.dtype))
+            taken.add_(((taken > 0) | (grad != 0)).to(taken.dtype))
             mean.lerp_(grad, 1 - BETAS[0])
             square.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-            steps = count.clamp(min=1)
+            steps = taken.clamp(min=1)
             power = square / (1 - BETAS[1] ** steps)
             # The smallest number keeps 0 / 0 out where no entry has had a gradient.
             epsilon = (EPS * power.mean().sqrt()).clamp(min=torch.finfo(power.dtype).tiny)

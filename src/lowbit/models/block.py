@@ -159,7 +159,7 @@ class Block:
         return replace(self, notes=(*self.notes, *(Note(index, f"{step}: {text}") for text in texts)))
 
     def record_key(self, step: str) -> str:
-        """The name of a step's next figures: ``signs``, then ``signs-2`` behind an earlier step ``signs``, and so on."""
+        """The name of a step's next figures: ``awq``, then ``awq-2`` behind an earlier step ``awq``, and so on."""
         taken = {name for steps in self.record.values() for name in steps}
         names = (step if position == 1 else f"{step}-{position}" for position in count(1))
         return next(name for name in names if name not in taken)
