@@ -200,7 +200,8 @@ class Block:
         def merge(current: Mapping[str, Any], updated: Mapping[str, Any]) -> dict[str, Any]:
             return {**{n: v for n, v in current.items() if not n.startswith(prefixes)}, **updated}
 
-        record = {index: part.record[index] for index in part.indices if index in part.record}
+        figures = {index: part.record[index] for index in part.indices if index in part.record}
+        record = {index: {**self.record.get(index, {}), **steps} for index, steps in figures.items()}
         return replace(
             self,
             params={**self.params, **part.params},
