@@ -58,6 +58,9 @@ ablations: $(DEV) ## AffineQuant's ablations on SmolLM2 and a small OPT, with pl
 	$(call install,[plots],a minute)
 	$(BIN)/python benchmarks/ablate_affinequant.py
 
+merge-error: $(DEV) ## what folding a random map costs by precision: the paper's experiment, with smaller linears
+	$(BIN)/python benchmarks/merge_error.py
+
 ablations-qllm: $(DEV) ## QLLM's ablations on SmolLM2, with plots, into docs/ablations
 	$(call install,[plots],a minute)
 	$(BIN)/python benchmarks/ablate_qllm.py

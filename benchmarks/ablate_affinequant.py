@@ -34,11 +34,11 @@ DENSE = ("qkv=matrix", "mlp=matrix")
 # Table by table: the row's name and what it changes of the recipe `affinequant`.
 TABLES: dict[str, tuple[str, list[tuple[str, list[str]]]]] = {
     "mask": (
-        "Gradual mask (paper, table 5)",
+        "Gradual mask (paper, table 6)",
         [("gradual (equation 6)", []), ("released code's schedule", ["mask=released"]), ("none", ["mask=none"])],
     ),
     "stability": (
-        "Stability factor (paper, table 3)",
+        "Stability factor (paper, table 5)",
         [(f"{value:g}", [f"stability={value}"]) for value in STABILITIES],
     ),
     "precision": (
@@ -192,6 +192,7 @@ def summary(found: dict[str, Any]) -> dict[str, float]:
         "condition": max((site["condition"] for site in matrices), default=1.0),
         "margin": min((site["margin"] for site in matrices), default=1.0),
         "merge_error": max(record["merge_error"] for record in records),
+        "before_cast": max(record["merge_error_before_cast"] for record in records),
         "seconds": found["seconds"],
         "peak": found["peak_memory_bytes"] / 1e9,
     }
@@ -202,14 +203,14 @@ def table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
     lines = [
         f"### {title}",
         "",
-        "| | perplexity | held-out loss | worst condition | worst margin | merge error | s | GB |",
+        "| | perplexity | held-out loss | worst condition | worst margin | merge error | before the cast | s | GB |",
     ]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, found in rows:
         f = summary(found)
         lines.append(
             f"| {name} | {f['perplexity']:.3f} | {f['held_out']:.4f} | {f['condition']:.1f} | {f['margin']:.2f} | "
-            f"{f['merge_error']:.0e} | {f['seconds']:.0f} | {f['peak']:.2f} |"
+            f"{f['merge_error']:.0e} | {f['before_cast']:.0e} | {f['seconds']:.0f} | {f['peak']:.2f} |"
         )
     return [*lines, ""]
 
@@ -311,8 +312,9 @@ def head(model: Model, options: argparse.Namespace) -> list[str]:
         "* Held-out loss: mean over blocks of the error on the validation split, relative to the float output.",
         "  Condition: an upper bound of the condition number. Margin: the smallest",
         "  $(|a_{ii}| - \\sum_j |a_{ij}|) / |a_{ii}|$ of any row, above 0 where all matrices are strictly diagonally",
-        "  dominant. Merge error: relative squared error of the float block after folding. s, GB: seconds and peak",
-        "  memory of `lowbit quantize`.",
+        "  dominant. Merge error: relative squared error of the float block after folding, as stored in float32;",
+        "  before the cast: what the transforms alone leave, in their own precision, measured in float64.",
+        "  s, GB: seconds and peak memory of `lowbit quantize`.",
         "",
         "## Results",
         "",

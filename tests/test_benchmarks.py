@@ -16,6 +16,7 @@ from tiny import block_of, tiny_model
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import ablate_affinequant
 import ablate_qllm
+import merge_error
 import results
 import rows
 import runtimes_page
@@ -168,3 +169,13 @@ def test_a_wider_layer_computes_what_the_layer_did(kind):
         assert done.weight(edge.readers[0].module).shape[1] == weight.shape[1] + 3
         error = (run(done, x) - run(block, x)).abs().max() / run(block, x).abs().max()
         assert error < 1e-7  # 1/3 is stored in float32
+
+
+def test_the_merge_error_of_random_linears_falls_with_the_precision():
+    found = merge_error.merge_error(64, 0)
+    errors = found.errors
+    assert found.condition > 64
+    assert errors["float64"] < 1e-20 < 1e-16 < errors["float32 linears, float64 map"] < errors["float32"] < 1e-4
+    lines = merge_error.table(16, 2)
+    assert len(lines) == 5
+    assert all(line.count("|") == 4 for line in lines)

@@ -197,7 +197,7 @@ def test_a_part_is_a_block_of_its_own_layers():
         ours = getattr(block, name)
         assert dict(getattr(part, name)) == {key: value for key, value in ours.items() if key.startswith("2.")}
     assert part.kv == block.kv
-    assert (part.notes, dict(part.record), dict(part.pictures)) == ((), {}, {})
+    assert (part.notes, dict(part.record), dict(part.pictures)) == ((), dict(block.record), {})
     both = run(block, x, quantized=True)
     assert torch.equal(run(part, run(block.part(0, 1), x, quantized=True), quantized=True), both)
 
@@ -236,8 +236,9 @@ def test_what_was_done_to_a_part_takes_the_place_of_what_was_there():
     assert "2.mlp.down_proj" in block.ops
 
 
-def test_notes_and_records_belong_to_the_first_layer_and_a_step_replaces_its_own():
+def test_notes_and_records_belong_to_the_first_layer_and_a_second_step_of_a_name_has_its_own():
     block, _ = block_of(tiny_model("llama"), 1)
     block = block.with_notes("gptq", "one", "two").with_record("gptq", {"a": 1}).with_record("gptq", {"b": 2})
     assert block.notes == (Note(1, "gptq: one"), Note(1, "gptq: two"))
-    assert block.record == {1: {"gptq": {"b": 2}}}
+    assert block.record == {1: {"gptq": {"a": 1}, "gptq-2": {"b": 2}}}
+    assert (block.record_key("gptq"), block.record_key("awq")) == ("gptq-3", "awq")

@@ -14,8 +14,8 @@ from held import Held
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.methods import METHODS
+from lowbit.methods.fit_state import Fitted
 from lowbit.methods.options import with_options
-from lowbit.methods.training import Fitted
 from lowbit.methods.tune import Tune
 from lowbit.models.block import Calib
 from lowbit.models.forward import relative_error, run_all, run_quantized

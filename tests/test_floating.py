@@ -95,8 +95,8 @@ def test_mxfp4_by_hand() -> None:
 
 def test_power_of_two_rule() -> None:
     peaks = torch.tensor([4, 6, 6.9, 7, 7.5, 8])
-    assert PowerOfTwo().rule(peaks, 2).log2().tolist() == [0, 0, 0, 1, 1, 1]
-    extremes = PowerOfTwo().rule(torch.tensor([0.0, 1e-45, 3e38]), 2)
+    assert PowerOfTwo().rule(peaks, E2M1).log2().tolist() == [0, 0, 0, 1, 1, 1]
+    extremes = PowerOfTwo().rule(torch.tensor([0.0, 1e-45, 3e38]), E2M1)
     assert bool((extremes > 0).all())
     assert PowerOfTwo().holds(extremes)
     assert torch.equal(PowerOfTwo().from_bytes(PowerOfTwo().to_bytes(extremes)), extremes)

@@ -303,6 +303,7 @@ def test_recipes_of_published_rows(name):
     # The scripts ask for matrices between q and k (--use_matrix) where activations are rounded, and nowhere else.
     assert (step.heads, step.qk, step.channels) == ("matrix", "diagonal" if weight_only else "matrix", "off")
     assert (step.dominance, step.held_out, step.grad_clip) == ("report", 0.0, 0.0)
+    assert step.init_peaks == "absolute"
     aug = model.startswith("llama") and scheme.weight.bits == 2
     assert step.aug_loss == (1.0 if aug or (model.startswith("llama-1") and not weight_only) else 0.0)
     slow = model.startswith("llama-2") and not weight_only
@@ -317,6 +318,7 @@ def test_recipes_of_published_rows_do_not_rest_on_defaults_that_are_tuned_for_sh
     folder = Path(lowbit.__file__).parent / "recipes/paper"
     written = yaml.safe_load((folder / f"affinequant-{name}.yaml").read_text())["steps"][0]["affinequant"]
     tuned = {"lr_maps", "lr_clips", "decay", "loss", "epochs", "batch", "init_power", "held_out", "grad_clip"}
+    tuned.add("init_peaks")
     shape = {"parametrisation", "mask", "stability", "dominance", "qk", "channels"}
     assert not (tuned | shape) - set(written)
 

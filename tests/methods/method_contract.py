@@ -96,8 +96,8 @@ def check_input(tried: Attempt) -> None:
     assert all(not m._forward_pre_hooks and not m._forward_hooks for layer in block.layers for m in layer.modules())
     assert done.notes[: len(block.notes)] == block.notes, "a note of an earlier step is gone"
     for index, steps in block.record.items():
-        others = {name: figures for name, figures in steps.items() if name != name_of(tried.step)}
-        assert others.items() <= done.record[index].items(), "figures of an earlier step are gone"
+        assert steps.items() <= done.record[index].items(), "figures of an earlier step are gone"
+    assert all(done.pictures.get(name) is picture for name, picture in block.pictures.items()), "a picture is gone"
 
 
 def check_result(tried: Attempt) -> None:
@@ -213,7 +213,8 @@ def check_schedule(step: Method, block: Block, calib: Calib) -> None:
     if step.schedule is None:
         assert not seen, "it learns by gradient descent and declares no schedule"
         return
-    figures = [steps[name_of(step)] for steps in done.record.values()]
+    key = block.record_key(name_of(step))
+    figures = [steps[key] for steps in done.record.values() if key in steps]
     train, held = (set(part.tolist()) for part in step.schedule.split(len(calib.x_q)))
     assert held
     assert figures
@@ -231,7 +232,8 @@ def check_schedule(step: Method, block: Block, calib: Calib) -> None:
 def check_shipped(step: Method, block: Block, calib: Calib) -> None:
     """A learned step ships what it trains: the loss that it kept is that of the block, quantized to nearest."""
     done = step(block, calib)
-    (figures,) = (steps[name_of(step)] for steps in done.record.values() if name_of(step) in steps)
+    key = block.record_key(name_of(step))
+    (figures,) = (steps[key] for steps in done.record.values() if key in steps)
     assert step.schedule is not None
     _, held = step.schedule.split(len(calib.x_q))
     got = run_quantized(RTN()(done, calib), calib.x_q[held])

@@ -10,12 +10,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lowbit.methods import METHODS, outlier_suppression, smoothquant
+from lowbit.methods import METHODS, RTN, lowrank, outlier_suppression, reassemble, smoothquant
+from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.method import DECLARED, Method
 from lowbit.methods.options import with_options
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
-from lowbit.models.forward import run_all
+from lowbit.models.forward import run, run_all, run_quantized
 from lowbit.models.runtime_ops import Matrix
 
 Call = Callable[[Any, Block, Calib], Block]
@@ -162,4 +163,69 @@ MUTANTS = [
         "shift with the wrong sign",
         patched(outlier_suppression, "move", shift_with_wrong_sign),
     ),
+]
+
+
+class Patch(NamedTuple):
+    """A wrong part of a method, put in its place.
+
+    Attributes:
+        owner: the module or class.
+        attribute: the name of the part.
+        wrong: what replaces it.
+        fails: the check that finds it, a name of ``LITERAL`` in ``literal.py``.
+        why: what is wrong with it.
+    """
+
+    owner: Any
+    attribute: str
+    wrong: Any
+    fails: str
+    why: str
+
+
+right_init, right_counts = AffineFit.__init__, reassemble.candidate_counts
+
+
+def fit_in_float32(self: Any, *args: Any) -> None:
+    right_init(self, *args)
+    self.run_dtype = torch.float32
+
+
+def change_without_rank(self: Any, rows: dict[str, int]) -> dict[str, Tensor]:
+    parts = (self.up @ self.down).split([rows[name] for name in self.linears])
+    return dict(zip(self.linears, parts, strict=True))
+
+
+def score_with_float_inputs(block: Block, calib: Calib, sequences: int) -> float:
+    wanted, params = calib.y_fp[:sequences], RTN()(block, calib).quantized_params()
+    y = run_all(block, calib.x_q[:sequences], params)
+    return float(relative_loss(y, wanted, loss_unit(wanted, "token")))
+
+
+def score_by_a_plain_mean(block: Block, calib: Calib, sequences: int) -> float:
+    wanted = calib.y_fp[:sequences]
+    y = run_quantized(RTN()(block, calib), calib.x_q[:sequences])
+    return float(relative_loss(y, wanted, loss_unit(wanted, "mse")))
+
+
+def counts_on_another_grid(peak: Tensor, most: float, grid: int) -> list[Tensor]:
+    return right_counts(peak, most, grid // 8)
+
+
+def loss_with_decay_throughout(self: Any, indices: Tensor) -> Tensor:
+    x, y_fp, unit = self.rows(indices)
+    error = relative_loss(run(self.block, x, self.quantized(), quantized=True), y_fp, unit)
+    changes = [item for pair in self.pairs for item in pair.change(self.outputs).items()]
+    sizes = [change.square().sum() / self.power[name] for name, change in changes]
+    return error + self.options.weight_decay * torch.stack(sizes).mean()
+
+
+PATCHES = [
+    Patch(AffineFit, "__init__", fit_in_float32, "double", "double without a float64 block"),
+    Patch(lowrank.Pair, "change", change_without_rank, "correction", "the correction without its 1/r"),
+    Patch(reassemble, "output_error", score_with_float_inputs, "theta", "theta scored with float inputs"),
+    Patch(reassemble, "output_error", score_by_a_plain_mean, "theta", "theta scored by a plain mean"),
+    Patch(reassemble, "candidate_counts", counts_on_another_grid, "theta", "theta scored on another grid"),
+    Patch(lowrank.Correction, "loss", loss_with_decay_throughout, "decay", "weight decay in the validation loss"),
 ]

@@ -13,6 +13,8 @@ from lowbit.methods import gptq
 from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
 from lowbit.models.block import Calib, Note
 from lowbit.models.forward import run_all
+from lowbit.models.runtime_ops import Clip
+from lowbit.quant.activations import IntTokens
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
@@ -184,21 +186,33 @@ def rows_of(x, tokens):
     return rows if tokens == "unweighted" else rows / rows.square().mean(1, keepdim=True).sqrt()
 
 
+@cache
+def mixed_case():
+    """Linears that read one tensor in different ways: left float, in another format, behind a clip of its own."""
+    block, calib = step_case("w4a4")
+    formats = {name: own for name, own in block.formats.items() if name != "0.self_attn.q_proj"}
+    formats["0.self_attn.v_proj"] = replace(formats["0.self_attn.v_proj"], input=IntTokens(8, symmetric=False))
+    return replace(block, formats=formats, ops={"0.mlp.up_proj": Clip(torch.tensor([0.7, 0.6]))}), calib
+
+
 @pytest.mark.parametrize("tokens", ["unweighted", "normalized"])
-@pytest.mark.parametrize("name", ["w4a16", "w4a8", "w4a16kv4"])
+@pytest.mark.parametrize("name", ["w4a16", "w4a8", "w4a16kv4", "mixed"])
 def test_each_linear_is_quantized_for_its_input_in_the_model_quantized_up_to_it(name, tokens):
-    block, calib = step_case(name)
+    block, calib = mixed_case() if name == "mixed" else step_case(name)
     done = GPTQ(tokens=tokens)(block, calib)
     for position, group in enumerate(block.linear_groups()):
         earlier = [linear for previous in block.linear_groups()[:position] for linear in previous]
-        upto = replace(block, qweights={linear: done.qweights[linear] for linear in earlier})
-        seen = []
-        run_all(block, calib.x_q, upto.quantized_params(), quantized=True, taps={group[0]: seen.append})
-        # The sums are taken as the step takes them, batch by batch in float32: another order rounds differently.
-        gram = sum(rows_of(x, tokens).T @ rows_of(x, tokens) for x in seen)
-        for linear in group:
+        upto = replace(block, qweights={n: done.qweights[n] for n in earlier if n in done.qweights})
+        seen = {linear: [] for linear in group}
+        taps = {linear: inputs.append for linear, inputs in seen.items()}
+        run_all(block, calib.x_q, upto.quantized_params(), quantized=True, taps=taps)
+        for linear in set(group) & set(block.formats):
+            # The sums are taken as the step takes them, batch by batch in float32: another order rounds differently.
+            gram = sum(rows_of(x, tokens).T @ rows_of(x, tokens) for x in seen[linear])
             wanted = codes_of(block.weight(linear), gram, block.weight_format(linear))
             assert torch.equal(done.qweights[linear].codes, wanted), linear
+    if name == "mixed":
+        assert set(done.qweights) == set(block.formats)
 
 
 def test_the_qparams_are_those_of_the_clips():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.methods import RTN
+from lowbit.methods import METHODS, RTN
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.lowrank import Correction, LowRank, adaptive_ranks
 from lowbit.methods.options import with_options
@@ -70,15 +70,26 @@ def test_a_correction_lowers_the_error_of_its_window(name):
     assert list(done.record) == [1]
 
 
-def test_a_correction_starts_at_nothing_and_keeps_the_clips_found_before():
+@pytest.mark.parametrize("scheme", [W4A4, W3, "w4a16g16-sym"])
+@pytest.mark.parametrize("before", ["nothing", "affinequant", "awq", "lowrank"])
+def test_a_correction_of_no_epochs_changes_no_code(before, scheme):
+    block, calib = case("llama-odd", scheme)
+    if before != "nothing":
+        step = METHODS[before]()
+        block = (step if step.schedule is None else with_options(step, epochs=1))(block, calib)
+    still = low_rank(epochs=0, share="input", norms=True)(block, calib)
+    for name, value in block.params.items():
+        assert torch.equal(still.params[name], value)
+    wanted, found = RTN()(block, calib).qweights, RTN()(still, calib).qweights
+    for name, q in wanted.items():
+        assert torch.equal(found[name].codes, q.codes)
+        assert torch.equal(found[name].qparams.scale, q.qparams.scale)
+        assert torch.equal(found[name].qparams.zero, q.qparams.zero)
+
+
+def test_fixed_clips_stay_those_found_before():
     block, calib = case("llama-odd", W3)
     clipped = with_options(AffineQuant(), epochs=1)(block, calib)
-    still = low_rank(epochs=0)(clipped, calib)
-    for name, value in clipped.params.items():
-        assert torch.equal(still.params[name], value)
-    for name, (low, high) in clipped.clips.items():
-        assert torch.allclose(still.clips[name][0], low, atol=1e-6)
-        assert torch.allclose(still.clips[name][1], high, atol=1e-6)
     fixed = low_rank(epochs=1, clips=False)(clipped, calib)
     assert all(torch.equal(fixed.clips[name][0], low) for name, (low, _) in clipped.clips.items())
 

@@ -135,3 +135,39 @@ def test_closed_entries_get_no_gradient_and_open_ones_the_stability_factor():
     assert (grad[distance == 0] == 1).all()
     assert torch.allclose(grad[(distance > 0) & (distance <= 3)], torch.tensor(0.1, dtype=torch.float64))
     assert (grad[distance > 3] == 0).all()
+
+
+def literal_margin(matrices):
+    """The least ``(|a_ii| - sum_j |a_ij|) / |a_ii|``, row by row."""
+    rows = [(abs(m[i][i]), sum(map(abs, m[i])) - abs(m[i][i])) for m in matrices.tolist() for i in range(len(m))]
+    return min((own - others) / own for own, others in rows)
+
+
+@pytest.mark.parametrize("condition", [1.001, 5.0, 1e3])
+@pytest.mark.parametrize("kind", ["masked", "blocks"])
+def test_dominance_and_condition_hold_together(kind, condition):
+    """A large diagonal entry that the bound pulls in must not leave its row behind."""
+    learned = LearnedMap(kind, 2, 8, condition=condition, block_size=8, dtype=torch.float64)
+    learned.begin(1, 1)
+    diagonal = torch.tensor([20.0, 20, 20, 20, 0.02, 0.02, 0.02, 0.02], dtype=torch.float64)
+    others = 0.14 * (1 - torch.eye(8, dtype=torch.float64))
+    with torch.no_grad():
+        learned.leaves["full"].copy_((torch.eye(8, dtype=torch.float64) + others) * diagonal[:, None])
+        learned.keep_dominant()
+        before = literal_margin(learned.value()[0])
+        assert learned.keep_condition()
+    assert 0.01 < before < 0.03  # 7 entries of 0.14
+    assert literal_margin(learned.value()[0]) >= before - 1e-12
+    assert float(learned.conditions().max()) <= condition
+    assert float(torch.linalg.cond(learned.value()[0]).max()) <= condition
+
+
+@pytest.mark.parametrize("kind", ["masked", "blocks", "lu"])
+def test_a_map_that_cannot_be_pulled_in_starts_again(kind):
+    learned = LearnedMap(kind, 2, 8, condition=10.0, block_size=4)
+    learned.begin(1, 1)
+    with torch.no_grad():
+        learned.leaves["full"][0] += 1e20
+        assert learned.keep_condition()
+    assert float(learned.conditions().max()) <= 10.0
+    assert torch.equal(learned.value()[0][1], torch.eye(8))

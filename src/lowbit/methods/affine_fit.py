@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from lowbit.methods.affine_options import Clipping, Maps, Objective, Sites
+from lowbit.methods.clipping import LearnedClips, LearnedRatio
+from lowbit.methods.fit_state import Fitted
+from lowbit.methods.inputs import input_groups
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.signs import with_signs
-from lowbit.methods.sites import Site, apply, make_site, site_name, start
-from lowbit.methods.training import Fitted, Schedule, loss_unit, relative_loss
+from lowbit.methods.sites import Site, apply, make_site, site_name
+from lowbit.methods.smooth_start import smooth_start
+from lowbit.methods.training import Schedule, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.runtime_ops import Clip, Matrix, RuntimeOp
-
-CLIP_START = 4.0  # sigmoid(4) = 0.982 of the range, as in OmniQuant
 
 
 class AffineFit:
@@ -27,7 +29,7 @@ class AffineFit:
 
     def __init__(
         self,
-        sites: Sites,
+        chosen: Sites,
         maps: Maps,
         clipping: Clipping,
         objective: Objective,
@@ -35,25 +37,30 @@ class AffineFit:
         block: Block,
         calib: Calib,
     ) -> None:
-        self.chosen, self.maps, self.clipping, self.objective = sites, maps, clipping, objective
+        self.chosen, self.maps, self.clipping, self.objective = chosen, maps, clipping, objective
         self.schedule, self.block, self.calib = schedule, block, calib
         device = block.device
         self.dtype = torch.float32 if maps.precision == "float" else torch.float64
         self.run_dtype = torch.float64 if maps.precision == "double" else calib.x_q.dtype
-        self.sites = self._sites()
+        sites = self._sites()
+        self.sites = [site for site in sites if site.leaves()]
+        self.without_effect = [name for site in sites for name in _without_effect(site)]
         smooth = objective.start == "smooth"
-        self.base = (
-            start(block, self.sites, calib.x_fp, objective.init_power, calib.batch) if smooth else dict(block.params)
-        )
+        self.base = dict(block.params)
+        if smooth:
+            options = objective.init_power, objective.init_peaks
+            self.base = smooth_start(block, self.sites, calib.x_fp, *options, calib.batch)
         self.flipped: dict[str, int] = {}
-        if sites.signs and smooth:
+        if chosen.signs and smooth:
             # Not with ``given``: an earlier step's clipping ratios refer to weight ranges, which sign flips change.
             moved, edges = replace(block, params=self.base), [site.edge for site in self.sites]
             self.base, self.flipped = with_signs(moved, calib.x_fp, calib.batch, edges)
         # With float64 the weights are converted once, not at every step.
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
-        self.logits = self._clip_logits() if clipping.clip else {}
-        self.act_logits = self._act_logits() if clipping.act_clip else {}
+        # Ratios of an earlier step are for other ranges once the smooth start has scaled the weights.
+        linears = block.quantized_linears() if clipping.clip else []
+        self.clips = {name: LearnedClips.of(block, name, papers=smooth) for name in linears}
+        self.act_ratios = self._act_ratios() if clipping.act_clip else {}
         self.unit = loss_unit(calib.y_fp, objective.loss, device, calib.batch)
         augmented = [run_all(block, calib.x_q, batch=calib.batch)] if objective.aug_loss else []
         self.rows = Rows(device, calib.x_q, calib.y_fp, self.unit, *augmented)
@@ -70,35 +77,27 @@ class AffineFit:
             if (choice := getattr(self.chosen, name)) != "off"
         ]
 
-    def _clip_logits(self) -> dict[str, tuple[Tensor, Tensor]]:
-        logits = {}
-        for name in self.block.quantized_linears():
-            weight = self.block.weight(name)
-            shape = (weight.shape[0], self.block.weight_format(name).groups(weight.shape[1]))
-            low, high = (torch.full(shape, CLIP_START, device=weight.device) for _ in range(2))
-            if name in self.block.clips and self.objective.start == "given":
-                # Ratios of an earlier step, kept inside (0, 1), where the sigmoid has a gradient.
-                ratios = (clip.to(weight).expand(shape) for clip in self.block.clips[name])
-                low, high = (clip.clamp(1e-3, 0.982).logit().clone() for clip in ratios)
-            logits[name] = (low.requires_grad_(), high.requires_grad_())
-        return logits
+    def _act_ratios(self) -> dict[str, LearnedRatio]:
+        """One pair ``(low, high)`` per group of linears that read the same quantized input."""
+        ratios: dict[str, LearnedRatio] = {}
+        for group in input_groups(self.block):
+            if (format := self.block.input_format(group[0])) is not None and format.clippable:
+                ratios |= dict.fromkeys(group, self._act_ratio(group[0]))
+        return ratios
 
-    def _act_logits(self) -> dict[str, Tensor]:
-        """One pair per group of linears that share an input and therefore its quantization."""
-        logits: dict[str, Tensor] = {}
-        for group in self.block.linear_groups():
-            shared = torch.full((2,), CLIP_START, device=self.block.device, requires_grad=True)
-            for name in group:
-                format = self.block.input_format(name)
-                if format is not None and format.clippable:
-                    logits[name] = shared
-        return logits
+    def _act_ratio(self, linear: str) -> LearnedRatio:
+        """With ``start: given``, from what an earlier step left before the linear."""
+        device = self.block.device
+        if self.objective.start != "given":
+            return LearnedRatio.papers((2,), device)
+        op = self.block.ops.get(linear)
+        return LearnedRatio.at(op.ratios.clone() if isinstance(op, Clip) else torch.ones(2, device=device))
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
         """Learned tensors with their learning rates."""
         maps = [leaf for site in self.sites for leaf in site.leaves()]
-        clips = [logit for pair in self.logits.values() for logit in pair]
-        acts = list({id(logit): logit for logit in self.act_logits.values()}.values())
+        clips = [leaf for pair in self.clips.values() for leaf in pair.leaves()]
+        acts = list({id(ratio): ratio.logit for ratio in self.act_ratios.values()}.values())
         return [(maps, self.maps.lr_maps), ([*clips, *acts], self.clipping.lr_clips)]
 
     def begin(self, epoch: int) -> None:
@@ -117,7 +116,7 @@ class AffineFit:
         """Float parameters with maps folded in, and the runtime ops; differentiable."""
         params, online = apply(self.block, self.sites, self.start)
         ops: dict[str, RuntimeOp] = {name: Matrix(value.float()) for name, value in online.items()}
-        ops |= {name: Clip(logit.sigmoid(), self._offset(name)) for name, logit in self.act_logits.items()}
+        ops |= {name: Clip(ratio.value(), self._offset(name)) for name, ratio in self.act_ratios.items()}
         return {name: value.float() for name, value in params.items()}, ops
 
     def _offset(self, name: str) -> Tensor | None:
@@ -129,7 +128,8 @@ class AffineFit:
         """The block's parameters as they are stored, and the runtime ops; differentiable."""
         params, ops = self.transformed()
         for name in self.block.quantized_linears():
-            low, high = (logit.sigmoid() for logit in self.logits[name]) if name in self.logits else (1.0, 1.0)
+            kept = self.block.clips.get(name, (1.0, 1.0))
+            low, high = self.clips[name].values() if name in self.clips else kept
             quantize = self.block.weight_format(name).fake_quant_clipped
             params[f"{name}.weight"] = quantize(params[f"{name}.weight"], low, high)
         return params, ops
@@ -150,7 +150,7 @@ class AffineFit:
         """The block with everything folded in, by the function and in the precision that training uses."""
         params, ops = self.transformed()
         ops = {name: Matrix(op.matrix.contiguous()) if isinstance(op, Matrix) else op for name, op in ops.items()}
-        clips = {name: (low.sigmoid(), high.sigmoid()) for name, (low, high) in self.logits.items()}
+        clips = {name: pair.values() for name, pair in self.clips.items()}
         done = replace(
             self.block,
             params=params,
@@ -180,13 +180,28 @@ class AffineFit:
             "skipped_steps": fitted.skipped,
             "pulled_to_condition": self.shrunk,
             "merge_error": relative_error(run_all(done, x_fp), y_fp),
+            "merge_error_before_cast": self._error_before_cast(x_fp[:1].double()),
             "sites": sites,
+            "without_effect": self.without_effect,
         }
+
+    def _error_before_cast(self, x: Tensor) -> float:
+        """The relative squared error that the maps alone cause, in their own precision, for hidden states in float64.
+
+        Weights and matrices are taken as ``apply`` returns them, before they are cast to float32 for quantization
+        and storage: this is the error of computing and applying inverses.
+        """
+        params, online = apply(self.block, self.sites, self.start)
+        ops = {**self.block.ops, **{name: Matrix(value.double()) for name, value in online.items()}}
+        exact = run(self.block, x, {name: value.double() for name, value in self.base.items()})
+        moved = run(replace(self.block, ops=ops), x, {name: value.double() for name, value in params.items()})
+        return relative_error(moved, exact)
 
     def pictures(self) -> dict[str, Tensor]:
         """The learned matrices, reduced to a size that a report can show."""
         keys = ((_key(site).partition("."), site.map) for site in self.sites if site.map.is_matrix)
-        return {f"{index}.affinequant.{name}": learned.picture() for (index, _, name), learned in keys}
+        step = self.block.record_key("affinequant")
+        return {f"{index}.{step}.{name}": learned.picture() for (index, _, name), learned in keys}
 
     def _notes(self, fitted: Fitted) -> list[str]:
         notes = list(fitted.notes)
@@ -194,7 +209,8 @@ class AffineFit:
             notes.append("no epoch improves the validation loss; the starting point is kept")
         if self.shrunk:
             notes.append(f"{self.shrunk} map updates were reduced to the condition bound {self.maps.condition:g}")
-        if self.chosen.qk == "matrix" and self.block.family.qk_norm_per_head:
+        trained = {site.name for site in self.sites}
+        if self.chosen.qk == "matrix" and "qk" in trained and self.block.family.qk_norm_per_head:
             notes.append("q and k have norms: only a diagonal tied within rotary pairs folds there")
         return notes
 
@@ -202,3 +218,8 @@ class AffineFit:
 def _key(site: Site) -> str:
     """The layer's index and the site's name: ``7.heads``."""
     return f"{site.edge.src.module.partition('.')[0]}.{site.name}"
+
+
+def _without_effect(site: Site) -> list[str]:
+    """What of a site is not trained: ``7.qk`` for all of it, ``7.qk.log`` for a part."""
+    return [f"{_key(site)}.{name}" for name in site.without_effect] if site.leaves() else [_key(site)]

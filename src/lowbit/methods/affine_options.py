@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lowbit.errors import LowbitError
 from lowbit.methods.options import check_bounds, check_choices
+from lowbit.methods.smooth_start import PEAKS
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Maps:
         dominance: ``enforce`` keeps every matrix strictly diagonally dominant after each step; ``report`` records the
             margins; ``off`` omits them.
         condition: upper bound on the condition number of a map.
-        precision: ``float``; ``float-double``: maps and folded weights in float64, the block in float32; ``double``:
-            all in float64.
+        precision: ``float``: float32; ``float-double``: maps, their inverses and the folding of weights in float64;
+            ``double``: the block's forward and backward pass in float64 too. Quantizers see the folded weights in
+            float32 in all three, as they are stored: codes chosen from float64 weights would not be those that ship.
         lr_maps: learning rate of maps and shifts. The paper's 5e-3 assumes thousands of steps; a quick run has 80.
     """
 
@@ -114,13 +116,18 @@ class Objective:
         start: ``smooth`` folds SmoothQuant's scale into the block first; ``given`` starts from the block as it is,
             for use after a step such as ``awq`` that folds scales itself.
         init_power: migration strength of the ``smooth`` start (SmoothQuant's ``alpha``).
+        init_peaks: what the ``smooth`` start takes for a channel's size: ``relative``, how far it stands out in its
+            tokens, or ``absolute``, its largest value (the papers'), which one massive token can decide; see
+            ``smooth_start.py``.
     """
 
     loss: str = "token"
     aug_loss: float = 0.0
     start: str = "smooth"
     init_power: float = 0.5
+    init_peaks: str = "relative"
 
     def __post_init__(self) -> None:
-        check_choices("affinequant", self, {"loss": ("token", "mse"), "start": ("smooth", "given")})
+        choices = {"loss": ("token", "mse"), "start": ("smooth", "given"), "init_peaks": PEAKS}
+        check_choices("affinequant", self, choices)
         check_bounds("affinequant", self, {"aug_loss": "0 or more", "init_power": "from 0 to 1"})

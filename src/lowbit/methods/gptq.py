@@ -16,7 +16,7 @@ Choices:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.refit import output_target
@@ -78,11 +79,8 @@ class GPTQ(Method):
 
     def __call__(self, block: Block, calib: Calib) -> Block:
         """Codes for every linear that has a format, computed on the quantized hidden states."""
-        for group in block.linear_groups():
-            linears = [name for name in group if name in block.formats]
-            if not linears:
-                continue
-            gram, cross = self._moments(block, calib, group[0])
+        for linears in input_groups(block):
+            gram, cross = self._moments(block, calib, linears[0])
             block = self._round(block, linears, gram, cross)
         return block
 
@@ -97,7 +95,7 @@ class GPTQ(Method):
         paired = paired_statistics(block, block, calib, linear, (gram, cross))
         return paired[gram], paired[cross]
 
-    def _round(self, block: Block, linears: list[str], gram: Tensor, cross: Tensor | None) -> Block:
+    def _round(self, block: Block, linears: Sequence[str], gram: Tensor, cross: Tensor | None) -> Block:
         """Quantize linears that share an input, with the moments of ``_moments``."""
         weights = {name: block.weight(name) for name in linears}
         if cross is not None:
@@ -137,7 +135,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _by_format(block: Block, linears: list[str]) -> dict[Format, list[str]]:
+def _by_format(block: Block, linears: Sequence[str]) -> dict[Format, list[str]]:
     out: dict[Format, list[str]] = {}
     for name in linears:
         out.setdefault(block.weight_format(name), []).append(name)

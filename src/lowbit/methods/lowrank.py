@@ -20,9 +20,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.methods.clipping import LearnedClips
+from lowbit.methods.fit_state import Fitted
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
-from lowbit.methods.training import Fitted, Schedule, fit, loss_unit, relative_loss
+from lowbit.methods.training import Schedule, fit, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run
 from lowbit.models.offload import Rows
@@ -30,7 +32,6 @@ from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 
 CHOICES = {"ranks": ("fixed", "adaptive"), "share": ("none", "input"), "loss": ("token", "mse")}
-CLIP_START = 0.982  # without ratios of an earlier step: sigmoid(4), as in learnable weight clipping
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Correction:
                 readers = tuple(name for name in group if name in self.outputs)
                 if len(readers) > 1:
                     self.pairs.append(self._pair(readers, self._half(options.rank), generator))
-        self.logits = {name: self._logits(name) for name in self.linears} if options.clips else {}
+        self.ratios = {name: LearnedClips.of(block, name) for name in self.linears} if options.clips else {}
         self.gains = self._gains() if options.norms else {}
         self.power = {name: block.weight(name).square().sum() for name in self.linears}
         self.unit = loss_unit(calib.y_fp, options.loss, block.device, calib.batch)
@@ -158,14 +159,6 @@ class Correction:
             errors[name] = torch.linalg.svdvals(weight - quantized).square()
         return adaptive_ranks(errors, {name: sum(self.block.weight(name).shape) for name in self.linears}, rank)
 
-    def _logits(self, name: str) -> tuple[Tensor, Tensor]:
-        """Logits of the current clipping ratios, or of ``CLIP_START``."""
-        weight = self.block.weight(name)
-        shape = (weight.shape[0], self.block.weight_format(name).groups(weight.shape[1]))
-        ratios = self.block.clips.get(name, (torch.full(shape, CLIP_START), torch.full(shape, CLIP_START)))
-        low, high = (ratio.to(weight).expand(shape).clamp(1e-3, 0.999).logit().clone() for ratio in ratios)
-        return low.requires_grad_(), high.requires_grad_()
-
     def _gains(self) -> dict[str, Tensor]:
         names = {edge.src.parameter for edge in self.block.edges() if edge.kind == "norm"}
         return {name: self.block.params[name].clone().requires_grad_() for name in sorted(names)}
@@ -173,7 +166,7 @@ class Correction:
     def groups(self) -> list[tuple[list[Tensor], float]]:
         """Learned tensors with their learning rates."""
         pairs = [leaf for pair in self.pairs for leaf in (pair.up, pair.down)]
-        clips = [logit for ends in self.logits.values() for logit in ends]
+        clips = [leaf for pair in self.ratios.values() for leaf in pair.leaves()]
         options = self.options
         return [(pairs, options.lr), (clips, options.lr_clips), (list(self.gains.values()), options.lr_norms)]
 
@@ -187,8 +180,7 @@ class Correction:
 
     def clips(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Clipping ratios for the step that quantizes."""
-        learned = {name: (low.sigmoid(), high.sigmoid()) for name, (low, high) in self.logits.items()}
-        return {**self.block.clips, **learned}
+        return {**self.block.clips, **{name: pair.values() for name, pair in self.ratios.items()}}
 
     def quantized(self) -> dict[str, Tensor]:
         """Quantized parameters, as they are stored; differentiable."""

@@ -91,7 +91,7 @@ class Reassemble(Method):
     rounds: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False
     needs: ClassVar[Needs] = "both"
-    closed_form: ClassVar[bool] = False
+    closed_form: ClassVar[bool] = True
     moves_norms: ClassVar[bool] = False
     schedule: ClassVar[None] = None
     passes: ClassVar[int] = 6
@@ -120,12 +120,14 @@ class Reassemble(Method):
         return layer_by_layer(self._layer, block, calib) if block.formats else block
 
     def _layer(self, layer: Block, calib: Calib) -> Block:
+        figures: dict[str, Any] = {}
         for edge in layer.edges():
             if edge.kind in SITES[self.sites] and all(dst.module in layer.formats for dst in edge.readers):
-                layer = self._edge(layer, edge, calib)
-        return layer
+                layer, figures[edge.readers[0].module] = self._edge(layer, edge, calib)
+        return layer.with_record("reassemble", figures) if figures else layer
 
-    def _edge(self, block: Block, edge: Edge, calib: Calib) -> Block:
+    def _edge(self, block: Block, edge: Edge, calib: Calib) -> tuple[Block, dict[str, Any]]:
+        """The block with an edge's channels reassembled, and the figures for the report."""
         readers = [dst.module for dst in edge.readers]
         peak, gram = self._moments(block, readers[0], calib)
         candidates, notes = self._candidates(peak, readers[0])
@@ -150,8 +152,7 @@ class Reassemble(Method):
         figures["assembly"] = self.assembly if merges else "drop"
         if theta is not None:
             figures["theta"] = theta
-        earlier = block.record.get(block.start, {}).get("reassemble", {})
-        return best.with_notes("reassemble", *notes).with_record("reassemble", {**earlier, readers[0]: figures})
+        return best.with_notes("reassemble", *notes), figures
 
     def _moments(self, block: Block, linear: str, calib: Calib) -> tuple[Tensor, Tensor]:
         """The statistic compared with theta, ``(channels,)``, and second moments ``(channels, channels)`` float64."""

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.statistics import Statistics, paired_statistics
@@ -74,10 +75,7 @@ class Refit(Method):
         done, quantized_params = block, dict(block.params)
         figures: dict[str, dict[str, float]] = {}
         splits = self._splits(calib)
-        for group in block.linear_groups():
-            linears = [name for name in group if name in block.formats]
-            if not linears:
-                continue
+        for linears in input_groups(block):
             quantized = replace(done, params=quantized_params)
             names = FIGURES[self.tokens]
             seen = [paired_statistics(quantized, block, split, linears[0], names) for split in splits]

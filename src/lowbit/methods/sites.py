@@ -1,4 +1,4 @@
-"""Sites of learned maps: initialization, and application of the maps to the parameters.
+"""Sites of learned maps: construction, and application of the maps to the parameters.
 
 A site is an edge of the block with one learned map, and a learned shift where both ends have a bias. Training and
 folding share ``apply``, so that trained and stored weights agree. A dense matrix after a norm does not fold: its
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.methods.effect import leaves_with_effect, shift_has_effect
 from lowbit.methods.maps import Kind, LearnedMap
-from lowbit.methods.statistics import input_statistics
 from lowbit.models.architecture import Edge
 from lowbit.models.block import Block
 from lowbit.models.equivalence import Params, can_shift, check_can_move, map_width, move
@@ -32,6 +32,8 @@ class Site:
         map: the learned map.
         shift: learned shift, subtracted from the activations before the map; ``None`` without one.
         online: whether the map's inverse stays in the graph (a matrix after a norm).
+        without_effect: names of leaves, and ``shift``, that change nothing in the quantized block (``effect.py``);
+            they are not trained.
     """
 
     name: str
@@ -39,10 +41,12 @@ class Site:
     map: LearnedMap
     shift: Tensor | None = None
     online: bool = False
+    without_effect: tuple[str, ...] = ()
 
     def leaves(self) -> list[Tensor]:
-        """All learned tensors of the site."""
-        return [*self.map.leaves.values(), *([] if self.shift is None else [self.shift])]
+        """All trained tensors of the site; none where no quantizer sees it."""
+        leaves = [leaf for name, leaf in self.map.leaves.items() if name not in self.without_effect]
+        return [*leaves, *([] if self.shift is None else [self.shift])]
 
 
 def site_name(block: Block, edge: Edge) -> str:
@@ -80,11 +84,19 @@ def make_site(block: Block, edge: Edge, name: str, choice: str, matrix: LearnedM
         matrix.dtype,
         matrix.device,
     )
+    acting = leaves_with_effect(block, edge, kind, learned.leaves)
+    for leaf in learned.leaves.keys() - acting:
+        learned.leaves[leaf].requires_grad_(False)
+    unseen = [leaf for leaf in learned.leaves if leaf not in acting]
     initial_shift = None
     if shift and can_shift(block, edge):
-        shape = (heads.kv, heads.dim) if edge.kind == "heads" else (size,)
-        initial_shift = torch.zeros(shape, dtype=matrix.dtype, device=matrix.device, requires_grad=True)
-    return Site(name, edge, learned, initial_shift, online=edge.kind == "norm" and learned.is_matrix)
+        if shift_has_effect(block, edge):
+            shape = (heads.kv, heads.dim) if edge.kind == "heads" else (size,)
+            initial_shift = torch.zeros(shape, dtype=matrix.dtype, device=matrix.device, requires_grad=True)
+        else:
+            unseen.append("shift")
+    online = edge.kind == "norm" and learned.is_matrix
+    return Site(name, edge, learned, initial_shift, online, tuple(unseen))
 
 
 def _divisor(size: int, limit: int) -> int:
@@ -115,34 +127,3 @@ def _behind_norm(block: Block, site: Site, a: Tensor, params: Params) -> Params:
     for dst in site.edge.readers:
         dst.change_weight(out, lambda weight: weight @ a.mT)
     return out
-
-
-def start(
-    block: Block, sites: Sequence[Site], x: Tensor, power: float, batch: int, dtype: torch.dtype = torch.float64
-) -> Params:
-    """Parameters with SmoothQuant's scale folded at every norm, heads and channels site, and centring shifts.
-
-    ``a = max|x - s|**power / max|w|**(1 - power)`` with absolute maxima over the float model's inputs (AffineQuant's
-    released implementation uses signed ones), ``s = (max x + min x) / 2``. Learned maps start at the identity on top
-    of it.
-    """
-    readers = [site.edge.readers[0].module for site in sites if site.edge.kind != "qk"]
-    if not readers:
-        return dict(block.params)
-    ranges = input_statistics(block, x, readers, ("low", "high"), batch=batch)
-    params = {name: value.to(dtype) for name, value in block.params.items()}
-    for site in sites:
-        if site.edge.kind == "qk":
-            continue
-        seen = ranges[site.edge.readers[0].module]
-        low, high = seen["low"].to(dtype), seen["high"].to(dtype)
-        weight = torch.stack([dst.read(params).abs().amax(0) for dst in site.edge.readers]).amax(0)
-        if site.edge.kind == "heads":  # the query heads of a group share their KV head's channels
-            split = (block.heads.kv, block.heads.group, block.heads.dim)
-            low, high = low.reshape(split).amin(1), high.reshape(split).amax(1)
-            weight = weight.reshape(split).amax(1)
-        shift = None if site.shift is None else (low + high) / 2
-        peak = torch.maximum(low.abs(), high.abs()) if shift is None else (high - low) / 2
-        scale = peak.clamp(min=1e-5).pow(power) / weight.clamp(min=1e-5).pow(1 - power)
-        params = move(block, site.edge, scale.clamp(min=1e-5), params, shift)
-    return {name: value.to(block.params[name].dtype) for name, value in params.items()}

@@ -4,25 +4,24 @@ Choices:
 
 * The optimiser is AdamW without weight decay, as in the papers; see ``adam.py``.
 * The result has the parameters of the epoch with the lowest validation loss.
-* A non-finite loss or gradient never reaches a parameter: the step is skipped, the best parameters are restored, the
-  learning rate is halved, and a note records it.
+* A non-finite loss or gradient never reaches a parameter: the step is skipped, the best parameters are restored with
+  the optimizer's moments of that time, the learning rate is halved, and a note records it.
 * A long fit saves its state after each epoch and resumes bit for bit: the file and the schedule determine everything
   that the next step depends on.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints.safetensors_folder import Checkpoint, write_tensors
 from lowbit.methods.adam import Adam
+from lowbit.methods.fit_state import FitState, Fitted
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.models.offload import batches
 
@@ -91,25 +90,6 @@ class Schedule:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
 
-@dataclass
-class Fitted:
-    """Result of a fit.
-
-    Attributes:
-        train: mean training loss of each epoch.
-        held_out: validation loss before the first epoch and after each.
-        best: the epoch whose parameters are kept; 0 is the starting point.
-        skipped: steps skipped because of a non-finite loss or gradient.
-        notes: messages for the report.
-    """
-
-    train: list[float] = field(default_factory=list)
-    held_out: list[float] = field(default_factory=list)
-    best: int = 0
-    skipped: int = 0
-    notes: list[str] = field(default_factory=list)
-
-
 def loss_unit(target: Tensor, loss: str, device: torch.device | None = None, batch: int = 4) -> Tensor:
     """The unit of errors: the mean square of ``target`` ``(sequences, length, hidden)``, as ``(.., .., 1)``.
 
@@ -158,46 +138,24 @@ def fit(
         keep: file for the state after each epoch. An existing file, which must be of the same fit, is resumed from.
         ahead: prefetch hook: receives the next batch's indices, once for each loss but the first.
     """
-    tensors = [t for ts, _ in groups for t in ts]
     train, held_out = schedule.split(sequences)
     minibatches = _batches(train, schedule, seed)
     validation = list(held_out.split(max(schedule.batch, 4))) if len(held_out) else []
-    adam = Adam(groups)
-    state = _State([t.detach().clone() for t in tensors])
-    fitted = state.fitted
+    state = FitState(Adam(groups))
+    tensors, fitted = state.adam.tensors, state.fitted
     if keep is not None and keep.exists():
-        _load(keep, state, tensors, adam)
+        state.load(keep)
     else:
         state.least = _mean_loss(loss, validation, ahead, minibatches[0][:1] if tensors and minibatches else [])
         fitted.held_out.append(state.least)
     if not tensors or not schedule.epochs:
         return fitted
-    per_epoch = len(minibatches[0])
-    steps = schedule.epochs * per_epoch
+    steps = schedule.epochs * len(minibatches[0])
     for epoch in range(state.epoch + 1, schedule.epochs + 1):
         begin(epoch)
-        losses = []
         following = minibatches[epoch][:1] if epoch < schedule.epochs else []
         order = _with_prefetch(minibatches[epoch - 1], validation[:1] or following, ahead)
-        for step, indices in enumerate(order, (epoch - 1) * per_epoch):
-            value = _backward(tensors, loss, indices, schedule.grad_clip)
-            if value is None:
-                fitted.skipped, state.failures, state.factor = (
-                    fitted.skipped + 1,
-                    state.failures + 1,
-                    state.factor / 2,
-                )
-                _restore(tensors, state.best)
-            else:
-                losses.append(value)
-                adam.step(state.factor * schedule.rate(step, steps))
-                with torch.no_grad():
-                    project()
-                state.failures = 0
-            if state.failures >= PATIENCE:
-                break
-        if losses:
-            fitted.train.append(sum(losses) / len(losses))
+        _train(state, loss, order, schedule, (epoch - 1) * len(minibatches[0]), steps, project)
         state.epoch = epoch
         if state.failures >= PATIENCE:
             fitted.notes.append(f"stopped in epoch {epoch}: {PATIENCE} consecutive steps were not finite")
@@ -206,12 +164,13 @@ def fit(
             now = _mean_loss(loss, validation, ahead, following)
             fitted.held_out.append(now)
             if not validation or now < state.least or (math.isfinite(now) and not math.isfinite(state.least)):
-                state.best, state.least, fitted.best = [t.detach().clone() for t in tensors], now, epoch
+                state.least, fitted.best = now, epoch
+                state.keep()
         if keep is not None:
-            _save(keep, state, tensors, adam)
+            state.save(keep)
         if state.failures >= PATIENCE:
             break
-    _restore(tensors, state.best)
+    state.restore()
     begin(fitted.best)
     if fitted.skipped:
         fitted.notes.append(
@@ -219,6 +178,36 @@ def fit(
             f"the parameters are those of epoch {fitted.best}"
         )
     return fitted
+
+
+def _train(
+    state: FitState,
+    loss: Callable[[Tensor], Tensor],
+    order: Iterator[Tensor],
+    schedule: Schedule,
+    first: int,
+    steps: int,
+    project: Callable[[], None],
+) -> None:
+    """One epoch, from step ``first`` of ``steps``; it ends early after ``PATIENCE`` non-finite steps in a row."""
+    losses = []
+    for step, indices in enumerate(order, first):
+        value = _backward(state.adam.tensors, loss, indices, schedule.grad_clip)
+        if value is None:
+            state.fitted.skipped += 1
+            state.failures += 1
+            state.factor /= 2
+            state.restore()
+        else:
+            losses.append(value)
+            state.adam.step(state.factor * schedule.rate(step, steps))
+            with torch.no_grad():
+                project()
+            state.failures = 0
+        if state.failures >= PATIENCE:
+            break
+    if losses:
+        state.fitted.train.append(sum(losses) / len(losses))
 
 
 def _batches(train: Tensor, schedule: Schedule, seed: int) -> list[list[Tensor]]:
@@ -236,48 +225,6 @@ def _with_prefetch(
         for successor in [*steps[index + 1 : index + 2], *following][:1]:
             ahead(successor)
         yield indices
-
-
-@dataclass
-class _State:
-    """State of a fit between two epochs, besides its tensors and Adam's moments."""
-
-    best: list[Tensor]
-    least: float = math.nan
-    epoch: int = 0
-    factor: float = 1.0
-    failures: int = 0
-    fitted: Fitted = field(default_factory=Fitted)
-
-
-def _save(path: Path, state: _State, tensors: Sequence[Tensor], adam: Adam) -> None:
-    """Save everything that the next epoch depends on to one file."""
-    facts = asdict(state.fitted) | {name: getattr(state, name) for name in ("least", "epoch", "factor", "failures")}
-    content = {"facts": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)}
-    for index, (tensor, best, (_, _, *moments)) in enumerate(zip(tensors, state.best, adam.entries, strict=True)):
-        parts = zip(("now", "best", "mean", "square", "count"), (tensor, best, *moments), strict=True)
-        content |= {f"{index}.{name}": value.detach().cpu() for name, value in parts}
-    write_tensors(path, content)
-
-
-@torch.no_grad()
-def _load(path: Path, state: _State, tensors: Sequence[Tensor], adam: Adam) -> None:
-    """Load what ``_save`` stores, into existing tensors."""
-    checkpoint = Checkpoint(path.parent, [path.name])
-    facts = json.loads(bytes(checkpoint.read(["facts"])["facts"].tolist()))
-    for index, (tensor, best, (_, _, *moments)) in enumerate(zip(tensors, state.best, adam.entries, strict=True)):
-        for name, value in zip(("now", "best", "mean", "square", "count"), (tensor, best, *moments), strict=True):
-            value.copy_(checkpoint.read([f"{index}.{name}"])[f"{index}.{name}"])
-    for name in ("least", "epoch", "factor", "failures"):
-        setattr(state, name, facts[name])
-    for name in asdict(state.fitted):
-        setattr(state.fitted, name, facts[name])
-
-
-@torch.no_grad()
-def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
 
 
 def _backward(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ class Block:
         qweights: quantized weights by linear name; they replace ``params`` in the quantized block.
         ops: runtime ops by module name: after a norm, or before a linear.
         notes: notes for the report.
-        record: figures for the report, plain data by layer index and step name: losses, condition numbers.
-        pictures: small matrices for the report by layer index, step and site: ``7.affinequant.heads``.
+        record: figures for the report, plain data by layer index and ``record_key``: losses, condition numbers.
+        pictures: small matrices for the report by layer index, ``record_key`` and site: ``7.affinequant.heads``.
     """
 
     layers: tuple[nn.Module, ...]
@@ -157,15 +158,21 @@ class Block:
         index = self.start if layer is None else layer
         return replace(self, notes=(*self.notes, *(Note(index, f"{step}: {text}") for text in texts)))
 
+    def record_key(self, step: str) -> str:
+        """The name of a step's next figures: ``awq``, then ``awq-2`` behind an earlier step ``awq``, and so on."""
+        taken = {name for steps in self.record.values() for name in steps}
+        names = (step if position == 1 else f"{step}-{position}" for position in count(1))
+        return next(name for name in names if name not in taken)
+
     def with_record(self, step: str, figures: Mapping[str, Any]) -> Block:
-        """The block with a step's figures, recorded under its first layer."""
-        steps = {**self.record.get(self.start, {}), step: figures}
+        """The block with a step's figures, recorded once and under its first layer; earlier figures stay."""
+        steps = {**self.record.get(self.start, {}), self.record_key(step): figures}
         return replace(self, record={**self.record, self.start: steps})
 
     def part(self, start: int, stop: int) -> Block:
         """Layers ``start`` to ``stop`` (counted from 0 within the block) as a block.
 
-        Its notes, record and pictures start empty.
+        Its notes and pictures start empty; its record is the whole block's.
         """
         prefixes = tuple(f"{index}." for index in self.indices[start:stop])
 
@@ -183,7 +190,6 @@ class Block:
             qweights=select(self.qweights),
             ops=select(self.ops),
             notes=(),
-            record={},
             pictures={},
         )
 
@@ -194,7 +200,8 @@ class Block:
         def merge(current: Mapping[str, Any], updated: Mapping[str, Any]) -> dict[str, Any]:
             return {**{n: v for n, v in current.items() if not n.startswith(prefixes)}, **updated}
 
-        record = {index: {**self.record.get(index, {}), **rows} for index, rows in part.record.items()}
+        figures = {index: part.record[index] for index in part.indices if index in part.record}
+        record = {index: {**self.record.get(index, {}), **steps} for index, steps in figures.items()}
         return replace(
             self,
             params={**self.params, **part.params},

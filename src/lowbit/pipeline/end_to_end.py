@@ -32,7 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
-from lowbit.methods.training import Fitted, fit
+from lowbit.methods.fit_state import Fitted
+from lowbit.methods.training import fit
 from lowbit.methods.tune import Tune
 from lowbit.models.block import Block, Note
 from lowbit.models.forward import run, run_all

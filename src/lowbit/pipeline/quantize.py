@@ -274,7 +274,7 @@ def _size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:
     result = int(stored / 8) + 4 * plan.float_weights
     if recipe.tune is None:
         return result
-    state = 4 * 5 * recipe.tune.parameter_count(linear_shapes(skeleton).values())  # as ``training.fit`` stores it
+    state = 4 * 8 * recipe.tune.parameter_count(linear_shapes(skeleton).values())  # as ``FitState.save`` writes it
     return 2 * (result + plan.quantized_weights) + state
 
 

@@ -55,6 +55,11 @@ class Float:
         return 2 - 2 ** (self.exponent - 1)
 
     @property
+    def largest_exponent(self) -> int:
+        """Exponent of the largest value: 2 for E2M1, 8 for E4M3."""
+        return int(torch.frexp(torch.tensor(self.largest)).exponent) - 1
+
+    @property
     def middle(self) -> int:
         """The code of 0; the largest code is twice that."""
         return int(self._magnitude(torch.tensor(self.largest, dtype=torch.float64)))

@@ -64,7 +64,7 @@ class FloatActs(ActFormat):
         grouped = x[..., None, :] if self.group is None else x.unflatten(-1, (-1, self.group))
         peak = grouped.abs().amax(-1, keepdim=True)
         if self.powers:
-            scale = PowerOfTwo().rule(peak, int(torch.frexp(torch.tensor(self.element.largest)).exponent) - 1)
+            scale = PowerOfTwo().rule(peak, self.element)
         else:
             scale = peak / self.element.largest
             scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)

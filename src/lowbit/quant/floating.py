@@ -96,7 +96,7 @@ class FloatFormat(Format):
         """Qparams of a range; the larger end decides. See ``Format.from_range``."""
         peak = self._over_rows(torch.maximum(high, -low))
         if isinstance(self.scales, PowerOfTwo):
-            scale = self.scales.rule(peak, self._largest_exponent)
+            scale = self.scales.rule(peak, self.elements)
         elif isinstance(self.scales, TwoLevel):
             whole = peak.detach().max() if tensor_peak is None else tensor_peak.to(peak.dtype)
             scale = self.scales.rule(peak, whole, self.elements.largest)
@@ -106,7 +106,9 @@ class FloatFormat(Format):
 
     def range_of(self, qparams: QParams) -> tuple[Tensor, Tensor]:
         """The inverse of ``from_range``."""
-        largest = 2.0**self._largest_exponent if isinstance(self.scales, PowerOfTwo) else self.elements.largest
+        largest = (
+            2.0**self.elements.largest_exponent if isinstance(self.scales, PowerOfTwo) else self.elements.largest
+        )
         peak = qparams.scale * largest
         return -peak, peak
 
@@ -150,10 +152,6 @@ class FloatFormat(Format):
         codes = E4M3.code(scale * outer)
         moved = ((codes + step).clamp(E4M3.middle + 1, 2 * E4M3.middle) for step in range(-2, 8) if step)
         return [E4M3.value(code) / outer for code in moved]
-
-    @property
-    def _largest_exponent(self) -> int:
-        return int(torch.frexp(torch.tensor(self.elements.largest)).exponent) - 1
 
     def _with(self, scale: Tensor) -> QParams:
         return QParams(scale, torch.full_like(scale, self.middle))

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.quant.elements import E4M3
+from lowbit.quant.elements import E2M1, E2M3, E4M3, Float
 
 E8M0_BIAS, E8M0_LARGEST = 127, 254  # byte 255 is NaN
-NVFP4_LARGEST = E4M3.largest * 6.0  # of an element times its scale, in units of the tensor's scale
+NVFP4_LARGEST = E4M3.largest * E2M1.largest  # of an element times its scale, in units of the tensor's scale
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,19 @@ class PowerOfTwo:
         """Bits of a scale."""
         return 8
 
-    def rule(self, peak: Tensor, element_exponent: int) -> Tensor:
+    def rule(self, peak: Tensor, element: Float) -> Tensor:
         """The scale of groups with the largest absolute values ``peak``.
 
-        Rounds the exponent of ``peak`` up from the mantissa 1.75, as compressed-tensors does: larger scales lose
-        precision, smaller ones cut the largest values (OCP's rule cuts up to a quarter).
+        Rounds the exponent of ``peak`` up from a mantissa of 1.75 (E2M3: 1.9375), as compressed-tensors does: larger
+        scales lose precision, smaller ones cut the largest values (OCP's rule cuts up to a quarter).
 
-        Args:
-            peak: the largest absolute values.
-            element_exponent: exponent of the largest element, 2 for E2M1 and 8 for E4M3.
-
-        >>> PowerOfTwo().rule(torch.tensor([4.0, 6.9, 7.0]), 2).tolist()
+        >>> PowerOfTwo().rule(torch.tensor([4.0, 6.9, 7.0]), E2M1).tolist()
         [1.0, 1.0, 2.0]
         """
         wide = peak.detach() if peak.dtype in (torch.float32, torch.float64) else peak.detach().float()
         mantissa, exponent = torch.frexp(wide)
-        exponent = exponent - 1 + (mantissa >= 0.875).int() - element_exponent
+        up_from = 1.9375 if element == E2M3 else 1.75
+        exponent = exponent - 1 + (mantissa >= up_from / 2).int() - element.largest_exponent
         return power_of_two(exponent.where(wide > 0, -E8M0_BIAS), peak.dtype)
 
     def holds(self, scale: Tensor) -> bool:

@@ -84,7 +84,7 @@ class BlockRow:
         notes: notes for the report: a raised damping, a fallback.
         relative_error: of the layer's output hidden states, relative to the float model's.
         sensitivity: sensitivity of the layer's linears; see ``analysis/linear_error.py``.
-        steps: figures by step name.
+        steps: figures by step name; ``awq-2`` is the second step of that name.
     """
 
     block: int

@@ -1,0 +1,99 @@
+"""The smooth start: SmoothQuant's scale and centring shifts, folded in before maps are learned on top.
+
+At every norm, heads and channels site, with ``low`` and ``high`` the ends of a channel over the float model's inputs
+and ``p`` the power,
+
+    shift = (low + high) / 2              where the site has one
+    scale = peak**p / max|w|**(1 - p)     (AffineQuant's released implementation takes signed maxima of ``w``)
+
+``peak`` is one of two statistics of the shifted inputs:
+
+* ``absolute``: the largest absolute value over all tokens, as in the papers. One massive token decides the scale of
+  its channel for all tokens, which then use few of its codes.
+* ``relative``: the eighth-power mean of the values over their tokens' root mean squares. Ranges are per token, so a
+  channel matters by how far it stands out in its own tokens. A factor common to all channels changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowbit.methods.sites import Site
+from lowbit.methods.statistics import Statistics, input_statistics
+from lowbit.models.block import Block
+from lowbit.models.equivalence import Params, move
+from lowbit.models.forward import observe
+
+PEAKS = ("relative", "absolute")
+LEAST = 1e-5  # of peaks and scales
+
+
+def smooth_start(block: Block, sites: Sequence[Site], x: Tensor, power: float, peaks: str, batch: int) -> Params:
+    """Parameters with scales and shifts folded at all sites but q/k; computed in float64, in the block's dtypes.
+
+    Args:
+        block: the block.
+        sites: where maps are learned; a site without a shift gets none.
+        x: the block's input in the float model ``(sequences, length, hidden)``.
+        power: migration strength ``p``.
+        peaks: ``relative`` or ``absolute``.
+        batch: sequences to run at once.
+    """
+    sites = [site for site in sites if site.edge.kind != "qk"]
+    if not sites:
+        return dict(block.params)
+    shifts = _shifts(block, sites, x, batch)
+    found = _peaks(block, sites, x, peaks, shifts, batch)
+    params = {name: value.double() for name, value in block.params.items()}
+    for site in sites:
+        reader = site.edge.readers[0].module
+        weight = torch.stack([dst.read(params).abs().amax(0) for dst in site.edge.readers]).amax(0)
+        peak, shift = found[reader], shifts.get(reader)
+        if site.edge.kind == "heads":
+            # The query heads of a group share their KV head's channels, and so their shift.
+            split = (block.heads.kv, block.heads.group, block.heads.dim)
+            peak, weight = peak.reshape(split).amax(1), weight.reshape(split).amax(1)
+            shift = None if shift is None else shift.reshape(split)[:, 0]
+        scale = peak.clamp(min=LEAST).pow(power) / weight.clamp(min=LEAST).pow(1 - power)
+        params = move(block, site.edge, scale.clamp(min=LEAST), params, shift)
+    return {name: value.to(block.params[name].dtype) for name, value in params.items()}
+
+
+def _shifts(block: Block, sites: Sequence[Site], x: Tensor, batch: int) -> dict[str, Tensor]:
+    """The middle of each channel's range where a site has a shift, by reader: ``(in,)`` float64."""
+    shifted = [site for site in sites if site.shift is not None]
+    if not shifted:
+        return {}
+    readers = [site.edge.readers[0].module for site in shifted]
+    seen = input_statistics(block, x, readers, ("low", "high"), batch=batch)
+    out = {}
+    for site, reader in zip(shifted, readers, strict=True):
+        low, high = seen[reader]["low"].double(), seen[reader]["high"].double()
+        if site.edge.kind == "heads":
+            split = (block.heads.kv, block.heads.group, block.heads.dim)
+            low, high = (
+                ends.expand(split).flatten()
+                for ends in (low.reshape(split).amin(1, keepdim=True), high.reshape(split).amax(1, keepdim=True))
+            )
+        out[reader] = (low + high) / 2
+    return out
+
+
+def _peaks(
+    block: Block, sites: Sequence[Site], x: Tensor, peaks: str, shifts: Mapping[str, Tensor], batch: int
+) -> dict[str, Tensor]:
+    """The statistic of each reader's shifted input: ``(in,)`` float64."""
+    figure = "peak" if peaks == "absolute" else "crest"
+    seen = {site.edge.readers[0].module: Statistics((figure,)) for site in sites}
+
+    def add(reader: str, value: Tensor) -> None:
+        seen[reader].add(value - shifts[reader].to(value.dtype) if reader in shifts else value)
+
+    observe(block, x, {reader: partial(add, reader) for reader in seen}, batch=batch)
+    if peaks == "absolute":
+        return {reader: stats["peak"].double() for reader, stats in seen.items()}
+    return {reader: (stats["crest"].double() / stats.count).pow(1 / 8) for reader, stats in seen.items()}
