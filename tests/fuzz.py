@@ -20,9 +20,10 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 # As the command line sets it. The environment is set before transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -33,6 +34,7 @@ import torch
 
 from fuzzing.areas import AREAS
 from fuzzing.bases import Base, make_bases
+from fuzzing.change import Expect
 from fuzzing.guards import SECONDS, captured
 from fuzzing.judge import KINDS, Failure, Judge
 
@@ -51,6 +53,16 @@ class Case:
     def name(self) -> str:
         """As ``--only`` takes it."""
         return f"{self.area}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Mutated:
+    """A mutated model: what it was, where it is, what was done, and what may come out."""
+
+    base: Base
+    path: Path
+    text: str
+    expect: Expect
 
 
 @dataclass(frozen=True)
@@ -88,29 +100,28 @@ class Fuzzer:
         os.environ["LOWBIT_CACHE"] = str(self.cache)
         self.bases: dict[str, Base] = make_bases(root)
 
-    def run(self, case: Case) -> Report | None:
-        """Mutate, try, judge; ``None`` if nothing is wrong."""
+    def mutate(self, case: Case, work: Path) -> Mutated:
+        """A mutated copy of one of the models, in the empty folder ``work``."""
         area, rng = AREAS[case.area], random.Random(f"{case.seed} {case.name}")
         base = self.bases[rng.choice(area.bases)]
+        path = base.copy(work)
+        change = rng.choice(area.mutators)(path, rng)
+        text = f"{path.name}: {change.text}"
+        if area.pairs and rng.random() < 0.25:
+            # The first may have removed what the second would change.
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                text = f"{text}; {rng.choice(area.mutators)(path, rng).text}"
+        return Mutated(base, path, text, change.expect)
+
+    def run(self, case: Case) -> Report | None:
+        """Mutate, try, judge; ``None`` if nothing is wrong."""
         with tempfile.TemporaryDirectory(dir=self.root, prefix=f"{case.area}-{case.number}-") as temporary:
             work = Path(temporary)
-            path = base.copy(work)
-            changes = [rng.choice(area.mutators)(path, rng)]
-            if area.pairs and rng.random() < 0.25:
-                second = self._second(rng, case, path)
-                changes += [second] if second else []
-            judge = Judge(base, path, self.root / "text.txt", changes[0].expect, work)
-            failures = tuple(judge.failures(area.generates, case.number % QUANTIZE_EVERY == 0))
-        text = f"{path.name}: {'; '.join(change.text for change in changes)}"
-        return Report(case, text, failures) if failures else None
-
-    @staticmethod
-    def _second(rng: random.Random, case: Case, path: Path):
-        """Another mutation of the area, where the first has left what it needs."""
-        try:
-            return rng.choice(AREAS[case.area].mutators)(path, rng)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return None
+            model = self.mutate(case, work)
+            judge = Judge(model.base, model.path, self.root / "text.txt", model.expect, work)
+            quantizes = case.number % QUANTIZE_EVERY == 0
+            failures = tuple(judge.failures(AREAS[case.area].generates, quantizes))
+        return Report(case, model.text, failures) if failures else None
 
 
 @contextmanager
@@ -144,6 +155,26 @@ def summary(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
+def run_all(chosen: Sequence[Case], errors: TextIO) -> list[Report]:
+    """Run cases and print what fails at once. ``errors`` is told where native code hangs or breaks the process."""
+    reports, root = [], Path(tempfile.mkdtemp(prefix="fuzz-"))
+    try:
+        with settings():
+            with captured():
+                fuzzer = Fuzzer(root)
+            for case in chosen:
+                # Native code does not return to Python for the time limit's exception: then the process ends.
+                faulthandler.dump_traceback_later(10 * SECONDS, exit=True, file=errors)
+                report = fuzzer.run(case)
+                if report is not None:
+                    reports.append(report)
+                    print(report, flush=True)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        shutil.rmtree(root, ignore_errors=True)
+    return reports
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mutations", type=int, default=1000, help="how many models are tried")
@@ -156,28 +187,14 @@ def main() -> int:
         chosen = [Case(options.seed, area, int(number))]
     else:
         chosen = cases(options.seed, options.mutations, options.area or ())
-    errors = os.fdopen(os.dup(2), "w")  # where a guard's redirection does not reach
+    errors, began = os.fdopen(os.dup(2), "w"), time.monotonic()  # a copy, which the guards do not redirect
     faulthandler.enable(errors)
-    reports, began, root = [], time.monotonic(), Path(tempfile.mkdtemp(prefix="fuzz-"))
-    try:
-        with settings():
-            with captured():
-                fuzzer = Fuzzer(root)
-            for case in chosen:
-                # Native code does not return to Python for the time limit's exception. The case's folder stays.
-                faulthandler.dump_traceback_later(10 * SECONDS, exit=True, file=errors)
-                report = fuzzer.run(case)
-                if report is not None:
-                    reports.append(report)
-                    print(report, flush=True)
-        faulthandler.cancel_dump_traceback_later()
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    reports = run_all(chosen, errors)
+    if reports:
+        print(f"\n{summary(reports)}\n")
     counts = Counter(report.worst.kind for report in reports)
-    print(f"\n{summary(reports)}\n" if reports else "", end="")
-    seconds = time.monotonic() - began
     told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]) or "none failed"
-    print(f"{len(chosen)} mutated models in {seconds:.0f} s: {told}")
+    print(f"{len(chosen)} mutated models in {time.monotonic() - began:.0f} s: {told}")
     return 1 if reports else 0
 
 

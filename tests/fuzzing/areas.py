@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fuzzing import config_fields, generation_fields, gguf_file, safetensors_file, shard_index, tokenizer_files
+from fuzzing import (
+    config_fields,
+    generation_fields,
+    gguf_facts,
+    gguf_tensors,
+    safetensors_file,
+    shard_index,
+    tokenizer_files,
+)
 from fuzzing.bases import GGUF
 from fuzzing.change import Mutator
 from fuzzing.json_files import damage
@@ -34,5 +42,6 @@ AREAS: dict[str, Area] = {
     "weights": Area(("llama", "gemma2", "phi3"), safetensors_file.MUTATORS),
     "tokenizer": Area(("llama", "qwen2", "gemma2"), tokenizer_files.MUTATORS, generates=True),
     "generation": Area(("llama",), generation_fields.MUTATORS, generates=True),
-    "gguf": Area(GGUF, gguf_file.MUTATORS, pairs=False),
+    "gguf-facts": Area(GGUF, gguf_facts.MUTATORS, pairs=False),
+    "gguf-tensors": Area(GGUF, gguf_tensors.MUTATORS, pairs=False),
 }

@@ -84,7 +84,7 @@ class Judge:
         check: Callable[[Any], Iterator[Failure]],
         must: bool = False,
     ) -> Iterator[Failure]:
-        """Failures of one stage; what it returned goes to ``check``. It may refuse the model, unless it ``must`` not."""
+        """Failures of one stage; its result goes to ``check``. It may refuse, unless it ``must`` not."""
         result, error, printed, taken = guarded(function)
         if error is not None and (must or not isinstance(error, LowbitError)):
             yield _raised(name, error)
