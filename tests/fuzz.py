@@ -14,6 +14,7 @@ import argparse
 import faulthandler
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from fuzzing.areas import AREAS
 from fuzzing.bases import Base, make_bases
 from fuzzing.change import Expect
 from fuzzing.guards import SECONDS, captured
-from fuzzing.judge import KINDS, Failure, Judge
+from fuzzing.judge import KINDS, NUMBERS, Failure, Judge
 
 QUANTIZE_EVERY = 10  # a run takes five times as long as the rest
 
@@ -144,15 +145,24 @@ def settings() -> Iterator[None]:
 
 def summary(reports: Sequence[Report]) -> str:
     """Failures by kind and place, the worst first, each with the first case that shows it."""
-    groups: dict[tuple[int, str, str], list[Report]] = defaultdict(list)
+    groups: dict[tuple[int, str], list[Report]] = defaultdict(list)
     for report in reports:
-        worst = report.worst
-        place = worst.frame or f"{report.case.area}, {worst.stage}"
-        groups[KINDS.index(worst.kind), place, worst.text.partition(":")[0][:60]].append(report)
+        groups[KINDS.index(report.worst.kind), _cause(report)].append(report)
     lines = []
-    for (kind, place, text), members in sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1]))):
-        lines.append(f"{len(members)} x {KINDS[kind]}: {text} at {place}; {members[0].case.name} {members[0].text}")
+    for (kind, cause), members in sorted(
+        groups.items(), key=lambda group: (group[0][0], -len(group[1]), group[0][1])
+    ):
+        lines.append(f"{len(members)} x {KINDS[kind]}: {cause}; {members[0].case.name} {members[0].text}")
     return "\n".join(lines)
+
+
+def _cause(report: Report) -> str:
+    """What failures of one cause have in common: the place in the code, else the mutation or message without numbers."""
+    worst = report.worst
+    if worst.frame:
+        return f"{worst.text.partition(':')[0]} at {worst.frame}"
+    text = report.text.partition(": ")[2] if worst.kind in NUMBERS else worst.text[-80:]
+    return f"{re.sub(r'[0-9]+', 'N', text)} ({report.case.area}, {worst.stage})"
 
 
 def run_all(chosen: Sequence[Case], errors: TextIO) -> list[Report]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import lowbit
 from fuzz import Case, Fuzzer, Report, cases, settings, summary
 from fuzzing.areas import AREAS
-from fuzzing.bases import FOLDERS, GGUF, IDS, theirs
+from fuzzing.bases import FOLDERS, GGUF, IDS, RUNS, theirs
 from fuzzing.change import SAME, Anything, Expect, Patched, Refusal, Theirs
 from fuzzing.gguf_bytes import Gguf
 from fuzzing.guards import MIB, Hang, guarded, time_limit
@@ -42,14 +42,14 @@ def test_mutated_models_are_refused_in_one_line_or_read_rightly(area, fuzzer):
     assert not reports, "\n" + "\n".join(map(str, reports)) + "\n\n" + summary(reports)
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, *GGUF])
+@pytest.mark.parametrize("name", [*FOLDERS, *RUNS, *GGUF])
 def test_the_models_are_valid_before(name, fuzzer):
     """Else every refusal would prove nothing."""
     base = fuzzer.bases[name]
     evaluated = lowbit.evaluate(str(base.path), data=str(fuzzer.root / "text.txt"), length=12, tokens=24)
     assert set(evaluated.tokens.values()) == {24}
     logits = streamed_logits(resolve(str(base.path)).folder, IDS)
-    assert distance(logits, theirs(base.folder)) < 1e-6
+    assert distance(logits, theirs(base.folder)) < 1e-5
     assert logits.std() > 0.1
 
 
@@ -184,6 +184,6 @@ def test_failures_are_grouped_with_the_worst_first():
     reports = [Report(Case(0, "json", n), "zz", found) for n, found in enumerate([(bad,), (bad, hang), (bad,)])]
     assert summary(reports).splitlines() == [
         "1 x hang: x at a.py:1 f; json:1 zz",
-        "2 x bad message: x at json, load; json:0 zz",
+        "2 x bad message: x (json, load); json:0 zz",
     ]
     assert str(reports[1]).splitlines()[1:] == ["    bad message in load: x", "    hang in load: x at a.py:1 f"]

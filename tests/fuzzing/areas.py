@@ -9,11 +9,12 @@ from fuzzing import (
     generation_fields,
     gguf_facts,
     gguf_tensors,
+    run_folder,
     safetensors_file,
     shard_index,
     tokenizer_files,
 )
-from fuzzing.bases import GGUF
+from fuzzing.bases import GGUF, RUNS
 from fuzzing.change import Mutator
 from fuzzing.json_files import damage
 
@@ -42,6 +43,7 @@ AREAS: dict[str, Area] = {
     "weights": Area(("llama", "gemma2", "phi3"), safetensors_file.MUTATORS),
     "tokenizer": Area(("llama", "qwen2", "gemma2"), tokenizer_files.MUTATORS, generates=True),
     "generation": Area(("llama",), generation_fields.MUTATORS, generates=True),
+    "run": Area(tuple(RUNS), run_folder.MUTATORS, pairs=False),
     "gguf-facts": Area(GGUF, gguf_facts.MUTATORS, pairs=False),
     "gguf-tensors": Area(GGUF, gguf_tensors.MUTATORS, pairs=False),
 }

@@ -1,4 +1,4 @@
-"""The valid models that are mutated: tiny, of several architectures, in one file, in shards, as ``.gguf``."""
+"""The valid models that are mutated, all tiny: of several architectures, in one file or in shards, GGUF, quantized."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import lowbit
 from lowbit.checkpoints.resolve import resolve
 from test_gguf_reader import write_gguf
 from tiny import save_tiny
@@ -25,6 +26,7 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 FOLDERS = ("llama", "gemma2", "qwen2", "phi3", "opt", "shards")
+RUNS = {"run": "w4a16g16-asym", "run-a8": "w4a8g16-sym"}  # of the Llama, by scheme
 GGUF = ("llama.gguf", "gemma2.gguf")
 # Longer than the sliding windows; ids that every vocabulary has.
 IDS = torch.randint(3, 95, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -90,6 +92,10 @@ def make_bases(root: Path) -> dict[str, Base]:
             model.save_pretrained(folder, max_shard_size="20KB")
         shutil.move(folder / "calib.txt", root / "text.txt")
         bases[name] = Base(folder, folder)
+    for name, scheme in RUNS.items():
+        options = {"recipe": "rtn", "data": str(root / "text.txt"), "samples": 1, "length": 12}
+        lowbit.quantize(str(root / "llama"), root / name, scheme=scheme, **options)
+        bases[name] = Base(root / name, root / name)
     for name in GGUF:
         architecture = name.removesuffix(".gguf")
         path = write_gguf(root / name, architecture, tied=architecture == "gemma2")

@@ -37,6 +37,7 @@ KINDS = (
     "flood",
     "writes",
 )
+NUMBERS = KINDS[:3]  # a wrong model, which no exception tells
 TOLERANCE = 1e-4  # of the largest logit; both sides compute in float32, in different orders
 MESSAGE, LINES = 500, 20  # longest message, most lines printed
 
