@@ -30,6 +30,7 @@ from typing import TextIO
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["RUST_BACKTRACE"] = "0"  # panics of native code would count as floods of output
 
 import torch
 
@@ -157,12 +158,12 @@ def summary(reports: Sequence[Report]) -> str:
 
 
 def _cause(report: Report) -> str:
-    """What failures of one cause have in common: the place in the code, else the mutation or message without numbers."""
+    """What failures of one cause have in common: the place in the code, else mutation or message without numbers."""
     worst = report.worst
     if worst.frame:
         return f"{worst.text.partition(':')[0]} at {worst.frame}"
-    text = report.text.partition(": ")[2] if worst.kind in NUMBERS else worst.text[-80:]
-    return f"{re.sub(r'[0-9]+', 'N', text)} ({report.case.area}, {worst.stage})"
+    text = report.text.partition(": ")[2] if worst.kind in NUMBERS else worst.text
+    return f"{re.sub(r'/[^ ]+|[0-9]+', 'N', text)[:120]} ({report.case.area}, {worst.stage})"
 
 
 def run_all(chosen: Sequence[Case], errors: TextIO) -> list[Report]:

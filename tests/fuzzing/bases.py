@@ -1,4 +1,4 @@
-"""The valid models that are mutated, all tiny: of several architectures, in one file or in shards, GGUF, quantized."""
+"""The valid models that are mutated, tiny: of several architectures, in one file or in shards, GGUF, quantized."""
 
 from __future__ import annotations
 
@@ -69,10 +69,14 @@ class Base:
 
 @torch.no_grad()
 def theirs(folder: Path) -> Tensor:
-    """Logits ``(1, 12, vocabulary)`` that transformers computes from a folder in float32."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    """Logits ``(1, 12, vocabulary)`` that transformers computes from a folder in float32.
+
+    Raises ``ValueError`` where it would fill in tensors at random: it reads such a folder with a warning.
+    """
+    options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    if found["missing_keys"]:
+        raise ValueError(f"missing: {', '.join(sorted(found['missing_keys'])[:3])}")
     return model.eval()(IDS, use_cache=False, return_dict=True).logits
 
 
