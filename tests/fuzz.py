@@ -37,7 +37,7 @@ import torch
 from fuzzing.areas import AREAS
 from fuzzing.bases import Base, make_bases
 from fuzzing.change import Expect
-from fuzzing.guards import SECONDS, captured
+from fuzzing.guards import WALL_SECONDS, captured
 from fuzzing.judge import KINDS, NUMBERS, Failure, Judge
 
 QUANTIZE_EVERY = 10  # a run takes five times as long as the rest
@@ -175,7 +175,7 @@ def run_all(chosen: Sequence[Case], errors: TextIO) -> list[Report]:
                 fuzzer = Fuzzer(root)
             for case in chosen:
                 # Native code does not return to Python for the time limit's exception: then the process ends.
-                faulthandler.dump_traceback_later(10 * SECONDS, exit=True, file=errors)
+                faulthandler.dump_traceback_later(10 * WALL_SECONDS, exit=True, file=errors)
                 report = fuzzer.run(case)
                 if report is not None:
                     reports.append(report)
