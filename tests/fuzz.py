@@ -36,7 +36,7 @@ import torch
 
 from fuzzing.areas import AREAS
 from fuzzing.bases import Base, make_bases
-from fuzzing.change import Expect
+from fuzzing.change import Expect, Theirs
 from fuzzing.guards import WALL_SECONDS, captured
 from fuzzing.judge import KINDS, NUMBERS, Failure, Judge
 
@@ -108,12 +108,13 @@ class Fuzzer:
         base = self.bases[rng.choice(area.bases)]
         path = base.copy(work)
         change = rng.choice(area.mutators)(path, rng)
-        text = f"{path.name}: {change.text}"
+        text, expect = f"{path.name}: {change.text}", change.expect
         if area.pairs and rng.random() < 0.25:
             # The first may have removed what the second would change.
-            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
                 text = f"{text}; {rng.choice(area.mutators)(path, rng).text}"
-        return Mutated(base, path, text, change.expect)
+                expect = Theirs(alone=False)
+        return Mutated(base, path, text, expect)
 
     def run(self, case: Case) -> Report | None:
         """Mutate, try, judge; ``None`` if nothing is wrong."""

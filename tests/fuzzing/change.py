@@ -14,7 +14,13 @@ class Theirs:
     """A refusal, or the logits that transformers computes from the mutated folder.
 
     Where transformers refuses the folder, the unmutated model's logits: what was changed is then without effect.
+
+    Attributes:
+        alone: whether one thing was changed. Of two, one may be what transformers refuses, the other one with effect:
+            then any logits are right.
     """
+
+    alone: bool = True
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,8 @@ def honour(path: Path, rng: Random) -> Change:
 
 
 def _told(fact: Fact) -> str:
+    if fact.kind == STRING:
+        return short(fact.raw[8:].decode())
     return short(fact.number) if fact.kind in PACKED else short(fact.raw)
 
 

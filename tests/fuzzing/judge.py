@@ -149,7 +149,8 @@ class Judge:
             return
         reference, whose = self.reference()
         if reference is None:
-            yield Failure("other numbers", "", f"read, and {whose}")
+            if self.expect != Theirs(alone=False):
+                yield Failure("other numbers", "", f"read, and {whose}")
         elif (difference := distance(logits, reference)) > TOLERANCE:
             yield Failure("other numbers", "", f"logits differ from {whose} by {difference:.1e} of the largest")
 
@@ -164,10 +165,8 @@ class Judge:
             logits, error, _, _ = guarded(lambda: theirs(self.path))
             if error is None:
                 return logits, "those of transformers"
-            reason = (
-                f"the unmutated model's (transformers: {type(error).__name__}: {' '.join(str(error).split())[:100]})"
-            )
-            return self.base.logits({}), reason
+            reason = f"transformers: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            return (self.base.logits({}) if self.expect.alone else None), f"the unmutated model's ({reason})"
         assert isinstance(self.expect, Patched)
         logits, error, _, _ = guarded(lambda: self.base.logits(self.expect.config))
         return logits, "those of the model with that config" if error is None else f"no such model exists: {error}"
