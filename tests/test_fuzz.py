@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,12 @@ def scaled(folder):
 def test_the_judge_sees(reader, kind, fuzzer, tmp_path, monkeypatch):
     monkeypatch.setattr(lowbit, "load", reader)
     assert [failure.kind for failure in judged(fuzzer, tmp_path, Theirs())] == [kind]
+
+
+def test_the_judge_sees_results_that_are_no_numbers(fuzzer, tmp_path, monkeypatch):
+    results = SimpleNamespace(perplexity={"text": float("nan")})
+    monkeypatch.setattr(lowbit, "evaluate", lambda model, **options: results)
+    assert [failure.kind for failure in judged(fuzzer, tmp_path, Theirs())] == ["not a number"]
 
 
 def judged(fuzzer: Fuzzer, work: Path, expect: Expect, name: str = "llama"):

@@ -29,7 +29,7 @@ from runs import streamed_logits
 KINDS = (
     "other numbers",
     "refusal due",
-    "not finite",
+    "not a number",
     "hang",
     "memory",
     "traceback",
@@ -63,7 +63,7 @@ class Judge:
         """Try the stages: perplexity, both ways to logits, and, if asked, text and a quantized run."""
         before = _listing(self.path)
         stages = [
-            self._stage("evaluate", self._perplexity, self._finite),
+            self._stage("evaluate", self._perplexity, self._number),
             self._stage("load", self._loaded, self._as_expected),
             self._stage("stream", self._streamed, self._as_expected),
         ]
@@ -127,11 +127,12 @@ class Judge:
 
     def _runs(self, run: Callable[[], float]) -> Iterator[Failure]:
         """A run that was finished must be readable, without an error."""
-        return self._stage("run", run, self._finite, must=True)
+        return self._stage("run", run, self._number, must=True)
 
-    def _finite(self, value: float) -> Iterator[Failure]:
-        if not math.isfinite(value):
-            yield Failure("not finite", "", f"{value} given as a result")
+    def _number(self, value: float) -> Iterator[Failure]:
+        """Perplexity may be infinite, where finite logits are large enough."""
+        if math.isnan(value):
+            yield Failure("not a number", "", f"{value} given as a result")
 
     def _ended(self, ended: tuple[int, str]) -> Iterator[Failure]:
         code, printed = ended
