@@ -23,7 +23,7 @@ from lowbit.quant.compressed_tensors import packed_names
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, Scheme
-from lowbit.runs.folder import IDENTITY, RUN, read_qtensors, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import IDENTITY, RUN, first_missing, read_qtensors, run_formats, run_layout, run_scheme
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 
 
@@ -107,8 +107,8 @@ def open_run(folder: Path) -> Run:
         if (folder / RUN / IDENTITY).exists():
             raise LowbitError(f"{folder} holds an unfinished run: repeat its 'lowbit quantize' command to resume it")
         raise LowbitError(f"{folder} is not a run folder: give the folder of a finished 'lowbit quantize'")
-    if missing := [name for name in manifest.files if not (folder / name).is_file()]:
-        raise LowbitError(f"{folder} lacks {missing[0]} of its finished run: quantize again into another folder")
+    if (lost := first_missing(folder, manifest)) is not None:
+        raise LowbitError(f"{folder} lacks {lost} of its finished run: copy it from where the run was made")
     config = load_config(folder)
     embed = family_of(config).embed
     scheme = run_scheme(manifest)
