@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowbit.checkpoints import pypi as wheels
+from lowbit.checkpoints.config import needs_remote_code
 from lowbit.checkpoints.resolve import (
     DEMO_MEMBER,
     HUB_FAILURES,
@@ -24,7 +25,6 @@ from lowbit.checkpoints.resolve import (
     fingerprint,
     load_config,
     load_tokenizer,
-    needs_remote_code,
     resolve,
 )
 from lowbit.errors import LowbitError

@@ -2,9 +2,9 @@
 
 A list of names would go stale with each new tokenizer. The rule is the reverse: what is not weights, not another
 framework's copy of them, not left over from training and not the repository's own papers comes along, if it is of a
-tokenizer's size at most. Texts and tables may be somebody's data: they come along if they are named like a vocabulary,
-or if ``tokenizer_config.json`` or the model's code mentions them. In subfolders only chat templates, code and what
-``tokenizer_config.json`` names are read.
+tokenizer's size at most. Texts and tables may be somebody's data: they come along if they are named like a
+vocabulary, or if ``tokenizer_config.json`` or the model's code mentions them. In subfolders only chat templates, code
+and what ``tokenizer_config.json`` names are read.
 """
 
 from __future__ import annotations

