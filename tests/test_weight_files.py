@@ -17,7 +17,7 @@ import lowbit
 from lowbit.checkpoints.resolve import resolve
 from lowbit.checkpoints.safetensors_folder import INDEX, SINGLE, Checkpoint
 from lowbit.errors import LowbitError
-from runs import streamed_logits
+from runs import quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids
 
 NORM = "model.norm.weight"
@@ -148,8 +148,7 @@ def test_what_does_not_count_is_told_apart(change: Callable[[Path], object], mes
 
 
 def test_a_run_folder_says_nothing_of_its_own_files(saved: Path, tmp_path: Path, capsys) -> None:
-    text = str(saved / "one/calib.txt")
-    run = lowbit.quantize(str(saved / "one"), tmp_path / "run", recipe="rtn", data=text, samples=1, length=8).out
+    run = quantize_tiny(saved / "one", tmp_path / "run", "w4a16").out
     capsys.readouterr()
     resolve(str(run))
     assert capsys.readouterr().err == ""
