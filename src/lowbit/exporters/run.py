@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, unknown
@@ -23,7 +24,7 @@ from lowbit.quant.compressed_tensors import packed_names
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, Scheme
-from lowbit.runs.folder import IDENTITY, RUN, first_missing, read_qtensors, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import first_missing, read_qtensors, run_formats, run_layout, run_scheme
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 
 
@@ -104,9 +105,7 @@ def open_run(folder: Path) -> Run:
     """The finished run in ``folder``; raises ``LowbitError`` for anything else."""
     manifest = manifest_of(folder)
     if manifest is None:
-        if (folder / RUN / IDENTITY).exists():
-            raise LowbitError(f"{folder} holds an unfinished run: repeat its 'lowbit quantize' command to resume it")
-        raise LowbitError(f"{folder} is not a run folder: give the folder of a finished 'lowbit quantize'")
+        raise no_run(folder)
     if (lost := first_missing(folder, manifest)) is not None:
         raise LowbitError(f"{folder} lacks {lost} of its finished run: copy it from where the run was made")
     config = load_config(folder)
