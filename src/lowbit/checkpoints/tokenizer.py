@@ -1,6 +1,6 @@
 """A folder's tokenizer, and what its kind of file needs installed.
 
-``tokenizer.json`` needs nothing. A SentencePiece model or a tiktoken vocabulary is converted by ``transformers`` with
+``tokenizer.json`` and ``tekken.json`` need nothing. A SentencePiece model or a tiktoken vocabulary is converted by ``transformers`` with
 packages that lowbit does not require; where one is missing, the library tries the wrong reader next and names that
 one's package. So the file itself says what it is, and the message names what it needs.
 """
@@ -27,7 +27,6 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")  # a token in base64 a
 _PACKAGES = {
     "SentencePiece model": {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"},
     "tiktoken vocabulary": {"tiktoken": "tiktoken"},
-    "tekken vocabulary": {"mistral-common": "mistral_common"},
 }
 
 
@@ -65,8 +64,6 @@ def _missing(folder: Path) -> Iterator[tuple[str, str]]:
 
 def kind_of(path: Path) -> str | None:
     """What a tokenizer's file is, by its content: Llama 3 names a tiktoken vocabulary ``tokenizer.model``."""
-    if path.name == "tekken.json":
-        return "tekken vocabulary"
     if path.suffix not in (".model", ".tiktoken"):
         return None
     with path.open("rb") as file:
