@@ -1,8 +1,8 @@
 """A folder's tokenizer, and what its kind of file needs installed.
 
-``tokenizer.json`` and ``tekken.json`` need nothing. A SentencePiece model or a tiktoken vocabulary is converted by ``transformers`` with
-packages that lowbit does not require; where one is missing, the library tries the wrong reader next and names that
-one's package. So the file itself says what it is, and the message names what it needs.
+``tokenizer.json`` and ``tekken.json`` need nothing. A SentencePiece model or a tiktoken vocabulary is converted by
+``transformers`` with packages that lowbit does not require; where one is missing, the library tries the wrong reader
+next and names that one's package. So the file itself says what it is, and the message names what it needs.
 """
 
 from __future__ import annotations
