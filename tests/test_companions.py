@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,8 @@ def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Llama with code of its own beside it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
     save_tiny(m := tmp_path / "half", "llama")
     for name, content in CODE.items():
         (m / name).write_text(content)
@@ -197,6 +200,40 @@ def test_without_permission_the_library_has_the_class_and_no_map_comes_along(hal
             assert torch.allclose(ours, builtin, rtol=0, atol=0.1 * float(builtin.std()))
             stock = AutoModelForCausalLM.from_pretrained(run, trust_remote_code=trusted, dtype=torch.float32)
             assert torch.allclose(stock(ids).logits, ours, atol=1e-4)
+
+
+def test_a_type_that_the_library_does_not_have(
+    half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its config is code: export and verify take the option too."""
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "model_type": "half"}))
+    code = CODE["configuration_half.py"].replace("    pass", '    model_type = "half"')
+    (half / "configuration_half.py").write_text(code)
+    run = quantize_tiny(half, tmp_path / "run", "w4a16g32-sym", trust_remote_code=True).out
+    for command in (["export", str(run), "--to", "gptq"], ["verify", str(run), str(tmp_path / "run-gptq")]):
+        assert call(command) == 2
+        assert "pass --trust-remote-code" in capsys.readouterr().err
+        assert call([*command, "--trust-remote-code"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import no_such_package", "no_such_package.*: install what its code needs$"),
+        ("class (", "SyntaxError.*fetch it"),
+    ],
+)
+def test_code_that_cannot_run_is_one_line(code: str, said: str, half: Path, tmp_path: Path) -> None:
+    (half / "modeling_half.py").write_text(f"{MODELING}\n{code}\n")
+    asked = (
+        lambda: quantize_tiny(half, tmp_path / "run", "w4a16", trust_remote_code=True),
+        lambda: lowbit.load(half, trust_remote_code=True),
+    )
+    for ask in asked:
+        with pytest.raises(LowbitError, match=said) as caught:
+            ask()
+        assert "\n" not in str(caught.value)
 
 
 def test_the_place_of_code_is_the_folder_whatever_the_config_says(half: Path) -> None:

@@ -101,14 +101,17 @@ class Run:
         return self.checkpoint.file_of(packed_names(module, format, self.layout)[0] if format else module)
 
 
-def open_run(folder: Path) -> Run:
-    """The finished run in ``folder``; raises ``LowbitError`` for anything else."""
+def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
+    """The finished run in ``folder``; raises ``LowbitError`` for anything else.
+
+    Code of the model's own is needed only where ``transformers`` has no config class of its type.
+    """
     manifest = manifest_of(folder)
     if manifest is None:
         raise no_run(folder)
     if (lost := first_missing(folder, manifest)) is not None:
         raise LowbitError(f"{folder} lacks {lost} of its finished run: copy it from where the run was made")
-    config = load_config(folder)
+    config = load_config(folder, trust_remote_code)
     embed = family_of(config).embed
     scheme = run_scheme(manifest)
     formats, layout = run_formats(manifest, scheme, embed), run_layout(manifest, embed)

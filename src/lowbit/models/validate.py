@@ -28,15 +28,18 @@ def report_build_errors(folder: Path) -> Iterator[None]:
         ArithmeticError,
         AssertionError,
         AttributeError,
+        ImportError,  # of a package that the model's own code needs
         LookupError,
+        NameError,
+        OSError,
         RuntimeError,
+        SyntaxError,
         TypeError,
         ValueError,
     ) as error:
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise LowbitError(
-            f"no model can be built from {folder / 'config.json'} ({reason}): fetch it again"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        advice = "install what its code needs" if isinstance(error, ImportError) else "fetch it again"
+        raise LowbitError(f"no model can be built from {folder / 'config.json'} ({reason}): {advice}") from error
 
 
 def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
