@@ -13,10 +13,11 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowbit.checkpoints import pypi as wheels
+from lowbit.checkpoints.config import needs_remote_code
 from lowbit.checkpoints.resolve import (
     DEMO_MEMBER,
     HUB_FAILURES,
@@ -24,7 +25,6 @@ from lowbit.checkpoints.resolve import (
     fingerprint,
     load_config,
     load_tokenizer,
-    needs_remote_code,
     resolve,
 )
 from lowbit.errors import LowbitError
@@ -206,11 +206,11 @@ def test_pickles_that_are_not_loaded(folder: Path, cache: Path, content: bytes |
 def test_a_pickle_index_is_not_trusted(folder: Path) -> None:
     pickled(folder, shards=2)
     (folder / "pytorch_model-00002.bin").unlink()
-    refused("lacks the shard 'pytorch_model-00002.bin'", folder)
+    refused(r"lacks the shard pytorch_model-00002\.bin", folder)
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../model/pytorch_model-00001.bin"}}')
-    refused("lacks the shard '../model", folder)
+    refused("names the shard '../model/pytorch_model-00001.bin': only plain file names", folder)
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": 3}')
-    refused("has no weights", folder)
+    refused("pytorch_model.bin.index.json has no 'weight_map'", folder)
 
 
 # --- GGUF files and the demo
@@ -331,34 +331,7 @@ def test_small_files_come_first_and_pickles_only_when_allowed(
     assert "*.py" not in asked[0]
 
 
-# --- fingerprint, config, tokenizer
-
-
-def test_the_fingerprint_sees_content_and_not_the_place(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    first = fingerprint(folder)
-    assert fingerprint(copy) == first
-    (copy / "tokenizer.json").write_text("{}")
-    assert fingerprint(copy) == first
-    state = load_file(copy / "model.safetensors")
-    state["model.norm.weight"][5] += 1
-    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
-    assert fingerprint(copy) != first
-    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    assert fingerprint(folder) != first
-
-
-def test_the_fingerprint_reads_both_ends_of_a_large_shard(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    save_file({"a": torch.zeros(3 << 20, dtype=torch.uint8)}, file)
-    first = fingerprint(folder)
-    content = bytearray(file.read_bytes())
-    for position, seen in ((-1, True), (1000, True), (len(content) // 2, False)):
-        changed = bytearray(content)
-        changed[position] ^= 1
-        file.write_bytes(changed)
-        assert (fingerprint(folder) != first) is seen
+# --- config, tokenizer
 
 
 @pytest.mark.parametrize(

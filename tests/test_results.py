@@ -8,6 +8,7 @@ import math
 import pytest
 
 import lowbit
+from lowbit.checkpoints.identity import tokenizer_digest
 from lowbit.cli.main import call
 from lowbit.errors import LowbitError
 from lowbit.evaluation.results import EVALUATIONS, entry, keep, kept, results_of
@@ -32,6 +33,14 @@ def test_results_of_other_weights_go(tmp_path):
     assert kept(tmp_path, "old") == []
 
 
+def test_results_of_another_tokenizer_go(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    keep(tmp_path, "f", [one(9.0)])
+    assert len(kept(tmp_path, "f")) == 1
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    assert kept(tmp_path, "f") == []
+
+
 def test_what_is_not_finite_and_where_a_text_lay_are_not_written(tmp_path):
     keep(tmp_path, "f", [entry("/home/me/a.txt", "perplexity", math.inf, {})])
     assert "Infinity" not in (tmp_path / EVALUATIONS).read_text()
@@ -47,10 +56,10 @@ def test_what_is_not_finite_and_where_a_text_lay_are_not_written(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", '{"format": 2}', '{"format": 1, "fingerprint": "f", "results": [{"on": 1}]}'],
+    ["{", '{"format": 2}', '{"format": 1, "fingerprint": "f", "tokenizer": "TOKENIZER", "results": [{"on": 1}]}'],
 )
 def test_a_broken_file_is_one_line(content, tmp_path):
-    (tmp_path / EVALUATIONS).write_text(content)
+    (tmp_path / EVALUATIONS).write_text(content.replace("TOKENIZER", tokenizer_digest(tmp_path)))
     with pytest.raises(LowbitError, match=EVALUATIONS):
         kept(tmp_path, "f")
 

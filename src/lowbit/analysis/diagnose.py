@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lowbit.analysis.bit_allocation import Linear
 from lowbit.analysis.mixed_precision import WIDTHS, Proposal, check_budget, propose
+from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import write_bytes
 from lowbit.data.text import evaluation
@@ -174,7 +175,7 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
     source = resolve(str(run), trust_remote_code=trust_remote_code)
     manifest = manifest_of(source.folder)
     if manifest is None:
-        raise LowbitError(f"{run} is not a finished run folder: give a folder that 'lowbit quantize' wrote")
+        raise no_run(source.folder)
     if any(not row.sensitivity for row in manifest.blocks):
         raise LowbitError(f"{run} has no recorded sensitivity: quantize again into another folder")
     skeleton = Skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)

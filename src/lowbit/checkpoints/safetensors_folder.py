@@ -1,8 +1,12 @@
 """Checkpoints on disk: a lazy reader of safetensors folders, and atomic writes.
 
+Which files count is decided as ``transformers`` decides it: the file that the config names, else
+``model.safetensors``, else the index. Of an index only the file names count: a tensor is where a shard has it, and of
+two the last one.
+
 The reader validates its input: names in an index must be plain file names inside the folder, every shard that the
-index names must exist with the tensors that it lists, and weights must be finite. Tensors are copied from the file's
-memory map one block at a time, so that a model larger than memory can be read.
+index names must exist, and weights must be finite. Tensors are copied from the file's memory map one block at a time,
+so that a model larger than memory can be read.
 
 The writer creates every file under a temporary name, flushes it to disk and renames it. A file with a final name is
 complete.
@@ -24,8 +28,66 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, INDEX_SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors.index.json"
 PARTIAL = ".partial"
+
+
+def weight_index(folder: Path) -> Path | None:
+    """The index that decides which shards count; ``None`` where a single file counts, or nothing is there."""
+    named = _named_weights(folder)
+    if named is not None:
+        return folder / named if named.endswith(INDEX_SUFFIX) else None
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return None
+    return folder / INDEX
+
+
+def weight_shards(folder: Path) -> list[str]:
+    """Names of the files that hold the weights, in the order in which ``transformers`` reads them.
+
+    Raises ``LowbitError`` for a folder without any, a missing shard, or a name outside the folder.
+    """
+    if (index := weight_index(folder)) is not None:
+        return index_shards(index)
+    file = _named_weights(folder) or SINGLE
+    if not (folder / file).is_file():
+        raise LowbitError(
+            f"{folder} has neither {SINGLE} nor {INDEX}: give a folder with safetensors weights"
+            if file == SINGLE
+            else f"{folder} lacks {file}, which its config.json names as its weights (transformers_weights)"
+        )
+    return [file]
+
+
+def index_shards(index: Path) -> list[str]:
+    """Names of the shards in an index, sorted; each exists beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LowbitError(f"{index} has no 'weight_map': fetch it again")
+    for file in {str(value): value for value in weight_map.values()}.values():
+        if not _is_file_name(file):
+            raise LowbitError(f"{index} names the shard {file!r}: only plain file names are allowed there")
+        if not (index.parent / file).is_file():
+            raise LowbitError(f"{index.parent} lacks the shard {file} that its index names: fetch it again")
+    return sorted(set(weight_map.values()))
+
+
+def _named_weights(folder: Path) -> str | None:
+    """The file that ``config.json`` names under ``transformers_weights``, if it does."""
+    config = folder / "config.json"
+    name = read_json(config).get("transformers_weights") if config.is_file() else None
+    if name is None:
+        return None
+    if not _is_file_name(name) or not name.endswith((".safetensors", INDEX_SUFFIX)):
+        raise LowbitError(
+            f"{config} names the weights {name!r} (transformers_weights): allowed is the name of a .safetensors file "
+            f"or index in {folder}"
+        )
+    return str(name)
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..") and "\\" not in name
 
 
 class Checkpoint:
@@ -34,41 +96,18 @@ class Checkpoint:
     def __init__(self, folder: Path, files: Sequence[str] = ()) -> None:
         """Read the index and every shard's header, or the headers of ``files`` only; no tensor is read yet.
 
-        Raises ``LowbitError`` for a missing shard, a broken header or an index that lists a tensor that no shard has.
+        Raises ``LowbitError`` for a missing shard or a broken header.
         """
         self.folder = folder
-        self._file_of: dict[str, str] = {}
-        indexed = {} if files else self._index()
-        for file in files or sorted(set(indexed.values())) or [SINGLE]:
-            for name in self._names_in(file):
-                if indexed.get(name, file) == file:
-                    self._file_of[name] = file
-        for name, file in indexed.items():
-            if self._file_of.get(name) != file:
-                raise LowbitError(
-                    f"{folder / INDEX} says that '{name}' is in {file}, but it is not: fetch both again"
-                )
+        self._stand_in: dict[str, str] = {}
+        self._file_of = {name: file for file in files or weight_shards(folder) for name in self._names_in(file)}
 
-    def _index(self) -> dict[str, str]:
-        path = self.folder / INDEX
-        if not path.exists():
-            return {}
-        weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise LowbitError(f"{path} has no 'weight_map': fetch it again")
-        for file in {str(value): value for value in weight_map.values()}.values():
-            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                raise LowbitError(f"{path} names the shard {file!r}: only plain file names are allowed there")
-            if not (self.folder / file).exists():
-                raise LowbitError(f"{self.folder} lacks the shard {file} that its index names: fetch it again")
-        return weight_map
+    def let_stand_in(self, stored: str, name: str) -> None:
+        """From now on reads of ``name``, which the folder lacks, give ``stored``, the other name of one parameter."""
+        self._stand_in[name] = stored
 
     def _names_in(self, file: str) -> list[str]:
         path = self.folder / file
-        if not path.exists():
-            raise LowbitError(
-                f"{self.folder} has neither {SINGLE} nor {INDEX}: give a folder with safetensors weights"
-            )
         try:
             with safe_open(path, framework="pt") as shard:
                 return list(shard.keys())
@@ -87,7 +126,10 @@ class Checkpoint:
 
     def find(self, name: str) -> str | None:
         """The stored name of a model's tensor: itself, or without the leading ``model.`` (base-model checkpoints)."""
-        return next((n for n in (name, name.removeprefix("model.")) if n in self._file_of), None)
+        stored = next((n for n in (name, name.removeprefix("model.")) if n in self._file_of), None)
+        if stored is None and name in self._stand_in:
+            return self.find(self._stand_in[name])
+        return stored
 
     def file_of(self, name: str) -> str:
         """The shard that holds a tensor, by its stored name."""
@@ -147,7 +189,7 @@ def block_params(checkpoint: Checkpoint, blocks: str, index: int, layer: nn.Modu
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises ``LowbitError`` for anything else."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise LowbitError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lowbit.cli.console import Json, print_json, table
+from lowbit.cli.console import Json, Remote, print_json, table
 from lowbit.progress import say
 
 
@@ -32,6 +32,7 @@ def export(
         int | None,
         typer.Option(help="onnx: 0 multiplies in float32, 4 with inputs at 8 bits.", show_default="as evaluated"),
     ] = None,
+    trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
     """Write a finished run in the format of a runtime: the same codes.
@@ -49,6 +50,7 @@ def export(
         gptq_format=gptq_format,
         context=context,
         accuracy_level=accuracy_level,
+        trust_remote_code=trust_remote_code,
     )
     for warning in result.warnings:
         say(f"warning: {warning}")
@@ -62,6 +64,7 @@ def verify(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="The run folder.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Output of 'lowbit export'.")],
     logits: Annotated[bool, typer.Option(help="Compare logits too, where the runtime is installed.")] = True,
+    trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
     """Compare exports with their run, bit for bit.
@@ -70,7 +73,7 @@ def verify(
     """
     from lowbit.exporters.api import verify as read_back
 
-    results = read_back(run, files, logits=logits)
+    results = read_back(run, files, logits=logits, trust_remote_code=trust_remote_code)
     if as_json:
         print_json([{**asdict(result), "ok": result.ok} for result in results])
     else:

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoints.identity import tokenizer_digest
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
 
@@ -95,20 +96,21 @@ def merge_entries(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
 
 
 def keep(folder: Path, fingerprint: str, entries: Iterable[Entry]) -> None:
-    """Merge entries into the run folder's file; results of other weights are dropped."""
+    """Merge entries into the run folder's file; results of other weights or another tokenizer are dropped."""
     results = merge_entries(kept(folder, fingerprint), entries)
-    write_json(folder / EVALUATIONS, {"format": FORMAT, "fingerprint": fingerprint, "results": results})
+    whose = {"fingerprint": fingerprint, "tokenizer": tokenizer_digest(folder)}
+    write_json(folder / EVALUATIONS, {"format": FORMAT, **whose, "results": results})
 
 
 def kept(folder: Path, fingerprint: str) -> list[Entry]:
-    """Results stored in a run folder for weights with this fingerprint."""
+    """Results stored in a run folder for weights with this fingerprint and the folder's tokenizer."""
     path = folder / EVALUATIONS
     if not path.exists():
         return []
     content = read_json(path)
     if content.get("format") != FORMAT:
         raise LowbitError(f"{path} has format {content.get('format')!r}; this lowbit reads {FORMAT}: delete the file")
-    if content.get("fingerprint") != fingerprint:
+    if content.get("fingerprint") != fingerprint or content.get("tokenizer") != tokenizer_digest(folder):
         return []
     results = content.get("results")
     if not isinstance(results, list) or not all(map(_valid, results)):

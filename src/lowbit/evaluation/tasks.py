@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import lowbit
+from lowbit.checkpoints.identity import tokenizer_digest
 from lowbit.checkpoints.pypi import cache_dir, sha256_of
-from lowbit.checkpoints.resolve import TOKENIZER_FILES, Source, load_tokenizer, resolve
+from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.data.tasks import Documents, HubSet, documents, settle
 from lowbit.data.windows import special_before
@@ -177,13 +178,11 @@ def _cached(identity: dict[str, Any], measured: Callable[[], dict[str, Any]], fr
 
 
 def _model_identity(source: Source) -> dict[str, str | None]:
-    """Digests of weights, tokenizer and, for a run, the manifest (which lists the digest of every file)."""
-    files = {path for pattern in (*TOKENIZER_FILES, "tokenizer_config.json") for path in source.folder.glob(pattern)}
-    digests = "\n".join(f"{path.name} {sha256_of(path)}" for path in sorted(files))
+    """Digests of weights and config, of the tokenizer's files and, for a run, of the manifest (formats, ops)."""
     manifest = source.folder / MANIFEST
     return {
         "fingerprint": source.identity,
-        "tokenizer": hashlib.sha256(digests.encode()).hexdigest(),
+        "tokenizer": tokenizer_digest(source.folder),
         "manifest": sha256_of(manifest) if manifest.exists() else None,
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from lowbit.checkpoints.kinds import what_is
 from lowbit.errors import LowbitError, MissingExtra, unknown
 from lowbit.exporters.target import Exporter
 
@@ -46,4 +47,7 @@ def target_of(path: Path) -> str:
     for name in EXPORTERS:
         if exporter_of(name).owns(path):
             return name
-    raise LowbitError(f"{path} is not an export in a known format: {', '.join(EXPORTERS)}")
+    what = what_is(path)
+    raise LowbitError(
+        f"{path} is {f'{what}, ' if what else ''}not an export in a known format: {', '.join(EXPORTERS)}"
+    )

@@ -58,6 +58,7 @@ def export(
     gptq_format: str = "auto",
     context: int | None = None,
     accuracy_level: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Exported:
     """Write a finished run in the format of a runtime; its codes are reused, nothing is quantized again.
 
@@ -73,13 +74,14 @@ def export(
         context: executorch only, capacity of the KV cache in tokens: by default 2048, or the model's positions.
         accuracy_level: onnx only, 0 multiplies in float32, 4 with inputs quantized to 8 bits, which is faster; by
             default 4 if the run's target is onnxruntime, else 0.
+        trust_remote_code: permit the config's own code, for a model type that ``transformers`` does not have.
 
     Raises:
         LowbitError: the folder is not a finished run, or the target does not support it; nothing is written.
     """
     folder, target = Path(folder), ALIASES.get(to, to)
     exporter = exporter_of(target)
-    run = open_run(folder)
+    run = open_run(folder, trust_remote_code)
     check(target, exporter.misfit, run.subject)
     name = folder.resolve().name
     default = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
@@ -103,7 +105,9 @@ def export(
     return Exported(final, target, sum(file.stat().st_size for file in _files(final)), warnings)
 
 
-def verify(folder: str | Path, files: Sequence[str | Path], *, logits: bool = True) -> list[Verified]:
+def verify(
+    folder: str | Path, files: Sequence[str | Path], *, logits: bool = True, trust_remote_code: bool = False
+) -> list[Verified]:
     """Compare exports with their run, every value bit for bit; see ``Verified.ok``.
 
     Args:
@@ -111,15 +115,16 @@ def verify(folder: str | Path, files: Sequence[str | Path], *, logits: bool = Tr
         files: what ``export`` wrote.
         logits: run each export in its runtime, where that is installed, and compare its logits with the
             simulation's on a built-in text. This needs memory for the whole model in float32.
+        trust_remote_code: permit code of the model's own, for a run that was made with it.
 
     Raises:
         LowbitError: the folder is not a finished run, or a path is not an export.
     """
     if not files:
         raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
-    run = open_run(Path(folder))
-    ids = _text_ids(run) if logits else torch.empty(0)
-    simulated = functools.lru_cache(maxsize=1)(lambda runtime: _simulated(run, ids, runtime))
+    run = open_run(Path(folder), trust_remote_code)
+    ids = _text_ids(run, trust_remote_code) if logits else torch.empty(0)
+    simulated = functools.lru_cache(maxsize=1)(lambda runtime: _simulated(run, ids, runtime, trust_remote_code))
     results = []
     for path in map(Path, files):
         target = target_of(path)
@@ -129,16 +134,17 @@ def verify(folder: str | Path, files: Sequence[str | Path], *, logits: bool = Tr
     return results
 
 
-def _text_ids(run: Run) -> Tensor:
+def _text_ids(run: Run, trust_remote_code: bool) -> Tensor:
     """Token ids of ``TEXT``, at least one and at most as many as the model has positions."""
     config = run.subject.config
-    ids = torch.tensor(load_tokenizer(run.folder)(TEXT).input_ids)
+    ids = torch.tensor(load_tokenizer(run.folder, trust_remote_code)(TEXT).input_ids)
     return ids[ids < config.vocab_size][: getattr(config, "max_position_embeddings", None)]
 
 
-def _simulated(run: Run, ids: Tensor, runtime: str | None) -> Tensor:
+def _simulated(run: Run, ids: Tensor, runtime: str | None, trust_remote_code: bool) -> Tensor:
     with torch.no_grad():
-        return load(run.folder, target=runtime)(ids[None]).logits[0].float()
+        model = load(run.folder, target=runtime, trust_remote_code=trust_remote_code)
+        return model(ids[None]).logits[0].float()
 
 
 def _files(path: Path) -> list[Path]:

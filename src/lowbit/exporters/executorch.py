@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints.safetensors_folder import read_json, write_bytes
+from lowbit.checkpoints.companions import copy_companion
+from lowbit.checkpoints.safetensors_folder import read_json
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
 from lowbit.exporters.hf_folder import files_to_copy
@@ -77,7 +78,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     path.mkdir()
     lower(run, path / PROGRAM, context, _methods(run))
     for name in files_to_copy(run):
-        write_bytes(path / name, (run.folder / name).read_bytes())
+        copy_companion(run.folder, path, name)
     return _warnings(run)
 
 

@@ -13,23 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints.safetensors_folder import (
-    INDEX,
-    Checkpoint,
-    read_json,
-    write_bytes,
-    write_index,
-    write_json,
-    write_tensors,
-)
+from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
+from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_index, write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Run
 from lowbit.models.families import family_of
 from lowbit.progress import track
 from lowbit.quant.format import QTensor
-
-CONFIG = "config.json"
-_OURS = (CONFIG, INDEX, "README.md")  # describe the run folder's own layout
 
 
 def write_folder(
@@ -60,7 +50,7 @@ def write_folder(
         shards[file] = sorted(tensors)
     write_index(path, shards)
     for name in files_to_copy(run):
-        write_bytes(path / name, (run.folder / name).read_bytes())
+        copy_companion(run.folder, path, name)
     write_json(path / CONFIG, config_of(run, quantization))
 
 
@@ -77,8 +67,8 @@ def config_of(run: Run, quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def files_to_copy(run: Run) -> list[str]:
-    """Names of the files that are copied: the tokenizer's and the generation config."""
-    return [name for name in run.manifest.files if not name.endswith(".safetensors") and name not in _OURS]
+    """Names of the files that come along from the run: those of its source that are still there."""
+    return [name for name in companions(run.folder, code=True) if name in run.manifest.files]
 
 
 def stored_config(path: Path) -> dict[str, Any]:

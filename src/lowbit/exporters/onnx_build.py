@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters.gptq import pack_module, quantization_config
-from lowbit.exporters.hf_folder import CONFIG, write_folder
+from lowbit.exporters.hf_folder import write_folder
 from lowbit.exporters.onnx_grid import block_of, in_blocks, stored_bits
 from lowbit.exporters.onnx_read import GRAPH, unpack
 from lowbit.exporters.run import Run, Subject

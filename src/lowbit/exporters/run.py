@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, unknown
@@ -23,7 +24,7 @@ from lowbit.quant.compressed_tensors import packed_names
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, Scheme
-from lowbit.runs.folder import IDENTITY, RUN, read_qtensors, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import first_missing, read_qtensors, run_formats, run_layout, run_scheme
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 
 
@@ -100,16 +101,17 @@ class Run:
         return self.checkpoint.file_of(packed_names(module, format, self.layout)[0] if format else module)
 
 
-def open_run(folder: Path) -> Run:
-    """The finished run in ``folder``; raises ``LowbitError`` for anything else."""
+def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
+    """The finished run in ``folder``; raises ``LowbitError`` for anything else.
+
+    Code of the model's own is needed only where ``transformers`` has no config class of its type.
+    """
     manifest = manifest_of(folder)
     if manifest is None:
-        if (folder / RUN / IDENTITY).exists():
-            raise LowbitError(f"{folder} holds an unfinished run: repeat its 'lowbit quantize' command to resume it")
-        raise LowbitError(f"{folder} is not a run folder: give the folder of a finished 'lowbit quantize'")
-    if missing := [name for name in manifest.files if not (folder / name).is_file()]:
-        raise LowbitError(f"{folder} lacks {missing[0]} of its finished run: quantize again into another folder")
-    config = load_config(folder)
+        raise no_run(folder)
+    if (lost := first_missing(folder, manifest)) is not None:
+        raise LowbitError(f"{folder} lacks {lost} of its finished run: copy it from where the run was made")
+    config = load_config(folder, trust_remote_code)
     embed = family_of(config).embed
     scheme = run_scheme(manifest)
     formats, layout = run_formats(manifest, scheme, embed), run_layout(manifest, embed)

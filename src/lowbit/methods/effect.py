@@ -27,7 +27,8 @@ from collections.abc import Iterable
 from lowbit.methods.maps import Kind
 from lowbit.models.architecture import Edge, Projection
 from lowbit.models.block import Block
-from lowbit.quant.format import Format, Plain
+from lowbit.quant.format import Format
+from lowbit.quant.scales import Plain
 
 
 def leaves_with_effect(block: Block, edge: Edge, kind: Kind, leaves: Iterable[str]) -> frozenset[str]:
@@ -70,4 +71,4 @@ def rows_scale_freely(format: Format) -> bool:
     It holds for scales of a row's own that are stored as numbers, and not for scales limited to powers of two, stored
     relative to a tensor's, or shared between rows.
     """
-    return isinstance(format.scales, Plain) and (format.group is None or isinstance(format.group, int))
+    return isinstance(format.scales, Plain) and not format.shares_rows

@@ -12,8 +12,9 @@ from safetensors import safe_open
 
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
+from lowbit.models.families import family_of
 from lowbit.models.skeleton import Skeleton
-from lowbit.progress import track
+from lowbit.progress import say, track
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
 
@@ -27,15 +28,18 @@ def report_build_errors(folder: Path) -> Iterator[None]:
         ArithmeticError,
         AssertionError,
         AttributeError,
+        ImportError,  # of a package that the model's own code needs
         LookupError,
+        NameError,
+        OSError,
         RuntimeError,
+        SyntaxError,
         TypeError,
         ValueError,
     ) as error:
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise LowbitError(
-            f"no model can be built from {folder / 'config.json'} ({reason}): fetch it again"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        advice = "install what its code needs" if isinstance(error, ImportError) else "fetch it again"
+        raise LowbitError(f"no model can be built from {folder / 'config.json'} ({reason}): {advice}") from error
 
 
 def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
@@ -91,23 +95,35 @@ def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 
 def refuse_foreign_quantization(config: Any, ours: bool, folder: Path) -> None:
-    """Refuse a checkpoint that another tool quantized: its format is not supported."""
+    """Refuse a checkpoint that is quantized and not a run folder: an export of a run, or another tool's."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not ours:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise LowbitError(f"{folder} is already quantized ({method}) and has no lowbit.json: give a float checkpoint")
+        raise LowbitError(
+            f"{folder} is already quantized ({method}) and has no lowbit.json, so it is an export or another tool's: "
+            f"give a float model or a run folder; 'lowbit verify RUN {folder}' compares an export with its run"
+        )
 
 
-def check_tied(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
-    """Refuse a checkpoint whose head differs from the embedding although its config ties them."""
-    head, embed = (f"{name}.weight" for name in (skeleton.family.head, skeleton.family.embed))
-    if not skeleton.tied or checkpoint.find(head) is None:
+def settle_tied(checkpoint: Checkpoint, config: Any) -> None:
+    """Make config and checkpoint agree on whether head and embedding are one tensor, as ``transformers`` loads them.
+
+    Where the config ties them, either may be stored, and both if they are equal. If both are stored and differ, they
+    are not tied: the config is changed, which is said.
+    """
+    family = family_of(config)
+    head, embed = f"{family.head}.weight", f"{family.embed}.weight"
+    if not config.tie_word_embeddings or (stored := checkpoint.find(head)) is None:
+        return
+    if checkpoint.find(embed) is None:
+        checkpoint.let_stand_in(stored, embed)
         return
     weights = checkpoint.read([head, embed])
     if not torch.equal(weights[head], weights[embed]):
-        raise LowbitError(
-            f"{checkpoint.folder} has a '{head}' that differs from '{embed}', but config.json ties them "
-            "(tie_word_embeddings): set it to false there, or fetch the checkpoint again"
+        config.tie_word_embeddings = False
+        say(
+            f"{checkpoint.folder}: '{head}' differs from '{embed}' although config.json ties them: they are read as "
+            "two tensors, as transformers does"
         )
 
 

@@ -9,32 +9,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoints.companions import CONFIG, companions, copy_companion, without_code
+from lowbit.checkpoints.config_fields import is_kernel_choice
 from lowbit.checkpoints.pypi import sha256_of
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_bytes, write_json
+from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_bytes, write_json
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.quant.compressed_tensors import quantization_config
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 from lowbit.quant.scheme import ModelFormats
-from lowbit.runs.folder import RUN, TIMING, block_file, notes_file, write_folder_index
+from lowbit.runs.activation_stats import OBSERVED
+from lowbit.runs.folder import REST, RUN, TIMING, block_file, notes_file, write_folder_index
 from lowbit.runs.manifest import MANIFEST, BlockRow, Identity, Manifest, StockLoading
 from lowbit.runs.plan import Plan
 from lowbit.runs.versions import versions
 
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-
-
 STOP = "maps stay online: only lowbit.load runs this folder"
+CARD = "README.md"
+_MAY_NAME_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
 def finish(
@@ -47,7 +38,8 @@ def finish(
 ) -> Manifest:
     """Write all files other than shards, the manifest last; return the manifest."""
     write_folder_index(out, len(rows))
-    config = read_json(source / "config.json")
+    trusted = bool(request["trust_remote_code"])
+    config = _shipped_config(read_json(source / CONFIG), trusted)
     config["quantization_config"] = quantization_config(plan.formats, plan.floats, plan.embed)
     ops = _runtime_ops(out, len(rows))
     if ops:
@@ -56,22 +48,44 @@ def finish(
         config["quantization_config"]["config_groups"] = {
             STOP: {"targets": ["Linear"], "weights": {"num_bits": STOP}}
         }
-    if plan.untie:
+    if not plan.tied:
         config["tie_word_embeddings"] = False
-    write_json(out / "config.json", config)
-    for name in COPIED:
-        if (source / name).exists():
-            write_bytes(out / name, (source / name).read_bytes())
+    write_json(out / CONFIG, config)
+    copied = _copy_companions(source, out, trusted)
     manifest = _manifest(plan, identity, rows, ops, request)
-    write_bytes(out / "README.md", model_card(manifest).encode())
+    write_bytes(out / CARD, model_card(manifest).encode())
     timing = [{"block": i, **_without_notes(read_json(out / notes_file(i)))} for i in range(len(rows))]
     write_json(out / TIMING, {"blocks": timing})
-    # Digests cover what ships; the timing differs between identical runs.
-    ours = sorted(p for p in out.iterdir() if p.is_file() and p.name not in (TIMING, MANIFEST))
-    manifest = replace(manifest, files={path.name: sha256_of(path) for path in ours})
+    # Digests cover what the run made and nothing else in the folder; the timing differs between identical runs.
+    shards = [*map(block_file, range(len(rows))), REST]
+    observed = [OBSERVED] if (out / OBSERVED).is_file() else []
+    ours = sorted([*shards, INDEX, CONFIG, CARD, *observed, *copied])
+    manifest = replace(manifest, files={name: sha256_of(out / name) for name in ours})
     write_json(out / MANIFEST, manifest.to_dict())
     shutil.rmtree(out / RUN, ignore_errors=True)
     return manifest
+
+
+def _shipped_config(source: Mapping[str, Any], trusted: bool) -> dict[str, Any]:
+    """The source's config without what does not hold for the result.
+
+    That is the names of its weight files and the attention kernel of the machine that it was made on; and, where no
+    code was permitted, the map to code, which is not copied either: ``transformers`` has the class.
+    """
+    kept = source if trusted else without_code(source)
+    return {key: value for key, value in kept.items() if key != "transformers_weights" and not is_kernel_choice(key)}
+
+
+def _copy_companions(source: Path, out: Path, trusted: bool) -> list[str]:
+    """Copy the files that come along, without references to code unless it was permitted; return their names."""
+    names = companions(source, code=trusted)
+    for name in names:
+        content = read_json(source / name) if not trusted and name in _MAY_NAME_CODE else {}
+        if "auto_map" in content:
+            write_json(out / name, without_code(content))
+        else:
+            copy_companion(source, out, name)
+    return names
 
 
 def _without_notes(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,17 @@ from lowbit.checkpoints.resolve import load_config, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.models.architecture import DeclaredEdge, Part, Ref
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.validate import check_tensors, refuse_foreign_quantization, report_build_errors, shapes_of
+from lowbit.models.validate import (
+    check_tensors,
+    refuse_foreign_quantization,
+    report_build_errors,
+    settle_tied,
+    shapes_of,
+)
 from lowbit.pipeline.estimate import estimate
 from lowbit.pipeline.recipe import load_recipe, with_effort
 from lowbit.quant.scheme import load_scheme
-from lowbit.runs.manifest import manifest_of
+from lowbit.runs.manifest import manifest_of, require_trust
 from lowbit.runs.plan import check_length, check_sizes, make_plan
 
 
@@ -33,9 +39,11 @@ def inspect_model(
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
     refuse_foreign_quantization(config, manifest is not None, source.folder)
+    require_trust(source.folder, manifest, trust_remote_code)
+    checkpoint = Checkpoint(source.folder)
+    settle_tied(checkpoint, config)
     with report_build_errors(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
-    checkpoint = Checkpoint(source.folder)
     family, heads = skeleton.family, skeleton.heads
     facts: dict[str, Any] = {
         "model": source.name,

@@ -16,20 +16,22 @@ from typing import Any
 
 import torch
 
+from lowbit.checkpoints.identity import companions_digest
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.data.sampling import self_sample
 from lowbit.data.text import Data, calibration
 from lowbit.data.windows import Bos, Tokens, WindowShape
+from lowbit.errors import LowbitError
 from lowbit.models.device import DTYPES
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_finite,
     check_ids,
     check_tensors,
-    check_tied,
     refuse_foreign_quantization,
     report_build_errors,
+    settle_tied,
     shapes_of,
 )
 from lowbit.pipeline.end_to_end import tune
@@ -188,6 +190,7 @@ class Resolved:
             dtype=request.dtype,
             versions=versions(),
             compiled=request.compiled,
+            source_files=companions_digest(self.source.folder),
         )
 
 
@@ -200,17 +203,22 @@ def _check(request: Request) -> Resolved:
         allow_pickle=request.allow_pickle,
         trust_remote_code=trusted,
     )
+    if manifest_of(source.folder) is not None:
+        raise LowbitError(
+            f"{request.model} is a run folder, which is quantized already: give its float model; 'lowbit evaluate', "
+            "'compare', 'export', 'generate', 'inspect' and 'report' take a run folder"
+        )
     config = load_config(source.folder, trusted)
     refuse_foreign_quantization(config, False, source.folder)
+    checkpoint = Checkpoint(source.folder)
+    settle_tied(checkpoint, config)
     with report_build_errors(source.folder):
         skeleton = Skeleton(config, trusted)
-    checkpoint = Checkpoint(source.folder)
     scheme = _scheme(request, skeleton)
     plan = make_plan(skeleton, scheme)
     check_length(config, request.length)
     shapes = shapes_of(skeleton)
     check_tensors(checkpoint, shapes, skeleton.family.blocks, {})
-    check_tied(checkpoint, skeleton)
     tokenizer = load_tokenizer(source.folder, trusted)
     tokens = _calibration(request, source, tokenizer)
     check_ids(tokens.ids, skeleton, source.folder)

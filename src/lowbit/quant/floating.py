@@ -156,6 +156,11 @@ class FloatFormat(Format):
     def _with(self, scale: Tensor) -> QParams:
         return QParams(scale, torch.full_like(scale, self.middle))
 
+    @property
+    def shares_rows(self) -> bool:
+        """In tiles, and with one scale for the tensor."""
+        return self.rows != 1
+
     def over_shared_rows(self, per_group: Tensor) -> Tensor:
         """Sums over a tile, or over the tensor."""
         if self.rows == 1:

@@ -178,6 +178,11 @@ class Format(ABC):
         """The nearest values, ``value(round(x))``; differentiable inside the range; qparams broadcast."""
         return self.value(self.round(x, qparams), qparams)
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether several rows share a scale."""
+        return False
+
     def over_shared_rows(self, per_group: Tensor) -> Tensor:
         """Sums over the rows that share a scale, for each row, of figures ``(rows, groups)``."""
         return per_group

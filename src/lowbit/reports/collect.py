@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoints.resolve import fingerprint
+from lowbit.checkpoints.identity import fingerprint
 from lowbit.checkpoints.safetensors_folder import read_json
 from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import FORMAT as COMPARED

@@ -21,6 +21,7 @@ finished shards and continues.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +30,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit.checkpoints.safetensors_folder import PARTIAL, Checkpoint, read_json, write_index, write_json
+from lowbit.checkpoints.companions import CONFIG
+from lowbit.checkpoints.safetensors_folder import INDEX, PARTIAL, Checkpoint, read_json, write_index, write_json
+from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
 from lowbit.errors import LowbitError
 from lowbit.models.architecture import Family
 from lowbit.models.block import Block
@@ -42,7 +45,7 @@ from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
 
 TIMING, RUN, IDENTITY = "lowbit-timing.json", ".run", "identity.json"
 REST = "model-rest.safetensors"
-_DERIVED = ("fingerprint", "versions.")  # differ as a consequence of other settings
+_DERIVED = ("fingerprint", "source_files", "versions.")  # differ as a consequence of other settings
 State = Literal["new", "running", "finished"]
 
 
@@ -77,17 +80,33 @@ def look(out: Path, identity: Identity) -> State:
         running = out / RUN / IDENTITY
         if (manifest := manifest_of(out)) is not None:
             _check_same_run(out, asdict(manifest.identity), identity)
-            if lost := [name for name in manifest.files if not (out / name).is_file()]:
-                raise LowbitError(f"--out {out} lacks {lost[0]} of its finished run: delete the folder and run again")
+            if (lost := first_missing(out, manifest)) is not None:
+                raise LowbitError(f"--out {out} lacks {lost} of its finished run: delete the folder and run again")
             return "finished"
         if running.exists():
             _check_same_run(out, read_json(running), identity)
             return "running"
-        if out.exists() and any(entry.name != RUN for entry in out.iterdir()):
+        if out.exists() and any(entry.name != RUN and not _of_a_file_browser(entry) for entry in out.iterdir()):
             raise LowbitError(f"--out {out} exists and is not a lowbit run; give a folder that is new or empty")
     except OSError as error:
         raise _unusable(out, error) from error
     return "new"
+
+
+def first_missing(folder: Path, manifest: Manifest) -> str | None:
+    """The first file of a finished run that is needed and not there: a shard, the index, the config, a tokenizer's.
+
+    Everything else is for readers and reports. A tokenizer's other files (its config, merges) are missed when it is
+    loaded, by what needs it.
+    """
+    shards = (name for name in manifest.files if name.endswith(".safetensors") and not name.startswith("lowbit-"))
+    tokenizer = (name for name in manifest.files if any(fnmatch.fnmatch(name, glob) for glob in TOKENIZER_FILES))
+    needed = (INDEX, CONFIG, *shards, *tokenizer)
+    return next((name for name in needed if not (folder / name).is_file()), None)
+
+
+def _of_a_file_browser(path: Path) -> bool:
+    return path.name in (".DS_Store", "Thumbs.db", "desktop.ini", ".directory", ".localized")
 
 
 def claim(out: Path, identity: Identity) -> None:

@@ -21,11 +21,11 @@ from lowbit.models.attention import attention_name
 from lowbit.models.families import family_of
 from lowbit.models.gathered_norm import gathered_norm
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp
-from lowbit.models.validate import check_tensors, refuse_foreign_quantization, report_build_errors
+from lowbit.models.validate import check_tensors, refuse_foreign_quantization, report_build_errors, settle_tied
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats, simulated_on
 from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_layout, run_scheme
-from lowbit.runs.manifest import manifest_of
+from lowbit.runs.manifest import manifest_of, require_trust
 
 
 def load(
@@ -48,7 +48,10 @@ def load(
     manifest = manifest_of(folder)
     config: Any = load_config(folder, trust_remote_code)
     refuse_foreign_quantization(config, manifest is not None, folder)
+    require_trust(folder, manifest, trust_remote_code)
     config.__dict__.pop("quantization_config", None)
+    checkpoint = Checkpoint(folder)
+    settle_tied(checkpoint, config)
     with report_build_errors(folder), init_empty_weights(include_buffers=False):
         family = family_of(config)
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -58,7 +61,6 @@ def load(
         formats, layout = run_formats(manifest, scheme, family.embed), run_layout(manifest, family.embed)
     tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
-    checkpoint = Checkpoint(folder)
     check_tensors(checkpoint, shapes, family.blocks, formats.weights)
     state = read_dequantized(checkpoint, shapes, formats.weights, layout)
     model.load_state_dict({n: v.to(device, dtype) for n, v in state.items()}, strict=False, assign=True)

@@ -47,7 +47,7 @@ class Identity:
 
     Attributes:
         model: name of the float model; for a path its last component.
-        fingerprint: digest of its weights.
+        fingerprint: digest of its weights and config.
         recipe: every step with every option, and the window.
         recipe_name: the recipe's name in results.
         scheme: name, overrides and target runtime, as ``scheme_from_dict`` reads them.
@@ -55,6 +55,7 @@ class Identity:
         seed, device, dtype: as requested.
         versions: of Python and of the packages that compute and write the run.
         compiled: whether training ran with fused fake quantization.
+        source_files: digest of the source's other files, tokenizer included, which the run folder copies.
     """
 
     model: str
@@ -68,6 +69,7 @@ class Identity:
     dtype: str
     versions: dict[str, str]
     compiled: bool = False
+    source_files: str = ""
 
     @property
     def steps(self) -> list[str]:
@@ -164,6 +166,21 @@ def manifest_of(folder: Path) -> Manifest | None:
             "version of lowbit that wrote it"
         )
     return parse(Manifest, content, str(path))
+
+
+def require_trust(folder: Path, manifest: Manifest | None, trust_remote_code: bool) -> None:
+    """Refuse a run whose model computes by code of its own, unless this call permits that code.
+
+    ``transformers`` may have a class of that name, which need not compute the same. A run made without that
+    permission keeps no reference to such code.
+    """
+    if manifest is None or trust_remote_code or not manifest.request.get("trust_remote_code"):
+        return
+    if (folder / "config.json").is_file() and read_json(folder / "config.json").get("auto_map"):
+        raise LowbitError(
+            f"{folder} was quantized with --trust-remote-code and computes by Python code of its own: read that "
+            "code, then pass --trust-remote-code (in Python trust_remote_code=True)"
+        )
 
 
 def parse(kind: type[T], content: Any, where: str) -> T:

@@ -28,7 +28,8 @@ class Plan:
         shapes: ``(out, in)`` of all linears, head and embedding.
         floats: linears (the head included) that stay float.
         embed, head: their module names.
-        untie: embedding and head are one tensor in the source and two in the result, since either is quantized.
+        tied: embedding and head are one tensor in the result.
+        untie: they are one tensor in the source and two in the result, since either is quantized.
         layout: see ``compressed_tensors.layout_of``.
         quantized_weights: number of quantized weights; ``float_weights``: of float ones.
         stored_bits: stored bits of the quantized weights' codes, scales and zero points.
@@ -40,6 +41,7 @@ class Plan:
     floats: tuple[str, ...]
     embed: str
     head: str
+    tied: bool
     untie: bool
     layout: str
     quantized_weights: int
@@ -88,6 +90,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
         floats=tuple(name for name in [*floats, family.head] if name not in weights),
         embed=family.embed,
         head=family.head,
+        tied=skeleton.tied and not untie,
         untie=untie,
         layout=layout_of(model_formats),
         quantized_weights=sum(count[name] for name in weights),

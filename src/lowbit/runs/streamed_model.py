@@ -21,15 +21,15 @@ from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_tensors,
-    check_tied,
     refuse_foreign_quantization,
     report_build_errors,
+    settle_tied,
     shapes_of,
 )
 from lowbit.progress import track
 from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
 from lowbit.runs.folder import read_block, read_dequantized, run_formats, run_layout, run_scheme
-from lowbit.runs.manifest import manifest_of
+from lowbit.runs.manifest import manifest_of, require_trust
 
 # Maximum bytes of hidden states held at once; longer texts take several passes over the blocks.
 HELD_BYTES = 1 << 30
@@ -59,9 +59,11 @@ class StreamedModel:
         manifest = manifest_of(folder)
         self.config: Any = load_config(folder, trust_remote_code)
         refuse_foreign_quantization(self.config, manifest is not None, folder)
+        require_trust(folder, manifest, trust_remote_code)
         self.device, self.dtype = device, dtype
         self.scheme: Scheme | None = simulated_on(run_scheme(manifest) if manifest else None, target)
         self.checkpoint = Checkpoint(folder)
+        settle_tied(self.checkpoint, self.config)
         with report_build_errors(folder):
             self.skeleton = Skeleton(self.config, trust_remote_code)
         family = self.skeleton.family
@@ -71,7 +73,6 @@ class StreamedModel:
             self._layout = run_layout(manifest, family.embed)
         weights = self.formats.weights
         check_tensors(self.checkpoint, shapes_of(self.skeleton), family.blocks, weights)
-        check_tied(self.checkpoint, self.skeleton)
         shared = read_dequantized(self.checkpoint, self.skeleton.shared_names, weights, self._layout)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in shared.items()})
         self.skeleton.model.to(device)
