@@ -37,12 +37,12 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
+from lowbit.checkpoints.partial import STALE_SECONDS, flush
 from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.progress import say, track
 
 SHARD_BYTES = 2 << 30
-STALE_SECONDS = 24 * 3600
 # Exceptions of the readers on broken bytes: they validate little and fail at the first impossible number.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError, struct.error)
 
@@ -107,8 +107,7 @@ def build(final: Path, write: Callable[[Path], None]) -> Path:
             work.mkdir()
             write(work)
             for file in work.iterdir():
-                with file.open("rb") as content:
-                    os.fsync(content.fileno())
+                flush(file)
             try:
                 os.rename(work, final)
             except OSError:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lowbit
+from lowbit.checkpoints.partial import sweep
 from lowbit.checkpoints.pypi import cache_dir, sha256_of
 from lowbit.checkpoints.resolve import TOKENIZER_FILES, Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
@@ -169,9 +170,10 @@ def _cached(identity: dict[str, Any], measured: Callable[[], dict[str, Any]], fr
     row: dict[str, Any] = measured()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LowbitError(f"cannot create the cache folder {path.parent}: {error}; set LOWBIT_CACHE") from error
-    write_json(path, {"identity": identity, "row": row})
+        sweep(path.parent)
+        write_json(path, {"identity": identity, "row": row})
+    except (OSError, LowbitError) as error:  # the scores took minutes or hours, and are worth more than the cache
+        say(f"{identity['task']}: the result is not cached ({error}); set LOWBIT_CACHE to a folder you may write")
     return row
 
 

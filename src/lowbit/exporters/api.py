@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.checkpoints.partial import flush, partial_of, remove, sweep
 from lowbit.checkpoints.resolve import load_tokenizer
-from lowbit.checkpoints.safetensors_folder import PARTIAL
 from lowbit.errors import LowbitError
 from lowbit.exporters import ALIASES, exporter_of, target_of
 from lowbit.exporters.fit import check
@@ -84,23 +83,30 @@ def export(
     name = folder.resolve().name
     default = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
     final = Path(out) if out is not None else default
-    if final.exists():
-        raise LowbitError(f"--out {final} exists: name another, or delete it")
+    _refuse_existing(final)
     if exporter.suffix and final.suffix != exporter.suffix:
         raise LowbitError(f"--out {final} given; a {target} export is a file that ends in {exporter.suffix}")
-    partial = final.with_name(final.name + PARTIAL)
+    partial = partial_of(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
+        sweep(final.parent, final.name)
         warnings = exporter.write(run, partial, Options(embeddings, pre, gptq_format, context, accuracy_level))
-        _to_disk(partial)
+        for file in _files(partial):
+            flush(file)
+        _refuse_existing(final)  # another process may have exported to the same path meanwhile
         os.rename(partial, final)
     except OSError as error:
+        _refuse_existing(final)
         raise LowbitError(f"cannot write {final}: {error.strerror or error}; choose another --out") from error
     finally:
         with suppress(OSError):
-            _remove(partial)
+            remove(partial)
     return Exported(final, target, sum(file.stat().st_size for file in _files(final)), warnings)
+
+
+def _refuse_existing(final: Path) -> None:
+    if final.exists():
+        raise LowbitError(f"--out {final} exists: name another, or delete it")
 
 
 def verify(folder: str | Path, files: Sequence[str | Path], *, logits: bool = True) -> list[Verified]:
@@ -143,16 +149,3 @@ def _simulated(run: Run, ids: Tensor, runtime: str | None) -> Tensor:
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-
-
-def _to_disk(path: Path) -> None:
-    for file in _files(path):
-        with file.open("rb") as content:
-            os.fsync(content.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

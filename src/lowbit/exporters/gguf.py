@@ -75,7 +75,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, (kind, _) in track(list(kinds.items()), f"writing {path.stem}"):
+        for name, (kind, _) in track(list(kinds.items()), f"writing {final_name(path)}"):
             writer.write_tensor_data(_data(run, name, kind))
     finally:
         writer.close()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoints.partial import final_name
 from lowbit.checkpoints.safetensors_folder import (
     INDEX,
     Checkpoint,
@@ -50,7 +51,7 @@ def write_folder(
     """
     path.mkdir()
     shards: dict[str, list[str]] = {}
-    for file in track([file.name for file in run.checkpoint.files], f"writing {path.stem}"):
+    for file in track([file.name for file in run.checkpoint.files], f"writing {final_name(path)}"):
         tensors = {name: run.tensor(name) for name in run.floats if run.file_of(name) == file}
         if dtype is not None:
             tensors = {name: value.to(dtype) for name, value in tensors.items()}

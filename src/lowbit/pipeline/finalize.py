@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.pypi import sha256_of
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_bytes, write_json
+from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_bytes, write_json
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.quant.compressed_tensors import quantization_config
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 from lowbit.quant.scheme import ModelFormats
-from lowbit.runs.folder import RUN, TIMING, block_file, notes_file, write_folder_index
+from lowbit.runs.activation_stats import OBSERVED
+from lowbit.runs.folder import REST, RUN, TIMING, block_file, notes_file, write_folder_index
 from lowbit.runs.manifest import MANIFEST, BlockRow, Identity, Manifest, StockLoading
 from lowbit.runs.plan import Plan
 from lowbit.runs.versions import versions
@@ -59,16 +60,18 @@ def finish(
     if plan.untie:
         config["tie_word_embeddings"] = False
     write_json(out / "config.json", config)
-    for name in COPIED:
-        if (source / name).exists():
-            write_bytes(out / name, (source / name).read_bytes())
+    copied = [name for name in COPIED if (source / name).exists()]
+    for name in copied:
+        write_bytes(out / name, (source / name).read_bytes())
     manifest = _manifest(plan, identity, rows, ops, request)
     write_bytes(out / "README.md", model_card(manifest).encode())
     timing = [{"block": i, **_without_notes(read_json(out / notes_file(i)))} for i in range(len(rows))]
     write_json(out / TIMING, {"blocks": timing})
-    # Digests cover what ships; the timing differs between identical runs.
-    ours = sorted(p for p in out.iterdir() if p.is_file() and p.name not in (TIMING, MANIFEST))
-    manifest = replace(manifest, files={path.name: sha256_of(path) for path in ours})
+    # Digests cover what this run wrote and ships, whatever else lies in the folder; the timing differs between
+    # identical runs.
+    shards = [*(block_file(i) for i in range(len(rows))), REST, OBSERVED]
+    ours = sorted([*shards, INDEX, "config.json", "README.md", *copied])
+    manifest = replace(manifest, files={name: sha256_of(out / name) for name in ours})
     write_json(out / MANIFEST, manifest.to_dict())
     shutil.rmtree(out / RUN, ignore_errors=True)
     return manifest
