@@ -1,9 +1,9 @@
 """A lock that one process at a time holds on a path, across processes and machines.
 
-The lock is a file with two safeguards. The operating system locks it (``flock``, on Windows ``LockFile``) and releases
-it when the process ends in whatever way, so nothing is left locked by a kill or a reboot. And the file holds who its
-owner is, whose changing time the owner renews every ``BEAT`` seconds: that is what a message can name, and what tells
-machines apart where locks of a network folder do not reach beyond one machine or do not exist.
+The lock is a file with two safeguards. The operating system locks it, and releases it when the process ends in
+whatever way, so that nothing stays locked after a kill or a reboot. And the file says who its owner is, who renews
+its modification time every ``BEAT`` seconds: messages name that owner, and it decides where locks of a network folder
+do not reach beyond one machine, or do not exist.
 
 The file is deleted at release. Whoever locks a file that was deleted meanwhile notices and starts again.
 """
@@ -21,8 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import psutil
 
 BEAT, STALE = 10.0, 60.0  # seconds between signs of life, and without any until an owner elsewhere counts as dead
 _POLL = 0.05
@@ -92,6 +90,8 @@ def holder(path: Path) -> Owner | None:
 
 def this_process() -> Owner:
     """The calling process."""
+    import psutil
+
     boot = _BOOT_ID.read_text(encoding="ascii").strip() if _BOOT_ID.exists() else ""
     return Owner(socket.gethostname(), os.getpid(), psutil.Process().create_time(), boot)
 
@@ -161,6 +161,8 @@ def _taken(path: Path, by_system: bool | None) -> bool:
 
 
 def _alive(owner: Owner, path: Path) -> bool:
+    import psutil
+
     here = this_process()
     if owner.host != here.host:
         try:

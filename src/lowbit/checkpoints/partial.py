@@ -17,8 +17,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 PARTIAL = ".partial"
 STALE_SECONDS = 24 * 3600  # a file that another machine has not touched for so long is left over
 _NAME_LIMIT = 200  # characters of the final name in a partial one; file systems allow 255 bytes
@@ -52,6 +50,8 @@ def is_left_over(path: Path) -> bool:
         return False
     host, pid = match[1], int(match[2])
     if host == _host():
+        import psutil
+
         return not psutil.pid_exists(pid)
     try:
         return time.time() - path.stat().st_mtime > STALE_SECONDS

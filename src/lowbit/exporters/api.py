@@ -20,7 +20,9 @@ from lowbit.exporters.fit import check
 from lowbit.exporters.run import Run, open_run
 from lowbit.exporters.target import Options
 from lowbit.exporters.verify import Verified, run_one, verify_one
+from lowbit.paths import user_path
 from lowbit.runs.load import load
+from lowbit.torch_state import own_torch_state
 
 # The text on which logits are compared; built in, so that it needs no download.
 TEXT = (
@@ -47,6 +49,7 @@ class Exported:
     warnings: list[str]
 
 
+@own_torch_state
 def export(
     folder: str | Path,
     to: str,
@@ -76,13 +79,13 @@ def export(
     Raises:
         LowbitError: the folder is not a finished run, or the target does not support it; nothing is written.
     """
-    folder, target = Path(folder), ALIASES.get(to, to)
+    folder, target = user_path(folder), ALIASES.get(to, to)
     exporter = exporter_of(target)
     run = open_run(folder)
     check(target, exporter.misfit, run.subject)
     name = folder.resolve().name
     default = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
-    final = Path(out) if out is not None else default
+    final = user_path(out) if out is not None else default
     _refuse_existing(final)
     if exporter.suffix and final.suffix != exporter.suffix:
         raise LowbitError(f"--out {final} given; a {target} export is a file that ends in {exporter.suffix}")
@@ -109,6 +112,7 @@ def _refuse_existing(final: Path) -> None:
         raise LowbitError(f"--out {final} exists: name another, or delete it")
 
 
+@own_torch_state
 def verify(folder: str | Path, files: Sequence[str | Path], *, logits: bool = True) -> list[Verified]:
     """Compare exports with their run, every value bit for bit; see ``Verified.ok``.
 
@@ -123,11 +127,11 @@ def verify(folder: str | Path, files: Sequence[str | Path], *, logits: bool = Tr
     """
     if not files:
         raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
-    run = open_run(Path(folder))
+    run = open_run(user_path(folder))
     ids = _text_ids(run) if logits else torch.empty(0)
     simulated = functools.lru_cache(maxsize=1)(lambda runtime: _simulated(run, ids, runtime))
     results = []
-    for path in map(Path, files):
+    for path in map(user_path, files):
         target = target_of(path)
         exporter = exporter_of(target)
         result = verify_one(run, path, target, exporter)

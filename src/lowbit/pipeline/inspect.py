@@ -14,8 +14,10 @@ from lowbit.pipeline.recipe import load_recipe, with_effort
 from lowbit.quant.scheme import load_scheme
 from lowbit.runs.manifest import manifest_of
 from lowbit.runs.plan import check_length, check_sizes, make_plan
+from lowbit.torch_state import own_torch_state
 
 
+@own_torch_state
 def inspect_model(
     model: str,
     scheme: str,

@@ -29,6 +29,7 @@ from lowbit.models.validate import (
     report_build_errors,
     shapes_of,
 )
+from lowbit.paths import user_path
 from lowbit.pipeline.end_to_end import tune
 from lowbit.pipeline.finalize import finish
 from lowbit.pipeline.recipe import Recipe, recipe_to_dict
@@ -44,6 +45,7 @@ from lowbit.runs.load import load
 from lowbit.runs.manifest import Calibration, Identity, Manifest, manifest_of
 from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
 from lowbit.runs.versions import versions
+from lowbit.torch_state import own_torch_state
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Quantized:
     manifest: Manifest
 
 
+@own_torch_state
 def quantize(
     model: str,
     out: str | Path,
@@ -130,7 +133,7 @@ def quantize(
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
-    refuse_in_use(out := Path(out))
+    refuse_in_use(out := user_path(out))
     manifest = _run(_check(request), out)
     seconds = time.monotonic() - began
     return Quantized(out, manifest.bits_per_weight, seconds, peak_memory_bytes(), _warnings(manifest), manifest)

@@ -37,6 +37,7 @@ from lowbit.methods.method import Method
 from lowbit.methods.options import option_types, options_of, with_options
 from lowbit.methods.tune import Tune
 from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
 
 Step = Method | Tune
@@ -133,11 +134,11 @@ def load_recipe(name_or_path: str) -> Recipe:
     if name_or_path.endswith((".yaml", ".yml")):
         name = Path(name_or_path).stem
         try:
-            text = Path(name_or_path).read_text()
+            text = user_path(name_or_path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise LowbitError(f"cannot read the recipe {name_or_path}: {error}") from error
     elif name_or_path in recipe_names():
-        name, text = name_or_path, (files("lowbit") / "recipes" / f"{name_or_path}.yaml").read_text()
+        name, text = name_or_path, (files("lowbit") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     else:
         published = name_or_path.startswith("paper/")  # nearly a hundred: suggested only for such names
         raise unknown("recipe", name_or_path, [name for name in recipe_names() if ("/" in name) == published])

@@ -15,6 +15,7 @@ from lowbit.checkpoints.resolve import DEMO
 from lowbit.data.text import NAMES
 from lowbit.errors import unknown
 from lowbit.models.device import check_device
+from lowbit.paths import user_path
 from lowbit.pipeline.recipe import Recipe, load_recipe, recipe_names, recipe_to_dict, with_effort, with_settings
 from lowbit.quant.inductor import check_compiler
 from lowbit.quant.runtimes import RUNTIMES
@@ -76,7 +77,7 @@ class Request:
     @property
     def model_name(self) -> str:
         """A machine-independent name of the model: the last part of a path, or the id."""
-        path = Path(self.model).expanduser()
+        path = user_path(self.model)
         return path.resolve().name if self.model != DEMO and path.exists() else self.model
 
     def to_dict(self) -> dict[str, Any]:

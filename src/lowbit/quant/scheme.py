@@ -21,12 +21,12 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lowbit.errors import LowbitError, unknown
+from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
@@ -209,7 +209,7 @@ def load_scheme(name: str) -> Scheme:
     if not name.endswith((".yaml", ".yml")):
         return parse_scheme(name)
     try:
-        content = yaml.safe_load(Path(name).read_text())
+        content = yaml.safe_load(user_path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LowbitError(f"cannot read the scheme file {name}: {' '.join(str(error).split())}") from error
     return scheme_from_dict(content, name)
