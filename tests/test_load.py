@@ -1,4 +1,4 @@
-"""A loaded run is an ordinary model: copied, pickled and cast it computes the same, and it is saved truly or not at all."""
+"""A loaded run is an ordinary model: copied or cast it computes the same; it is saved whole or not at all."""
 
 from __future__ import annotations
 

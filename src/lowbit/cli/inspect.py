@@ -29,7 +29,8 @@ def inspect(
         typer.Option(help="Windows of calibration, or of the measurement.", show_default="32; 2 with --float"),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens in a window.", show_default="512; 128 with --float")
+        int | None,
+        typer.Option(help="Tokens in a window.", show_default="512, or fewer; 128 with --float"),
     ] = None,
     exact: Annotated[
         str | None, typer.Option("--float", help="A run: its float model; measures KL divergence.")
@@ -64,7 +65,7 @@ def inspect(
         scheme,
         recipe,
         samples=32 if samples is None else samples,
-        length=512 if length is None else length,
+        length=length,
         revision=revision,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,

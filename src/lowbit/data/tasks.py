@@ -101,6 +101,7 @@ def settle(where: str, task: str, hub: HubSet) -> str:
 
     ``auto`` tries one ``task`` on the hub; all tasks then use the same source.
     """
+    where = where.casefold() if where.casefold() in SOURCES else where
     if where == "auto":
         try:
             _from_hub(hub)

@@ -77,6 +77,15 @@ BUILTIN = {  # text: SHA-256 of its file
 NAMES = ("builtin", *(f"builtin:{name}" for name in BUILTIN), *HUB)
 
 
+def corpus_name(given: str) -> str:
+    """A corpus's name in its own spelling, whatever its case; anything else, such as a path, as given.
+
+    >>> corpus_name("WikiText2"), corpus_name("./C4.txt")
+    ('wikitext2', './C4.txt')
+    """
+    return next((name for name in (*NAMES, "self") if name == given.casefold()), given)
+
+
 def calibration(
     corpus: str,
     tokenizer: Tokenizer,
@@ -97,7 +106,7 @@ def calibration(
     Ten tokens 0..9 with ``n=2, length=3, seed=0``: the offsets are drawn as 6 and 3: ``[[6, 7, 8], [3, 4, 5]]``.
     """
     _check_sizes(n=n, length=length)
-    if corpus == "self":
+    if (corpus := corpus_name(corpus)) == "self":
         if sampler is None:
             raise LowbitError("data 'self' is sampled from a model, and none is given: give a text")
         return _tokens(sampler(n, length, seed).to("cpu", torch.int64).view(n, length), "self", seed)
@@ -124,7 +133,7 @@ def evaluation(
     _check_sizes(length=length)
     if tokens is not None and tokens < length:
         raise LowbitError(f"{tokens} tokens given, one window needs {length}: give more tokens or less length")
-    if corpus == "self":
+    if (corpus := corpus_name(corpus)) == "self":
         raise LowbitError("data 'self' is for calibration only: evaluate on a text, for example 'builtin'")
     label, texts = _open(corpus, 1, cache)
     if corpus in HUB and HUB[corpus].joint is None:

@@ -13,7 +13,7 @@ import torch
 
 from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.data.text import evaluation
+from lowbit.data.text import corpus_name, evaluation
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.evaluation.generate import generate_text
 from lowbit.metrics.kl import CONFIDENCE, RESAMPLES, listen, summary
@@ -99,7 +99,7 @@ def compare(
     source = resolve(exact, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     sources = [resolve(run, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) for run in folders]
     opened = _open_models(exact, source, folders, sources, device, torch_dtype, trust_remote_code)
-    names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
+    names = list(dict.fromkeys(map(corpus_name, [data] if isinstance(data, str) else data)))
     texts = _texts(opened, source, names, length, tokens, seed, [exact, *folders], trust_remote_code)
     del opened
     model_folders = [source.folder, *(run_source.folder for run_source in sources)]

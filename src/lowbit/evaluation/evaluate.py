@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.resolve import load_tokenizer, resolve
-from lowbit.data.text import evaluation
+from lowbit.data.text import corpus_name, evaluation
 from lowbit.metrics.perplexity import perplexity
 from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
@@ -75,7 +75,7 @@ def evaluate(
     torch_dtype = check_device(device, dtype)
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    names = [data] if isinstance(data, str) else list(dict.fromkeys(data))
+    names = list(dict.fromkeys(map(corpus_name, [data] if isinstance(data, str) else data)))
     windows = {name: evaluation(name, tokenizer, length, tokens) for name in names}
     streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target)
     for text in windows.values():

@@ -22,7 +22,7 @@ from lowbit.checkpoints.pypi import cache_dir, sha256_of
 from lowbit.checkpoints.resolve import TOKENIZER_FILES, Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.data.tasks import Documents, HubSet, documents, settle
-from lowbit.errors import LowbitError, check_least, check_seed, unknown
+from lowbit.errors import LowbitError, canonical, check_least, check_seed
 from lowbit.evaluation.evaluate import bits_of, special_before
 from lowbit.metrics.lm_eval import AVERAGES, CONFIGS, average, harness_model, harness_version, hub_set, measure
 from lowbit.models.device import check_device
@@ -134,8 +134,7 @@ def task_names(given: str | Sequence[str]) -> list[str]:
     requested = [word.strip() for text in ([given] if isinstance(given, str) else given) for word in text.split(",")]
     names: list[str] = []
     for word in filter(None, requested):
-        if word not in SETS and word not in CONFIGS:
-            raise unknown("task", word, [*CONFIGS, *SETS])
+        word = canonical("task", word, [*CONFIGS, *SETS])
         names += SETS.get(word, (word,))
     if not names:
         raise LowbitError(f"no task given; known: {', '.join([*CONFIGS, *SETS])}")

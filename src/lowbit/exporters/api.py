@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit.checkpoints.partial import flush, partial_of, remove, sweep
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.errors import LowbitError
-from lowbit.exporters import ALIASES, exporter_of, target_of
+from lowbit.exporters import exporter_of, target_name, target_of
 from lowbit.exporters.fit import check
 from lowbit.exporters.run import Run, open_run
 from lowbit.exporters.target import Options
@@ -79,7 +79,7 @@ def export(
     Raises:
         LowbitError: the folder is not a finished run, or the target does not support it; nothing is written.
     """
-    folder, target = user_path(folder), ALIASES.get(to, to)
+    folder, target = user_path(folder), target_name(to)
     exporter = exporter_of(target)
     run = open_run(folder)
     check(target, exporter.misfit, run.subject)
@@ -93,7 +93,9 @@ def export(
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         sweep(final.parent, final.name)
-        warnings = exporter.write(run, partial, Options(embeddings, pre, gptq_format, context, accuracy_level))
+        warnings = exporter.write(
+            run, partial, Options(embeddings.lower(), pre, gptq_format.lower(), context, accuracy_level)
+        )
         for file in _files(partial):
             flush(file)
         _refuse_existing(final)  # another process may have exported to the same path meanwhile

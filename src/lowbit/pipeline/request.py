@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from lowbit.checkpoints.resolve import DEMO
-from lowbit.data.text import NAMES
-from lowbit.errors import unknown
+from lowbit.data.text import NAMES, corpus_name
+from lowbit.errors import canonical
 from lowbit.models.device import check_device
 from lowbit.paths import user_path
-from lowbit.pipeline.recipe import Recipe, load_recipe, recipe_names, recipe_to_dict, with_effort, with_settings
+from lowbit.pipeline.recipe import (
+    EFFORTS,
+    Recipe,
+    load_recipe,
+    recipe_names,
+    recipe_to_dict,
+    with_effort,
+    with_settings,
+)
 from lowbit.quant.inductor import check_compiler
 from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
@@ -135,9 +143,9 @@ def make_request(
     check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
     # A ``Recipe`` object keeps its epochs unless ``effort`` is set.
     effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
+    effort = canonical("effort", effort, EFFORTS)
     steps = with_settings(with_effort(base, effort), settings := tuple(settings))
-    if target is not None and target not in RUNTIMES:
-        raise unknown("runtime", target, RUNTIMES)
+    target = None if target is None else canonical("runtime", target, RUNTIMES)
     if scheme is None and (target is None or "scheme" in base.run):
         scheme = chosen["scheme"]
     named = load_scheme(scheme) if isinstance(scheme, str) else scheme
@@ -152,6 +160,7 @@ def make_request(
         scheme=formats,
         overrides=overrides,
         target=target or (formats.target if formats else None),
-        **{key: chosen[key] for key in ("data", "samples", "length", "seed")},
+        data=corpus_name(chosen["data"]),
+        **{key: chosen[key] for key in ("samples", "length", "seed")},
         **machine,
     )

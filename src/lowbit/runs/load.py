@@ -45,7 +45,9 @@ def load(
 
     It computes the evaluated model, with quantized activations and KV. ``lowbit.load(DIR).generate(...)`` works as
     usual, and so do copies, ``torch.save`` and other dtypes. ``save_pretrained`` stores parameters only: of a model
-    with runtime ops, quantized inputs or KV it is refused. ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
+    with runtime ops, quantized inputs or KV it is refused.
+
+    ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
 
     Raises:
         LowbitError: the folder is not a model, is broken, or was quantized by another tool.
