@@ -119,14 +119,13 @@ def test_a_console_that_knows_ascii_only_is_no_reason_to_fail(tmp_path):
     """
     save_tiny(tmp_path / "modèle", "llama", num_hidden_layers=1)
     model = str(tmp_path / "modèle")
-    for encoding in ("ascii", "cp1252"):
-        console = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
-        done = command("inspect", model, "--scheme", "w4a16", **console)
-        assert done.returncode == 0, done.stderr
-        done.stdout.decode(encoding)
-        done = command("inspect", str(tmp_path / "中"), **console)
-        assert done.returncode == 2
-        assert done.stderr.count(b"\n") == 1
+    console = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = command("inspect", model, "--scheme", "w4a16", **console)
+    assert done.returncode == 0, done.stderr
+    assert b"mod\\xe8le" in done.stdout
+    done = command("inspect", str(tmp_path / "中"), **console)
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
 
 
 @pytest.fixture
