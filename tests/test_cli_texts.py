@@ -70,7 +70,12 @@ def test_defaults_in_help_are_those_that_count():
 
 
 def test_the_version(command):
-    assert command("--version") == f"lowbit {importlib.metadata.version('lowbit')}\n"
+    lines = command("--version").splitlines()
+    assert lines[0] == f"lowbit {importlib.metadata.version('lowbit')}"
+    for package in ("torch", "transformers", "compressed-tensors", "numpy"):
+        assert f"{package} {importlib.metadata.version(package)}" in lines
+    assert any(line.startswith("python 3.") for line in lines)
+    assert lines[-1].startswith("on ")
 
 
 def test_recipes_lists_each_with_a_line_and_its_schemes(command, monkeypatch):

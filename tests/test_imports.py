@@ -19,7 +19,8 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path
 # The floors of the house, bottom up: a module imports from its own package and from floors below. Packages that
 # share a floor stand side by side and do not know each other, but for the pairs in BESIDE.
 FLOORS = (
-    {"errors", "progress"},
+    {"errors", "progress", "torch_state"},
+    {"paths"},
     {"checkpoints", "data", "metrics"},
     {"quant"},
     {"models"},
@@ -128,7 +129,13 @@ def loaded_by(code: str) -> set[str]:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "code", ["import lowbit", "import lowbit.cli.main", "from lowbit.cli.main import call; call(['--help'])"]
+    "code",
+    [
+        "import lowbit",
+        "import lowbit.cli.main",
+        "from lowbit.cli.main import call; call(['--help'])",
+        "from lowbit.cli.main import call; call(['--version'])",
+    ],
 )
 def test_help_does_not_wait_for_torch(code):
     loaded = loaded_by(code)

@@ -78,7 +78,6 @@ def test_a_number_out_of_range_names_what_is_allowed(name, message):
         "w4",
         "a4",
         "4bit",
-        "W4A16",
         "w4a16 ",
         "w4-a16",
         "w4a16g",

@@ -1,5 +1,20 @@
-"""``python -m lowbit`` is the ``lowbit`` command."""
+"""The entry point of the ``lowbit`` command, also as ``python -m lowbit``."""
 
-from lowbit.cli.main import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def main() -> None:
+    """Run the command; Ctrl-C is one line from the first moment, while modules are still being imported."""
+    try:
+        from lowbit.cli.main import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("lowbit: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

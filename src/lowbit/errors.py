@@ -39,6 +39,24 @@ def check_seed(seed: int) -> None:
         raise LowbitError(f"--seed {seed} given; it must be 0 or more and below 2**63: choose another number")
 
 
+def canonical(kind: str, name: str, known: Iterable[str]) -> str:
+    """The known name that ``name`` spells, in its own spelling: upper and lower case do not matter.
+
+    Raises:
+        LowbitError: there is no such name.
+
+    >>> canonical("recipe", "GPTQ", ["rtn", "gptq"]), canonical("runtime", "vLLM", ["vllm"])
+    ('gptq', 'vllm')
+    """
+    names = list(known)
+    if name in names:
+        return name
+    spelled = [other for other in names if other.casefold() == name.casefold()]
+    if len(spelled) != 1:
+        raise unknown(kind, name, names)
+    return spelled[0]
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> LowbitError:
     """The error for an unknown name: suggests the nearest one and lists all.
 

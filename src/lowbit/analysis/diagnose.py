@@ -33,12 +33,14 @@ from lowbit.models.device import check_device
 from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_ids
+from lowbit.paths import user_path
 from lowbit.quant.integer import integer
 from lowbit.quant.scheme import override_text
 from lowbit.runs.folder import run_formats, run_scheme
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 from lowbit.runs.plan import linear_shapes
 from lowbit.runs.streamed_model import StreamedModel
+from lowbit.torch_state import own_torch_state
 
 FORMAT = "lowbit-diagnosis-1"
 ERROR, KL = "relative error at the block's output", "KL divergence in nats per token"
@@ -94,6 +96,7 @@ class _Run:
         return len(self.manifest.identity.steps) == 1
 
 
+@own_torch_state
 def diagnose(
     run: str | Path,
     *,
@@ -127,6 +130,7 @@ def diagnose(
         LowbitError: no run, no recorded sensitivity, a different float model, or an infeasible budget.
     """
     began = time.monotonic()
+    out = None if out is None else user_path(out)
     _check_arguments(budget, bits, out)
     recorded = _open_run(run, trust_remote_code)
     blocks, linears, measure = recorded.error, recorded.linears, ERROR
@@ -151,23 +155,23 @@ def diagnose(
         proposal = None if budget is None else propose(recorded.skeleton, recorded.manifest, linears, budget, bits)
     if out is not None and proposal is not None:
         head = f"# lowbit inspect {shlex.quote(str(run))} --budget {budget:g}\n"
-        write_bytes(Path(out), (head + yaml.safe_dump(proposal.scheme, sort_keys=False)).encode())
+        write_bytes(out, (head + yaml.safe_dump(proposal.scheme, sort_keys=False)).encode())
     rows = _rows(recorded, blocks, linears, measured=exact is None or recorded.only_rounds)
     return Diagnosis(str(run), measure, protocol, *rows, proposal, time.monotonic() - began)
 
 
-def _check_arguments(budget: float | None, bits: Sequence[int], out: str | Path | None) -> None:
+def _check_arguments(budget: float | None, bits: Sequence[int], out: Path | None) -> None:
     if budget is not None:
         check_budget(budget, bits)
     if out is None:
         return
     if budget is None:
         raise LowbitError("--out writes a proposal, which needs --budget")
-    if Path(out).suffix not in (".yaml", ".yml"):
+    if out.suffix not in (".yaml", ".yml"):
         raise LowbitError(f"--out {out} given; name a .yaml file, as 'quantize --scheme' reads it")
-    if Path(out).exists():
+    if out.exists():
         raise LowbitError(f"--out {out} exists; name a new file")
-    if not Path(out).absolute().parent.is_dir():
+    if not out.absolute().parent.is_dir():
         raise LowbitError(f"--out {out} is in a folder that does not exist; create it, or name another file")
 
 

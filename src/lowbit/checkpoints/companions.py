@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lowbit.checkpoints.safetensors_folder import PARTIAL, read_json, write_bytes
+from lowbit.checkpoints.safetensors_folder import read_json, write_bytes
 from lowbit.errors import LowbitError
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -26,7 +26,7 @@ _OTHER = (
     *(".pte", ".ptd", ".tflite", ".mlmodel", ".npz", ".npy", ".pkl", ".pickle", ".ot", ".nemo", ".index.json"),
     *(".parquet", ".arrow", ".feather", ".sqlite", ".db", ".xml"),
     *(".zip", ".tar", ".gz", ".xz", ".zst", ".7z", ".whl", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf"),
-    *(".md", ".rst", ".html", ".log", ".ipynb", ".sh", ".lock", PARTIAL),
+    *(".md", ".rst", ".html", ".log", ".ipynb", ".sh", ".lock", ".partial"),
 )
 _TEXTS = (".txt", ".jsonl", ".csv", ".tsv", ".yaml", ".yml")
 _VOCABULARY = ("vocab", "merges", "tokens", "bpe", "spm", "dict", "license", "notice", "policy")

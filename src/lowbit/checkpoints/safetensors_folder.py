@@ -15,7 +15,6 @@ complete.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowbit.checkpoints.partial import commit, partial_of
 from lowbit.errors import LowbitError
 
 SINGLE, INDEX, INDEX_SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors.index.json"
-PARTIAL = ".partial"
 
 
 def weight_index(folder: Path) -> Path | None:
@@ -197,19 +196,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _commit(partial: Path, path: Path) -> None:
-    """Flush a finished temporary file to disk and rename it."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically; raises ``LowbitError`` for a full disk or an unwritable folder."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_of(path)
     try:
         partial.write_bytes(content)
-        _commit(partial, path)
+        commit(partial, path)
     except OSError as error:
         _fail(partial, path, error)
 
@@ -225,20 +217,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     The only metadata is ``format: pt``, which loaders require; with two entries their order, and so the bytes, would
     differ from run to run.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_of(path)
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata={"format": "pt"})
-        partial.chmod(0o666 & ~_umask())  # the library makes its files readable by their owner only
-        _commit(partial, path)
+        partial.chmod(mode)  # the library makes its files readable by their owner only
+        commit(partial, path)
     except (OSError, SafetensorError) as error:
         _fail(partial, path, error)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _fail(partial: Path, path: Path, error: Exception) -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from lowbit.cli.console import Json, print_json, table
+from lowbit.paths import user_path
 from lowbit.progress import duration, say
 
 PROMPT = "The best way to learn a new language is"
@@ -58,7 +59,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     from lowbit.pipeline.quantize import quantize
     from lowbit.pipeline.request import DEFAULTS
 
-    source = resolve("demo")
+    out, source = user_path(out), resolve("demo")
     say("evaluating the float model")
     rows = [_row("float", "float32", 32.0, source.folder, None)]
     for recipe in RECIPES:

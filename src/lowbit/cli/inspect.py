@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, place_of, print_json, table
 from lowbit.errors import LowbitError
+from lowbit.paths import user_path
 
 if TYPE_CHECKING:
     from lowbit.analysis.diagnose import Diagnosis
@@ -28,7 +29,8 @@ def inspect(
         typer.Option(help="Windows of calibration, or of the measurement.", show_default="32; 2 with --float"),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens in a window.", show_default="512; 128 with --float")
+        int | None,
+        typer.Option(help="Tokens in a window.", show_default="512, or fewer; 128 with --float"),
     ] = None,
     exact: Annotated[
         str | None, typer.Option("--float", help="A run: its float model; measures KL divergence.")
@@ -54,7 +56,8 @@ def inspect(
     from lowbit.pipeline.inspect import inspect_model
     from lowbit.runs.manifest import manifest_of
 
-    is_run = Path(model).is_dir() and manifest_of(Path(model)) is not None
+    folder = user_path(model)
+    is_run = folder.is_dir() and manifest_of(folder) is not None
     if not is_run and (budget is not None or exact is not None or out is not None):
         raise LowbitError(f"--float, --budget and --out are for a finished run folder, which {model} is not")
     facts = inspect_model(
@@ -62,7 +65,7 @@ def inspect(
         scheme,
         recipe,
         samples=32 if samples is None else samples,
-        length=512 if length is None else length,
+        length=length,
         revision=revision,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,

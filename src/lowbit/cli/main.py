@@ -6,6 +6,7 @@ Results go to standard output, everything else to standard error. A user error i
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -41,16 +42,22 @@ app = typer.Typer(
 
 def _print_version(requested: bool) -> None:
     if requested:
-        from lowbit.runs.versions import versions
+        from lowbit.cli.version import version_lines
 
-        print(f"lowbit {versions()['lowbit']}")
+        print("\n".join(version_lines()))
         raise typer.Exit
 
 
 @app.callback()
 def lowbit(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Show versions of lowbit and of what it uses, and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Make large language models small enough for phones, laptops and single GPUs, and keep them good."""
@@ -250,6 +257,10 @@ def call(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the ``lowbit`` command."""
+    # A console that lacks a character shows its code instead of ending the command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Silence the libraries' bars and warnings; by environment, because importing them takes seconds.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

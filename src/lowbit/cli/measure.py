@@ -26,6 +26,7 @@ from lowbit.cli.console import (
     table,
 )
 from lowbit.errors import LowbitError
+from lowbit.paths import user_path
 from lowbit.progress import say
 
 if TYPE_CHECKING:
@@ -152,10 +153,11 @@ def _store(model: str, result: dict[str, Any]) -> None:
     from lowbit.evaluation.results import keep, results_of
     from lowbit.runs.manifest import manifest_of
 
-    if not Path(model).is_dir() or manifest_of(Path(model)) is None:
+    folder = user_path(model)
+    if not folder.is_dir() or manifest_of(folder) is None:
         return
     try:
-        keep(Path(model), *results_of(result))
+        keep(folder, *results_of(result))
     except LowbitError as error:
         say(f"the result is not stored in the run folder: {error}")
 

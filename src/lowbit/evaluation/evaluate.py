@@ -15,6 +15,7 @@ from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
 from lowbit.runs.manifest import manifest_of
 from lowbit.runs.streamed_model import StreamedModel
+from lowbit.torch_state import own_torch_state
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Evaluated:
     fingerprint: str = ""
 
 
+@own_torch_state
 def evaluate(
     model: str | Path,
     data: Data = "builtin",

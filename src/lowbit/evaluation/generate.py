@@ -3,27 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig
 
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.errors import LowbitError
 from lowbit.runs.load import load
+from lowbit.torch_state import own_torch_state
 
 
+@own_torch_state
 def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: bool = False) -> str:
     """The prompt and its greedy continuation by up to ``tokens`` tokens."""
     tokenizer = load_tokenizer(folder, trust_remote_code)
     model = load(folder, trust_remote_code=trust_remote_code)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if not ids.numel():
+        raise LowbitError(f"the tokenizer in {folder} makes no token of the prompt {prompt!r}: give another one")
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and inputs.input_ids.shape[1] + tokens > limit:
+    if limit and ids.shape[1] + tokens > limit:
         raise LowbitError(
-            f"the prompt has {inputs.input_ids.shape[1]} tokens and --tokens is {tokens}: "
-            f"this model's positions end at {limit}"
+            f"the prompt has {ids.shape[1]} tokens and --tokens is {tokens}: this model's positions end at {limit}"
         )
-    if int(inputs.input_ids.max()) >= model.config.vocab_size:
+    if int(ids.max()) >= model.config.vocab_size:
         raise LowbitError(f"{folder}: the tokenizer has ids beyond the model's {model.config.vocab_size} embeddings")
-    with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+    return str(tokenizer.decode(greedy(model, ids, tokens)[0], skip_special_tokens=True))
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: Tensor, tokens: int) -> Tensor:
+    """``ids`` ``(1, length)`` continued by the most likely token, up to ``tokens`` times or to the end of the text.
+
+    Of a checkpoint's ``generation_config.json`` only the ids that end a text count: beams, penalties, forced and
+    forbidden tokens, lengths and cache kinds would make it another search. The library fills what a given config
+    leaves open from the model's own, which is therefore replaced meanwhile.
+    """
+    own = model.generation_config
+    ends = own.eos_token_id if own.eos_token_id is not None else model.config.eos_token_id
+    chosen = GenerationConfig(eos_token_id=ends, max_new_tokens=tokens, do_sample=False, num_beams=1, use_cache=True)
+    # Only says what a batch would be filled with; there is one sequence.
+    chosen.pad_token_id = own.pad_token_id if own.pad_token_id is not None else _first(ends)
+    model.generation_config = GenerationConfig()
+    try:
+        out: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=chosen)
+    finally:
+        model.generation_config = own
+    return out
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) and ids else None if isinstance(ids, list) else ids

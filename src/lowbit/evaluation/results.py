@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.identity import tokenizer_digest
+from lowbit.checkpoints.lock import Locked, hold
+from lowbit.checkpoints.partial import sweep
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
 
 EVALUATIONS = "lowbit-evaluations.json"
 FORMAT = 1
+WAIT = 30.0  # seconds for other processes to add their results, which takes milliseconds each
 Entry = dict[str, Any]
 
 
@@ -96,10 +99,24 @@ def merge_entries(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
 
 
 def keep(folder: Path, fingerprint: str, entries: Iterable[Entry]) -> None:
-    """Merge entries into the run folder's file; results of other weights or another tokenizer are dropped."""
-    results = merge_entries(kept(folder, fingerprint), entries)
-    whose = {"fingerprint": fingerprint, "tokenizer": tokenizer_digest(folder)}
-    write_json(folder / EVALUATIONS, {"format": FORMAT, **whose, "results": results})
+    """Merge entries into the run folder's file; results of other weights or another tokenizer are dropped.
+
+    Processes that measure the same run at once take turns, so that none overwrites what another has just added.
+
+    Raises:
+        LowbitError: the file is broken, or the folder cannot be written.
+    """
+    path = folder / EVALUATIONS
+    try:
+        with hold(path.with_name(f"{EVALUATIONS}.lock"), wait=WAIT):
+            sweep(folder, EVALUATIONS)
+            results = merge_entries(kept(folder, fingerprint), entries)
+            whose = {"fingerprint": fingerprint, "tokenizer": tokenizer_digest(folder)}
+            write_json(path, {"format": FORMAT, **whose, "results": results})
+    except Locked as error:
+        raise LowbitError(f"{path} is in use by {error}: evaluate again once it has ended") from error
+    except OSError as error:
+        raise LowbitError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def kept(folder: Path, fingerprint: str) -> list[Entry]:

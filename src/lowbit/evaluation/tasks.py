@@ -18,12 +18,13 @@ from typing import Any
 
 import lowbit
 from lowbit.checkpoints.identity import tokenizer_digest
+from lowbit.checkpoints.partial import sweep
 from lowbit.checkpoints.pypi import cache_dir, sha256_of
 from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.data.tasks import Documents, HubSet, documents, settle
 from lowbit.data.windows import special_before
-from lowbit.errors import LowbitError, check_least, check_seed, unknown
+from lowbit.errors import LowbitError, canonical, check_least, check_seed
 from lowbit.evaluation.evaluate import bits_of
 from lowbit.metrics.lm_eval import AVERAGES, CONFIGS, average, harness_model, harness_version, hub_set, measure
 from lowbit.models.device import check_device
@@ -33,6 +34,7 @@ from lowbit.runs.folder import run_scheme
 from lowbit.runs.manifest import MANIFEST, manifest_of
 from lowbit.runs.streamed_model import StreamedModel
 from lowbit.runs.versions import versions
+from lowbit.torch_state import own_torch_state
 
 SETS = {**AVERAGES, "all": tuple(CONFIGS)}
 
@@ -61,6 +63,7 @@ class TaskScores:
     fingerprint: str
 
 
+@own_torch_state
 def evaluate_tasks(
     model: str,
     tasks: str | Sequence[str],
@@ -133,8 +136,7 @@ def task_names(given: str | Sequence[str]) -> list[str]:
     requested = [word.strip() for text in ([given] if isinstance(given, str) else given) for word in text.split(",")]
     names: list[str] = []
     for word in filter(None, requested):
-        if word not in SETS and word not in CONFIGS:
-            raise unknown("task", word, [*CONFIGS, *SETS])
+        word = canonical("task", word, [*CONFIGS, *SETS])
         names += SETS.get(word, (word,))
     if not names:
         raise LowbitError(f"no task given; known: {', '.join([*CONFIGS, *SETS])}")
@@ -171,9 +173,10 @@ def _cached(identity: dict[str, Any], measured: Callable[[], dict[str, Any]], fr
     row: dict[str, Any] = measured()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LowbitError(f"cannot create the cache folder {path.parent}: {error}; set LOWBIT_CACHE") from error
-    write_json(path, {"identity": identity, "row": row})
+        sweep(path.parent)
+        write_json(path, {"identity": identity, "row": row})
+    except (OSError, LowbitError) as error:  # the scores took minutes or hours, and are worth more than the cache
+        say(f"{identity['task']}: the result is not cached ({error}); set LOWBIT_CACHE to a folder you may write")
     return row
 
 

@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 
 from lowbit.checkpoints.kinds import what_is
-from lowbit.errors import LowbitError, MissingExtra, unknown
+from lowbit.errors import LowbitError, MissingExtra, canonical
 from lowbit.exporters.target import Exporter
 
 # target: the module that has its EXPORTER
@@ -25,11 +25,15 @@ EXPORTERS = {
 ALIASES = {"llama.cpp": "gguf", "onnxruntime": "onnx"}
 
 
+def target_name(given: str) -> str:
+    """The target of that name or alias, in any case; an unknown name raises an error that lists the known ones."""
+    name = canonical("target", given, [*EXPORTERS, *ALIASES])
+    return ALIASES.get(name, name)
+
+
 def exporter_of(target: str) -> Exporter:
     """The exporter of a target; an unknown name raises an error that lists the known ones."""
-    name = ALIASES.get(target, target)
-    if name not in EXPORTERS:
-        raise unknown("target", target, [*EXPORTERS, *ALIASES])
+    name = target_name(target)
     try:
         module = importlib.import_module(EXPORTERS[name])
     except ModuleNotFoundError as error:

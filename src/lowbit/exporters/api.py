@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,15 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.checkpoints.partial import flush, partial_of, remove, sweep
 from lowbit.checkpoints.resolve import load_tokenizer
-from lowbit.checkpoints.safetensors_folder import PARTIAL
 from lowbit.errors import LowbitError
-from lowbit.exporters import ALIASES, exporter_of, target_of
+from lowbit.exporters import exporter_of, target_name, target_of
 from lowbit.exporters.fit import check
 from lowbit.exporters.run import Run, open_run
 from lowbit.exporters.target import Options
 from lowbit.exporters.verify import Verified, run_one, verify_one
+from lowbit.paths import user_path
 from lowbit.runs.load import load
+from lowbit.torch_state import own_torch_state
 
 # The text on which logits are compared; built in, so that it needs no download.
 TEXT = (
@@ -48,6 +49,7 @@ class Exported:
     warnings: list[str]
 
 
+@own_torch_state
 def export(
     folder: str | Path,
     to: str,
@@ -79,32 +81,42 @@ def export(
     Raises:
         LowbitError: the folder is not a finished run, or the target does not support it; nothing is written.
     """
-    folder, target = Path(folder), ALIASES.get(to, to)
+    folder, target = user_path(folder), target_name(to)
     exporter = exporter_of(target)
     run = open_run(folder, trust_remote_code)
     check(target, exporter.misfit, run.subject)
     name = folder.resolve().name
     default = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
-    final = Path(out) if out is not None else default
-    if final.exists():
-        raise LowbitError(f"--out {final} exists: name another, or delete it")
+    final = user_path(out) if out is not None else default
+    _refuse_existing(final)
     if exporter.suffix and final.suffix != exporter.suffix:
         raise LowbitError(f"--out {final} given; a {target} export is a file that ends in {exporter.suffix}")
-    partial = final.with_name(final.name + PARTIAL)
+    partial = partial_of(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        warnings = exporter.write(run, partial, Options(embeddings, pre, gptq_format, context, accuracy_level))
-        _to_disk(partial)
+        sweep(final.parent, final.name)
+        warnings = exporter.write(
+            run, partial, Options(embeddings.lower(), pre, gptq_format.lower(), context, accuracy_level)
+        )
+        for file in _files(partial):
+            flush(file)
+        _refuse_existing(final)  # another process may have exported to the same path meanwhile
         os.rename(partial, final)
     except OSError as error:
+        _refuse_existing(final)
         raise LowbitError(f"cannot write {final}: {error.strerror or error}; choose another --out") from error
     finally:
         with suppress(OSError):
-            _remove(partial)
+            remove(partial)
     return Exported(final, target, sum(file.stat().st_size for file in _files(final)), warnings)
 
 
+def _refuse_existing(final: Path) -> None:
+    if final.exists():
+        raise LowbitError(f"--out {final} exists: name another, or delete it")
+
+
+@own_torch_state
 def verify(
     folder: str | Path, files: Sequence[str | Path], *, logits: bool = True, trust_remote_code: bool = False
 ) -> list[Verified]:
@@ -122,11 +134,11 @@ def verify(
     """
     if not files:
         raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
-    run = open_run(Path(folder), trust_remote_code)
+    run = open_run(user_path(folder), trust_remote_code)
     ids = _text_ids(run, trust_remote_code) if logits else torch.empty(0)
     simulated = functools.lru_cache(maxsize=1)(lambda runtime: _simulated(run, ids, runtime, trust_remote_code))
     results = []
-    for path in map(Path, files):
+    for path in map(user_path, files):
         target = target_of(path)
         exporter = exporter_of(target)
         result = verify_one(run, path, target, exporter)
@@ -149,16 +161,3 @@ def _simulated(run: Run, ids: Tensor, runtime: str | None, trust_remote_code: bo
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-
-
-def _to_disk(path: Path) -> None:
-    for file in _files(path):
-        with file.open("rb") as content:
-            os.fsync(content.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

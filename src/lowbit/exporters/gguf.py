@@ -27,6 +27,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from lowbit.checkpoints.gguf_rope import TABLES
+from lowbit.checkpoints.partial import final_name
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
 from lowbit.exporters.gguf_blocks import BLOCK, block_type, pack_blocks
@@ -76,7 +77,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, (kind, _) in track(list(kinds.items()), f"writing {path.stem}"):
+        for name, (kind, _) in track(list(kinds.items()), f"writing {final_name(path)}"):
             writer.write_tensor_data(_data(run, name, kind))
     finally:
         writer.close()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
+from lowbit.checkpoints.partial import final_name
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_index, write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Run
@@ -40,7 +41,7 @@ def write_folder(
     """
     path.mkdir()
     shards: dict[str, list[str]] = {}
-    for file in track([file.name for file in run.checkpoint.files], f"writing {path.stem}"):
+    for file in track([file.name for file in run.checkpoint.files], f"writing {final_name(path)}"):
         tensors = {name: run.tensor(name) for name in run.floats if run.file_of(name) == file}
         if dtype is not None:
             tensors = {name: value.to(dtype) for name, value in tensors.items()}

@@ -146,7 +146,7 @@ def logits_of(path: Path, ids: Tensor) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path / GRAPH, providers=["CPUExecutionProvider"])
-    decoder = json.loads((path / GENAI).read_text())["model"]["decoder"]
+    decoder = json.loads((path / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]
     empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
     tokens = ids[None].numpy()
     inputs = {

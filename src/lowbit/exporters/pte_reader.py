@@ -118,7 +118,7 @@ def _graph(blob: bytes) -> dict[str, Any]:
         (folder / SCHEMA).write_bytes(serializer._get_schema_bytes())
         (folder / "graph.bin").write_bytes(blob[start : start + header.flatbuffer_size])
         _flatc_decompile(temporary, str(folder / SCHEMA), str(folder / "graph.bin"), ["--raw-binary"])
-        content: dict[str, Any] = json.loads((folder / "graph.json").read_text())
+        content: dict[str, Any] = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
     return content
 
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowbit.quant.activations import ActFormat
@@ -25,6 +24,9 @@ def attention_name(format: ActFormat, base: str) -> str:
 
     ``base`` is a name such as ``sdpa`` or ``eager``.
     """
+    # Imported where it is needed: the library's batched serving comes with it.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
     name = f"lowbit_{base}_{format.name}"
     if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return name

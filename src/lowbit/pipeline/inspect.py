@@ -17,24 +17,30 @@ from lowbit.models.validate import (
 )
 from lowbit.pipeline.estimate import estimate
 from lowbit.pipeline.recipe import load_recipe, with_effort
+from lowbit.pipeline.request import DEFAULTS
 from lowbit.quant.scheme import load_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
 from lowbit.runs.plan import check_length, check_sizes, make_plan
+from lowbit.torch_state import own_torch_state
 
 
+@own_torch_state
 def inspect_model(
     model: str,
     scheme: str,
     recipe: str,
     *,
-    samples: int,
-    length: int,
+    samples: int = DEFAULTS["samples"],
+    length: int | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Facts and estimates as plain data; for a run folder, its manifest's facts instead of estimates."""
-    check_sizes(samples, length)
+    """Facts and estimates as plain data; for a run folder, its manifest's facts instead of estimates.
+
+    Without a ``length`` windows have ``quantize``'s default, or all positions of a model that has fewer.
+    """
+    check_sizes(samples, DEFAULTS["length"] if length is None else length)
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
@@ -69,6 +75,8 @@ def inspect_model(
     check_tensors(checkpoint, shapes_of(skeleton), family.blocks, {})
     chosen, formats = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
     plan = make_plan(skeleton, formats)
+    if length is None:
+        length = min(DEFAULTS["length"], getattr(config, "max_position_embeddings", None) or DEFAULTS["length"])
     check_length(config, length)
     needs = estimate(skeleton, plan, chosen, samples, length)
     return facts | {

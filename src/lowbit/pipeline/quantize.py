@@ -34,6 +34,7 @@ from lowbit.models.validate import (
     settle_tied,
     shapes_of,
 )
+from lowbit.paths import user_path
 from lowbit.pipeline.end_to_end import tune
 from lowbit.pipeline.finalize import finish
 from lowbit.pipeline.recipe import Recipe, recipe_to_dict
@@ -44,11 +45,12 @@ from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
-from lowbit.runs.folder import RUN, claim, look
+from lowbit.runs.folder import RUN, begin, claimed, look, refuse_in_use
 from lowbit.runs.load import load
 from lowbit.runs.manifest import Calibration, Identity, Manifest, manifest_of
 from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
 from lowbit.runs.versions import versions
+from lowbit.torch_state import own_torch_state
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Quantized:
     manifest: Manifest
 
 
+@own_torch_state
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -146,7 +149,8 @@ def quantize(
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
-    manifest = _run(_check(request), out := Path(out))
+    refuse_in_use(out := user_path(out))
+    manifest = _run(_check(request), out)
     seconds = time.monotonic() - began
     return Quantized(out, manifest.bits_per_weight, seconds, peak_memory_bytes(), _warnings(manifest), manifest)
 
@@ -230,24 +234,33 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
     """Run or resume the quantization; return the manifest."""
     request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
     identity, skeleton, checkpoint = resolved.identity(), resolved.skeleton, resolved.checkpoint
-    state = look(out, identity)
-    if state == "finished" and (manifest := manifest_of(out)) is not None:
-        shutil.rmtree(out / RUN, ignore_errors=True)  # left by a run that was killed right after writing its manifest
-        say(f"{out} already holds this run, finished")
-        return manifest
-    if state == "new":
-        check_finite(checkpoint, resolved.shapes)
-    check_space(out, _size_on_disk(plan, request.recipe, skeleton))
-    claim(out, identity)
-    torch.manual_seed(request.seed)
-    dtype = DTYPES[request.dtype]
-    run = Walk(checkpoint, skeleton, request.recipe, plan, out, request.device, dtype)
-    with fused() if request.compiled else nullcontext():
-        if request.recipe.tune is not None:
-            tune(request.recipe.tune, run, ids)
-        run.walk(ids)
-    write_activation_stats(out, run.observed)
-    return finish(out, resolved.source.folder, plan, identity, run.rows, request.to_dict())
+    if look(out, identity) == "finished":
+        return _finished(out)
+    with claimed(out, identity) as state:
+        if state == "finished":  # by another process, between the two looks
+            return _finished(out)
+        if state == "new":
+            check_finite(checkpoint, resolved.shapes)
+        check_space(out, _size_on_disk(plan, request.recipe, skeleton))
+        begin(out, identity)
+        torch.manual_seed(request.seed)
+        dtype = DTYPES[request.dtype]
+        run = Walk(checkpoint, skeleton, request.recipe, plan, out, request.device, dtype)
+        with fused() if request.compiled else nullcontext():
+            if request.recipe.tune is not None:
+                tune(request.recipe.tune, run, ids)
+            run.walk(ids)
+        write_activation_stats(out, run.observed)
+        return finish(out, resolved.source.folder, plan, identity, run.rows, request.to_dict())
+
+
+def _finished(out: Path) -> Manifest:
+    """The manifest of a finished folder."""
+    manifest = manifest_of(out)
+    assert manifest is not None  # ``look`` has found it
+    shutil.rmtree(out / RUN, ignore_errors=True)  # left by a run that was killed right after writing its manifest
+    say(f"{out} already holds this run, finished")
+    return manifest
 
 
 def _scheme(request: Request, skeleton: Skeleton) -> Scheme:

@@ -31,12 +31,13 @@ from typing import Any
 
 import yaml
 
-from lowbit.errors import LowbitError, check_least, unknown
+from lowbit.errors import LowbitError, canonical, check_least, unknown
 from lowbit.methods import AFTER, METHODS
 from lowbit.methods.method import Method
 from lowbit.methods.options import option_types, options_of, with_options
 from lowbit.methods.tune import Tune
 from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
 
 Step = Method | Tune
@@ -138,17 +139,16 @@ def recipe_names() -> list[str]:
 
 def load_recipe(name_or_path: str) -> Recipe:
     """Load a recipe by name or from a YAML file."""
-    if name_or_path.endswith((".yaml", ".yml")):
+    if name_or_path.lower().endswith((".yaml", ".yml")):
         name = Path(name_or_path).stem
         try:
-            text = Path(name_or_path).read_text()
+            text = user_path(name_or_path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise LowbitError(f"cannot read the recipe {name_or_path}: {error}") from error
-    elif name_or_path in recipe_names():
-        name, text = name_or_path, (files("lowbit") / "recipes" / f"{name_or_path}.yaml").read_text()
     else:
-        published = name_or_path.startswith("paper/")  # nearly a hundred: suggested only for such names
-        raise unknown("recipe", name_or_path, [name for name in recipe_names() if ("/" in name) == published])
+        published = name_or_path.casefold().startswith("paper/")  # nearly a hundred: suggested only for such names
+        name = canonical("recipe", name_or_path, [name for name in recipe_names() if ("/" in name) == published])
+        text = (files("lowbit") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -161,9 +161,7 @@ def with_effort(recipe: Recipe, effort: str) -> Recipe:
 
     ``quick`` is 0.3 of the recipe's epochs, ``normal`` 0.5, ``paper`` all of them.
     """
-    if effort not in EFFORTS:
-        raise unknown("effort", effort, EFFORTS)
-    share = EFFORTS[effort]
+    share = EFFORTS[canonical("effort", effort, EFFORTS)]
     steps = tuple(
         (name, step if step.schedule is None else with_options(step, epochs=step.schedule.scaled(share).epochs))
         for name, step in recipe.steps
@@ -205,8 +203,7 @@ def _step(entry: Any, recipe: str) -> Named:
         )
     name, options = next(iter(entry.items()))
     known: dict[str, type[Step]] = {**METHODS, **AFTER}
-    if name not in known:
-        raise unknown("step", str(name), known)
+    name = canonical("step", str(name), known)
     options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise LowbitError(f"recipe '{recipe}': the options of {name} must be 'field: value' pairs; got {options!r}")
@@ -249,8 +246,7 @@ def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         if not (equals and dot and key):
             raise LowbitError(f"--set {setting}: give step.field=value, for example gptq.damping=0.05")
         names = [name for name, _ in recipe.steps]
-        if step not in names:
-            raise unknown(f"step in recipe '{recipe.name}'", step, names)
+        step = canonical(f"step in recipe '{recipe.name}'", step, set(names))
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:

@@ -14,9 +14,18 @@ from typing import Any, TypedDict, Unpack
 from lowbit.checkpoints.resolve import DEMO
 from lowbit.data.text import NAMES, SELF, Corpus, Data, corpora
 from lowbit.data.windows import BOS, Bos
-from lowbit.errors import unknown
+from lowbit.errors import canonical
 from lowbit.models.device import check_device
-from lowbit.pipeline.recipe import Recipe, load_recipe, recipe_names, recipe_to_dict, with_effort, with_settings
+from lowbit.paths import user_path
+from lowbit.pipeline.recipe import (
+    EFFORTS,
+    Recipe,
+    load_recipe,
+    recipe_names,
+    recipe_to_dict,
+    with_effort,
+    with_settings,
+)
 from lowbit.quant.inductor import check_compiler
 from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
@@ -79,7 +88,7 @@ class Request:
     @property
     def model_name(self) -> str:
         """A machine-independent name of the model: the last part of a path, or the id."""
-        path = Path(self.model).expanduser()
+        path = user_path(self.model)
         return path.resolve().name if self.model != DEMO and path.exists() else self.model
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,13 +151,12 @@ def make_request(
     base = load_recipe(recipe) if isinstance(recipe, str) else recipe
     chosen = {**DEFAULTS, **base.run, **{key: value for key, value in protocol.items() if value is not None}}
     check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
-    if chosen["bos"] not in BOS:
-        raise unknown("--bos", str(chosen["bos"]), BOS)
+    chosen["bos"] = canonical("--bos", str(chosen["bos"]), BOS)
     # A ``Recipe`` object keeps its epochs unless ``effort`` is set.
     effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
+    effort = canonical("effort", effort, EFFORTS)
     steps = with_settings(with_effort(base, effort), settings := tuple(settings))
-    if target is not None and target not in RUNTIMES:
-        raise unknown("runtime", target, RUNTIMES)
+    target = None if target is None else canonical("runtime", target, RUNTIMES)
     if scheme is None and (target is None or "scheme" in base.run):
         scheme = chosen["scheme"]
     named = load_scheme(scheme) if isinstance(scheme, str) else scheme

@@ -9,7 +9,6 @@ no other state, so a resumed run ends with the same bytes as an uninterrupted on
 from __future__ import annotations
 
 import math
-import resource
 import shutil
 import sys
 import time
@@ -42,7 +41,14 @@ EMBED_BATCH = 16  # sequences embedded at once on a GPU
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process so far."""
+    """Peak resident memory of this process so far; the present one where the system does not record the peak."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return int(getattr(memory, "peak_wset", memory.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

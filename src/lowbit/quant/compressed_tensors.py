@@ -14,13 +14,12 @@ exact.
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import compressed_tensors
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -63,6 +62,9 @@ def pack(q: QTensor, layout: str) -> dict[str, Tensor]:
     ``int-quantized``: ``weight`` int8 ``(out, in)``. Both: ``weight_scale`` ``(out, groups)`` and, if asymmetric,
     ``weight_zero_point``. Stored values are ``code - 2**(bits - 1)``.
     """
+    # Imported here, because the package loads parts of transformers that plans and messages do without.
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     format = _integer(q.format)
     signed = (q.codes.to(torch.int16) - format.middle).to(torch.int8)
     zero = (q.qparams.zero.to(torch.int16) - format.middle).to(torch.int8)
@@ -81,6 +83,8 @@ def pack(q: QTensor, layout: str) -> dict[str, Tensor]:
 
 def unpack(stored: Mapping[str, Tensor], format: Format) -> QTensor:
     """The inverse of ``pack``, from the tensors under a linear's name; the qparams are in float32."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
     format = _integer(format)
     scale = stored["weight_scale"].to(torch.float32)
     if packed := "weight_packed" in stored:
@@ -151,7 +155,7 @@ def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str
         "quant_method": "compressed-tensors",
         "format": layout_of(formats),
         "quantization_status": "compressed",
-        "version": compressed_tensors.__version__,
+        "version": importlib.metadata.version("compressed-tensors"),
         "config_groups": config_groups,
         "ignore": list(floats),
     }

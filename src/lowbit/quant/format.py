@@ -165,8 +165,8 @@ class Format(ABC):
         """
         size = self.group or columns
         if columns % size:
-            usable = ", ".join(map(str, usable_group_sizes(columns)))
-            raise LowbitError(f"group size {size} does not divide a width of {columns}; usable sizes: {usable}")
+            advice = group_advice(columns) or "none from 16 to 256 does: leave the group out for one scale per row"
+            raise LowbitError(f"group size {size} does not divide a width of {columns}; {advice}")
         return columns // size
 
     def ends(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,6 +266,16 @@ def usable_group_sizes(columns: int) -> list[int]:
     [16, 32, 48, 64, 96, 144, 192]
     """
     return [g for g in range(16, 257, 16) if columns % g == 0 and g <= columns]
+
+
+def group_advice(columns: int) -> str | None:
+    """The sizes that fit, as the end of a message; ``None`` if there is none.
+
+    >>> group_advice(96), group_advice(100)
+    ('usable sizes: 16, 32, 48, 96', None)
+    """
+    sizes = usable_group_sizes(columns)
+    return f"usable sizes: {', '.join(map(str, sizes))}" if sizes else None
 
 
 class _Round(torch.autograd.Function):

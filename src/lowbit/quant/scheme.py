@@ -21,12 +21,12 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError, canonical, unknown
+from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
@@ -128,7 +128,7 @@ def parse_scheme(name: str) -> Scheme:
     >>> s.weight.bits, s.weight.group, s.act.bits, s.kv.bits, s.weight.symmetric
     (4, 64, 8, 4, False)
     """
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(name := name.lower())
     if not match:
         raise LowbitError(f"unknown scheme '{name}': give {GRAMMAR}, for example w4a16g64-sym or w8a8")
     weight, act, kv, group, suffix = match.groups()
@@ -152,9 +152,9 @@ def _check_allowed(name: str, what: str, bits: int, allowed: range | tuple[int, 
 
 def parse_override(text: str) -> IntFormat | None:
     """A weight format such as ``w8``, ``w4g64-asym`` or ``float``; symmetric by default."""
-    if text == "float":
+    if text.lower() == "float":
         return None
-    match = _SPEC.fullmatch(text)
+    match = _SPEC.fullmatch(text.lower())
     if not match:
         raise LowbitError(f"override '{text}': give 'float' or {OVERRIDE_GRAMMAR}, for example w8g64")
     bits, group, suffix = match.groups()
@@ -181,8 +181,7 @@ def for_runtime(scheme: Scheme, name: str | None) -> Scheme:
     """``scheme`` for a target runtime: its input quantization and scale dtype; ``None``: unchanged."""
     if name is None:
         return scheme
-    if name not in RUNTIMES:
-        raise unknown("runtime", name, RUNTIMES)
+    name = canonical("runtime", name, RUNTIMES)
     dtype = RUNTIMES[name].scale_dtype
     pairs = tuple((glob, spec and replace(spec, scale_dtype=dtype)) for glob, spec in scheme.overrides)
     return replace(scheme, weight=replace(scheme.weight, scale_dtype=dtype), overrides=pairs, target=name)
@@ -199,17 +198,16 @@ def simulated_on(scheme: Scheme | None, name: str | None) -> Scheme | None:
     if scheme is None or scheme.act is not None:
         what = "a float model" if scheme is None else f"scheme {scheme.name}, which has its own input format"
         raise LowbitError(f"--target {name} given: it sets the inputs of a weight-only run, and this is {what}")
-    if name not in (known := [*RUNTIMES, "float"]):
-        raise unknown("runtime", name, known)
+    name = canonical("runtime", name, [*RUNTIMES, "float"])
     return replace(scheme, target=None if name == "float" else name)
 
 
 def load_scheme(name: str) -> Scheme:
     """A scheme from its name, or from a YAML file with ``scheme: NAME`` and ``overrides: {glob: format}``."""
-    if not name.endswith((".yaml", ".yml")):
+    if not name.lower().endswith((".yaml", ".yml")):
         return parse_scheme(name)
     try:
-        content = yaml.safe_load(Path(name).read_text())
+        content = yaml.safe_load(user_path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LowbitError(f"cannot read the scheme file {name}: {' '.join(str(error).split())}") from error
     return scheme_from_dict(content, name)

@@ -13,12 +13,14 @@ from lowbit.checkpoints.safetensors_folder import read_json, write_bytes
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters import EXPORTERS, exporter_of
 from lowbit.exporters.run import Run, open_run
+from lowbit.paths import user_path
 from lowbit.reports.collect import Measured, measured_of
 from lowbit.reports.command import command
 from lowbit.reports.facts import Array, RunFacts, Target, place_of
 from lowbit.reports.page import render
 from lowbit.runs.activation_stats import FLOAT, MAP, OBSERVED, QUANTIZED, read_activation_stats
 from lowbit.runs.folder import TIMING
+from lowbit.torch_state import own_torch_state
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Reported:
     runs: list[str]
 
 
+@own_torch_state
 def report(
     folders: str | Path | Sequence[str | Path],
     *,
@@ -51,14 +54,14 @@ def report(
     folder_list = [folders] if isinstance(folders, str | Path) else list(folders)
     if not folder_list:
         raise LowbitError("no run given: name at least one run folder")
-    paths, out = [Path(folder) for folder in folder_list], Path(out)
+    paths, out = [user_path(folder) for folder in folder_list], user_path(out)
     if out.is_dir():
         raise LowbitError(f"{out} is a folder; name the file to write, such as {out / 'report.html'}")
     if duplicates := [path for i, path in enumerate(paths) if path.resolve() in [p.resolve() for p in paths[:i]]]:
         raise LowbitError(f"{duplicates[0]} is given twice; name each run once")
     runs = [open_run(path) for path in paths]
     names = _names(paths)
-    results, floats = measured_of(runs, [Path(file) for file in measured])
+    results, floats = measured_of(runs, [user_path(file) for file in measured])
     facts = [_facts(run, name, result) for run, name, result in zip(runs, names, results, strict=True)]
     content = render(facts, floats).encode()
     write_bytes(out, content)

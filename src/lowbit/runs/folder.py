@@ -12,17 +12,20 @@ It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a man
 ``lowbit-evaluations.json``     results of ``lowbit evaluate`` on the finished run, if any
 ``lowbit-timing.json``          seconds and memory per block; the only file that differs between equal runs
 ``lowbit.json``                 the manifest, written last: a folder with a manifest is finished
-``.run/``                       during the run: its identity, and each block's notes and pictures
+``.run/``                       during the run: its lock and identity, and each block's notes and pictures
 =============================== ================================================================================
 
 Shards are the only state of a run, except for ``tune``, which keeps its own in ``.run/``. A resumed run replays the
-finished shards and continues.
+finished shards and continues. One process at a time works on a folder, see ``claimed``.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checkpoints.companions import CONFIG
-from lowbit.checkpoints.safetensors_folder import INDEX, PARTIAL, Checkpoint, read_json, write_index, write_json
+from lowbit.checkpoints.lock import Locked, Owner, hold, holder
+from lowbit.checkpoints.partial import is_partial, remove
+from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_index, write_json
 from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
 from lowbit.errors import LowbitError
 from lowbit.models.architecture import Family
@@ -43,9 +48,13 @@ from lowbit.quant.format import Format, QTensor
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
 from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
 
-TIMING, RUN, IDENTITY = "lowbit-timing.json", ".run", "identity.json"
+TIMING, RUN, IDENTITY, LOCK = "lowbit-timing.json", ".run", "identity.json", "lock"
 REST = "model-rest.safetensors"
 _DERIVED = ("fingerprint", "source_files", "versions.")  # differ as a consequence of other settings
+# What file managers leave in any folder that they show: a folder with nothing else is empty.
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory", ".localized"}
+# Two processes started at once: the one that comes second waits so long for the other to say who it is.
+_WAIT, _TRIES = 0.5, 20  # seconds
 State = Literal["new", "running", "finished"]
 
 
@@ -86,7 +95,7 @@ def look(out: Path, identity: Identity) -> State:
         if running.exists():
             _check_same_run(out, read_json(running), identity)
             return "running"
-        if out.exists() and any(entry.name != RUN and not _of_a_file_browser(entry) for entry in out.iterdir()):
+        if out.exists() and any(entry.name not in (RUN, *_LITTER) for entry in out.iterdir()):
             raise LowbitError(f"--out {out} exists and is not a lowbit run; give a folder that is new or empty")
     except OSError as error:
         raise _unusable(out, error) from error
@@ -105,20 +114,75 @@ def first_missing(folder: Path, manifest: Manifest) -> str | None:
     return next((name for name in needed if not (folder / name).is_file()), None)
 
 
-def _of_a_file_browser(path: Path) -> bool:
-    return path.name in (".DS_Store", "Thumbs.db", "desktop.ini", ".directory", ".localized")
+def refuse_in_use(out: Path) -> None:
+    """Refuse a folder on which another process is at work, before any work of one's own.
+
+    Raises:
+        LowbitError: a living process holds the folder's lock; it is named.
+    """
+    if (owner := holder(out / RUN / LOCK)) is not None:
+        raise _in_use(out, owner)
 
 
-def claim(out: Path, identity: Identity) -> None:
-    """Make ``out`` the folder of a run, or resume it; partially written files of a killed run are deleted."""
+@contextmanager
+def claimed(out: Path, identity: Identity) -> Iterator[State]:
+    """Within the context ``out`` belongs to this process and the run: its state, as seen under the lock.
+
+    What a killed process left half-written is deleted. The lock ends with the context, whatever ends it; a folder in
+    which nothing was written is as it was before.
+
+    Raises:
+        LowbitError: another process works on the folder, it holds another run, or it cannot be written.
+    """
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        (out / RUN).mkdir(parents=True, exist_ok=True)
-        for leftover in [*out.glob(f"*{PARTIAL}"), *(out / RUN).glob(f"*{PARTIAL}")]:
-            leftover.unlink()
-    except OSError as error:
-        raise _unusable(out, error) from error
+        with _locked(out):
+            state = look(out, identity)
+            if state != "finished":
+                for leftover in filter(is_partial, [*out.iterdir(), *(out / RUN).iterdir()]):
+                    remove(leftover)
+            yield state
+    finally:
+        if (out / MANIFEST).exists():
+            shutil.rmtree(out / RUN, ignore_errors=True)
+        with suppress(OSError):
+            for folder in (out / RUN, *missing):
+                folder.rmdir()  # only if nothing is in it
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock of ``out``, making the folder."""
+    with ExitStack() as stack:
+        try:
+            for _ in range(_TRIES):
+                (out / RUN).mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # a process that has just finished removed ``.run``
+                    stack.enter_context(hold(out / RUN / LOCK, wait=_WAIT))
+                    break
+            else:
+                raise _in_use(out, None)
+        except Locked as error:
+            raise _in_use(out, error.owner) from error
+        except OSError as error:
+            raise _unusable(out, error) from error
+        yield
+
+
+def begin(out: Path, identity: Identity) -> None:
+    """Write down in the claimed folder which run it holds, unless that is known."""
     if not (out / RUN / IDENTITY).exists():
         write_json(out / RUN / IDENTITY, asdict(identity))
+
+
+def _in_use(out: Path, owner: Owner | None) -> LowbitError:
+    who = "another process" if owner is None else f"{owner} (since {_clock(owner.started)})"
+    return LowbitError(f"--out {out} is in use by {who}: wait until it ends, stop it, or choose another folder")
+
+
+def _clock(seconds: float) -> str:
+    """Local date and time of seconds since 1970."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _unusable(out: Path, error: OSError) -> LowbitError:

@@ -6,6 +6,7 @@ quantizes the inputs of quantized linears, and a registered attention function q
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ from lowbit.models.families import family_of
 from lowbit.models.gathered_norm import gathered_norm
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp
 from lowbit.models.validate import check_tensors, refuse_foreign_quantization, report_build_errors, settle_tied
+from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats, simulated_on
 from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_layout, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
+from lowbit.runs.saving import refuse_saving
+from lowbit.torch_state import own_torch_state
 
 
+@own_torch_state
 def load(
     folder: str | Path,
     *,
@@ -39,12 +44,15 @@ def load(
     """A ``transformers`` causal language model from a run folder (or a float checkpoint), ready to generate.
 
     It computes the evaluated model, with quantized activations and KV. ``lowbit.load(DIR).generate(...)`` works as
-    usual. ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
+    usual, and so do copies, ``torch.save`` and other dtypes. ``save_pretrained`` stores parameters only: of a model
+    with runtime ops, quantized inputs or KV it is refused.
+
+    ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
 
     Raises:
         LowbitError: the folder is not a model, is broken, or was quantized by another tool.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     manifest = manifest_of(folder)
     config: Any = load_config(folder, trust_remote_code)
     refuse_foreign_quantization(config, manifest is not None, folder)
@@ -68,9 +76,12 @@ def load(
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, including '{missing[0]}'")
+    ops = []
     for index, layer in enumerate(model.get_submodule(family.blocks)):
         for name, op in read_ops(checkpoint, family, layer, index).items():
             _attach(layer, name, op.to(device), family.norm_offset)
+            ops.append(op)
+    refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
     for name in formats.modules:
         if (inputs := formats.input(name)) is not None:
             _quantize_inputs(model.get_submodule(name), inputs)
@@ -110,14 +121,25 @@ def _attach(layer: Any, name: str, op: RuntimeOp, norm_offset: float) -> None:
         return
     module.add_module(PREFIX, _Runtime(op))
     if op.place == "behind a norm":
-        module.register_forward_hook(lambda module, args, out: module.get_submodule(PREFIX)(out))
+        module.register_forward_hook(_apply_behind)
+
+
+def _apply_behind(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Any:
+    """A forward hook: the module's runtime op on its output."""
+    return module.get_submodule(PREFIX)(out)
 
 
 def _quantize_inputs(linear: nn.Module, format: ActFormat) -> None:
     """Quantize a linear's input, with the runtime op before it if there is one."""
+    linear.register_forward_pre_hook(_InputHook(format))
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+
+@dataclass(frozen=True)
+class _InputHook:
+    """A forward pre-hook; an object and no closure, so that the model can be pickled."""
+
+    format: ActFormat
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         op = module._modules.get(PREFIX)
-        return (format.fake_quant(args[0]) if op is None else op(args[0], format), *args[1:])
-
-    linear.register_forward_pre_hook(hook)
+        return (self.format.fake_quant(args[0]) if op is None else op(args[0], self.format), *args[1:])

@@ -15,8 +15,8 @@ from typing import Any
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.compressed_tensors import layout_of, stock_loads
-from lowbit.quant.format import usable_group_sizes
-from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme
+from lowbit.quant.format import group_advice
+from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
     if not linears:
         raise LowbitError("the overrides leave every linear of the blocks in float: nothing to quantize")
     model_formats = ModelFormats({**linears, **outside}, scheme.kv)
-    _check_groups(model_formats, shapes)
+    _check_groups(scheme, model_formats, shapes)
     count = {name: shape[0] * shape[1] for name, shape in shapes.items()}
     untie = skeleton.tied and bool(outside)
     if skeleton.tied and not untie:
@@ -108,17 +108,35 @@ def _formats_outside_blocks(scheme: Scheme, head: str, embed: str) -> dict[str, 
     return {name: formats for name, formats in outside.items() if formats is not None}
 
 
-def _check_groups(formats: ModelFormats, shapes: Mapping[str, tuple[int, int]]) -> None:
+def _check_groups(scheme: Scheme, formats: ModelFormats, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse group sizes that do not divide a width."""
     weights = formats.weights
     for name, format in weights.items():
         width, size = shapes[name][1], format.group
         if size is not None and width % size:
             # Suggested sizes divide the widths of all linears of the same format.
-            widths = [shapes[other][1] for other, other_format in weights.items() if other_format == format]
-            common = usable_group_sizes(math.gcd(*widths))
-            usable = ", ".join(map(str, common or usable_group_sizes(width)))
-            raise LowbitError(f"{name}: group size {size} does not divide a width of {width}; usable sizes: {usable}")
+            same = {other: shapes[other][1] for other, other_format in weights.items() if other_format == format}
+            advice = group_advice(math.gcd(*same.values())) or _without_groups(scheme, name, size, same)
+            raise LowbitError(f"{name}: group size {size} does not divide a width of {width}; {advice}")
+
+
+def _without_groups(scheme: Scheme, name: str, size: int, widths: Mapping[str, int]) -> str:
+    """What to do where no group size fits all linears of a format, as options of the command line.
+
+    Args:
+        scheme: the scheme.
+        name: a linear whose width ``size`` does not divide.
+        size: the group size.
+        widths: of all linears of that format, by full name.
+    """
+    none = f"no size from 16 to 256 divides {' and '.join(map(str, sorted(set(widths.values()))))}"
+    if (override := scheme.override(name)) is not None:
+        per_row = override_text(override[1]).replace(f"g{size}", "")
+        return f"{none}: use one scale per row, --override '{override[0]}={per_row}'"
+    per_row = scheme.weight.name.replace(f"g{size}", "")
+    kinds = dict.fromkeys(other.rpartition(".")[2] for other, width in widths.items() if width % size)
+    options = " ".join(f"--override '*.{kind}={per_row}'" for kind in kinds)
+    return f"{none}: use one scale per row, --scheme {scheme.name.replace(f'g{size}', '')}, or only there: {options}"
 
 
 def check_sizes(samples: int, length: int, seed: int = 0) -> None:
@@ -132,7 +150,7 @@ def check_length(config: Any, length: int) -> None:
     """Refuse windows that are longer than the model's positions."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit and length > limit:
-        raise LowbitError(f"--length {length} given; this model's positions end at {limit}: give {limit} or less")
+        raise LowbitError(f"--length is {length}; this model's positions end at {limit}: give {limit} or less")
 
 
 def linear_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:

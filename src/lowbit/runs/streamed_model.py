@@ -100,7 +100,7 @@ class StreamedModel:
         """Refuse windows that are longer than the model's positions."""
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit and length > limit:
-            raise LowbitError(f"length {length} given; this model's positions end at {limit}: use --length {limit}")
+            raise LowbitError(f"--length is {length}; this model's positions end at {limit}: give {limit} or less")
 
     def enter(self, ids: Tensor) -> Tensor:
         """The input of block 0, ``(windows, length, hidden)``, for ``ids`` ``(windows, length)``."""
