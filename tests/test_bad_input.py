@@ -149,7 +149,7 @@ OPTIONS = [
     ("short text", {"e.txt": "abc"}, ["--data", "{m}/e.txt"], ["e.txt has 3 tokens", "needs 16", "less length"]),
     ("no UTF-8", {"e.txt": b"ab\xff"}, ["--data", "{m}/e.txt"], ["e.txt", "not UTF-8 at byte 2", "convert it"]),
     ("no text field", {"e.jsonl": '{"a": 1}'}, ["--data", "{m}/e.jsonl"], ["e.jsonl", "line 1", "text"]),
-    ("kind of file", {}, ["--data", "{m}/config.json"], ["config.json", "not a supported text", ".parquet"]),
+    ("kind of file", {}, ["--data", "{m}/table.csv"], ["table.csv", "not a supported text", ".parquet"]),
     ("out below a file", {}, ["--out", "{m}/calib.txt/out"], ["calib.txt/out", "choose a folder"]),
     ("out too long", {}, ["--out", "{m}/" + "x" * 300], ["File name too long", "choose a folder"]),
 ]
@@ -219,7 +219,7 @@ def finished(models):
         ("scheme.overrides.0.*.down_proj is None, this one's w8-sym", ["--override", "*.down_proj=w8"]),
         ("data.length is 16, this one's 17", ["--length", "17"]),
         ("data.samples is 2, this one's 3", ["--samples", "3"]),
-        ("data.corpus is calib.txt, this one's more.txt", ["--data", "{m}/more.txt"]),
+        ("data.corpus is calib.txt, this one's calib.txt + more.txt", ["--data", "{m}/more.txt"]),
         ("seed is 0, this one's 1", ["--seed", "1"]),
         ("fingerprint is ", []),
     ],

@@ -33,7 +33,8 @@ def model(tmp_path_factory):
 def arguments(model: Path, out: Path, *more: str) -> list[str]:
     """A quick quantization; options in ``more`` come last and win."""
     sizes = ["--samples", "2", "--length", "16", "--scheme", "w4a16g16-sym", "--recipe", "rtn"]
-    return ["quantize", str(model), "--out", str(out), "--data", f"{model}/calib.txt", *sizes, *more]
+    data = [] if "--data" in more else ["--data", f"{model}/calib.txt"]
+    return ["quantize", str(model), "--out", str(out), *data, *sizes, *more]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_evaluate_equals_a_plain_loop_for_every_text(model, command):
     code, out, err = command("evaluate", model, "--data", texts[0], "--data", texts[1], "--length", "64", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    facts = {"target", "special", "scheme", "bits_per_weight", "fingerprint"}
+    facts = {"target", "bos", "special", "scored", "scheme", "bits_per_weight", "fingerprint"}
     assert set(found) == {"model", "perplexity", "tokens", "length", "seconds", "data_hash", *facts}
     assert found["length"] == 64
     assert found["tokens"] == {texts[0]: 3000 // 64 * 64, texts[1]: 700 // 64 * 64}
@@ -171,7 +172,7 @@ def test_evaluate_for_a_reader(model, command, tmp_path):
 
 
 def test_an_infinite_perplexity_is_null_in_json(monkeypatch, command):
-    endless = Evaluated({"x": float("inf")}, {"x": 4}, 2, 0.0, {"x": ""})
+    endless = Evaluated({"x": float("inf")}, {"x": 4}, {"x": 2}, 2, 0.0, {"x": ""})
     monkeypatch.setattr("lowbit.evaluation.evaluate.evaluate", lambda *given, **options: endless)
     assert json.loads(command("evaluate", "any", "--json")[1])["perplexity"] == {"x": None}
 

@@ -76,7 +76,7 @@ def test_a_run_stores_the_names_in_their_own_spelling(model, tmp_path):
     made = lowbit.quantize(str(model), tmp_path / "run", **how, **sizes)
     request = made.manifest.request
     assert [request[key] for key in ("scheme", "recipe", "target", "effort", "data")] == [
-        "w4a16g16-sym", "rtn", "vllm", "normal", "self",
+        "w4a16g16-sym", "rtn", "vllm", "normal", ["self"],
     ]  # fmt: skip
     plain = {key: value.lower() for key, value in how.items()}
     assert lowbit.quantize(str(model), tmp_path / "run", **plain, **sizes).manifest == made.manifest

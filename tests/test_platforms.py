@@ -119,7 +119,8 @@ def test_a_console_that_knows_ascii_only_is_no_reason_to_fail(tmp_path):
     """
     save_tiny(tmp_path / "modèle", "llama", num_hidden_layers=1)
     model = str(tmp_path / "modèle")
-    console = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    # Wide enough that the table does not break the path.
+    console = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1", "COLUMNS": "300"}
     done = command("inspect", model, "--scheme", "w4a16", **console)
     assert done.returncode == 0, done.stderr
     assert b"mod\\xe8le" in done.stdout

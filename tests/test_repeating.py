@@ -99,7 +99,7 @@ def test_every_option_that_was_given_is_printed():
         "scheme": "w4a16",
         "overrides": [{"*.down_proj": "w8-sym"}, {"lm_head": "float"}],
         "target": "vllm",
-        "data": "wikitext2",
+        "data": ["wikitext2"],
         "samples": 4,
         "length": 16,
         "seed": 7,

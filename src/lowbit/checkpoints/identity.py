@@ -119,7 +119,7 @@ def _entry(path: Path, cache: Path | None) -> Path | None:
 def _recall(entry: Path, stamp: Stamp) -> str | None:
     """The kept digest of a file with that stamp; ``None`` for anything else, an unreadable entry included."""
     try:
-        content = json.loads(entry.read_text())
+        content = json.loads(entry.read_text(encoding="utf-8"))
         digest = content["sha256"] if content["stamp"] == asdict(stamp) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
