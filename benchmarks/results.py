@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.quant.activations import IntTokens
+from lowbit.quant.integer import integer
 from lowbit.quant.scheme import parse_scheme
 from lowbit.runs.folder import TIMING
 from rows import ROOT, kept, lowbit
@@ -96,14 +98,18 @@ def row(protocol: Protocol, scheme: str, recipe: str, fresh: bool) -> dict[str, 
 def described(name: str) -> str:
     """A scheme in words, every part of it that makes figures differ."""
     scheme = parse_scheme(name)
+    weight = integer(scheme.weight, "a table of integer schemes")
     form = {True: "symmetric", False: "asymmetric"}
-    group = f"groups of {scheme.weight.group}" if scheme.weight.group else "per output channel"
-    parts = [f"Weights {scheme.weight.bits} bits, {form[scheme.weight.symmetric]}, {group}"]
+    group = f"groups of {weight.group}" if weight.group else "per output channel"
+    parts = [f"Weights {weight.bits} bits, {form[weight.symmetric]}, {group}"]
     for what, format, per in (
         ("inputs", scheme.act, "token"),
         ("queries, keys and values", scheme.kv, "token and head"),
     ):
-        parts.append(f"{what} {format.bits} bits, {form[format.symmetric]}, per {per}" if format else f"{what} float")
+        if isinstance(format, IntTokens):
+            parts.append(f"{what} {format.bits} bits, {form[format.symmetric]}, per {per}")
+        else:
+            parts.append(f"{what} float")
     return "; ".join([*parts, "embeddings and head float"]) + "."
 
 

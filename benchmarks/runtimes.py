@@ -39,7 +39,6 @@ from lowbit.exporters import gguf as exporter
 from lowbit.exporters.llamacpp import Session, open_session, quiet
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Options
-from lowbit.quant.compressed_tensors import layout_of
 from lowbit.quant.scheme import ModelFormats, parse_scheme
 from lowbit.runs.manifest import Calibration, Identity, Manifest, StockLoading
 from runtimes_page import FLOAT, OURS, THEIRS, llamacpp
@@ -65,9 +64,8 @@ def float_run(folder: Path) -> Run:
         dtype="float32",
         versions={},
     )
-    layout = layout_of(subject.formats)
-    manifest = Manifest(identity, {}, [], [], layout, 32.0, 32.0, {}, StockLoading(loads=True), {}, [], {})
-    return Run(folder, manifest, subject, layout, Checkpoint(folder))
+    manifest = Manifest(identity, {}, [], [], [], 32.0, 32.0, {}, StockLoading(loads=True), {}, [], {})
+    return Run(folder, manifest, subject, Checkpoint(folder))
 
 
 def importance(source: Run, ids: Tensor) -> dict[str, Tensor]:

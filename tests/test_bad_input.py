@@ -96,7 +96,7 @@ OPTIONS = [
         ["--set gptq.damping=[1", "is not a YAML value"],
     ),
     ("set out of range", {}, ["--recipe", "gptq", "--set", "gptq.damping=-1"], ["gptq.damping -1 given", "above 0"]),
-    ("scheme", {}, ["--scheme", "w4b16"], ["unknown scheme 'w4b16'", "w{2..8}a{4,6,8,16}", "w4a16g64-sym"]),
+    ("scheme", {}, ["--scheme", "w4b16"], ["unknown scheme 'w4b16'", "w{2..8}a{4,6,8,16,fp8}", "w4a16g64-sym"]),
     ("9 bits", {}, ["--scheme", "w9a16"], ["9 weight bits given", "2, 3, 4, 5, 6, 7, 8"]),
     ("1 bit", {}, ["--scheme", "w1a16"], ["1 weight bits given", "2, 3, 4, 5, 6, 7, 8"]),
     ("5 activation bits", {}, ["--scheme", "w4a5"], ["5 activation bits given", "4, 6, 8, 16"]),

@@ -95,7 +95,7 @@ def test_nothing_of_this_machine_is_kept(tmp_path, monkeypatch):
         ({"settings": ["gptq.dampin=1"]}, "did you mean 'damping'"),
         ({"target": "vlm"}, "did you mean 'vllm'"),
         ({"scheme": "w9a16"}, "9 weight bits given; allowed: 2, 3"),
-        ({"overrides": {"lm_head": "int8"}, "scheme": "w8a8"}, "give 'float' or w"),
+        ({"overrides": {"lm_head": "int8"}, "scheme": "w8a8"}, "give 'float', w"),
         ({"device": "tpu"}, "--device 'tpu' given; allowed: cpu"),
         ({"dtype": "int4"}, "--dtype int4 given; allowed: float32"),
         ({"compiled": True}, "--compile with --device cpu"),

@@ -88,7 +88,7 @@ def test_a_number_out_of_range_names_what_is_allowed(name, message):
     ],
 )
 def test_a_malformed_name_is_told_the_form(name):
-    with pytest.raises(LowbitError, match=r"unknown scheme .* give w\{2..8\}a\{4,6,8,16\}.* for example"):
+    with pytest.raises(LowbitError, match=r"unknown scheme .* give w\{2..8\}a\{4,6,8,16,fp8\}.* for example"):
         parse_scheme(name)
 
 
@@ -99,7 +99,7 @@ def test_override_texts():
     for text in ("float", "w8-sym", "w4g64-asym", "w2g16-sym"):
         assert override_text(parse_override(text)) == text
     for wrong in ("w8a8", "8", "int8", "None", "w4-mixed", ""):
-        with pytest.raises(LowbitError, match="give 'float' or w"):
+        with pytest.raises(LowbitError, match="give 'float', w"):
             parse_override(wrong)
     with pytest.raises(LowbitError, match="9 bits given; 2 to 8"):
         parse_override("w9")
@@ -119,7 +119,7 @@ def test_the_first_override_that_matches_wins():
 
 def test_embedding_and_head_stay_float_unless_an_override_names_them():
     scheme = with_overrides(parse_scheme("w4a8"), {"lm_head": "w8"})
-    assert scheme.outside("lm_head") == ModuleFormats(IntFormat(8), scheme.act)
+    assert scheme.outside("lm_head") == ModuleFormats(IntFormat(8), scheme.act, outside=True)
     assert scheme.outside("model.embed_tokens") is None
     assert scheme.module("model.embed_tokens") == ModuleFormats(scheme.weight, scheme.act)
     assert with_overrides(scheme, {"lm_head": "float"}).outside("lm_head") is None
@@ -195,7 +195,7 @@ def test_a_scheme_file(tmp_path):
         ("overrides: {}\n", "expected the keys 'scheme'"),
         ("scheme: w4a16\noverides: {}\n", "unknown key in .* 'overides': did you mean 'overrides'"),
         ("scheme: w4a16\noverrides: [lm_head]\n", "must map a glob to a format"),
-        ("scheme: w4a16\noverrides: {lm_head: }\n", "override 'None': give 'float' or w"),
+        ("scheme: w4a16\noverrides: {lm_head: }\n", "override 'None': give 'float', w"),
         ("scheme: w4a16\noverrides: {lm_head: w99}\n", "99 bits given; 2 to 8"),
         ("scheme: w4b16\n", "unknown scheme 'w4b16'"),
         ("scheme: [w4a16\n", "cannot read the scheme file"),

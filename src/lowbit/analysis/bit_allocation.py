@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lowbit.errors import LowbitError
+from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import Scheme
 
@@ -155,6 +156,6 @@ def with_formats(scheme: Scheme, groups: Sequence[Sequence[Linear]], specs: Sequ
     return replace(kept, overrides=(*changed, *kept.overrides))
 
 
-def _weight(scheme: Scheme, linear: str) -> IntFormat | None:
+def _weight(scheme: Scheme, linear: str) -> Format | None:
     override = scheme.override(linear)
     return override[1] if override else scheme.weight

@@ -184,7 +184,7 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
         raise LowbitError(f"{run} has no recorded sensitivity: quantize again into another folder")
     skeleton = Skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)
     shapes = linear_shapes(skeleton)
-    weights = run_formats(manifest, run_scheme(manifest), skeleton.family.embed).weights
+    weights = run_formats(manifest, run_scheme(manifest), skeleton.family).weights
     linears = []
     try:
         for row in manifest.blocks:

@@ -33,7 +33,7 @@ from lowbit.metrics.kl import token_error
 from lowbit.models.block import Block
 from lowbit.models.forward import relative_error, run
 from lowbit.quant.format import Format
-from lowbit.quant.integer import integer
+from lowbit.quant.integer import IntFormat
 
 BITS = (2, 3, 4, 5, 6, 8)  # widths in ``rtn``
 ROWS = 64
@@ -92,11 +92,14 @@ def _alone(layer: Block, name: str, x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def _by_bits(weight: Tensor, x: Tensor, format: Format) -> dict[str, float]:
-    """Relative error of ``x @ weight.T`` with an RTN weight, for ``BITS`` and the format's own width."""
+    """Relative error of ``x @ weight.T`` with an RTN weight of integers, for ``BITS`` and the format's own width.
+
+    A format of another kind is compared with symmetric integers in groups of its size.
+    """
     rows = weight[:: max(1, len(weight) // ROWS)].float()
     x = x.float()
     exact = x @ rows.T
-    own = integer(format, "a table of errors by bits")
+    own = format if isinstance(format, IntFormat) else IntFormat(BITS[-1], format.group)
     out = {}
     for bits in sorted({*BITS, own.bits}):
         quantized = own.with_bits(bits).fake_quant_clipped(rows)

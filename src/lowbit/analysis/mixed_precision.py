@@ -10,6 +10,7 @@ from lowbit.analysis.bit_allocation import Linear, fused, with_formats, within_b
 from lowbit.analysis.linear_error import BITS
 from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
+from lowbit.quant.integer import integer
 from lowbit.quant.scheme import override_text, scheme_to_dict
 from lowbit.runs.folder import run_scheme
 from lowbit.runs.manifest import Manifest
@@ -73,7 +74,12 @@ def propose(
     outside = plan.stored_bits - sum(linear.bits_at(linear.spec) for linear in linears) + online
     groups, widths = fused(linears, skeleton.family.linears), sorted(set(bits))
     # The tolerance covers rounding errors in sums of floats.
-    picked = within_budget(groups, scheme.weight, widths, int(budget * plan.quantized_weights - outside + 1e-3))
+    picked = within_budget(
+        groups,
+        integer(scheme.weight, "a bit allocation"),
+        widths,
+        int(budget * plan.quantized_weights - outside + 1e-3),
+    )
     proposed = with_formats(scheme, groups, picked)
     proposed_plan = make_plan(skeleton, proposed)
     pairs = list(zip(groups, picked, strict=True))

@@ -165,7 +165,8 @@ class Checkpoint:
     def _copied(self, value: Tensor, name: str, file: str, dtype: torch.dtype | None) -> Tensor:
         if not value.is_floating_point():
             return value.clone()
-        if not bool(torch.isfinite(value).all()):
+        # torch has no arithmetic on eight bits.
+        if not bool(torch.isfinite(value.float() if value.dtype.itemsize == 1 else value).all()):
             raise LowbitError(f"'{name}' in {self.folder / file} holds NaN or infinity: the checkpoint is broken")
         return value.to(dtype or value.dtype, copy=True)
 

@@ -70,7 +70,7 @@ def quantize(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym], or FILE.yaml; explained by 'lowbit schemes'.",
+            help="A name such as w4a16g64-sym, mxfp4 or q4_k, or FILE.yaml; all are listed by 'lowbit schemes'.",
             show_default="w4a16g64-sym",
         ),
     ] = None,

@@ -14,7 +14,9 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Subject
 from lowbit.models.families import family_of
-from lowbit.quant.activations import IntTokens
+from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.float_activations import FloatActs
+from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
 
@@ -62,7 +64,7 @@ def wrong_scale(format: IntFormat) -> str | None:
 def no_activations(subject: Subject, who: str) -> Misfit | None:
     """For targets whose runtimes quantize activations in their own way or not at all."""
     if subject.act is not None:
-        return Misfit("act", f"inputs are quantized to {subject.act.bits} bits per token, {who}")
+        return Misfit("act", f"inputs are quantized to {subject.act.name}, {who}")
     return no_kv(subject)
 
 
@@ -89,7 +91,7 @@ def nearest(limits: Limits, subject: Subject, misfit: Misfit) -> str | None:
         schemes = sorted(_schemes(subject.scheme), key=lambda s: _distance(subject.scheme, s))
         return next((s.name for s in schemes if limits(_with(subject, s)) is None), None)
     current = dict(subject.scheme.overrides)[misfit.glob] or subject.scheme.weight
-    for spec in [*sorted(_specs(), key=lambda s: _spec_distance(current, s)), None]:
+    for spec in [*sorted(_specs(), key=lambda s: _format_distance(current, s)), None]:
         pairs = tuple((glob, spec if glob == misfit.glob else old) for glob, old in subject.scheme.overrides)
         if limits(_with(subject, replace(subject.scheme, overrides=pairs))) is None:
             return f"--override '{misfit.glob}={override_text(spec)}'"
@@ -121,15 +123,24 @@ def _schemes(current: Scheme) -> Iterator[Scheme]:
             for kv in {current.kv, None}:
                 suffix = weight.name.removeprefix(f"w{weight.bits}")
                 name = f"w{weight.bits}a{bits}{f'kv{kv.bits}' if kv else ''}{suffix}"
-                stored = replace(weight, scale_dtype=current.weight.scale_dtype)
+                stored = weight
+                if isinstance(current.weight, IntFormat):
+                    stored = replace(weight, scale_dtype=current.weight.scale_dtype)
                 yield Scheme(name, stored, act, kv, current.overrides, current.target)
 
 
 def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:
-    ours, theirs = (scheme.act.bits if scheme.act else 16 for scheme in (a, b))
-    return (abs(ours - theirs), theirs < ours, a.kv != b.kv, *_spec_distance(a.weight, b.weight))
+    ours, theirs = (_act_bits(scheme.act) for scheme in (a, b))
+    return (abs(ours - theirs), theirs < ours, a.kv != b.kv, *_format_distance(a.weight, b.weight))
 
 
-def _spec_distance(a: IntFormat, b: IntFormat) -> tuple[float, ...]:
-    size = abs((a.group or 4096) - (b.group or 4096))
-    return (abs(a.bits - b.bits), a.symmetric != b.symmetric, size, a.bits > b.bits)
+def _act_bits(act: ActFormat | None) -> int:
+    if isinstance(act, IntTokens):
+        return act.bits
+    return act.element.bits if isinstance(act, FloatActs) else 16
+
+
+def _format_distance(a: Format, b: Format) -> tuple[float, ...]:
+    size, symmetric = abs((a.group or 4096) - (b.group or 4096)), [format.zero == "none" for format in (a, b)]
+    bits = [format.elements.bits for format in (a, b)]
+    return (abs(bits[0] - bits[1]), symmetric[0] != symmetric[1], size, bits[0] > bits[1])

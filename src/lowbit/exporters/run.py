@@ -19,12 +19,11 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, unknown
 from lowbit.models.families import family_of
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
-from lowbit.quant.activations import IntTokens
-from lowbit.quant.compressed_tensors import packed_names
+from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import ModelFormats, Scheme
-from lowbit.runs.folder import first_missing, read_qtensors, run_formats, run_layout, run_scheme
+from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme
+from lowbit.runs.folder import first_missing, read_qtensors, run_formats, run_scheme, tensor_names
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 
 
@@ -61,9 +60,9 @@ class Subject:
         return out
 
     @property
-    def act(self) -> IntTokens | None:
+    def act(self) -> ActFormat | None:
         """The scheme's format of the linears' inputs; a runtime's own quantization of them is not included."""
-        return next((f.input for f in self.formats.modules.values() if isinstance(f.input, IntTokens)), None)
+        return next((act for f in self.formats.modules.values() if (act := f.stated_input) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class Run:
     folder: Path
     manifest: Manifest
     subject: Subject
-    layout: str
     checkpoint: Checkpoint
 
     @property
@@ -84,12 +82,12 @@ class Run:
     @property
     def floats(self) -> list[str]:
         """Names of all other tensors, sorted."""
-        packed = {n for name, format in self.subject.weights.items() for n in packed_names(name, format, self.layout)}
+        packed = {n for name, own in self.subject.formats.modules.items() for n in tensor_names(name, own)}
         return [n for n in self.checkpoint.names if n not in packed and parse_tensor_name(n) is None]
 
     def qtensor(self, module: str) -> QTensor:
         """A quantized module's weight, ``(out, in)``."""
-        return read_qtensors(self.checkpoint, {module: self.subject.weights[module]}, self.layout)[module]
+        return read_qtensors(self.checkpoint, {module: self.subject.formats.modules[module]})[module]
 
     def tensor(self, name: str) -> Tensor:
         """A float tensor in the dtype that it is stored in."""
@@ -97,8 +95,8 @@ class Run:
 
     def file_of(self, module: str) -> str:
         """The shard that holds a module's weight, or a tensor."""
-        format = self.subject.weights.get(module)
-        return self.checkpoint.file_of(packed_names(module, format, self.layout)[0] if format else module)
+        formats = self.subject.formats.modules.get(module)
+        return self.checkpoint.file_of(tensor_names(module, formats)[0] if formats else module)
 
 
 def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
@@ -112,11 +110,10 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
     if (lost := first_missing(folder, manifest)) is not None:
         raise LowbitError(f"{folder} lacks {lost} of its finished run: copy it from where the run was made")
     config = load_config(folder, trust_remote_code)
-    embed = family_of(config).embed
     scheme = run_scheme(manifest)
-    formats, layout = run_formats(manifest, scheme, embed), run_layout(manifest, embed)
+    formats = run_formats(manifest, scheme, family_of(config))
     checkpoint = Checkpoint(folder)
-    shapes = {name: _shape(checkpoint, name, format, layout) for name, format in formats.weights.items()}
+    shapes = {name: _shape(checkpoint, name, own) for name, own in formats.modules.items()}
     floats = tuple(name for name in manifest.floats if name != "lm_head")
     shapes |= {name: _size(checkpoint, f"{name}.weight") for name in floats}
     ops: dict[type[RuntimeOp], str] = {}
@@ -124,15 +121,17 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
         if kind not in OPS:
             raise unknown(f"runtime op in {folder / MANIFEST}", kind, OPS)
         ops.setdefault(OPS[kind], f"the run, at {module}")
-    return Run(folder, manifest, Subject(config, scheme, formats, shapes, floats, ops), layout, checkpoint)
+    return Run(folder, manifest, Subject(config, scheme, formats, shapes, floats, ops), checkpoint)
 
 
-def _shape(checkpoint: Checkpoint, module: str, format: Format, layout: str) -> tuple[int, int]:
-    name = packed_names(module, format, layout)[1 if layout == "pack-quantized" else 0]
-    if layout != "pack-quantized":
-        return _size(checkpoint, name)
-    rows, columns = checkpoint.read([name])[name].tolist()
-    return int(rows), int(columns)
+def _shape(checkpoint: Checkpoint, module: str, formats: ModuleFormats) -> tuple[int, int]:
+    """``(out, in)`` of a quantized module, from the header of its shard where that says it."""
+    if (shape := f"{module}.weight_shape") in tensor_names(module, formats):
+        rows, columns = checkpoint.read([shape])[shape].tolist()
+        return int(rows), int(columns)
+    rows, columns = _size(checkpoint, tensor_names(module, formats)[0])
+    packed = formats.weight.elements.bits if f"{module}.weight_packed" in tensor_names(module, formats) else 8
+    return rows, columns * 8 // packed
 
 
 def _size(checkpoint: Checkpoint, name: str) -> tuple[int, int]:

@@ -33,9 +33,10 @@ from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_fol
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
 from lowbit.models.families import family_of
-from lowbit.quant.compressed_tensors import pack
+from lowbit.quant.activations import IntTokens
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import integer
+from lowbit.quant.layouts import LAYOUTS
 from lowbit.runs.manifest import MANIFEST
 
 ACT_BITS = (4, 8)
@@ -48,6 +49,8 @@ def limits(subject: Subject) -> Misfit | None:
     if misfit is not None:
         return misfit
     act = subject.act
+    if act is not None and not isinstance(act, IntTokens):
+        return Misfit("act", f"inputs in {act.name}; vLLM reads the run folder itself")
     if act is not None and not act.symmetric:
         return Misfit("act", "inputs are asymmetric; vLLM's kernels quantize them symmetrically")
     if act is not None and act.bits not in ACT_BITS:
@@ -79,17 +82,19 @@ def layout_for(subject: Subject) -> str:
     """The layout for which vLLM has a kernel."""
     act, weights = subject.act, set(subject.integers.values())
     plain = all(format.bits == 8 and format.symmetric and format.group is None for format in weights)
-    return "int-quantized" if act is not None and act.bits == 8 and plain else "pack-quantized"
+    return "int-quantized" if isinstance(act, IntTokens) and act.bits == 8 and plain else "pack-quantized"
 
 
 def store(q: QTensor, layout: str) -> dict[str, Tensor]:
     """A quantized weight as the tensors of the layout, by name relative to the module."""
-    return {**pack(q, layout), "weight_scale": q.qparams.scale.to(integer(q.format, layout).scale_dtype)}
+    return {**LAYOUTS[layout].pack(q), "weight_scale": q.qparams.scale.to(integer(q.format, layout).scale_dtype)}
 
 
 def quantization_config(run: Run) -> dict[str, Any]:
     """The run's own ``quantization_config`` with vLLM's layout."""
-    config = {**stored_config(run.folder), "format": layout_for(run.subject)}
+    layout, config = layout_for(run.subject), stored_config(run.folder)
+    groups = {name: {**group, "format": layout} for name, group in config["config_groups"].items()}
+    config = {**config, "format": layout, "config_groups": groups}
     config.pop("dequantize", None)
     return config
 

@@ -110,7 +110,11 @@ class GPTQ(Method):
         qweights = dict(block.qweights)
         for format, names in _by_format(block, linears).items():
             # Linears with the same input and format are quantized as one stacked matrix: a third of the steps.
-            qparams = [format.qparams(weights[name], *block.clips.get(name, (1.0, 1.0))) for name in names]
+            qparams = [
+                format.qparams(weights[name], low, high, block.tensor_peak(name, weights))
+                for name in names
+                for low, high in [block.clips.get(name, (1.0, 1.0))]
+            ]
             stacked = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
             weight = torch.cat([weights[name] for name in names])
             with _one_thread():

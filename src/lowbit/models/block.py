@@ -22,6 +22,7 @@ from lowbit.models.architecture import DeclaredEdge, Edge, Family, Heads, Norm, 
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
+from lowbit.quant.scales import TwoLevel
 from lowbit.quant.scheme import ModuleFormats
 
 
@@ -146,7 +147,24 @@ class Block:
 
     def qparams(self, linear: str) -> QParams:
         """Qparams of a linear's current weight: its groups' ranges, shrunk by the current clipping ratios."""
-        return self.weight_format(linear).qparams(self.weight(linear), *self.clips.get(linear, (1.0, 1.0)))
+        low, high = self.clips.get(linear, (1.0, 1.0))
+        return self.weight_format(linear).qparams(self.weight(linear), low, high, self.tensor_peak(linear))
+
+    def fused_with(self, linear: str) -> list[str]:
+        """Linears of equal formats that read the same input, ``linear`` among them: runtimes fuse them."""
+        group = next(group for group in self.linear_groups() if linear in group)
+        return [name for name in group if self.formats.get(name) == self.formats.get(linear)]
+
+    def tensor_peak(self, linear: str, weights: Mapping[str, Tensor] | None = None) -> Tensor | None:
+        """The largest absolute value of the weights that share a scale of the whole tensor with a linear's.
+
+        ``weights`` by linear replace the block's. ``None`` for formats without such a scale.
+        """
+        if not isinstance(self.weight_format(linear).scales, TwoLevel):
+            return None
+        own = weights or {}
+        peaks = [own.get(name, self.weight(name)).detach().abs().max() for name in self.fused_with(linear)]
+        return torch.stack(peaks).max()
 
     def quantized_params(self) -> dict[str, Tensor]:
         """``params`` with the dequantized values of the quantized weights."""

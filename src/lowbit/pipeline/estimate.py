@@ -45,8 +45,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     memory = 400_000_000 + 2 * shared * 4 + 3 * block * 4 + states + moments + activations
     if recipe.tune is not None:
         memory += 4 * recipe.tune.parameter_count(linear_shapes(skeleton).values()) * LEAF_COPIES
-    stored = plan.stored_bits / 8 if plan.layout == "pack-quantized" else float(sum(weights))
-    disk = int(stored) + 4 * plan.float_weights
+    disk = plan.size_bytes + 4 * plan.float_weights
     passes = 2 + sum(method.passes for _, method in recipe.steps)
     return Estimate(memory, disk, 2.0 * sum(weights) * tokens * passes / matmul_speed())
 

@@ -14,7 +14,7 @@ from lowbit.checkpoints.config_fields import is_kernel_choice
 from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_bytes, write_json
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
-from lowbit.quant.compressed_tensors import quantization_config
+from lowbit.quant.compressed_tensors import quantization_config, stock_dtype
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 from lowbit.quant.scheme import ModelFormats
 from lowbit.runs.activation_stats import OBSERVED
@@ -132,11 +132,11 @@ def _manifest(
         request=dict(request),
         quantized=list(plan.formats.modules),
         floats=list(plan.floats),
-        layout=plan.layout,
+        layouts=plan.formats.layouts,
         bits_per_weight=plan.bits_per_weight + extra / weights,
         model_bits_per_weight=plan.model_bits_per_weight + extra / (weights + plan.float_weights),
         runtime_ops={module: stored.op.kind for module, stored in ops.items()},
-        transformers=StockLoading(why_not is None, why_not, _inputs(plan.formats)),
+        transformers=StockLoading(why_not is None, why_not, _inputs(plan.formats), stock_dtype(plan.formats)),
         versions=versions(),
         blocks=rows,
         files={},  # digests are added once all other files are written
@@ -192,7 +192,7 @@ def model_card(manifest: Manifest) -> str:
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            'model = AutoModelForCausalLM.from_pretrained("this/folder", dtype="float32")',
+            f'model = AutoModelForCausalLM.from_pretrained("this/folder", dtype="{manifest.transformers.dtype}")',
             'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
             "```",
         ]

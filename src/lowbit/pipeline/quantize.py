@@ -291,8 +291,7 @@ def _calibration(request: Request, source: Source, tokenizer: Any) -> Tokens:
 
 def _size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:
     """Upper bound in bytes: codes as stored, the float part at 32 bits, and temporary files of the run."""
-    stored = plan.stored_bits if plan.layout == "pack-quantized" else plan.stored_bits + 8 * plan.quantized_weights
-    result = int(stored / 8) + 4 * plan.float_weights
+    result = plan.size_bytes + 4 * plan.float_weights
     if recipe.tune is None:
         return result
     state = 4 * 8 * recipe.tune.parameter_count(linear_shapes(skeleton).values())  # as ``FitState.save`` writes it

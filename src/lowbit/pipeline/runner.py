@@ -30,7 +30,7 @@ from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
 from lowbit.progress import say, track
-from lowbit.quant.compressed_tensors import pack
+from lowbit.quant.scales import TwoLevel, shared_exponent
 from lowbit.runs.activation_stats import FLOAT, MAP, QUANTIZED, record_peaks
 from lowbit.runs.folder import REST, block_file, notes_file, pictures_file, read_block, read_dequantized
 from lowbit.runs.latent_weights import write_latents
@@ -144,7 +144,7 @@ class Walk:
         return exact, self.skeleton
 
     def _shipped_shared(self, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return read_dequantized(Checkpoint(self.out, [REST]), shared, self.plan.formats.weights, self.plan.layout)
+        return read_dequantized(Checkpoint(self.out, [REST]), shared, self.plan.formats.modules)
 
     def _fill(self, shared: Mapping[str, Tensor], skeleton: Skeleton | None = None) -> None:
         skeleton = skeleton or self.skeleton
@@ -175,7 +175,7 @@ class Walk:
         notes: list[tuple[list[str], dict[str, Any]]] = []
         for index in range(start, start + count):
             shard = Checkpoint(self.out, [block_file(index)])
-            shipped = read_block(shard, self.skeleton, index, self.plan.formats, self.plan.layout, self.device)
+            shipped = read_block(shard, self.skeleton, index, self.plan.formats, self.device)
             with record_peaks(shipped) as seen:
                 x_q = run_quantized(shipped, x_q, self.batch)
             self._observe(QUANTIZED, {name: stats["peak"] for name, stats in seen.items()})
@@ -253,7 +253,7 @@ class Walk:
                     tensors |= {tensor_name(block.full_name(name), op, key): value.cpu() for key, value in stored}
             for linear, q in block.qweights.items():
                 if linear.startswith(prefix):
-                    packed = pack(q, self.plan.layout)
+                    packed = block.formats[linear].layout.pack(q, shared_exponent_of(block, linear))
                     tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in packed.items()}
             notes = [note.text for note in block.notes if note.layer == index]
             figures = {"steps": dict(block.record[index])} if index in block.record else {}
@@ -278,11 +278,18 @@ class Walk:
         if self.plan.untie:
             tensors[head] = tensors[f"{self.plan.embed}.weight"].clone()
         for module in (self.plan.embed, self.plan.head):
-            if (format := self.plan.formats.weight(module)) is not None:
-                weight = tensors.pop(f"{module}.weight").float()
-                stored = pack(format.quantize(weight, format.qparams(weight)), self.plan.layout)
+            if (formats := self.plan.formats.modules.get(module)) is not None:
+                weight, format = tensors.pop(f"{module}.weight").float(), formats.weight
+                stored = formats.layout.pack(format.quantize(weight, format.qparams(weight)))
                 tensors |= {f"{module}.{key}": value for key, value in stored.items()}
         write_tensors(self.out / REST, tensors)
+
+
+def shared_exponent_of(block: Block, linear: str) -> int | None:
+    """The exponent of the tensors' power of two that fused linears share; ``None`` for formats without one."""
+    if not isinstance(block.weight_format(linear).scales, TwoLevel):
+        return None
+    return shared_exponent([block.qweights[name].qparams.scale for name in block.fused_with(linear)])
 
 
 def check_space(out: Path, needed: int) -> None:

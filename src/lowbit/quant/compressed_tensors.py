@@ -1,113 +1,28 @@
-"""Quantized weights in the layouts of ``compressed-tensors``, and the config that describes them to loaders.
+"""The ``quantization_config`` of a run folder, in the words of ``compressed-tensors``, and what loaders make of it.
 
-Two layouts are used, according to what stock ``transformers`` loads:
-
-* weight-only schemes: ``pack-quantized``, codes as a dense bit stream in int32 words;
-* schemes with activations: ``int-quantized``, one int8 per code, because the packed layout does not load with
-  activations there. On disk a code takes 8 bits at any width; ``bits_per_weight`` counts the format's width.
-
-Weight-only asymmetric checkpoints load in ``transformers`` 5.23 only if dequantized at load time (otherwise the
-packed zero points mismatch a placeholder of another shape), so their config requests that. Dequantization multiplies
-in the dtype of the scale; the scale is therefore stored as float32 with the same 16-bit value, and the product is
-exact.
+Every config group names the layout of its modules (``format``): without it the loader infers one, and takes packed
+integers with quantized inputs for plain ones. Weight-only asymmetric checkpoints load in ``transformers`` 5.23 and
+5.24 only if dequantized at load time (otherwise the packed zero points mismatch a placeholder of another shape), so
+their config requests that.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.floating import FloatFormat
-from lowbit.quant.format import Format, QParams, QTensor
+from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat, integer
-from lowbit.quant.runtimes import RuntimeInput
-from lowbit.quant.scales import PowerOfTwo, TwoLevel
-from lowbit.quant.scheme import ModelFormats
+from lowbit.quant.layouts import FP8, OWN, PACKED, PLAIN
+from lowbit.quant.scales import Plain, PowerOfTwo, TwoLevel
+from lowbit.quant.scheme import ModelFormats, ModuleFormats
 
-
-def layout_of(formats: ModelFormats) -> str:
-    """``pack-quantized`` or ``int-quantized``."""
-    return "int-quantized" if _input_formats(formats) else "pack-quantized"
-
-
-def _input_formats(formats: ModelFormats) -> set[IntTokens]:
-    """The input formats that the checkpoint states."""
-    return {inputs for module in formats.modules.values() if (inputs := _input_format(module.input)) is not None}
-
-
-def _input_format(format: ActFormat | None) -> IntTokens | None:
-    """An input format as a checkpoint states it; a runtime's own quantization of float inputs is not stated."""
-    if format is None or isinstance(format, RuntimeInput):
-        return None
-    if not isinstance(format, IntTokens):
-        raise LowbitError(f"a compressed-tensors layout holds integer input formats; {format.name} given")
-    return format
-
-
-def _integer(format: Format) -> IntFormat:
-    return integer(format, "a compressed-tensors layout")
-
-
-def pack(q: QTensor, layout: str) -> dict[str, Tensor]:
-    """A quantized weight as the tensors stored under the linear's name.
-
-    ``pack-quantized``: ``weight_packed`` int32 ``(out, ceil(in * bits / 32))``, ``weight_shape`` int64 ``(2,)``;
-    ``int-quantized``: ``weight`` int8 ``(out, in)``. Both: ``weight_scale`` ``(out, groups)`` and, if asymmetric,
-    ``weight_zero_point``. Stored values are ``code - 2**(bits - 1)``.
-    """
-    # Imported here, because the package loads parts of transformers that plans and messages do without.
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    format = _integer(q.format)
-    signed = (q.codes.to(torch.int16) - format.middle).to(torch.int8)
-    zero = (q.qparams.zero.to(torch.int16) - format.middle).to(torch.int8)
-    if layout == "int-quantized":
-        out = {"weight": signed, "weight_scale": q.qparams.scale.to(format.scale_dtype)}
-        return out if format.symmetric else {**out, "weight_zero_point": zero}
-    out = {
-        "weight_packed": pack_to_int32(signed, format.bits),
-        "weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64),
-    }
-    if format.symmetric:
-        return {**out, "weight_scale": q.qparams.scale.to(format.scale_dtype)}
-    packed_zero = pack_to_int32(zero, format.bits, packed_dim=0)
-    return {**out, "weight_scale": q.qparams.scale.to(torch.float32), "weight_zero_point": packed_zero}
-
-
-def unpack(stored: Mapping[str, Tensor], format: Format) -> QTensor:
-    """The inverse of ``pack``, from the tensors under a linear's name; the qparams are in float32."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    format = _integer(format)
-    scale = stored["weight_scale"].to(torch.float32)
-    if packed := "weight_packed" in stored:
-        shape = torch.Size(stored["weight_shape"].tolist())
-        signed = unpack_from_int32(stored["weight_packed"], format.bits, shape)
-    else:
-        signed = stored["weight"]
-    if format.symmetric:
-        zero = torch.full_like(scale, format.middle)
-    else:
-        zero_points = stored["weight_zero_point"]
-        if packed:
-            zero_points = unpack_from_int32(zero_points, format.bits, scale.shape, packed_dim=0)
-        zero = zero_points.to(torch.float32) + format.middle
-    codes = (signed.to(torch.int16) + format.middle).to(torch.uint8)
-    return QTensor(codes, QParams(scale, zero), format)
-
-
-def packed_names(linear: str, format: Format, layout: str) -> list[str]:
-    """Names of the tensors of ``pack`` for a linear."""
-    names = ["weight_packed", "weight_shape"] if layout == "pack-quantized" else ["weight"]
-    names += ["weight_scale"] if _integer(format).symmetric else ["weight_scale", "weight_zero_point"]
-    return [f"{linear}.{name}" for name in names]
+MIXED = "mixed-precision"
 
 
 def stock_loads(formats: ModelFormats, embed: str, two_d_inputs: bool) -> str | None:
@@ -115,17 +30,43 @@ def stock_loads(formats: ModelFormats, embed: str, two_d_inputs: bool) -> str | 
 
     ``embed``: name of the embedding; ``two_d_inputs``: some linears receive ``(tokens, width)``.
     """
-    weights = {_integer(format) for format in formats.weights.values()}
-    activations = _input_formats(formats)
+    modules = formats.modules
+    for module in modules.values():
+        inputs_args(module.stated_input)  # refuses what the library does not have
     if formats.kv is not None:
         return "Q, K and V quantized in the attention are not part of the compressed-tensors format"
-    if embed in formats.modules:
-        return "transformers 5.23 cannot build a model around quantized embeddings"
+    if (own := next((m.weight.name for m in modules.values() if m.layout is OWN), None)) is not None:
+        return f"{own} is a format of llama.cpp, not part of the compressed-tensors format"
+    if embed in modules and modules[embed].layout not in (PLAIN, FP8):
+        return f"embeddings in {modules[embed].weight.name} do not load"
+    activations = _input_formats(formats)
     if activations and two_d_inputs:
         return "compressed-tensors uses one range for all tokens where a layer flattens its input to (tokens, width)"
-    if not activations and len(weights) > 1 and not all(format.symmetric for format in weights):
+    weights = {m.weight for m in modules.values()}
+    free = [m for m in modules.values() if _asymmetric(m) and m.layout is PACKED]
+    if free and len(weights) > 1:
         return "weight-only checkpoints with asymmetric and other formats side by side do not load"
     return None
+
+
+def stock_dtype(formats: ModelFormats) -> str:
+    """The dtype in which stock ``transformers`` runs the formats as simulated.
+
+    Its decoders of MX and NVFP4 weights give bfloat16, whatever the model's dtype.
+    """
+    packed = any(
+        isinstance(m.weight, FloatFormat) and not isinstance(m.weight.scales, Plain) for m in formats.modules.values()
+    )
+    return "bfloat16" if packed else "float32"
+
+
+def _asymmetric(module: ModuleFormats) -> bool:
+    return isinstance(module.weight, IntFormat) and not module.weight.symmetric
+
+
+def _input_formats(formats: ModelFormats) -> set[ActFormat]:
+    """The input formats that the checkpoint states."""
+    return {inputs for module in formats.modules.values() if (inputs := module.stated_input) is not None}
 
 
 def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str) -> dict[str, Any]:
@@ -136,44 +77,62 @@ def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str
         floats: linears that stay float.
         embed: name of the embedding; its input is token ids, so it never has an input format.
     """
-    groups: dict[tuple[IntFormat, IntTokens | None], list[str]] = {}
+    groups: dict[ModuleFormats, list[str]] = {}
     for name, module in formats.modules.items():
         if name != embed:
-            groups.setdefault((_integer(module.weight), _input_format(module.input)), []).append(name)
+            own = ModuleFormats(module.weight, module.stated_input, module.outside)
+            groups.setdefault(own, []).append(name)
     # The most common format is the default for class Linear; the others name their modules and take precedence.
     ordered = sorted(groups.items(), key=lambda pair: -len(pair[1]))
-    entries = [(["Linear"] if i == 0 else [_exact_pattern(n) for n in names]) for i, (_, names) in enumerate(ordered)]
-    config_groups: dict[str, Any] = {
-        f"group_{i}": {"targets": targets, "weights": weights_args(weight), "input_activations": _activations(inputs)}
-        for i, (targets, ((weight, inputs), _)) in enumerate(zip(entries, ordered, strict=True))
-    }
-    weights = [_integer(format) for format in formats.weights.values()]
+    config_groups: dict[str, Any] = {}
+    for index, (module, names) in enumerate(ordered):
+        targets = ["Linear"] if index == 0 else [_exact_pattern(name) for name in names]
+        config_groups[f"group_{index}"] = _group(module, targets)
     if embed in formats.modules:
-        embedding = _integer(formats.modules[embed].weight)
-        config_groups["embeddings"] = {"targets": [_exact_pattern(embed)], "weights": weights_args(embedding)}
+        config_groups["embeddings"] = _group(formats.modules[embed], [_exact_pattern(embed)])
+    layouts = formats.layouts
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": layout_of(formats),
+        "format": layouts[0] if len(layouts) == 1 else MIXED,
         "quantization_status": "compressed",
-        "version": importlib.metadata.version("compressed-tensors"),
+        "version": _library_version(),
         "config_groups": config_groups,
         "ignore": list(floats),
     }
-    asymmetric = not all(format.symmetric for format in weights)
-    if asymmetric and not _input_formats(formats) and len(set(weights)) == 1:
+    if any(_asymmetric(module) and module.layout is PACKED for module in formats.modules.values()):
         config["dequantize"] = True
     return config
+
+
+def _library_version() -> str:
+    # Imported late: the library's models import more than a scheme's name needs.
+    import compressed_tensors
+
+    return str(compressed_tensors.__version__)
 
 
 def _exact_pattern(name: str) -> str:
     return f"re:^{re.escape(name)}$"
 
 
+def _group(module: ModuleFormats, targets: list[str]) -> dict[str, Any]:
+    if module.layout is OWN:
+        # No loader knows these; an unreadable group makes one fail with the group's name.
+        name = module.weight.name
+        return {"targets": targets, "format": OWN.name, "weights": {"num_bits": name}, "input_activations": None}
+    return {
+        "targets": targets,
+        "format": module.layout.name,
+        "weights": weights_args(module.weight),
+        "input_activations": inputs_args(module.stated_input),
+    }
+
+
 def weights_args(format: Format) -> dict[str, Any]:
     """A weight format as compressed-tensors' arguments; raises ``LowbitError`` for one that it lacks."""
     if isinstance(format, FloatFormat):
         return _float_args(format)
-    integers = _integer(format)
+    integers = integer(format, "a compressed-tensors layout")
     shape = {"strategy": "group" if format.group else "channel", "group_size": format.group}
     return {"num_bits": integers.bits, "type": "int", "symmetric": integers.symmetric, **shape}
 
@@ -189,8 +148,22 @@ def _float_args(format: FloatFormat) -> dict[str, Any]:
     return {**common, "strategy": "channel" if format.rows else "tensor"}
 
 
-def _activations(format: IntTokens | None) -> dict[str, Any] | None:
+def inputs_args(format: ActFormat | None) -> dict[str, Any] | None:
+    """An input format as compressed-tensors' arguments; raises ``LowbitError`` for one that it lacks."""
     if format is None:
         return None
+    if isinstance(format, FloatActs):
+        scales = {"scale_dtype": "torch.uint8"} if format.powers else {}
+        kind = {"strategy": "group", "group_size": format.group} if format.group else {"strategy": "token"}
+        return {
+            "num_bits": format.element.bits,
+            "type": "float",
+            "symmetric": True,
+            "dynamic": True,
+            **kind,
+            **scales,
+        }
+    if not isinstance(format, IntTokens):
+        raise LowbitError(f"a compressed-tensors layout holds integer and float input formats; {format.name} given")
     kind = {"strategy": "token", "dynamic": True}
     return {"num_bits": format.bits, "type": "int", "symmetric": format.symmetric, **kind}

@@ -49,6 +49,10 @@ class Layout(ABC):
     def tensors(self, format: Format) -> tuple[str, ...]:
         """The names of the tensors, that of the codes first."""
 
+    def bits_per_value(self, format: Format, columns: int) -> float:
+        """Bits of a value on disk: the format's, unless codes take a byte each."""
+        return format.bits_per_value(columns)
+
     @abstractmethod
     def pack(self, q: QTensor, exponent: int | None = None) -> dict[str, Tensor]:
         """A weight as its tensors.
@@ -102,6 +106,10 @@ class PlainIntegers(Layout):
     """``int-quantized``."""
 
     name = "int-quantized"
+
+    def bits_per_value(self, format: Format, columns: int) -> float:
+        """A byte for each code."""
+        return 8 + format.bits_per_value(columns) - format.elements.bits
 
     def tensors(self, format: Format) -> tuple[str, ...]:
         """Codes, scales, and zero points if there are any."""
@@ -301,6 +309,5 @@ def layout_of(format: Format, inputs: ActFormat | None = None, *, outside: bool 
         return {"nvfp4": NVFP4, "mxfp4": MXFP4, "mxfp6": MXFP6, "mxfp8": MXFP8}[format.label]
     if isinstance(format, KQuant | TableFormat):
         return OWN
-    if outside or (inputs is not None and not integer(format, "a compressed-tensors layout").symmetric):
-        return PLAIN
-    return PACKED
+    integers = integer(format, "a layout of a run folder")
+    return PLAIN if outside or (inputs is not None and not integers.symmetric) else PACKED

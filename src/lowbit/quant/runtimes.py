@@ -28,13 +28,18 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.quant.activations import ActFormat
+from lowbit.quant.floating import MXFP4
 from lowbit.quant.format import Format, round_ste
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.kquants import K_QUANTS, KQuant
 from lowbit.quant.scales import round_trip
+from lowbit.quant.tables import IQ4_NL
 
 Q8_0, Q8_K = 32, 256
 # (bits, symmetric) that a GGUF file stores as K-quants where groups are multiples of 256: exporters/gguf_blocks.py.
 K_TYPES = {(2, True), (2, False), (3, True), (4, False), (5, False), (6, True)}
+# Formats of llama.cpp's own. Its CPU kernels quantize inputs to Q8_K beside K-quants and to Q8_0 beside the others.
+LLAMA_CPP = (*K_QUANTS, IQ4_NL.name, MXFP4.name)
 MOST = 128  # largest ONNX block; a larger group is split into several
 
 
@@ -53,7 +58,7 @@ class Runtime:
     target: str
     schemes: tuple[str, ...]
     rounds: str = ""
-    round: Callable[[Tensor, IntFormat], Tensor] | None = None
+    round: Callable[[Tensor, Format], Tensor] | None = None
     scale_dtype: torch.dtype = torch.float16
 
 
@@ -113,11 +118,13 @@ def qd8(x: Tensor) -> Tensor:
     return (codes - zero) * over(1.0, factor)
 
 
-def _executorch(x: Tensor, weight: IntFormat) -> Tensor:
+def _executorch(x: Tensor, weight: Format) -> Tensor:
     return qd8(x)
 
 
-def _llama_cpp(x: Tensor, weight: IntFormat) -> Tensor:
+def _llama_cpp(x: Tensor, weight: Format) -> Tensor:
+    if not isinstance(weight, IntFormat):
+        return q8_k(x) if isinstance(weight, KQuant) else q8_0(x)
     superblocks = (weight.group or x.shape[-1]) % Q8_K == 0
     return q8_k(x) if superblocks and (weight.bits, weight.symmetric) in K_TYPES else q8_0(x)
 
@@ -131,10 +138,10 @@ def onnx_block(group: int) -> int:
     return min(group & -group, MOST)
 
 
-def _onnxruntime(x: Tensor, weight: IntFormat) -> Tensor:
+def _onnxruntime(x: Tensor, weight: Format) -> Tensor:
     size = onnx_block(weight.group or x.shape[-1])
     # onnxruntime has no int8 kernel for these and computes in float.
-    return x if weight.bits == 2 and size == 16 else blocks_of(x, size)
+    return x if weight.elements.bits == 2 and size == 16 else blocks_of(x, size)
 
 
 RUNTIMES = {
@@ -168,7 +175,8 @@ class RuntimeInput(ActFormat):
     weight: Format
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, IntFormat):
+        native = self.runtime == "llama.cpp" and self.weight.name in LLAMA_CPP
+        if not isinstance(self.weight, IntFormat) and not native:
             raise LowbitError(f"{self.runtime} with {self.weight.name} weights: its input quantization is not known")
 
     @property
@@ -190,5 +198,4 @@ class RuntimeInput(ActFormat):
         """``x`` ``(..., in)`` as the linear sees it; computed in float32 for any dtype of ``x``."""
         round = RUNTIMES[self.runtime].round
         assert round is not None
-        assert isinstance(self.weight, IntFormat)
         return round(x.float(), self.weight).to(x.dtype)

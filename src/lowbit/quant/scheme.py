@@ -1,14 +1,19 @@
 """Schemes: the formats of weights, activations, and keys and values, with overrides by module name.
 
-A scheme has a name, ``w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym]``:
+A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym]``:
 
 ========= ==========================================================================================
 ``w4``    weights of the blocks' linears at 4 bits, one scale per output channel unless ``g`` is given
 ``a8``    inputs of those linears at 8 bits, one dynamic range per token; ``a16``: float
 ``kv4``   queries, keys and values at 4 bits after the rotary embedding, per token and head, asymmetric
 ``g64``   one scale for every 64 consecutive input channels of a weight row
-``-sym``  zero points fixed at the middle of the range; ``-asym``: free. For weights and activations.
+``afp8``  inputs in FP8 (E4M3), one scale per token
+``-sym``  zero points fixed at the middle of the range; ``-asym``: free. For weights and activations;
+          ``-sym-asym``: symmetric weights, asymmetric activations
 ========= ==========================================================================================
+
+Others are names of formats (``NAMED``): floating point with the same format for inputs (``mxfp4``, ``fp8``) or float
+ones (``mxfp4a16``), and llama.cpp's (``q4_k``, ``iq4_nl``).
 
 Without a suffix, weight-only schemes are symmetric and schemes with activations asymmetric: every runtime supports
 the former exactly, the literature evaluates the latter, and stock ``transformers`` loads both.
@@ -19,24 +24,48 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import yaml
 
 from lowbit.errors import LowbitError, canonical, unknown
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.float_activations import FP8_GROUPS, FP8_TOKENS, MXFP4_ACTS, MXFP8_ACTS
+from lowbit.quant.floating import FLOATS, FP8, FP8_BLOCK, MXFP4, MXFP6, MXFP8, NVFP4
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.kquants import K_QUANTS
+from lowbit.quant.layouts import Layout, layout_of
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
+from lowbit.quant.tables import IQ4_NL
 
-_NAME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?(?:g(\d+))?(-sym|-asym)?")
+_NAME = re.compile(r"w(\d+)a(\d+|fp8)(?:kv(\d+))?(?:g(\d+))?(-sym-asym|-sym|-asym)?")
 _SPEC = re.compile(r"w(\d+)(?:g(\d+))?(-sym|-asym)?")
 WEIGHT_BITS, ACT_BITS, KV_BITS = range(2, 9), (4, 6, 8, 16), (4, 8)
-GRAMMAR = "w{2..8}a{4,6,8,16}[kv{4,8}][g{n}][-sym|-asym]"
+GRAMMAR = "w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym]"
 OVERRIDE_GRAMMAR = "w{2..8}[g{n}][-sym|-asym]"
+# Weight formats that have names of their own.
+WEIGHTS: dict[str, Format] = {**FLOATS, **K_QUANTS, IQ4_NL.name: IQ4_NL}
+NAMED: dict[str, tuple[Format, ActFormat | None]] = {
+    "nvfp4a16": (NVFP4, None),
+    "mxfp4": (MXFP4, MXFP4_ACTS),
+    "mxfp4a16": (MXFP4, None),
+    "mxfp4a8": (MXFP4, MXFP8_ACTS),
+    "mxfp6a16": (MXFP6, None),
+    "mxfp6a8": (MXFP6, MXFP8_ACTS),
+    "mxfp8": (MXFP8, MXFP8_ACTS),
+    "mxfp8a16": (MXFP8, None),
+    "fp8": (FP8, FP8_TOKENS),
+    "fp8a16": (FP8, None),
+    "fp8-block": (FP8_BLOCK, FP8_GROUPS),
+    **{name: (format, None) for name, format in K_QUANTS.items()},
+    IQ4_NL.name: (IQ4_NL, None),
+}
 
 
 @dataclass(frozen=True)
@@ -55,13 +84,13 @@ class Scheme:
     """
 
     name: str
-    weight: IntFormat
-    act: IntTokens | None = None
+    weight: Format
+    act: ActFormat | None = None
     kv: IntTokens | None = None
-    overrides: tuple[tuple[str, IntFormat | None], ...] = ()
+    overrides: tuple[tuple[str, Format | None], ...] = ()
     target: str | None = None
 
-    def override(self, module: str) -> tuple[str, IntFormat | None] | None:
+    def override(self, module: str) -> tuple[str, Format | None] | None:
         """The first override that matches a module's full name, or ``None``."""
         return next((pair for pair in self.overrides if fnmatch.fnmatchcase(module, pair[0])), None)
 
@@ -76,9 +105,10 @@ class Scheme:
 
     def outside(self, name: str) -> ModuleFormats | None:
         """The formats of a module outside the blocks (embedding, head): float unless an override matches it."""
-        return self.module(name) if self.override(name) else None
+        formats = self.module(name) if self.override(name) else None
+        return formats and replace(formats, outside=True)
 
-    def _input(self, weight: IntFormat) -> ActFormat | None:
+    def _input(self, weight: Format) -> ActFormat | None:
         if self.act is not None:
             return self.act
         quantizes = self.target is not None and RUNTIMES[self.target].round is not None
@@ -87,10 +117,27 @@ class Scheme:
 
 @dataclass(frozen=True)
 class ModuleFormats:
-    """The formats of one linear's weight and input (``None``: float)."""
+    """The formats of one module.
+
+    Attributes:
+        weight: the weight's.
+        input: the input's; ``None``: float.
+        outside: the module is an embedding or the head.
+    """
 
     weight: Format
     input: ActFormat | None = None
+    outside: bool = False
+
+    @property
+    def stated_input(self) -> ActFormat | None:
+        """The input's format as a checkpoint states it; a runtime's own quantization of inputs is not stated."""
+        return None if isinstance(self.input, RuntimeInput) else self.input
+
+    @property
+    def layout(self) -> Layout:
+        """How the weight is stored in a run folder."""
+        return layout_of(self.weight, self.stated_input, outside=self.outside)
 
 
 @dataclass(frozen=True)
@@ -116,6 +163,12 @@ class ModelFormats:
         return formats.input if formats else None
 
     @property
+    def layouts(self) -> list[str]:
+        """Names of the layouts in which weights are stored, the most common one first."""
+        count = Counter(formats.layout.name for formats in self.modules.values())
+        return [name for name, _ in count.most_common()]
+
+    @property
     def weights(self) -> dict[str, Format]:
         """Weight formats by full name."""
         return {name: formats.weight for name, formats in self.modules.items()}
@@ -128,19 +181,27 @@ def parse_scheme(name: str) -> Scheme:
     >>> s.weight.bits, s.weight.group, s.act.bits, s.kv.bits, s.weight.symmetric
     (4, 64, 8, 4, False)
     """
-    match = _NAME.fullmatch(name := name.lower())
+    if (name := name.lower()) in NAMED:
+        return Scheme(name, *NAMED[name])
+    match = _NAME.fullmatch(name)
     if not match:
-        raise LowbitError(f"unknown scheme '{name}': give {GRAMMAR}, for example w4a16g64-sym or w8a8")
+        raise LowbitError(
+            f"unknown scheme '{name}': give {GRAMMAR}, for example w4a16g64-sym or w8a8, or one of {', '.join(NAMED)}"
+        )
     weight, act, kv, group, suffix = match.groups()
+    if act == "fp8":
+        _check_allowed(name, "weight bits", int(weight), WEIGHT_BITS)
+        return Scheme(name, IntFormat(int(weight), int(group) if group else None), FP8_TOKENS)
     _check_allowed(name, "weight bits", int(weight), WEIGHT_BITS)
     _check_allowed(name, "activation bits", int(act), ACT_BITS)
     if kv:
         _check_allowed(name, "kv bits", int(kv), KV_BITS)
-    symmetric = suffix == "-sym" if suffix else int(act) == 16
+    symmetric = suffix.startswith("-sym") if suffix else int(act) == 16
+    act_symmetric = suffix.endswith("-sym") if suffix else False
     return Scheme(
         name,
         IntFormat(int(weight), int(group) if group else None, symmetric),
-        None if int(act) == 16 else IntTokens(int(act), symmetric),
+        None if int(act) == 16 else IntTokens(int(act), act_symmetric),
         IntTokens(int(kv), symmetric=False) if kv else None,
     )
 
@@ -150,13 +211,17 @@ def _check_allowed(name: str, what: str, bits: int, allowed: range | tuple[int, 
         raise LowbitError(f"scheme '{name}': {bits} {what} given; allowed: {', '.join(map(str, allowed))}")
 
 
-def parse_override(text: str) -> IntFormat | None:
-    """A weight format such as ``w8``, ``w4g64-asym`` or ``float``; symmetric by default."""
+def parse_override(text: str) -> Format | None:
+    """A weight format such as ``w8``, ``w4g64-asym``, ``q6_k`` or ``float``; integers are symmetric by default."""
     if text.lower() == "float":
         return None
+    if text.lower() in WEIGHTS:
+        return WEIGHTS[text.lower()]
     match = _SPEC.fullmatch(text.lower())
     if not match:
-        raise LowbitError(f"override '{text}': give 'float' or {OVERRIDE_GRAMMAR}, for example w8g64")
+        raise LowbitError(
+            f"override '{text}': give 'float', {OVERRIDE_GRAMMAR}, for example w8g64, or one of {', '.join(WEIGHTS)}"
+        )
     bits, group, suffix = match.groups()
     return IntFormat(int(bits), int(group) if group else None, suffix != "-asym")
 
@@ -183,8 +248,13 @@ def for_runtime(scheme: Scheme, name: str | None) -> Scheme:
         return scheme
     name = canonical("runtime", name, RUNTIMES)
     dtype = RUNTIMES[name].scale_dtype
-    pairs = tuple((glob, spec and replace(spec, scale_dtype=dtype)) for glob, spec in scheme.overrides)
-    return replace(scheme, weight=replace(scheme.weight, scale_dtype=dtype), overrides=pairs, target=name)
+    pairs = tuple((glob, spec and _stored_as(spec, dtype)) for glob, spec in scheme.overrides)
+    return replace(scheme, weight=_stored_as(scheme.weight, dtype), overrides=pairs, target=name)
+
+
+def _stored_as(format: Format, dtype: torch.dtype) -> Format:
+    """Integers with scales in a runtime's dtype; other formats say themselves how scales are stored."""
+    return replace(format, scale_dtype=dtype) if isinstance(format, IntFormat) else format
 
 
 def simulated_on(scheme: Scheme | None, name: str | None) -> Scheme | None:

@@ -43,8 +43,7 @@ from lowbit.models.architecture import Family
 from lowbit.models.block import Block
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.models.skeleton import Skeleton
-from lowbit.quant.compressed_tensors import layout_of, packed_names, unpack
-from lowbit.quant.format import Format, QTensor
+from lowbit.quant.format import QTensor
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
 from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
 
@@ -223,13 +222,19 @@ def write_folder_index(folder: Path, layers: int) -> None:
     write_index(folder, shards)
 
 
-def read_qtensors(checkpoint: Checkpoint, weights: Mapping[str, Format], layout: str) -> dict[str, QTensor]:
-    """Quantized weights by the linear's full name."""
+def read_qtensors(checkpoint: Checkpoint, modules: Mapping[str, ModuleFormats]) -> dict[str, QTensor]:
+    """Quantized weights by the module's full name."""
     out = {}
-    for linear, format in weights.items():
-        stored = checkpoint.read(packed_names(linear, format, layout))
-        out[linear] = unpack({name.removeprefix(f"{linear}."): value for name, value in stored.items()}, format)
+    for module, formats in modules.items():
+        stored = checkpoint.read(tensor_names(module, formats))
+        own = {name.removeprefix(f"{module}."): value for name, value in stored.items()}
+        out[module] = formats.layout.unpack(own, formats.weight)
     return out
+
+
+def tensor_names(module: str, formats: ModuleFormats) -> list[str]:
+    """Full names of the tensors of a quantized module's weight, that of the codes first."""
+    return [f"{module}.{name}" for name in formats.layout.tensors(formats.weight)]
 
 
 def read_block(
@@ -237,16 +242,15 @@ def read_block(
     skeleton: Skeleton,
     index: int,
     formats: ModelFormats,
-    layout: str,
     device: torch.device | str = "cpu",
 ) -> Block:
     """Layer ``index`` from its shard: quantized weights in ``qweights``, other parameters in ``params``."""
     prefix = f"{skeleton.family.blocks}."
     shapes = dict(skeleton.layers[index].named_parameters())
     names = [f"{prefix}{index}.{name}" for name in shapes]
-    weights = {name: format for name, format in formats.weights.items() if name.startswith(f"{prefix}{index}.")}
-    quantized = read_qtensors(checkpoint, weights, layout)
-    floats = checkpoint.read([n for n in names if n.removesuffix(".weight") not in weights], torch.float32)
+    modules = {name: own for name, own in formats.modules.items() if name.startswith(f"{prefix}{index}.")}
+    quantized = read_qtensors(checkpoint, modules)
+    floats = checkpoint.read([n for n in names if n.removesuffix(".weight") not in modules], torch.float32)
     params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
     qweights = {name.removeprefix(prefix): q.to(device) for name, q in quantized.items()}
     block = skeleton.block(index, params, formats=formats)
@@ -289,37 +293,33 @@ def run_scheme(manifest: Manifest) -> Scheme:
     return scheme_from_dict(manifest.identity.scheme, MANIFEST)
 
 
-def run_formats(manifest: Manifest, scheme: Scheme, embed: str) -> ModelFormats:
+def run_formats(manifest: Manifest, scheme: Scheme, family: Family) -> ModelFormats:
     """The formats of a finished run's modules.
 
     Args:
         manifest: the run's.
         scheme: the run's, or with the inputs of another runtime.
-        embed: name of the embedding; its input is token ids.
+        family: the model's; the embedding's input is token ids.
     """
     modules: dict[str, ModuleFormats] = {}
     for name in manifest.quantized:
         module = scheme.module(name)
         if module is None:
             raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
-        modules[name] = ModuleFormats(module.weight) if name == embed else module
+        inputs = None if name == family.embed else module.input
+        modules[name] = ModuleFormats(module.weight, inputs, outside=name in (family.embed, family.head))
     return ModelFormats(modules, scheme.kv)
 
 
-def run_layout(manifest: Manifest, embed: str) -> str:
-    """The layout of a finished run's codes."""
-    return layout_of(run_formats(manifest, run_scheme(manifest), embed))
-
-
 def read_dequantized(
-    checkpoint: Checkpoint, names: Iterable[str], weights: Mapping[str, Format], layout: str
+    checkpoint: Checkpoint, names: Iterable[str], modules: Mapping[str, ModuleFormats]
 ) -> dict[str, Tensor]:
     """Parameters by the model's names in float32, quantized ones dequantized."""
     out: dict[str, Tensor] = {}
     for name in names:
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in weights:
-            out[name] = read_qtensors(checkpoint, {module: weights[module]}, layout)[module].dequantize()
+        if name.endswith(".weight") and module in modules:
+            out[name] = read_qtensors(checkpoint, {module: modules[module]})[module].dequantize()
         else:
             out.update(checkpoint.read([name], torch.float32))
     return out

@@ -26,7 +26,7 @@ from lowbit.models.validate import check_tensors, refuse_foreign_quantization, r
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats, simulated_on
-from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
 from lowbit.runs.saving import refuse_saving
 from lowbit.torch_state import own_torch_state
@@ -64,13 +64,13 @@ def load(
         family = family_of(config)
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     scheme = simulated_on(run_scheme(manifest) if manifest else None, target)
-    formats, layout = ModelFormats(), ""
+    formats = ModelFormats()
     if manifest is not None and scheme is not None:
-        formats, layout = run_formats(manifest, scheme, family.embed), run_layout(manifest, family.embed)
+        formats = run_formats(manifest, scheme, family)
     tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     check_tensors(checkpoint, shapes, family.blocks, formats.weights)
-    state = read_dequantized(checkpoint, shapes, formats.weights, layout)
+    state = read_dequantized(checkpoint, shapes, formats.modules)
     model.load_state_dict({n: v.to(device, dtype) for n, v in state.items()}, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

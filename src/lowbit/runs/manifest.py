@@ -104,11 +104,13 @@ class StockLoading:
         loads: whether it gives the simulated logits.
         why_not: the reason if it does not.
         inputs: the inputs that it computes with, if a target runtime's input quantization was simulated.
+        dtype: the dtype of the model in which its logits are the simulated ones.
     """
 
     loads: bool
     why_not: str | None = None
     inputs: str | None = None
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Manifest:
         request: the user's request, from which the command that repeats the run is printed.
         quantized: full names of the quantized modules, in order.
         floats: linears, the head included, that stay float.
-        layout: layout of the stored codes.
+        layouts: layouts of the stored codes, the most common one first.
         bits_per_weight: effective bits per quantized weight: codes, scales, zero points and runtime ops.
         model_bits_per_weight: the same over the whole model, with its float part counted at 16 bits.
         runtime_ops: kinds of runtime ops by the full name of their module.
@@ -135,7 +137,7 @@ class Manifest:
     request: dict[str, Any]
     quantized: list[str]
     floats: list[str]
-    layout: str
+    layouts: list[str]
     bits_per_weight: float
     model_bits_per_weight: float
     runtime_ops: dict[str, str]
@@ -192,7 +194,7 @@ def parse(kind: type[T], content: Any, where: str) -> T:
         where: name of the file, for errors.
 
     >>> parse(StockLoading, {"loads": True}, "lowbit.json")
-    StockLoading(loads=True, why_not=None, inputs=None)
+    StockLoading(loads=True, why_not=None, inputs=None, dtype='float32')
     """
     value: T = _parse(kind, content, where, "")
     return value

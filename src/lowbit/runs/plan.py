@@ -14,7 +14,7 @@ from typing import Any
 
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.skeleton import Skeleton
-from lowbit.quant.compressed_tensors import layout_of, stock_loads
+from lowbit.quant.compressed_tensors import stock_loads
 from lowbit.quant.format import group_advice
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
 
@@ -30,9 +30,9 @@ class Plan:
         embed, head: their module names.
         tied: embedding and head are one tensor in the result.
         untie: they are one tensor in the source and two in the result, since either is quantized.
-        layout: see ``compressed_tensors.layout_of``.
         quantized_weights: number of quantized weights; ``float_weights``: of float ones.
         stored_bits: stored bits of the quantized weights' codes, scales and zero points.
+        size_bytes: size of the quantized weights on disk, where codes may take a byte each.
         stock: why stock ``transformers`` does not load the result, or ``None``.
     """
 
@@ -43,10 +43,10 @@ class Plan:
     head: str
     tied: bool
     untie: bool
-    layout: str
     quantized_weights: int
     float_weights: int
     stored_bits: float
+    size_bytes: int
     stock: str | None
 
     @property
@@ -92,10 +92,13 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
         head=family.head,
         tied=skeleton.tied and not untie,
         untie=untie,
-        layout=layout_of(model_formats),
         quantized_weights=sum(count[name] for name in weights),
         float_weights=sum(n for name, n in count.items() if name not in weights),
         stored_bits=sum(count[n] * format.bits_per_value(shapes[n][1]) for n, format in weights.items()),
+        size_bytes=sum(
+            int(count[name] * own.layout.bits_per_value(own.weight, shapes[name][1]) / 8)
+            for name, own in model_formats.modules.items()
+        ),
         stock=stock_loads(model_formats, family.embed, two_d_inputs=family.flat_mlp),
     )
 
@@ -104,7 +107,7 @@ def _formats_outside_blocks(scheme: Scheme, head: str, embed: str) -> dict[str, 
     """Formats of head and embedding if overrides match them; an embedding's input is token ids."""
     outside = {name: scheme.outside(name) for name in (head, embed)}
     if (embedding := outside[embed]) is not None:
-        outside[embed] = ModuleFormats(embedding.weight)
+        outside[embed] = ModuleFormats(embedding.weight, outside=True)
     return {name: formats for name, formats in outside.items() if formats is not None}
 
 

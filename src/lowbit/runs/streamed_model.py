@@ -28,7 +28,7 @@ from lowbit.models.validate import (
 )
 from lowbit.progress import track
 from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
-from lowbit.runs.folder import read_block, read_dequantized, run_formats, run_layout, run_scheme
+from lowbit.runs.folder import read_block, read_dequantized, run_formats, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
 
 # Maximum bytes of hidden states held at once; longer texts take several passes over the blocks.
@@ -67,13 +67,11 @@ class StreamedModel:
         with report_build_errors(folder):
             self.skeleton = Skeleton(self.config, trust_remote_code)
         family = self.skeleton.family
-        self.formats, self._layout = ModelFormats(), ""
+        self.formats = ModelFormats()
         if manifest is not None and self.scheme is not None:
-            self.formats = run_formats(manifest, self.scheme, family.embed)
-            self._layout = run_layout(manifest, family.embed)
-        weights = self.formats.weights
-        check_tensors(self.checkpoint, shapes_of(self.skeleton), family.blocks, weights)
-        shared = read_dequantized(self.checkpoint, self.skeleton.shared_names, weights, self._layout)
+            self.formats = run_formats(manifest, self.scheme, family)
+        check_tensors(self.checkpoint, shapes_of(self.skeleton), family.blocks, self.formats.weights)
+        shared = read_dequantized(self.checkpoint, self.skeleton.shared_names, self.formats.modules)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in shared.items()})
         self.skeleton.model.to(device)
         if (inputs := self.formats.input(family.head)) is not None:
@@ -82,7 +80,7 @@ class StreamedModel:
     def block(self, index: int) -> Block:
         """Read layer ``index``."""
         if self.scheme is not None:
-            return read_block(self.checkpoint, self.skeleton, index, self.formats, self._layout, self.device)
+            return read_block(self.checkpoint, self.skeleton, index, self.formats, self.device)
         params = block_params(self.checkpoint, self.skeleton.family.blocks, index, self.skeleton.layers[index])
         return self.skeleton.block(index, {name: value.to(self.device) for name, value in params.items()})
 
