@@ -32,16 +32,23 @@ from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
 from lowbit.exporters.gguf_blocks import BLOCK, block_type, pack_blocks
 from lowbit.exporters.gguf_model import WINDOWS, architecture, head_dim, model_metadata, unlike_llamacpp
+from lowbit.exporters.gguf_native import native_type, pack_native
 from lowbit.exporters.gguf_rope import rope_tensors
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.progress import track
+from lowbit.quant.floating import FloatFormat
+from lowbit.quant.format import Format
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.kquants import KQuant
+from lowbit.quant.scales import TwoLevel, shared_exponent
+from lowbit.quant.tables import TableFormat
 
 FLOATS = {"auto": None, "f32": Kind.F32, "f16": Kind.F16, "q8_0": Kind.Q8_0}
 FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; for a K type the one without larger types for some tensors
     Kind.F32: 0, Kind.Q4_0: 2, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q2_K: 10, Kind.Q3_K: 11, Kind.Q4_K: 14,
-    Kind.Q5_K: 16, Kind.Q6_K: 18,
+    Kind.Q5_K: 16, Kind.Q6_K: 18, Kind.IQ4_NL: 25, Kind.MXFP4: 38, Kind.NVFP4: 39,
 }  # fmt: skip
 # The simulation quantizes inputs as llama.cpp does; what remains are single inputs that fall on the other side of a
 # boundary between two codes: below 5% of the logits' spread in SmolLM2's thirty blocks.
@@ -49,17 +56,24 @@ EXPLAINED = 0.1
 
 
 def limits(subject: Subject) -> Misfit | None:
-    """Formats whose signed codes fit a block type, groups and widths in multiples of 32, activations in float."""
+    """llama.cpp's own formats, and integers whose signed codes fit a block type; activations in float."""
     if (why := unlike_llamacpp(subject.config)) is not None:
         return Misfit("architecture", why)
     misfit = no_activations(subject, "llama.cpp quantizes them to its own 8-bit blocks")
     if misfit is not None:
         return misfit
-    for module, format in subject.integers.items():
-        kind = block_type(format, subject.shapes[module][1])
+    for module, format in subject.weights.items():
+        kind = type_of(format, subject.shapes[module][1])
         if isinstance(kind, str):
             return weight_misfit(subject, module, kind)
     return None
+
+
+def type_of(format: Format, columns: int) -> Kind | str:
+    """The type that holds a format exactly, or why there is none."""
+    if isinstance(format, IntFormat):
+        return block_type(format, columns)
+    return native_type(format, columns) or f"llama.cpp has no type for {format.name}"
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:
@@ -87,7 +101,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
 def metadata_of(run: Run, pre: str | None) -> tuple[dict[str, Any], list[str]]:
     """All keys and values but ``general.architecture``, and warnings."""
     config = run.subject.config
-    kinds = Counter(block_type(format, run.subject.shapes[name][1]) for name, format in run.subject.integers.items())
+    kinds = Counter(type_of(format, run.subject.shapes[name][1]) for name, format in run.subject.weights.items())
     name = Path(run.manifest.identity.model).name
     tokens, warnings = tokenizer_metadata(run.folder, config.vocab_size, pre)
     commonest: Any = kinds.most_common(1)[0][0] if kinds else Kind.F32
@@ -114,7 +128,7 @@ def gguf_name(run: Run, name: str) -> str:
     arch = gguf.MODEL_ARCH_NAMES
     kind = next(key for key, value in arch.items() if value == architecture(run.subject.config))
     names = gguf.get_tensor_name_map(kind, run.subject.config.num_hidden_layers)
-    stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    stored_name = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
     if stored_name is None:
         raise LowbitError(f"the installed gguf package has no name for '{name}' of {run.folder}: update gguf")
     return str(stored_name)
@@ -148,7 +162,9 @@ def _kinds(run: Run, options: Options, warnings: list[str]) -> dict[str, tuple[A
         module = name.removesuffix(".weight")
         if module in run.subject.weights:
             shape = run.subject.shapes[module]
-            out[name] = block_type(run.subject.integers[module], shape[1]), shape
+            out[name] = type_of(run.subject.weights[module], shape[1]), shape
+            if _divisor(run, module) is not None:
+                out[f"{module}.scale"] = Kind.F32, (1,)
             continue
         value = expect(run, name)
         kind = Kind.F32 if value.ndim == 1 else (FLOATS[options.embeddings] or _lossless(value))
@@ -190,10 +206,23 @@ def _data(run: Run, name: str, kind: Kind) -> Any:
         q = run.qtensor(module)
         if order is not None:
             q = q.select_rows(order)
-        return pack_blocks(q, kind)
+        if isinstance(q.format, IntFormat):
+            return pack_blocks(q, kind)
+        return pack_native(q, _divisor(run, module) or 0)
+    if name.endswith(".scale"):
+        exponent = _divisor(run, name.removesuffix(".scale"))
+        assert exponent is not None
+        return np.array([2.0**-exponent], dtype=np.float32)
     value = expect(run, name)
     value = value if order is None else value[order]
     return gguf.quants.quantize(value.contiguous().numpy(), kind)
+
+
+def _divisor(run: Run, module: str) -> int | None:
+    """The exponent of the power of two that divides a tensor's scales, which the file holds beside the blocks."""
+    if not isinstance(run.subject.weights[module].scales, TwoLevel):
+        return None
+    return shared_exponent([run.qtensor(module).qparams.scale])
 
 
 def _heads(run: Run, name: str) -> int:
@@ -216,9 +245,16 @@ def _rows(run: Run, name: str) -> Tensor | None:
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file through the package's reader, with the rows of q and k in the model's order."""
     names = {gguf_name(run, name): name for name in names_of(run)}
-    for tensor in gguf.GGUFReader(path).tensors:
+    tensors = gguf.GGUFReader(path).tensors
+    scales = {tensor.name: tensor.data for tensor in tensors if tensor.name.endswith(".scale")}
+    for tensor in tensors:
         name = names.get(tensor.name, tensor.name)
+        scale = scales.get(f"{tensor.name.removesuffix('.weight')}.scale")
+        if tensor.name in scales:  # part of the weight beside it
+            continue
         value = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        if scale is not None:
+            value *= scale[0]
         if heads := _heads(run, name):
             split = value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:])
             value = np.ascontiguousarray(split.swapaxes(1, 2)).reshape(value.shape)
@@ -257,4 +293,14 @@ def owns(path: Path) -> bool:
     return path.is_file() and path.suffix == ".gguf"
 
 
-EXPORTER = Exporter(".gguf", limits, write, owns, read, other, expect, execute)
+EXPORTER = Exporter(
+    ".gguf",
+    limits,
+    write,
+    owns,
+    read,
+    other,
+    expect,
+    execute,
+    formats=(IntFormat, KQuant, TableFormat, FloatFormat),
+)
