@@ -216,7 +216,7 @@ def test_finite_weights_that_overflow_end_the_run_without_a_manifest(scale, laye
     assert not (tmp_path / "out/block-00002.safetensors").exists()
 
 
-NEEDED = ("identity", "request", "quantized", "layout", "blocks", "bits_per_weight", "transformers")
+NEEDED = ("identity", "request", "quantized", "layouts", "blocks", "bits_per_weight", "transformers")
 
 
 def without(key: str) -> Break:

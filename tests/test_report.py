@@ -229,7 +229,7 @@ def test_where_it_can_run_is_what_the_exports_say(root, tmp_path):
     page = page_of(tmp_path, root / "rtn")
     for name in EXPORTERS:
         assert name in page.text
-    assert "inputs are quantized to 4 bits per token" in page.text
+    assert "inputs are quantized to a4-asym" in page.text
 
 
 def line(capsys, *words: object) -> str:
@@ -264,7 +264,7 @@ def test_mistakes_are_one_line(root, measured, tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("place", ["identity.seed", "identity.data.hash", "layout", "blocks.notes"])
+@pytest.mark.parametrize("place", ["identity.seed", "identity.data.hash", "layouts", "blocks.notes"])
 def test_a_manifest_that_lacks_something_is_one_line(place, root, tmp_path, capsys):
     shutil.copytree(root / "rtn", tmp_path / "run")
     manifest = json.loads((tmp_path / "run/lowbit.json").read_text())

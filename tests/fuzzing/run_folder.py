@@ -11,7 +11,7 @@ from fuzzing.safetensors_bytes import Shard
 
 MANIFEST, BLOCK = "lowbit.json", "block-00000.safetensors"
 # What these say is how codes and inputs are read: another valid value is another valid model.
-READ_WITH = ("identity.scheme", "quantized", "layout")
+READ_WITH = ("identity.scheme", "quantized", "layouts")
 
 
 def _manifest(mutator: Mutator) -> Mutator:
