@@ -62,18 +62,23 @@ def export(
 
 def verify(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="The run folder.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Output of 'lowbit export'.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]", help="Output of 'lowbit export'; without any, DIR in stock transformers."),
+    ] = None,
     logits: Annotated[bool, typer.Option(help="Compare logits too, where the runtime is installed.")] = True,
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
     """Compare exports with their run, bit for bit.
 
+    Without exports, stock transformers loads the run, and its logits are compared.
+
     Exit code 1 if anything differs.
     """
     from lowbit.exporters.api import verify as read_back
 
-    results = read_back(run, files, logits=logits, trust_remote_code=trust_remote_code)
+    results = read_back(run, files or [], logits=logits, trust_remote_code=trust_remote_code)
     if as_json:
         print_json([{**asdict(result), "ok": result.ok} for result in results])
     else:

@@ -18,6 +18,7 @@ from lowbit.errors import LowbitError
 from lowbit.exporters import exporter_of, target_name, target_of
 from lowbit.exporters.fit import check
 from lowbit.exporters.run import Run, open_run
+from lowbit.exporters.stock import verify_stock
 from lowbit.exporters.target import Options
 from lowbit.exporters.verify import Verified, run_one, verify_one
 from lowbit.paths import user_path
@@ -118,13 +119,14 @@ def _refuse_existing(final: Path) -> None:
 
 @own_torch_state
 def verify(
-    folder: str | Path, files: Sequence[str | Path], *, logits: bool = True, trust_remote_code: bool = False
+    folder: str | Path, files: Sequence[str | Path] = (), *, logits: bool = True, trust_remote_code: bool = False
 ) -> list[Verified]:
     """Compare exports with their run, every value bit for bit; see ``Verified.ok``.
 
     Args:
         folder: the run folder.
-        files: what ``export`` wrote.
+        files: what ``export`` wrote; without any, stock ``transformers`` loads the run folder itself in a fresh
+            process, and its logits are compared.
         logits: run each export in its runtime, where that is installed, and compare its logits with the
             simulation's on a built-in text. This needs memory for the whole model in float32.
         trust_remote_code: permit code of the model's own, for a run that was made with it.
@@ -132,9 +134,9 @@ def verify(
     Raises:
         LowbitError: the folder is not a finished run, or a path is not an export.
     """
-    if not files:
-        raise LowbitError("no file given to verify: name what 'lowbit export' wrote")
     run = open_run(user_path(folder), trust_remote_code)
+    if not files:
+        return [verify_stock(run, _text_ids(run, trust_remote_code), trust_remote_code)]
     ids = _text_ids(run, trust_remote_code) if logits else torch.empty(0)
     simulated = functools.lru_cache(maxsize=1)(lambda runtime: _simulated(run, ids, runtime, trust_remote_code))
     results = []
