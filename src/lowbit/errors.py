@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 60  # characters of a value from a file in a message
+
 
 class LowbitError(Exception):
     """A user error, described in one line: the value, what is allowed, what to do."""
@@ -20,6 +22,16 @@ class MissingExtra(LowbitError):
 
     def __init__(self, package: str, extra: str, what: str) -> None:
         super().__init__(f"{what} needs the package '{package}': pip install 'lowbit[{extra}]'")
+
+
+def shown(value: object) -> str:
+    """A value from a file as it can stand in a message: one printable line of limited length.
+
+    >>> shown("two\\nlines"), shown([1, "x"])
+    ("'two\\\\nlines'", "[1, 'x']")
+    """
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def check_least(name: str, value: int, least: int, advice: str) -> None:

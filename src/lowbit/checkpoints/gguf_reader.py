@@ -34,6 +34,7 @@ from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
 from lowbit.checkpoints.gguf_check import check_values
 from lowbit.checkpoints.gguf_config import ARCHITECTURES, Content, architecture_of, config_of
+from lowbit.checkpoints.gguf_layout import check_layout
 from lowbit.checkpoints.gguf_rope import TABLES
 from lowbit.checkpoints.partial import STALE_SECONDS, flush
 from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
@@ -177,14 +178,11 @@ def check_magic(path: Path) -> None:
 def _open(path: Path) -> Any:
     """A reader of the file, after checks that it does not make itself."""
     check_magic(path)
+    check_layout(path)
     try:
-        reader = GGUFReader(path)
+        return GGUFReader(path)
     except BROKEN as error:
         raise LowbitError(f"{path} is not a complete GGUF file ({one_line(error)}): fetch it again") from error
-    if reader.byte_order != "I":
-        # Quantized blocks would be read in the wrong byte order without an error.
-        raise LowbitError(f"{path} has the other byte order: convert it with gguf-convert-endian")
-    return reader
 
 
 def _content(reader: Any, path: Path) -> Content:
