@@ -39,7 +39,7 @@ def message(path: Path) -> str:
         check_layout(path)
     assert time.monotonic() - began < 5
     assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 300 + len(str(path))
+    assert len(str(caught.value)) < 400 + len(str(path))
     return str(caught.value)
 
 
