@@ -219,6 +219,21 @@ def _meta_model(config: Any, path: Path) -> Any:
         raise LowbitError(f"the metadata of {path} does not define a model: {one_line(error)}") from error
 
 
+class WithoutParts:
+    """A model as transformers' name map sees it, without submodules.
+
+    The map is made of the model's own names. It is made again for every submodule, for the sake of checkpoints of
+    base models, which no file that is read here holds: time would grow with the square of the number of layers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> tuple[()]:
+        """None."""
+        return ()
+
+
 def _tensors(reader: Any, architecture: str, model: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
     """Transformers' names and float32 values, one tensor of the file at a time, each checked.
 
@@ -227,7 +242,7 @@ def _tensors(reader: Any, architecture: str, model: Any, path: Path) -> Iterator
     config = model.config
     processor = ARCHITECTURES[architecture].processor(config=config.to_dict())
     try:
-        names = get_gguf_hf_weights_map(model, processor)
+        names = get_gguf_hf_weights_map(WithoutParts(model), processor)
     except NotImplementedError as error:
         raise LowbitError(f"the installed gguf package does not know the tensors of {path}: {error}") from error
     used = [tensor for tensor in reader.tensors if tensor.name not in TABLES and not UNUSED.fullmatch(tensor.name)]
