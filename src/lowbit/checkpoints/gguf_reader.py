@@ -230,7 +230,7 @@ class WithoutParts:
         self.config, self.state_dict = model.config, model.state_dict
 
     def named_children(self) -> tuple[()]:
-        """None."""
+        """There are none."""
         return ()
 
 

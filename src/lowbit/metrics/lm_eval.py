@@ -102,6 +102,11 @@ def harness_model(model: Stream, tokenizer: Any, positions: int, title: str) -> 
 
         @property
         def eot_token_id(self) -> int:
+            if tokenizer.eos_token_id is None:
+                raise LowbitError(
+                    f"the tokenizer in {tokenizer.name_or_path} has neither BOS nor EOS, which starts a task's text: "
+                    "set one in tokenizer_config.json"
+                )
             return int(tokenizer.eos_token_id)
 
         @property
@@ -113,6 +118,8 @@ def harness_model(model: Stream, tokenizer: Any, positions: int, title: str) -> 
             try:
                 with panics_as_errors():
                     return self._encode(string, add_special_tokens)
+            except LowbitError:
+                raise
             except Exception as error:  # the tokenizers library raises nothing narrower
                 raise LowbitError(f"the tokenizer cannot encode a task's text: {one_line(error)}") from error
 
