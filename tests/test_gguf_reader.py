@@ -171,7 +171,7 @@ def test_a_large_model_is_written_in_shards_with_an_index(tmp_path: Path) -> Non
 
 def test_tensors_without_a_place_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        LowbitError, match=r"has the tensor blk\.0\.attn_sinks\.weight .*LlamaForCausalLM has no place"
+        LowbitError, match=r"has the tensor 'blk\.0\.attn_sinks\.weight' .*LlamaForCausalLM has no place"
     ):
         convert(write_gguf(tmp_path / "m.gguf", extra="blk.0.attn_sinks.weight"), _folder(tmp_path))
 
