@@ -118,9 +118,38 @@ def test_a_prompt_without_tokens_is_refused(folder, monkeypatch):
 
     def none(self, text, **options):
         out = real(self, text, **options)
-        out["input_ids"] = out["input_ids"][:, :0] if options else out["input_ids"]
+        out["input_ids"] = out["input_ids"][:0]
         return out
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", none)
     with pytest.raises(LowbitError, match="makes no token of the prompt 'ABC'"):
         generate_text(folder, PROMPT, NEW)
+
+
+@pytest.mark.parametrize(
+    "ends", ["x", {"a": 1}, [[1]], ["x"], 1.5, True, [True], float("inf"), float("-inf"), 2**63, 10**40, [2, None]]
+)
+@pytest.mark.parametrize("field", ["eos_token_id", "pad_token_id"])
+def test_ids_that_are_none_are_refused(field, ends, folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, field: ends}))
+    with pytest.raises(LowbitError) as caught:
+        generate_text(folder, PROMPT, NEW)
+    assert str(caught.value).isprintable()
+    assert field in str(caught.value) or "generation_config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("ends", [-1, [2, -1], [2, 2], 95, 2**40, []])
+def test_ids_that_no_text_has_end_none(ends, folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    ids = tuple(ends) if isinstance(ends, list) else (ends,)
+    assert generate_text(folder, PROMPT, NEW) == text_of(most_likely(folder, ids))
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 10**5, '{"a": ' * 10**5, "[]", "3", "", "\x00", '{"watermarking_config": "x"}']
+)
+def test_a_generation_config_that_is_none_is_one_line(content, folder):
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(LowbitError, match=r"generation_config\.json") as caught:
+        generate_text(folder, PROMPT, 2)
+    assert str(caught.value).isprintable()

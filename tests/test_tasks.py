@@ -23,6 +23,7 @@ from lowbit.cli.main import call
 from lowbit.data import tasks as task_data
 from lowbit.data.tasks import FIELDS, HubSet, documents, settle
 from lowbit.data.text import evaluation
+from lowbit.errors import LowbitError
 from lowbit.metrics.loglikelihood import loglikelihoods
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import save_tiny, tiny_ids, tiny_tokenizer
@@ -166,6 +167,26 @@ def test_a_run_is_measured_as_it_ships(model, data, harness, tmp_path):
     apart = sorted(abs(a[0] - b[0]) for a, b in zip(ours, whole, strict=True))
     assert apart[len(apart) * 9 // 10] < 2e-3
     assert 5 * apart[-1] < max(abs(a[0] - b[0]) for a, b in zip(ours, exact, strict=True))
+
+
+def test_a_tokenizer_that_fails_on_a_task_is_one_line(harness):
+    """Also by a panic of native code, which is no ``Exception``."""
+    tokenizer = tiny_tokenizer()
+    model = harness.harness_model(None, tokenizer, 128, "test")
+    assert model.tok_encode("abc", add_special_tokens=False) == tokenizer("abc", add_special_tokens=False).input_ids
+    panic = type("PanicException", (BaseException,), {})
+    for failure in (panic("a\nb"), TypeError("a\nb")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(tokenizer), "encode", lambda *_, failure=failure, **__: throw(failure))
+            with pytest.raises(LowbitError, match=r"^the tokenizer cannot encode a task's text: a b$"):
+                model.tok_encode("abc", add_special_tokens=False)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(LowbitError, match="neither BOS nor EOS"):
+        model.tok_encode("abc")
+
+
+def throw(failure):
+    raise failure
 
 
 def test_perplexity_equals_that_of_lm_evals_hugging_face_class(model, harness):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import inspect
 import json
 import logging
 import random
@@ -501,6 +502,37 @@ def test_self_sample_equals_sampling_without_a_cache(model: LlamaForCausalLM) ->
     naive = 4 + (cdf[:, :-1] <= uniform[:, 1:, None]).sum(-1)
     assert torch.equal(ids[:, 1:], naive)
     assert bool((ids[:, 0] == 1).all())
+
+
+@pytest.mark.filterwarnings("error")
+def test_self_sample_names_the_cache_as_the_installed_transformers_does(
+    model: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampling.self_sample(model, tokenizer_of(bos=True), 2, 4, seed=0)
+    assert not caplog.records
+
+
+def test_self_sample_with_the_name_of_the_cache_before(model: LlamaForCausalLM) -> None:
+    """It is the only one in transformers 5.23, and in code of a model's own."""
+
+    class Output(dict[str, Any]):
+        logits: torch.Tensor
+
+    class Older:
+        config, generation_config, device = model.config, model.generation_config, model.device
+        get_output_embeddings, eval = model.get_output_embeddings, model.eval
+
+        def forward(self, input_ids: torch.Tensor, past_key_values: Any, use_cache: bool) -> Output:
+            name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+            out = model(input_ids=input_ids, use_cache=use_cache, **{name: past_key_values})
+            result = Output(past_key_values=out[name])
+            result.logits = out.logits
+            return result
+
+        __call__ = forward
+
+    sampled = [sampling.self_sample(one, tokenizer_of(bos=True), 2, 6, seed=0) for one in (model, Older())]
+    assert torch.equal(*sampled)
 
 
 def test_self_sample_is_deterministic_and_leaves_the_global_generator(model: LlamaForCausalLM) -> None:

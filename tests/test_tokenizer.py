@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowbit.checkpoints import tokenizer as module
 from lowbit.checkpoints.tokenizer import kind_of, load_tokenizer
+from lowbit.data.tokenization import decode, encode
 from lowbit.errors import LowbitError, MissingExtra
 from tiny import tiny_model, tiny_tokenizer
 
@@ -85,3 +87,64 @@ def test_the_config_of_the_model_does_not_stop_a_tokenizer(folder: Path) -> None
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "problem_type": "odd", "dtype": "float99"}))
     assert load_tokenizer(folder)("abc").input_ids
+
+
+# By case: changes of tokenizer.json, and what a reader must say.
+BROKEN = {
+    "a template of two ids in one place": (
+        {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "post_processor",
+    ),
+    "a table of characters that is none": (
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+        "normalizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_panics_of_native_code_are_one_line(case: str, folder: Path) -> None:
+    """They are no ``Exception``: one comes when the file is read, the other with the first text."""
+    part, field = BROKEN[case]
+    tiny_tokenizer().save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | {field: part}))
+    with pytest.raises(LowbitError, match="the tokenizer in") as caught:
+        encode(load_tokenizer(folder), "abc", special_tokens=True)
+    assert str(caught.value).isprintable()
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("failure", [Exception("a\nb"), RecursionError(), TypeError("x")])
+def test_whatever_a_tokenizer_raises_is_one_line(failure: Exception, folder: Path) -> None:
+    def fail(*_: object, **__: object) -> object:
+        raise failure
+
+    tokenizer = SimpleNamespace(name_or_path="there", decode=fail)
+    with pytest.raises(LowbitError, match=r"the tokenizer in there cannot decode ids \(.+\): fetch"):
+        decode(tokenizer, [1])
+
+
+def test_being_stopped_is_no_fault_of_the_tokenizers() -> None:
+    def stop(*_: object, **__: object) -> object:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decode(SimpleNamespace(name_or_path="there", decode=stop), [1])
+
+
+@pytest.mark.parametrize("length", ["x", "512", [1], {}, True, 5, 1e30, float("nan")])
+def test_a_largest_length_is_a_number(length: object, folder: Path) -> None:
+    tiny_tokenizer().save_pretrained(folder)
+    content = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_max_length": length}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    if isinstance(length, int | float):
+        assert encode(load_tokenizer(folder), "abcdefgh") == encode(tiny_tokenizer(), "abcdefgh")
+        return
+    with pytest.raises(LowbitError, match=r"tokenizer_config\.json has model_max_length = .*: allowed are numbers"):
+        load_tokenizer(folder)

@@ -8,11 +8,47 @@ message that states the value, what is allowed and what to do. The command line 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+_LONGEST = 200  # characters of a name or a foreign error within a message
+
+
+def printable(text: str) -> str:
+    """Text as one line that a terminal shows as it is: what does not print is written as its escape.
+
+    Names in a model's files may hold line breaks, control sequences and halves of characters.
+
+    >>> print(printable("a\\nb\\x1b[31m"), printable("größe"))
+    a\\nb\\x1b[31m größe
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def shown(value: object) -> str:
+    """A value from a file, for a message: its ``repr`` as one line of limited length.
+
+    >>> print(shown("model\\n.safetensors"), shown("x" * 300)[-6:])
+    'model\\n.safetensors' xxx...
+    """
+    try:
+        text = printable(repr(value))
+    except (RecursionError, ValueError):  # integers of thousands of digits have no repr
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one printable line of limited length."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 class LowbitError(Exception):
-    """A user error, described in one line: the value, what is allowed, what to do."""
+    """A user error, described in one printable line: the value, what is allowed, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class MissingExtra(LowbitError):
@@ -20,6 +56,21 @@ class MissingExtra(LowbitError):
 
     def __init__(self, package: str, extra: str, what: str) -> None:
         super().__init__(f"{what} needs the package '{package}': pip install 'lowbit[{extra}]'")
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise panics of native code, which are no ``Exception``, as ``RuntimeError``.
+
+    The tokenizers library panics on some broken files, at once or when a text is encoded.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # The class is made anew by each extension module, and none exports it.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(one_line(error)) from error
 
 
 def check_least(name: str, value: int, least: int, advice: str) -> None:

@@ -171,7 +171,8 @@ def retype_fact(path: Path, rng: Random) -> Change:
     file.put(key, _fact(value))
     file.write(path)
     # Numbers that are allowed there are numbers that change the function: they are tried by ``honour``.
-    loose = key.endswith(("epsilon", "freq_base", "context_length", "sliding_window")) and value in (1.5, 1, 2**31, 0)
+    numbers = ("epsilon", "freq_base", "softcapping", "context_length", "sliding_window")
+    loose = key.endswith(numbers) and value in (1.5, 1, 2**31, 0)
     return Change(f"{key} = {short(value)}", Anything() if loose else SAME)
 
 

@@ -47,7 +47,7 @@ from transformers.modeling_gguf_pytorch_utils import Gemma2TensorProcessor, Llam
 
 from lowbit.checkpoints.gguf_metadata import Metadata
 from lowbit.checkpoints.gguf_rope import FREQS, LONG, SHORT, Rope, rope_parameters
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, shown
 
 ATTENTION, MLP = ("attn_q", "attn_k", "attn_v", "attn_output"), ("ffn_gate", "ffn_up", "ffn_down")
 # Layers at which llama.cpp takes a Gemma to be the 27B one, whose attention scale follows from the hidden size.
@@ -198,12 +198,12 @@ def architecture_of(content: Content) -> str:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise LowbitError(
-            f"{content.path} has the architecture {name!r}; read exactly are only: {known}; use "
+            f"{content.path} has the architecture {shown(name)}; read exactly are only: {known}; use "
             "the model's own folder"
         )
     kind = content.values.get("general.type", "model")
     if kind != "model":
-        raise LowbitError(f"{content.path} has general.type = {kind!r}: only files of the type 'model' hold one")
+        raise LowbitError(f"{content.path} has general.type = {shown(kind)}: only files of the type 'model' hold one")
     return name
 
 
@@ -283,7 +283,7 @@ def _special_tokens(content: Content) -> Fields:
         value = None if value == NO_TOKEN else value
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < rows):
             raise LowbitError(
-                f"{content.path} has tokenizer.ggml.{name}_token_id = {value!r}: allowed are ids below {rows}"
+                f"{content.path} has tokenizer.ggml.{name}_token_id = {shown(value)}: allowed are ids below {rows}"
             )
         out[f"{key}_token_id"] = value
     return out

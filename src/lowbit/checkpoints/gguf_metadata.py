@@ -21,7 +21,7 @@ from typing import Any
 
 from gguf import MODEL_ARCH_NAMES
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, shown
 
 LARGEST = 1 << 31
 # Prefixes besides the architecture's whose keys llama.cpp reads, or that mark a file that is not a language model.
@@ -127,7 +127,7 @@ class Metadata:
             return LowbitError(
                 f"{self.path} lacks the metadata key {full}: fetch it again, or convert the model anew"
             )
-        return LowbitError(f"{self.path} has {full} = {_shown(self._values[full])}: {why}; use another file of it")
+        return LowbitError(f"{self.path} has {full} = {shown(self._values[full])}: {why}; use another file of it")
 
     def refuse_unread(self) -> None:
         """Raise ``LowbitError`` for the first key that nobody has read and that may change the function."""
@@ -144,7 +144,7 @@ class Metadata:
 
     def _unknown(self, full: str) -> LowbitError:
         return LowbitError(
-            f"{self.path} has {full} = {_shown(self._values[full])}, which may change what the model computes and "
+            f"{self.path} has {full} = {shown(self._values[full])}, which may change what the model computes and "
             f"cannot be expressed in the transformers config of a '{self.architecture}': use the model's own folder"
         )
 
@@ -158,8 +158,3 @@ class Metadata:
         if value is None:
             raise self.refusal(key, "")
         return value
-
-
-def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

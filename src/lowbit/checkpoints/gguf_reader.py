@@ -34,23 +34,19 @@ from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
 from lowbit.checkpoints.gguf_check import check_values
 from lowbit.checkpoints.gguf_config import ARCHITECTURES, Content, architecture_of, config_of
+from lowbit.checkpoints.gguf_layout import check_layout
 from lowbit.checkpoints.gguf_rope import TABLES
 from lowbit.checkpoints.partial import STALE_SECONDS, flush
 from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line, panics_as_errors, shown
 from lowbit.progress import say, track
 
 SHARD_BYTES = 2 << 30
+NO_TOKENIZER = "no-tokenizer.txt"  # in a converted folder without one: the reason
 # Rotary frequencies that early converters copied from checkpoints; llama.cpp computes its own.
 UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
 # Exceptions of the readers on broken bytes: they validate little and fail at the first impossible number.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError, struct.error)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message as one line of limited length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 class ShardWriter:
@@ -132,7 +128,7 @@ def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     Every floating-point tensor is float32, with transformers' name and layout. Raises ``LowbitError`` for an
     incomplete file, an architecture, metadata or tensors that transformers cannot compute with, an unsupported tensor
     type, and tensors that do not match the metadata. A file without a usable tokenizer yields a folder without one,
-    and a warning.
+    a warning, and ``NO_TOKENIZER`` with the reason.
     """
     path = path.resolve()
     reader = _open(path)
@@ -177,14 +173,11 @@ def check_magic(path: Path) -> None:
 def _open(path: Path) -> Any:
     """A reader of the file, after checks that it does not make itself."""
     check_magic(path)
+    check_layout(path)
     try:
-        reader = GGUFReader(path)
+        return GGUFReader(path)
     except BROKEN as error:
         raise LowbitError(f"{path} is not a complete GGUF file ({one_line(error)}): fetch it again") from error
-    if reader.byte_order != "I":
-        # Quantized blocks would be read in the wrong byte order without an error.
-        raise LowbitError(f"{path} has the other byte order: convert it with gguf-convert-endian")
-    return reader
 
 
 def _content(reader: Any, path: Path) -> Content:
@@ -226,6 +219,21 @@ def _meta_model(config: Any, path: Path) -> Any:
         raise LowbitError(f"the metadata of {path} does not define a model: {one_line(error)}") from error
 
 
+class WithoutParts:
+    """A model as transformers' name map sees it, without submodules.
+
+    The map is made of the model's own names. It is made again for every submodule, for the sake of checkpoints of
+    base models, which no file that is read here holds: time would grow with the square of the number of layers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> tuple[()]:
+        """There are none."""
+        return ()
+
+
 def _tensors(reader: Any, architecture: str, model: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
     """Transformers' names and float32 values, one tensor of the file at a time, each checked.
 
@@ -234,13 +242,13 @@ def _tensors(reader: Any, architecture: str, model: Any, path: Path) -> Iterator
     config = model.config
     processor = ARCHITECTURES[architecture].processor(config=config.to_dict())
     try:
-        names = get_gguf_hf_weights_map(model, processor)
+        names = get_gguf_hf_weights_map(WithoutParts(model), processor)
     except NotImplementedError as error:
         raise LowbitError(f"the installed gguf package does not know the tensors of {path}: {error}") from error
     used = [tensor for tensor in reader.tensors if tensor.name not in TABLES and not UNUSED.fullmatch(tensor.name)]
     if unknown := sorted(tensor.name for tensor in used if tensor.name not in names):
         raise LowbitError(
-            f"{path} has the tensor {unknown[0]} ({len(unknown)} such in all), which transformers' "
+            f"{path} has the tensor {shown(unknown[0])} ({len(unknown)} such in all), which transformers' "
             f"{type(model).__name__} has no place for: use the model's own folder"
         )
     for tensor in track(used, f"converting {path.name}"):
@@ -265,12 +273,29 @@ def _processed(processor: Any, tensor: Any, path: Path) -> tuple[Any, Any]:
 
 
 def _write_tokenizer(path: Path, target: Path) -> None:
-    """Save the file's tokenizer, chat template included."""
+    """Save the file's tokenizer, chat template included, or why there is none."""
     try:
-        # An absolute file name takes precedence over the folder, so that no tokenizer next to the file is used.
-        tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=str(path), local_files_only=True)
-        # The tokenizer stores its arguments and would write this one into tokenizer_config.json.
-        tokenizer.init_kwargs.pop("local_files_only", None)
-        tokenizer.save_pretrained(target)
+        with panics_as_errors():
+            # An absolute file name takes precedence over the folder, so that no tokenizer next to the file is used.
+            tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=str(path), local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        say(f"{path.name}: no tokenizer that transformers can use ({one_line(error)}); the converted folder has none")
+        _without_tokenizer(path, target, error)
+        return
+    # The tokenizer stores its arguments and would write this one into tokenizer_config.json.
+    tokenizer.init_kwargs.pop("local_files_only", None)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        try:
+            with panics_as_errors():
+                tokenizer.save_pretrained(temporary)
+        except OSError:
+            raise  # a full disk is no fault of the file
+        except Exception as error:
+            _without_tokenizer(path, target, error)
+        else:
+            shutil.copytree(temporary, target, dirs_exist_ok=True)
+
+
+def _without_tokenizer(path: Path, target: Path, error: Exception) -> None:
+    reason = f"{path.name} has no tokenizer that transformers can use ({one_line(error)})"
+    (target / NO_TOKENIZER).write_text(reason, encoding="utf-8", errors="backslashreplace")
+    say(f"{reason}; the converted folder has none")

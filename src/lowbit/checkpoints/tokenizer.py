@@ -15,10 +15,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lowbit.checkpoints.companions import CONFIG
+from lowbit.checkpoints.companions import CONFIG, TOKENIZER_CONFIG
 from lowbit.checkpoints.config import load_config
-from lowbit.checkpoints.gguf_reader import one_line
-from lowbit.errors import LowbitError, MissingExtra
+from lowbit.checkpoints.gguf_reader import NO_TOKENIZER
+from lowbit.errors import LowbitError, MissingExtra, one_line, panics_as_errors, shown
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 EXTRA = "sentencepiece"
@@ -33,22 +33,36 @@ _PACKAGES = {
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer, without network access. Raises ``LowbitError`` if it is missing or broken."""
     if not any(next(folder.glob(name), None) for name in TOKENIZER_FILES):
-        raise LowbitError(f"no tokenizer in {folder}: put the model's tokenizer files (tokenizer.json, ...) there")
+        raise _no_tokenizer(folder)
     # Given the config, the library does not build it from the file, whose fields may stop it.
     config = load_config(folder, trust_remote_code) if (folder / CONFIG).is_file() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+            )
     except Exception as error:  # the tokenizers library raises nothing narrower
         if "trust_remote_code" in str(error):
             raise LowbitError(f"the tokenizer in {folder} needs remote code: pass --trust-remote-code") from error
         for package, file in _missing(folder):
             raise MissingExtra(package, EXTRA, f"the tokenizer in {folder}, a {file},") from error
         raise LowbitError(f"cannot load the tokenizer in {folder}: {one_line(error)}") from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise LowbitError(
+            f"{folder / TOKENIZER_CONFIG} has model_max_length = {shown(tokenizer.model_max_length)}: allowed are "
+            "numbers; correct or remove it"
+        )
     # The tokenizer stores its arguments and would write this one into tokenizer_config.json.
     tokenizer.init_kwargs.pop("local_files_only", None)
     return tokenizer
+
+
+def _no_tokenizer(folder: Path) -> LowbitError:
+    reason = folder / NO_TOKENIZER
+    if reason.is_file():
+        told = reason.read_text(encoding="utf-8", errors="replace")[:400]
+        return LowbitError(f"{told}: use the model's own folder, or a .gguf file that has one")
+    return LowbitError(f"no tokenizer in {folder}: put the model's tokenizer files (tokenizer.json, ...) there")
 
 
 def _missing(folder: Path) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowbit.data.files import Row
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -138,7 +138,7 @@ def render(messages: list[Message], tokenizer: Tokenizer, where: str, tools: Any
     try:
         return str(apply(messages, tools=tools, tokenize=False))
     except Exception as error:  # templates are programs: they raise whatever they like
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = one_line(error)
         raise LowbitError(
             f"{where}: the chat template refuses this conversation ({reason}): remove the row"
         ) from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lowbit.checkpoints.token_ids import token_ids
 from lowbit.errors import LowbitError, check_least
 from lowbit.progress import track
 
@@ -42,7 +44,7 @@ def self_sample(
         raise LowbitError(f"length {length} given; the model has {limit} positions: give a shorter length")
     uniform = torch.rand(n, length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     eos = model.generation_config.eos_token_id
-    special = {*tokenizer.all_special_ids, *(eos if isinstance(eos, list) else [eos])}
+    special = {*tokenizer.all_special_ids, *token_ids(eos, "eos_token_id")}
     size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
     allowed = torch.tensor([i for i in range(size) if i not in special])
     model.eval()
@@ -58,10 +60,11 @@ def _sample(model: Model, uniform: Tensor, allowed: Tensor, start: Sequence[int]
         ids[:, : len(start)] = torch.tensor(start)[: uniform.shape[1]]
     else:
         ids[:, 0] = allowed[(uniform[:, 0] * len(allowed)).long()]
-    cache = None
+    name, cache = _cache_name(model), None
     for step in track(range(1, uniform.shape[1]), f"sampling {len(ids)} texts"):
-        out = model(input_ids=ids[:, step - 1 : step].to(model.device), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        given = {name: cache, "use_cache": True}
+        out = model(input_ids=ids[:, step - 1 : step].to(model.device), **given)
+        cache = out[name]
         if step < len(start):
             continue
         cdf = out.logits[:, -1].cpu().double()[:, allowed].softmax(-1).cumsum(-1)
@@ -70,3 +73,12 @@ def _sample(model: Model, uniform: Tensor, allowed: Tensor, start: Sequence[int]
         position = torch.searchsorted(cdf, uniform[:, step : step + 1] * cdf[:, -1:], right=True)
         ids[:, step] = allowed[position[:, 0].clamp(max=len(allowed) - 1)]
     return ids
+
+
+def _cache_name(model: Model) -> str:
+    """What the model calls its cache of keys and values, as an argument and in its output.
+
+    From transformers 5.24 on it is ``cache``; the name before, which 5.23 and code of a model's own have, is
+    deprecated there.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from lowbit.errors import LowbitError, one_line, panics_as_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -27,10 +30,39 @@ TRIES = 64  # places of each kind tried for a cut before a longer piece is
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text without special tokens; halves of a character outside the basic plane count as U+FFFD."""
-    ids: list[int] = tokenizer(SURROGATE.sub("\ufffd", text), add_special_tokens=False, verbose=False)["input_ids"]
+def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = False) -> list[int]:
+    """Ids of a text; halves of a character outside the basic plane count as U+FFFD.
+
+    Args:
+        tokenizer: the model's.
+        text: any.
+        special_tokens: whether to put the special tokens around it that the tokenizer is set to.
+
+    Raises:
+        LowbitError: the tokenizer was loaded and fails on this text; its files contradict each other.
+    """
+    given = SURROGATE.sub("\ufffd", text)
+    with _failures(tokenizer, "encode a text"):
+        ids: list[int] = tokenizer(given, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     return ids
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+    """The text of ids. Raises as ``encode`` does."""
+    with _failures(tokenizer, "decode ids"):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+@contextmanager
+def _failures(tokenizer: Tokenizer, what: str) -> Iterator[None]:
+    """Raise as ``LowbitError`` whatever the tokenizer raises."""
+    try:
+        with panics_as_errors():
+            yield
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise LowbitError(
+            f"the tokenizer in {tokenizer.name_or_path} cannot {what} ({one_line(error)}): fetch its files again"
+        ) from error
 
 
 def encode_parts(tokenizer: Tokenizer, parts: Iterable[str], piece: int = PIECE) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from lowbit.data.tokenization import decode, encode
 from lowbit.errors import LowbitError, check_least, unknown
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def window_shape(tokenizer: Tokenizer, length: int, bos: Bos) -> WindowShape:
 def special_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that a tokenizer puts before and behind a text, such as BOS and EOS; both may be empty."""
     for text in _PROBES:
-        whole, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole, bare = encode(tokenizer, text, special_tokens=True), encode(tokenizer, text)
         for start in range(len(whole) - len(bare) + 1) if bare else ():
             if whole[start : start + len(bare)] == bare:
                 return tuple(whole[:start]), tuple(whole[start + len(bare) :])
@@ -134,4 +135,4 @@ def special_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ..
 
 def special_before(tokenizer: Tokenizer) -> str:
     """The special tokens, such as BOS, that a tokenizer puts before a text; may be empty."""
-    return str(tokenizer.decode(list(special_tokens(tokenizer)[0])))
+    return decode(tokenizer, special_tokens(tokenizer)[0])

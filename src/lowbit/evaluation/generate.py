@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.checkpoints.token_ids import token_ids
+from lowbit.data.tokenization import decode, encode
 from lowbit.errors import LowbitError
 from lowbit.runs.load import load
 from lowbit.torch_state import own_torch_state
@@ -20,7 +22,7 @@ def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: boo
     """The prompt and its greedy continuation by up to ``tokens`` tokens."""
     tokenizer = load_tokenizer(folder, trust_remote_code)
     model = load(folder, trust_remote_code=trust_remote_code)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = torch.tensor([encode(tokenizer, prompt, special_tokens=True)], dtype=torch.int64)
     if not ids.numel():
         raise LowbitError(f"the tokenizer in {folder} makes no token of the prompt {prompt!r}: give another one")
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -30,7 +32,7 @@ def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: boo
         )
     if int(ids.max()) >= model.config.vocab_size:
         raise LowbitError(f"{folder}: the tokenizer has ids beyond the model's {model.config.vocab_size} embeddings")
-    return str(tokenizer.decode(greedy(model, ids, tokens)[0], skip_special_tokens=True))
+    return decode(tokenizer, greedy(model, ids, tokens)[0].tolist(), skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -39,20 +41,18 @@ def greedy(model: Any, ids: Tensor, tokens: int) -> Tensor:
 
     Of a checkpoint's ``generation_config.json`` only the ids that end a text count: beams, penalties, forced and
     forbidden tokens, lengths and cache kinds would make it another search. The library fills what a given config
-    leaves open from the model's own, which is therefore replaced meanwhile.
+    leaves open from the model's own, which is therefore replaced meanwhile. Raises ``LowbitError`` for ids that are
+    none.
     """
     own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else model.config.eos_token_id
-    chosen = GenerationConfig(eos_token_id=ends, max_new_tokens=tokens, do_sample=False, num_beams=1, use_cache=True)
+    ends = token_ids(own.eos_token_id if own.eos_token_id is not None else model.config.eos_token_id, "eos_token_id")
+    chosen = GenerationConfig(max_new_tokens=tokens, do_sample=False, num_beams=1, use_cache=True)
+    chosen.eos_token_id = ends or None
     # Only says what a batch would be filled with; there is one sequence.
-    chosen.pad_token_id = own.pad_token_id if own.pad_token_id is not None else _first(ends)
+    chosen.pad_token_id = next(iter(token_ids(own.pad_token_id, "pad_token_id") or ends), None)
     model.generation_config = GenerationConfig()
     try:
         out: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=chosen)
     finally:
         model.generation_config = own
     return out
-
-
-def _first(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) and ids else None if isinstance(ids, list) else ids

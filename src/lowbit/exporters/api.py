@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.partial import flush, partial_of, remove, sweep
 from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.data.tokenization import encode
 from lowbit.errors import LowbitError
 from lowbit.exporters import exporter_of, target_name, target_of
 from lowbit.exporters.fit import check
@@ -151,7 +152,7 @@ def verify(
 def _text_ids(run: Run, trust_remote_code: bool) -> Tensor:
     """Token ids of ``TEXT``, at least one and at most as many as the model has positions."""
     config = run.subject.config
-    ids = torch.tensor(load_tokenizer(run.folder, trust_remote_code)(TEXT).input_ids)
+    ids = torch.tensor(encode(load_tokenizer(run.folder, trust_remote_code), TEXT, special_tokens=True))
     return ids[ids < config.vocab_size][: getattr(config, "max_position_embeddings", None)]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.companions import copy_companion
 from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.checkpoints.token_ids import token_ids
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
 from lowbit.exporters.hf_folder import files_to_copy
@@ -105,7 +106,7 @@ def _methods(run: Run) -> dict[str, Any]:
     bos = {} if config.bos_token_id is None else {"get_bos_id": config.bos_token_id}
     return {
         **bos,
-        "get_eos_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
+        "get_eos_ids": token_ids(eos, "eos_token_id"),
         "get_vocab_size": config.vocab_size,
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,

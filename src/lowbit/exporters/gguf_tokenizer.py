@@ -17,6 +17,7 @@ from typing import Any
 from gguf import TokenType
 
 from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.data.tokenization import encode
 from lowbit.errors import LowbitError
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -134,7 +135,7 @@ def _special(tokenizer: Any, warnings: list[str]) -> dict[str, Any]:
     for key, field in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         if (number := getattr(tokenizer, f"{field}_token_id")) is not None:
             out[f"tokenizer.ggml.{key}_token_id"] = number
-    ids = tokenizer("a").input_ids
+    ids = encode(tokenizer, "a", special_tokens=True)
     out["tokenizer.ggml.add_bos_token"] = bool(ids) and ids[0] == tokenizer.bos_token_id
     out["tokenizer.ggml.add_eos_token"] = bool(ids) and ids[-1] == tokenizer.eos_token_id
     template = tokenizer.chat_template

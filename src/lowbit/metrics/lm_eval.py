@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import LowbitError, MissingExtra
+from lowbit.errors import LowbitError, MissingExtra, one_line, panics_as_errors
 from lowbit.metrics.loglikelihood import Stream, loglikelihoods
 
 CONFIGS = {  # relative to lm-eval's folder of tasks
@@ -102,6 +102,11 @@ def harness_model(model: Stream, tokenizer: Any, positions: int, title: str) -> 
 
         @property
         def eot_token_id(self) -> int:
+            if tokenizer.eos_token_id is None:
+                raise LowbitError(
+                    f"the tokenizer in {tokenizer.name_or_path} has neither BOS nor EOS, which starts a task's text: "
+                    "set one in tokenizer_config.json"
+                )
             return int(tokenizer.eos_token_id)
 
         @property
@@ -110,6 +115,15 @@ def harness_model(model: Stream, tokenizer: Any, positions: int, title: str) -> 
             return self.eot_token_id if first is None else int(first)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            try:
+                with panics_as_errors():
+                    return self._encode(string, add_special_tokens)
+            except LowbitError:
+                raise
+            except Exception as error:  # the tokenizers library raises nothing narrower
+                raise LowbitError(f"the tokenizer cannot encode a task's text: {one_line(error)}") from error
+
+        def _encode(self, string: str, add_special_tokens: bool | None) -> list[int]:
             if add_special_tokens is None and has_bos_prefix(string, tokenizer.decode(self.prefix_token_id)):
                 add_special_tokens = False
             options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}

@@ -21,6 +21,7 @@ from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, reso
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.data.sampling import self_sample
 from lowbit.data.text import Data, calibration
+from lowbit.data.tokenization import decode
 from lowbit.data.windows import Bos, Tokens, WindowShape
 from lowbit.errors import LowbitError
 from lowbit.models.device import DTYPES
@@ -226,7 +227,7 @@ def _check(request: Request) -> Resolved:
     tokenizer = load_tokenizer(source.folder, trusted)
     tokens = _calibration(request, source, tokenizer)
     check_ids(tokens.ids, skeleton, source.folder)
-    special = str(tokenizer.decode(list(tokens.prefix)))
+    special = decode(tokenizer, tokens.prefix)
     return Resolved(request, source, checkpoint, skeleton, scheme, plan, shapes, tokens, special)
 
 

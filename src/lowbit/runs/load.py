@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line
 from lowbit.models.attention import attention_name
 from lowbit.models.families import family_of
 from lowbit.models.gathered_norm import gathered_norm
@@ -95,8 +95,8 @@ def load(
 def _generation_config(folder: Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, TypeError, ValueError) as error:
-        raise LowbitError(f"cannot read {folder / 'generation_config.json'}: {error}") from error
+    except Exception as error:  # it checks its fields with exceptions of many types
+        raise LowbitError(f"cannot read {folder / 'generation_config.json'}: {one_line(error)}") from error
 
 
 class _Runtime(nn.Module):
