@@ -10,9 +10,44 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 200  # characters of a name or a foreign error within a message
+
+
+def printable(text: str) -> str:
+    """Text as one line that a terminal shows as it is: what does not print is written as its escape.
+
+    Names in a model's files may hold line breaks, control sequences and halves of characters.
+
+    >>> print(printable("a\\nb\\x1b[31m"), printable("größe"))
+    a\\nb\\x1b[31m größe
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def shown(value: object) -> str:
+    """A value from a file, for a message: its ``repr`` as one line of limited length.
+
+    >>> print(shown("model\\n.safetensors"), shown("x" * 300)[-6:])
+    'model\\n.safetensors' xxx...
+    """
+    try:
+        text = printable(repr(value))
+    except (RecursionError, ValueError):  # integers of thousands of digits have no repr
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one printable line of limited length."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
 
 class LowbitError(Exception):
-    """A user error, described in one line: the value, what is allowed, what to do."""
+    """A user error, described in one printable line: the value, what is allowed, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class MissingExtra(LowbitError):

@@ -10,24 +10,28 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.config_fields import neutralize, without_neutral
-from lowbit.checkpoints.gguf_reader import one_line
 from lowbit.checkpoints.kinds import no_config, refuse_adapter, refuse_unfinished_run
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line, shown
 
 
 def needs_remote_code(config: dict[str, Any]) -> bool:
     """Whether a ``config.json`` needs Python code of its own: an ``auto_map`` and no class in transformers."""
-    return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
+    return bool(config.get("auto_map")) and not _knows(config.get("model_type"))
+
+
+def _knows(kind: Any) -> bool:
+    """Whether transformers has a config class for a ``model_type``."""
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The folder's transformers config, without network access. Raises ``LowbitError`` with one line."""
     content = check_config(folder, trust_remote_code)
     kind = content.get("model_type")
-    if not content.get("auto_map") and kind not in CONFIG_MAPPING:
+    if not content.get("auto_map") and not _knows(kind):
         raise LowbitError(
-            f"{folder / 'config.json'} has the model_type {kind!r}, which the installed transformers does not know: "
+            f"{folder / CONFIG} has the model_type {shown(kind)}, which the installed transformers does not know: "
             "update transformers or use another model"
         )
     try:

@@ -37,7 +37,7 @@ from lowbit.checkpoints.gguf_config import ARCHITECTURES, Content, architecture_
 from lowbit.checkpoints.gguf_rope import TABLES
 from lowbit.checkpoints.partial import STALE_SECONDS, flush
 from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line
 from lowbit.progress import say, track
 
 SHARD_BYTES = 2 << 30
@@ -45,12 +45,6 @@ SHARD_BYTES = 2 << 30
 UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
 # Exceptions of the readers on broken bytes: they validate little and fail at the first impossible number.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError, struct.error)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message as one line of limited length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 class ShardWriter:

@@ -30,14 +30,14 @@ from huggingface_hub import errors as hub_errors
 
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
 from lowbit.checkpoints.config import check_config, load_config
-from lowbit.checkpoints.gguf_reader import ShardWriter, build, check_magic, convert, one_line
+from lowbit.checkpoints.gguf_reader import ShardWriter, build, check_magic, convert
 from lowbit.checkpoints.identity import digest_of, file_digest, fingerprint
 from lowbit.checkpoints.kinds import no_model_file
 from lowbit.checkpoints.pypi import SMOLLM2, cache_dir, extract_member, sha256_of
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.checkpoints.weight_files import has_safetensors, no_weights, pickles, say_stale_index, say_unused
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line
 from lowbit.paths import user_path
 from lowbit.progress import say, track
 

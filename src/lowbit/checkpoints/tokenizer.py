@@ -17,8 +17,7 @@ from transformers import AutoTokenizer
 
 from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.config import load_config
-from lowbit.checkpoints.gguf_reader import one_line
-from lowbit.errors import LowbitError, MissingExtra
+from lowbit.errors import LowbitError, MissingExtra, one_line
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 EXTRA = "sentencepiece"

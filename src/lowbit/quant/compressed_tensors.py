@@ -15,8 +15,10 @@ exact.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,11 +83,61 @@ def pack(q: QTensor, layout: str) -> dict[str, Tensor]:
     return {**out, "weight_scale": q.qparams.scale.to(torch.float32), "weight_zero_point": packed_zero}
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How one tensor of a quantized weight is stored."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def stored_tensors(format: Format, layout: str, rows: int, columns: int) -> dict[str, Stored]:
+    """Dtypes and shapes of the tensors of ``pack`` for a weight ``(rows, columns)``.
+
+    >>> stored_tensors(IntFormat(4, group=16, symmetric=True), "pack-quantized", 8, 64)["weight_packed"]
+    Stored(dtype=torch.int32, shape=(8, 8))
+    """
+    format = _integer(format)
+    groups = format.groups(columns)
+    scale = Stored(format.scale_dtype, (rows, groups))
+    if layout == "int-quantized":
+        out = {"weight": Stored(torch.int8, (rows, columns)), "weight_scale": scale}
+        return out if format.symmetric else {**out, "weight_zero_point": Stored(torch.int8, (rows, groups))}
+    out = {
+        "weight_packed": Stored(torch.int32, (rows, math.ceil(columns * format.bits / 32))),
+        "weight_shape": Stored(torch.int64, (2,)),
+    }
+    if format.symmetric:
+        return {**out, "weight_scale": scale}
+    zero = Stored(torch.int32, (math.ceil(rows * format.bits / 32), groups))
+    return {**out, "weight_scale": Stored(torch.float32, (rows, groups)), "weight_zero_point": zero}
+
+
+def _check_stored(stored: Mapping[str, Tensor], format: Format) -> None:
+    """Refuse tensors that are not what ``pack`` writes for the shape that they state."""
+    layout = "pack-quantized" if "weight_packed" in stored else "int-quantized"
+    shape = stored["weight"].shape if layout == "int-quantized" else stored["weight_shape"].flatten()[:3].tolist()
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"the weight's shape is {list(shape)}; two sizes of 1 or more are allowed")
+    for name, expected in stored_tensors(format, layout, int(shape[0]), int(shape[1])).items():
+        found = Stored(stored[name].dtype, tuple(stored[name].shape))
+        if found != expected:
+            raise ValueError(
+                f"{name} is {found.dtype} {found.shape}; for a weight of {list(shape)} only {expected.dtype} "
+                f"{expected.shape} is allowed"
+            )
+
+
 def unpack(stored: Mapping[str, Tensor], format: Format) -> QTensor:
-    """The inverse of ``pack``, from the tensors under a linear's name; the qparams are in float32."""
+    """The inverse of ``pack``, from the tensors under a linear's name; the qparams are in float32.
+
+    Raises:
+        ValueError: a tensor has another dtype or shape than ``pack`` gives it; they may come from a broken file.
+    """
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     format = _integer(format)
+    _check_stored(stored, format)
     scale = stored["weight_scale"].to(torch.float32)
     if packed := "weight_packed" in stored:
         shape = torch.Size(stored["weight_shape"].tolist())

@@ -38,7 +38,7 @@ from lowbit.checkpoints.lock import Locked, Owner, hold, holder
 from lowbit.checkpoints.partial import is_partial, remove
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_index, write_json
 from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Family
 from lowbit.models.block import Block
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
@@ -224,11 +224,17 @@ def write_folder_index(folder: Path, layers: int) -> None:
 
 
 def read_qtensors(checkpoint: Checkpoint, weights: Mapping[str, Format], layout: str) -> dict[str, QTensor]:
-    """Quantized weights by the linear's full name."""
+    """Quantized weights by the linear's full name; raises ``LowbitError`` for tensors that are no such weights."""
     out = {}
     for linear, format in weights.items():
         stored = checkpoint.read(packed_names(linear, format, layout))
-        out[linear] = unpack({name.removeprefix(f"{linear}."): value for name, value in stored.items()}, format)
+        try:
+            out[linear] = unpack({name.removeprefix(f"{linear}."): value for name, value in stored.items()}, format)
+        except ValueError as error:
+            raise LowbitError(
+                f"'{linear}' in {checkpoint.folder} is broken: {one_line(error)}: copy the folder again, or quantize "
+                "again"
+            ) from error
     return out
 
 
