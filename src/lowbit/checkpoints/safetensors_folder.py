@@ -228,8 +228,8 @@ def _nests_deeper(content: Any, limit: int) -> bool:
     (False, True)
     """
     level = [content]
-    for _ in range(limit + 1):
-        level = [inner for value in level if isinstance(value, dict | list) for inner in _inner(value)]
+    for _ in range(limit):
+        level = [inner for value in level for inner in _inner(value) if isinstance(inner, dict | list)]
         if not level:
             return False
     return True
