@@ -156,7 +156,9 @@ class Checkpoint:
         return self._file_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A stored tensor's shape, from the header of its shard."""
+        """A stored tensor's shape, from the header of its shard; raises ``LowbitError`` for one that is missing."""
+        if name not in self._file_of:
+            raise LowbitError(f"{self.folder} has no tensor '{name}': the checkpoint does not match its config.json")
         with safe_open(self.folder / self._file_of[name], framework="pt") as shard:
             return tuple(shard.get_slice(name).get_shape())
 

@@ -6,7 +6,7 @@ float tensors by the model's names, never the layout in which the folder stores 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError, shown, unknown
 from lowbit.models.families import family_of
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.quant.activations import IntTokens
@@ -131,10 +131,16 @@ def _shape(checkpoint: Checkpoint, module: str, format: Format, layout: str) -> 
     name = packed_names(module, format, layout)[1 if layout == "pack-quantized" else 0]
     if layout != "pack-quantized":
         return _size(checkpoint, name)
-    rows, columns = checkpoint.read([name])[name].tolist()
-    return int(rows), int(columns)
+    stored = checkpoint.read([name])[name].flatten().tolist()
+    return _two(stored, f"'{name}' in {checkpoint.folder} says the shape")
 
 
 def _size(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    rows, columns = checkpoint.shape(name)
-    return int(rows), int(columns)
+    return _two(checkpoint.shape(name), f"'{name}' in {checkpoint.folder} has the shape")
+
+
+def _two(shape: Sequence[int], where: str) -> tuple[int, int]:
+    """The two sizes of a matrix; refuses any other shape, which only a broken file has."""
+    if len(shape) != 2 or min(shape) < 1:
+        raise LowbitError(f"{where} {shown(list(shape))}; two sizes of 1 or more are allowed: copy the folder again")
+    return int(shape[0]), int(shape[1])
