@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.heavy,
     pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory limit needs Linux"),
 ]
-EACH = 30  # mutations of an area; `make fuzz` tries thousands
+EACH = 20  # mutations of an area; `make fuzz` tries thousands
 
 
 @pytest.fixture(scope="module")

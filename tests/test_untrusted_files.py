@@ -97,6 +97,7 @@ def test_sizes_that_a_run_folder_does_not_have_take_no_memory(run, key, models, 
     refused(lambda: lowbit.load(m), "match")
     refused(lambda: streamed_logits(m, tiny_ids(1, 8)), "match")
     refused(lambda: inspect_model(str(m), "w8a16", "rtn"), "match")
+    refused(lambda: lowbit.export(m, "gptq", out=tmp_path / "exported"), "match")
 
 
 COMPUTES_NOTHING = [

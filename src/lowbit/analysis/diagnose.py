@@ -24,19 +24,20 @@ from lowbit.analysis.bit_allocation import Linear
 from lowbit.analysis.mixed_precision import WIDTHS, Proposal, check_budget, propose
 from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
-from lowbit.checkpoints.safetensors_folder import write_bytes
+from lowbit.checkpoints.safetensors_folder import Checkpoint, write_bytes
 from lowbit.data.text import evaluation
 from lowbit.data.windows import Bos
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.metrics.sensitivity import divergences_alone
 from lowbit.models.device import check_device
+from lowbit.models.families import family_of
 from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.validate import check_ids
+from lowbit.models.validate import check_ids, check_model
 from lowbit.paths import user_path
 from lowbit.quant.integer import integer
 from lowbit.quant.scheme import override_text
-from lowbit.runs.folder import run_formats, run_scheme
+from lowbit.runs.folder import run_formats, run_layout, run_scheme
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 from lowbit.runs.plan import linear_shapes
 from lowbit.runs.streamed_model import StreamedModel
@@ -182,9 +183,12 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
         raise no_run(source.folder)
     if any(not row.sensitivity for row in manifest.blocks):
         raise LowbitError(f"{run} has no recorded sensitivity: quantize again into another folder")
-    skeleton = Skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)
+    config = load_config(source.folder, trust_remote_code)
+    embed = family_of(config).embed
+    weights, layout = run_formats(manifest, run_scheme(manifest), embed).weights, run_layout(manifest, embed)
+    check_model(Checkpoint(source.folder), config, weights, layout, trust_remote_code)
+    skeleton = Skeleton(config, trust_remote_code)
     shapes = linear_shapes(skeleton)
-    weights = run_formats(manifest, run_scheme(manifest), skeleton.family.embed).weights
     linears = []
     try:
         for row in manifest.blocks:

@@ -19,6 +19,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, shown, unknown
 from lowbit.models.families import family_of
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
+from lowbit.models.validate import check_model
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.compressed_tensors import packed_names
 from lowbit.quant.format import Format, QTensor
@@ -116,6 +117,8 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
     scheme = run_scheme(manifest)
     formats, layout = run_formats(manifest, scheme, embed), run_layout(manifest, embed)
     checkpoint = Checkpoint(folder)
+    if trust_remote_code or not getattr(config, "auto_map", None):  # else only that code knows the shapes
+        check_model(checkpoint, config, formats.weights, layout, trust_remote_code)
     shapes = {name: _shape(checkpoint, name, format, layout) for name, format in formats.weights.items()}
     floats = tuple(name for name in manifest.floats if name != "lm_head")
     shapes |= {name: _size(checkpoint, f"{name}.weight") for name in floats}
