@@ -13,7 +13,7 @@ from lowbit.quant.format import Format
 from lowbit.quant.formats import FORMATS
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import KQuant
-from lowbit.quant.layouts import LAYOUTS, PLAIN, layout_of
+from lowbit.quant.layouts import LAYOUTS, PLAIN, Stored, layout_of
 from lowbit.quant.scale_search import search_scales
 
 CASES = [format for kind in FORMATS.values() for format in kind.examples()]
@@ -31,6 +31,15 @@ def test_a_weight_comes_back(format: Format, searched: bool) -> None:
     for layout in layouts:
         stored = layout.pack(q)
         assert tuple(stored) == layout.tensors(format)
+        found = {name: Stored(value.dtype, tuple(value.shape)) for name, value in stored.items()}
+        assert found == layout.stored(format, *weight.shape)
+        for name in stored:
+            with pytest.raises(ValueError, match=r"(is|are) allowed"):
+                layout.unpack({**stored, name: stored[name].double()}, format)
+            if name == layout.tensors(format)[0]:
+                continue  # the codes say how many rows there are
+            with pytest.raises(ValueError, match=r"(is|are) allowed"):
+                layout.unpack({**stored, name: torch.cat([stored[name], stored[name][:1]])}, format)
         again = layout.unpack(stored, format)
         assert torch.equal(again.codes, q.codes)
         assert torch.equal(again.qparams.scale, qparams.scale)

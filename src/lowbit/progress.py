@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lowbit.errors import printable
+
 T = TypeVar("T")
 
 FIRST, EVERY = 15.0, 30.0  # seconds
@@ -53,8 +55,8 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 def say(message: str) -> None:
-    """Print one line on standard error: a warning, a fallback, a choice."""
-    console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    """Print one line on standard error: a warning, a fallback, a choice; names from files do not break it."""
+    console.print(printable(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _log(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:

@@ -24,15 +24,16 @@ from lowbit.analysis.bit_allocation import Linear
 from lowbit.analysis.mixed_precision import WIDTHS, Proposal, check_budget, propose
 from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
-from lowbit.checkpoints.safetensors_folder import write_bytes
+from lowbit.checkpoints.safetensors_folder import Checkpoint, write_bytes
 from lowbit.data.text import evaluation
 from lowbit.data.windows import Bos
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.metrics.sensitivity import divergences_alone
 from lowbit.models.device import check_device
+from lowbit.models.families import family_of
 from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.validate import check_ids
+from lowbit.models.validate import check_ids, check_model
 from lowbit.paths import user_path
 from lowbit.quant.integer import integer
 from lowbit.quant.scheme import override_text
@@ -182,9 +183,11 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
         raise no_run(source.folder)
     if any(not row.sensitivity for row in manifest.blocks):
         raise LowbitError(f"{run} has no recorded sensitivity: quantize again into another folder")
-    skeleton = Skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)
+    config = load_config(source.folder, trust_remote_code)
+    formats = run_formats(manifest, run_scheme(manifest), family_of(config))
+    check_model(Checkpoint(source.folder), config, formats.modules, trust_remote_code)
+    skeleton = Skeleton(config, trust_remote_code)
     shapes = linear_shapes(skeleton)
-    weights = run_formats(manifest, run_scheme(manifest), skeleton.family).weights
     linears = []
     try:
         for row in manifest.blocks:
@@ -192,7 +195,7 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
                 full = f"{skeleton.family.blocks}.{row.block}.{name}"
                 errors = float(record["error"]), float(record["input"])
                 rtn = {int(b): float(error) for b, error in record["rtn"].items()}
-                format = integer(weights[full], "a bit allocation")
+                format = integer(formats.weights[full], "a bit allocation")
                 linears.append(Linear(full, row.block, shapes[full], format, *errors, rtn))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LowbitError(

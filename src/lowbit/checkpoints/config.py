@@ -9,7 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from lowbit.checkpoints.companions import CONFIG
-from lowbit.checkpoints.config_fields import neutralize, without_neutral
+from lowbit.checkpoints.config_fields import neutralize, taken_names, without_neutral
 from lowbit.checkpoints.kinds import no_config, refuse_adapter, refuse_unfinished_run
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError, one_line, shown
@@ -36,6 +36,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     try:
         config = _built(folder, content, trust_remote_code)
+    except LowbitError:
+        raise
     except Exception as error:  # configs validate with exceptions of many types, and may be remote code
         raise LowbitError(f"{folder / CONFIG} is not a valid config: {one_line(error)}") from error
     config.name_or_path = str(folder)  # where code of its own is looked up, whatever the file says
@@ -48,8 +50,14 @@ def _built(folder: Path, content: dict[str, Any], trust_remote_code: bool) -> An
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
         neutralize(config)
         return config
+    kept = without_neutral(content)
+    if not content.get("auto_map") and (taken := taken_names(CONFIG_MAPPING[content["model_type"]]) & kept.keys()):
+        raise LowbitError(
+            f"{folder / CONFIG} has a field {shown(min(taken))}, a name that transformers' config classes need for "
+            "themselves: delete the field"
+        )
     with tempfile.TemporaryDirectory() as temporary:
-        write_json(Path(temporary, CONFIG), without_neutral(content))
+        write_json(Path(temporary, CONFIG), kept)
         return AutoConfig.from_pretrained(temporary, trust_remote_code=False, local_files_only=True)
 
 

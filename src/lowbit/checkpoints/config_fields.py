@@ -9,11 +9,13 @@ They are dropped before the config is built, so every machine computes the same 
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 _KERNELS = ("attn_implementation", "experts_implementation")
 # By what they decide: the form of outputs, the heads of other tasks, training, where and how a graph is traced, the
-# dtype of parameters that nobody filled yet (``device`` and ``--dtype`` decide).
+# dtype of parameters that nobody filled yet (``device`` and ``--dtype`` decide), how it is spread over devices.
 _NEUTRAL = frozenset(
     (
         *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "output_scores"),
@@ -21,6 +23,8 @@ _NEUTRAL = frozenset(
         *("problem_type", "num_labels", "id2label", "label2id", "finetuning_task", "task_specific_params"),
         *("gradient_checkpointing", "use_gradient_checkpointing", "chunk_size_feed_forward", "pruned_heads"),
         *("torchscript", "use_bfloat16", "tf_legacy_loss", "torch_dtype", "dtype"),
+        *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan"),
+        *("keys_to_ignore_at_inference", "_auto_class", "name_or_path", "_name_or_path"),
         *(f"_{name}{suffix}" for name in _KERNELS for suffix in ("", "_internal", "_autoset")),
         *_KERNELS,
     )
@@ -52,6 +56,25 @@ def without_neutral(content: dict[str, Any]) -> dict[str, Any]:
         if not out.get(key, True):
             del out[key]
     return out
+
+
+def taken_names(kind: type) -> frozenset[str]:
+    """Names that a config class uses itself, for methods and facts about the class: a field would replace them.
+
+    >>> from transformers import LlamaConfig
+    >>> sorted(taken_names(LlamaConfig) & {"to_dict", "sub_configs", "hidden_size", "model_type", "__class__"})
+    ['__class__', 'sub_configs', 'to_dict']
+    """
+    own = {name for name in dir(kind) if _is_own(inspect.getattr_static(kind, name))}
+    declared = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+    return frozenset(own - declared)
+
+
+def _is_own(attribute: object) -> bool:
+    """Whether an attribute of a class is a method, a property that nobody sets, or a table; not a field's default."""
+    if isinstance(attribute, property):
+        return attribute.fset is None
+    return hasattr(attribute, "__get__") or isinstance(attribute, dict | list | set | tuple)
 
 
 def neutralize(config: Any) -> None:

@@ -26,8 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowbit.checkpoints.partial import commit, partial_of
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line, shown
 
+DEEPEST = 100  # lists and objects of a JSON file within each other; those of models have less than ten
+_LONGEST_NAME = 255  # characters; no file system has longer names
 SINGLE, INDEX, INDEX_SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors.index.json"
 
 
@@ -49,7 +51,7 @@ def weight_shards(folder: Path) -> list[str]:
     if (index := weight_index(folder)) is not None:
         return index_shards(index)
     file = _named_weights(folder) or SINGLE
-    if not (folder / file).is_file():
+    if not is_there(folder / file):
         raise LowbitError(
             f"{folder} has neither {SINGLE} nor {INDEX}: give a folder with safetensors weights"
             if file == SINGLE
@@ -65,8 +67,8 @@ def index_shards(index: Path) -> list[str]:
         raise LowbitError(f"{index} has no 'weight_map': fetch it again")
     for file in {str(value): value for value in weight_map.values()}.values():
         if not _is_file_name(file):
-            raise LowbitError(f"{index} names the shard {file!r}: only plain file names are allowed there")
-        if not (index.parent / file).is_file():
+            raise LowbitError(f"{index} names the shard {shown(file)}: only plain file names are allowed there")
+        if not is_there(index.parent / file):
             raise LowbitError(f"{index.parent} lacks the shard {file} that its index names: fetch it again")
     return sorted(set(weight_map.values()))
 
@@ -79,14 +81,24 @@ def _named_weights(folder: Path) -> str | None:
         return None
     if not _is_file_name(name) or not name.endswith((".safetensors", INDEX_SUFFIX)):
         raise LowbitError(
-            f"{config} names the weights {name!r} (transformers_weights): allowed is the name of a .safetensors file "
-            f"or index in {folder}"
+            f"{config} names the weights {shown(name)} (transformers_weights): allowed is the name of a .safetensors "
+            f"file or index in {folder}"
         )
     return str(name)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path with a name from a file's content is a file; no file has a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, or one with a NUL
+        return False
+
+
 def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..") and "\\" not in name
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or name in ("", ".", ".."):
+        return False
+    return Path(name).name == name and "\\" not in name
 
 
 class Checkpoint:
@@ -111,7 +123,9 @@ class Checkpoint:
             with safe_open(path, framework="pt") as shard:
                 return list(shard.keys())
         except (SafetensorError, OSError) as error:
-            raise LowbitError(f"{path} is not a complete safetensors file ({error}): fetch it again") from error
+            raise LowbitError(
+                f"{path} is not a complete safetensors file ({one_line(error)}): fetch it again"
+            ) from error
 
     @property
     def names(self) -> list[str]:
@@ -124,18 +138,27 @@ class Checkpoint:
         return [self.folder / file for file in sorted(set(self._file_of.values()))]
 
     def find(self, name: str) -> str | None:
-        """The stored name of a model's tensor: itself, or without the leading ``model.`` (base-model checkpoints)."""
-        stored = next((n for n in (name, name.removeprefix("model.")) if n in self._file_of), None)
-        if stored is None and name in self._stand_in:
+        """The stored name of a model's tensor: itself, or without the leading ``model.`` (base-model checkpoints).
+
+        Raises ``LowbitError`` if both are stored.
+        """
+        found = [n for n in dict.fromkeys((name, name.removeprefix("model."))) if n in self._file_of]
+        if len(found) > 1:
+            raise LowbitError(
+                f"{self.folder} has both '{found[0]}' and '{found[1]}', two names of one tensor: delete one of them"
+            )
+        if not found and name in self._stand_in:
             return self.find(self._stand_in[name])
-        return stored
+        return found[0] if found else None
 
     def file_of(self, name: str) -> str:
         """The shard that holds a tensor, by its stored name."""
         return self._file_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A stored tensor's shape, from the header of its shard."""
+        """A stored tensor's shape, from the header of its shard; raises ``LowbitError`` for one that is missing."""
+        if name not in self._file_of:
+            raise LowbitError(f"{self.folder} has no tensor '{name}': the checkpoint does not match its config.json")
         with safe_open(self.folder / self._file_of[name], framework="pt") as shard:
             return tuple(shard.get_slice(name).get_shape())
 
@@ -159,7 +182,7 @@ class Checkpoint:
                     for name, stored in pairs:
                         out[name] = self._copied(shard.get_tensor(stored), stored, file, dtype)
             except (SafetensorError, OSError) as error:
-                raise LowbitError(f"cannot read {self.folder / file}: {error}") from error
+                raise LowbitError(f"cannot read {self.folder / file}: {one_line(error)}") from error
         return out
 
     def _copied(self, value: Tensor, name: str, file: str, dtype: torch.dtype | None) -> Tensor:
@@ -187,14 +210,40 @@ def block_params(checkpoint: Checkpoint, blocks: str, index: int, layer: nn.Modu
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises ``LowbitError`` for anything else."""
+    """The JSON object in a file; raises ``LowbitError`` for anything else, and for one that nests too deeply."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LowbitError(f"cannot read {path}: {error}") from error
+    except (OSError, ValueError) as error:  # not UTF-8, no JSON, or an integer of thousands of digits
+        raise LowbitError(f"cannot read {path}: {one_line(error)}") from error
+    except RecursionError as error:
+        raise _too_deep(path) from error
     if not isinstance(content, dict):
         raise LowbitError(f"{path} does not hold a JSON object")
+    if _nests_deeper(content, DEEPEST):
+        raise _too_deep(path)
     return content
+
+
+def _nests_deeper(content: Any, limit: int) -> bool:
+    """Whether lists and objects are within each other more than ``limit`` times.
+
+    >>> _nests_deeper({"a": [1]}, 2), _nests_deeper({"a": [[]]}, 2)
+    (False, True)
+    """
+    level = [content]
+    for _ in range(limit):
+        level = [inner for value in level for inner in _inner(value) if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _inner(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _too_deep(path: Path) -> LowbitError:
+    return LowbitError(f"{path} nests lists and objects more than {DEEPEST} deep: it is no file of a model's")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -208,8 +257,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON with sorted keys, so that equal content gives equal bytes."""
-    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    """Write JSON with sorted keys, so that equal content gives equal bytes.
+
+    Halves of characters, which names of files and other JSON may hold, have no UTF-8: they are written as JSON's
+    escapes, and read back as they were.
+    """
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -92,7 +92,7 @@ def documents(
     chosen = checked
     if limit is not None and limit < len(checked):
         chosen = [checked[i] for i in sorted(random.Random(seed).sample(range(len(checked)), limit))]
-    content = json.dumps(chosen, sort_keys=True, ensure_ascii=False).encode()
+    content = json.dumps(chosen, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
     return Documents(chosen, len(checked), source, hashlib.sha256(content).hexdigest())
 
 
@@ -157,7 +157,7 @@ def _json_lines(text: str, path: str) -> list[Document]:
     for number, line in ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LowbitError(f"'{path}' line {number} is not valid JSON: fix or remove it") from error
     return rows
 

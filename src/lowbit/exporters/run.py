@@ -6,7 +6,7 @@ float tensors by the model's names, never the layout in which the folder stores 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from torch import Tensor
 from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError, shown, unknown
 from lowbit.models.families import family_of
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
+from lowbit.models.validate import check_model
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat
@@ -113,6 +114,8 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
     scheme = run_scheme(manifest)
     formats = run_formats(manifest, scheme, family_of(config))
     checkpoint = Checkpoint(folder)
+    if trust_remote_code or not getattr(config, "auto_map", None):  # else only that code knows the shapes
+        check_model(checkpoint, config, formats.modules, trust_remote_code)
     shapes = {name: _shape(checkpoint, name, own) for name, own in formats.modules.items()}
     floats = tuple(name for name in manifest.floats if name != "lm_head")
     shapes |= {name: _size(checkpoint, f"{name}.weight") for name in floats}
@@ -127,13 +130,19 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
 def _shape(checkpoint: Checkpoint, module: str, formats: ModuleFormats) -> tuple[int, int]:
     """``(out, in)`` of a quantized module, from the header of its shard where that says it."""
     if (shape := f"{module}.weight_shape") in tensor_names(module, formats):
-        rows, columns = checkpoint.read([shape])[shape].tolist()
-        return int(rows), int(columns)
+        stored = checkpoint.read([shape])[shape].flatten().tolist()
+        return _two(stored, f"'{shape}' in {checkpoint.folder} says the shape")
     rows, columns = _size(checkpoint, tensor_names(module, formats)[0])
     packed = formats.weight.elements.bits if f"{module}.weight_packed" in tensor_names(module, formats) else 8
     return rows, columns * 8 // packed
 
 
 def _size(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    rows, columns = checkpoint.shape(name)
-    return int(rows), int(columns)
+    return _two(checkpoint.shape(name), f"'{name}' in {checkpoint.folder} has the shape")
+
+
+def _two(shape: Sequence[int], where: str) -> tuple[int, int]:
+    """The two sizes of a matrix; refuses any other shape, which only a broken file has."""
+    if len(shape) != 2 or min(shape) < 1:
+        raise LowbitError(f"{where} {shown(list(shape))}; two sizes of 1 or more are allowed: copy the folder again")
+    return int(shape[0]), int(shape[1])

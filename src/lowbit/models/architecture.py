@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, shown
 
 EdgeKind = Literal["norm", "heads", "channels", "qk"]
 
@@ -236,11 +236,18 @@ def rotary_heads(config: Any) -> Heads:
     rope = getattr(config, "rope_parameters", None) or {}
     nested = next((value for value in rope.values() if isinstance(value, dict)), rope)
     factor = nested.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
+        raise LowbitError(
+            f"config.json is invalid: partial_rotary_factor is {shown(factor)}; allowed: above 0, up to 1"
+        )
     return Heads(config.num_attention_heads, config.num_key_value_heads, dim, int(dim * factor))
 
 
 def check_heads(heads: Heads) -> None:
-    """Refuse a config whose KV heads do not divide its query heads."""
+    """Refuse a config whose attention has no shape, or whose KV heads do not divide its query heads."""
+    for name, value in (("query heads", heads.query), ("key/value heads", heads.kv), ("a head's width", heads.dim)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise LowbitError(f"config.json is invalid: {name} {shown(value)} given; allowed: 1 or more")
     if heads.query % heads.kv:
         raise LowbitError(
             f"config.json is invalid: {heads.query} query heads are not a multiple of {heads.kv} key/value heads"

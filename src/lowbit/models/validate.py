@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line, shown
+from lowbit.models.block import Block
 from lowbit.models.families import family_of
+from lowbit.models.forward import run
 from lowbit.models.skeleton import Skeleton
 from lowbit.progress import say, track
+from lowbit.quant.scheme import ModuleFormats
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
+PROBE = 2  # tokens that show whether a model computes
+_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.float32: "F32"}
+_DTYPES |= {torch.bfloat16: "BF16", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 @contextmanager
@@ -37,9 +46,68 @@ def report_build_errors(folder: Path) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        if isinstance(error, torch.OutOfMemoryError):
+            raise  # of a device: the config is right, the device is too small
         advice = "install what its code needs" if isinstance(error, ImportError) else "fetch it again"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise LowbitError(f"no model can be built from {folder / 'config.json'} ({reason}): {advice}") from error
+
+
+def check_model(
+    checkpoint: Checkpoint,
+    config: Any,
+    modules: Mapping[str, ModuleFormats] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse a checkpoint that does not match its config, before a size that the config states takes any memory.
+
+    The model is built on ``meta``, where a parameter has a shape and no storage, and compared with the headers of the
+    checkpoint's files. Layers are counted first, since each is an object even there.
+
+    Args:
+        checkpoint: the model's files.
+        config: its config, settled by ``settle_tied``.
+        modules: formats of a run folder's quantized modules by full name.
+        trust_remote_code: permit code of the model's own.
+    """
+    family = family_of(config)
+    _check_layers(checkpoint, config, family.blocks)
+    with report_build_errors(checkpoint.folder), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
+        shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
+    check_tensors(checkpoint, shapes, family.blocks, modules or {})
+
+
+def _check_layers(checkpoint: Checkpoint, config: Any, blocks: str) -> None:
+    """Refuse a config with more layers than the checkpoint has tensors of."""
+    layers = config.num_hidden_layers
+    pattern = re.compile(rf"(?:{re.escape(blocks)}|{re.escape(blocks.removeprefix('model.'))})\.([0-9]{{1,9}})\.")
+    stored = {int(match[1]) for name in checkpoint.names if (match := pattern.match(name))}
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= len(stored):
+        raise LowbitError(
+            f"{checkpoint.folder} has tensors of {len(stored)} layers, its config.json says num_hidden_layers "
+            f"{shown(layers)}: they do not match"
+        )
+
+
+def check_computes(skeleton: Skeleton, first_block: Callable[[], Block], folder: Path) -> None:
+    """Refuse a config with which the library's own code cannot compute, by running two tokens through it.
+
+    Configs are checked by nobody until a layer computes: a window that is not set, a probability above 1.
+
+    Args:
+        skeleton: the model, filled; what it recorded is forgotten.
+        first_block: reads block 0, after ``skeleton`` has embedded a text.
+        folder: the model's, for the message.
+    """
+    device = next(skeleton.model.parameters()).device
+    ids = torch.zeros(1, PROBE, dtype=torch.int64, device=device)
+    with report_build_errors(folder), torch.no_grad():
+        hidden = skeleton.embed(ids)
+        block = first_block()
+        skeleton.logits(ids, run(block, hidden, block.quantized_params(), quantized=bool(block.qweights)))
+    skeleton.forget()
 
 
 def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
@@ -52,39 +120,86 @@ def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
 
 
 def check_tensors(
-    checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], blocks: str, quantized: Collection[str]
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, torch.Size],
+    blocks: str,
+    modules: Mapping[str, ModuleFormats],
 ) -> None:
     """Refuse a checkpoint whose tensors do not match its config; only headers are read.
 
-    ``shapes`` are those of the float model; modules in ``quantized`` are not checked. A block weight or bias that is
-    not in the model is refused, since it would be ignored silently (rotary buffers are accepted).
+    ``shapes`` are those of the float model; ``modules`` has the formats of the modules that are quantized. A block
+    weight or bias that is not in the model is refused, since it would be ignored silently (rotary buffers are
+    accepted).
     """
-    stored: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in checkpoint.files:
-        with safe_open(file, framework="pt") as shard:
-            headers = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            stored |= {name: (tuple(head.get_shape()), head.get_dtype()) for name, head in headers.items()}
+    stored = _headers(checkpoint)
     used = set()
     for name, shape in shapes.items():
-        if name.removesuffix(".weight") in quantized:
+        module = name.removesuffix(".weight")
+        if module in modules and name != module:
+            _check_packed(checkpoint, module, modules[module], tuple(shape), stored)
             continue
         stored_name = checkpoint.find(name)
         if stored_name is None:
             raise LowbitError(f"{checkpoint.folder} has no tensor '{name}': it does not match its config.json")
         used.add(stored_name)
-        stored_shape, dtype = stored[stored_name]
-        if stored_shape != tuple(shape):
+        header = stored[stored_name]
+        if header.shape != tuple(shape):
             raise LowbitError(
-                f"'{stored_name}' in {checkpoint.folder} has shape {stored_shape}, config.json implies "
+                f"'{stored_name}' in {checkpoint.folder} has shape {header.shape}, config.json implies "
                 f"{tuple(shape)}: they do not match"
             )
-        if dtype not in FLOATS:
-            raise LowbitError(f"'{stored_name}' in {checkpoint.folder} is {dtype}; allowed: {', '.join(FLOATS)}")
+        if header.dtype not in FLOATS:
+            raise LowbitError(
+                f"'{stored_name}' in {checkpoint.folder} is {header.dtype}; allowed: {', '.join(FLOATS)}"
+            )
     prefixes = (f"{blocks}.", f"{blocks.removeprefix('model.')}.")
-    for name in () if quantized else checkpoint.names:
+    for name in () if modules else checkpoint.names:
         if name not in used and name.startswith(prefixes) and name.endswith((".weight", ".bias")):
             raise LowbitError(
-                f"{checkpoint.folder} has a tensor '{name}' that its config.json does not imply: they do not match"
+                f"{checkpoint.folder} has a tensor {shown(name)} that its config.json does not imply: they do not "
+                "match"
+            )
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says of a tensor: its shape, and its dtype as safetensors names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _headers(checkpoint: Checkpoint) -> dict[str, _Header]:
+    """Every stored tensor's header by its stored name."""
+    stored: dict[str, _Header] = {}
+    for file in checkpoint.files:
+        with safe_open(file, framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            stored |= {name: _Header(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    return stored
+
+
+def _check_packed(
+    checkpoint: Checkpoint,
+    module: str,
+    formats: ModuleFormats,
+    shape: tuple[int, ...],
+    stored: Mapping[str, _Header],
+) -> None:
+    """Refuse a quantized weight whose tensors are not those of a weight of ``shape``."""
+    rows, columns = shape
+    for name, expected in formats.layout.stored(formats.weight, rows, columns).items():
+        full = f"{module}.{name}"
+        if full not in stored:
+            raise LowbitError(f"{checkpoint.folder} has no tensor '{full}': it does not match its lowbit.json")
+        if stored[full] != (due := _Header(expected.shape, _DTYPES[expected.dtype])):
+            raise LowbitError(
+                f"'{full}' in {checkpoint.folder} is {stored[full].dtype} {stored[full].shape}; config.json and "
+                f"lowbit.json imply {due.dtype} {due.shape}: they do not match"
+            )
+        if name == "weight_shape" and (said := checkpoint.read([full])[full].tolist()) != list(shape):
+            raise LowbitError(
+                f"'{full}' in {checkpoint.folder} says {said}, config.json implies {list(shape)}: they do not match"
             )
 
 

@@ -53,7 +53,7 @@ def finish(
     write_json(out / CONFIG, config)
     copied = _copy_companions(source, out, trusted)
     manifest = _manifest(plan, identity, rows, ops, request)
-    write_bytes(out / CARD, model_card(manifest).encode())
+    write_bytes(out / CARD, model_card(manifest).encode(errors="backslashreplace"))
     timing = [{"block": i, **_without_notes(read_json(out / notes_file(i)))} for i in range(len(rows))]
     write_json(out / TIMING, {"blocks": timing})
     # Digests cover what the run made and nothing else in the folder; the timing differs between identical runs.

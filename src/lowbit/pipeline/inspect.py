@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lowbit.checkpoints.resolve import load_config, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.models.architecture import DeclaredEdge, Part, Ref
+from lowbit.models.architecture import DeclaredEdge, Family, Part, Ref
+from lowbit.models.families import family_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
-    check_tensors,
+    check_model,
     refuse_foreign_quantization,
     report_build_errors,
     settle_tied,
-    shapes_of,
 )
 from lowbit.pipeline.estimate import estimate
 from lowbit.pipeline.recipe import load_recipe, with_effort
 from lowbit.pipeline.request import DEFAULTS
-from lowbit.quant.scheme import load_scheme
-from lowbit.runs.manifest import manifest_of, require_trust
+from lowbit.quant.scheme import ModuleFormats, load_scheme
+from lowbit.runs.folder import run_formats, run_scheme
+from lowbit.runs.manifest import Manifest, manifest_of, require_trust
 from lowbit.runs.plan import check_length, check_sizes, make_plan
 from lowbit.torch_state import own_torch_state
 
@@ -48,6 +50,7 @@ def inspect_model(
     require_trust(source.folder, manifest, trust_remote_code)
     checkpoint = Checkpoint(source.folder)
     settle_tied(checkpoint, config)
+    check_model(checkpoint, config, _stored_formats(manifest, family_of(config)), trust_remote_code)
     with report_build_errors(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
     family, heads = skeleton.family, skeleton.heads
@@ -72,7 +75,6 @@ def inspect_model(
             "loads_in_transformers": manifest.transformers.loads,
             "relative_error_of_last_block": manifest.blocks[-1].relative_error,
         }
-    check_tensors(checkpoint, shapes_of(skeleton), family.blocks, {})
     chosen, formats = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
     plan = make_plan(skeleton, formats)
     if length is None:
@@ -88,6 +90,11 @@ def inspect_model(
         "estimated_disk_bytes": needs.disk_bytes,
         "estimated_seconds_at_least": round(needs.seconds, 1),
     }
+
+
+def _stored_formats(manifest: Manifest | None, family: Family) -> Mapping[str, ModuleFormats]:
+    """Formats of a run folder's quantized modules; a float model has none."""
+    return {} if manifest is None else run_formats(manifest, run_scheme(manifest), family).modules
 
 
 def _edge_text(edge: DeclaredEdge) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from lowbit.checkpoints.identity import companions_digest
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
-from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.data.sampling import self_sample
 from lowbit.data.text import Data, calibration
 from lowbit.data.tokenization import decode
@@ -27,9 +27,10 @@ from lowbit.errors import LowbitError
 from lowbit.models.device import DTYPES
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
+    check_computes,
     check_finite,
     check_ids,
-    check_tensors,
+    check_model,
     refuse_foreign_quantization,
     report_build_errors,
     settle_tied,
@@ -217,18 +218,30 @@ def _check(request: Request) -> Resolved:
     refuse_foreign_quantization(config, False, source.folder)
     checkpoint = Checkpoint(source.folder)
     settle_tied(checkpoint, config)
+    check_model(checkpoint, config, trust_remote_code=trusted)
     with report_build_errors(source.folder):
         skeleton = Skeleton(config, trusted)
     scheme = _scheme(request, skeleton)
     plan = make_plan(skeleton, scheme)
     check_length(config, request.length)
     shapes = shapes_of(skeleton)
-    check_tensors(checkpoint, shapes, skeleton.family.blocks, {})
     tokenizer = load_tokenizer(source.folder, trusted)
     tokens = _calibration(request, source, tokenizer)
     check_ids(tokens.ids, skeleton, source.folder)
+    _check_computes(checkpoint, skeleton.empty())
     special = decode(tokenizer, tokens.prefix)
     return Resolved(request, source, checkpoint, skeleton, scheme, plan, shapes, tokens, special)
+
+
+def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    """``check_computes`` before any work; ``skeleton``, which is filled for it, is not the one that the run keeps."""
+    blocks = skeleton.family.blocks
+    skeleton.fill(checkpoint.read(skeleton.shared_names, torch.float32))
+    check_computes(
+        skeleton,
+        lambda: skeleton.block(0, block_params(checkpoint, blocks, 0, skeleton.layers[0])),
+        checkpoint.folder,
+    )
 
 
 def _run(resolved: Resolved, out: Path) -> Manifest:

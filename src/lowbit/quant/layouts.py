@@ -24,9 +24,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -40,6 +41,14 @@ from lowbit.quant.scales import Plain, PowerOfTwo, TwoLevel, shared_exponent, sp
 from lowbit.quant.tables import TableFormat
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How one tensor of a quantized weight is stored."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Layout(ABC):
     """The tensors of a quantized weight, by name relative to its module."""
 
@@ -48,6 +57,10 @@ class Layout(ABC):
     @abstractmethod
     def tensors(self, format: Format) -> tuple[str, ...]:
         """The names of the tensors, that of the codes first."""
+
+    @abstractmethod
+    def stored(self, format: Format, rows: int, columns: int) -> dict[str, Stored]:
+        """Dtypes and shapes of the tensors of a weight ``(rows, columns)``, in the order of ``tensors``."""
 
     def bits_per_value(self, format: Format, columns: int) -> float:
         """Bits of a value on disk: the format's, unless codes take a byte each."""
@@ -63,9 +76,33 @@ class Layout(ABC):
                 weight's own.
         """
 
-    @abstractmethod
     def unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
-        """The inverse of ``pack``; the qparams are in float32."""
+        """The inverse of ``pack``; the qparams are in float32.
+
+        Raises:
+            ValueError: a tensor has another dtype or shape than ``pack`` gives it; they may come from a broken file.
+        """
+        names = self.tensors(format)
+        if "weight_shape" in names:
+            shape = stored["weight_shape"].flatten()[:3].tolist()
+        else:
+            shape = list(stored[names[0]].shape)
+            if len(shape) == 2 and names[0] == "weight_packed":
+                shape[1] = shape[1] * 8 // format.elements.bits
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"the weight's shape is {shape}; two sizes of 1 or more are allowed")
+        for name, expected in self.stored(format, int(shape[0]), int(shape[1])).items():
+            found = Stored(stored[name].dtype, tuple(stored[name].shape))
+            if found != expected:
+                raise ValueError(
+                    f"{name} is {found.dtype} {found.shape}; for a weight of {shape} only {expected.dtype} "
+                    f"{expected.shape} is allowed"
+                )
+        return self._unpack(stored, format)
+
+    @abstractmethod
+    def _unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
+        """``unpack`` of tensors with the right dtypes and shapes."""
 
 
 class PackedIntegers(Layout):
@@ -77,6 +114,22 @@ class PackedIntegers(Layout):
         """Codes, their shape, scales, and zero points if there are any."""
         zero = () if integer(format, self.name).symmetric else ("weight_zero_point",)
         return ("weight_packed", "weight_shape", "weight_scale", *zero)
+
+    def stored(self, format: Format, rows: int, columns: int) -> dict[str, Stored]:
+        """See ``Layout``.
+
+        >>> PackedIntegers().stored(IntFormat(4, group=16), 8, 64)["weight_packed"]
+        Stored(dtype=torch.int32, shape=(8, 8))
+        """
+        format, groups = integer(format, self.name), format.groups(columns)
+        out = {
+            "weight_packed": Stored(torch.int32, (rows, _words(columns, format.bits))),
+            "weight_shape": Stored(torch.int64, (2,)),
+            "weight_scale": Stored(format.scale_dtype if format.symmetric else torch.float32, (rows, groups)),
+        }
+        if not format.symmetric:
+            out["weight_zero_point"] = Stored(torch.int32, (_words(rows, format.bits), groups))
+        return out
 
     def pack(self, q: QTensor, exponent: int | None = None) -> dict[str, Tensor]:
         """Codes as a dense bit stream."""
@@ -90,7 +143,7 @@ class PackedIntegers(Layout):
         zero = pack_to_int32(_signed_zero(q, format), format.bits, packed_dim=0)
         return {**out, "weight_scale": q.qparams.scale.to(torch.float32), "weight_zero_point": zero}
 
-    def unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
+    def _unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
         """See ``Layout``."""
         format = integer(format, self.name)
         scale = stored["weight_scale"].to(torch.float32)
@@ -116,17 +169,48 @@ class PlainIntegers(Layout):
         zero = () if integer(format, self.name).symmetric else ("weight_zero_point",)
         return ("weight", "weight_scale", *zero)
 
+    def stored(self, format: Format, rows: int, columns: int) -> dict[str, Stored]:
+        """See ``Layout``."""
+        format, groups = integer(format, self.name), format.groups(columns)
+        out = {
+            "weight": Stored(torch.int8, (rows, columns)),
+            "weight_scale": Stored(format.scale_dtype, (rows, groups)),
+        }
+        return out if format.symmetric else {**out, "weight_zero_point": Stored(torch.int8, (rows, groups))}
+
     def pack(self, q: QTensor, exponent: int | None = None) -> dict[str, Tensor]:
         """One byte a code."""
         format = integer(q.format, self.name)
         out = {"weight": _signed(q, format), "weight_scale": q.qparams.scale.to(format.scale_dtype)}
         return out if format.symmetric else {**out, "weight_zero_point": _signed_zero(q, format)}
 
-    def unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
+    def _unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
         """See ``Layout``."""
         format = integer(format, self.name)
         zero = None if format.symmetric else stored["weight_zero_point"]
         return _unsigned(stored["weight"], stored["weight_scale"].to(torch.float32), zero, format)
+
+
+# Imported late, because the package loads parts of transformers that plans and messages do without.
+
+
+def pack_to_int32(codes: Tensor, bits: int, packed_dim: Literal[0, 1] = 1) -> Tensor:
+    """compressed-tensors' dense bit stream."""
+    from compressed_tensors.compressors.pack_quantized import helpers
+
+    return helpers.pack_to_int32(codes, bits, packed_dim=packed_dim)
+
+
+def unpack_from_int32(packed: Tensor, bits: int, shape: torch.Size, packed_dim: Literal[0, 1] = 1) -> Tensor:
+    """The inverse of ``pack_to_int32``."""
+    from compressed_tensors.compressors.pack_quantized import helpers
+
+    return helpers.unpack_from_int32(packed.contiguous(), bits, shape, packed_dim=packed_dim)
+
+
+def _words(values: int, bits: int) -> int:
+    """Words of 32 bits that hold so many values."""
+    return -(-values * bits // 32)
 
 
 def _signed(q: QTensor, format: IntFormat) -> Tensor:
@@ -155,6 +239,19 @@ class Floats(Layout):
         codes = "weight" if format.elements.bits == 8 else "weight_packed"
         return (codes, "weight_scale", *(("weight_global_scale",) if isinstance(format.scales, TwoLevel) else ()))
 
+    def stored(self, format: Format, rows: int, columns: int) -> dict[str, Stored]:
+        """See ``Layout``."""
+        format, groups, bits = _float(format), format.groups(columns), format.elements.bits
+        codes = Stored(torch.float8_e4m3fn if bits == 8 else torch.uint8, (rows, columns * bits // 8))
+        out = {self.tensors(format)[0]: codes}
+        if isinstance(format.scales, PowerOfTwo):
+            return {**out, "weight_scale": Stored(torch.uint8, (rows, groups))}
+        if isinstance(format.scales, TwoLevel):
+            out["weight_scale"] = Stored(torch.float8_e4m3fn, (rows, groups))
+            return {**out, "weight_global_scale": Stored(torch.float32, (1,))}
+        shape = (-(-rows // format.rows), groups) if format.rows else (1,)
+        return {**out, "weight_scale": Stored(format.scales.dtype, shape)}
+
     def pack(self, q: QTensor, exponent: int | None = None) -> dict[str, Tensor]:
         """See ``Layout``; raises ``AssertionError`` for an exponent with which a scale cannot be stored."""
         format, scale = _float(q.format), q.qparams.scale
@@ -172,7 +269,7 @@ class Floats(Layout):
         rows = {0: scale[:1, 0], 1: scale}.get(format.rows, scale[:: max(format.rows, 1)])
         return {**out, "weight_scale": rows.to(format.scales.dtype)}
 
-    def unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
+    def _unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
         """See ``Layout``."""
         format = _float(format)
         bits = _unpack_bits(stored[self.tensors(format)[0]], format.elements.bits)
@@ -240,6 +337,21 @@ class Own(Layout):
             names += ["weight_minimum", "weight_super_minimum"] if format.has_minimum else []
         return tuple(names)
 
+    def stored(self, format: Format, rows: int, columns: int) -> dict[str, Stored]:
+        """See ``Layout``."""
+        groups = format.groups(columns)
+        out = {
+            "weight_packed": Stored(torch.int32, (rows, _words(columns, format.elements.bits))),
+            "weight_shape": Stored(torch.int64, (2,)),
+        }
+        if isinstance(format, TableFormat):
+            return {**out, "weight_scale": Stored(format.scale_dtype, (rows, groups))}
+        integers, factors = Stored(torch.uint8, (rows, groups)), Stored(torch.float16, (rows, columns // SUPERBLOCK))
+        out |= {"weight_scale": integers, "weight_super_scale": factors}
+        if _k(format).has_minimum:
+            out |= {"weight_minimum": integers, "weight_super_minimum": factors}
+        return out
+
     def pack(self, q: QTensor, exponent: int | None = None) -> dict[str, Tensor]:
         """See ``Layout``."""
         bits = q.format.elements.bits
@@ -255,7 +367,7 @@ class Own(Layout):
             out["weight_minimum"], out["weight_super_minimum"] = levels_of(q.qparams.zero, _k(q.format))
         return out
 
-    def unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
+    def _unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
         """See ``Layout``."""
         bits, shape = format.elements.bits, torch.Size(stored["weight_shape"].tolist())
         codes = unpack_from_int32(stored["weight_packed"], bits, shape).to(torch.int16) + 2 ** (bits - 1)

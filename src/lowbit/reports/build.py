@@ -63,7 +63,7 @@ def report(
     names = _names(paths)
     results, floats = measured_of(runs, [user_path(file) for file in measured])
     facts = [_facts(run, name, result) for run, name, result in zip(runs, names, results, strict=True)]
-    content = render(facts, floats).encode()
+    content = render(facts, floats).encode(errors="backslashreplace")
     write_bytes(out, content)
     return Reported(out, len(content), names)
 

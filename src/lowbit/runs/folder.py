@@ -38,7 +38,7 @@ from lowbit.checkpoints.lock import Locked, Owner, hold, holder
 from lowbit.checkpoints.partial import is_partial, remove
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_index, write_json
 from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Family
 from lowbit.models.block import Block
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
@@ -223,12 +223,18 @@ def write_folder_index(folder: Path, layers: int) -> None:
 
 
 def read_qtensors(checkpoint: Checkpoint, modules: Mapping[str, ModuleFormats]) -> dict[str, QTensor]:
-    """Quantized weights by the module's full name."""
+    """Quantized weights by the module's full name; raises ``LowbitError`` for tensors that are no such weights."""
     out = {}
     for module, formats in modules.items():
         stored = checkpoint.read(tensor_names(module, formats))
         own = {name.removeprefix(f"{module}."): value for name, value in stored.items()}
-        out[module] = formats.layout.unpack(own, formats.weight)
+        try:
+            out[module] = formats.layout.unpack(own, formats.weight)
+        except ValueError as error:
+            raise LowbitError(
+                f"'{module}' in {checkpoint.folder} is broken: {one_line(error)}: copy the folder again, or quantize "
+                "again"
+            ) from error
     return out
 
 

@@ -22,7 +22,13 @@ from lowbit.models.attention import attention_name
 from lowbit.models.families import family_of
 from lowbit.models.gathered_norm import gathered_norm
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp
-from lowbit.models.validate import check_tensors, refuse_foreign_quantization, report_build_errors, settle_tied
+from lowbit.models.validate import (
+    PROBE,
+    check_model,
+    refuse_foreign_quantization,
+    report_build_errors,
+    settle_tied,
+)
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats, simulated_on
@@ -60,16 +66,16 @@ def load(
     config.__dict__.pop("quantization_config", None)
     checkpoint = Checkpoint(folder)
     settle_tied(checkpoint, config)
-    with report_build_errors(folder), init_empty_weights(include_buffers=False):
-        family = family_of(config)
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    family = family_of(config)
     scheme = simulated_on(run_scheme(manifest) if manifest else None, target)
     formats = ModelFormats()
     if manifest is not None and scheme is not None:
         formats = run_formats(manifest, scheme, family)
+    check_model(checkpoint, config, formats.modules, trust_remote_code)
+    with report_build_errors(folder), init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
-    check_tensors(checkpoint, shapes, family.blocks, formats.weights)
     state = read_dequantized(checkpoint, shapes, formats.modules)
     model.load_state_dict({n: v.to(device, dtype) for n, v in state.items()}, strict=False, assign=True)
     model.tie_weights()
@@ -89,7 +95,10 @@ def load(
         model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation)
     if (folder / "generation_config.json").exists():
         model.generation_config = _generation_config(folder)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    with report_build_errors(folder), torch.no_grad():  # as ``check_computes``; every layer is in memory already
+        model(torch.zeros(1, PROBE, dtype=torch.int64, device=device), use_cache=False)
+    return model
 
 
 def _generation_config(folder: Path) -> GenerationConfig:

@@ -17,14 +17,15 @@ from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
+from lowbit.models.families import family_of
 from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
-    check_tensors,
+    check_computes,
+    check_model,
     refuse_foreign_quantization,
     report_build_errors,
     settle_tied,
-    shapes_of,
 )
 from lowbit.progress import track
 from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
@@ -64,18 +65,19 @@ class StreamedModel:
         self.scheme: Scheme | None = simulated_on(run_scheme(manifest) if manifest else None, target)
         self.checkpoint = Checkpoint(folder)
         settle_tied(self.checkpoint, self.config)
-        with report_build_errors(folder):
-            self.skeleton = Skeleton(self.config, trust_remote_code)
-        family = self.skeleton.family
+        family = family_of(self.config)
         self.formats = ModelFormats()
         if manifest is not None and self.scheme is not None:
             self.formats = run_formats(manifest, self.scheme, family)
-        check_tensors(self.checkpoint, shapes_of(self.skeleton), family.blocks, self.formats.weights)
+        check_model(self.checkpoint, self.config, self.formats.modules, trust_remote_code)
+        with report_build_errors(folder):
+            self.skeleton = Skeleton(self.config, trust_remote_code)
         shared = read_dequantized(self.checkpoint, self.skeleton.shared_names, self.formats.modules)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in shared.items()})
         self.skeleton.model.to(device)
         if (inputs := self.formats.input(family.head)) is not None:
             self.skeleton.quantize_head_input(inputs)
+        check_computes(self.skeleton, lambda: self.block(0), folder)
 
     def block(self, index: int) -> Block:
         """Read layer ``index``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError, one_line, shown, unknown
 from lowbit.models.architecture import Family, check_heads
 from lowbit.models.families.gemma import GEMMA2, GEMMA3
 from lowbit.models.families.llama import LLAMA
@@ -21,10 +21,17 @@ def family_of(config: Any) -> Family:
     names = getattr(config, "architectures", None)
     if not isinstance(names, list) or not names:
         raise LowbitError("config.json names no architecture: add 'architectures', for example ['LlamaForCausalLM']")
-    for family in FAMILIES:
-        if names[0] in family.architectures:
-            if reason := family.refuse(config):
-                raise LowbitError(reason)
-            check_heads(family.heads(config))
-            return family
-    raise unknown("architecture", names[0], [name for family in FAMILIES for name in family.architectures])
+    family = next((family for family in FAMILIES if names[0] in family.architectures), None)
+    if family is None:
+        name = names[0] if isinstance(names[0], str) else shown(names[0])
+        raise unknown("architecture", name, [name for family in FAMILIES for name in family.architectures])
+    try:
+        reason, heads = family.refuse(config), family.heads(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise LowbitError(
+            f"config.json is invalid: the attention's shape cannot be read ({one_line(error)}): fetch it again"
+        ) from error
+    if reason:
+        raise LowbitError(reason)
+    check_heads(heads)
+    return family
