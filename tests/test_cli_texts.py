@@ -20,8 +20,10 @@ from lowbit.cli.main import app, call
 from lowbit.cli.targets import patterns, scheme_name
 from lowbit.errors import LowbitError
 from lowbit.exporters import EXPORTERS
+from lowbit.exporters.gguf_native import NATIVE
 from lowbit.pipeline.recipe import load_recipe, recipe_names
 from lowbit.pipeline.request import DEFAULTS
+from lowbit.quant.layouts import LAYOUTS, layout_of
 from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import (
     ACT_BITS,
@@ -36,6 +38,7 @@ from lowbit.quant.scheme import (
     parse_scheme,
 )
 
+ROOT = Path(__file__).parent.parent
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -212,6 +215,41 @@ def test_schemes_lists_every_format_that_an_override_may_name(listed):
         if unit > 1:
             with pytest.raises(LowbitError, match="do"):
                 WEIGHTS[name].groups(unit // 2)
+
+
+def test_the_page_of_formats_has_the_facts_of_every_format(listed):
+    page = (ROOT / "docs/formats.md").read_text()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    rows = {row[0].strip("`"): row[1:] for row in cells if len(row) == 7}
+    loads = {row["weights"]: row["transformers"] or "no" for row in listed["named"]}
+    for row in listed["formats"]:
+        codes, _, bits, unit, dtype, kind = rows[row["name"]]
+        assert codes == row["codes"]
+        assert bits == row["bits_per_weight"]
+        assert int(unit.split()[0]) == row["widths"]
+        assert dtype == loads.get(row["name"], dtype)
+        native = NATIVE.get(row["name"])
+        assert kind == (native.name if native else "")
+    assert loads.keys() <= rows.keys()
+
+
+def test_the_page_of_schemes_has_the_grammar_and_every_name():
+    page = (ROOT / "docs/schemes.md").read_text()
+    assert GRAMMAR in page
+    for name in NAMED:
+        assert f"`{name}`" in page, name
+
+
+def test_the_page_of_run_folders_has_every_layout():
+    page = (ROOT / "docs/run-folder.md").read_text()
+    table = page.partition("## Layouts")[2].partition("## Loading")[0]
+    assert sorted(re.findall(r"^\| `([a-z0-9-]+)` \|", table, re.M)) == sorted(LAYOUTS)
+    for name in LAYOUTS:
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| `{name}`"))
+        for format in WEIGHTS.values():
+            if layout_of(format).name == name:
+                beside = set(LAYOUTS[name].tensors(format)) - {"weight_scale"}
+                assert beside <= set(re.findall(r"`(\w+)`", line)), (name, format.name)
 
 
 def test_targets_list_inputs_in_fp8_where_they_are_supported():
