@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import re
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from lowbit.exporters import EXPORTERS
 from lowbit.exporters.gguf_native import NATIVE
 from lowbit.pipeline.recipe import load_recipe, recipe_names
 from lowbit.pipeline.request import DEFAULTS
+from lowbit.quant.integer import IntFormat
 from lowbit.quant.layouts import LAYOUTS, layout_of
 from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import (
@@ -246,8 +248,8 @@ def test_the_page_of_run_folders_has_every_layout():
     assert sorted(re.findall(r"^\| `([a-z0-9-]+)` \|", table, re.M)) == sorted(LAYOUTS)
     for name in LAYOUTS:
         (line,) = (line for line in table.splitlines() if line.startswith(f"| `{name}`"))
-        for format in WEIGHTS.values():
-            if layout_of(format).name == name:
+        for format, outside in product((*WEIGHTS.values(), IntFormat(4, 32, symmetric=False)), (False, True)):
+            if layout_of(format, outside=outside).name == name:
                 beside = set(LAYOUTS[name].tensors(format)) - {"weight_scale"}
                 assert beside <= set(re.findall(r"`(\w+)`", line)), (name, format.name)
 
