@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.cli.targets import planned
-from lowbit.errors import LowbitError
 from lowbit.exporters.target import Exporter
 from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.compressed_tensors import stock_dtype
@@ -73,7 +72,7 @@ class SchemeRow:
 def format_rows() -> list[FormatRow]:
     """The weight formats that have names of their own."""
     return [
-        FormatRow(name, codes_text(own), f"{scales_text(own)}, {shared_by(own)}", width_unit(own), bits_text(own))
+        FormatRow(name, codes_text(own), f"{scales_text(own)}, {shared_by(own)}", own.width_unit, bits_text(own))
         for name, own in WEIGHTS.items()
     ]
 
@@ -173,23 +172,6 @@ def shared_by(format: Format) -> str:
     if rows > 1:
         return f"tiles of {rows} x {format.group}"
     return f"groups of {format.group}" if format.group else "rows"
-
-
-def width_unit(format: Format) -> int:
-    """The smallest width that the format accepts, of which all others are multiples.
-
-    >>> width_unit(WEIGHTS["q4_k"]), width_unit(WEIGHTS["nvfp4"]), width_unit(WEIGHTS["fp8"])
-    (256, 16, 1)
-    """
-    return next(width for width in range(1, COLUMNS + 1) if _accepts(format, width))
-
-
-def _accepts(format: Format, width: int) -> bool:
-    try:
-        format.groups(width)
-    except LowbitError:
-        return False
-    return True
 
 
 def bits_text(format: Format) -> str:

@@ -75,7 +75,7 @@ class Scheme:
     Attributes:
         name: the name from which it is parsed.
         weight: format of the blocks' linear weights.
-        act: format of those linears' inputs, dynamic per token; ``None``: float.
+        act: format of those linears' inputs, dynamic: its ranges depend on one token; ``None``: float.
         kv: format of Q, K and V inside the attention, dynamic per token and head; ``None``: float.
         overrides: ``(glob, format)`` pairs over module names such as ``model.layers.3.mlp.down_proj`` or
             ``lm_head``; the first match wins; ``None`` leaves the module in float.
