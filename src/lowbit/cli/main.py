@@ -70,7 +70,8 @@ def quantize(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="A name such as w4a16g64-sym, mxfp4 or q4_k, or FILE.yaml; all are listed by 'lowbit schemes'.",
+            help="w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym], another name of 'lowbit schemes', or "
+            "FILE.yaml.",
             show_default="w4a16g64-sym",
         ),
     ] = None,
