@@ -119,7 +119,7 @@ OPTIONS = [
     ("overrides", {"s.yaml": "scheme: w4a16\noverrides: [a]"}, ["--scheme", "{m}/s.yaml"], ["must map a glob"]),
     ("override of nothing", {}, ["--override", "*.nope=w8"], ["'*.nope' matches no module", "q_proj", "lm_head"]),
     ("override form", {}, ["--override", "lm_head"], ["--override lm_head", "GLOB=FORMAT", "'*.down_proj=w8'"]),
-    ("override format", {}, ["--override", "lm_head=int8"], ["'int8'", "'float' or w{2..8}[g{n}][-sym|-asym]"]),
+    ("override format", {}, ["--override", "lm_head=int8"], ["'int8'", "'float', w{2..8}[g{n}][-sym|-asym]", "q4_k"]),
     ("override bits", {}, ["--override", "lm_head=w9"], ["9 bits given", "2 to 8"]),
     ("override group", {}, ["--override", "*.down_proj=w8g36"], ["down_proj", "36", "96", "16, 32, 48, 96"]),
     ("all float", {}, ["--override", "*=float"], ["nothing to quantize"]),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import re
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -14,12 +18,29 @@ import yaml
 
 from lowbit.cli import demo
 from lowbit.cli.main import app, call
+from lowbit.cli.targets import patterns, scheme_name
+from lowbit.errors import LowbitError
 from lowbit.exporters import EXPORTERS
+from lowbit.exporters.gguf_native import NATIVE
 from lowbit.pipeline.recipe import load_recipe, recipe_names
 from lowbit.pipeline.request import DEFAULTS
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.layouts import LAYOUTS, layout_of
 from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import ACT_BITS, GRAMMAR, KV_BITS, OVERRIDE_GRAMMAR, WEIGHT_BITS, parse_scheme
+from lowbit.quant.scheme import (
+    ACT_BITS,
+    GRAMMAR,
+    KV_BITS,
+    NAMED,
+    OVERRIDE_GRAMMAR,
+    WEIGHT_BITS,
+    WEIGHTS,
+    override_text,
+    parse_override,
+    parse_scheme,
+)
 
+ROOT = Path(__file__).parent.parent
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -54,8 +75,10 @@ def test_every_help_text_is_printed_whole(name, width, command, monkeypatch):
         assert squeezed(text) in out
 
 
-def test_the_help_of_quantize_has_the_whole_grammar(command):
-    assert GRAMMAR in squeezed(command("quantize", "--help"))
+def test_the_help_of_quantize_has_the_whole_grammar_and_where_names_are_listed(command):
+    out = squeezed(command("quantize", "--help"))
+    assert GRAMMAR in out
+    assert "lowbitschemes" in out
 
 
 def test_the_list_of_commands_has_each_with_a_line_that_is_not_cut(command):
@@ -132,45 +155,131 @@ def test_the_text_of_a_recipe_is_checked_and_no_part_of_what_it_is(tmp_path, cap
 
 
 def test_the_grammar_is_that_of_the_parser():
-    acts, kv = (",".join(map(str, allowed)) for allowed in (ACT_BITS, KV_BITS))
-    written = f"w{{2..8}}a{{{acts}}}[kv{{{kv}}}][g{{n}}][-sym|-asym]"
+    acts, kv = (",".join(map(str, allowed)) for allowed in ((*ACT_BITS, "fp8"), KV_BITS))
+    written = f"w{{2..8}}a{{{acts}}}[kv{{{kv}}}][g{{n}}][-sym|-asym|-sym-asym]"
     assert written == GRAMMAR
     assert (WEIGHT_BITS[0], WEIGHT_BITS[-1]) == (2, 8)
     assert OVERRIDE_GRAMMAR == "w{2..8}[g{n}][-sym|-asym]"
 
 
-def test_schemes_explains_names_overrides_and_targets(command):
+@pytest.fixture(scope="module")
+def listed() -> dict[str, Any]:
+    """What ``lowbit schemes --json`` prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert call(["schemes", "--json"]) == 0
+    return json.loads(out.getvalue())
+
+
+def test_schemes_explains_names_overrides_and_targets(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     out = command("schemes")
     for said in (GRAMMAR, OVERRIDE_GRAMMAR, "--override", *EXPORTERS, *RUNTIMES, "w4a16g64-sym"):
         assert said in out
-    found = json.loads(command("schemes", "--json"))
-    assert found["grammar"] == GRAMMAR
-    assert set(found["parts"]) == {"w4", "a8", "kv4", "g64", "-sym, -asym"}
-    for example in found["examples"]:
+    for name in (*NAMED, *WEIGHTS):
+        assert re.search(rf"^│ {re.escape(name)} ", out, re.M), name
+
+
+def test_the_json_of_schemes_has_the_grammar_and_examples(listed):
+    assert listed["grammar"] == GRAMMAR
+    assert set(listed["parts"]) == {"w4", "a8", "afp8", "kv4", "g64", "-sym, -asym", "-sym-asym"}
+    for example in listed["examples"]:
         assert parse_scheme(example["scheme"]).name == example["scheme"]
-    assert found["examples"][0]["bits_per_weight"] == "4.250"
-    assert {one["name"] for one in found["runtimes"]} == set(RUNTIMES)
+    found = {row["scheme"]: row for row in listed["examples"]}
+    assert list(found["w4a8g64-sym-asym"].values())[1:] == ["4 bits sym", "8 bits asym", "float", "4.250"]
+    assert list(found["w4afp8g64"].values())[1:] == ["4 bits sym", "E4M3, per token", "float", "4.250"]
+
+
+def test_schemes_lists_every_named_scheme_and_what_loads_it(listed):
+    rows = {row["scheme"]: row for row in listed["named"]}
+    assert list(rows) == list(NAMED)
+    assert {row["bits_per_weight"] for row in rows.values() if row["weights"] == "mxfp4"} == {"4.250"}
+    facts = ("inputs", "layout", "transformers")
+    assert [rows["mxfp4a8"][key] for key in facts] == ["E4M3, groups of 32", "mxfp4-pack-quantized", "bfloat16"]
+    assert [rows["fp8"][key] for key in facts] == ["E4M3, per token", "float-quantized", "float32"]
+    assert [rows["q4_k"][key] for key in facts] == ["float", "lowbit-packed", None]
+    assert "llama.cpp" in rows["q4_k"]["why_not"]
+    for name, row in rows.items():
+        assert (row["transformers"] is None) == (row["why_not"] is not None)
+        for target in listed["targets"]:
+            assert (name in target["schemes"]) == (target["name"].partition(" ")[0] in row["exports"]), name
+
+
+def test_schemes_lists_every_format_that_an_override_may_name(listed):
+    rows = {row["name"]: list(row.values())[1:] for row in listed["formats"]}
+    assert list(rows) == list(WEIGHTS)
+    assert all(override_text(parse_override(name)) == name for name in rows)
+    assert rows["q2_k"] == ["2 bits from a minimum", "4 bits x float16 of 256, groups of 16", 256, "2.625"]
+    assert rows["fp8-block"] == ["E4M3", "bfloat16, tiles of 128 x 128", 128, "8.001"]
+    for name, (*_, unit, _) in rows.items():
+        assert all(WEIGHTS[name].groups(unit * times) >= 1 for times in (1, 3))
+        if unit > 1:
+            with pytest.raises(LowbitError, match="do"):
+                WEIGHTS[name].groups(unit // 2)
+
+
+def test_the_page_of_formats_has_the_facts_of_every_format(listed):
+    page = (ROOT / "docs/formats.md").read_text()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    rows = {row[0].strip("`"): row[1:] for row in cells if len(row) == 7}
+    loads = {row["weights"]: row["transformers"] or "no" for row in listed["named"]}
+    for row in listed["formats"]:
+        codes, _, bits, unit, dtype, kind = rows[row["name"]]
+        assert codes == row["codes"]
+        assert bits == row["bits_per_weight"]
+        assert int(unit.split()[0]) == row["widths"]
+        assert dtype == loads.get(row["name"], dtype)
+        native = NATIVE.get(row["name"])
+        assert kind == (native.name if native else "")
+    assert loads.keys() <= rows.keys()
+
+
+def test_the_page_of_schemes_has_the_grammar_and_every_name():
+    page = (ROOT / "docs/schemes.md").read_text()
+    assert GRAMMAR in page
+    for name in NAMED:
+        assert f"`{name}`" in page, name
+
+
+def test_the_page_of_run_folders_has_every_layout():
+    page = (ROOT / "docs/run-folder.md").read_text()
+    table = page.partition("## Layouts")[2].partition("## Loading")[0]
+    assert sorted(re.findall(r"^\| `([a-z0-9-]+)` \|", table, re.M)) == sorted(LAYOUTS)
+    for name in LAYOUTS:
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| `{name}`"))
+        for format, outside in product((*WEIGHTS.values(), IntFormat(4, 32, symmetric=False)), (False, True)):
+            if layout_of(format, outside=outside).name == name:
+                beside = set(LAYOUTS[name].tensors(format)) - {"weight_scale"}
+                assert beside <= set(re.findall(r"`(\w+)`", line)), (name, format.name)
+
+
+def test_targets_list_inputs_in_fp8_where_they_are_supported():
+    key = ("fp8", None, "-sym")
+    assert scheme_name(key, 64, 4) == "w4afp8g64-sym"
+    assert list(patterns([(key, None, 4), (("8", None, "-sym"), None, 4)])) == ["w4a{8,fp8}-sym"]
 
 
 def expanded(pattern: str) -> set[str]:
-    """The scheme names that a pattern stands for, of groups 64 and none."""
-    head = re.match(r"(w[^a]+)(a(?:\{[^}]*\}|\d+))(kv\d)?(.*?)(-a?sym)$", pattern)
+    """The scheme names that a pattern stands for, of groups 64 and none; a name stands for itself."""
+    if pattern in NAMED:
+        return {pattern}
+    head = re.match(r"(w[^a]+)(a(?:\{[^}]*\}|\d+|fp8))(kv\d)?(.*?)(-sym-asym|-a?sym)$", pattern)
     assert head, pattern
     weights, acts, kv, group, suffix = head.groups()
 
-    def values(text: str) -> list[int]:
+    def values(text: str) -> list[str]:
         text = text.strip("wa{}")
         low, dots, high = text.partition("..")
-        return list(range(int(low), int(high) + 1)) if dots else [int(part) for part in text.split(",")]
+        return [str(n) for n in range(int(low), int(high) + 1)] if dots else text.split(",")
 
     groups = [""] if not group or group.startswith("[") else []
     groups += ["g64"] if "g{n}" in group or "64" in group else []
     return {f"w{w}a{a}{kv or ''}{g}{suffix}" for w in values(weights) for a in values(acts) for g in groups}
 
 
-def test_what_targets_are_said_to_take_is_what_they_take(command, tmp_path):
+def test_what_targets_are_said_to_take_is_what_they_take(listed):
     """Asked again of the exporters, for a few schemes that stand for a kind each."""
-    takes = {one["name"].split(" or ")[0]: one for one in json.loads(command("schemes", "--json"))["targets"]}
+    takes = {one["name"].split(" or ")[0]: one for one in listed["targets"]}
     names = {target: set().union(*map(expanded, one["schemes"])) for target, one in takes.items()}
     assert set(takes) == set(EXPORTERS)
     assert {"w4a16g64-sym", "w4a16g64-asym"} <= names["awq"]

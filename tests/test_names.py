@@ -110,6 +110,17 @@ def test_a_run_stores_the_names_in_their_own_spelling(model, tmp_path):
             ["--scheme", "w4a8g32"],
             ["q_proj: group size 32 does not divide a width of 72", "--scheme w4a8"],
         ),
+        ({}, ["--scheme", "q4_k"], ["q_proj: q4_k needs widths in multiples of 256", "--override '*.q_proj=w8'"]),
+        (
+            {"intermediate_size": 104},
+            ["--scheme", "w4a16", "--override", "*.mlp.down*=iq4_nl"],
+            ["down_proj: iq4_nl needs widths in multiples of 32, and this one is 104", "'*.mlp.down*=w8'"],
+        ),
+        (
+            {"intermediate_size": 104},
+            ["--scheme", "mxfp8", "--override", "*.down_proj=w8"],
+            ["inputs in mxfp8 have groups of 32, which do not divide a width of 104", "'*.down_proj=float'"],
+        ),
     ],
 )
 def test_where_no_group_size_fits_the_message_says_what_does(widths, options, said, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
 from lowbit.quant.activations import IntTokens
+from lowbit.quant.float_activations import FP8_TOKENS
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.runtimes import RuntimeInput
 from lowbit.quant.scheme import (
@@ -90,6 +91,23 @@ def test_a_number_out_of_range_names_what_is_allowed(name, message):
 def test_a_malformed_name_is_told_the_form(name):
     with pytest.raises(LowbitError, match=r"unknown scheme .* give w\{2..8\}a\{4,6,8,16,fp8\}.* for example"):
         parse_scheme(name)
+
+
+def test_inputs_in_fp8_beside_every_other_part_of_a_name():
+    for name, symmetric in (("w4afp8", True), ("w4afp8g64-sym", True), ("w4afp8g64-asym", False)):
+        scheme = parse_scheme(name)
+        assert (scheme.weight.symmetric, scheme.act, scheme.kv) == (symmetric, FP8_TOKENS, None)
+    assert parse_scheme("w4afp8kv4").kv == IntTokens(4, symmetric=False)
+    with pytest.raises(LowbitError, match="3 kv bits given"):
+        parse_scheme("w4afp8kv3")
+
+
+def test_two_suffixes_are_for_integer_inputs():
+    scheme = parse_scheme("w4a8-sym-asym")
+    assert (scheme.weight.symmetric, scheme.act) == (True, IntTokens(8, symmetric=False))
+    for name in ("w4a16-sym-asym", "w4afp8g64-sym-asym"):
+        with pytest.raises(LowbitError, match="inputs have no zero point; give -sym or -asym"):
+            parse_scheme(name)
 
 
 def test_override_texts():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from lowbit.pipeline.recipe import Recipe
 
 PAPER = "paper/"
-EXAMPLES = ("w4a16g64-sym", "w3a16-asym", "w2a16g64-asym", "w8a8", "w4a8kv4", "w4a4")
-COLUMNS = 4096  # width of the weight for which bits per weight are shown
+EXAMPLES = ("w4a16g64-sym", "w3a16-asym", "w2a16g64-asym", "w8a8", "w4a8g64-sym-asym", "w4afp8g64", "w4a8kv4", "w4a4")
 
 
 def recipes(
@@ -89,52 +89,72 @@ def _show_recipe(recipe: Recipe, as_json: bool) -> None:
 
 def schemes(as_json: Json = False) -> None:
     """Explain scheme names and list what each target supports."""
-    from lowbit.cli.targets import targets
+    from lowbit.cli.formats import format_rows, scheme_rows
+    from lowbit.cli.targets import installed, targets
     from lowbit.quant.runtimes import RUNTIMES
-    from lowbit.quant.scheme import GRAMMAR, OVERRIDE_GRAMMAR, parse_scheme
+    from lowbit.quant.scheme import GRAMMAR, OVERRIDE_GRAMMAR
 
-    examples = [_example(parse_scheme(name)) for name in EXAMPLES]
-    runtimes = [
-        {"name": name, "default_schemes": list(runtime.schemes), "inputs": runtime.rounds or "as the scheme says"}
-        for name, runtime in RUNTIMES.items()
-    ]
-    supported = targets()
+    facts = {
+        "grammar": GRAMMAR,
+        "parts": _parts(),
+        "examples": [_example(name) for name in EXAMPLES],
+        "named": [asdict(row) for row in scheme_rows(installed()[0])],
+        "formats": [asdict(row) for row in format_rows()],
+        "override_grammar": OVERRIDE_GRAMMAR,
+        "targets": targets(),
+        "runtimes": [
+            {"name": name, "default_schemes": list(runtime.schemes), "inputs": runtime.rounds or "as the scheme says"}
+            for name, runtime in RUNTIMES.items()
+        ],
+    }
     if as_json:
-        print_json(
-            {
-                "grammar": GRAMMAR,
-                "parts": _parts(),
-                "examples": examples,
-                "override_grammar": OVERRIDE_GRAMMAR,
-                "targets": supported,
-                "runtimes": runtimes,
-            }
-        )
-        return
-    console = Console()
+        print_json(facts)
+    else:
+        _show_schemes(facts)
 
-    def show(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-        print(title)
-        rows = table(*heads)
-        for row in lines:
-            rows.add_row(*map(Text, row))
-        console.print(rows)
 
-    show(f"A scheme is a name {GRAMMAR}:", ("part", "meaning"), list(_parts().items()))
+def _show_schemes(facts: dict[str, Any]) -> None:
+    _show(f"A scheme of integers is a name\n{facts['grammar']}:", ("part", "meaning"), list(facts["parts"].items()))
     heads = ("example", "weights", "inputs", "Q, K, V", "bits per weight")
-    cells = [list(example.values()) for example in examples]
-    show("\nExamples; bits count codes, scales and zero points:", heads, cells)
-    print(_OVERRIDES.format(grammar=OVERRIDE_GRAMMAR))
-    show(
+    cells = [list(example.values()) for example in facts["examples"]]
+    _show("\nExamples; bits count codes, scales and zero points:", heads, cells)
+    _show(
+        "\nOther schemes are names of formats. Stock transformers gives the simulated logits in the dtype shown;\n"
+        "lowbit.load runs every scheme:",
+        ("scheme", "weights", "inputs", "bits per weight", "transformers", "export --to"),
+        [
+            (
+                *(row[key] for key in ("scheme", "weights", "inputs", "bits_per_weight")),
+                row["transformers"] or "no",
+                ", ".join(row["exports"]) or "-",
+            )
+            for row in facts["named"]
+        ],
+    )
+    _show(
+        "\nWeight formats that have names:",
+        ("format", "codes", "scales", "widths in multiples of", "bits per weight"),
+        [[str(value) for value in row.values()] for row in facts["formats"]],
+    )
+    print(_OVERRIDES.format(grammar=facts["override_grammar"]))
+    _show(
         "\nWhat lowbit export --to TARGET supports, for a model with the widths of Llama 7B:",
         ("target", "schemes"),
-        [(target["name"], "\n".join(target["schemes"]) or target["needs"]) for target in supported],
+        [(target["name"], "\n".join(target["schemes"]) or target["needs"]) for target in facts["targets"]],
     )
-    show(
+    _show(
         "\nlowbit quantize --target RUNTIME also simulates how the runtime quantizes inputs:",
         ("runtime", "default schemes", "inputs of linears"),
-        [(str(row["name"]), "\n".join(row["default_schemes"]), str(row["inputs"])) for row in runtimes],
+        [(row["name"], "\n".join(row["default_schemes"]), row["inputs"]) for row in facts["runtimes"]],
     )
+
+
+def _show(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    print(title)
+    rows = table(*heads)
+    for row in lines:
+        rows.add_row(*map(Text, row))
+    Console().print(rows)
 
 
 def _parts() -> dict[str, str]:
@@ -145,28 +165,32 @@ def _parts() -> dict[str, str]:
     return {
         "w4": f"weights of the blocks' linears at 4 bits ({WEIGHT_BITS[0]} to {WEIGHT_BITS[-1]})",
         "a8": f"their inputs at 8 bits ({acts}), one dynamic range per token; a16: floating point",
+        "afp8": "their inputs in FP8 (E4M3), one dynamic scale per token",
         "kv4": f"queries, keys and values at 4 bits ({', '.join(map(str, KV_BITS))}), per token and head; optional",
         "g64": "one scale for 64 consecutive input channels of a weight's row; without it, one per row",
-        "-sym, -asym": "symmetric (zero point in the middle of the range) or asymmetric; without it, a16 schemes are "
-        "symmetric and others asymmetric",
+        "-sym, -asym": "symmetric (zero point in the middle of the range) or asymmetric, weights and integer inputs "
+        "alike; without it, integer inputs and weights behind them are asymmetric, other weights symmetric",
+        "-sym-asym": "symmetric weights, asymmetric inputs",
     }
 
 
-def _example(scheme: Any) -> dict[str, str]:
-    def format_of(bits: int, symmetric: bool) -> str:
-        return f"{bits} bits {'sym' if symmetric else 'asym'}"
+def _example(name: str) -> dict[str, str]:
+    """The formats of a scheme, in a few words each."""
+    from lowbit.cli.formats import bits_text, inputs_text, weights_text
+    from lowbit.quant.scheme import parse_scheme
 
+    scheme = parse_scheme(name)
     return {
         "scheme": scheme.name,
-        "weights": format_of(scheme.weight.bits, scheme.weight.symmetric),
-        "activations": format_of(scheme.act.bits, scheme.act.symmetric) if scheme.act else "float",
-        "kv": format_of(scheme.kv.bits, scheme.kv.symmetric) if scheme.kv else "float",
-        "bits_per_weight": f"{scheme.weight.bits_per_value(COLUMNS):.3f}",
+        "weights": weights_text(scheme.weight),
+        "activations": inputs_text(scheme.act),
+        "kv": inputs_text(scheme.kv),
+        "bits_per_weight": bits_text(scheme.weight),
     }
 
 
 _OVERRIDES = """
-Overrides give modules another weight format, {grammar} or float;
+Overrides give modules another weight format, {grammar}, one of the names above or float;
 the first matching glob applies:
   --override '*.down_proj=w8' --override '*.layers.0.*=float' --override lm_head=w8g64
 Embeddings and the output head stay in floating point unless an override names

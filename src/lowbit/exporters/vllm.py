@@ -1,16 +1,16 @@
 """A run in the compressed-tensors layout that vLLM reads, where it differs from the run folder's own.
 
-A run folder is written for stock ``transformers``, which supports quantized activations only with one int8 per code.
-vLLM's integer kernels (Humming: weights of 2 to 8 bits, activations of 4 or 8) read the packed layout. Codes, scales
-and zero points are unchanged; only their packing differs:
+A run folder is written for stock ``transformers``. vLLM's integer kernels (Humming: weights of 2 to 8 bits,
+activations of 4 or 8) read 16-bit scales beside zero points, and int8 codes for its int8 kernels. Codes, scales and
+zero points are unchanged; only how they are stored differs:
 
 =========================================== ================= ===============================================
 scheme                                      run folder        here
 =========================================== ================= ===============================================
 weights only, symmetric                     pack-quantized    the same
 weights only, asymmetric (4 or 8 bits)      pack-quantized    the same, scales as float16, no ``dequantize``
-activations, symmetric, per token           int-quantized     pack-quantized
-``w8a8-sym``, one scale per row             int-quantized     the same: vLLM's int8 kernels read it
+activations, symmetric, per token           pack-quantized    the same
+``w8a8-sym``, one scale per row             pack-quantized    int-quantized
 =========================================== ================= ===============================================
 
 vLLM's limits are taken from its source of 2026 (``compressed_tensors.py``, ``schemes/``), not from running it.

@@ -106,7 +106,7 @@ def quantize(
     Args:
         model: a folder, a hub id, a ``.gguf`` file or ``demo``.
         out: the run folder; new, empty, or left by an interrupted run of the same request.
-        scheme: a name such as ``w4a16g64-sym``, a YAML file, or a ``Scheme``.
+        scheme: a name such as ``w4a16g64-sym``, ``mxfp4`` or ``q4_k``, a YAML file, or a ``Scheme``.
         recipe: a name such as ``gptq``, a YAML file, or a ``Recipe``.
         data: calibration text: ``builtin``, ``wikitext2``, ``ptb``, ``c4``, ``self``, a file, several of these, or a
             list of texts.
@@ -115,7 +115,7 @@ def quantize(
             none; ``stream``, the papers' protocol, where a corpus has them once. See ``docs/data.md``.
         device, dtype: device and dtype of the blocks' forward passes; a CPU computes in float32 only.
         settings: ``step.field=value`` for the recipe's steps.
-        overrides: ``{glob: format}`` over module names, such as ``{"*.down_proj": "w8"}`` or ``{"lm_head": "w8"}``.
+        overrides: ``{glob: format}`` over module names, such as ``{"*.down_proj": "q6_k"}`` or ``{"lm_head": "w8"}``.
         revision: revision of a hub model.
         allow_pickle, trust_remote_code: permit pickle checkpoints and model code from the hub.
         effort: ``quick``, ``normal`` or ``paper``: the training budget, a share of a recipe's epochs. A ``Recipe``

@@ -39,6 +39,9 @@ class ActFormat(ABC):
     def clippable(self) -> bool:
         """``InputClip`` can clip its ranges and shift its codes."""
 
+    def check_width(self, width: int) -> None:  # noqa: B027 (most formats take every width)
+        """Raise ``LowbitError`` for a width that the format's groups do not divide."""
+
     @abstractmethod
     def fake_quant(self, x: Tensor) -> Tensor:
         """``x`` ``(..., width)`` quantized and dequantized, in its own dtype; differentiable."""

@@ -55,8 +55,8 @@ class FloatActs(ActFormat):
         """Refuse a width that groups do not divide."""
         if self.group is not None and width % self.group:
             raise LowbitError(
-                f"inputs in {self.label} have groups of {self.group}, which do not divide a width of {width}: leave "
-                "this module in float or choose another scheme"
+                f"inputs in {self.label} have groups of {self.group}, which do not divide a width of {width}: choose "
+                "another scheme, or leave this module in float"
             )
 
     def fake_quant(self, x: Tensor) -> Tensor:

@@ -179,6 +179,11 @@ class Format(ABC):
         return self.value(self.round(x, qparams), qparams)
 
     @property
+    def width_unit(self) -> int:
+        """The number of which widths are multiples: the group, or 1 where a row is one."""
+        return self.group or 1
+
+    @property
     def shares_rows(self) -> bool:
         """Whether several rows share a scale."""
         return False

@@ -94,6 +94,11 @@ class KQuant(Format):
         """The code of 0 of a format without minimum."""
         return 2 ** (self.bits - 1)
 
+    @property
+    def width_unit(self) -> int:
+        """The superblock."""
+        return SUPERBLOCK
+
     def groups(self, columns: int) -> int:
         """Number of groups; raises ``LowbitError`` for a width that superblocks do not divide."""
         if columns % SUPERBLOCK:

@@ -8,15 +8,15 @@ A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|
 ``kv4``   queries, keys and values at 4 bits after the rotary embedding, per token and head, asymmetric
 ``g64``   one scale for every 64 consecutive input channels of a weight row
 ``afp8``  inputs in FP8 (E4M3), one scale per token
-``-sym``  zero points fixed at the middle of the range; ``-asym``: free. For weights and activations;
+``-sym``  zero points fixed at the middle of the range; ``-asym``: free. For weights and integer activations;
           ``-sym-asym``: symmetric weights, asymmetric activations
 ========= ==========================================================================================
 
 Others are names of formats (``NAMED``): floating point with the same format for inputs (``mxfp4``, ``fp8``) or float
 ones (``mxfp4a16``), and llama.cpp's (``q4_k``, ``iq4_nl``).
 
-Without a suffix, weight-only schemes are symmetric and schemes with activations asymmetric: every runtime supports
-the former exactly, the literature evaluates the latter, and stock ``transformers`` loads both.
+Without a suffix, schemes with integer activations are asymmetric and others symmetric: the literature evaluates the
+former, every runtime supports the latter exactly, and stock ``transformers`` loads both.
 Embeddings and the output head stay float unless an override names them.
 """
 
@@ -75,7 +75,7 @@ class Scheme:
     Attributes:
         name: the name from which it is parsed.
         weight: format of the blocks' linear weights.
-        act: format of those linears' inputs, dynamic per token; ``None``: float.
+        act: format of those linears' inputs, dynamic: its ranges depend on one token; ``None``: float.
         kv: format of Q, K and V inside the attention, dynamic per token and head; ``None``: float.
         overrides: ``(glob, format)`` pairs over module names such as ``model.layers.3.mlp.down_proj`` or
             ``lm_head``; the first match wins; ``None`` leaves the module in float.
@@ -189,19 +189,20 @@ def parse_scheme(name: str) -> Scheme:
             f"unknown scheme '{name}': give {GRAMMAR}, for example w4a16g64-sym or w8a8, or one of {', '.join(NAMED)}"
         )
     weight, act, kv, group, suffix = match.groups()
-    if act == "fp8":
-        _check_allowed(name, "weight bits", int(weight), WEIGHT_BITS)
-        return Scheme(name, IntFormat(int(weight), int(group) if group else None), FP8_TOKENS)
     _check_allowed(name, "weight bits", int(weight), WEIGHT_BITS)
-    _check_allowed(name, "activation bits", int(act), ACT_BITS)
+    if act != "fp8":
+        _check_allowed(name, "activation bits", int(act), ACT_BITS)
     if kv:
         _check_allowed(name, "kv bits", int(kv), KV_BITS)
-    symmetric = suffix.startswith("-sym") if suffix else int(act) == 16
-    act_symmetric = suffix.endswith("-sym") if suffix else False
+    floats = act in ("16", "fp8")
+    if floats and suffix == "-sym-asym":
+        raise LowbitError(f"scheme '{name}': a{act} inputs have no zero point; give -sym or -asym, for the weights")
+    symmetric = suffix.startswith("-sym") if suffix else floats
+    integers = None if floats else IntTokens(int(act), suffix == "-sym")
     return Scheme(
         name,
         IntFormat(int(weight), int(group) if group else None, symmetric),
-        None if int(act) == 16 else IntTokens(int(act), act_symmetric),
+        FP8_TOKENS if act == "fp8" else integers,
         IntTokens(int(kv), symmetric=False) if kv else None,
     )
 

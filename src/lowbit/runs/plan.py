@@ -14,8 +14,10 @@ from typing import Any
 
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.skeleton import Skeleton
+from lowbit.quant.activations import ActFormat
 from lowbit.quant.compressed_tensors import stock_loads
 from lowbit.quant.format import group_advice
+from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
 
 
@@ -112,15 +114,35 @@ def _formats_outside_blocks(scheme: Scheme, head: str, embed: str) -> dict[str, 
 
 
 def _check_groups(scheme: Scheme, formats: ModelFormats, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse group sizes that do not divide a width."""
+    """Refuse groups of weights and of inputs that do not divide a width."""
     weights = formats.weights
     for name, format in weights.items():
         width, size = shapes[name][1], format.group
+        if (inputs := formats.input(name)) is not None:
+            _check_input(scheme, name, inputs, width)
+        if width % format.width_unit and not isinstance(format, IntFormat):
+            raise LowbitError(
+                f"{name}: {format.name} needs widths in multiples of {format.width_unit}, and this one is {width}: "
+                f"give it another format, such as --override '{_glob_of(scheme, name)}=w8', or choose another scheme"
+            )
         if size is not None and width % size:
             # Suggested sizes divide the widths of all linears of the same format.
             same = {other: shapes[other][1] for other, other_format in weights.items() if other_format == format}
             advice = group_advice(math.gcd(*same.values())) or _without_groups(scheme, name, size, same)
             raise LowbitError(f"{name}: group size {size} does not divide a width of {width}; {advice}")
+
+
+def _check_input(scheme: Scheme, name: str, inputs: ActFormat, width: int) -> None:
+    try:
+        inputs.check_width(width)
+    except LowbitError as error:
+        raise LowbitError(f"{name}: {error}, --override '{_glob_of(scheme, name)}=float'") from error
+
+
+def _glob_of(scheme: Scheme, name: str) -> str:
+    """The override that gives a module its format, or a glob for modules of its kind."""
+    override = scheme.override(name)
+    return f"*.{name.rpartition('.')[2]}" if override is None else override[0]
 
 
 def _without_groups(scheme: Scheme, name: str, size: int, widths: Mapping[str, int]) -> str:
