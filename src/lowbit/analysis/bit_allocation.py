@@ -157,5 +157,5 @@ def with_formats(scheme: Scheme, groups: Sequence[Sequence[Linear]], specs: Sequ
 
 
 def _weight(scheme: Scheme, linear: str) -> Format | None:
-    override = scheme.override(linear)
-    return override[1] if override else scheme.weight
+    formats = scheme.module(linear)
+    return formats and formats.weight

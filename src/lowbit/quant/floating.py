@@ -79,6 +79,11 @@ class FloatFormat(Format):
         return not isinstance(self.scales, PowerOfTwo)
 
     @property
+    def in_blocks(self) -> bool:
+        """MX and NVFP4: scales of a byte for blocks of a row."""
+        return not isinstance(self.scales, Plain)
+
+    @property
     def middle(self) -> int:
         """The code of 0."""
         return self.elements.middle
