@@ -54,7 +54,8 @@ class GPTQ(Method):
             quantized model's input (the paper). ``output``: the float model's output, which also compensates for the
             error of the input (asymmetric calibration, arXiv 2504.02692).
         search: choose each group's scale among those next to its range's, by the squared error of its weights rounded
-            to nearest, each column weighted with the diagonal of the Hessian.
+            to nearest, each column weighted with the diagonal of the Hessian. It needs more calibration tokens than
+            columns: with fewer, GPTQ compensates for nearly any error except that of clipped weights.
         ridge: with ``output``, the ridge strength towards the original weight, as a share of the diagonal's mean.
     """
 
