@@ -57,8 +57,8 @@ class Diagnosis:
         blocks: most sensitive first: ``block``, ``sensitivity`` (only this block quantized), ``gain`` (sum of its
             linears' gains), ``error``.
         linears: most sensitive first: ``linear``, ``block``, ``format``, ``sensitivity`` (only this linear
-            quantized), ``gain`` (decrease of sensitivity at 8 bits), ``error``, ``measured`` (false: a share of its
-            block's divergence).
+            quantized), ``gain`` (decrease of sensitivity with integers of 8 bits), ``error``, ``measured`` (false: a
+            share of its block's divergence).
         proposal: overrides for the budget; ``None`` without a budget.
         seconds: wall time.
     """
@@ -192,8 +192,10 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
                 full = f"{skeleton.family.blocks}.{row.block}.{name}"
                 errors = float(record["error"]), float(record["input"])
                 rtn = {int(b): float(error) for b, error in record["rtn"].items()}
-                format = integer(weights[full], "a bit allocation")
-                linears.append(Linear(full, row.block, shapes[full], format, *errors, rtn))
+                format = weights[full]
+                # Runs of earlier versions have integers only, with the format's own width among those of ``rtn``.
+                own = float(record["own"]) if "own" in record else rtn[integer(format, "an earlier version").bits]
+                linears.append(Linear(full, row.block, shapes[full], format, *errors, rtn, own))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LowbitError(
             f"the sensitivity recorded in {MANIFEST} of {run} is broken ({error!r}): quantize again"
