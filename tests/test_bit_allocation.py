@@ -18,11 +18,10 @@ BITS = (3, 4, 8)
 
 
 def linear(name: str, block: int = 0, sensitivity: float = 1.0, **changes) -> Linear:
-    spec = IntFormat(4, 16)
-    rtn = {bits: 4.0**-bits for bits in (2, 3, 4, 5, 6, 8)}
-    return Linear(**{"name": f"model.layers.{block}.{name}", "block": block, "shape": (32, 64), "spec": spec} | {
-        "sensitivity": sensitivity, "input": 0.0, "rtn": rtn, **changes
-    })  # fmt: skip
+    spec = changes.get("spec", IntFormat(4, 16))
+    rtn = changes.get("rtn", {bits: 4.0**-bits for bits in (2, 3, 4, 5, 6, 8)})
+    given = {"name": f"model.layers.{block}.{name}", "block": block, "shape": (32, 64), "spec": spec, "rtn": rtn}
+    return Linear(**given | {"sensitivity": sensitivity, "input": 0.0, "own": rtn[spec.bits], **changes})
 
 
 def tried(costs, losses, room):

@@ -126,6 +126,65 @@ def test_what_wider_weights_gain_is_what_a_run_with_them_gains(places, tmp_path)
     assert wide[COARSE]["gain"] == 0
 
 
+# By scheme the integers of 8 bits that its gain is against.
+KINDS = {
+    "nvfp4a16": "w8g16",
+    "mxfp4": "w8g32",
+    "fp8": "w8",
+    "iq4_nl": "w8g32",
+    "q2_k": "w8g16",
+    "fp8-block": "w8g128",
+}
+
+
+@pytest.mark.parametrize("scheme", KINDS)
+def test_runs_in_every_format_are_ranked_and_only_a_budget_is_refused(scheme, tmp_path, capsys):
+    model = tmp_path / "model"
+    save_tiny(model, "llama", hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=2)
+    out, wide = (
+        quantize(model, tmp_path / name, "--scheme", scheme, *more)
+        for name, more in (("out", ()), ("wide", ("--override", f"{COARSE}={KINDS[scheme]}")))
+    )
+    found = lowbit.diagnose(out)
+    rows, shown = by_name(found), json.loads((out / "lowbit.json").read_text())["blocks"]
+    assert {name: row["error"] for name, row in rows.items()} == {
+        f"model.layers.{i}.{name}": row["error"]
+        for i in range(2)
+        for name, row in shown[i]["sensitivity"]["linears"].items()
+    }
+    assert all(row["sensitivity"] > 0 and row["format"] == parse_scheme(scheme).weight.name for row in found.linears)
+    gained = rows[COARSE]["sensitivity"] - by_name(lowbit.diagnose(wide))[COARSE]["sensitivity"]
+    # The error of some of the rows stands for the linear's, and that of its output for the block's.
+    assert rows[COARSE]["gain"] == pytest.approx(gained, abs=0.05 * rows[COARSE]["sensitivity"])
+    capsys.readouterr()
+    assert call(["inspect", str(out)]) == 0
+    assert "up_proj" in capsys.readouterr().out
+    assert call(["inspect", str(out), "--budget", "5"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert all(word in told for word in ("--budget", parse_scheme(scheme).weight.name, "w4a16g64-sym"))
+
+
+def test_divergence_is_measured_in_formats_of_other_kinds(places, tmp_path):
+    model, _ = places
+    out = quantize(model, tmp_path / "out", "--scheme", "nvfp4a16", "--override", f"{COARSE}=w2g16")
+    found = lowbit.diagnose(out, exact=str(model), data=f"{model}/held.txt", samples=2, length=24)
+    assert found.linears[0]["linear"] == COARSE
+    assert all(row["measured"] and 0 < row["gain"] < row["sensitivity"] for row in found.linears)
+
+
+def test_runs_of_earlier_versions_state_the_error_of_their_own_width_among_others(places, tmp_path):
+    _, out = places
+    now = lowbit.diagnose(out)
+    shutil.copytree(out, tmp_path / "old")
+    manifest = read_json(tmp_path / "old" / "lowbit.json")
+    for block in manifest["blocks"]:
+        for row in block["sensitivity"]["linears"].values():
+            del row["own"]
+    write_json(tmp_path / "old" / "lowbit.json", manifest)
+    assert lowbit.diagnose(tmp_path / "old").linears == now.linears
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scheme", ["w4a16g16-sym", "w4a8kv8"])
 def test_after_maps_moved_it_is_still_the_damage_to_the_float_output(name, scheme):

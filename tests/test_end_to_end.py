@@ -11,10 +11,11 @@ import torch
 
 import lowbit
 from held import Held
-from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.safetensors_folder import Checkpoint, write_json
 from lowbit.errors import LowbitError
-from lowbit.methods import METHODS
+from lowbit.methods import METHODS, RTN
 from lowbit.methods.fit_state import Fitted
+from lowbit.methods.gptq import GPTQ
 from lowbit.methods.options import with_options
 from lowbit.methods.tune import Tune
 from lowbit.models.block import Calib
@@ -23,6 +24,7 @@ from lowbit.models.runtime_ops import Clip
 from lowbit.pipeline import end_to_end as module
 from lowbit.pipeline.end_to_end import Tuning
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict
+from lowbit.pipeline.runner import shared_exponent_of
 from lowbit.quant.format import QParams
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats
@@ -72,9 +74,9 @@ def test_places_round_to_the_codes_that_ship_with_the_qparams_that_ship(group, s
     assert float(error.abs().max()) < 1 / 256 + 1e-3
 
 
-def first_folder(name, scheme, folder, steps=("rtn",), count=3):
+def first_folder(name, scheme, folder, steps=("rtn",), count=3, **sizes):
     """What ``Walk`` leaves for the step, of a tiny model's blocks, each with ``steps`` on float inputs."""
-    model = tiny_model(name, num_hidden_layers=count)
+    model = tiny_model(name, num_hidden_layers=count, **sizes)
     skeleton, ids = skeleton_of(model), tiny_ids(4)
     (folder / ".run").mkdir(parents=True)
     x = start = skeleton.embed(ids)
@@ -258,6 +260,44 @@ def test_without_steps_what_other_methods_rounded_comes_out_as_it_was(name, step
         assert set(done.params) == set(block.params)
 
 
+KINDS = ["nvfp4a16", "mxfp4", "mxfp6a16", "fp8", "fp8-block", "q2_k", "q3_k", "q4_k", "iq4_nl"]
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+
+
+@pytest.mark.parametrize("step", [RTN(search=True), GPTQ(search=True)], ids=["rtn", "gptq"])
+@pytest.mark.parametrize("scheme", KINDS)
+def test_without_steps_what_was_searched_in_another_format_comes_out_as_it_was(scheme, step, tmp_path):
+    walk, ids, y_fp, (block,), _ = first_folder("llama", scheme, tmp_path, [step], 1, **WIDE)
+    write_json(tmp_path / ".run/block-00000.json", {"notes": [], "record": {}})
+    done = Tuning(Tune(), walk, ids, y_fp).quantize_layer(0, Fitted(best=1))
+    for linear, q in block.qweights.items():
+        assert torch.equal(done.qweights[linear].qparams.scale, q.qparams.scale), linear
+        assert torch.equal(done.qweights[linear].qparams.zero, q.qparams.zero), linear
+        # A table's cells have no middle: the latent weight's place is rounded within them.
+        same = done.qweights[linear].codes == q.codes
+        assert bool(same.all()) or (scheme == "iq4_nl" and float(same.float().mean()) > 0.99), linear
+
+
+@pytest.mark.parametrize("scheme", KINDS)
+def test_moved_ends_give_scales_that_the_format_stores(scheme, tmp_path):
+    walk, ids, y_fp, (block,), _ = first_folder("llama", scheme, tmp_path, [RTN(search=True)], 1, **WIDE)
+    write_json(tmp_path / ".run/block-00000.json", {"notes": [], "record": {}})
+    tuning = Tuning(Tune(), walk, ids, y_fp)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for leaf in (leaf for leaves in tuning.ends.values() for leaf in leaves):
+            leaf.add_(0.3 * torch.randn(leaf.shape, generator=generator) - 3 * (torch.rand(len(leaf), 1) < 0.1))
+    done = tuning.quantize_layer(0, Fitted(best=1))
+    moved = [
+        not torch.equal(q.qparams.scale, block.qweights[name].qparams.scale) for name, q in done.qweights.items()
+    ]
+    assert all(moved) if block.weight_format("0.mlp.up_proj").learns_range else not tuning.ends
+    for linear, q in done.qweights.items():
+        layout = done.formats[linear].layout
+        stored = layout.unpack(layout.pack(q, shared_exponent_of(done, linear)), q.format)
+        assert torch.equal(stored.dequantize(), q.dequantize())
+
+
 def calibration_ids(model: Path) -> torch.Tensor:
     """The tokens that ``quantized`` calibrates on."""
     return lowbit.data.text.calibration(
@@ -302,6 +342,18 @@ def test_what_is_trained_is_what_ships(name, scheme, tmp_path):
         b = run_quantized(x_q.block(index), b)
         assert relative_error(b, a) == made.manifest.blocks[index].relative_error
     assert not (tmp_path / "out" / ".run").exists()
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16", "iq4_nl"])
+def test_what_is_trained_in_another_format_is_what_ships(scheme, tmp_path):
+    save_tiny(tmp_path / "m", "llama", num_hidden_layers=2)
+    recipe = recipe_file(tmp_path, "rtn", "tune: {epochs: 8, lr: 3.0e-3}")
+    record = quantized(tmp_path / "m", tmp_path / "out", scheme, recipe).manifest.blocks[0].steps["tune"]
+    assert record["best_epoch"] > 0
+    assert record["loss"][-1] < record["loss"][0]
+    kept = record["held_out"][record["best_epoch"]]
+    ids = calibration_ids(tmp_path / "m")
+    assert shipped_divergence(tmp_path / "m", tmp_path / "out", ids) == pytest.approx(kept, rel=1e-3)
 
 
 def test_rounded_embeddings_and_heads_are_trained_with(tmp_path):

@@ -160,7 +160,8 @@ CASES: dict[str, Case] = {
 
 # Options under which a method does what it does not by default: leaves runtime ops, looks at other hidden states.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "gptq": ({"target": "output"},),
+    "rtn": ({"search": True},),
+    "gptq": ({"target": "output"}, {"search": True}),
     "affinequant": ({"qkv": "matrix", "mlp": "matrix"}, {"act_clip": True}),
     "reassemble": (
         {"sites": "all", "theta": "most", "most": 0.2},

@@ -28,6 +28,7 @@ from lowbit.models.block import Block, Calib
 from lowbit.models.equivalence import map_width, move
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.runner import shared_exponent_of
 
 # Float32: two products of a few dozen terms, rescaled by factors within a few powers of ten.
 CLOSE = 1e-4
@@ -100,8 +101,8 @@ def check_input(tried: Attempt) -> None:
     assert all(done.pictures.get(name) is picture for name, picture in block.pictures.items()), "a picture is gone"
 
 
-def check_result(tried: Attempt) -> None:
-    """Parameters keep names, shapes and dtypes; formats stay; everything is finite; something is done."""
+def check_result(tried: Attempt, does: bool = True) -> None:
+    """Parameters keep names, shapes and dtypes; formats stay; everything is finite; it ``does`` something."""
     block, done = tried.block, tried.done
     assert {k: (v.shape, v.dtype) for k, v in done.params.items()} == {
         k: (v.shape, v.dtype) for k, v in block.params.items()
@@ -114,7 +115,9 @@ def check_result(tried: Attempt) -> None:
         rows, columns = block.weight(linear).shape
         shape = (rows, block.weight_format(linear).groups(columns))
         assert all(torch.broadcast_shapes(clip.shape, shape) == shape for clip in pair)
-    if tried.step.rounds or tried.step.keeps_function:  # a search that corrects may find that nothing helps
+    if does and (
+        tried.step.rounds or tried.step.keeps_function
+    ):  # a search that corrects may find that nothing helps
         assert not same(everything(done), everything(block)), "a step that does nothing"
 
 
@@ -130,8 +133,13 @@ def check_codes(tried: Attempt) -> None:
         assert q.codes.shape == weight.shape
         assert q.qparams.scale.shape == q.qparams.zero.shape == (len(weight), format.groups(weight.shape[1]))
         assert int(q.codes.max()) < 2**format.elements.bits
-        assert torch.equal(q.qparams.scale.to(format.scales.dtype).float(), q.qparams.scale)
-        assert torch.equal(q.qparams.zero, q.qparams.zero.round().clamp(0, 2**format.elements.bits - 1))
+        if format.zero == "code":
+            assert torch.equal(q.qparams.zero, q.qparams.zero.round().clamp(0, 2**format.elements.bits - 1))
+        exponent = shared_exponent_of(done, linear)
+        layout = block.formats[linear].layout
+        stored = layout.unpack(layout.pack(q, exponent), format)
+        assert torch.equal(stored.codes, q.codes)
+        assert torch.equal(stored.dequantize(), q.dequantize()), "scales that the format cannot store"
         if isinstance(tried.step, RTN):
             assert torch.equal(q.dequantize(), format.fake_quant(done.weight(linear), q.qparams))
 

@@ -35,6 +35,7 @@ from method_contract import (
 from mutants import MUTANTS
 
 from lowbit.methods import METHODS, RTN
+from lowbit.methods.gptq import GPTQ
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.method import DECLARED, NO_OPS, Method
 from lowbit.methods.options import with_options
@@ -56,6 +57,9 @@ INPUTS = IntTokens(8, symmetric=False)
 # In every family, what takes long in the five above; with groups too.
 TRIED = [(m, f, "w4a8") for m in METHODS for f in (FAMILIES if m in (*LEARNED, *SEARCHING) else NAMES)]
 TRIED += [(name, "llama-odd", "w4a8g16") for name in METHODS]
+# One of each kind of format; superblocks have 256 values, tiles 128.
+KINDS = ["nvfp4a16", "mxfp4", "fp8", "fp8-block", "q4_k", "iq4_nl"]
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 # Behind runtime ops; where the float function is to stay, with the biases of LayerNorms too.
 BEHIND = [(name, "llama-odd") for name in METHODS]
 BEHIND += [(name, "opt") for name, method in METHODS.items() if method.keeps_function]
@@ -66,6 +70,11 @@ RECIPES = [name for name in recipe_names() if "/" not in name]
 def title(name, options):
     """What pytest calls a step."""
     return f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})"
+
+
+def repr_of(step):
+    """A step and its search, where it has one."""
+    return f"{name_of(step)}{'+search' if getattr(step, 'search', False) else ''}"
 
 
 VARIED = {
@@ -84,7 +93,8 @@ def usual(name):
 @cache
 def window(family, scheme, count=2):
     """Layers with outlier channels behind other steps, and hidden states of which one stream is off the other."""
-    block, x = block_of(tiny_model(family), 1, count)
+    sizes = WIDE if scheme in ("q4_k", "fp8-block") else {}
+    block, x = block_of(tiny_model(family, **sizes), 1, count)
     block = planned(block, scheme)
     clips = {}
     for linear in block.linears():
@@ -164,9 +174,9 @@ def test_a_step_keeps_its_word_with_other_options(step):
     check_word(tried(step, "llama-odd", "w4a8"))
 
 
-def check_word(found):
+def check_word(found, does=True):
     check_input(found)
-    check_result(found)
+    check_result(found, does)
     check_codes(found)
     check_ops(found)
     if found.step.keeps_function:
@@ -250,6 +260,42 @@ def test_a_method_without_one_of_its_functions_cannot_be_made(missing):
     partial = type("Partial", (Method,), {name: RTN.__dict__[name] for name in given if name != missing})
     with pytest.raises(TypeError, match=f"abstract.*{missing}"):
         partial()
+
+
+# Formats of other kinds.
+
+
+@pytest.mark.parametrize("scheme", KINDS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_keeps_its_word_in_every_kind_of_format(name, scheme):
+    block, calib = window("llama-odd", scheme, 1)
+    # Sign flips act through zero points alone, and the search for a threshold starts from the layer as it is.
+    check_word(attempt(usual(name), block, calib), does=name not in ("signs", "outlier-suppression+"))
+    check_seeds(usual(name), block, calib)
+    if name in LEARNED:
+        check_schedule(usual(name), block, calib)
+        check_shipped(brief(METHODS[name](), epochs=2), block, calib)
+
+
+@pytest.mark.parametrize("scheme", KINDS)
+@pytest.mark.parametrize("name", METHODS)
+def test_in_every_kind_of_format_a_step_stays_near_round_to_nearest(name, scheme):
+    block, calib = window("llama-odd", scheme, 1)
+    check_factor(usual(name), replace(block, clips={}), replace(calib, x_q=calib.x_fp), 1.1)
+
+
+@pytest.mark.parametrize("step", [*map(usual, METHODS), RTN(search=True), GPTQ(search=True)], ids=repr_of)
+def test_linears_that_a_runtime_fuses_share_the_scale_of_their_tensors_whatever_their_sizes(step):
+    block, calib = window("llama-odd", "nvfp4a16", 1)
+    params = dict(block.params)
+    # So small that their E4M3 scales are subnormal numbers over the largest linear's power of two.
+    for name, times in (("k_proj", 2.0**-9), ("v_proj", 2.0**-16), ("up_proj", 2.0**-15)):
+        for key in [key for key in params if key.endswith(f"{name}.weight")]:
+            params[key] = params[key] * times
+    block = replace(block, params=params)
+    calib = replace(calib, y_fp=run_all(block, calib.x_fp))
+    done = step(block, calib)
+    check_codes(attempt(step if step.rounds else RTN(), block if step.rounds else done, calib))
 
 
 # Runtime ops.

@@ -19,7 +19,7 @@ import numpy as np
 
 from lowbit.errors import LowbitError
 from lowbit.quant.format import Format
-from lowbit.quant.integer import IntFormat
+from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.scheme import Scheme
 
 UNITS = 1 << 16  # most steps of the budget; with a finer unit, costs are rounded up to a step
@@ -33,36 +33,38 @@ class Linear:
         name: its full name.
         block: its layer's index.
         shape: ``(out, in)``.
-        spec: its format.
+        spec: its format; only integers can be allocated.
         sensitivity: sensitivity at that format.
         input: the part of the sensitivity due to its quantized input, which no wider weight reduces.
-        rtn: relative error of its own output under round to nearest, by bits, the spec's bits included.
+        rtn: relative error of its own output with weights of integers rounded to nearest, by bits.
+        own: the same in its own format.
     """
 
     name: str
     block: int
     shape: tuple[int, int]
-    spec: IntFormat
+    spec: Format
     sensitivity: float
     input: float
     rtn: dict[int, float]
+    own: float
 
     def sensitivity_at(self, bits: int) -> float:
-        """The sensitivity at another width: the weight's part scales with the error of round to nearest.
+        """The sensitivity with integers of a width: the weight's part scales with the error of round to nearest.
 
-        >>> linear = Linear("q", 0, (2, 2), IntFormat(4), 0.5, 0.1, {4: 0.02, 8: 0.0001})
+        >>> linear = Linear("q", 0, (2, 2), IntFormat(4), 0.5, 0.1, {4: 0.02, 8: 0.0001}, 0.02)
         >>> linear.sensitivity_at(4), round(linear.sensitivity_at(8), 6)
         (0.5, 0.102)
         """
-        if bits == self.spec.bits:
+        if isinstance(self.spec, IntFormat) and bits == self.spec.bits:
             return self.sensitivity
-        now, then = self.rtn[self.spec.bits], self.rtn[bits]
+        now, then = self.own, self.rtn[bits]
         if now == 0:  # exact at this width: also exact when wider; the error when narrower is unknown
             return self.sensitivity if then == 0 else math.inf
         part = max(self.sensitivity - self.input, 0.0)
         return self.sensitivity - part + part * then / now
 
-    def bits_at(self, spec: IntFormat) -> int:
+    def bits_at(self, spec: Format) -> int:
         """Stored bits of the weight in a format: codes, scales and zero points."""
         return round(self.shape[0] * self.shape[1] * spec.bits_per_value(self.shape[1]))
 
@@ -80,9 +82,9 @@ def fused(linears: Sequence[Linear], groups: Sequence[tuple[str, ...]]) -> list[
 
 def formats(group: Sequence[Linear], base: IntFormat, bits: Sequence[int]) -> list[IntFormat]:
     """A group's format at each width; the scheme's format where linears differ in more than bits."""
-    shared = {replace(linear.spec, bits=base.bits) for linear in group}
+    shared = {integer(linear.spec, "a bit allocation").with_bits(base.bits) for linear in group}
     like = shared.pop() if len(shared) == 1 else base
-    return [replace(like, bits=b) for b in bits]
+    return [like.with_bits(b) for b in bits]
 
 
 def within_budget(
@@ -157,5 +159,5 @@ def with_formats(scheme: Scheme, groups: Sequence[Sequence[Linear]], specs: Sequ
 
 
 def _weight(scheme: Scheme, linear: str) -> Format | None:
-    override = scheme.override(linear)
-    return override[1] if override else scheme.weight
+    formats = scheme.module(linear)
+    return formats.weight if formats else None

@@ -35,7 +35,6 @@ from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_ids, check_model
 from lowbit.paths import user_path
-from lowbit.quant.integer import integer
 from lowbit.quant.scheme import override_text
 from lowbit.runs.folder import run_formats, run_scheme
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
@@ -58,8 +57,8 @@ class Diagnosis:
         blocks: most sensitive first: ``block``, ``sensitivity`` (only this block quantized), ``gain`` (sum of its
             linears' gains), ``error``.
         linears: most sensitive first: ``linear``, ``block``, ``format``, ``sensitivity`` (only this linear
-            quantized), ``gain`` (decrease of sensitivity at 8 bits), ``error``, ``measured`` (false: a share of its
-            block's divergence).
+            quantized), ``gain`` (decrease of sensitivity with integers of 8 bits), ``error``, ``measured`` (false: a
+            share of its block's divergence).
         proposal: overrides for the budget; ``None`` without a budget.
         seconds: wall time.
     """
@@ -195,8 +194,8 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
                 full = f"{skeleton.family.blocks}.{row.block}.{name}"
                 errors = float(record["error"]), float(record["input"])
                 rtn = {int(b): float(error) for b, error in record["rtn"].items()}
-                format = integer(formats.weights[full], "a bit allocation")
-                linears.append(Linear(full, row.block, shapes[full], format, *errors, rtn))
+                own = float(record["own"])
+                linears.append(Linear(full, row.block, shapes[full], formats.weights[full], *errors, rtn, own))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LowbitError(
             f"the sensitivity recorded in {MANIFEST} of {run} is broken ({error!r}): quantize again"

@@ -11,9 +11,10 @@ on the float model's input to that block, for the first calibration window. The 
 The second captures errors at the few tokens with massive activations (Sun et al. 2024, arXiv 2402.17762): all later
 tokens attend to these, so an error there affects every token, and a mean over tokens hides it.
 
-``input`` is the part of the error due to the quantized input alone, which no wider weight reduces. ``rtn`` is the
-relative error of the linear's own output under round to nearest at several widths, which predicts how the sensitivity
-changes with bits. It is measured on fewer than ``2 * ROWS`` output rows, since rows are quantized independently.
+``input`` is the part of the error due to the quantized input alone, which no wider weight reduces. ``own`` is the
+relative error of the linear's own output with its weight rounded to nearest in its format, and ``rtn`` that with
+integers of several widths: their ratio predicts how the sensitivity changes with bits. They are measured on fewer
+than ``2 * ROWS`` output rows, since rows are quantized independently.
 
 Rejected: keeping the float weights (four times the folder size), and the error of a linear's own output as its
 sensitivity (equal errors in k and in down do not have equal effects).
@@ -54,7 +55,7 @@ def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
 
     Returns:
         ``tokens``, ``error`` (the whole layer quantized) and, in ``linears``, by a linear's name
-        within the layer: ``error``, ``input`` and ``rtn`` (by bits, as text).
+        within the layer: ``error``, ``input``, ``own`` and ``rtn`` (by bits, as text).
     """
     out = {}
     for position, index in enumerate(block.indices):
@@ -64,7 +65,7 @@ def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
         quantized = run(layer, x, layer.quantized_params(), quantized=True)
         linears = {
             name.removeprefix(f"{index}."): _alone(layer, name, x, y)
-            | {"rtn": _by_bits(layer.weight(name), inputs[name], q.format)}
+            | _rounded(layer.weight(name), inputs[name], q.format)
             for name, q in layer.qweights.items()
         }
         out[index] = {"tokens": y[..., 0].numel(), "error": relative_errors(quantized, y), "linears": linears}
@@ -91,17 +92,19 @@ def _alone(layer: Block, name: str, x: Tensor, y: Tensor) -> dict[str, float]:
     return {"error": relative_errors(whole, y), "input": relative_errors(part, y)}
 
 
-def _by_bits(weight: Tensor, x: Tensor, format: Format) -> dict[str, float]:
-    """Relative error of ``x @ weight.T`` with an RTN weight of integers, for ``BITS`` and the format's own width.
+def _rounded(weight: Tensor, x: Tensor, format: Format) -> dict[str, Any]:
+    """Relative error of ``x @ weight.T`` with RTN weights: ``own``, and ``rtn`` with integers of ``BITS``.
 
     A format of another kind is compared with symmetric integers in groups of its size.
     """
     rows = weight[:: max(1, len(weight) // ROWS)].float()
     x = x.float()
     exact = x @ rows.T
-    own = format if isinstance(format, IntFormat) else IntFormat(BITS[-1], format.group)
-    out = {}
-    for bits in sorted({*BITS, own.bits}):
-        quantized = own.with_bits(bits).fake_quant_clipped(rows)
-        out[str(bits)] = relative_errors(x @ quantized.T, exact)
-    return out
+
+    def error(tried: Format) -> float:
+        return relative_errors(x @ tried.fake_quant_clipped(rows).T, exact)
+
+    like = format if isinstance(format, IntFormat) else IntFormat(BITS[-1], format.group)
+    by_bits = {bits: error(like.with_bits(bits)) for bits in BITS}
+    own = by_bits[format.bits] if isinstance(format, IntFormat) and format.bits in by_bits else error(format)
+    return {"own": own, "rtn": {str(bits): found for bits, found in by_bits.items()}}

@@ -10,7 +10,7 @@ from lowbit.analysis.bit_allocation import Linear, fused, with_formats, within_b
 from lowbit.analysis.linear_error import BITS
 from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
-from lowbit.quant.integer import integer
+from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.scheme import override_text, scheme_to_dict
 from lowbit.runs.folder import run_scheme
 from lowbit.runs.manifest import Manifest
@@ -67,7 +67,16 @@ def propose(
         linears: the quantized linears of its blocks.
         budget: effective bits per quantized weight.
         bits: candidate bit widths.
+
+    Raises:
+        LowbitError: a linear is not stored in integers, or the budget is too small.
     """
+    for linear in linears:
+        if not isinstance(linear.spec, IntFormat):
+            raise LowbitError(
+                f"--budget given: a proposal chooses among widths of integers, and {linear.name} is stored in "
+                f"{linear.spec.name}: quantize with a scheme of integers such as w4a16g64-sym, or omit --budget"
+            )
     scheme = run_scheme(manifest)
     plan = make_plan(skeleton, scheme)
     online = (manifest.bits_per_weight - plan.bits_per_weight) * plan.quantized_weights

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.methods.affine_options import Clipping, Maps, Objective, Sites
-from lowbit.methods.clipping import LearnedClips, LearnedRatio
+from lowbit.methods.clipping import LearnedClips, LearnedRatio, split_by_gradient
 from lowbit.methods.fit_state import Fitted
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.maps import Kind, LearnedMap
@@ -59,7 +59,10 @@ class AffineFit:
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
         # Ratios of an earlier step are for other ranges once the smooth start has scaled the weights.
         linears = block.quantized_linears() if clipping.clip else []
-        self.clips = {name: LearnedClips.of(block, name, papers=smooth) for name in linears}
+        learned, searched = split_by_gradient(block, linears)
+        self.clips = {name: LearnedClips.of(block, name, papers=smooth) for name in learned}
+        self.kept_clips = {name: pair for name, pair in block.clips.items() if not smooth or name not in searched}
+        self.without_effect += [f"{name}.clip" for name in searched]
         self.act_ratios = self._act_ratios() if clipping.act_clip else {}
         self.unit = loss_unit(calib.y_fp, objective.loss, device, calib.batch)
         augmented = [run_all(block, calib.x_q, batch=calib.batch)] if objective.aug_loss else []
@@ -127,12 +130,11 @@ class AffineFit:
     def quantized(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
         """The block's parameters as they are stored, and the runtime ops; differentiable."""
         params, ops = self.transformed()
-        for name in self.block.quantized_linears():
-            kept = self.block.clips.get(name, (1.0, 1.0))
-            low, high = self.clips[name].values() if name in self.clips else kept
-            quantize = self.block.weight_format(name).fake_quant_clipped
-            params[f"{name}.weight"] = quantize(params[f"{name}.weight"], low, high)
-        return params, ops
+        return self.block.fake_quant_clipped(params, self.ratios()), ops
+
+    def ratios(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Clipping ratios by linear: the learned ones, and those of earlier steps."""
+        return {**self.kept_clips, **{name: pair.values() for name, pair in self.clips.items()}}
 
     def loss(self, indices: Tensor) -> Tensor:
         """The block's output error on the sequences ``indices``, relative to the float output's mean square."""
@@ -150,11 +152,10 @@ class AffineFit:
         """The block with everything folded in, by the function and in the precision that training uses."""
         params, ops = self.transformed()
         ops = {name: Matrix(op.matrix.contiguous()) if isinstance(op, Matrix) else op for name, op in ops.items()}
-        clips = {name: pair.values() for name, pair in self.clips.items()}
         done = replace(
             self.block,
             params=params,
-            clips={**self.block.clips, **clips},
+            clips=self.ratios(),
             ops={**self.block.ops, **ops},
             pictures={**self.block.pictures, **self.pictures()},
         )

@@ -89,7 +89,8 @@ class AWQ(Method):
             scale = magnitude.pow(step / self.grid)
             scale = scale / (scale.max() * scale.min()).sqrt()
             spread = _per_input_channel(block, edge, scale)
-            error = sum(scaled_error(w, spread, seen["gram"], format) for w, format in targets)
+            peak = torch.stack([(w * spread).abs().max() for w, _ in targets]).max()
+            error = sum(scaled_error(w, spread, seen["gram"], format, peak) for w, format in targets)
             if best is None or error < best[0]:
                 best = (error, scale)
         assert best is not None
@@ -104,11 +105,12 @@ class AWQ(Method):
             for linear in group:
                 if linear in block.formats and linear not in _queries_and_keys(block):
                     format = block.weight_format(linear)
-                    best_ratio = self._best_clip(block.weight(linear), seen[group[0]]["gram"], format)
+                    weight, gram, peak = block.weight(linear), seen[group[0]]["gram"], block.tensor_peak(linear)
+                    best_ratio = self._best_clip(weight, gram, format, peak)
                     clips[linear] = (best_ratio, best_ratio)
         return replace(block, clips=clips)
 
-    def _best_clip(self, weight: Tensor, gram: Tensor, format: Format) -> Tensor:
+    def _best_clip(self, weight: Tensor, gram: Tensor, format: Format, tensor_peak: Tensor | None = None) -> Tensor:
         """The clipping ratio ``(rows, groups)`` of least output error for each group; 1 is tried first."""
         groups = format.groups(weight.shape[1])
         blocks = torch.stack(_diagonal_blocks(gram, groups))
@@ -119,18 +121,23 @@ class AWQ(Method):
             ratio = 1 - step / self.clip_grid
             if ratio <= 0:
                 break
-            delta = format.fake_quant(weight, format.qparams(weight, ratio, ratio)) - weight
+            delta = format.fake_quant_clipped(weight, ratio, ratio, tensor_peak) - weight
             split = delta.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, rows, size)
-            error = ((split @ blocks) * split).sum(-1).T
+            error = format.over_shared_rows(((split @ blocks) * split).sum(-1).T)
             best_ratio = torch.where(error < best_error, ratio, best_ratio)
             best_error = torch.minimum(error, best_error)
         return best_ratio
 
 
-def scaled_error(weight: Tensor, scale: Tensor, gram: Tensor, format: Format) -> float:
-    """``||Q(W s) s^-1 x - W x||^2`` summed over the tokens whose second moments are ``gram`` ``(in, in)``."""
+def scaled_error(
+    weight: Tensor, scale: Tensor, gram: Tensor, format: Format, tensor_peak: Tensor | None = None
+) -> float:
+    """``||Q(W s) s^-1 x - W x||^2`` summed over the tokens whose second moments are ``gram`` ``(in, in)``.
+
+    ``tensor_peak`` is that of the scaled weights, see ``Format.from_range``.
+    """
     scaled = weight * scale
-    delta = format.fake_quant(scaled, format.qparams(scaled)) / scale - weight
+    delta = format.fake_quant_clipped(scaled, tensor_peak=tensor_peak) / scale - weight
     return float(((delta @ gram) * delta).sum())
 
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.methods.clipping import LearnedClips
+from lowbit.methods.clipping import LearnedClips, split_by_gradient
 from lowbit.methods.fit_state import Fitted
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
@@ -130,7 +130,8 @@ class Correction:
                 readers = tuple(name for name in group if name in self.outputs)
                 if len(readers) > 1:
                     self.pairs.append(self._pair(readers, self._half(options.rank), generator))
-        self.ratios = {name: LearnedClips.of(block, name) for name in self.linears} if options.clips else {}
+        learned, _ = split_by_gradient(block, self.linears if options.clips else [])
+        self.ratios = {name: LearnedClips.of(block, name) for name in learned}
         self.gains = self._gains() if options.norms else {}
         self.power = {name: block.weight(name).square().sum() for name in self.linears}
         self.unit = loss_unit(calib.y_fp, options.loss, block.device, calib.batch)
@@ -184,11 +185,7 @@ class Correction:
 
     def quantized(self) -> dict[str, Tensor]:
         """Quantized parameters, as they are stored; differentiable."""
-        params, clips = self.params(), self.clips()
-        for name in self.linears:
-            quantize = self.block.weight_format(name).fake_quant_clipped
-            params[f"{name}.weight"] = quantize(params[f"{name}.weight"], *clips.get(name, (1.0, 1.0)))
-        return params
+        return self.block.fake_quant_clipped(self.params(), self.clips())
 
     def loss(self, indices: Tensor) -> Tensor:
         """The window's output error on the sequences ``indices``, relative to its float output, plus weight decay."""

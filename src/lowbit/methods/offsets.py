@@ -28,6 +28,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
 from lowbit.models.runtime_ops import Clip
+from lowbit.quant.integer import IntFormat
 
 OFFSETS = ("none", "weights", "both")
 
@@ -83,6 +84,11 @@ def with_offsets(block: Block, readers: list[str], idx: Tensor, copies: Tensor, 
             raise LowbitError(
                 f"reassemble: offsets '{kind}' with groups of {format.group} given: copies in different groups "
                 "have different steps; choose a scheme without groups, or offsets 'none'"
+            )
+        if not isinstance(format, IntFormat):
+            raise LowbitError(
+                f"reassemble: offsets '{kind}' with weights in {format.name} given: steps between floating-point "
+                "values differ; choose a scheme of integers, or offsets 'none'"
             )
         step = block.qparams(name).scale
         params[f"{name}.weight"] = offset_weight(weight.double(), step, offsets, idx).to(weight.dtype).contiguous()

@@ -86,12 +86,13 @@ class Refit(Method):
                 ridge = best_ridge(weight, self._moments(seen[0]), self._moments(seen[1]), ridges)
                 seen[0].merge(seen[1])
             gram, cross = self._moments(seen[0])
-            for name in linears:
-                weight = block.weight(name)
-                refitted = output_target(weight, gram, cross, ridge)
-                done = replace(done, params={**done.params, f"{name}.weight": refitted})
-                quantized_params[f"{name}.weight"] = done.weight_format(name).fake_quant(refitted, done.qparams(name))
-                change = (refitted - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+            refitted = {name: output_target(block.weight(name), gram, cross, ridge) for name in linears}
+            # All of them first: linears that a runtime fuses may share a scale.
+            done = replace(done, params={**done.params, **{f"{name}.weight": new for name, new in refitted.items()}})
+            for name, new in refitted.items():
+                weight, format = block.weight(name), done.weight_format(name)
+                quantized_params[f"{name}.weight"] = format.fake_quant(new, done.qparams(name))
+                change = (new - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
                 figures[name] = {"ridge": ridge, "relative_change": float(change)}
         return done.with_record("refit", figures) if figures else block
 

@@ -46,6 +46,8 @@ FIGURES: dict[str, tuple[Callable[[Tensor], Tensor], Merge]] = {
     "gram": (lambda x: _gram(x), _sum),
     # the same over per-token normalized rows
     "normalized_gram": (lambda x: _gram(_normalized(x)), _sum),
+    # sum (x / rms(x))^2 (in,)
+    "normalized_square": (lambda x: _normalized(x).square().sum(0), _sum),
     # sum |x| (in,)
     "magnitude": (lambda x: x.abs().sum(0), _sum),
     # max |x| (in,)

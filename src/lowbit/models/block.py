@@ -158,13 +158,32 @@ class Block:
     def tensor_peak(self, linear: str, weights: Mapping[str, Tensor] | None = None) -> Tensor | None:
         """The largest absolute value of the weights that share a scale of the whole tensor with a linear's.
 
-        ``weights`` by linear replace the block's. ``None`` for formats without such a scale.
+        ``weights``, or their groups' largest values, by linear replace the block's. ``None`` for formats without such
+        a scale.
         """
         if not isinstance(self.weight_format(linear).scales, TwoLevel):
             return None
         own = weights or {}
-        peaks = [own.get(name, self.weight(name)).detach().abs().max() for name in self.fused_with(linear)]
+        fused = (own[name] if name in own else self.weight(name) for name in self.fused_with(linear))
+        peaks = [weight.detach().abs().max() for weight in fused]
         return torch.stack(peaks).max()
+
+    def fake_quant_clipped(
+        self, params: Mapping[str, Tensor], clips: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """``params`` with the weights of the linears that have a format rounded to nearest; differentiable.
+
+        Args:
+            params: parameters by name, in place of the block's.
+            clips: clipping ratios by linear, in place of the block's; 1 for others.
+        """
+        weights = {name: params[f"{name}.weight"] for name in self.quantized_linears()}
+        quantized = {}
+        for name, weight in weights.items():
+            low, high = clips.get(name, (1.0, 1.0))
+            quantize, peak = self.weight_format(name).fake_quant_clipped, self.tensor_peak(name, weights)
+            quantized[f"{name}.weight"] = quantize(weight, low, high, peak)
+        return {**params, **quantized}
 
     def quantized_params(self) -> dict[str, Tensor]:
         """``params`` with the dequantized values of the quantized weights."""

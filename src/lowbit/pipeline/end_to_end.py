@@ -40,6 +40,7 @@ from lowbit.models.forward import run, run_all
 from lowbit.models.offload import Rows
 from lowbit.pipeline.runner import Walk, embed_tokens
 from lowbit.progress import say
+from lowbit.quant.elements import given
 from lowbit.quant.format import Format, QParams
 from lowbit.runs.folder import RUN, block_file, notes_file, pictures_file
 from lowbit.runs.latent_weights import Latents, latent, latent_file
@@ -119,7 +120,7 @@ class Tuning:
             down = (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
             up = torch.zeros(rows, rank, device=self.device)
             self.pairs[name] = up.requires_grad_(), down.to(self.device).requires_grad_()
-            if self.options.ends:
+            if self.options.ends and block.weight_format(name).learns_range:
                 sides = 2 if block.weight_format(name).independent_ends else 1
                 self.ends[name] = tuple(torch.zeros_like(qparams.scale).requires_grad_() for _ in range(sides))
         if self.options.norms:
@@ -171,17 +172,29 @@ class Tuning:
 
     def _linears(self, block: Block, latents: Latents) -> dict[str, tuple[Tensor, QParams, Format]]:
         """Weight with its correction, qparams and format of each quantized linear."""
-        out = {}
+        out, ranges = {}, self._ranges(block, latents)
+        peaks = {name: torch.maximum(-low, high) for name, (low, high) in ranges.items()}
         for name, qparams in latents.qparams.items():
             format = block.weight_format(name)
             up, down = self.pairs[name]
             weight = latent(latents.places[name], qparams, format) + (up @ down) / up.shape[1]
-            if name in self.ends:
-                bottom, top = format.range_of(qparams)
-                low, high = self.ends[name][0], self.ends[name][-1]
-                qparams = format.from_range(bottom * low.exp(), top * high.exp())
+            if name in ranges:
+                moved = format.from_range(*ranges[name], block.tensor_peak(name, peaks))
+                # What a search chose is no format's rule: ranges that have not moved keep their qparams.
+                still = torch.stack([(end == 0).all() for end in self.ends[name]]).all()
+                kept = (torch.where(still, old, new.detach()) for old, new in zip(qparams, moved, strict=True))
+                qparams = QParams(*(given(new, value) for new, value in zip(moved, kept, strict=True)))
             out[name] = weight, qparams, format
         return out
+
+    def _ranges(self, block: Block, latents: Latents) -> dict[str, tuple[Tensor, Tensor]]:
+        """The ranges with learned ends, ``(low, high)`` of each group, by linear."""
+        ranges = {}
+        for name, ends in self.ends.items():
+            if (qparams := latents.qparams.get(name)) is not None:
+                bottom, top = block.weight_format(name).range_of(qparams)
+                ranges[name] = bottom * ends[0].exp(), top * ends[-1].exp()
+        return ranges
 
     def _divergence(self, hidden: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """``KL(float || quantized)`` from the last block's outputs ``(sequences, length, hidden)``, mean over tokens.

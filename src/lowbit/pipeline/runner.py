@@ -289,7 +289,11 @@ def shared_exponent_of(block: Block, linear: str) -> int | None:
     """The exponent of the tensors' power of two that fused linears share; ``None`` for formats without one."""
     if not isinstance(block.weight_format(linear).scales, TwoLevel):
         return None
-    return shared_exponent([block.qweights[name].qparams.scale for name in block.fused_with(linear)])
+    fused = block.fused_with(linear)
+    exponent = shared_exponent([block.qweights[name].qparams.scale for name in fused])
+    if exponent is None:
+        raise RuntimeError(f"the scales of {', '.join(fused)} have no power of two in common")
+    return exponent
 
 
 def check_space(out: Path, needed: int) -> None:

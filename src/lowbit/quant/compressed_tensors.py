@@ -19,7 +19,7 @@ from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.layouts import FP8, OWN, PACKED, PLAIN
-from lowbit.quant.scales import Plain, PowerOfTwo, TwoLevel
+from lowbit.quant.scales import PowerOfTwo, TwoLevel
 from lowbit.quant.scheme import ModelFormats, ModuleFormats
 
 MIXED = "mixed-precision"
@@ -54,10 +54,8 @@ def stock_dtype(formats: ModelFormats) -> str:
 
     Its decoders of MX and NVFP4 weights give bfloat16, whatever the model's dtype.
     """
-    packed = any(
-        isinstance(m.weight, FloatFormat) and not isinstance(m.weight.scales, Plain) for m in formats.modules.values()
-    )
-    return "bfloat16" if packed else "float32"
+    blocks = any(isinstance(m.weight, FloatFormat) and m.weight.in_blocks for m in formats.modules.values())
+    return "bfloat16" if blocks else "float32"
 
 
 def _asymmetric(module: ModuleFormats) -> bool:

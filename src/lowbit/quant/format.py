@@ -150,8 +150,11 @@ class Format(ABC):
         """The values of codes, or of positions between codes; qparams broadcast against ``codes``."""
 
     @abstractmethod
-    def neighbours(self, qparams: QParams) -> list[QParams]:
-        """Qparams next to ``qparams`` that the format can store: candidates for ``search_scales``."""
+    def neighbours(self, qparams: QParams, tensor_peak: Tensor | None = None) -> list[QParams]:
+        """Qparams next to ``qparams`` that the format can store: candidates for ``search_scales``.
+
+        ``tensor_peak`` is the one that ``qparams`` were made with: all candidates share the tensor's scale.
+        """
 
     @abstractmethod
     def fits_scale_dtype(self, qparams: QParams) -> bool:

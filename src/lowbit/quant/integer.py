@@ -157,7 +157,7 @@ class IntFormat(Format):
         """``(code - zero) * scale``."""
         return (codes - qparams.zero) * qparams.scale
 
-    def neighbours(self, qparams: QParams) -> list[QParams]:
+    def neighbours(self, qparams: QParams, tensor_peak: Tensor | None = None) -> list[QParams]:
         """Ranges scaled by ``SEARCHED``."""
         low, high = self.range_of(qparams)
         return [self.from_range(low * ratio, high * ratio) for ratio in SEARCHED]

@@ -152,7 +152,7 @@ class KQuant(Format):
         top = max(float(qparams.scale.max()), float(qparams.zero.max()) if self.has_minimum else 0.0)
         return top < self.scales.largest * torch.finfo(torch.float16).max
 
-    def neighbours(self, qparams: QParams) -> list[QParams]:
+    def neighbours(self, qparams: QParams, tensor_peak: Tensor | None = None) -> list[QParams]:
         """The next integers for each group's scale and minimum, with the same factors of superblocks."""
         scales = self._moved(qparams.scale, range(-2, 3), least=1)
         if not self.has_minimum:

@@ -63,7 +63,7 @@ class Layout(ABC):
         """Dtypes and shapes of the tensors of a weight ``(rows, columns)``, in the order of ``tensors``."""
 
     def bits_per_value(self, format: Format, columns: int) -> float:
-        """Bits of a value on disk: the format's, unless codes take a byte each."""
+        """Bits of a value on disk: the format's, unless codes or scales take more."""
         return format.bits_per_value(columns)
 
     @abstractmethod
@@ -109,6 +109,16 @@ class PackedIntegers(Layout):
     """``pack-quantized``."""
 
     name = "pack-quantized"
+
+    def bits_per_value(self, format: Format, columns: int) -> float:
+        """The format's; scales beside zero points take 32 bits.
+
+        >>> PACKED.bits_per_value(IntFormat(4, 32, symmetric=False), 64)
+        5.125
+        """
+        format = integer(format, self.name)
+        wider = 0 if format.symmetric else 32 - format.scales.bits
+        return format.bits_per_value(columns) + wider * format.groups(columns) / columns
 
     def tensors(self, format: Format) -> tuple[str, ...]:
         """Codes, their shape, scales, and zero points if there are any."""
@@ -328,6 +338,18 @@ class Own(Layout):
     """
 
     name = "lowbit-packed"
+
+    def bits_per_value(self, format: Format, columns: int) -> float:
+        """The format's; the integers of a K-quant's scales and minima take a byte each.
+
+        >>> from lowbit.quant.kquants import k_quant
+        >>> OWN.bits_per_value(k_quant("q4_k"), 256)
+        4.625
+        """
+        if not isinstance(format, KQuant):
+            return format.bits_per_value(columns)
+        integers = (2 if format.has_minimum else 1) * format.groups(columns)
+        return format.bits_per_value(columns) + (8 - format.scales.bits) * integers / columns
 
     def tensors(self, format: Format) -> tuple[str, ...]:
         """Codes, their shape, scales and minima."""

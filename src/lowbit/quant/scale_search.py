@@ -13,14 +13,21 @@ from lowbit.quant.format import Format, QParams, split_groups
 
 
 @torch.no_grad()
-def search_scales(weight: Tensor, format: Format, start: QParams, importance: Tensor | None = None) -> QParams:
+def search_scales(
+    weight: Tensor,
+    format: Format,
+    start: QParams,
+    importance: Tensor | None = None,
+    tensor_peak: Tensor | None = None,
+) -> QParams:
     """Qparams with the smallest error of each group.
 
     Args:
         weight: ``(rows, columns)``.
         format: its format.
         start: qparams of the rule, ``(rows, groups)`` each.
-        importance: weight of each column's squared error ``(columns,)``, such as the second moments of its input.
+        importance: weight of each column's squared error ``(columns,)``, such as the mean squares of its input.
+        tensor_peak: the one that ``start`` was made with, see ``Format.from_range``.
 
     Of equal errors the first counts, so that the rule's scale stays where nothing is gained.
     """
@@ -32,7 +39,7 @@ def search_scales(weight: Tensor, format: Format, start: QParams, importance: Te
         return format.over_shared_rows((difference if factor is None else difference * factor).sum(-1))
 
     best, lowest = start, error(start)
-    for candidate in format.neighbours(start):
+    for candidate in format.neighbours(start, tensor_peak):
         found = error(candidate)
         better = found < lowest
         best = QParams(*(new.where(better, old) for new, old in zip(candidate, best, strict=True)))

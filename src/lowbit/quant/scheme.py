@@ -36,7 +36,7 @@ from lowbit.errors import LowbitError, canonical, unknown
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.float_activations import FP8_GROUPS, FP8_TOKENS, MXFP4_ACTS, MXFP8_ACTS
-from lowbit.quant.floating import FLOATS, FP8, FP8_BLOCK, MXFP4, MXFP6, MXFP8, NVFP4
+from lowbit.quant.floating import FLOATS, FP8, FP8_BLOCK, MXFP4, MXFP6, MXFP8, NVFP4, FloatFormat
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import K_QUANTS
@@ -101,12 +101,22 @@ class Scheme:
         """
         override = self.override(name)
         weight = override[1] if override else self.weight
-        return None if weight is None else ModuleFormats(weight, self._input(weight))
+        if weight is None:
+            return None
+        if self._has_block_floats:
+            weight = _stored_as(weight, torch.bfloat16)
+        return ModuleFormats(weight, self._input(weight))
 
     def outside(self, name: str) -> ModuleFormats | None:
         """The formats of a module outside the blocks (embedding, head): float unless an override matches it."""
         formats = self.module(name) if self.override(name) else None
         return formats and replace(formats, outside=True)
+
+    @property
+    def _has_block_floats(self) -> bool:
+        """MX or NVFP4 weights: stock decoders of these need a bfloat16 model, which rounds float16 scales."""
+        given = (self.weight, *(spec for _, spec in self.overrides))
+        return any(isinstance(spec, FloatFormat) and spec.in_blocks for spec in given)
 
     def _input(self, weight: Format) -> ActFormat | None:
         if self.act is not None:

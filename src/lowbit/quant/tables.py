@@ -111,7 +111,7 @@ class TableFormat(Format):
         """Every scale is below the largest number of ``scale_dtype``."""
         return float(qparams.scale.abs().max()) < torch.finfo(self.scale_dtype).max
 
-    def neighbours(self, qparams: QParams) -> list[QParams]:
+    def neighbours(self, qparams: QParams, tensor_peak: Tensor | None = None) -> list[QParams]:
         """Scales that map the group's end to other elements, of both signs."""
         top = qparams.scale.abs() * -self.elements.values[0]
         ends = [-self.elements.values[0] - 2 * step for step in range(-SEARCH, SEARCH + 1)]

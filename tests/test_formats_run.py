@@ -1,0 +1,151 @@
+"""Runs in every number format: what is on disk, what stock ``transformers`` computes from it, and resuming."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import lowbit
+from lowbit.checkpoints.resolve import load_config
+from lowbit.models.skeleton import Skeleton
+from lowbit.pipeline import runner
+from lowbit.quant.scheme import NAMED, scheme_from_dict
+from lowbit.runs.plan import make_plan
+from runs import folder_bytes, quantize_tiny, streamed_logits
+from tiny import save_tiny, tiny_ids
+
+# Superblocks of 256 values divide every width; 96 rows of the head are no whole tile of 128.
+SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 64}
+INTEGERS = ["w4afp8", "w4a8-sym", "w4a4g32-sym-asym", "w8a8"]
+OUTSIDE = {"lm_head": "w8", "model.embed_tokens": "w8"}
+# A format of another kind beside the scheme's.
+MIXED = [
+    ("nvfp4a16", {"*.down_proj": "q6_k"}),
+    ("mxfp4", {"*.down_proj": "w8", **OUTSIDE}),
+    ("fp8", {"*.down_proj": "w8", "lm_head": "nvfp4", "*.q_proj": "mxfp6"}),
+    ("w8a8", {"*.down_proj": "nvfp4"}),
+    ("q4_k", {"*.down_proj": "w8", "lm_head": "q6_k", "model.embed_tokens": "iq4_nl"}),
+]
+MORE = [
+    ("w4afp8g32", {}),
+    ("nvfp4a16", {"*.down_proj": "fp8"}),
+    ("mxfp8", {"*.down_proj": "fp8-block"}),
+    ("w4a16g32", {"*.down_proj": "fp8"}),
+    ("w4a16g32-asym", {"*.down_proj": "fp8"}),
+    ("w8a16-asym", {"*.down_proj": "mxfp4"}),
+    ("w4afp8", {"*.down_proj": "fp8-tensor", "*.v_proj": "float"}),
+    *((name, OUTSIDE) for name in ("nvfp4a16", "fp8", "mxfp6a16", "q2_k", "w4a8-sym")),
+]
+RUNS = [*((name, {}) for name in (*NAMED, *INTEGERS)), *MIXED]
+RUNS = [*RUNS, *(pytest.param(run, marks=pytest.mark.heavy) for run in MORE)]
+IDS = tiny_ids(2, 20)
+
+
+def shown(run):
+    """What pytest calls a run's scheme and overrides."""
+    name, overrides = run
+    return "+".join([name, *(f"{glob}={text}" for glob, text in overrides.items())])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("formats") / "model"
+    save_tiny(folder, "llama", **SIZES)
+    return folder
+
+
+def start(model, out, name, overrides):
+    """A run by rounding to nearest."""
+    scheme = {"scheme": name, "overrides": overrides}
+    return quantize_tiny(model, out, scheme_from_dict(scheme))
+
+
+@pytest.fixture(scope="module")
+def made(model):
+    """A finished run's folder and manifest, made once."""
+
+    @cache
+    def run(name, overrides):
+        out = model.parent / f"{len(list(model.parent.iterdir()))}"
+        return out, start(model, out, name, dict(overrides)).manifest
+
+    return lambda name, overrides: run(name, tuple(overrides.items()))
+
+
+@cache
+def logits(folder, dtype=torch.float32):
+    """Of the run as ``lowbit.load`` gives it."""
+    with torch.no_grad():
+        return lowbit.load(folder, dtype=dtype)(IDS).logits
+
+
+@pytest.mark.parametrize("run", RUNS, ids=shown)
+def test_stock_transformers_gives_the_logits_of_the_loaded_run_bit_for_bit(run, made):
+    folder, manifest = made(*run)
+    stock = manifest.transformers
+    if not stock.loads:
+        assert re.search("llama.cpp|asymmetric and other formats", stock.why_not)
+        with pytest.raises(Exception, match=r"."):
+            AutoModelForCausalLM.from_pretrained(folder)
+        return
+    dtype = getattr(torch, stock.dtype)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)(IDS).logits
+    assert found.std() > 0
+    assert torch.equal(found, logits(folder, dtype))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=shown)
+def test_a_run_evaluated_block_by_block_gives_the_logits_of_the_loaded_model(run, made):
+    folder, _ = made(*run)
+    wanted = logits(folder)
+    # The same operations in the same dtype; the masks are made in another way.
+    assert float((streamed_logits(folder, IDS) - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("run", RUNS, ids=shown)
+def test_the_sizes_and_layouts_that_are_stated_are_those_on_disk(run, made):
+    folder, manifest = made(*run)
+    plan = make_plan(Skeleton(load_config(folder)), scheme_from_dict(manifest.identity.scheme))
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        if file.name.startswith(("block-", "model-")):
+            with safe_open(file, "pt") as tensors:
+                stored |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    found = 0
+    for module, formats in plan.formats.modules.items():
+        names = {f"{module}.{name}" for name in formats.layout.tensors(formats.weight)}
+        assert {name for name in stored if name.startswith(f"{module}.")} == names
+        found += sum(stored[name].nbytes for name in names)
+    assert {formats.layout.name for formats in plan.formats.modules.values()} == set(manifest.layouts)
+    # Shapes, the tensors' own scales and those of tiles are not counted.
+    assert 0 <= found - plan.size_bytes <= 32 * len(plan.formats.modules)
+
+
+class Killed(BaseException):
+    """Passes every handler of errors, as a kill does."""
+
+
+@pytest.mark.parametrize("run", [RUNS[0], MIXED[2]], ids=shown)
+def test_a_run_that_is_killed_between_its_shards_ends_with_the_same_bytes(run, model, made, tmp_path, monkeypatch):
+    folder, _ = made(*run)
+    real = runner.write_tensors
+
+    def write(path, tensors):
+        if path.name == "block-00000.safetensors":
+            raise Killed
+        real(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "write_tensors", write)
+        with pytest.raises(Killed):
+            start(model, tmp_path / "out", *run)
+    assert (tmp_path / "out" / "model-rest.safetensors").exists()
+    start(model, tmp_path / "out", *run)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(folder)
