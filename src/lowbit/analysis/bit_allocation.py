@@ -160,4 +160,4 @@ def with_formats(scheme: Scheme, groups: Sequence[Sequence[Linear]], specs: Sequ
 
 def _weight(scheme: Scheme, linear: str) -> Format | None:
     formats = scheme.module(linear)
-    return formats and formats.weight
+    return None if formats is None else formats.weight

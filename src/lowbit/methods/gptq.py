@@ -128,7 +128,8 @@ class GPTQ(Method):
     def _qparams(self, block: Block, name: str, weights: Mapping[str, Tensor], strength: Tensor) -> QParams:
         """The qparams of a linear, of which ``weights`` has the weight; ``strength`` is the Hessian's diagonal."""
         format, weight, peak = block.weight_format(name), weights[name], block.tensor_peak(name, weights)
-        qparams = format.qparams(weight, *block.clips.get(name, (1.0, 1.0)), peak)
+        low, high = block.clips.get(name, (1.0, 1.0))
+        qparams = format.qparams(weight, low, high, peak)
         return search_scales(weight, format, qparams, strength, peak) if self.search else qparams
 
 

@@ -180,10 +180,9 @@ class Block:
         weights = {name: params[f"{name}.weight"] for name in self.quantized_linears()}
         quantized = {}
         for name, weight in weights.items():
-            peak = self.tensor_peak(name, weights)
-            quantized[f"{name}.weight"] = self.weight_format(name).fake_quant_clipped(
-                weight, *clips.get(name, (1.0, 1.0)), peak
-            )
+            low, high = clips.get(name, (1.0, 1.0))
+            format, peak = self.weight_format(name), self.tensor_peak(name, weights)
+            quantized[f"{name}.weight"] = format.fake_quant_clipped(weight, low, high, peak)
         return {**params, **quantized}
 
     def quantized_params(self) -> dict[str, Tensor]:
