@@ -52,7 +52,7 @@ class Ternary(Format):
     def bits_per_value(self, columns: int) -> float:
         return 2 + 16 / columns
 
-    def neighbours(self, qparams: QParams) -> list[QParams]:
+    def neighbours(self, qparams: QParams, tensor_peak: Tensor | None = None) -> list[QParams]:
         return [QParams(stored_scale(qparams.scale * 0.8, torch.float16), qparams.zero)]
 
     def from_range(self, low: Tensor, high: Tensor, tensor_peak: Tensor | None = None) -> QParams:

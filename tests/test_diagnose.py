@@ -173,18 +173,6 @@ def test_divergence_is_measured_in_formats_of_other_kinds(places, tmp_path):
     assert all(row["measured"] and 0 < row["gain"] < row["sensitivity"] for row in found.linears)
 
 
-def test_runs_of_earlier_versions_state_the_error_of_their_own_width_among_others(places, tmp_path):
-    _, out = places
-    now = lowbit.diagnose(out)
-    shutil.copytree(out, tmp_path / "old")
-    manifest = read_json(tmp_path / "old" / "lowbit.json")
-    for block in manifest["blocks"]:
-        for row in block["sensitivity"]["linears"].values():
-            del row["own"]
-    write_json(tmp_path / "old" / "lowbit.json", manifest)
-    assert lowbit.diagnose(tmp_path / "old").linears == now.linears
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scheme", ["w4a16g16-sym", "w4a8kv8"])
 def test_after_maps_moved_it_is_still_the_damage_to_the_float_output(name, scheme):

@@ -61,6 +61,7 @@ def test_what_is_written_down_names_every_option():
                     "block_size": 128,
                     "tokens": "normalized",
                     "target": "weights",
+                    "search": False,
                     "ridge": 0.1,
                 }
             }

@@ -78,7 +78,7 @@ def test_nothing_of_this_machine_is_kept(tmp_path, monkeypatch):
     for model in ("~/model", str(tmp_path / "home/model")):
         told = request(model=model, data=f"{tmp_path}/home/t.txt", recipe=f"{tmp_path}/mine.yaml").to_dict()
         assert (told["model"], told["data"]) == ("model", ["t.txt"])
-        assert (told["recipe"]["name"], told["recipe"]["steps"]) == ("mine", [{"rtn": {}}])
+        assert (told["recipe"]["name"], told["recipe"]["steps"]) == ("mine", [{"rtn": {"search": False}}])
         assert Path(tmp_path).name not in json.dumps(told)
     for name in ("demo", "org/name"):
         assert request(model=name, data="wikitext2").to_dict()["model"] == name

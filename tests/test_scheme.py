@@ -6,6 +6,7 @@ import itertools
 import json
 
 import pytest
+import torch
 
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
@@ -231,3 +232,19 @@ def test_a_wrong_scheme_file_is_told_what_is_wrong_in_one_line(tmp_path, text, m
 def test_a_scheme_file_that_is_not_there(tmp_path):
     with pytest.raises(LowbitError, match=r"cannot read the scheme file .*nowhere\.yaml"):
         load_scheme(str(tmp_path / "nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "dtype"),
+    [
+        ("nvfp4a16", {"*.down_proj": "w8"}, torch.bfloat16),
+        ("w8a8", {"*.up_proj": "mxfp4"}, torch.bfloat16),
+        ("fp8", {"*.down_proj": "w8"}, torch.float16),  # runs in float32
+        ("q4_k", {"*.down_proj": "w8"}, torch.float16),
+    ],
+)
+def test_integers_beside_formats_that_run_in_bfloat16_have_scales_that_stay_as_they_are_there(name, overrides, dtype):
+    found = with_overrides(parse_scheme(name), overrides)
+    assert found.module("model.layers.0.mlp.down_proj").weight.scale_dtype == dtype
+    again = scheme_from_dict(scheme_to_dict(found))
+    assert again.module("model.layers.0.mlp.down_proj") == found.module("model.layers.0.mlp.down_proj")

@@ -181,8 +181,8 @@ class Block:
         quantized = {}
         for name, weight in weights.items():
             low, high = clips.get(name, (1.0, 1.0))
-            quantize, peak = self.weight_format(name).fake_quant_clipped, self.tensor_peak(name, weights)
-            quantized[f"{name}.weight"] = quantize(weight, low, high, peak)
+            format, peak = self.weight_format(name), self.tensor_peak(name, weights)
+            quantized[f"{name}.weight"] = format.fake_quant_clipped(weight, low, high, peak)
         return {**params, **quantized}
 
     def quantized_params(self) -> dict[str, Tensor]:

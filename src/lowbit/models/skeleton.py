@@ -150,7 +150,8 @@ class Skeleton:
         return replace(block, kwargs=self._kwargs(block.start, len(block.layers), length))
 
     def forget(self) -> None:
-        """Drop the keyword arguments that ``embed`` recorded."""
+        """Drop what ``embed`` recorded, as before its first call."""
+        self._length = 0
         for recorder in self._recorders:
             recorder.kwargs.clear()
 
