@@ -113,6 +113,7 @@ COMPUTES_NOTHING = [
     ("llama", {"num_key_value_heads": 0}, "key/value heads 0"),
     ("llama", {"architectures": ["OPTForCausalLM"]}, "config.json"),
     ("opt", {"architectures": ["LlamaForCausalLM"]}, "config.json"),
+    ("llama", {"architectures": ["Qwen3ForCausalLM"]}, "they do not match"),
     ("llama", {"architectures": [None]}, "unknown architecture 'None'"),
     ("llama", {"architectures": [{"a": 1}]}, "unknown architecture"),
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import AutoModelForCausalLM
+
 from lowbit.errors import LowbitError, one_line, shown, unknown
 from lowbit.models.architecture import Family, check_heads
 from lowbit.models.families.gemma import GEMMA2, GEMMA3
@@ -16,6 +18,19 @@ from lowbit.models.families.smollm3 import SMOLLM3
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT, SMOLLM3)
 
 
+def _check_built_class(config: Any, family: Family) -> None:
+    """Refuse a config of whose ``model_type`` transformers builds another class than ``architectures`` names."""
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:  # of the model's own code
+        return
+    built = mapping[type(config)].__name__
+    if built not in family.architectures:
+        raise LowbitError(
+            f"config.json names the architecture {config.architectures[0]}, its model_type {config.model_type!r} is "
+            f"that of {built}: they do not match"
+        )
+
+
 def family_of(config: Any) -> Family:
     """The family of a Hugging Face config; there is no default for an architecture that is not listed."""
     names = getattr(config, "architectures", None)
@@ -25,6 +40,7 @@ def family_of(config: Any) -> Family:
     if family is None:
         name = names[0] if isinstance(names[0], str) else shown(names[0])
         raise unknown("architecture", name, [name for family in FAMILIES for name in family.architectures])
+    _check_built_class(config, family)
     try:
         reason, heads = family.refuse(config), family.heads(config)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
