@@ -13,6 +13,8 @@ import pytest
 from lowbit.cli.main import call
 from tiny import save_tiny
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 QUANTIZE = ["quantize", "{m}", "--out", "{out}", "--data", "{m}/calib.txt", "--samples", "2", "--length", "16"]
 QUANTIZE += ["--scheme", "w4a16g16-sym", "--recipe", "rtn"]
 EVALUATE = ["evaluate", "{m}", "--data", "{m}/calib.txt", "--length", "16", "--json"]

@@ -21,6 +21,8 @@ from lowbit.errors import LowbitError
 from runs import quantize_tiny
 from tiny import save_tiny, tiny_ids
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 COME = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "tokenizer.model.v3", "tekken.json"),

@@ -19,6 +19,8 @@ from lowbit.evaluation.generate import generate_text
 from runs import quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 NEUTRAL: list[dict[str, Any]] = [
     *(
         {key: kernel}

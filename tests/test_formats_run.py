@@ -20,6 +20,8 @@ from lowbit.runs.plan import make_plan
 from runs import folder_bytes, quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 # Superblocks of 256 values divide every width; 96 rows of the head are no whole tile of 128.
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 64}
 INTEGERS = ["w4afp8", "w4a8-sym", "w4a4g32-sym-asym", "w8a8"]

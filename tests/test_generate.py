@@ -13,6 +13,8 @@ from lowbit.errors import LowbitError
 from lowbit.evaluation.generate import generate_text
 from tiny import save_tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 PROMPT, NEW = "ABC", 12
 
 

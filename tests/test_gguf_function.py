@@ -22,6 +22,8 @@ from lowbit.checkpoints.gguf_reader import WithoutParts, convert
 from lowbit.checkpoints.gguf_rope import fraction, llama3_divisors, recover_llama3
 from lowbit.errors import LowbitError
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 WIDTH = 16
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"layer_types": ["sliding_attention"] * 3},

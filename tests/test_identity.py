@@ -24,6 +24,8 @@ from lowbit.errors import LowbitError
 from runs import quantize_tiny
 from tiny import save_tiny
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 OLD = 1_600_000_000  # seconds since 1970: long before any test
 
 

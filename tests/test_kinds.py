@@ -15,6 +15,8 @@ from lowbit.cli.main import call
 from runs import quantize_tiny
 from tiny import save_tiny
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 EXPORT = (
     r"is already quantized \({}\) and has no lowbit\.json, so it is an export .* give a float model or a run folder"
 )

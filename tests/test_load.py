@@ -17,6 +17,8 @@ import lowbit
 from lowbit.errors import LowbitError
 from tiny import save_tiny, tiny_ids
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 IDS = tiny_ids(2, 12)
 # By name a scheme, a recipe file and what saving would lose.
 KINDS = {

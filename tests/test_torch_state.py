@@ -16,6 +16,8 @@ import lowbit
 from runs import folder_bytes
 from tiny import save_tiny, tiny_ids
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 
 @contextmanager
 def switched(set_: Callable[[object], object], now: object, value: object) -> Iterator[None]:

@@ -25,6 +25,8 @@ from lowbit.quant.layouts import LAYOUTS
 from runs import quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 FAMILIES = ("llama", "opt", "gemma2", "phi3")
 PROJECTION = "model.layers.0.mlp.up_proj"
 

@@ -14,6 +14,8 @@ import lowbit
 from runs import quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 # By what is stored: changes to the tensors of a checkpoint that has the embedding alone.
 STORED = {

@@ -20,6 +20,8 @@ from lowbit.errors import LowbitError
 from runs import quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 NORM = "model.norm.weight"
 Change = Callable[[Path, Path], object]
 

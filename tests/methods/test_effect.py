@@ -18,6 +18,8 @@ from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import block_of, planned, tiny_model
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 OVERRIDES = {
     "none": {},
     "down": {"*.down_proj": "float", "*.fc2": "float"},

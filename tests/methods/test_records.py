@@ -20,6 +20,8 @@ from lowbit.runs.manifest import manifest_of
 from runs import quantize_tiny
 from tiny import block_of, planned, save_tiny, tiny_model
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 RECORDING = ["affinequant", "reassemble", "lowrank", "refit", "outlier-suppression+", "signs"]
 
 

@@ -18,6 +18,8 @@ from lowbit.pipeline.recipe import load_recipe, with_settings
 from lowbit.quant.scheme import NAMED
 from tiny import block_of, params_of, planned, skeleton_of, tiny_ids, tiny_model
 
+pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
+
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 SCHEMES = [*NAMED, "w4a16g32", "w3a16-asym", "w4a8"]
 

@@ -21,10 +21,11 @@ FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT, 
 def _check_built_class(config: Any, family: Family) -> None:
     """Refuse a config of whose ``model_type`` transformers builds another class than ``architectures`` names."""
     mapping = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:  # of the model's own code
-        return
-    built = mapping[type(config)].__name__
-    if built not in family.architectures:
+    if not type(config).__module__.startswith("transformers.") or type(config) not in mapping:
+        return  # of the model's own code
+    found = mapping[type(config)]
+    built = found.__name__
+    if found.__module__.startswith("transformers.") and built not in family.architectures:
         raise LowbitError(
             f"config.json names the architecture {config.architectures[0]}, its model_type {config.model_type!r} is "
             f"that of {built}: they do not match"
