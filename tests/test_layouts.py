@@ -13,7 +13,8 @@ from lowbit.quant.format import Format
 from lowbit.quant.formats import FORMATS
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import KQuant
-from lowbit.quant.layouts import LAYOUTS, PLAIN, Stored, layout_of
+from lowbit.quant.layout import Stored
+from lowbit.quant.layouts import LAYOUTS, PLAIN, layout_of
 from lowbit.quant.scale_search import search_scales
 
 CASES = [format for kind in FORMATS.values() for format in kind.examples()]

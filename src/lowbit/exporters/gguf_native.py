@@ -26,7 +26,7 @@ from lowbit.exporters.gguf_blocks import Bytes, planes
 from lowbit.quant.floating import MXFP4, NVFP4
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.kquants import SUPERBLOCK, KQuant
-from lowbit.quant.layouts import levels_of
+from lowbit.quant.own_layout import levels_of
 from lowbit.quant.scales import PowerOfTwo, TwoLevel
 from lowbit.quant.tables import IQ4_NL
 

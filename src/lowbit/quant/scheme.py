@@ -40,7 +40,8 @@ from lowbit.quant.floating import FLOATS, FP8, FP8_BLOCK, MXFP4, MXFP6, MXFP8, N
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import K_QUANTS
-from lowbit.quant.layouts import Layout, layout_of
+from lowbit.quant.layout import Layout
+from lowbit.quant.layouts import layout_of
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 from lowbit.quant.tables import IQ4_NL
 
