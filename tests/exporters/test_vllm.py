@@ -80,6 +80,8 @@ def test_one_wrong_byte_is_named(run_of: Callable[..., Path], tmp_path: Path, ke
         ("w6a6-sym", {}, r"act: .*6 bits.*nearest that fits: w6a8-sym$"),
         ("w4a16kv4", {}, r"kv: .*nearest that fits: w4a16-sym$"),
         ("w3a16-asym", {}, r"weight: .*asymmetric at 3 bits.*nearest that fits: w3a16-sym$"),
+        ("mxfp4", {}, r"layout: .* in mxfp4 needs no export: vLLM reads the run folder itself$"),
+        ("w4afp8", {}, r"layout: inputs in fp8 need no export: vLLM reads the run folder itself$"),
         ("w4a4-sym", {"*.q_proj": "w8"}, r"q_proj: vLLM fuses it with .*k_proj.*'\*\.q_proj=w4-sym'$"),
         ("w4a4-sym", {"*.1.mlp.up_proj": "float"}, r"1\.mlp\.up_proj: vLLM fuses it.*=w4-sym'$"),
     ],

@@ -34,8 +34,9 @@ from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
 from lowbit.models.families import family_of
 from lowbit.quant.activations import IntTokens
+from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import QTensor
-from lowbit.quant.integer import integer
+from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.layouts import LAYOUTS
 from lowbit.runs.manifest import MANIFEST
 
@@ -48,9 +49,12 @@ def limits(subject: Subject) -> Misfit | None:
     misfit = no_kv(subject)
     if misfit is not None:
         return misfit
+    for module, format in subject.weights.items():
+        if isinstance(format, FloatFormat):
+            return Misfit("layout", f"{module} in {format.name} needs no export: vLLM reads the run folder itself")
     act = subject.act
     if act is not None and not isinstance(act, IntTokens):
-        return Misfit("act", f"inputs in {act.name}; vLLM reads the run folder itself")
+        return Misfit("layout", f"inputs in {act.name} need no export: vLLM reads the run folder itself")
     if act is not None and not act.symmetric:
         return Misfit("act", "inputs are asymmetric; vLLM's kernels quantize them symmetrically")
     if act is not None and act.bits not in ACT_BITS:
@@ -140,4 +144,4 @@ def _owns(path: Path) -> bool:
     return owns("compressed-tensors")(path) and not (path / MANIFEST).exists()
 
 
-EXPORTER = Exporter("", limits, write, _owns, read, other)
+EXPORTER = Exporter("", limits, write, _owns, read, other, formats=(IntFormat, FloatFormat))
