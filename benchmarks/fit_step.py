@@ -47,7 +47,7 @@ from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.options import with_options
 from lowbit.models.block import Block, Calib
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.models.forward import run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.skeleton import Skeleton
@@ -79,7 +79,7 @@ def first_block(
     skeleton.model.to(device)
     ids = calibration("builtin", load_tokenizer(folder), tokens // length, length, 0).ids.to(device)
     x = skeleton.embed(ids)
-    params = block_params(checkpoint, skeleton.family.blocks, 0, skeleton.layers[0])
+    params = block_params(checkpoint, skeleton.architecture.blocks, 0, skeleton.layers[0])
     block = skeleton.block(0, {name: value.to(device) for name, value in params.items()})
     return block, Calib(x, x, run_all(block, x))
 
@@ -103,8 +103,9 @@ def random_block(size: str, tokens: int, device: str, dtype: torch.dtype, length
     x = x.to(dtype)
     at = torch.arange(length, device=device)[None]
     rotary = LlamaRotaryEmbedding(config).to(device)(x[:1], at)
-    family = family_of(config)
-    block = Block((layer,), 0, ({"position_embeddings": rotary},), family, family.heads(config), params)
+    architecture = architecture_of(config)
+    kwargs = ({"position_embeddings": rotary},)
+    block = Block((layer,), 0, kwargs, architecture.layers, architecture.blocks, params)
     return block, Calib(x, x, run_all(block, x, batch=1))
 
 
@@ -132,7 +133,7 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 def operations(block: Block, tokens: int, length: int) -> float:
     """Of the products of one forward and backward pass of the block."""
     weights = sum(block.weight(name).numel() for name in block.linears())
-    width = block.heads.query * block.heads.dim
+    width = next(edge.layout.query * edge.layout.dim for edge in block.edges() if edge.kind == "heads")
     return 6.0 * weights * tokens + 12.0 * tokens * length * width
 
 

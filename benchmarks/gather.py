@@ -28,8 +28,7 @@ from transformers import DynamicCache
 
 import lowbit
 from lowbit.checkpoints.resolve import resolve
-from lowbit.models.architecture import Part
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import GatheredRMSNorm, gathered_norm
 from lowbit.models.runtime_ops import Gather
 from lowbit.quant.activations import IntTokens
@@ -73,15 +72,13 @@ class Model:
     def __init__(self, device: str, share: float) -> None:
         self.model = lowbit.load(resolve("demo").folder, device=device)
         self.device = device
-        family = family_of(self.model.config)
-        ends = {edge.src for edge in family.edges if edge.kind == "norm"}
-        names = sorted(end.module if isinstance(end, Part) else end for end in ends)
+        architecture = architecture_of(self.model.config)
         self.places: list[tuple[nn.Module, str, dict[str, nn.Module]]] = []
-        for layer in self.model.get_submodule(family.blocks):
-            for name in names:
+        for layer, kind in zip(self.model.get_submodule(architecture.blocks), architecture.layers, strict=True):
+            for name, offset in sorted(kind.norm_offsets.items()):
                 norm = layer.get_submodule(name)
                 op = gather(self.model.config.hidden_size, share, len(self.places)).to(device)
-                fused = gathered_norm(norm, family.norm_offset, op)
+                fused = gathered_norm(norm, offset, op)
                 assert fused is not None
                 forms = dict(zip(FORMS, (norm, NormThenGather(norm, op), fused), strict=True))
                 self.places.append((layer, name, forms))

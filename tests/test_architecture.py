@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.models.architecture import Heads, Norm, Part, Projection
+from lowbit.models.edges import Norm, Projection
 from tiny import NAMES, block_of, tiny_model
 
-HEADS = Heads(query=4, kv=2, dim=3, rotary=2)
+# The rows of each part of a linear that holds q (12 rows), k and v (6 each), one behind the other; the last is
+# interleaved.
+PARTS = {"q": range(12), "k": range(12, 18), "v": range(18, 24), "w": (3, 4, 9, 10, 1)}
 
 
 def fused(bias: bool = True) -> dict[str, torch.Tensor]:
@@ -19,17 +21,10 @@ def fused(bias: bool = True) -> dict[str, torch.Tensor]:
 
 
 def part(name: str) -> Projection:
-    return Projection("0.qkv", Part("qkv", name).rows(HEADS, 24), whole=False)
+    return Projection("0.qkv", PARTS[name], whole=False)
 
 
-def test_parts_of_a_linear_cover_it_without_overlap():
-    rows = [Part("qkv", name).rows(HEADS, 24) for name in ("q", "k", "v")]
-    assert [(one.start, one.stop) for one in rows] == [(0, 12), (12, 18), (18, 24)]
-    halves = [Part("gate_up", name).rows(HEADS, 14) for name in ("gate", "up")]
-    assert [(one.start, one.stop) for one in halves] == [(0, 7), (7, 14)]
-
-
-@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("name", PARTS)
 def test_a_change_of_a_part_changes_its_rows_alone(name):
     params, projection = fused(), part(name)
     before = dict(params)
@@ -37,11 +32,11 @@ def test_a_change_of_a_part_changes_its_rows_alone(name):
     projection.change(params, lambda rows: 2 * rows)
     for key in ("0.qkv.weight", "0.qkv.bias"):
         wanted = before[key].clone()
-        wanted[projection.rows] *= 2
+        wanted[projection.index] *= 2
         assert torch.equal(params[key], wanted)
         assert params[key] is not before[key]  # what was given stays as it is
-    assert torch.equal(projection.read(params), 2 * before["0.qkv.weight"][projection.rows])
-    assert torch.equal(projection.read_bias(params), 2 * before["0.qkv.bias"][projection.rows])
+    assert torch.equal(projection.read(params), 2 * before["0.qkv.weight"][projection.index])
+    assert torch.equal(projection.read_bias(params), 2 * before["0.qkv.bias"][projection.index])
 
 
 def test_weight_and_bias_of_a_part_change_alone():
@@ -66,14 +61,14 @@ def test_a_linear_without_a_bias_has_none_to_change():
 
 def test_a_whole_linear_is_replaced_and_all_changes_are_differentiable():
     params = fused()
-    Projection("0.qkv", slice(0, 24)).change(params, lambda rows: rows.flip(0))
+    Projection("0.qkv", range(24)).change(params, lambda rows: rows.flip(0))
     assert torch.equal(params["0.qkv.weight"], fused()["0.qkv.weight"].flip(0))
     scale = torch.tensor(2.0, requires_grad=True)
-    for projection in (part("k"), Projection("0.qkv", slice(0, 24))):
+    for projection in (part("k"), part("w"), Projection("0.qkv", range(24))):
         params = fused()
         projection.change(params, lambda rows: rows * scale)
         (gradient,) = torch.autograd.grad(sum(value.sum() for value in params.values()), scale)
-        rows = projection.rows
+        rows = projection.index
         wanted = fused()["0.qkv.weight"][rows].sum() + fused()["0.qkv.bias"][rows].sum()
         assert torch.allclose(gradient, wanted)
 
@@ -97,12 +92,11 @@ def test_edges_know_their_parameters(name):
                 assert block.params[end.parameter].ndim == 1
         if edge.kind == "norm":
             assert edge.readers == edge.dst
-            assert all(
-                dst.read(block.params).shape[1] == len(block.params[edge.src.parameter]) for dst in edge.readers
-            )
+            assert edge.width == len(block.params[edge.src.parameter])
+            assert all(dst.read(block.params).shape[1] == edge.width for dst in edge.readers)
         elif edge.kind != "qk":
             (reader,) = edge.readers
-            share = block.heads.group if edge.kind == "heads" else 1
+            share = edge.layout.group if edge.kind == "heads" else 1
             assert reader.read(block.params).shape[1] == share * edge.width
 
 
@@ -120,3 +114,18 @@ def test_the_partner_of_a_channels_edge_is_what_its_source_is_multiplied_with(na
         assert (edge.partner.module, edge.partner.whole) == partner
         assert edge.partner.out == edge.width
         assert edge.partner != edge.src
+
+
+def test_columns_of_a_reader_change_alone():
+    params = fused()
+    some = Projection("0.qkv", range(24), columns=(4, 1))
+    assert torch.equal(some.read(params), params["0.qkv.weight"][:, [4, 1]])
+    assert torch.equal(some.inputs(torch.arange(5.0)), torch.tensor([4.0, 1.0]))
+    assert some.outer(torch.tensor([7.0, 8.0]), 5).tolist() == [1.0, 8.0, 1.0, 1.0, 7.0]
+    some.change_weight(params, lambda weight: weight * torch.tensor([2.0, 3.0]))
+    assert torch.equal(params["0.qkv.weight"], fused()["0.qkv.weight"] * torch.tensor([1.0, 3.0, 1.0, 1.0, 2.0]))
+    both = Projection("0.qkv", (20, 3), whole=False, columns=range(1, 3))
+    both.change_weight(params, lambda weight: weight + 1)
+    wanted = fused()["0.qkv.weight"] * torch.tensor([1.0, 3.0, 1.0, 1.0, 2.0])
+    wanted[[[20], [3]], [[1, 2]]] += 1
+    assert torch.equal(params["0.qkv.weight"], wanted)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.models.equivalence import can_move, map_width, move
+from lowbit.models.equivalence import can_move, move
 from lowbit.models.forward import run
 from lowbit.models.runtime_ops import Clip, Gather, Matrix
 from tiny import NAMES, block_of, tiny_model
 
 
-def random_maps(block, edge, generator):
+def random_maps(edge, generator):
     """Every shape of map that the edge takes, random and well conditioned, in float64."""
 
     def positive(*shape):
@@ -24,19 +24,19 @@ def random_maps(block, edge, generator):
         noise = torch.randn(*shape, generator=generator, dtype=torch.float64)
         return torch.eye(shape[-1], dtype=torch.float64) + 0.3 * noise / shape[-1] ** 0.5
 
-    heads, pairs = block.heads, block.heads.rotary // 2
-    if edge.kind in ("norm", "channels"):
-        yield positive(map_width(block, edge))
-        if not edge.positive:
-            yield -positive(map_width(block, edge))
-    elif edge.kind == "heads" or pairs == 0:
-        yield positive(heads.kv, heads.dim)
-        yield matrix(heads.kv, heads.dim, heads.dim)
-    elif block.family.qk_norm_per_head:
-        yield positive(pairs)
-    else:
-        yield positive(heads.kv, pairs)
-        yield torch.randn(heads.kv, pairs, 2, generator=generator, dtype=torch.float64) + 1.5
+    if edge.limit != "rotation":
+        yield positive(*edge.diagonal_shape)
+    if edge.kind != "qk" and not edge.positive:
+        yield -positive(*edge.diagonal_shape)
+    if edge.kind == "heads" or edge.free:
+        whole = matrix(*edge.diagonal_shape, edge.size)
+        if edge.limit == "matrix":
+            yield whole
+        elif edge.limit == "rotation":
+            yield torch.linalg.qr(whole)[0]
+    elif edge.pairs and edge.limit in ("matrix", "rotation"):
+        rotation = torch.randn(*edge.diagonal_shape, 2, generator=generator, dtype=torch.float64) + 1.5
+        yield rotation if edge.limit == "matrix" else rotation / rotation.norm(dim=-1, keepdim=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,11 +47,11 @@ def test_a_random_map_across_every_edge_leaves_the_output(name, dtype):
     generator = torch.Generator().manual_seed(7)
     # float64 shows that the algebra is exact. Norms that store 1 + w compute their gain in float32 inside the
     # library, whatever dtype they are given, so there float32's tolerance is the best that can be asked for.
-    in_float32 = dtype == torch.float32 or block.family.norm_offset
+    in_float32 = dtype == torch.float32 or any(edge.offset for edge in block.edges())
     tolerance = 1e-4 if in_float32 else 1e-10
-    assert len(block.edges()) == 5
+    assert len(block.edges()) == (6 if name == "phi3-partial" else 5)
     for edge in block.edges():
-        for map in random_maps(block, edge, generator):
+        for map in random_maps(edge, generator):
             moved = move(block, edge, map.to(dtype))
             changed = [key for key in moved if not torch.equal(moved[key], block.params[key])]
             assert len(changed) >= 1 + len(edge.dst) - (edge.src in edge.dst) - (name.startswith("phi3"))
@@ -65,7 +65,7 @@ def test_all_edges_at_once_and_differentiable():
     maps, params = [], dict(block.params)
     generator = torch.Generator().manual_seed(3)
     for edge in block.edges():
-        map = list(random_maps(block, edge, generator))[-1].requires_grad_()
+        map = list(random_maps(edge, generator))[-1].requires_grad_()
         maps.append(map)
         params = move(block, edge, map, params)
     assert torch.allclose(run(block, x, params), wanted, atol=1e-10)

@@ -12,7 +12,7 @@ import lowbit
 from lowbit.errors import LowbitError
 from lowbit.methods import RTN
 from lowbit.methods.reassemble import Reassemble
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import GatheredRMSNorm, gathered_norm
 from lowbit.models.runtime_ops import Clip, Gather, Matrix
 from lowbit.pipeline.recipe import Recipe
@@ -44,7 +44,7 @@ def gather(width: int, merging: bool) -> Gather:
 def test_the_module_is_the_norm_and_the_gather_bit_for_bit(name, merging, dtype):
     model = tiny_model(name).to(dtype)
     norm, op = model.model.layers[1].input_layernorm, gather(64, merging)
-    one = gathered_norm(norm, family_of(model.config).norm_offset, op)
+    one = gathered_norm(norm, architecture_of(model.config).layers[0].edges[0].offset, op)
     x = (3 * torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
     with torch.no_grad():
         wanted = op(norm(x))

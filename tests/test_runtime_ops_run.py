@@ -54,7 +54,7 @@ def test_a_dense_map_that_runs_after_its_norm_leaves_the_float_function(name):
     moved = with_dense_maps(block, torch.Generator().manual_seed(0))
     assert len(moved.ops) == 2
     error = (run(moved, x) - wanted).abs().max() / wanted.abs().max()
-    assert error < (1e-4 if block.family.norm_offset else 1e-10)
+    assert error < (1e-4 if any(edge.offset for edge in block.edges()) else 1e-10)
     assert (run(replace(moved, ops={}), x) - wanted).abs().max() > 1e-3 * wanted.abs().max()
     assert all(not m._forward_hooks for layer in block.layers for m in layer.modules())
 
@@ -231,12 +231,12 @@ def test_what_is_stored_is_what_is_read(whole, tmp_path):
     folder = with_tensors(whole, tmp_path / "more", stored)
     model = StreamedModel(folder)
     layer = model.skeleton.layers[1]
-    found = read_ops(model.checkpoint, model.skeleton.family, layer, 1)
+    found = read_ops(model.checkpoint, model.skeleton.architecture, layer, 1)
     assert {module: type(op) for module, op in found.items()} == {module: type(op) for module, op in OPS.items()}
     for module, op in OPS.items():
         for name in op.fields():
             assert torch.equal(getattr(found[module], name), getattr(op, name))
-    assert read_ops(model.checkpoint, model.skeleton.family, layer, 0) == {}
+    assert read_ops(model.checkpoint, model.skeleton.architecture, layer, 0) == {}
     assert model.block(1).ops.keys() == {f"1.{module}" for module in OPS}
     # Both readers run them, and the clip, which has no quantized input to clip here, does nothing.
     ids = tiny_ids()

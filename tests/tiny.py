@@ -116,7 +116,7 @@ def skeleton_of(model: Any) -> Any:
 
 def params_of(model: Any, skeleton: Any, start: int, count: int = 1, dtype: torch.dtype = torch.float32) -> Any:
     """A block's parameters by the names that blocks use."""
-    prefix = skeleton.family.blocks + "."
+    prefix = skeleton.architecture.blocks + "."
     wanted = tuple(f"{i}." for i in range(start, start + count))
     return {
         key.removeprefix(prefix): value.detach().to(dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.models.block import Block, Calib
-from lowbit.models.equivalence import can_shift, map_width, move
+from lowbit.models.equivalence import can_shift, move
 from lowbit.models.forward import run_all
 from tiny import block_of, planned, tiny_model
 
@@ -28,7 +28,7 @@ def outliers(block: Block, kind: str = "norm", channels: Sequence[int] = FEW, ti
     params = dict(block.params)
     for edge in block.edges():
         if edge.kind == kind:
-            map = torch.ones(map_width(block, edge))
+            map = torch.ones(edge.width)
             map[list(channels)] = 1 / times
             params = move(block, edge, map, params)
     return replace(block, params=params)
@@ -39,7 +39,7 @@ def shifted(block: Block, channels: Sequence[int] = range(20, 28), by: float = 1
     params = dict(block.params)
     for edge in block.edges():
         if edge.kind == "norm" and can_shift(block, edge):
-            width = map_width(block, edge)
+            width = edge.width
             shift = torch.zeros(width)
             shift[list(channels)] = by * torch.tensor([1.0, -1.0]).repeat(len(channels) // 2)
             params = move(block, edge, torch.ones(width), params, shift)
@@ -48,10 +48,11 @@ def shifted(block: Block, channels: Sequence[int] = range(20, 28), by: float = 1
 
 def mixed_heads(block: Block) -> Block:
     """Values of every head mixed by a dense matrix, which the output projection undoes: no diagonal does."""
-    generator, params, dim = torch.Generator().manual_seed(0), dict(block.params), block.heads.dim
+    generator, params = torch.Generator().manual_seed(0), dict(block.params)
     for edge in block.edges():
         if edge.kind == "heads":
-            noise = torch.randn(block.heads.kv, dim, dim, generator=generator) / dim**0.5
+            dim = edge.layout.dim
+            noise = torch.randn(edge.layout.kv, dim, dim, generator=generator) / dim**0.5
             params = move(block, edge, torch.eye(dim) + noise, params)
     return replace(block, params=params)
 

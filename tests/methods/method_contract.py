@@ -25,7 +25,7 @@ from lowbit.methods.method import Method
 from lowbit.methods.options import with_options
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
-from lowbit.models.equivalence import map_width, move
+from lowbit.models.equivalence import move
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.runner import shared_exponent_of
@@ -278,7 +278,7 @@ def check_behind(step: Method, block: Block, calib: Calib, left_by: Method) -> A
     for edge in block.edges():
         if edge.src.module in block.ops:
             with pytest.raises(LowbitError, match="follows the norm"):
-                move(block, edge, torch.ones(map_width(block, edge)))
+                move(block, edge, torch.ones(edge.width))
     try:
         tried = attempt(step, block, calib)
     except LowbitError:

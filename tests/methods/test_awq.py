@@ -13,7 +13,6 @@ from lowbit.methods.awq import AWQ, scaled_error
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import Statistics
 from lowbit.models.block import Calib
-from lowbit.models.equivalence import map_width
 from lowbit.models.forward import run_all
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
@@ -96,7 +95,7 @@ def test_no_chosen_scale_is_worse_than_no_scale(name):
         seen.add(x)
         map = AWQ()._best_scale(block, block.params, edge, seen)
         assert bool((map > 0).all())
-        spread = map.repeat_interleave(block.heads.group, 0).flatten() if edge.kind == "heads" else map
+        spread = edge.spread(map.flatten())
         errors = []
         for scale in (spread, torch.ones_like(spread)):
             errors.append(sum(scaled_error(block.weight(r), scale, seen["gram"], SCHEME.weight) for r in readers))
@@ -133,7 +132,7 @@ def test_the_scale_is_the_best_of_the_papers_candidates(kind):
 
 def test_query_heads_that_share_a_kv_head_share_its_scales():
     block, calib = case("llama-odd")
-    assert block.heads.group == 2
+    assert {edge.layout.group for edge in block.edges() if edge.kind == "heads"} == {2}
     result = AWQ(clip=False)(block, calib)
     ratio = (result.weight("1.self_attn.o_proj") / block.weight("1.self_attn.o_proj")).unflatten(1, (2, 2, 24))
     torch.testing.assert_close(ratio, ratio[:1, :, :1].expand_as(ratio), rtol=1e-5, atol=0)
@@ -182,7 +181,7 @@ def test_where_nothing_is_quantized_nothing_moves():
         assert torch.equal(result.weight(linear), block.weight(linear))
     assert not torch.equal(result.weight("1.mlp.gate_proj"), block.weight("1.mlp.gate_proj"))
     edge = next(edge for edge in block.edges() if edge.kind == "channels")
-    assert map_width(block, edge) == 96
+    assert edge.width == 96
 
 
 @pytest.mark.parametrize("options", [{"grid": 0}, {"clip_grid": 0}, {"clip_least": 0.0}, {"clip_least": 1.5}])

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lowbit.errors import LowbitError
+from lowbit.models.architecture import Architecture
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.scheme import Scheme
@@ -69,13 +70,13 @@ class Linear:
         return round(self.shape[0] * self.shape[1] * spec.bits_per_value(self.shape[1]))
 
 
-def fused(linears: Sequence[Linear], groups: Sequence[tuple[str, ...]]) -> list[list[Linear]]:
-    """The linears grouped by shared input; names in ``groups`` are relative to a layer."""
+def fused(linears: Sequence[Linear], architecture: Architecture) -> list[list[Linear]]:
+    """The linears grouped by shared input, in the order of their groups in the model."""
     members: dict[tuple[int, int], list[Linear]] = {}
     for linear in linears:
-        group_index = next(
-            i for i, group in enumerate(groups) if linear.name.endswith(tuple(f".{name}" for name in group))
-        )
+        own = linear.name.removeprefix(f"{architecture.blocks}.{linear.block}.")
+        groups = architecture.layers[linear.block].groups
+        group_index = next(i for i, group in enumerate(groups) if own in group)
         members.setdefault((linear.block, group_index), []).append(linear)
     return [members[key] for key in sorted(members)]
 

@@ -30,7 +30,7 @@ from lowbit.data.windows import Bos
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.metrics.sensitivity import divergences_alone
 from lowbit.models.device import check_device
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_ids, check_model
@@ -183,7 +183,7 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
     if any(not row.sensitivity for row in manifest.blocks):
         raise LowbitError(f"{run} has no recorded sensitivity: quantize again into another folder")
     config = load_config(source.folder, trust_remote_code)
-    formats = run_formats(manifest, run_scheme(manifest), family_of(config))
+    formats = run_formats(manifest, run_scheme(manifest), architecture_of(config))
     check_model(Checkpoint(source.folder), config, formats.modules, trust_remote_code)
     skeleton = Skeleton(config, trust_remote_code)
     shapes = linear_shapes(skeleton)
@@ -191,7 +191,7 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
     try:
         for row in manifest.blocks:
             for name, record in row.sensitivity["linears"].items():
-                full = f"{skeleton.family.blocks}.{row.block}.{name}"
+                full = f"{skeleton.architecture.blocks}.{row.block}.{name}"
                 errors = float(record["error"]), float(record["input"])
                 rtn = {int(b): float(error) for b, error in record["rtn"].items()}
                 own = float(record["own"])
@@ -242,7 +242,7 @@ def _measured(
         yield ours.through(index, [x])[0]
         block, quantized = exact.block(index), ours.block(index)
         for full in names[index]:
-            name = full.removeprefix(f"{block.family.blocks}.")
+            name = full.removeprefix(f"{block.blocks}.")
             params = {**block.params, f"{name}.weight": quantized.qweights[name].dequantize()}
             alone = replace(block, formats={name: quantized.formats[name]}, ops=quantized.ops)
             yield run_all(alone, x, params, quantized=True, batch=len(x))

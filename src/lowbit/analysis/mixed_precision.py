@@ -81,7 +81,7 @@ def propose(
     plan = make_plan(skeleton, scheme)
     online = (manifest.bits_per_weight - plan.bits_per_weight) * plan.quantized_weights
     outside = plan.stored_bits - sum(linear.bits_at(linear.spec) for linear in linears) + online
-    groups, widths = fused(linears, skeleton.family.linears), sorted(set(bits))
+    groups, widths = fused(linears, skeleton.architecture), sorted(set(bits))
     # The tolerance covers rounding errors in sums of floats.
     picked = within_budget(
         groups,

@@ -104,10 +104,11 @@ def _widths(text: str) -> list[int]:
 def _show_facts(facts: dict[str, Any]) -> None:
     rows = table("", "")
     for key, value in facts.items():
-        text = (
-            "\n".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if type(value) is int else value
-        )
-        rows.add_row(key, Text(str(text)))
+        if key != "kinds":
+            rows.add_row(key, Text(f"{value:,}" if type(value) is int else str(value)))
+    for kind in facts["kinds"]:
+        text = "\n".join([kind["mixer"], "", *kind["linears"], "", *(kind["edges"] or ["no edges"])])
+        rows.add_row(f"layers {kind['layers']}", Text(text))
     Console().print(rows)
 
 

@@ -31,7 +31,7 @@ from lowbit.exporters.pte_runtime import Session, methods_of
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.exporters.xnnpack import stored, why_not
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 
 PROGRAM, CONTEXT = "model.pte", 2048
 MODELS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -50,7 +50,7 @@ def limits(subject: Subject) -> Misfit | None:
     if misfit is not None:
         return misfit
     for module, format in subject.integers.items():
-        embedding = module == family_of(subject.config).embed
+        embedding = module == architecture_of(subject.config).embed
         if why := why_not(format, None if embedding else subject.shapes[module][1]):
             return weight_misfit(subject, module, why)
     return None
@@ -160,24 +160,23 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _tied(run: Run, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A tied head is not a parameter of its own, but stored a second time here; yielded only if it differs."""
-    embedding = run.tensor(f"{family_of(run.subject.config).embed}.weight").float()
+    embedding = run.tensor(f"{architecture_of(run.subject.config).embed}.weight").float()
     if not torch.equal(weight.view(torch.int32), embedding.view(torch.int32)):
         yield f"{name}.weight", weight
 
 
 def _head(run: Run) -> str:
-    return family_of(run.subject.config).head
+    return architecture_of(run.subject.config).head
 
 
 def _order(run: Run) -> dict[str, list[str]]:
     """Modules by kind, in the order in which the model runs them."""
-    family, layers = family_of(run.subject.config), range(run.subject.config.num_hidden_layers)
+    architecture = architecture_of(run.subject.config)
     present = {name.removesuffix(".weight") for name in run.floats}
-    linears = [f"{family.blocks}.{i}.{name}" for i in layers for group in family.linears for name in group]
-    norms = [f"{family.blocks}.{i}.{name}" for i in layers for name in NORMS]
+    norms = [f"{architecture.blocks}.{i}.{name}" for i in range(len(architecture.layers)) for name in NORMS]
     return {
-        EMBEDDING: [family.embed],
-        LINEAR: [*linears, family.head],
+        EMBEDDING: [architecture.embed],
+        LINEAR: [*architecture.linears(), architecture.head],
         GAIN: [name for name in [*norms, "model.norm"] if name in present],
     }
 

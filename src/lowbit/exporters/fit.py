@@ -13,7 +13,7 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Subject
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.format import Format
@@ -100,7 +100,7 @@ def nearest(limits: Limits, subject: Subject, misfit: Misfit) -> str | None:
 
 def _with(subject: Subject, scheme: Scheme) -> Subject:
     """The subject under another scheme; ``limits`` refuses group sizes that do not divide a width."""
-    embed, kept = family_of(subject.config).embed, set(subject.floats)
+    embed, kept = architecture_of(subject.config).embed, set(subject.floats)
     quantized = {name: formats for name in subject.shapes if (formats := scheme.module(name)) is not None}
     modules = {name: ModuleFormats(f.weight) if name == embed else f for name, f in quantized.items()}
     dropped = tuple(name for name in subject.weights if name not in modules and name != "lm_head")

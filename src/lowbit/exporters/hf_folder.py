@@ -18,7 +18,7 @@ from lowbit.checkpoints.partial import final_name
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_index, write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Run
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.progress import track
 from lowbit.quant.format import QTensor
 
@@ -123,4 +123,4 @@ def other_files(run: Run, path: Path, quantization: Mapping[str, Any]) -> Iterat
 
 def embedding_of(run_config: Any) -> str:
     """The name of the embedding module."""
-    return family_of(run_config).embed
+    return architecture_of(run_config).embed

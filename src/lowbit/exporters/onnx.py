@@ -29,7 +29,7 @@ from lowbit.exporters.onnx_grid import block_of, stored_bits
 from lowbit.exporters.onnx_read import GRAPH, accuracy_level, read
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 
 GENAI, SUMS = "genai_config.json", "lowbit-export.json"
 # Architectures for which the builder's graph computes the same; tests compare logits for each.
@@ -75,7 +75,7 @@ def _unsupported(config: Any) -> str | None:
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if (kind := rope.get("rope_type", "default")) not in ROPES:
         return f"rotary embedding of type {kind}; supported: {', '.join(ROPES)}"
-    rotary = family_of(config).heads(config).rotary
+    rotary = max(2 * len(edge.pairs) for kind in architecture_of(config).layers for edge in kind.edges)
     if rotary % 16:
         return f"{rotary} rotary dimensions per head; ONNX Runtime's attention takes multiples of 16"
     return None
@@ -101,7 +101,7 @@ def expect(run: Run, name: str) -> Tensor:
     if name == "lm_head.weight" and name not in run.floats and "lm_head" not in run.subject.weights:
         name = f"{embedding_of(run.subject.config)}.weight"
     value = value_of(run, name)
-    offset = family_of(run.subject.config).norm_offset
+    offset = architecture_of(run.subject.config).layers[0].edges[0].offset
     return value + offset if offset and name.endswith("norm.weight") else value
 
 

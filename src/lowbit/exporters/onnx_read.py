@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.exporters.hf_folder import embedding_of
 from lowbit.exporters.run import Run
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 
 GRAPH = "model.onnx"
 TABLES = re.compile(r"(cos|sin)_cache|/.*")  # of the rotary embedding; constants
@@ -122,7 +122,8 @@ def _split_or_fuse(run: Run, name: str, value: Tensor, halves: dict[str, Tensor]
     config = run.subject.config
     fused = any(module.endswith(".qkv_proj") for module in run.quantized)
     if ".qkv_proj." in name and not fused:
-        heads = family_of(config).heads(config)
+        edges = architecture_of(config).layers[0].edges
+        heads = next(edge.heads for edge in edges if edge.kind == "heads" and edge.heads is not None)
         parts = value.split([heads.query * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim])
         for part, rows in zip("qkv", parts, strict=True):
             yield name.replace("qkv_proj", f"{part}_proj"), rows.contiguous()

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowbit.exporters.run import Run
 from lowbit.exporters.xnnpack import signed_codes, stored_bits
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import integer
 
@@ -163,15 +163,15 @@ def decoder_of(run: Run, context: int) -> Decoder:
     model, config = _empty(run), run.subject.config
     for name in run.floats:
         _set(model, name, run.tensor(name).to(torch.float32))
-    family = family_of(config)
+    architecture = architecture_of(config)
     for module in run.quantized:
         q = run.qtensor(module)
-        if module == family.embed:
+        if module == architecture.embed:
             model.set_submodule(module, ByteEmbedding(q))
         else:
             _set(model, f"{module}.weight", int_tensor(q))
     if config.tie_word_embeddings:
-        _set(model, f"{family.head}.weight", run.tensor(f"{family.embed}.weight").float())
+        _set(model, f"{architecture.head}.weight", run.tensor(f"{architecture.embed}.weight").float())
     return Decoder(model.eval(), context)
 
 

@@ -17,7 +17,7 @@ from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, shown, unknown
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.models.validate import check_model
 from lowbit.quant.activations import ActFormat
@@ -112,7 +112,7 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
         raise LowbitError(f"{folder} lacks {lost} of its finished run: copy it from where the run was made")
     config = load_config(folder, trust_remote_code)
     scheme = run_scheme(manifest)
-    formats = run_formats(manifest, scheme, family_of(config))
+    formats = run_formats(manifest, scheme, architecture_of(config))
     checkpoint = Checkpoint(folder)
     if trust_remote_code or not getattr(config, "auto_map", None):  # else only that code knows the shapes
         check_model(checkpoint, config, formats.modules, trust_remote_code)

@@ -32,7 +32,7 @@ from lowbit.exporters.fit import Misfit, no_kv, weight_misfit
 from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import QTensor
@@ -71,10 +71,10 @@ def limits(subject: Subject) -> Misfit | None:
 
 def _fused(subject: Subject) -> Misfit | None:
     """Linears that read one tensor, which vLLM fuses, need one format."""
-    family = family_of(subject.config)
-    for index in range(subject.config.num_hidden_layers):
-        for group in family.linears:
-            names = [f"{family.blocks}.{index}.{name}" for name in group]
+    architecture = architecture_of(subject.config)
+    for index, kind in enumerate(architecture.layers):
+        for group in kind.groups:
+            names = [f"{architecture.blocks}.{index}.{name}" for name in group]
             if len({subject.weights.get(name) for name in names}) > 1:
                 odd = next(name for name in names if subject.scheme.override(name))
                 other_name = next(name for name in names if subject.weights.get(name) != subject.weights.get(odd))

@@ -15,7 +15,7 @@ from lowbit.methods.fit_state import Fitted
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.signs import with_signs
-from lowbit.methods.sites import Site, apply, make_site, site_name
+from lowbit.methods.sites import Site, apply, labelled, make_site, map_kind, site_name
 from lowbit.methods.smooth_start import smooth_start
 from lowbit.methods.training import Schedule, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
@@ -74,11 +74,12 @@ class AffineFit:
         kind = cast(Kind, maps.parametrisation)
         model = LearnedMap(kind, 0, 0, maps.condition, maps.mask, maps.stability, maps.block_size, self.dtype, device)
         named = [(edge, site_name(self.block, edge)) for edge in self.block.edges()]
-        return [
+        made = [
             make_site(self.block, edge, name, choice, model, self.chosen.shift)
             for edge, name in named
             if (choice := getattr(self.chosen, name)) != "off"
         ]
+        return labelled([site for site in made if site is not None])
 
     def _act_ratios(self) -> dict[str, LearnedRatio]:
         """One pair ``(low, high)`` per group of linears that read the same quantized input."""
@@ -111,7 +112,7 @@ class AffineFit:
     def project(self) -> None:
         """Applied after each step: the condition bound, and diagonal dominance where it is enforced."""
         for site in self.sites:
-            if site.map.is_matrix and self.maps.dominance == "enforce":
+            if site.map.kind in ("masked", "blocks") and self.maps.dominance == "enforce":
                 site.map.keep_dominant()
             self.shrunk += site.map.keep_condition()
 
@@ -210,15 +211,31 @@ class AffineFit:
             notes.append("no epoch improves the validation loss; the starting point is kept")
         if self.shrunk:
             notes.append(f"{self.shrunk} map updates were reduced to the condition bound {self.maps.condition:g}")
-        trained = {site.name for site in self.sites}
-        if self.chosen.qk == "matrix" and "qk" in trained and self.block.family.qk_norm_per_head:
+        if self.chosen.qk == "matrix" and any(site.edge.gains for site in self.sites):
             notes.append("q and k have norms: only a diagonal tied within rotary pairs folds there")
+        return notes + self._limited()
+
+    def _limited(self) -> list[str]:
+        """Where an edge folds less than the options ask for."""
+        notes = []
+        for edge in self.block.edges():
+            name = site_name(self.block, edge)
+            choice = getattr(self.chosen, name)
+            if choice == "off" or edge.gains or (edge.kind == "channels" and edge.scales):
+                continue
+            kind = map_kind(edge, choice, cast(Kind, self.maps.parametrisation))
+            if kind is None:
+                notes.append(f"{edge.src.module}: only rotations fold there, so no scales are learned")
+            elif choice == "matrix" and kind == "diagonal":
+                notes.append(f"{edge.src.module}: only a diagonal folds there, so no matrix is learned")
+            elif kind in ("turn", "orthogonal"):
+                notes.append(f"{edge.src.module}: only rotations fold there")
         return notes
 
 
 def _key(site: Site) -> str:
-    """The layer's index and the site's name: ``7.heads``."""
-    return f"{site.edge.src.module.partition('.')[0]}.{site.name}"
+    """The layer's index and the site's label: ``7.heads``."""
+    return f"{site.edge.src.module.partition('.')[0]}.{site.label or site.name}"
 
 
 def _without_effect(site: Site) -> list[str]:

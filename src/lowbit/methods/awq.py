@@ -23,9 +23,10 @@ from torch import Tensor
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds
 from lowbit.methods.statistics import Statistics, input_statistics
-from lowbit.models.architecture import Edge
+from lowbit.models.architecture import LayerKind
 from lowbit.models.block import Block, Calib
-from lowbit.models.equivalence import map_width, move
+from lowbit.models.edges import Edge, first_edges
+from lowbit.models.equivalence import move
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format
@@ -64,9 +65,10 @@ class AWQ(Method):
 
     def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with scales folded and clipping ratios set; its float function is unchanged."""
-        edges = [edge for edge in block.edges() if edge.kind != "qk"]
+        edges = first_edges(edge for edge in block.edges() if edge.kind != "qk" and edge.scales)
         readers = [edge.readers[0].module for edge in edges]
-        seen = input_statistics(block, calib.x_fp, readers, ("gram", "magnitude"), batch=calib.batch)
+        wanted = ("gram", "magnitude")
+        seen = input_statistics(block, calib.x_fp, readers, wanted, batch=calib.batch) if readers else {}
         params = dict(block.params)
         for edge in edges:
             scale = self._best_scale(block, params, edge, seen[edge.readers[0].module])
@@ -78,24 +80,24 @@ class AWQ(Method):
     def _best_scale(self, block: Block, params: Mapping[str, Tensor], edge: Edge, seen: Statistics) -> Tensor | None:
         """The scale of least error over ``edge``; ``None`` if no linear that reads it is quantized."""
         readers = [dst for dst in edge.readers if dst.module in block.formats]
-        targets = [(dst.read(params), block.weight_format(dst.module)) for dst in readers]
+        targets = [(dst, dst.read_rows(params), block.weight_format(dst.module)) for dst in readers]
         if not targets:
             return None
         magnitude = (seen["magnitude"] / seen.count).clamp(min=1e-5)
-        if edge.kind == "heads":  # the query heads of a group share the KV head's channels
-            magnitude = magnitude.unflatten(0, (block.heads.kv, block.heads.group, -1)).mean(1).flatten()
+        # The query heads of a group share the KV head's channels.
+        magnitude = edge.pooled(edge.readers[0].inputs(magnitude), "mean")
         best: tuple[float, Tensor] | None = None
         for step in range(self.grid):
             scale = magnitude.pow(step / self.grid)
             scale = scale / (scale.max() * scale.min()).sqrt()
-            spread = _per_input_channel(block, edge, scale)
-            peak = torch.stack([(w * spread).abs().max() for w, _ in targets]).max()
-            error = sum(scaled_error(w, spread, seen["gram"], format, peak) for w, format in targets)
+            spread = edge.spread(scale)
+            scaled = [(w, dst.outer(spread, w.shape[1]), format) for dst, w, format in targets]
+            peak = torch.stack([(w * s).abs().max() for w, s, _ in scaled]).max()
+            error = sum(scaled_error(w, s, seen["gram"], format, peak) for w, s, format in scaled)
             if best is None or error < best[0]:
                 best = (error, scale)
         assert best is not None
-        shape = (block.heads.kv, block.heads.dim) if edge.kind == "heads" else (map_width(block, edge),)
-        return best[1].reshape(shape)
+        return best[1].reshape(edge.diagonal_shape)
 
     def _clipped(self, block: Block, calib: Calib) -> Block:
         readers = [group[0] for group in block.linear_groups()]
@@ -146,15 +148,14 @@ def _diagonal_blocks(gram: Tensor, groups: int) -> list[Tensor]:
     return [gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(groups)]
 
 
-def _per_input_channel(block: Block, edge: Edge, scale: Tensor) -> Tensor:
-    """A scale per source channel as a scale per input channel of the linears that read the edge."""
-    if edge.kind != "heads":
-        return scale
-    heads = block.heads
-    return scale.unflatten(0, (heads.kv, -1)).repeat_interleave(heads.group, 0).flatten()
-
-
 def _queries_and_keys(block: Block) -> set[str]:
-    """The linears that compute q and k: the first two of a layer, or the one that computes q, k and v."""
-    first = [f"{i}.{name}" for i in block.indices for name in block.family.linears[0][:2]]
-    return set(first)
+    """The linears that compute q and k, or q, k and v: their outputs meet in the softmax."""
+    ends = {end.module for edge in block.edges() if edge.kind == "qk" for end in (edge.src, *edge.dst)}
+    return ends | {
+        f"{index}.{name}" for index, kind in zip(block.indices, block.kinds, strict=True) for name in _qk(kind)
+    }
+
+
+def _qk(kind: LayerKind) -> tuple[str, ...]:
+    """Where an attention's edge ends in norms, or is unknown, q and k are the first two linears of its layer."""
+    return kind.groups[0][:2] if kind.attention is not None and kind.groups else ()

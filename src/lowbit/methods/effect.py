@@ -25,8 +25,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lowbit.methods.maps import Kind
-from lowbit.models.architecture import Edge, Projection
 from lowbit.models.block import Block
+from lowbit.models.edges import Edge, Projection
 from lowbit.quant.format import Format
 from lowbit.quant.scales import Plain
 

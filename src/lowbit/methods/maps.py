@@ -9,6 +9,8 @@ All start at the identity; a data-dependent start (SmoothQuant's scale) is folde
 ``svd``      ``A = C(X) exp(s) C(Y)^T``                       two rotations (Cayley transform), bounded ``s``
 ``diagonal`` ``A = exp(s)``                                   OmniQuant's, positive by construction
 ``rotation`` ``(a, b) = exp(s) (cos t, sin t)``               scaled rotations, for rotary pairs
+``turn``     ``(a, b) = (cos t, sin t)``                      the same without a scale
+``orthogonal`` ``A = C(X)``                                   rotations (Cayley transform)
 ============ ================================================ =====================================================
 
 Source of the mask: AffineQuant, arXiv 2403.12544, equation 6: ``M_ij = 1`` on the diagonal, the stability factor
@@ -24,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["masked", "lu", "blocks", "svd", "diagonal", "rotation"]
+Kind = Literal["masked", "lu", "blocks", "svd", "diagonal", "rotation", "turn", "orthogonal"]
 PICTURE = 64  # largest number of rows and columns of a matrix in the report
 DOMINANCE = 0.99  # largest sum of a row's off-diagonal magnitudes, as a share of its diagonal entry
 
@@ -94,6 +96,8 @@ class LearnedMap:
             },
             "diagonal": {"log": (self.count, self.size)},
             "rotation": {"log": (self.count, self.size), "angle": (self.count, self.size)},
+            "turn": {"angle": (self.count, self.size)},
+            "orthogonal": {"left": (self.count, self.size, self.size)},
         }
         for name, shape in shapes[self.kind].items():
             leaf = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -105,7 +109,7 @@ class LearnedMap:
     @property
     def is_matrix(self) -> bool:
         """Whether it mixes channels, so that ``value`` returns matrices."""
-        return self.kind not in ("diagonal", "rotation")
+        return self.kind not in ("diagonal", "rotation", "turn")
 
     def _band(self, share: float) -> Tensor:
         size = self.block_size if self.kind == "blocks" else self.size
@@ -117,13 +121,18 @@ class LearnedMap:
 
     def value(self) -> tuple[Tensor, Tensor | None]:
         """The maps and, for matrices, their inverses: ``(count, size)`` or ``(count, size, size)``; rotations
-        ``(count, size, 2)``."""
+        and turns ``(count, size, 2)``."""
         limit = math.log(self.condition) / 2
         if self.kind == "diagonal":
             return self.leaves["log"].clamp(-limit, limit).exp(), None
         if self.kind == "rotation":
             scale, angle = self.leaves["log"].clamp(-limit, limit).exp(), self.leaves["angle"]
             return torch.stack([scale * angle.cos(), scale * angle.sin()], -1), None
+        if self.kind == "turn":
+            return torch.stack([self.leaves["angle"].cos(), self.leaves["angle"].sin()], -1), None
+        if self.kind == "orthogonal":
+            rotation = _cayley(self.leaves["left"])
+            return rotation, rotation.mT
         if self.kind == "svd":
             return self._svd(limit)
         if self.kind == "lu":
@@ -156,7 +165,7 @@ class LearnedMap:
         """
         value, inverse = self.value()
         if inverse is None:
-            size = value.norm(dim=-1) if self.kind == "rotation" else value
+            size = value.norm(dim=-1) if self.kind in ("rotation", "turn") else value
             return size.amax(-1) / size.amin(-1)
         norms = [t.abs().sum(dim).amax(-1) for t in (value, inverse) for dim in (-1, -2)]
         bound = (norms[0] * norms[1] * norms[2] * norms[3]).sqrt()
@@ -200,7 +209,7 @@ class LearnedMap:
         stays so, with its margin. With ``condition`` 16 the diagonal of ``(8, 4; 0, 1)`` is limited to 2, then taken
         to the power 0.9, 1.87; the entry 4 shrinks in the diagonal's proportion and by another tenth, to 0.84.
         """
-        if self.kind in ("diagonal", "rotation", "svd"):
+        if self.kind in ("diagonal", "rotation", "turn", "orthogonal", "svd"):
             return False  # bounded by construction
         exceeding = self.conditions() > self.condition
         if not bool(exceeding.any()):

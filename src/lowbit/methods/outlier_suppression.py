@@ -26,8 +26,8 @@ from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds
 from lowbit.methods.scoring import output_error
 from lowbit.methods.statistics import input_statistics
-from lowbit.models.architecture import Edge
 from lowbit.models.block import Block, Calib
+from lowbit.models.edges import Edge, first_edges
 from lowbit.models.equivalence import can_shift, move
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
@@ -71,15 +71,16 @@ class OutlierSuppression(Method):
 
     def _layer(self, layer: Block, calib: Calib) -> Block:
         figures: dict[str, dict[str, float | int]] = {}
-        for edge in layer.edges():
-            if edge.kind == "norm" and any(dst.module in layer.formats for dst in edge.readers):
+        for edge in first_edges(edge for edge in layer.edges() if edge.kind == "norm" and edge.scales):
+            if any(dst.module in layer.formats for dst in edge.readers):
                 layer, figures[edge.src.module] = self._edge(layer, edge, calib)
         return layer.with_record("outlier-suppression+", figures)
 
     def _edge(self, block: Block, edge: Edge, calib: Calib) -> tuple[Block, dict[str, float | int]]:
         reader = edge.readers[0].module
         seen = input_statistics(block, calib.x_fp, [reader], ("low", "high"), batch=calib.batch)[reader]
-        low, high = seen["low"], seen["high"]
+        own = edge.readers[0]
+        low, high = edge.pooled(own.inputs(seen["low"]), "amin"), edge.pooled(own.inputs(seen["high"]), "amax")
         shift = (low + high) / 2 if self.shift and can_shift(block, edge) else None
         peak = torch.maximum(low.abs(), high.abs()) if shift is None else (high - low) / 2
         best, best_error = block, output_error(block, calib, self.sequences)

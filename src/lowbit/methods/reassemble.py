@@ -38,8 +38,8 @@ from lowbit.methods.offsets import OFFSETS, with_offsets
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.scoring import output_error
 from lowbit.methods.statistics import input_statistics
-from lowbit.models.architecture import Edge, Projection
 from lowbit.models.block import Block, Calib
+from lowbit.models.edges import Edge, Projection
 from lowbit.models.runtime_ops import Clip, Gather, Matrix, RuntimeOp
 from lowbit.quant.activations import ActFormat
 
@@ -122,7 +122,7 @@ class Reassemble(Method):
     def _layer(self, layer: Block, calib: Calib) -> Block:
         figures: dict[str, Any] = {}
         for edge in layer.edges():
-            if edge.kind in SITES[self.sites] and all(dst.module in layer.formats for dst in edge.readers):
+            if edge.kind in SITES[self.sites] and _gathers(layer, edge):
                 layer, figures[edge.readers[0].module] = self._edge(layer, edge, calib)
         return layer.with_record("reassemble", figures) if figures else layer
 
@@ -180,6 +180,11 @@ class Reassemble(Method):
         if merges:
             return MergePlan(weight, gram, keep, self.assembly == "one-to-one")
         return DropPlan(weight, gram, self.damping, keep)
+
+
+def _gathers(layer: Block, edge: Edge) -> bool:
+    """Whether channels may be reindexed at the edge, all readers of which are quantized."""
+    return edge.gathers and all(dst.module in layer.formats for dst in edge.readers)
 
 
 def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:
@@ -271,6 +276,6 @@ def _gather(
     name = projection.module
     if name in clips and clips[name][0].shape[0] == count:
         order = torch.arange(count, device=idx.device)
-        order[projection.rows] = order[projection.rows][idx]
+        order[projection.index] = order[projection.index][idx]
         low, high = clips[name]
         clips[name] = (low[order], high[order])

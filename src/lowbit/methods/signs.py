@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.statistics import input_statistics
-from lowbit.models.architecture import Edge
 from lowbit.models.block import Block, Calib
+from lowbit.models.edges import Edge, first_edges
 from lowbit.models.equivalence import Params, can_move, move
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
@@ -75,7 +75,7 @@ def with_signs(
         batch: sequences to run at once.
         edges: edges to consider; all by default.
     """
-    chosen = [edge for edge in block.edges() if _applies(block, edge) and (edges is None or edge in edges)]
+    chosen = first_edges(e for e in block.edges() if _applies(block, e) and (edges is None or e in edges))
     readers = {edge.readers[0].module: edge for edge in chosen}
     params: Params = dict(block.params)
     if not readers:
@@ -86,14 +86,12 @@ def with_signs(
     for name, edge in readers.items():
         rows = seen.pop(name)["tokens"]
         rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
-        low = high = rows
-        if edge.kind == "heads":  # the query heads of a group share their KV head's channels
-            parts = rows.unflatten(1, (block.heads.kv, block.heads.group, block.heads.dim))
-            low, high = parts.amin(2).flatten(1), parts.amax(2).flatten(1)
+        rows = edge.readers[0].inputs(rows)
+        # The query heads of a group share their KV head's channels.
+        low, high = edge.pooled(rows, "amin"), edge.pooled(rows, "amax")
         signs = best_signs(low, high)
         flipped[edge.src.module] = int((signs < 0).sum())
-        diagonal = signs.unflatten(0, (block.heads.kv, block.heads.dim)) if edge.kind == "heads" else signs
-        params = move(block, edge, diagonal, params)
+        params = move(block, edge, signs.reshape(edge.diagonal_shape), params)
     return params, flipped
 
 

@@ -8,16 +8,16 @@ inverse stays online, after the norm.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowbit.methods.effect import leaves_with_effect, shift_has_effect
 from lowbit.methods.maps import Kind, LearnedMap
-from lowbit.models.architecture import Edge
 from lowbit.models.block import Block
-from lowbit.models.equivalence import Params, can_shift, check_can_move, map_width, move
+from lowbit.models.edges import Edge
+from lowbit.models.equivalence import Params, can_shift, check_can_move, move
 
 SITES = ("qkv", "mlp", "heads", "qk", "channels")
 
@@ -34,6 +34,7 @@ class Site:
         online: whether the map's inverse stays in the graph (a matrix after a norm).
         without_effect: names of leaves, and ``shift``, that change nothing in the quantized block (``effect.py``);
             they are not trained.
+        label: the name in reports where a layer has several sites of one name: ``qk-free``, ``mlp-q_a_layernorm``.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Site:
     shift: Tensor | None = None
     online: bool = False
     without_effect: tuple[str, ...] = ()
+    label: str = ""
 
     def leaves(self) -> list[Tensor]:
         """All trained tensors of the site; none where no quantizer sees it."""
@@ -50,29 +52,62 @@ class Site:
 
 
 def site_name(block: Block, edge: Edge) -> str:
-    """The name of an edge's site: its kind, or for norms ``qkv`` or ``mlp`` by what reads them."""
+    """The name of an edge's site: its kind, or for norms ``qkv`` or ``mlp`` by what reads them.
+
+    ``qkv`` are the norms up to the attention's output projection, or before another mixer's first linears; ``mlp`` all
+    others.
+    """
     if edge.kind != "norm":
         return edge.kind
-    first = {f"{i}.{name}" for i in block.indices for name in block.family.linears[0]}
-    return "qkv" if edge.dst[0].module in first else "mlp"
+    index, _, reader = edge.readers[0].module.partition(".")
+    kind = block.kind_of(edge.src.module)
+    outputs = {dst.module for other in block.edges() if other.kind == "heads" for dst in other.readers}
+    last = next((at for at, group in enumerate(kind.groups) if f"{index}.{group[0]}" in outputs), 1)
+    return "qkv" if any(reader in group for group in kind.groups[:last]) else "mlp"
 
 
-def make_site(block: Block, edge: Edge, name: str, choice: str, matrix: LearnedMap, shift: bool) -> Site:
-    """The site for a choice of ``diagonal`` or ``matrix``.
+def labelled(sites: Sequence[Site]) -> list[Site]:
+    """The sites, with labels where a layer has several of one name; the first keeps the name."""
+    seen: set[str] = set()
+    out = []
+    for site in sites:
+        index, _, module = site.edge.src.module.partition(".")
+        own = "free" if site.edge.kind == "qk" and site.edge.free else module.rpartition(".")[2]
+        names = (site.name, f"{site.name}-{own}", f"{site.name}-{module}", f"{site.name}-{module}-{len(out)}")
+        label = next(name for name in names if f"{index}.{name}" not in seen)
+        seen.add(f"{index}.{label}")
+        out.append(replace(site, label=label))
+    return out
+
+
+def map_kind(edge: Edge, choice: str, matrix: Kind) -> Kind | None:
+    """The parametrization for a choice of ``diagonal`` or ``matrix``; ``None`` where none of that choice folds.
+
+    ``matrix`` is the parametrization of matrices that the options ask for. Where an edge's limit is a diagonal, that
+    is all that folds; where it is a rotation, no scale does.
+    """
+    if edge.limit == "rotation":
+        if choice == "diagonal":
+            return None
+        return "turn" if edge.pairs else "orthogonal"
+    if choice == "diagonal":
+        return "diagonal"
+    if edge.kind == "norm":  # not folded: it stays online
+        return matrix if edge.gathers else "diagonal"
+    if edge.limit != "matrix":
+        return "diagonal"
+    return "rotation" if edge.pairs else matrix
+
+
+def make_site(block: Block, edge: Edge, name: str, choice: str, matrix: LearnedMap, shift: bool) -> Site | None:
+    """The site for a choice of ``diagonal`` or ``matrix``; ``None`` where no map of that choice folds.
 
     ``matrix`` carries the options of a map (kind, mask, stability, condition, dtype, device); its size is set here.
-    Between q and k with a rotary embedding, a matrix is a scaled rotation per pair; where q and k have norms, only a
-    diagonal tied within the pairs folds.
+    See ``map_kind`` for what an edge allows of the choice.
     """
-    heads, pairs = block.heads, block.heads.rotary // 2
-    count, size = 1, map_width(block, edge) if edge.kind in ("norm", "channels") else 0
-    kind: Kind = matrix.kind if choice == "matrix" else "diagonal"
-    if edge.kind == "heads" or (edge.kind == "qk" and not pairs):
-        count, size = heads.kv, heads.dim
-    elif edge.kind == "qk" and block.family.qk_norm_per_head:
-        count, size, kind = 1, pairs, "diagonal"
-    elif edge.kind == "qk":
-        count, size, kind = heads.kv, pairs, "rotation" if choice == "matrix" else "diagonal"
+    if (kind := map_kind(edge, choice, matrix.kind)) is None:
+        return None
+    count, size = (edge.layout.kv, edge.size) if edge.per_head else (1, edge.size)
     learned = LearnedMap(
         kind,
         count,
@@ -91,8 +126,9 @@ def make_site(block: Block, edge: Edge, name: str, choice: str, matrix: LearnedM
     initial_shift = None
     if shift and can_shift(block, edge):
         if shift_has_effect(block, edge):
-            shape = (heads.kv, heads.dim) if edge.kind == "heads" else (size,)
-            initial_shift = torch.zeros(shape, dtype=matrix.dtype, device=matrix.device, requires_grad=True)
+            initial_shift = torch.zeros(
+                edge.diagonal_shape, dtype=matrix.dtype, device=matrix.device, requires_grad=True
+            )
         else:
             unseen.append("shift")
     online = edge.kind == "norm" and learned.is_matrix
@@ -114,8 +150,7 @@ def apply(block: Block, sites: Sequence[Site], params: Mapping[str, Tensor]) -> 
             out = _behind_norm(block, site, value[0], out)
             online[site.edge.src.module] = inverse[0]
             continue
-        flat = site.edge.kind in ("norm", "channels") or (site.edge.kind == "qk" and block.family.qk_norm_per_head)
-        out = move(block, site.edge, value[0] if flat else value, out, site.shift, inverse)
+        out = move(block, site.edge, value if site.edge.per_head else value[0], out, site.shift, inverse)
     return out, online
 
 

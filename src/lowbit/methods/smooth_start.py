@@ -25,6 +25,7 @@ from torch import Tensor
 from lowbit.methods.sites import Site
 from lowbit.methods.statistics import Statistics, input_statistics
 from lowbit.models.block import Block
+from lowbit.models.edges import first_edges
 from lowbit.models.equivalence import Params, move
 from lowbit.models.forward import observe
 
@@ -43,23 +44,24 @@ def smooth_start(block: Block, sites: Sequence[Site], x: Tensor, power: float, p
         peaks: ``relative`` or ``absolute``.
         batch: sequences to run at once.
     """
-    sites = [site for site in sites if site.edge.kind != "qk"]
+    sites = [site for site in sites if site.edge.kind != "qk" and site.edge.scales]
+    first = first_edges(site.edge for site in sites)
+    sites = [site for site in sites if site.edge in first]
     if not sites:
         return dict(block.params)
     shifts = _shifts(block, sites, x, batch)
     found = _peaks(block, sites, x, peaks, shifts, batch)
     params = {name: value.double() for name, value in block.params.items()}
     for site in sites:
-        reader = site.edge.readers[0].module
-        weight = torch.stack([dst.read(params).abs().amax(0) for dst in site.edge.readers]).amax(0)
-        peak, shift = found[reader], shifts.get(reader)
-        if site.edge.kind == "heads":
-            # The query heads of a group share their KV head's channels, and so their shift.
-            split = (block.heads.kv, block.heads.group, block.heads.dim)
-            peak, weight = peak.reshape(split).amax(1), weight.reshape(split).amax(1)
-            shift = None if shift is None else shift.reshape(split)[:, 0]
+        edge, reader = site.edge, site.edge.readers[0]
+        weight = torch.stack([dst.read(params).abs().amax(0) for dst in edge.readers]).amax(0)
+        # The query heads of a group share their KV head's channels, and so their shift.
+        peak, weight = edge.pooled(reader.inputs(found[reader.module]), "amax"), edge.pooled(weight, "amax")
         scale = peak.clamp(min=LEAST).pow(power) / weight.clamp(min=LEAST).pow(1 - power)
-        params = move(block, site.edge, scale.clamp(min=LEAST), params, shift)
+        shift = None
+        if site.shift is not None:
+            shift = edge.pooled(reader.inputs(shifts[reader.module]), "amax").reshape(edge.diagonal_shape)
+        params = move(block, edge, scale.clamp(min=LEAST).reshape(edge.diagonal_shape), params, shift)
     return {name: value.to(block.params[name].dtype) for name, value in params.items()}
 
 
@@ -73,13 +75,10 @@ def _shifts(block: Block, sites: Sequence[Site], x: Tensor, batch: int) -> dict[
     out = {}
     for site, reader in zip(shifted, readers, strict=True):
         low, high = seen[reader]["low"].double(), seen[reader]["high"].double()
-        if site.edge.kind == "heads":
-            split = (block.heads.kv, block.heads.group, block.heads.dim)
-            low, high = (
-                ends.expand(split).flatten()
-                for ends in (low.reshape(split).amin(1, keepdim=True), high.reshape(split).amax(1, keepdim=True))
-            )
-        out[reader] = (low + high) / 2
+        own = site.edge.readers[0]
+        low, high = site.edge.pooled(own.inputs(low), "amin"), site.edge.pooled(own.inputs(high), "amax")
+        middle = site.edge.spread((low + high) / 2)
+        out[reader] = own.outer(middle, len(seen[reader]["low"]), rest=0.0)
     return out
 
 

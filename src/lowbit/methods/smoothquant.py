@@ -16,6 +16,7 @@ from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.block import Block, Calib
+from lowbit.models.edges import first_edges
 from lowbit.models.equivalence import move
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
@@ -57,11 +58,15 @@ class SmoothQuant(Method):
 
     def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with scales folded at its norms; its float function is unchanged."""
-        norms = [edge for edge in block.edges() if edge.kind == "norm"]
+        norms = first_edges(edge for edge in block.edges() if edge.kind == "norm" and edge.scales)
+        if not norms:
+            return block
         readers = [edge.readers[0].module for edge in norms]
         seen = input_statistics(block, calib.x_fp, readers, ("peak",), batch=calib.batch)
         params = dict(block.params)
         for edge, reader in zip(norms, readers, strict=True):
             weight_peak = torch.stack([dst.read(params).abs().amax(0) for dst in edge.readers]).amax(0)
-            params = move(block, edge, smooth_scale(seen[reader]["peak"], weight_peak, self.alpha), params)
+            peak = edge.pooled(edge.readers[0].inputs(seen[reader]["peak"]), "amax")
+            scale = smooth_scale(peak, edge.pooled(weight_peak, "amax"), self.alpha)
+            params = move(block, edge, scale, params)
         return replace(block, params=params)

@@ -1,193 +1,38 @@
-"""The declared facts of an architecture, and the matrices of a layer as methods see them.
+"""What the pipeline needs to know of a model: where its layers are, and the structure of each of them.
 
-A family is one value: where the blocks are, which linears a block has, and across which edges an invertible map
-folds without changing the function. Nothing here runs a model; the library's own layers do that. Facts come
-from the config and the tensors, never from a model's name. An architecture that is not listed is an error.
+An architecture is a value, declared by hand (``families/``) or discovered. It refers to modules by name, relative to
+a layer (``DeclaredEdge``, ``Part``); a block resolves the names into ``Projection``, ``Norm`` and ``Edge``
+(``edges.py``), which know their parameters. Methods use only the resolved types. Nothing here runs a model; the
+library's own layers do that.
 
-A family refers to modules by name (``DeclaredEdge``, ``Part``); a block resolves the names into ``Projection``,
-``Norm`` and ``Edge``, which know their parameters. Methods use only the resolved types.
+Layers of one model may differ: a ``LayerKind`` is the value of a layer's own linears, edges and head layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-
-from lowbit.errors import LowbitError, shown
+from typing import Literal
 
 EdgeKind = Literal["norm", "heads", "channels", "qk"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A slice of the output rows of a fused linear, such as ``v`` in ``qkv_proj``."""
-
-    module: str
-    part: Literal["q", "k", "v", "gate", "up"]
-
-    def rows(self, heads: Heads, rows: int) -> slice:
-        """The slice of the linear's ``rows`` output rows that the part covers.
-
-        >>> Part("qkv", "k").rows(Heads(query=4, kv=2, dim=8, rotary=8), 64)
-        slice(32, 48, None)
-        """
-        q, kv = heads.query * heads.dim, heads.kv * heads.dim
-        bounds = {
-            "q": (0, q),
-            "k": (q, q + kv),
-            "v": (q + kv, q + 2 * kv),
-            "gate": (0, rows // 2),
-            "up": (rows // 2, rows),
-        }
-        return slice(*bounds[self.part])
-
-
-Ref = str | Part
-
-
-@dataclass(frozen=True)
-class DeclaredEdge:
-    """An edge of a family, by module names within a layer; see ``Edge``."""
-
-    kind: EdgeKind
-    src: Ref
-    dst: tuple[Ref, ...]
-    positive: bool = False
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm of a block, by name: a gain ``(width,)`` and, for a LayerNorm, a bias."""
-
-    module: str
-
-    @property
-    def parameter(self) -> str:
-        """Name of the gain."""
-        return f"{self.module}.weight"
-
-    @property
-    def bias(self) -> str:
-        """Name of the bias; only LayerNorms have one."""
-        return f"{self.module}.bias"
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One matrix of a layer as methods see it, ``(out, in)``: a linear, or a slice of its output rows.
-
-    Attributes:
-        module: name of the linear that holds the matrix.
-        rows: the matrix's output rows within the linear's parameter.
-        whole: the matrix is the entire parameter.
-    """
-
-    module: str
-    rows: slice
-    whole: bool = True
-
-    @property
-    def parameter(self) -> str:
-        """Name of the parameter that holds the matrix."""
-        return f"{self.module}.weight"
-
-    @property
-    def bias(self) -> str:
-        """Name of the linear's bias, which is optional."""
-        return f"{self.module}.bias"
-
-    @property
-    def out(self) -> int:
-        """Number of output channels."""
-        return int(self.rows.stop - self.rows.start)
-
-    def read(self, params: Mapping[str, Tensor]) -> Tensor:
-        """The matrix ``(out, in)``."""
-        return params[self.parameter][self.rows]
-
-    def read_bias(self, params: Mapping[str, Tensor]) -> Tensor | None:
-        """The bias ``(out,)``, or ``None`` if the linear has none."""
-        return params[self.bias][self.rows] if self.bias in params else None
-
-    def change(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
-        """Replace the matrix, and its bias if it has one, by ``by`` of them; differentiable where ``by`` is.
-
-        ``by`` takes ``(out, ...)`` and keeps the shape.
-        """
-        for name in (self.parameter, self.bias):
-            if name in params:
-                params[name] = self._with_rows_replaced(params[name], by(params[name][self.rows]))
-
-    def change_weight(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
-        """``change`` for the matrix alone."""
-        params[self.parameter] = self._with_rows_replaced(params[self.parameter], by(self.read(params)))
-
-    def change_bias(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
-        """``change`` for the bias alone, which must exist."""
-        params[self.bias] = self._with_rows_replaced(params[self.bias], by(params[self.bias][self.rows]))
-
-    def _with_rows_replaced(self, parameter: Tensor, rows: Tensor) -> Tensor:
-        if self.whole:
-            return rows
-        return torch.cat([parameter[: self.rows.start], rows, parameter[self.rows.stop :]])
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A place where an invertible map folds into ``src`` and ``dst`` without changing the block's function.
-
-    * ``norm``: ``src`` is a norm, ``dst`` read its output. A diagonal folds (a matrix needs a runtime op).
-    * ``heads``: ``src`` is v, ``dst`` is o. One matrix per KV head folds, shared by its query heads.
-    * ``channels``: ``src`` -> an elementwise product or a positively homogeneous function -> ``dst``. A diagonal
-      folds; it must be positive where ``positive`` is set.
-    * ``qk``: ``src`` is q, ``dst`` is k (or their norms). Under a rotary embedding only maps that commute with it
-      fold: one scaled rotation per rotary pair. Without one, any matrix per head folds.
-
-    Attributes:
-        kind, positive: see above.
-        src: a projection or a norm.
-        dst: the readers of its output: projections, or the norm of k.
-        partner: of a ``channels`` edge, the projection that ``src`` is multiplied with before ``dst``, if any.
-    """
-
-    kind: EdgeKind
-    src: Projection | Norm
-    dst: tuple[Projection | Norm, ...]
-    positive: bool = False
-    partner: Projection | None = None
-
-    @property
-    def readers(self) -> tuple[Projection, ...]:
-        """The projections in ``dst``."""
-        return tuple(dst for dst in self.dst if isinstance(dst, Projection))
-
-    @property
-    def width(self) -> int:
-        """Channels of a diagonal map across an edge between projections (for ``heads``: all KV heads together)."""
-        assert isinstance(self.src, Projection)
-        return self.src.out
+Limit = Literal["matrix", "rotation", "diagonal", "positive"]
+Origin = Literal["declared", "discovered"]
+Indices = range | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention's shape.
+    """The heads on both sides of an edge.
 
     Attributes:
         query: number of query heads.
         kv: number of key/value heads; it divides ``query``.
-        dim: width of a head (``dim * query`` need not be the hidden size).
-        rotary: number of leading dimensions of a head that the rotary embedding rotates; 0 without one. Dimension
-            ``i`` is paired with ``i + rotary / 2``.
+        dim: width of a head at the edge (``dim * query`` need not be the hidden size, nor values as wide as keys).
     """
 
     query: int
     kv: int
     dim: int
-    rotary: int
 
     @property
     def group(self) -> int:
@@ -196,59 +41,155 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One declared architecture.
+class Part:
+    """A part of a linear, such as ``v`` in a fused ``qkv_proj``.
+
+    Attributes:
+        module: name of the linear within the layer.
+        rows: its output rows, in the order of the edge's channels (head by head); ``None``: all of them.
+        columns: of a reader, the input columns that read the source's channels, in their order; ``None``: all.
+        name: what the part holds, for people.
+
+    Rows that follow one another are stored as a ``range``, however they are given:
+
+    >>> Part("qkv", rows=(4, 5, 6), name="k")
+    Part(module='qkv', rows=range(4, 7), columns=None, name='k')
+    >>> Part("qkv", rows=(0, 1, 6, 7)).rows  # the queries of heads that are interleaved with keys and values
+    (0, 1, 6, 7)
+    """
+
+    module: str
+    rows: Indices | None = None
+    columns: Indices | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for side in ("rows", "columns"):
+            if (given := getattr(self, side)) is not None:
+                object.__setattr__(self, side, compact(given))
+
+
+def compact(indices: Sequence[int]) -> Indices:
+    """Indices as a ``range`` if they follow one another, else as a tuple.
+
+    >>> compact([2, 3, 4]), compact([2, 4])
+    (range(2, 5), (2, 4))
+    """
+    if isinstance(indices, range) and indices.step == 1:
+        return indices
+    whole = range(indices[0], indices[0] + len(indices)) if indices else range(0)
+    return whole if all(a == b for a, b in zip(indices, whole, strict=True)) else tuple(indices)
+
+
+Ref = str | Part
+
+
+@dataclass(frozen=True)
+class DeclaredEdge:
+    """A place where an invertible map folds into ``src`` and ``dst`` without changing the layer's function.
+
+    * ``norm``: ``src`` is a norm, ``dst`` are all readers of its output. A diagonal folds; a matrix needs a runtime
+      op.
+    * ``heads``: ``src`` is v, ``dst`` is o. One map per KV head, shared by its query heads.
+    * ``channels``: ``src`` -> an elementwise product or a homogeneous function -> ``dst``. A diagonal folds.
+    * ``qk``: ``src`` is q, ``dst`` is k (or their norms). Only maps that commute with the rotary embedding fold.
+
+    Attributes:
+        kind, src, dst: see above; the first of ``dst`` is one of the layer's quantizable linears.
+        limit: the largest group of maps that folds. ``matrix``: any; between q and k, scaled rotations of ``pairs``
+            and any matrix over ``free``. ``rotation``: orthogonal ones. ``diagonal``: one factor a channel, of either
+            sign; between q and k, one a pair and one a free dimension. ``positive``: the same, above 0.
+        heads: of ``heads`` and ``qk`` edges, and of a norm whose gain all heads share, which are then its ``query``.
+        offset: the source is a norm (or both ends are) that multiplies by ``offset + weight``.
+        power: of ``channels``: rows of ``src`` times ``s`` scale what ``dst`` reads by ``s ** power`` (2 for relu^2).
+        pairs: of ``qk``: dimensions of a head that the rotary embedding rotates together.
+        free: of ``qk``: dimensions of a head that it leaves alone.
+        partner: of ``channels``: the linear that ``src`` is multiplied with elementwise before ``dst``: a gate.
+        gathers: the channels may be repeated and reordered (those of ``partner`` alike), behind a norm also mixed, if
+            the readers' columns follow.
+        shift: a constant may be subtracted from the channels where every end has a bias that takes it back.
+    """
+
+    kind: EdgeKind
+    src: Ref
+    dst: tuple[Ref, ...]
+    limit: Limit = "diagonal"
+    heads: Heads | None = None
+    offset: float = 0.0
+    power: int = 1
+    pairs: tuple[tuple[int, int], ...] = ()
+    free: tuple[int, ...] = ()
+    partner: Ref | None = None
+    gathers: bool = False
+    shift: bool = False
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """The structure of one decoder layer; module names are relative to the layer.
+
+    Attributes:
+        groups: the linears to quantize, in execution order, grouped by shared input.
+        edges: see ``DeclaredEdge``.
+        attention: the module whose attention function, looked up in transformers' registry, gets q, k and v; ``None``
+            for a layer without one, whose mixer is opaque: its linears are quantized, the rest is the library's code.
+        flat: linears that the layer calls with ``(tokens, hidden)`` in place of ``(sequences, length, hidden)``.
+        transposed: linears that store their matrix as ``(in, out)``, as GPT-2 does.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    edges: tuple[DeclaredEdge, ...]
+    attention: str | None = "self_attn"
+    flat: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears to quantize, in execution order."""
+        return tuple(name for group in self.groups for name in group)
+
+    @property
+    def norm_offsets(self) -> dict[str, float]:
+        """The norms that have a norm edge, and what they add to their gains."""
+        return {module_of(edge.src): edge.offset for edge in self.edges if edge.kind == "norm"}
+
+
+def module_of(ref: Ref) -> str:
+    """The module that holds an end of an edge."""
+    return ref.module if isinstance(ref, Part) else ref
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's structure.
 
     Attributes:
         name: the name in messages.
-        architectures: the values of ``config.architectures`` that the family covers.
         blocks: module path of the list of decoder layers.
-        linears: a layer's linears in execution order, grouped by shared input.
-        edges: see ``Edge``; module names are relative to a layer.
-        heads: reads the attention's shape from a config.
-        attention: a layer's attention module.
         head: the output head.
         embed: the token embedding.
-        norm_offset: a norm multiplies by ``norm_offset + weight``.
-        qk_norm_per_head: the qk edge's ``src`` and ``dst`` are norms over a head's dimensions, shared by all heads.
-        flat_mlp: the layer passes ``(tokens, hidden)`` to its MLP instead of ``(sequences, length, hidden)``.
-        refuse: returns why a config of this family is not supported, or ``None``.
+        layers: one entry per decoder layer; entries repeat.
+        origin: whether it is written down in ``families/`` or was found by experiment.
     """
 
     name: str
-    architectures: tuple[str, ...]
     blocks: str
-    linears: tuple[tuple[str, ...], ...]
-    edges: tuple[DeclaredEdge, ...]
-    heads: Callable[[Any], Heads]
-    attention: str = "self_attn"
-    head: str = "lm_head"
-    embed: str = "model.embed_tokens"
-    norm_offset: float = 0.0
-    qk_norm_per_head: bool = False
-    flat_mlp: bool = False
-    refuse: Callable[[Any], str | None] = lambda config: None
+    head: str
+    embed: str
+    layers: tuple[LayerKind, ...]
+    origin: Origin = "declared"
 
+    def linears(self) -> list[str]:
+        """Full names of the linears of all layers, in execution order."""
+        return [f"{self.blocks}.{index}.{name}" for index, kind in enumerate(self.layers) for name in kind.linears]
 
-def rotary_heads(config: Any) -> Heads:
-    """The attention's shape from the Hugging Face config of a model with rotary embeddings."""
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = next((value for value in rope.values() if isinstance(value, dict)), rope)
-    factor = nested.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
-        raise LowbitError(
-            f"config.json is invalid: partial_rotary_factor is {shown(factor)}; allowed: above 0, up to 1"
-        )
-    return Heads(config.num_attention_heads, config.num_key_value_heads, dim, int(dim * factor))
+    def transposed(self) -> set[str]:
+        """Full names of the linears that store their matrix as ``(in, out)``."""
+        return {f"{self.blocks}.{index}.{name}" for index, kind in enumerate(self.layers) for name in kind.transposed}
 
-
-def check_heads(heads: Heads) -> None:
-    """Refuse a config whose attention has no shape, or whose KV heads do not divide its query heads."""
-    for name, value in (("query heads", heads.query), ("key/value heads", heads.kv), ("a head's width", heads.dim)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise LowbitError(f"config.json is invalid: {name} {shown(value)} given; allowed: 1 or more")
-    if heads.query % heads.kv:
-        raise LowbitError(
-            f"config.json is invalid: {heads.query} query heads are not a multiple of {heads.kv} key/value heads"
-        )
+    def kinds(self) -> dict[LayerKind, list[int]]:
+        """The different kinds of layers, and the indices of the layers of each."""
+        out: dict[LayerKind, list[int]] = {}
+        for index, kind in enumerate(self.layers):
+            out.setdefault(kind, []).append(index)
+        return out

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.models.architecture import DeclaredEdge, Edge, Family, Heads, Norm, Part, Projection, Ref
+from lowbit.models.architecture import LayerKind
+from lowbit.models.edges import Edge, resolve
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
@@ -42,9 +43,10 @@ class Block:
         layers: the library's layer modules, never modified.
         start: index of the first layer in the model.
         kwargs: the keyword arguments that the model passes to each layer (masks, rotary embeddings).
-        family: the declared architecture.
-        heads: the attention's shape.
-        params: float parameters by name, with the transforms so far folded in.
+        kinds: the structure of each layer.
+        blocks: module path of the model's list of layers.
+        params: float parameters by name, with the transforms so far folded in; matrices are ``(out, in)``, also
+            those that the library stores transposed.
         formats: formats of the linears to be quantized, as resolved by the plan.
         kv: format of queries, keys and values inside the attention; ``None``: float.
         clips: clipping ratios ``(low, high)`` of the groups' ranges by linear name, each ``(rows, groups)``, for the
@@ -59,8 +61,8 @@ class Block:
     layers: tuple[nn.Module, ...]
     start: int
     kwargs: tuple[Mapping[str, Any], ...]
-    family: Family
-    heads: Heads
+    kinds: tuple[LayerKind, ...]
+    blocks: str
     params: Mapping[str, Tensor]
     formats: Mapping[str, ModuleFormats] = field(default_factory=dict)
     kv: ActFormat | None = None
@@ -83,7 +85,8 @@ class Block:
 
     def linear_groups(self) -> list[tuple[str, ...]]:
         """Names of the linears in execution order, grouped by shared input."""
-        return [tuple(f"{i}.{name}" for name in group) for i in self.indices for group in self.family.linears]
+        pairs = zip(self.indices, self.kinds, strict=True)
+        return [tuple(f"{i}.{name}" for name in group) for i, kind in pairs for group in kind.groups]
 
     def linears(self) -> list[str]:
         """Names of all linears in execution order."""
@@ -95,47 +98,33 @@ class Block:
 
     @cached_property
     def _edges(self) -> tuple[Edge, ...]:
-        return tuple(self._resolve_edge(edge, i) for i in self.indices for edge in self.family.edges)
+        layers = zip(self.kinds, self.layers, self.indices, strict=True)
+        return tuple(edge for kind, layer, index in layers for edge in resolve(kind, layer, index))
 
     def edges(self) -> tuple[Edge, ...]:
-        """The edges of this block: the family's, resolved for each layer."""
+        """The edges of this block: those of each layer's kind, with their parameters."""
         return self._edges
 
-    def _resolve_edge(self, edge: DeclaredEdge, index: int) -> Edge:
-        src, dst = self._endpoint(edge.src, index), tuple(self._endpoint(ref, index) for ref in edge.dst)
-        return Edge(edge.kind, src, dst, edge.positive, self._partner(edge, index))
-
-    def _endpoint(self, ref: Ref, index: int) -> Projection | Norm:
-        linears = {name for group in self.family.linears for name in group}
-        if isinstance(ref, str) and ref not in linears:
-            return Norm(f"{index}.{ref}")
-        return self._projection(ref, index)
-
-    def _projection(self, ref: Ref, index: int) -> Projection:
-        name = ref.module if isinstance(ref, Part) else ref
-        module = f"{index}.{name}"
-        count = self.layers[index - self.start].get_parameter(f"{name}.weight").shape[0]
-        if isinstance(ref, Part):
-            return Projection(module, ref.rows(self.heads, count), whole=False)
-        return Projection(module, slice(0, count))
-
-    def _partner(self, edge: DeclaredEdge, index: int) -> Projection | None:
-        """The other projection that reads the input of ``src``, if any: a gate."""
-        if edge.kind != "channels":
-            return None
-        if isinstance(edge.src, Part):
-            return self._projection(Part(edge.src.module, "gate"), index)
-        group = next(group for group in self.family.linears if edge.src in group)
-        others = [name for name in group if name != edge.src]
-        return self._projection(others[0], index) if others else None
+    def kind_of(self, name: str) -> LayerKind:
+        """The structure of the layer that a module belongs to: of layer 7 for ``7.mlp.up_proj``."""
+        return self.kinds[int(name.partition(".")[0]) - self.start]
 
     def full_name(self, name: str) -> str:
         """The module's name in the model: ``7.mlp.up_proj`` -> ``model.layers.7.mlp.up_proj``."""
-        return f"{self.family.blocks}.{name}"
+        return f"{self.blocks}.{name}"
 
     def weight(self, linear: str) -> Tensor:
         """The float weight ``(out, in)`` of a linear."""
         return self.params[f"{linear}.weight"]
+
+    def is_transposed(self, parameter: str) -> bool:
+        """Whether the library stores a parameter as ``(in, out)``."""
+        name = parameter.partition(".")[2]
+        return name.endswith(".weight") and name.removesuffix(".weight") in self.kind_of(parameter).transposed
+
+    def as_stored(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of the block as the library stores them; of what the library stores, those of a block."""
+        return {name: value.mT.contiguous() if self.is_transposed(name) else value for name, value in params.items()}
 
     def weight_format(self, linear: str) -> Format:
         """The weight format of a linear that is to be quantized."""
@@ -221,6 +210,7 @@ class Block:
             layers=self.layers[start:stop],
             start=self.start + start,
             kwargs=self.kwargs[start:stop],
+            kinds=self.kinds[start:stop],
             params=select(self.params),
             formats=select(self.formats),
             clips=select(self.clips),

@@ -5,23 +5,25 @@ Activations are rows ``x``; a map ``A`` turns them into ``x A^-1``, and a weight
 into ``W A^T`` (AffineQuant, arXiv 2403.12544, section 3). The same code serves fitting and merging: it is
 differentiable in the map and leaves the block's own parameters untouched.
 
-========== =============================== ===========================================================
-edge       shape of ``map``                meaning
-========== =============================== ===========================================================
-norm       ``(width,)``                    the diagonal of A
-heads      ``(kv, dim)``                   one diagonal per KV head
-heads      ``(kv, dim, dim)``              one matrix A per KV head, shared by its query heads
-channels   ``(width,)``                    the diagonal of A
-qk         ``(kv, rotary / 2)``            rotary: one scale per pair of dimensions
-qk         ``(kv, rotary / 2, 2)``         rotary: ``(a, b)`` of the scaled rotation ``[[a, -b], [b, a]]``
-qk         ``(rotary / 2,)``               rotary, norms on q and k: one scale per pair, shared by heads
-qk         ``(kv, dim)``, ``(kv, dim, dim)`` no rotary embedding: a diagonal or a matrix per head
-========== =============================== ===========================================================
+========== ================================= ===========================================================
+edge       shape of ``map``                  meaning
+========== ================================= ===========================================================
+norm       ``(width,)``                      the diagonal of A
+heads      ``(kv, dim)``                     one diagonal per KV head
+heads      ``(kv, dim, dim)``                one matrix A per KV head, shared by its query heads
+channels   ``(width,)``                      the diagonal of A
+qk         ``(kv, pairs)``                   rotated pairs: one scale each
+qk         ``(kv, pairs, 2)``                rotated pairs: ``(a, b)`` of the scaled rotation ``[[a, -b], [b, a]]``
+qk         ``(kv, free)``, ``(kv, free, free)`` free dimensions: a diagonal or a matrix per head
+qk         ``(size,)``                       norms with gains that heads share: one scale per pair or free dimension
+qk         ``(kv, size)``                    norms over all heads: the same per KV head
+========== ================================= ===========================================================
 
-For qk, K becomes ``K C^T`` and Q ``Q C^-1``. A dense matrix after a norm cannot be folded and is refused here.
+``limit`` of the edge says which of them fold. For qk, K becomes ``K C^T`` and Q ``Q C^-1``. A dense matrix after a
+norm cannot be folded and is refused here. Where a channels edge has ``power`` p, rows of its source take the p-th root.
 
 Norm and heads edges also take a shift ``s``: activations become ``(x - s) A^-1``, at no run-time cost where both ends
-have a bias (``can_shift``). Across heads this is exact because the rows of the softmax sum to 1.
+have a bias (``can_shift``). Across heads this is exact where the rows of the softmax sum to 1.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import Edge, Heads, Norm, Projection
 from lowbit.models.block import Block
+from lowbit.models.edges import Edge, Norm, Projection
 
 Params = dict[str, Tensor]
 
@@ -68,15 +70,17 @@ def move(
     if shift is not None:
         _shift(block, out, edge, shift)
     if edge.kind == "norm":
-        _norm(block, out, edge, map)
+        _norm(out, edge, map)
     elif edge.kind == "channels":
-        _channels(block, out, edge, map)
+        _channels(out, edge, map)
     elif edge.kind == "heads":
-        _heads(block, out, edge, map, inverse)
-    elif block.heads.rotary == 0:
-        _qk_without_rotary(block, out, edge, map, inverse)
+        _heads(out, edge, map, inverse)
+    elif edge.gains:
+        _qk_gains(out, edge, map)
+    elif edge.pairs:
+        _qk_pairs(out, edge, map)
     else:
-        _qk_rotary(block, out, edge, map)
+        _qk_free(out, edge, map, inverse)
     return out
 
 
@@ -99,13 +103,8 @@ def check_can_move(block: Block, edge: Edge) -> None:
 
 
 def can_shift(block: Block, edge: Edge) -> bool:
-    """Whether a shift can be folded across the edge: norm and heads edges whose ends all have a bias."""
-    return edge.kind in ("norm", "heads") and all(end.bias in block.params for end in (edge.src, *edge.dst))
-
-
-def map_width(block: Block, edge: Edge) -> int:
-    """Number of channels of a diagonal map across the edge (for ``heads``: all KV heads together)."""
-    return edge.width if isinstance(edge.src, Projection) else block.params[edge.src.parameter].shape[0]
+    """Whether a shift can be folded across the edge: it takes one, and all its ends have a bias."""
+    return edge.shift and all(end.bias in block.params for end in (edge.src, *edge.dst))
 
 
 def _expect(edge: Edge, map: Tensor, *shapes: tuple[int, ...]) -> None:
@@ -119,9 +118,7 @@ def _shift(block: Block, out: Params, edge: Edge, shift: Tensor) -> None:
     """Subtract ``shift`` from the source's bias and add its image to the readers' biases: ``b + W s``."""
     if not can_shift(block, edge):
         raise LowbitError(f"a shift across the {edge.kind} edge from {edge.src.module}: both ends need a bias")
-    spread = shift
-    if edge.kind == "heads":
-        spread = shift.repeat_interleave(block.heads.group, 0).flatten()
+    spread = edge.spread(shift.flatten())
     for dst in edge.readers:
         image = dst.read(out) @ spread
         dst.change_bias(out, lambda bias, image=image: bias + image)  # type: ignore[misc]
@@ -131,29 +128,29 @@ def _shift(block: Block, out: Params, edge: Edge, shift: Tensor) -> None:
         edge.src.change_bias(out, lambda bias: bias - shift.flatten())
 
 
-def _norm(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
-    src = edge.src
-    gain = out[src.parameter]
-    _expect(edge, map, tuple(gain.shape))
-    offset = block.family.norm_offset
-    out[src.parameter] = (gain + offset) / map - offset
-    if src.bias in out:
-        out[src.bias] = out[src.bias] / map
+def _norm(out: Params, edge: Edge, map: Tensor) -> None:
+    _expect(edge, map, (edge.width,))
+    out[edge.src.parameter] = (out[edge.src.parameter] + edge.offset) / map - edge.offset
+    if edge.src.bias in out:
+        out[edge.src.bias] = out[edge.src.bias] / map
+    spread = edge.spread(map)
     for dst in edge.readers:
-        dst.change_weight(out, lambda weight: weight * map)
+        dst.change_weight(out, lambda weight: weight * spread)
 
 
-def _channels(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
-    _expect(edge, map, (map_width(block, edge),))
+def _channels(out: Params, edge: Edge, map: Tensor) -> None:
+    _expect(edge, map, (edge.width,))
     assert isinstance(edge.src, Projection)
-    edge.src.change(out, lambda rows: rows / _as_rows(map, rows))
+    divisor = map if edge.power == 1 else map.pow(1 / edge.power)
+    edge.src.change(out, lambda rows: rows / _as_rows(divisor, rows))
+    spread = edge.spread(map)
     for dst in edge.readers:
-        dst.change_weight(out, lambda weight: weight * map)
+        dst.change_weight(out, lambda weight: weight * spread)
 
 
-def _heads(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
-    heads = block.heads
-    _expect(edge, map, (heads.kv, heads.dim), (heads.kv, heads.dim, heads.dim))
+def _heads(out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
+    heads = edge.layout
+    _expect(edge, map, *_per_head_shapes(edge))
     assert isinstance(edge.src, Projection)
     # Query head h reads KV head h // group.
     spread = map.repeat_interleave(heads.group, 0)
@@ -174,51 +171,85 @@ def _heads(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor |
         dst.change_weight(out, transform_columns)
 
 
-def _qk_without_rotary(block: Block, out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
-    """Without a rotary embedding: any matrix per KV head."""
-    heads = block.heads
-    _expect(edge, map, (heads.kv, heads.dim), (heads.kv, heads.dim, heads.dim))
+def _per_head_shapes(edge: Edge) -> list[tuple[int, ...]]:
+    """A diagonal for each head and, where it folds, a matrix."""
+    shape = edge.diagonal_shape
+    return [shape, (*shape, shape[-1])] if edge.limit in ("matrix", "rotation") else [shape]
+
+
+def _qk_gains(out: Params, edge: Edge, map: Tensor) -> None:
+    """Norms on q and k: their gains take one factor for each pair, or for each free dimension."""
+    _expect(edge, map, edge.diagonal_shape)
+    first, second = zip(*edge.pairs, strict=True) if edge.pairs else (edge.free, ())
+    dims = torch.tensor([*first, *second], device=map.device)
+    ones = map.new_ones(*map.shape[:-1], edge.layout.dim)
+    scale = ones.index_copy(-1, dims, torch.cat([map, map], -1) if second else map)
+    q_scale = scale if edge.shared else edge.spread(scale.flatten())
+    q, k = edge.src, edge.dst[0]
+    out[q.parameter] = (out[q.parameter] + edge.offset) / q_scale - edge.offset
+    out[k.parameter] = (out[k.parameter] + edge.offset) * scale.flatten() - edge.offset
+    if q.bias in out:
+        out[q.bias] = out[q.bias] / q_scale
+    if k.bias in out:
+        out[k.bias] = out[k.bias] * scale.flatten()
+
+
+def _qk_free(out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
+    """Dimensions without a rotary embedding: any matrix per KV head."""
+    _expect(edge, map, *_per_head_shapes(edge))
     if map.ndim == 2:
         map, inverse = torch.diag_embed(map), torch.diag_embed(1 / map)
-    _apply_qk(block, out, edge, map, inverse)
+    inverse = torch.linalg.inv(map) if inverse is None else inverse
+    _apply_qk(out, edge, _embedded(edge, map), _embedded(edge, inverse))
 
 
-def _qk_rotary(block: Block, out: Params, edge: Edge, map: Tensor) -> None:
+def _embedded(edge: Edge, matrix: Tensor) -> Tensor:
+    """``(kv, free, free)`` as ``(kv, dim, dim)``, the identity on other dimensions."""
+    dim = edge.layout.dim
+    if edge.free == tuple(range(dim)):
+        return matrix
+    free = torch.tensor(edge.free, device=matrix.device)
+    places = (free[:, None] * dim + free).flatten()
+    eye = torch.eye(dim, dtype=matrix.dtype, device=matrix.device).flatten().expand(len(matrix), -1)
+    return eye.index_copy(1, places, matrix.flatten(1)).unflatten(1, (dim, dim))
+
+
+def _qk_pairs(out: Params, edge: Edge, map: Tensor) -> None:
     """Under a rotary embedding: a scaled rotation of each pair, which commutes with it."""
-    heads, pairs = block.heads, block.heads.rotary // 2
-    if block.family.qk_norm_per_head:
-        _expect(edge, map, (pairs,))
-        scale = torch.cat([map, map, map.new_ones(heads.dim - heads.rotary)])
-        offset = block.family.norm_offset
-        q, k = edge.src.parameter, edge.dst[0].parameter
-        out[q] = (out[q] + offset) / scale - offset
-        out[k] = (out[k] + offset) * scale - offset
-        return
-    _expect(edge, map, (heads.kv, pairs), (heads.kv, pairs, 2))
+    shape = edge.diagonal_shape
+    rotations = [(*shape, 2)] if edge.limit in ("matrix", "rotation") else []
+    _expect(edge, map, shape, *rotations)
     a, b = (map, torch.zeros_like(map)) if map.ndim == 2 else map.unbind(-1)
     size = a.square() + b.square()
     # The inverse of a scaled rotation is a scaled rotation.
-    _apply_qk(block, out, edge, _rotary_matrix(a, b, heads), _rotary_matrix(a / size, -b / size, heads))
+    _apply_qk(out, edge, _rotations(edge, a, b), _rotations(edge, a / size, -b / size))
 
 
-def _rotary_matrix(a: Tensor, b: Tensor, heads: Heads) -> Tensor:
-    """``(kv, dim, dim)`` from the pairs' ``a`` and ``b`` ``(kv, pairs)``; identity on unrotated dimensions."""
-    unrotated = heads.dim - heads.rotary
-    ones = a.new_ones(a.shape[0], unrotated)
+def _rotations(edge: Edge, a: Tensor, b: Tensor) -> Tensor:
+    """``(kv, dim, dim)`` from the pairs' ``a`` and ``b`` ``(kv, pairs)``; identity on other dimensions."""
+    others = edge.layout.dim - 2 * a.shape[1]
     blocks = [
         torch.cat([torch.diag_embed(a), torch.diag_embed(-b)], -1),
         torch.cat([torch.diag_embed(b), torch.diag_embed(a)], -1),
     ]
-    rotation = torch.nn.functional.pad(torch.cat(blocks, -2), (0, unrotated, 0, unrotated))
-    return rotation + torch.diag_embed(torch.cat([torch.zeros_like(a), torch.zeros_like(a), ones], -1))
+    rotation = torch.nn.functional.pad(torch.cat(blocks, -2), (0, others, 0, others))
+    ones = a.new_ones(a.shape[0], others)
+    rotation = rotation + torch.diag_embed(torch.cat([torch.zeros_like(a), torch.zeros_like(a), ones], -1))
+    # So far the first dimensions of all pairs stand in front, then the second ones, then the rest.
+    order = [dim for side in zip(*edge.pairs, strict=True) for dim in side]
+    order += [dim for dim in range(edge.layout.dim) if dim not in order]
+    if order == list(range(edge.layout.dim)):
+        return rotation
+    places = torch.tensor(order, device=a.device).argsort()
+    return rotation[:, places][:, :, places]
 
 
-def _apply_qk(block: Block, out: Params, edge: Edge, c: Tensor, inverse: Tensor | None) -> None:
-    """Multiply K rows by C and Q rows by C^-T; ``c`` is ``(kv, dim, dim)``."""
-    heads = block.heads
+def _apply_qk(out: Params, edge: Edge, c: Tensor, inverse: Tensor) -> None:
+    """Multiply K rows by C and Q rows by C^-T; ``c`` and ``inverse`` are ``(kv, dim, dim)``."""
+    heads = edge.layout
     for dst in edge.readers:
         dst.change(out, lambda rows: _per_head(c, rows, heads.kv))
-    inverse_t = (torch.linalg.inv(c) if inverse is None else inverse).mT.repeat_interleave(heads.group, 0)
+    inverse_t = inverse.mT.repeat_interleave(heads.group, 0)
     assert isinstance(edge.src, Projection)
     edge.src.change(out, lambda rows: _per_head(inverse_t, rows, heads.query))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.models.architecture import LayerKind
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
 from lowbit.models.offload import batches, concatenate
@@ -37,13 +38,15 @@ def run(
         taps: functions by linear name; each receives the input of its linear as the linear sees it.
     """
     params = block.params if params is None else params
-    for layer, index, kwargs in zip(block.layers, block.indices, block.kwargs, strict=True):
+    for layer, index, kind, kwargs in zip(block.layers, block.indices, block.kinds, block.kwargs, strict=True):
         prefix = f"{index}."
-        state = {name.removeprefix(prefix): p.to(x.dtype) for name, p in params.items() if name.startswith(prefix)}
+        own = {name: p.to(x.dtype) for name, p in params.items() if name.startswith(prefix)}
+        state = {name.removeprefix(prefix): value for name, value in block.as_stored(own).items()}
         with ExitStack() as stack:
-            attention = layer.get_submodule(block.family.attention)
-            stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
-            for name, hook in _hooks(block, index, quantized, taps or {}):
+            if kind.attention is not None:
+                attention = layer.get_submodule(kind.attention)
+                stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
+            for name, hook in _hooks(block, index, kind, quantized, taps or {}):
                 handle = layer.get_submodule(name).register_forward_pre_hook(hook)
                 stack.callback(handle.remove)
             for name, op in block.ops.items():
@@ -95,13 +98,13 @@ def observe(
 
 
 def _hooks(
-    block: Block, index: int, quantized: bool, taps: Mapping[str, Tap]
+    block: Block, index: int, kind: LayerKind, quantized: bool, taps: Mapping[str, Tap]
 ) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
     """Pre-hooks for a layer's linears: quantize the input, then pass it to the tap.
 
     Linears that share an input and its format share its quantization.
     """
-    for group in block.family.linears:
+    for group in kind.groups:
         cache: dict[ActFormat, tuple[Tensor, Tensor]] = {}
         for name in group:
             linear = f"{index}.{name}"

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats
 
@@ -46,20 +46,19 @@ class Skeleton:
 
     Attributes:
         config: the Hugging Face config.
-        family: the declared architecture.
+        architecture: where its layers are, and the structure of each.
         layers: the library's decoder layers, on ``meta``; they define how a block computes.
     """
 
     def __init__(self, config: Any, trust_remote_code: bool = False) -> None:
         """Build the model from a config; ``fill`` loads its parameters."""
         self.config, self._trusted = config, trust_remote_code
-        self.family = family_of(config)
-        self.heads = self.family.heads(config)
+        self.architecture = architecture_of(config)
         with init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         self.model.eval()
-        parent, _, attribute = self.family.blocks.rpartition(".")
-        self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.blocks))
+        parent, _, attribute = self.architecture.blocks.rpartition(".")
+        self.layers: list[nn.Module] = list(self.model.get_submodule(self.architecture.blocks))
         self._recorders = [_Recorder() for _ in self.layers]
         self._length = 0  # of the sequences in the last call of ``embed``
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
@@ -76,7 +75,7 @@ class Skeleton:
     @property
     def shared_names(self) -> list[str]:
         """Names of the shared (non-block) parameters and stored buffers, without a tied head."""
-        tied = f"{self.family.head}.weight" if self.tied else ""
+        tied = f"{self.architecture.head}.weight" if self.tied else ""
         return [name for name in self.model.state_dict() if name != tied]
 
     def fill(self, shared: Mapping[str, Tensor]) -> None:
@@ -90,7 +89,7 @@ class Skeleton:
 
     def quantize_head_input(self, format: ActFormat) -> None:
         """Quantize the head's input from now on, as for a quantized linear."""
-        head = self.model.get_submodule(self.family.head)
+        head = self.model.get_submodule(self.architecture.head)
         head.register_forward_pre_hook(lambda module, args: (format.fake_quant(args[0]), *args[1:]))
 
     @torch.no_grad()
@@ -127,23 +126,26 @@ class Skeleton:
     ) -> Block:
         """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``) and the plan's formats.
 
+        ``params`` are as the library stores them; in the block every matrix is ``(out, in)``.
+
         The block runs on sequences of the length in the last call of ``embed``; before ``embed`` it holds parameters
         but cannot run. Without ``formats`` none of its linears is to be quantized.
         """
         formats = formats or ModelFormats()
-        linears = [name for group in self.family.linears for name in group]
-        names = [f"{index}.{name}" for index in range(start, start + count) for name in linears]
-        modules = {name: formats.modules.get(f"{self.family.blocks}.{name}") for name in names}
-        return Block(
+        blocks, kinds = self.architecture.blocks, self.architecture.layers[start : start + count]
+        names = [f"{index}.{name}" for index, kind in enumerate(kinds, start) for name in kind.linears]
+        modules = {name: formats.modules.get(f"{blocks}.{name}") for name in names}
+        block = Block(
             layers=tuple(self.layers[start : start + count]),
             start=start,
             kwargs=self._kwargs(start, count, self._length),
-            family=self.family,
-            heads=self.heads,
+            kinds=kinds,
+            blocks=blocks,
             params=dict(params),
             formats={name: module for name, module in modules.items() if module is not None},
             kv=formats.kv,
         )
+        return replace(block, params=block.as_stored(params)) if any(kind.transposed for kind in kinds) else block
 
     def for_length(self, block: Block, length: int) -> Block:
         """The block with masks and rotary embeddings for another ``length`` to which ``embed`` was applied."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.models.block import Block
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.models.forward import run
 from lowbit.models.skeleton import Skeleton
 from lowbit.progress import say, track
@@ -70,13 +70,16 @@ def check_model(
         modules: formats of a run folder's quantized modules by full name.
         trust_remote_code: permit code of the model's own.
     """
-    family = family_of(config)
-    _check_layers(checkpoint, config, family.blocks)
+    architecture = architecture_of(config)
+    _check_layers(checkpoint, config, architecture.blocks)
     with report_build_errors(checkpoint.folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
+        tied = f"{architecture.head}.weight" if config.tie_word_embeddings else ""
         shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
-    check_tensors(checkpoint, shapes, family.blocks, modules or {})
+    modules = modules or {}
+    for module in architecture.transposed() & modules.keys():
+        shapes[f"{module}.weight"] = shapes[f"{module}.weight"][::-1]  # codes are (out, in)
+    check_tensors(checkpoint, shapes, architecture.blocks, modules)
 
 
 def _check_layers(checkpoint: Checkpoint, config: Any, blocks: str) -> None:
@@ -112,7 +115,7 @@ def check_computes(skeleton: Skeleton, first_block: Callable[[], Block], folder:
 
 def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
     """Shapes of all tensors in a float checkpoint of the model, by the model's names."""
-    state, blocks = skeleton.model.state_dict(), skeleton.family.blocks
+    state, blocks = skeleton.model.state_dict(), skeleton.architecture.blocks
     shapes = {name: state[name].shape for name in skeleton.shared_names}
     for index, layer in enumerate(skeleton.layers):
         shapes |= {f"{blocks}.{index}.{name}": value.shape for name, value in layer.named_parameters()}
@@ -226,8 +229,8 @@ def settle_tied(checkpoint: Checkpoint, config: Any) -> None:
     Where the config ties them, either may be stored, and both if they are equal. If both are stored and differ, they
     are not tied: the config is changed, which is said.
     """
-    family = family_of(config)
-    head, embed = f"{family.head}.weight", f"{family.embed}.weight"
+    architecture = architecture_of(config)
+    head, embed = f"{architecture.head}.weight", f"{architecture.embed}.weight"
     if not config.tie_word_embeddings or (stored := checkpoint.find(head)) is None:
         return
     if checkpoint.find(embed) is None:

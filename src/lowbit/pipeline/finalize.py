@@ -13,6 +13,7 @@ from lowbit.checkpoints.companions import CONFIG, companions, copy_companion, wi
 from lowbit.checkpoints.config_fields import is_kernel_choice
 from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_bytes, write_json
+from lowbit.models.description import to_dict
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.quant.compressed_tensors import quantization_config, stock_dtype
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
@@ -139,6 +140,7 @@ def _manifest(
         transformers=StockLoading(why_not is None, why_not, _inputs(plan.formats), stock_dtype(plan.formats)),
         versions=versions(),
         blocks=rows,
+        architecture=to_dict(plan.architecture),
         files={},  # digests are added once all other files are written
     )
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from lowbit.checkpoints.resolve import load_config, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.models.architecture import DeclaredEdge, Family, Part, Ref
-from lowbit.models.families import family_of
+from lowbit.models.architecture import Architecture
+from lowbit.models.description import described
+from lowbit.models.families import architecture_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_model,
@@ -50,20 +51,19 @@ def inspect_model(
     require_trust(source.folder, manifest, trust_remote_code)
     checkpoint = Checkpoint(source.folder)
     settle_tied(checkpoint, config)
-    check_model(checkpoint, config, _stored_formats(manifest, family_of(config)), trust_remote_code)
+    check_model(checkpoint, config, _stored_formats(manifest, architecture_of(config)), trust_remote_code)
     with report_build_errors(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
-    family, heads = skeleton.family, skeleton.heads
+    architecture = skeleton.architecture
     facts: dict[str, Any] = {
         "model": source.name,
         "architecture": config.architectures[0],
-        "family": family.name,
+        "family": architecture.name,
+        "origin": architecture.origin,
         "blocks": len(skeleton.layers),
         "hidden": config.hidden_size,
-        "heads": f"{heads.query} query, {heads.kv} key/value, width {heads.dim}, {heads.rotary} of it rotary",
         "tied_embeddings": skeleton.tied,
-        "linears": [" + ".join(group) for group in family.linears],
-        "edges": [_edge_text(edge) for edge in family.edges],
+        "kinds": described(architecture),
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
     }
     if manifest is not None:
@@ -92,14 +92,6 @@ def inspect_model(
     }
 
 
-def _stored_formats(manifest: Manifest | None, family: Family) -> Mapping[str, ModuleFormats]:
+def _stored_formats(manifest: Manifest | None, architecture: Architecture) -> Mapping[str, ModuleFormats]:
     """Formats of a run folder's quantized modules; a float model has none."""
-    return {} if manifest is None else run_formats(manifest, run_scheme(manifest), family).modules
-
-
-def _edge_text(edge: DeclaredEdge) -> str:
-    return f"{edge.kind}: {_ref_text(edge.src)} -> {', '.join(map(_ref_text, edge.dst))}"
-
-
-def _ref_text(ref: Ref) -> str:
-    return f"{ref.part} of {ref.module}" if isinstance(ref, Part) else ref
+    return {} if manifest is None else run_formats(manifest, run_scheme(manifest), architecture).modules

@@ -235,7 +235,7 @@ def _check(request: Request) -> Resolved:
 
 def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
     """``check_computes`` before any work; ``skeleton``, which is filled for it, is not the one that the run keeps."""
-    blocks = skeleton.family.blocks
+    blocks = skeleton.architecture.blocks
     skeleton.fill(checkpoint.read(skeleton.shared_names, torch.float32))
     check_computes(
         skeleton,

@@ -72,6 +72,15 @@ def hidden_state_error(got: Tensor, exact: Tensor, device: str, batch: int) -> f
     return float(sums[0] / sums[1].clamp(min=1e-300))
 
 
+def _with_kv_notes(block: Block) -> Block:
+    """The block with a note on each layer in which a kv scheme quantizes nothing."""
+    for index, kind in zip(block.indices, block.kinds, strict=True):
+        if block.kv is not None and kind.attention is None:
+            text = "the layer has no attention function, so there are no Q, K and V to quantize"
+            block = block.with_notes("kv", text, layer=index)
+    return block
+
+
 @dataclass
 class Walk:
     """One run's pass over a model.
@@ -125,7 +134,7 @@ class Walk:
         params: dict[str, Tensor] = {}
         for index in range(start, start + count):
             layer = self.skeleton.layers[index]
-            params |= block_params(self.checkpoint, self.skeleton.family.blocks, index, layer)
+            params |= block_params(self.checkpoint, self.skeleton.architecture.blocks, index, layer)
         on_device = {name: value.to(self.device) for name, value in params.items()}
         return self.skeleton.block(start, on_device, count, self.plan.formats)
 
@@ -165,7 +174,7 @@ class Walk:
             )
         if not all((self.out / block_file(i)).exists() for i in block.indices):
             calib = Calib(x_fp, x_q, y_fp, self.batch)
-            quantized = block
+            quantized = _with_kv_notes(block)
             for position, (_, step) in enumerate(self.recipe.block_steps):
                 quantized = step(quantized, self._visible(position, calib))
             self.write(quantized, layer_sensitivity(quantized, x_fp[:1].to(self.device)), time.monotonic() - began)
@@ -243,7 +252,7 @@ class Walk:
         for index in block.indices:
             prefix = f"{index}."
             tensors: dict[str, Tensor] = {}
-            for name, value in block.params.items():
+            for name, value in block.as_stored(block.params).items():
                 linear = name.removesuffix(".weight")
                 if name.startswith(prefix) and linear not in block.qweights:
                     tensors[block.full_name(name)] = value.cpu()

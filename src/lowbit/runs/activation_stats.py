@@ -40,8 +40,8 @@ def record_peaks(block: Block) -> Iterator[dict[str, Statistics]]:
         return linear.register_forward_pre_hook(hook)
 
     with ExitStack() as stack:
-        for layer, index in zip(block.layers, block.indices, strict=True):
-            for group in block.family.linears:
+        for layer, kind, index in zip(block.layers, block.kinds, block.indices, strict=True):
+            for group in kind.groups:
                 key = f"{index}.{'+'.join(group)}"
                 peaks[key] = Statistics(("peak",))
                 hook = add_hook(key, layer.get_submodule(group[0]))

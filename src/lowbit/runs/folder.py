@@ -39,7 +39,7 @@ from lowbit.checkpoints.partial import is_partial, remove
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_index, write_json
 from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
 from lowbit.errors import LowbitError, one_line
-from lowbit.models.architecture import Family
+from lowbit.models.architecture import Architecture
 from lowbit.models.block import Block
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.models.skeleton import Skeleton
@@ -251,7 +251,7 @@ def read_block(
     device: torch.device | str = "cpu",
 ) -> Block:
     """Layer ``index`` from its shard: quantized weights in ``qweights``, other parameters in ``params``."""
-    prefix = f"{skeleton.family.blocks}."
+    prefix = f"{skeleton.architecture.blocks}."
     shapes = dict(skeleton.layers[index].named_parameters())
     names = [f"{prefix}{index}.{name}" for name in shapes]
     modules = {name: own for name, own in formats.modules.items() if name.startswith(f"{prefix}{index}.")}
@@ -260,19 +260,19 @@ def read_block(
     params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
     qweights = {name.removeprefix(prefix): q.to(device) for name, q in quantized.items()}
     block = skeleton.block(index, params, formats=formats)
-    layer_ops = read_ops(checkpoint, skeleton.family, skeleton.layers[index], index)
+    layer_ops = read_ops(checkpoint, skeleton.architecture, skeleton.layers[index], index)
     ops = {f"{index}.{name}": op.to(device) for name, op in layer_ops.items()}
     return replace(block, qweights=qweights, ops=ops)
 
 
-def read_ops(checkpoint: Checkpoint, family: Family, layer: nn.Module, index: int) -> dict[str, RuntimeOp]:
+def read_ops(
+    checkpoint: Checkpoint, architecture: Architecture, layer: nn.Module, index: int
+) -> dict[str, RuntimeOp]:
     """The runtime ops of layer ``index``, by module names within the layer.
 
     An op at an unsuitable module, of an unknown kind or of another shape is refused.
     """
-    prefix = f"{family.blocks}.{index}."
-    norms = {edge.src for edge in family.edges if edge.kind == "norm"}
-    linears = {name for group in family.linears for name in group}
+    prefix, own = f"{architecture.blocks}.{index}.", architecture.layers[index]
     names: dict[tuple[str, str], dict[str, str]] = {}
     for full in checkpoint.names:
         if full.startswith(prefix) and (parsed := parse_tensor_name(full)) is not None:
@@ -281,14 +281,15 @@ def read_ops(checkpoint: Checkpoint, family: Family, layer: nn.Module, index: in
     out: dict[str, RuntimeOp] = {}
     for (name, kind), tensors in names.items():
         op = OPS.get(kind)
-        fits = name in (norms if op is not None and op.place == "behind a norm" else linears)
+        fits = name in (own.norm_offsets if op is not None and op.place == "behind a norm" else own.linears)
         if op is None or not fits or name in out:
             first = next(iter(tensors.values()))
             raise LowbitError(f"{checkpoint.folder} has a tensor '{first}' that no module can have: it is broken")
         shape = layer.get_parameter(f"{name}.weight").shape
+        width = shape[0] if name in own.transposed else shape[-1]
         stored = {tensor: checkpoint.read([full])[full] for tensor, full in tensors.items()}
         try:
-            out[name] = op.from_tensors(stored, shape[-1])
+            out[name] = op.from_tensors(stored, width)
         except ValueError as error:
             raise LowbitError(f"'{prefix}{name}' in {checkpoint.folder}: its {kind} {error}: it is broken") from error
     return out
@@ -299,21 +300,21 @@ def run_scheme(manifest: Manifest) -> Scheme:
     return scheme_from_dict(manifest.identity.scheme, MANIFEST)
 
 
-def run_formats(manifest: Manifest, scheme: Scheme, family: Family) -> ModelFormats:
+def run_formats(manifest: Manifest, scheme: Scheme, architecture: Architecture) -> ModelFormats:
     """The formats of a finished run's modules.
 
     Args:
         manifest: the run's.
         scheme: the run's, or with the inputs of another runtime.
-        family: the model's; the embedding's input is token ids.
+        architecture: the model's; the embedding's input is token ids.
     """
     modules: dict[str, ModuleFormats] = {}
     for name in manifest.quantized:
         module = scheme.module(name)
         if module is None:
             raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
-        inputs = None if name == family.embed else module.input
-        modules[name] = ModuleFormats(module.weight, inputs, outside=name in (family.embed, family.head))
+        inputs = None if name == architecture.embed else module.input
+        modules[name] = ModuleFormats(module.weight, inputs, outside=name in (architecture.embed, architecture.head))
     return ModelFormats(modules, scheme.kv)
 
 

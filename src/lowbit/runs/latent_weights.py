@@ -64,7 +64,7 @@ def write_latents(folder: Path, block: Block) -> None:
             if name.startswith(prefix):
                 content |= {f"{name}.places": places(block.weight(name), q)}
                 content |= {f"{name}.{key}": value for key, value in zip(QParams._fields, q.qparams, strict=True)}
-        for name, value in block.params.items():
+        for name, value in block.as_stored(block.params).items():
             if name.startswith(prefix) and name.removesuffix(".weight") not in block.qweights:
                 content[name] = value
         for name, op in block.ops.items():
@@ -77,7 +77,7 @@ class Latents:
     """The content of one layer's file.
 
     Attributes:
-        params: parameters that are not quantized.
+        params: parameters that are not quantized, as the library stores them.
         ops: runtime ops by module name.
         places, qparams: positions and qparams by the name of the quantized linear.
     """

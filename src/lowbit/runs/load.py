@@ -19,7 +19,7 @@ from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.attention import attention_name
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import gathered_norm
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp
 from lowbit.models.validate import (
@@ -66,26 +66,29 @@ def load(
     config.__dict__.pop("quantization_config", None)
     checkpoint = Checkpoint(folder)
     settle_tied(checkpoint, config)
-    family = family_of(config)
+    architecture = architecture_of(config)
     scheme = simulated_on(run_scheme(manifest) if manifest else None, target)
     formats = ModelFormats()
     if manifest is not None and scheme is not None:
-        formats = run_formats(manifest, scheme, family)
+        formats = run_formats(manifest, scheme, architecture)
     check_model(checkpoint, config, formats.modules, trust_remote_code)
     with report_build_errors(folder), init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    tied = f"{family.head}.weight" if config.tie_word_embeddings else ""
+    tied = f"{architecture.head}.weight" if config.tie_word_embeddings else ""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     state = read_dequantized(checkpoint, shapes, formats.modules)
+    for module in architecture.transposed() & formats.modules.keys():
+        state[f"{module}.weight"] = state[f"{module}.weight"].mT.contiguous()  # codes are (out, in)
     model.load_state_dict({n: v.to(device, dtype) for n, v in state.items()}, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, including '{missing[0]}'")
     ops = []
-    for index, layer in enumerate(model.get_submodule(family.blocks)):
-        for name, op in read_ops(checkpoint, family, layer, index).items():
-            _attach(layer, name, op.to(device), family.norm_offset)
+    for index, layer in enumerate(model.get_submodule(architecture.blocks)):
+        offsets = architecture.layers[index].norm_offsets
+        for name, op in read_ops(checkpoint, architecture, layer, index).items():
+            _attach(layer, name, op.to(device), offsets.get(name, 0.0))
             ops.append(op)
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
     for name in formats.modules:

@@ -130,6 +130,7 @@ class Manifest:
         versions: of Python and of the packages that wrote the run.
         blocks: one row per layer.
         files: SHA-256 of every other file by name.
+        architecture: where the model's layers are, and the structure of each kind; see ``models/description.py``.
         format: version of the manifest's format.
     """
 
@@ -145,6 +146,7 @@ class Manifest:
     versions: dict[str, str]
     blocks: list[BlockRow]
     files: dict[str, str]
+    architecture: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lowbit.errors import LowbitError, check_least, check_seed
+from lowbit.models.architecture import Architecture
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.compressed_tensors import stock_loads
@@ -26,6 +29,7 @@ class Plan:
     """Formats of a model's modules.
 
     Attributes:
+        architecture: the model's.
         formats: formats of the quantized modules and of Q, K and V.
         shapes: ``(out, in)`` of all linears, head and embedding.
         floats: linears (the head included) that stay float.
@@ -38,6 +42,7 @@ class Plan:
         stock: why stock ``transformers`` does not load the result, or ``None``.
     """
 
+    architecture: Architecture
     formats: ModelFormats
     shapes: dict[str, tuple[int, int]]
     floats: tuple[str, ...]
@@ -64,34 +69,44 @@ class Plan:
 
 def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
     """Resolve every module's format; raises ``LowbitError`` where the scheme does not fit the model."""
-    family = skeleton.family
+    architecture = skeleton.architecture
     shapes = linear_shapes(skeleton)
     if not shapes:
         raise LowbitError("the model of config.json has no layers: nothing to quantize")
     linears = {name: formats for name in shapes if (formats := scheme.module(name)) is not None}
-    outside = _formats_outside_blocks(scheme, family.head, family.embed)
+    outside = _formats_outside_blocks(scheme, architecture.head, architecture.embed)
     floats = [name for name in shapes if name not in linears]
     rows, columns = skeleton.model.get_input_embeddings().weight.shape
-    shapes |= {family.head: (rows, columns), family.embed: (rows, columns)}
+    shapes |= {architecture.head: (rows, columns), architecture.embed: (rows, columns)}
     for glob, _ in scheme.overrides:
         if not any(fnmatch.fnmatchcase(name, glob) for name in shapes):
             example = next(iter(shapes))
-            raise LowbitError(f"override '{glob}' matches no module; names look like {example} or {family.head}")
+            raise LowbitError(
+                f"override '{glob}' matches no module; names look like {example} or {architecture.head}"
+            )
     if not linears:
         raise LowbitError("the overrides leave every linear of the blocks in float: nothing to quantize")
+    unlisted = _unlisted(skeleton)
+    shapes |= unlisted
+    if scheme.kv is not None and all(kind.attention is None for kind in architecture.layers):
+        raise LowbitError(
+            f"{scheme.name} quantizes Q, K and V, and no layer of this model has an attention function to do it in: "
+            "choose a scheme without kv"
+        )
     model_formats = ModelFormats({**linears, **outside}, scheme.kv)
     _check_groups(scheme, model_formats, shapes)
     count = {name: shape[0] * shape[1] for name, shape in shapes.items()}
     untie = skeleton.tied and bool(outside)
     if skeleton.tied and not untie:
-        del count[family.head]
+        del count[architecture.head]
     weights = model_formats.weights
     return Plan(
+        architecture=architecture,
         formats=model_formats,
         shapes=shapes,
-        floats=tuple(name for name in [*floats, family.head] if name not in weights),
-        embed=family.embed,
-        head=family.head,
+        floats=tuple(name for name in [*floats, *unlisted, architecture.head] if name not in weights),
+        embed=architecture.embed,
+        head=architecture.head,
         tied=skeleton.tied and not untie,
         untie=untie,
         quantized_weights=sum(count[name] for name in weights),
@@ -101,7 +116,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
             int(count[name] * own.layout.bits_per_value(own.weight, shapes[name][1]) / 8)
             for name, own in model_formats.modules.items()
         ),
-        stock=stock_loads(model_formats, family.embed, two_d_inputs=family.flat_mlp),
+        stock=_stock(architecture, model_formats),
     )
 
 
@@ -180,10 +195,30 @@ def check_length(config: Any, length: int) -> None:
 
 def linear_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
     """``(out, in)`` of every linear of every block by full name."""
-    family = skeleton.family
-    out = {}
-    for index, layer in enumerate(skeleton.layers):
-        for name in (name for group in family.linears for name in group):
-            shape = layer.get_parameter(f"{name}.weight").shape
-            out[f"{family.blocks}.{index}.{name}"] = (shape[0], shape[1])
+    architecture, out = skeleton.architecture, {}
+    for index, (layer, kind) in enumerate(zip(skeleton.layers, architecture.layers, strict=True)):
+        for name in kind.linears:
+            rows, columns = layer.get_parameter(f"{name}.weight").shape
+            shape = (columns, rows) if name in kind.transposed else (rows, columns)
+            out[f"{architecture.blocks}.{index}.{name}"] = shape
     return out
+
+
+def _unlisted(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
+    """``(out, in)`` of the layers' linears that the architecture does not list and that stay float, as routers do."""
+    architecture, out = skeleton.architecture, {}
+    for index, (layer, kind) in enumerate(zip(skeleton.layers, architecture.layers, strict=True)):
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and name not in kind.linears:
+                out[f"{architecture.blocks}.{index}.{name}"] = (module.weight.shape[0], module.weight.shape[1])
+    return out
+
+
+def _stock(architecture: Architecture, formats: ModelFormats) -> str | None:
+    """Why stock ``transformers`` cannot run the formats as simulated, or ``None`` if it can."""
+    if turned := architecture.transposed() & formats.modules.keys():
+        name = min(turned)
+        return f"{name} is stored as (in, out), and compressed-tensors quantizes linears that are stored as (out, in)"
+    flat = {f"{architecture.blocks}.{i}.{name}" for i, kind in enumerate(architecture.layers) for name in kind.flat}
+    two_d = any(formats.input(name) is not None for name in flat & formats.modules.keys())
+    return stock_loads(formats, architecture.embed, two_d_inputs=two_d)

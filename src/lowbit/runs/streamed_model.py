@@ -17,7 +17,7 @@ from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
-from lowbit.models.families import family_of
+from lowbit.models.families import architecture_of
 from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
@@ -65,17 +65,16 @@ class StreamedModel:
         self.scheme: Scheme | None = simulated_on(run_scheme(manifest) if manifest else None, target)
         self.checkpoint = Checkpoint(folder)
         settle_tied(self.checkpoint, self.config)
-        family = family_of(self.config)
         self.formats = ModelFormats()
         if manifest is not None and self.scheme is not None:
-            self.formats = run_formats(manifest, self.scheme, family)
+            self.formats = run_formats(manifest, self.scheme, architecture_of(self.config))
         check_model(self.checkpoint, self.config, self.formats.modules, trust_remote_code)
         with report_build_errors(folder):
             self.skeleton = Skeleton(self.config, trust_remote_code)
         shared = read_dequantized(self.checkpoint, self.skeleton.shared_names, self.formats.modules)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in shared.items()})
         self.skeleton.model.to(device)
-        if (inputs := self.formats.input(family.head)) is not None:
+        if (inputs := self.formats.input(self.skeleton.architecture.head)) is not None:
             self.skeleton.quantize_head_input(inputs)
         check_computes(self.skeleton, lambda: self.block(0), folder)
 
@@ -83,7 +82,7 @@ class StreamedModel:
         """Read layer ``index``."""
         if self.scheme is not None:
             return read_block(self.checkpoint, self.skeleton, index, self.formats, self.device)
-        params = block_params(self.checkpoint, self.skeleton.family.blocks, index, self.skeleton.layers[index])
+        params = block_params(self.checkpoint, self.skeleton.architecture.blocks, index, self.skeleton.layers[index])
         return self.skeleton.block(index, {name: value.to(self.device) for name, value in params.items()})
 
     @property

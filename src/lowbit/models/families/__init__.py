@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError, one_line, shown, unknown
-from lowbit.models.architecture import Family, check_heads
+from lowbit.models.architecture import Architecture
+from lowbit.models.families.family import Family
 from lowbit.models.families.gemma import GEMMA2, GEMMA3
 from lowbit.models.families.llama import LLAMA
 from lowbit.models.families.opt import OPT
@@ -16,6 +17,7 @@ from lowbit.models.families.qwen import QWEN2, QWEN3
 from lowbit.models.families.smollm3 import SMOLLM3
 
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT, SMOLLM3)
+MOST_LAYERS = 4096  # an entry each: a config may say anything
 
 
 def _check_built_class(config: Any, family: Family) -> None:
@@ -43,12 +45,32 @@ def family_of(config: Any) -> Family:
         raise unknown("architecture", name, [name for family in FAMILIES for name in family.architectures])
     _check_built_class(config, family)
     try:
-        reason, heads = family.refuse(config), family.heads(config)
+        reason = family.refuse(config)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise LowbitError(
-            f"config.json is invalid: the attention's shape cannot be read ({one_line(error)}): fetch it again"
-        ) from error
+        raise _unreadable(error) from error
     if reason:
         raise LowbitError(reason)
-    check_heads(heads)
     return family
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The architecture of a model with a Hugging Face config, whose number of layers must be sound.
+
+    Raises:
+        LowbitError: the config is of no known architecture, or says nothing sensible of its layers.
+    """
+    family, layers = family_of(config), config.num_hidden_layers
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:
+        raise LowbitError(
+            f"config.json is invalid: num_hidden_layers is {shown(layers)}; allowed: 1 to {MOST_LAYERS}"
+        )
+    try:
+        return family.architecture(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> LowbitError:
+    return LowbitError(
+        f"config.json is invalid: the attention's shape cannot be read ({one_line(error)}): fetch it again"
+    )

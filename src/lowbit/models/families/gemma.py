@@ -7,27 +7,28 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ge
 """
 
 from dataclasses import replace
+from typing import Any
 
-from lowbit.models.architecture import DeclaredEdge
-from lowbit.models.families.llama import HEADS_AND_CHANNELS, LINEARS, LLAMA, QK
-from lowbit.models.families.qwen import QK_NORMS
+from lowbit.models.architecture import LayerKind
+from lowbit.models.families.family import heads_of, qk_edge, rotary_dims
+from lowbit.models.families.llama import LINEARS, LLAMA, K, Q, heads_and_channels, norm_edges
+from lowbit.models.families.qwen import qk_norms
 
-NORMS = (
-    DeclaredEdge("norm", "input_layernorm", LINEARS[0]),
-    DeclaredEdge("norm", "pre_feedforward_layernorm", LINEARS[2]),
-)
+NORMS = norm_edges(("input_layernorm", "pre_feedforward_layernorm"), offset=1.0)
 
-GEMMA2 = replace(
-    LLAMA,
-    name="gemma2",
-    architectures=("Gemma2ForCausalLM",),
-    edges=(*NORMS, *HEADS_AND_CHANNELS, QK),
-    norm_offset=1.0,
-)
-GEMMA3 = replace(
-    GEMMA2,
-    name="gemma3",
-    architectures=("Gemma3ForCausalLM",),
-    edges=(*NORMS, *HEADS_AND_CHANNELS, QK_NORMS),
-    qk_norm_per_head=True,
-)
+
+def gemma2_layer(config: Any, index: int) -> LayerKind:
+    """A layer of Gemma2; windows of the attention do not matter to the edges."""
+    heads = heads_of(config)
+    qk = qk_edge(Q, K, heads, rotary_dims(config, heads.dim))
+    return LayerKind(LINEARS, (*NORMS, *heads_and_channels(heads), qk))
+
+
+def gemma3_layer(config: Any, index: int) -> LayerKind:
+    """A layer of Gemma3, with norms on q and k."""
+    heads = heads_of(config)
+    return LayerKind(LINEARS, (*NORMS, *heads_and_channels(heads), qk_norms(config, heads, offset=1.0)))
+
+
+GEMMA2 = replace(LLAMA, name="gemma2", architectures=("Gemma2ForCausalLM",), kind=gemma2_layer)
+GEMMA3 = replace(LLAMA, name="gemma3", architectures=("Gemma3ForCausalLM",), kind=gemma3_layer)

@@ -5,7 +5,8 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/op
 
 from typing import Any
 
-from lowbit.models.architecture import DeclaredEdge, Family, Heads
+from lowbit.models.architecture import DeclaredEdge, Heads, LayerKind
+from lowbit.models.families.family import Family, check_heads, qk_edge
 
 LINEARS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -15,9 +16,19 @@ LINEARS = (
 )
 
 
-def _heads(config: Any) -> Heads:
+def opt_layer(config: Any, index: int) -> LayerKind:
+    """A layer of OPT; all are alike. A ReLU passes positive factors through."""
     count = config.num_attention_heads
-    return Heads(count, count, config.hidden_size // count, rotary=0)
+    heads = Heads(count, count, config.hidden_size // count)
+    check_heads(heads)
+    edges = (
+        DeclaredEdge("norm", "self_attn_layer_norm", LINEARS[0], gathers=True, shift=True),
+        DeclaredEdge("norm", "final_layer_norm", LINEARS[2], gathers=True, shift=True),
+        DeclaredEdge("heads", "self_attn.v_proj", ("self_attn.out_proj",), "matrix", heads, shift=True),
+        DeclaredEdge("channels", "fc1", ("fc2",), "positive", gathers=True),
+        qk_edge("self_attn.q_proj", "self_attn.k_proj", heads, rotary=0),
+    )
+    return LayerKind(LINEARS, edges, flat=frozenset({"fc1", "fc2"}))
 
 
 def _refuse(config: Any) -> str | None:
@@ -35,16 +46,7 @@ OPT = Family(
     name="opt",
     architectures=("OPTForCausalLM",),
     blocks="model.decoder.layers",
-    linears=LINEARS,
-    edges=(
-        DeclaredEdge("norm", "self_attn_layer_norm", LINEARS[0]),
-        DeclaredEdge("norm", "final_layer_norm", LINEARS[2]),
-        DeclaredEdge("heads", "self_attn.v_proj", ("self_attn.out_proj",)),
-        DeclaredEdge("channels", "fc1", ("fc2",), positive=True),
-        DeclaredEdge("qk", "self_attn.q_proj", ("self_attn.k_proj",)),
-    ),
-    heads=_heads,
+    kind=opt_layer,
     embed="model.decoder.embed_tokens",
-    flat_mlp=True,
     refuse=_refuse,
 )

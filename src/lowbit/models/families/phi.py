@@ -4,22 +4,30 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ph
 """
 
 from dataclasses import replace
+from typing import Any
 
-from lowbit.models.architecture import DeclaredEdge, Part
-from lowbit.models.families.llama import LLAMA
+from lowbit.models.architecture import DeclaredEdge, LayerKind, Part
+from lowbit.models.families.family import heads_of, qk_edge, rotary_dims
+from lowbit.models.families.llama import DOWN, LLAMA, NORMS, O
 
 QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 
-PHI3 = replace(
-    LLAMA,
-    name="phi3",
-    architectures=("Phi3ForCausalLM",),
-    linears=((QKV,), ("self_attn.o_proj",), (GATE_UP,), ("mlp.down_proj",)),
-    edges=(
-        DeclaredEdge("norm", "input_layernorm", (QKV,)),
-        DeclaredEdge("norm", "post_attention_layernorm", (GATE_UP,)),
-        DeclaredEdge("heads", Part(QKV, "v"), ("self_attn.o_proj",)),
-        DeclaredEdge("channels", Part(GATE_UP, "up"), ("mlp.down_proj",)),
-        DeclaredEdge("qk", Part(QKV, "q"), (Part(QKV, "k"),)),
-    ),
-)
+
+def phi3_layer(config: Any, index: int) -> LayerKind:
+    """A layer of Phi-3; all are alike."""
+    heads = heads_of(config)
+    q, kv, width = heads.query * heads.dim, heads.kv * heads.dim, config.intermediate_size
+    rows = {"q": range(q), "k": range(q, q + kv), "v": range(q + kv, q + 2 * kv)}
+    parts = {name: Part(QKV, own, name=name) for name, own in rows.items()}
+    gate, up = Part(GATE_UP, range(width), name="gate"), Part(GATE_UP, range(width, 2 * width), name="up")
+    edges = (
+        DeclaredEdge("norm", NORMS[0], (QKV,), gathers=True, shift=True),
+        DeclaredEdge("norm", NORMS[1], (GATE_UP,), gathers=True, shift=True),
+        DeclaredEdge("heads", parts["v"], (O,), "matrix", heads, shift=True),
+        DeclaredEdge("channels", up, (DOWN,), partner=gate, gathers=True),
+        qk_edge(parts["q"], parts["k"], heads, rotary_dims(config, heads.dim)),
+    )
+    return LayerKind(((QKV,), (O,), (GATE_UP,), (DOWN,)), edges)
+
+
+PHI3 = replace(LLAMA, name="phi3", architectures=("Phi3ForCausalLM",), kind=phi3_layer)

@@ -1,22 +1,30 @@
 """Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k, independent head width).
 
+A norm over a head cancels any scale of q_proj or k_proj, so the edge between q and k scales the norms' gains.
+
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/modeling_qwen2.py
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3/modeling_qwen3.py
 """
 
 from dataclasses import replace
+from typing import Any
 
-from lowbit.models.architecture import DeclaredEdge
-from lowbit.models.families.llama import HEADS_AND_CHANNELS, LLAMA, NORMS
+from lowbit.models.architecture import DeclaredEdge, Heads, LayerKind
+from lowbit.models.families.family import heads_of, qk_edge, rotary_dims
+from lowbit.models.families.llama import LINEARS, LLAMA, heads_and_channels, norm_edges
 
-# A norm over a head cancels any scale of q_proj or k_proj, so the edge scales the gains of the two norms.
-QK_NORMS = DeclaredEdge("qk", "self_attn.q_norm", ("self_attn.k_norm",))
+
+def qk_norms(config: Any, heads: Heads, offset: float = 0.0) -> DeclaredEdge:
+    """The edge between the norms of q and k."""
+    ends = "self_attn.q_norm", "self_attn.k_norm"
+    return qk_edge(*ends, heads, rotary_dims(config, heads.dim), gains=True, offset=offset)
+
+
+def qwen3_layer(config: Any, index: int) -> LayerKind:
+    """A layer of Qwen3; all are alike."""
+    heads = heads_of(config)
+    return LayerKind(LINEARS, (*norm_edges(), *heads_and_channels(heads), qk_norms(config, heads)))
+
 
 QWEN2 = replace(LLAMA, name="qwen2", architectures=("Qwen2ForCausalLM",))
-QWEN3 = replace(
-    LLAMA,
-    name="qwen3",
-    architectures=("Qwen3ForCausalLM",),
-    edges=(*NORMS, *HEADS_AND_CHANNELS, QK_NORMS),
-    qk_norm_per_head=True,
-)
+QWEN3 = replace(LLAMA, name="qwen3", architectures=("Qwen3ForCausalLM",), kind=qwen3_layer)
