@@ -42,7 +42,7 @@ format: $(DEV) ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-results: $(DEV) ## measure the methods on SmolLM2, perplexity and tasks, into docs/results.md (WIKITEXT2=<folder> adds WikiText-2)
+results: $(DEV) ## measure the methods on SmolLM2, perplexity and divergence, into docs/results.md (WIKITEXT2=<folder> adds WikiText-2)
 	$(BIN)/python benchmarks/results.py $(if $(WIKITEXT2),--wikitext2 $(WIKITEXT2))
 
 TEXTS = $(if $(WIKITEXT2),--calibration $(WIKITEXT2)/wiki.valid.raw --evaluation $(WIKITEXT2)/wiki.test.raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,31 +44,46 @@ def test_every_row_of_the_results_is_a_recipe_and_says_its_scheme():
     assert "queries, keys and values 4 bits, asymmetric, per token and head" in results.described("w4a8kv4")
 
 
+def _measured(perplexity, kl, exact=20.0, **more):
+    run = {"perplexity": perplexity, "kl_mean": kl, "top1_agreement": 0.75, "ratio": perplexity / exact}
+    return {"texts": {"a": {"runs": [run]}}, **more}
+
+
 def test_a_scheme_of_the_results_has_its_own_table_with_float_in_the_first_row():
-    """Means and ratios by hand: the run gets every second question right, the float model three of four."""
+    """Means, deviations and ratios by hand, of two seeds; the second recipe takes three times the first one's CPU."""
 
-    def made(perplexity, acc, **more):
-        metrics = {"acc": acc, "acc_norm": acc + 0.1}
-        tasks = {task: {"metrics": metrics, "errors": {"acc": 0.06}} for task in results.TASKS}
-        mean = {"affinequant": {"acc": acc, "acc_norm": acc + 0.1}}
-        return {"perplexity": {"a": perplexity}, "zero_shot": {"tasks": tasks, "averages": mean}, **more}
+    def cost(seconds):
+        return {"bits_per_weight": 4.25, "cost": {"cpu_seconds": seconds, "peak_memory_bytes": 8e8}}
 
-    cost = {"bits_per_weight": 4.25, "cost": {"seconds": 12.3, "peak_memory_bytes": 8e8}}
-    protocol = results.Protocol("builtin", (("Text", "a"),), 1024, 4)
-    rows_ = {"float": made(20.0, 0.75), "rtn": made(30.0, 0.5, **cost)}
+    protocol = results.Protocol("builtin", (("Text", "a"),), 1024, 0)
+    rows_ = {
+        "float": [_measured(20.0, 0.0)],
+        "rtn": [_measured(30.0, 0.5, **cost(10.0)), _measured(32.0, 0.7, **cost(10.0))],
+        "gptq": [_measured(25.0, 0.25, **cost(30.0))],
+    }
     lines = results.table(protocol, "w4a16g64-sym", rows_)
     assert lines[0] == "## w4a16g64-sym"
-    assert "| float | 32 | 20.000 | 1.000 | - | - |" in lines
-    assert "| rtn | 4.250 | 30.000 | 1.500 | 12 | 0.80 GB |" in lines
+    assert "| float | 32 | 20.000 | 0.0000 | 75.0 % | 1.000 | - | - |" in lines
+    expected = "| rtn | 4.250 | 31.000 ± 1.414 | 0.6000 ± 0.1414 | 75.0 % | 1.550 ± 0.071 | 1.0 | 0.80 GB |"
+    assert expected in lines
+    assert "| gptq | 4.250 | 25.000 | 0.2500 | 75.0 % | 1.250 | 3.0 | 0.80 GB |" in lines
+
+
+def test_the_tasks_of_the_results_are_a_table_of_their_own():
+    """The run gets every second question right; six standard errors of 0.06 give 0.06 / sqrt(6) for the mean."""
+    metrics = {"acc": 0.5, "acc_norm": 0.6}
+    tasks = {task: {"metrics": metrics, "errors": {"acc": 0.06}} for task in results.TASKS}
+    zero_shot = {"tasks": tasks, "averages": {"affinequant": metrics}}
+    lines = results.tasks({"rtn": [{"zero_shot": zero_shot}]})
     assert sum("| 50.0 ± 2.4 | 60.0 |" in line for line in lines) == 1
 
 
 def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
-    """Two blocks of 3 and 4 seconds, then an evaluation of 99 that tells its seconds under the same name."""
+    """Two blocks of 0.7 and 0.8 GB, and no time in processes; then an evaluation with figures of the same names."""
 
     def command(verb, *words):
-        if verb == "evaluate":
-            return {"perplexity": {"a": 9.0}, "seconds": 99.0, "peak_memory_bytes": 5e9}
+        if verb == "compare":
+            return {**_measured(9.0, 0.1), "seconds": 99.0, "peak_memory_bytes": 5e9}
         folder = Path(words[words.index("--out") + 1])
         folder.mkdir()
         blocks = [{"seconds": 3.0, "peak_memory_bytes": 7e8}, {"seconds": 4.0, "peak_memory_bytes": 8e8}]
@@ -76,8 +92,15 @@ def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
         return {"bits_per_weight": 4.25, "warnings": [], "seconds": 8.0, "peak_memory_bytes": 8e8}
 
     monkeypatch.setattr(results, "lowbit", command)
-    row = results.Protocol("builtin", (("Text", "a"),), 1024, 4).measure("w4a16g64-sym", "rtn")
-    assert row["cost"] == {"seconds": 7.0, "peak_memory_bytes": 8e8}
+    row = results.Protocol("builtin", (("Text", "a"),), 1024, 0).measure("w4a16g64-sym", "rtn", 0)
+    assert row["cost"] == {"cpu_seconds": 0.0, "peak_memory_bytes": 800_000_000}
+
+
+def test_cpu_seconds_are_those_of_the_processes_started():
+    """A process that counts for at least 0.2 CPU seconds, whatever its wall time."""
+    loop = "import time\nwhile time.process_time() < 0.2: pass"
+    _, seconds = results.cpu_seconds(lambda: {"code": subprocess.run([sys.executable, "-c", loop]).returncode})
+    assert 0.2 <= seconds < 5
 
 
 def test_figures_are_kept_by_what_they_measured_and_by_the_sources(tmp_path, monkeypatch):
