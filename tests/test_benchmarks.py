@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lowbit.models.forward import run
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict, with_settings
-from tiny import block_of, tiny_model
+from tiny import block_of, tiny_model, tiny_tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import ablate_affinequant
@@ -21,6 +23,7 @@ import merge_error
 import results
 import rows
 import runtimes_page
+import small_llama
 import turns
 import widths
 
@@ -202,3 +205,40 @@ def test_the_merge_error_of_random_linears_falls_with_the_precision():
     lines = merge_error.table(16, 2)
     assert len(lines) == 5
     assert all(line.count("|") == 4 for line in lines)
+
+
+def test_the_page_of_native_formats_has_a_row_for_each_with_means_over_seeds():
+    def of(*values):
+        names = ("llama.cpp", "simulation", "simulation, inputs at 8 bits")
+        return [dict(zip(names, (value, value + 1, value + 2), strict=True)) for value in values]
+
+    formats = {"q4_k": {"ours": of(10.0, 12.0), "imatrix": of(13.0), "plain": {"llama.cpp": 15.0}}}
+    model = {"float": {"perplexity": 9.0}, "source": {"distance": 1e-6}, "formats": formats}
+    told = dict.fromkeys(("recipe", "calibration", "evaluation", "runtime"), "x")
+    page = runtimes_page.native({**told, "models": {"Tiny": model}})
+    assert "| `q4_k` | 11.000 ± 1.414 | 13.000 | 15.000 | 12.000 ± 1.414 | 13.000 ± 1.414 |" in page
+    assert "Perplexity of the float model: 9.000." in page
+    assert "differ from\nthose of the model that lowbit reads from the file by 1.0e-06 of their spread." in page
+
+
+def test_the_learning_rate_rises_over_25_steps_and_ends_at_zero():
+    values = [small_llama.rate(step, 500) for step in (0, 24, 500)]
+    assert values == pytest.approx([0.00012, 0.003, 0.0], abs=1e-12)
+
+
+def test_the_small_llama_has_rows_of_256_and_is_trained_once(tmp_path, monkeypatch):
+    """Three steps; every linear's width is a multiple of 256, and a second call reads the folder."""
+    monkeypatch.setattr(small_llama, "smaller_tokenizer", lambda tokenizer: tiny_tokenizer(merge=True))
+    monkeypatch.setattr(small_llama, "load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(small_llama, "resolve", lambda name: SimpleNamespace(folder=None))
+
+    def windows(data, tokenizer, n, length, seed):
+        return SimpleNamespace(ids=torch.randint(3, 90, (n, 16), generator=torch.Generator().manual_seed(seed)))
+
+    monkeypatch.setattr(small_llama, "calibration", windows)
+    folder = small_llama.small_llama(tmp_path / "model", steps=3)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    widths_ = {m.in_features for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
+    assert widths_ == {256, 768}
+    monkeypatch.setattr(small_llama, "calibration", None)
+    assert small_llama.small_llama(folder) == folder
