@@ -125,10 +125,12 @@ def check_op(op: RuntimeOp, width: int) -> None:
         type(op).from_tensors({name: value[:1] for name, value in stored.items()}, width)
 
 
-def check_architecture(model: Any, random_maps: Any) -> None:
-    """A tiny model of a family: blocks equal the model, every linear is listed, every edge holds."""
-    from lowbit.models.equivalence import move
-    from lowbit.models.forward import run, run_all
+def check_architecture(model: Any, random_maps: Any, in_float32: bool = False) -> None:
+    """A tiny model: blocks equal the model, and for each kind of layer every linear is listed, every edge holds.
+
+    ``in_float32`` says that the library's layers compute in float32 whatever they are given.
+    """
+    from lowbit.models.forward import run_all
     from tiny import block_of, params_of, skeleton_of, tiny_ids
 
     skeleton, ids = skeleton_of(model), tiny_ids()
@@ -137,18 +139,48 @@ def check_architecture(model: Any, random_maps: Any) -> None:
         x = run_all(skeleton.block(index, params_of(model, skeleton, index)), x)
     with torch.no_grad():
         assert torch.equal(skeleton.logits(ids, x), model(ids, use_cache=False).logits)
-    block, x = block_of(model, start=1, dtype=torch.float64)
+    for kind, layers in skeleton.architecture.kinds().items():
+        check_kind(kind, *block_of(model, start=layers[-1], dtype=torch.float64), random_maps, in_float32)
+
+
+def check_kind(kind: Any, block: Any, x: torch.Tensor, random_maps: Any, in_float32: bool) -> None:
+    """A layer in float64: its linears are those listed, and random maps across its edges leave its output."""
+    from transformers.pytorch_utils import Conv1D
+
+    from lowbit.models.equivalence import move
+    from lowbit.models.forward import run
+
+    block = _in_float64(block)
     listed = [name.partition(".")[2] for name in block.linears()]
-    linears = [name for name, module in block.layers[0].named_modules() if isinstance(module, torch.nn.Linear)]
-    assert sorted(listed) == sorted(linears)
+    modules = block.layers[0].named_modules()
+    assert sorted(listed) == sorted(name for name, m in modules if isinstance(m, torch.nn.Linear | Conv1D))
+    order: list[str] = []
+    run(block, x, taps={name: lambda value, name=name: order.append(name) for name in block.linears()})
+    assert order == block.linears()
     wanted = run(block, x)
     generator = torch.Generator().manual_seed(0)
+    assert {edge.kind for edge in kind.edges} == {edge.kind for edge in block.edges()}
     for edge in block.edges():
         for map in random_maps(edge, generator):
             params = move(block, edge, map)
             got = run(block, x, params)
             changed = [name for name, value in params.items() if not torch.equal(value, block.params[name])]
-            assert changed
+            assert len(changed) >= len({edge.src.module, *(dst.module for dst in edge.dst)})
             # Gemma's norms compute their gain in float32 inside the library
-            close = 1e-4 if any(edge.offset for edge in block.edges()) else 1e-10
+            close = 1e-4 if in_float32 or any(edge.offset for edge in block.edges()) else 1e-10
             assert float((got - wanted).abs().max() / wanted.abs().max()) < close, edge
+            one_side = {**params, edge.src.parameter: block.params[edge.src.parameter]}
+            if {dst.module for dst in edge.dst} != {edge.src.module}:
+                assert float((run(block, x, one_side) - wanted).abs().max() / wanted.abs().max()) > 10 * close, edge
+
+
+def _in_float64(block: Any) -> Any:
+    """The block with the arguments of its layers that have rows for each sequence in float64."""
+    from dataclasses import replace
+
+    from lowbit.models.recorder import PerSequence
+
+    def cast(value: Any) -> Any:
+        return PerSequence(value.value.double()) if isinstance(value, PerSequence) else value
+
+    return replace(block, kwargs=tuple({name: cast(v) for name, v in kwargs.items()} for kwargs in block.kwargs))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import LowbitError
 from lowbit.models.architecture import LayerKind
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
 from lowbit.models.offload import batches, concatenate
+from lowbit.models.recorder import for_batch, hidden_of
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 
@@ -53,8 +56,24 @@ def run(
                 if op.place == "behind a norm" and name.startswith(prefix):
                     norm = layer.get_submodule(name.removeprefix(prefix))
                     stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
-            x = torch.func.functional_call(layer, state, args=(x,), kwargs=dict(kwargs))
+            x = _called(layer, index, state, x, for_batch(kwargs, len(x)))
     return x
+
+
+def _called(
+    layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    """The layer's hidden states; a layer that hands something to later ones in an argument is refused."""
+    empty = {name: value for name, value in arguments.items() if isinstance(value, MutableMapping) and not value}
+    out = hidden_of(torch.func.functional_call(layer, state, args=(x,), kwargs=arguments))
+    for name, value in empty.items():
+        if value:
+            value.clear()
+            raise LowbitError(
+                f"layer {index} hands '{name}' to later layers, and lowbit gives a layer nothing but hidden states of "
+                "the one before: choose another model"
+            )
+    return out
 
 
 def apply_behind(op: RuntimeOp) -> Callable[[nn.Module, Any, Tensor], Tensor]:
@@ -82,17 +101,19 @@ def observe(
 ) -> None:
     """Pass the linears' inputs to ``taps`` for all sequences, ``batch`` at a time, without gradients.
 
-    Like ``run``, except that each pass ends at the last tap.
+    Like ``run``, except that each pass ends as soon as every tap has had an input.
     """
-    last = [name for name in block.linears() if name in taps][-1]
-
-    def stop(value: Tensor) -> None:
-        taps[last](value)
-        raise _LastTapReached
-
     for part in batches(x, batch, block.device):
+        waiting = set(taps)
+
+        def reached(value: Tensor, name: str, waiting: set[str] = waiting) -> None:
+            taps[name](value)
+            waiting.discard(name)
+            if not waiting:
+                raise _LastTapReached
+
         try:
-            run(block, part, params, quantized=quantized, taps={**taps, last: stop})
+            run(block, part, params, quantized=quantized, taps={name: partial(reached, name=name) for name in taps})
         except _LastTapReached:
             continue
 

@@ -1,10 +1,10 @@
 """The model without its blocks: embeddings, final norm and head, and the arguments that it passes to its layers.
 
 The library's own model class is built without memory for its parameters; embeddings, norms and head are then
-filled in. Recorders replace the decoder layers: one pass of the model's own ``forward`` yields the input of block 0
-and the keyword arguments of each layer (masks and rotary embeddings differ between layers in some families). When
-the last recorder returns given hidden states, the same ``forward`` computes their logits, including the final norm
-and logit capping. Rejected: an exception that stops the forward at the first layer, which sees one layer's
+filled in. Recorders (``recorder.py``) replace the decoder layers: one pass of the model's own ``forward`` yields the
+input of block 0 and the keyword arguments of each layer (masks and rotary embeddings differ between layers in some
+families). When the last recorder returns given hidden states, the same ``forward`` computes their logits, including
+the final norm and logit capping. Rejected: an exception that stops the forward at the first layer, which sees one layer's
 arguments only, and per-family code for embedding and head.
 """
 
@@ -22,23 +22,9 @@ from transformers import AutoModelForCausalLM
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
 from lowbit.models.families import architecture_of
+from lowbit.models.recorder import Recorders, hidden_of
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats
-
-
-class _Recorder(nn.Module):
-    """Replaces a decoder layer: records its keyword arguments, returns its input or ``answer`` if that is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kwargs: dict[int, Mapping[str, Any]] = {}  # by sequence length, their only dependence
-        self.answer: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        # Masks for one sequence broadcast over any batch; those of a batch fit that batch only.
-        if hidden_states.shape[0] == 1:
-            self.kwargs[hidden_states.shape[1]] = kwargs
-        return hidden_states if self.answer is None else self.answer
 
 
 class Skeleton:
@@ -59,9 +45,9 @@ class Skeleton:
         self.model.eval()
         parent, _, attribute = self.architecture.blocks.rpartition(".")
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.architecture.blocks))
-        self._recorders = [_Recorder() for _ in self.layers]
+        self._recorders = Recorders.of(self.layers)
         self._length = 0  # of the sequences in the last call of ``embed``
-        setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
+        setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders.modules))
 
     def empty(self) -> Skeleton:
         """Another skeleton of the same model, without parameters."""
@@ -95,19 +81,26 @@ class Skeleton:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """The input of block 0, ``(sequences, length, hidden)``, for token ids ``(sequences, length)``."""
-        first, last = self._recorders[0], self._recorders[-1]
+        first, last = self._recorders.modules[0], self._recorders.modules[-1]
         last.answer = None
         self._length = ids.shape[1]
+        if not self._recorders.learned:
+            rows = self.model.get_input_embeddings().weight.shape[0]
+            self._recorders.learn(self._last_logits, ids[:1], rows)
         # One sequence suffices for the keyword arguments: all have the same length and no padding.
-        self.model(ids[:1], use_cache=False, logits_to_keep=1)
+        self._last_logits(ids[:1])
         inputs: list[Tensor] = []
-        handle = first.register_forward_hook(lambda module, args, out: inputs.append(out))
+        handle = first.register_forward_hook(lambda module, args, out: inputs.append(hidden_of(out)))
         try:
             for part in ids.split(64):
-                self.model(part, use_cache=False, logits_to_keep=1)
+                self._last_logits(part)
         finally:
             handle.remove()
         return torch.cat(inputs)
+
+    def _last_logits(self, ids: Tensor) -> Tensor:
+        """Logits of the last position alone ``(sequences, 1, vocabulary)``."""
+        return self._logits(ids, slice(-1, None))
 
     def logits(self, ids: Tensor, hidden: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits ``(sequences, length, vocabulary)`` from the last block's output for the same ``ids``.
@@ -115,11 +108,24 @@ class Skeleton:
         ``keep`` restricts them to these positions: logits over a large vocabulary take much memory per token.
         Differentiable in ``hidden``.
         """
-        self._recorders[-1].answer = hidden
+        self._recorders.modules[-1].answer = hidden
         try:
-            return self.model(ids, use_cache=False, logits_to_keep=0 if keep is None else keep).logits
+            return self._logits(ids, slice(None) if keep is None else keep)
         finally:
-            self._recorders[-1].answer = None
+            self._recorders.modules[-1].answer = None
+
+    def _logits(self, ids: Tensor, keep: slice | Tensor) -> Tensor:
+        """The model's logits at some positions: its head sees no others.
+
+        The option ``logits_to_keep`` of most models is not used, as some of them shorten their layers' inputs by it.
+        """
+        head = self.model.get_submodule(self.architecture.head)
+        handle = head.register_forward_pre_hook(lambda module, args: (args[0][..., keep, :], *args[1:]), prepend=True)
+        try:
+            logits: Tensor = self.model(ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits
 
     def block(
         self, start: int, params: Mapping[str, Tensor], count: int = 1, formats: ModelFormats | None = None
@@ -154,9 +160,8 @@ class Skeleton:
     def forget(self) -> None:
         """Drop what ``embed`` recorded, as before its first call."""
         self._length = 0
-        for recorder in self._recorders:
-            recorder.kwargs.clear()
+        self._recorders.forget()
 
     def _kwargs(self, start: int, count: int, length: int) -> tuple[Mapping[str, Any], ...]:
-        recorders = self._recorders[start : start + count]
-        return tuple(recorder.kwargs[length] if length else {} for recorder in recorders)
+        layers = range(start, start + count)
+        return tuple(self._recorders.arguments(index, length) if length else {} for index in layers)
