@@ -125,7 +125,12 @@ def olmo2_layer(config: Any, index: int) -> LayerKind:
 
 def bloom_layer(config: Any, index: int) -> LayerKind:
     """As GPT-NeoX one half after the other, with biases for the positions in place of a rotary embedding."""
-    qkv, out, up, down = "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+    qkv, out, up, down = (
+        "self_attention.query_key_value",
+        "self_attention.dense",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+    )
     q, k, v = (interleaved(qkv, at) for at in range(3))
     edges = (
         DeclaredEdge("norm", "input_layernorm", (qkv,), gathers=True, shift=True),
@@ -142,6 +147,7 @@ CONFIGS: dict[str, Any] = {
         **TOKENS,
         intermediate_size=96,
         max_position_embeddings=128,
+        tie_word_embeddings=True,  # else its files have another name for the head
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
     ),
     "gpt2": lambda: GPT2Config(**SMALL, **TOKENS, n_positions=128, n_inner=96),
@@ -172,5 +178,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron": Family("nemotron", ("NemotronForCausalLM",), "model.layers", nemotron_layer),
     "cohere": Family("cohere", ("CohereForCausalLM",), "model.layers", cohere_layer),
     "olmo2": Family("olmo2", ("Olmo2ForCausalLM",), "model.layers", olmo2_layer),
-    "bloom": Family("bloom", ("BloomForCausalLM",), "transformer.h", bloom_layer, embed="transformer.word_embeddings"),
+    "bloom": Family(
+        "bloom", ("BloomForCausalLM",), "transformer.h", bloom_layer, embed="transformer.word_embeddings"
+    ),
 }

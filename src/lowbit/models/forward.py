@@ -56,13 +56,11 @@ def run(
                 if op.place == "behind a norm" and name.startswith(prefix):
                     norm = layer.get_submodule(name.removeprefix(prefix))
                     stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
-            x = _called(layer, index, state, x, for_batch(kwargs, len(x)))
+            x = _called(layer, index, state, x, for_batch(kwargs, x))
     return x
 
 
-def _called(
-    layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, arguments: dict[str, Any]
-) -> Tensor:
+def _called(layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, arguments: dict[str, Any]) -> Tensor:
     """The layer's hidden states; a layer that hands something to later ones in an argument is refused."""
     empty = {name: value for name, value in arguments.items() if isinstance(value, MutableMapping) and not value}
     out = hidden_of(torch.func.functional_call(layer, state, args=(x,), kwargs=arguments))
@@ -70,8 +68,8 @@ def _called(
         if value:
             value.clear()
             raise LowbitError(
-                f"layer {index} hands '{name}' to later layers, and lowbit gives a layer nothing but hidden states of "
-                "the one before: choose another model"
+                f"layer {index} hands '{name}' to later layers, and lowbit gives a layer nothing but the hidden states "
+                "of the one before: choose another model"
             )
     return out
 

@@ -30,21 +30,20 @@ class PerSequence:
 
     value: Tensor
 
-    def for_batch(self, sequences: int) -> Tensor:
-        """``(sequences * rows, ...)``, sequence by sequence.
+    def for_batch(self, x: Tensor) -> Tensor:
+        """``(sequences * rows, ...)`` for hidden states ``x`` ``(sequences, length, hidden)``, in their dtype.
 
-        >>> PerSequence(torch.tensor([1, 2])).for_batch(2).tolist()
+        >>> PerSequence(torch.tensor([1, 2])).for_batch(torch.zeros(2, 3, 4)).tolist()
         [1, 2, 1, 2]
         """
-        return self.value.repeat(sequences, *[1] * (self.value.ndim - 1))
+        rows = self.value.repeat(len(x), *[1] * (self.value.ndim - 1))
+        return rows.to(x.dtype) if rows.is_floating_point() else rows
 
 
-def for_batch(arguments: Mapping[str, Any], sequences: int) -> dict[str, Any]:
-    """A layer's keyword arguments for a number of sequences."""
-    return {
-        name: value.for_batch(sequences) if isinstance(value, PerSequence) else value
-        for name, value in arguments.items()
-    }
+def for_batch(arguments: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
+    """A layer's keyword arguments for hidden states ``x`` ``(sequences, length, hidden)``."""
+    rows = {name: value.for_batch(x) for name, value in arguments.items() if isinstance(value, PerSequence)}
+    return {**arguments, **rows}
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -191,7 +190,7 @@ class Recorders:
         self.learned = True
 
     def _calls(self, forward: Callable[[Tensor], Tensor], ids: Tensor) -> list[_Call]:
-        """The calls of the layers in a pass, which must be one after the other, each with what the one before gave."""
+        """The calls of the layers in a pass: one after the other, each with what the one before gave."""
         self.now.calls = calls = []
         try:
             logits = forward(ids)
@@ -224,8 +223,8 @@ def _names_with_rows(one: Mapping[str, Any], two: Mapping[str, Any], layer: int)
         pairs = list(zip(_tensors(value), _tensors(two.get(name)), strict=False))
         if any(not _same(a, b) and not _doubled(a, b) for a, b in pairs):
             raise LowbitError(
-                f"the model gives layer {layer} the argument '{name}', which depends on the text or does not have the "
-                f"sequences in front: {ADVICE}"
+                f"the model gives layer {layer} the argument '{name}', which depends on the text or does not have "
+                f"the sequences in front: {ADVICE}"
             )
         if any(not _same(a, b) and len(a) > 1 for a, b in pairs):
             if not isinstance(value, Tensor):
