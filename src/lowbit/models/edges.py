@@ -95,7 +95,7 @@ class Projection:
         return values if self.columns is None else values[..., _index(self.columns)]
 
     def outer(self, factor: Tensor, columns: int, rest: float = 1.0) -> Tensor:
-        """A value for each input of the matrix as one for each of the parameter's ``columns``, ``rest`` for others."""
+        """A value for each input of the matrix as one for each of the parameter's ``columns``; or ``rest``."""
         if self.columns is None:
             return factor
         out = factor.new_full((columns,), rest)

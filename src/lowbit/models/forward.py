@@ -68,8 +68,8 @@ def _called(layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, a
         if value:
             value.clear()
             raise LowbitError(
-                f"layer {index} hands '{name}' to later layers, and lowbit gives a layer nothing but the hidden states "
-                "of the one before: choose another model"
+                f"layer {index} hands '{name}' to later layers, and lowbit gives a layer the hidden states of the "
+                "one before and nothing else: choose another model"
             )
     return out
 
