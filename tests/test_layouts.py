@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from contracts import COLUMNS, hard_rows
+from contracts import COLUMNS, extreme_rows, hard_rows
 from lowbit.quant.floating import FLOATS, MXFP4, MXFP6, NVFP4
 from lowbit.quant.format import Format
 from lowbit.quant.formats import FORMATS
@@ -22,8 +22,9 @@ CASES = [format for kind in FORMATS.values() for format in kind.examples()]
 
 @pytest.mark.parametrize("format", CASES, ids=lambda format: format.name)
 @pytest.mark.parametrize("searched", [False, True], ids=["rule", "searched"])
-def test_a_weight_comes_back(format: Format, searched: bool) -> None:
-    weight = hard_rows(torch.float32, COLUMNS)
+@pytest.mark.parametrize("rows", [hard_rows, extreme_rows], ids=lambda rows: rows.__name__)
+def test_a_weight_comes_back(format: Format, rows: Any, searched: bool) -> None:
+    weight = rows(torch.float32, COLUMNS)
     qparams = format.qparams(weight)
     if searched:
         qparams = search_scales(weight, format, qparams)

@@ -230,7 +230,13 @@ class Format(ABC):
         return self.fake_quant(weight, self.from_range(bottom * low, top * high, tensor_peak))
 
     def quantize(self, weight: Tensor, qparams: QParams) -> QTensor:
-        """``weight`` ``(rows, columns)`` rounded to the nearest codes."""
+        """``weight`` ``(rows, columns)`` rounded to the nearest codes.
+
+        Raises:
+            LowbitError: a value is NaN or infinite, which no code stands for.
+        """
+        if not bool(weight.isfinite().all()):
+            raise LowbitError(f"{self.name}: a weight is NaN or infinite, which no code stands for: read it again")
         with torch.no_grad():
             grouped = split_groups(weight, self.groups(weight.shape[-1]))
             codes = self.round(grouped, _per_group(qparams)).flatten(-2).to(torch.uint8)
