@@ -130,6 +130,20 @@ def test_the_sizes_and_layouts_that_are_stated_are_those_on_disk(run, made):
     assert 0 <= found - plan.size_bytes <= 32 * len(plan.formats.modules)
 
 
+def test_tiles_that_are_smaller_at_the_edges_run_in_stock_transformers(tmp_path):
+    """Widths of 192 and 320 are a tile and a half, and two and a half."""
+    save_tiny(tmp_path / "m", "llama", **{**SIZES, "hidden_size": 192, "intermediate_size": 320, "head_dim": 48})
+    out = tmp_path / "run"
+    run = start(tmp_path / "m", out, "fp8-blocka16", {"lm_head": "fp8-block", "model.embed_tokens": "fp8-block"})
+    assert run.manifest.transformers.loads
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(IDS).logits
+    assert found.std() > 0
+    assert torch.equal(found, logits(out))
+    with pytest.raises(lowbit.LowbitError, match=r"inputs in fp8-group have groups of 128, .* a width of 192"):
+        start(tmp_path / "m", tmp_path / "no", "fp8-block", {})
+
+
 class Killed(BaseException):
     """Passes every handler of errors, as a kill does."""
 

@@ -64,6 +64,7 @@ NAMED: dict[str, tuple[Format, ActFormat | None]] = {
     "fp8": (FP8, FP8_TOKENS),
     "fp8a16": (FP8, None),
     "fp8-block": (FP8_BLOCK, FP8_GROUPS),
+    "fp8-blocka16": (FP8_BLOCK, None),
     **{name: (format, None) for name, format in K_QUANTS.items()},
     **{name: (format, None) for name, format in TABLES.items()},
 }
