@@ -68,8 +68,8 @@ def export(
 
     Args:
         folder: the run folder.
-        to: ``gguf`` (or ``llama.cpp``), ``executorch``, ``onnx`` (or ``onnxruntime``), ``gptq``, ``awq`` or
-            ``vllm``.
+        to: ``gguf`` (or ``llama.cpp``), ``executorch``, ``onnx`` (or ``onnxruntime``), ``gptq``, ``awq``,
+            ``vllm`` or ``gemma``.
         out: the path to write, which must not exist; by default next to the run, named after it and the target.
         embeddings: gguf only, type of float matrices: ``auto`` (the smallest lossless type), ``f32``,
             ``f16`` or ``q8_0``.

@@ -58,7 +58,7 @@ def verify_stock(run: Run, ids: Tensor, trust_remote_code: bool = False) -> Veri
             f"stock transformers does not run {run.folder} ({stock.why_not}): it is for lowbit.load; name an export"
         )
     result = Verified(str(run.folder), f"{TARGET} {version(TARGET)}, {stock.dtype}")
-    logits = _stock_logits(run.folder, ids, stock.dtype, trust_remote_code)
+    logits = stock_logits(run.folder, ids, stock.dtype, trust_remote_code)
     if isinstance(logits, str):
         return Verified(result.path, result.target, unreadable=logits)
     # Stock transformers has no runtime's quantization of inputs; the manifest says what it computes with instead.
@@ -71,8 +71,15 @@ def verify_stock(run: Run, ids: Tensor, trust_remote_code: bool = False) -> Veri
     return Verified(result.path, result.target, logits=gap, explained=EXPLAINED[stock.dtype])
 
 
-def _stock_logits(folder: Path, ids: Tensor, dtype: str, trust_remote_code: bool) -> Tensor | str:
-    """The logits ``(tokens, vocabulary)``, or why there are none."""
+def stock_logits(folder: Path, ids: Tensor, dtype: str, trust_remote_code: bool) -> Tensor | str:
+    """The logits ``(tokens, vocabulary)`` of a folder in a fresh process, or why there are none.
+
+    Args:
+        folder: a checkpoint that stock ``transformers`` reads.
+        ids: token ids ``(tokens,)``.
+        dtype: of the model, ``float32``.
+        trust_remote_code: permit code of the model's own.
+    """
     with tempfile.TemporaryDirectory() as exchange:
         save_file({"ids": ids}, f"{exchange}/ids.safetensors")
         arguments = [str(folder.resolve()), exchange, dtype, "yes" if trust_remote_code else "no"]
