@@ -24,7 +24,7 @@ from tiny import spoil, tiny_ids
 pytest.importorskip("transformers.integrations.gemma_quant", reason="transformers before 5.24 lacks the layout")
 
 MIXED = {"lm_head": "w8", "model.embed_tokens": "w4", "*.down_proj": "w2", "*.1.self_attn.o_proj": "float"}
-EVERYWHERE = {"*.down_proj": "w2", "*.1.*.o_proj": "float", "*embed_tokens": "w8", "lm_head": "w4"}
+EVERYWHERE = {"*.0.self_attn.*": "w2", "*.1.self_attn.o*": "float", "*embed_tokens": "w8", "lm_head": "w4"}
 SHARD = "block-00001.safetensors"
 UP = "model.layers.1.mlp.up_proj"
 

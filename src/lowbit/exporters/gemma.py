@@ -158,7 +158,7 @@ def decode(stored: Mapping[str, Tensor], bits: int) -> Tensor:
     if any(float(stored[name]) != 0 for name in stored if name.endswith("_activation_scale")):
         raise LowbitError("an activation scale is not 0, so that inputs or outputs are quantized")
     value: Tensor = module.weight if "embedding_scale" in stored else module._dequantize_weights()
-    return value.float()
+    return value.detach().float()
 
 
 def loads() -> bool:
