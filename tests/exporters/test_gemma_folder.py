@@ -39,7 +39,9 @@ def by_hand(stored: torch.Tensor, bits: int) -> torch.Tensor:
     """Signed codes, one at a time."""
     if bits == 8:
         return stored.int()
-    rows = [[byte >> shift & (1 << bits) - 1 for byte in row for shift in range(0, 8, bits)] for row in stored.tolist()]
+    rows = [
+        [byte >> shift & (1 << bits) - 1 for byte in row for shift in range(0, 8, bits)] for row in stored.tolist()
+    ]
     return torch.tensor(rows) - 2 ** (bits - 1)
 
 
@@ -66,7 +68,9 @@ def test_it_reads_back_bit_for_bit(run_of: Callable[..., Path], tmp_path: Path, 
     assert config["num_bits"] == int(scheme[1])
     assert config["quantize_embeddings"]
     assert config["modules_to_not_convert"] == ["model.layers.1.self_attn.o_proj"]
-    with_another = {re.sub(r"[\\^$]", "", name): own["num_bits"] for name, own in config["module_quant_configs"].items()}
+    with_another = {
+        re.sub(r"[\\^$]", "", name): own["num_bits"] for name, own in config["module_quant_configs"].items()
+    }
     assert with_another == {
         name: q.format.elements.bits
         for name in open_run(run).quantized
@@ -116,7 +120,11 @@ def test_one_wrong_byte_is_named(run_of: Callable[..., Path], tmp_path: Path, ke
     [
         ("output_activation_scale", torch.tensor(0.1), f"'{UP}' cannot be read: an activation scale is not 0"),
         ("weight", torch.zeros(96, 64), "weight is torch.float32 of .*, not torch.uint8"),
-        ("weight_scale", torch.ones(96, 2), r"weight_scale is torch.float32 of \[96, 2\], not torch.float32 of \[96, 1\]"),
+        (
+            "weight_scale",
+            torch.ones(96, 2),
+            r"weight_scale is torch.float32 of \[96, 2\], not torch.float32 of \[96, 1\]",
+        ),
     ],
 )
 def test_what_would_run_otherwise_is_named(

@@ -133,9 +133,7 @@ def test_an_override_to_a_format_that_is_not_known_is_named(target: str, subject
     glob = "*.down_proj"
     scheme = with_overrides(subject.scheme, {glob: "w4"})
     unknown = replace(with_format(subject, MODULE, Ternary()), scheme=scheme)
-    with pytest.raises(
-        LowbitError, match=r"override \*\.down_proj: .*ternary; .*--override '\*\.down_proj=w4-sym'$"
-    ):
+    with pytest.raises(LowbitError, match=r"override \*\.down_proj: .*ternary; .*--override '\*\.down_proj=w4-sym'$"):
         check(target, exporter_of(target).misfit, unknown)
 
 

@@ -90,9 +90,12 @@ def verify(
         Console().print(rows)
     for result in results:
         if not result.ok:
+            for fault in result.faults:
+                say(f"{result.path}: {fault}")
             differences = [*result.differs, *result.other, *filter(None, [result.unreadable])]
             if not result.computes_the_same:
                 differences.append(f"logits by {result.logits:.2g}, of which {result.explained:.2g} is explained")
-            say(f"{result.path} differs: {', '.join(differences[:5])}")
+            if differences:
+                say(f"{result.path} differs: {', '.join(differences[:5])}")
     if not all(result.ok for result in results):
         raise typer.Exit(1)
