@@ -1,8 +1,8 @@
 """A run as an ExecuTorch program for phones: XNNPACK's int4 linears (8da4w) with the run's own codes.
 
 The export is a folder: ``model.pte``, a program with a KV cache, and the tokenizer's files. XNNPACK quantizes the
-linears' inputs to int8 per token on the fly, with a zero point: the inputs of schemes such as ``w4a8g32-sym-asym``, and
-of those that leave inputs in float. It stores the scales of 4-bit groups as bfloat16: a run with
+linears' inputs to int8 per token on the fly, with a zero point, as schemes such as ``w4a8g32-sym-asym`` state, and
+where a scheme leaves inputs in float too. It stores the scales of 4-bit groups as bfloat16: a run with
 ``--target executorch`` has such scales and is stored exactly; in any other run the codes are exact and each scale
 changes by at most one part in 256, which the export reports and ``expect`` accounts for.
 

@@ -1,6 +1,6 @@
-"""A run as a Hugging Face folder in the layout that ``transformers`` calls ``gemma`` and loads for every architecture.
+"""A run as a Hugging Face folder in the layout ``gemma`` of ``transformers``, which loads it for every architecture.
 
-Google's quantized Gemma checkpoints have it. It holds symmetric integers of 2, 4 and 8 bits with one scale per row, in
+It is that of Google's quantized Gemma checkpoints: symmetric integers of 2, 4 and 8 bits with one scale per row, in
 linears, head and embedding. Relative to a module ``(rows, columns)``:
 
 =========================== ======================================= ===========================================
@@ -69,7 +69,7 @@ def pack(q: QTensor) -> Tensor:
     >>> weight = torch.tensor([[-0.8, 0.7, 0.1, -0.3]])
     >>> q = format.quantize(weight, format.qparams(weight))
     >>> q.codes.tolist(), [hex(byte) for byte in pack(q)[0].tolist()]
-    ([[0, 15, 9, 5]], ['0xf0', '0x59'])
+    ([[1, 15, 9, 5]], ['0xf1', '0x59'])
     """
     bits = q.format.elements.bits
     if bits == BYTE:
