@@ -238,7 +238,7 @@ def test_quantized_inputs_of_the_scheme_are_those_of_the_program(tmp_path: Path)
     (found,) = lowbit.verify(run, [made.out])
     assert found.ok, found
     assert found.exact == found.tensors == len(lowbit.load(run).state_dict()) + 1
-    # The folder computes as compressed-tensors does, the program as XNNPACK; floats round differently in a few places.
+    # The folder computes as compressed-tensors does, the program as XNNPACK: floats round differently in few places.
     assert found.logits is not None
     assert found.logits < 0.01
 
