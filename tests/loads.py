@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NO = "-"
-# Columns: the dtype in which stock transformers gives the simulated logits; the GGUF type; whether there is an export.
+# The dtype in which stock transformers gives the simulated logits; the GGUF type; which other exports there are.
 TABLE = """
 scheme           transformers gguf   executorch onnx gptq awq vllm gemma
 w4a16-sym        float32      Q4_0   yes        yes  yes  yes yes  yes
