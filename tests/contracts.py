@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowbit.errors import LowbitError
 from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name, tensor_name
 from lowbit.quant.format import Format, QParams
 from lowbit.quant.scale_search import search_scales
@@ -31,13 +32,25 @@ def hard_rows(dtype: torch.dtype, columns: int = 64) -> torch.Tensor:
     return rows.to(dtype)
 
 
+def extreme_rows(dtype: torch.dtype, columns: int = 64) -> torch.Tensor:
+    """Rows at the ends of float32, apart from the others: with a scale for the tensor its small rows are lost."""
+    rows = torch.randn(4, columns, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    info = torch.finfo(torch.float32)
+    rows[0] *= info.max / 2 / rows[0].abs().max()
+    rows[1] = info.max
+    rows[2] *= info.smallest_normal / 8  # subnormal numbers
+    rows[3] *= info.smallest_normal
+    return rows.to(dtype)
+
+
 COLUMNS = 256  # a superblock of the K-quants
 
 
 def check_format(format: Format) -> None:
     """One format, in every dtype."""
-    for dtype in DTYPES:
-        weight = hard_rows(dtype, COLUMNS)
+    wide = (torch.float32, torch.float64)
+    for dtype, make in (*((dtype, hard_rows) for dtype in DTYPES), *((dtype, extreme_rows) for dtype in wide)):
+        weight = make(dtype, COLUMNS)
         for low, high in ((1.0, 1.0), (0.7, 0.9)):
             qparams = format.qparams(weight, low, high)
             q = format.quantize(weight, qparams)
@@ -48,7 +61,7 @@ def check_format(format: Format) -> None:
             assert int(q.codes.max()) < 2**format.elements.bits, "a code has more bits than the elements"
             if isinstance(format.scales, Plain):
                 assert format.scales.holds(qparams.scale), "not stored"
-            if dtype in (torch.float32, torch.float64):  # 16 bits cannot hold every product exactly
+            if dtype in wide:  # 16 bits cannot hold every product exactly
                 _check_stored(format, qparams)
                 again = format.quantize(q.dequantize(), qparams)
                 assert torch.equal(again.codes, q.codes), "quantizing twice moves codes"
@@ -60,6 +73,7 @@ def check_format(format: Format) -> None:
         assert torch.equal(ours, theirs), "a range does not give its qparams again"
     _check_gradients(format)
     _check_search(format)
+    _check_refusals(format)
     assert format.bits_per_value(COLUMNS) >= format.elements.bits
     assert format.name
     assert hash(format) == hash(type(format)(**vars(format))), "a format is a frozen value"
@@ -72,6 +86,16 @@ def _check_stored(format: Format, qparams: QParams) -> None:
         assert format.zero != "offset" or format.scales.holds(qparams.zero), "not stored"
     else:
         assert format.scales.holds(qparams.scale), "not stored"
+
+
+def _check_refusals(format: Format) -> None:
+    """No code stands for a value that is not finite."""
+    for value in (torch.nan, torch.inf, -torch.inf):
+        weight = hard_rows(torch.float32, COLUMNS)
+        qparams = format.qparams(weight)
+        weight[3, 7] = value
+        with pytest.raises(LowbitError, match=f"^{format.name}: .*NaN or infinite"):
+            format.quantize(weight, qparams)
 
 
 def _check_search(format: Format) -> None:

@@ -210,7 +210,7 @@ def test_schemes_lists_every_format_that_an_override_may_name(listed):
     assert list(rows) == list(WEIGHTS)
     assert all(override_text(parse_override(name)) == name for name in rows)
     assert rows["q2_k"] == ["2 bits from a minimum", "4 bits x float16 of 256, groups of 16", 256, "2.625"]
-    assert rows["fp8-block"] == ["E4M3", "bfloat16, tiles of 128 x 128", 128, "8.001"]
+    assert rows["fp8-block"] == ["E4M3", "bfloat16, tiles of 128 x 128", 1, "8.001"]
     for name, (*_, unit, _) in rows.items():
         assert all(WEIGHTS[name].groups(unit * times) >= 1 for times in (1, 3))
         if unit > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -129,6 +130,25 @@ def test_rows_that_share_a_scale() -> None:
     assert FP8_TENSOR.qparams(w).scale.unique().numel() == 1
     found = search_scales(w, FP8_BLOCK, FP8_BLOCK.qparams(w))
     assert all(len(part.unique(dim=0)) == 1 for part in found.scale.split(128))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(300, 576), (96, 64), (128, 129)])
+def test_tiles_at_the_edges_may_be_smaller(rows: int, columns: int) -> None:
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    w[:, columns - columns % 128 :] *= 0.01
+    q = FP8_BLOCK.quantize(w, FP8_BLOCK.qparams(w))
+    assert torch.equal(q.dequantize(), FP8_BLOCK.fake_quant(w, q.qparams))
+    for top, left in product(range(0, rows, 128), range(0, columns, 128)):
+        tile = w[top : top + 128, left : left + 128]
+        alone = FP8_BLOCK.fake_quant(tile, FP8_BLOCK.qparams(tile))
+        assert torch.equal(q.dequantize()[top : top + 128, left : left + 128], alone)
+    every = FP8_BLOCK.per_column(q.qparams, columns)
+    assert torch.equal(FP8_BLOCK.value(q.codes.float(), every), q.dequantize())
+    for found in (
+        search_scales(w, FP8_BLOCK, q.qparams),
+        search_scales(w, FP8_BLOCK, q.qparams, torch.ones(columns)),
+    ):
+        assert float((FP8_BLOCK.fake_quant(w, found) - w).norm()) <= float((q.dequantize() - w).norm())
 
 
 @pytest.mark.parametrize("name", K_QUANTS)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import lowbit
+from loads import ROWS
 from lowbit.checkpoints.resolve import load_config
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline import runner
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
 
 # Superblocks of 256 values divide every width; 96 rows of the head are no whole tile of 128.
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 64}
-INTEGERS = ["w4afp8", "w4a8-sym", "w4a4g32-sym-asym", "w8a8"]
+# What the table of what loads where says of integers; keys and values: exporters/test_stock.py.
+INTEGERS = [name for name in ROWS if name not in NAMED and "kv" not in name]
 OUTSIDE = {"lm_head": "w8", "model.embed_tokens": "w8"}
 # A format of another kind beside the scheme's.
 MIXED = [
@@ -91,6 +93,8 @@ def logits(folder, dtype=torch.float32):
 def test_stock_transformers_gives_the_logits_of_the_loaded_run_bit_for_bit(run, made):
     folder, manifest = made(*run)
     stock = manifest.transformers
+    if not run[1]:
+        assert (stock.dtype if stock.loads else None) == ROWS[run[0]].transformers
     if not stock.loads:
         assert re.search("llama.cpp|asymmetric and other formats", stock.why_not)
         with pytest.raises(Exception, match=r"."):
@@ -128,6 +132,20 @@ def test_the_sizes_and_layouts_that_are_stated_are_those_on_disk(run, made):
     assert {formats.layout.name for formats in plan.formats.modules.values()} == set(manifest.layouts)
     # Shapes, the tensors' own scales and those of tiles are not counted.
     assert 0 <= found - plan.size_bytes <= 32 * len(plan.formats.modules)
+
+
+def test_tiles_that_are_smaller_at_the_edges_run_in_stock_transformers(tmp_path):
+    """Widths of 192 and 320 are a tile and a half, and two and a half."""
+    save_tiny(tmp_path / "m", "llama", **{**SIZES, "hidden_size": 192, "intermediate_size": 320, "head_dim": 48})
+    out = tmp_path / "run"
+    run = start(tmp_path / "m", out, "fp8-blocka16", {"lm_head": "fp8-block", "model.embed_tokens": "fp8-block"})
+    assert run.manifest.transformers.loads
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(IDS).logits
+    assert found.std() > 0
+    assert torch.equal(found, logits(out))
+    with pytest.raises(lowbit.LowbitError, match=r"inputs in fp8-group have groups of 128, .* a width of 192"):
+        start(tmp_path / "m", tmp_path / "no", "fp8-block", {})
 
 
 class Killed(BaseException):

@@ -26,6 +26,7 @@ THINGS = {
     "gptq": (EXPORT.format("gptq"), "an export or another tool's quantized model (gptq)"),
     "vllm": (EXPORT.format("compressed-tensors"), "an export or another tool's quantized model (compressed-tensors)"),
     "awq": (EXPORT.format("awq"), "an export or another tool's quantized model (awq)"),
+    "gemma": (EXPORT.format("gemma"), "an export or another tool's quantized model (gemma)"),
     "onnx": (f"is an ONNX export: {OTHER}", "an ONNX export"),
     "executorch": (f"is an ExecuTorch export: {OTHER}", "an ExecuTorch export"),
     "x.pte": (f"is an ExecuTorch program: {OTHER}", "an ExecuTorch program"),
@@ -57,6 +58,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lowbit.export(run, "vllm", out=root / "vllm")
     lowbit.export(quantize_tiny(root / "m", root / "asym", "w4a16g32-asym").out, "awq", out=root / "awq")
     identity = json.loads((run / "lowbit.json").read_text())["identity"]
+    lowbit.export(quantize_tiny(root / "m", root / "rows", "w4a16-sym").out, "gemma", out=root / "gemma")
     texts = {
         "onnx/genai_config.json": "{}",
         "executorch/model.pte": "",

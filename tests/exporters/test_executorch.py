@@ -35,7 +35,10 @@ def make(folder: Path, family: str, scheme: str | None = "w4a16g32-sym", changes
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ("w4a4", r"w4a4, act: .*nearest that fits: w4a16-asym$"),
+        ("w4a4", r"w4a4, act: inputs are quantized to a4-asym; XNNPACK's are a8-asym.*nearest that fits: w4a8-asym$"),
+        ("w4a8g32-sym", r"act: inputs are quantized to a8-sym; .*nearest that fits: w4a8g32-sym-asym$"),
+        ("w4a8g32-asym", r"weight: .*asymmetric 4 bits.*nearest that fits: w4a8-asym$"),
+        ("w4afp8g32", r"act: inputs are quantized to fp8; .*nearest that fits: w4a8g32-sym-asym$"),
         ("w4a16g32-asym", r"weight: .*asymmetric 4 bits.*nearest that fits: w4a16-asym$"),
         ("w4a16g16-sym", r"weight: .*groups of 16.*nearest that fits: w4a16g32-sym$"),
         ("w8a16g32-sym", r"weight: .*one scale per row.*nearest that fits: w8a16-sym$"),
@@ -222,6 +225,22 @@ def test_other_families_with_float16_scales(tmp_path: Path, family: str, overrid
     assert "scales as bfloat16" in made.warnings[0]
     (found,) = lowbit.verify(run, [made.out])
     assert found.ok, found
+
+
+@pytest.mark.heavy
+@pytest.mark.runtimes
+def test_quantized_inputs_of_the_scheme_are_those_of_the_program(tmp_path: Path) -> None:
+    """8da4w: symmetric weights in groups, and inputs in int8 with a zero point, which the folder states itself."""
+    pytest.importorskip("executorch", reason="pip install 'lowbit[executorch]'; make test-runtimes does")
+    run = make(tmp_path, "llama", "w4a8g32-sym-asym", target="executorch")
+    made = lowbit.export(run, "executorch", context=64)
+    assert made.warnings == []
+    (found,) = lowbit.verify(run, [made.out])
+    assert found.ok, found
+    assert found.exact == found.tensors == len(lowbit.load(run).state_dict()) + 1
+    # The folder computes as compressed-tensors does, the program as XNNPACK: floats round differently in few places.
+    assert found.logits is not None
+    assert found.logits < 0.01
 
 
 def test_a_cache_longer_than_the_model_is_refused(run_of: Callable[..., Path], tmp_path: Path) -> None:

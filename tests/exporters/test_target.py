@@ -29,7 +29,7 @@ targets = pytest.mark.parametrize("target", EXPORTERS)
 @pytest.fixture
 def run(run_of: Callable[..., Path]) -> Path:
     """A run that every target carries."""
-    return run_of("w4a16g32-sym")
+    return run_of("w4a16-sym")
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_run_with_a_runtime_op_is_refused_before_any_work(
 
 @pytest.mark.usefixtures("untouched")
 def test_a_run_whose_recipe_left_matrices_is_refused(run_of: Callable[..., Path], tmp_path: Path) -> None:
-    folder = run_of("w4a16g32-sym", recipe="affinequant", settings=("affinequant.qkv=matrix", "affinequant.epochs=1"))
+    folder = run_of("w4a16-sym", recipe="affinequant", settings=("affinequant.qkv=matrix", "affinequant.epochs=1"))
     for target in EXPORTERS:
         with pytest.raises(LowbitError, match=r"recipe: .* leaves matrices after norms at run time") as caught:
             lowbit.export(folder, target, out=tmp_path / "out")
@@ -120,7 +120,7 @@ def test_a_format_that_is_not_known_is_refused_and_never_taken_for_a_known_one(t
     ) as caught:
         check(target, exporter.misfit, unknown)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith("nearest that fits: w4a16g32-sym")
+    assert str(caught.value).endswith("nearest that fits: w4a16-sym")
     assert Ternary not in exporter.formats
     with pytest.raises(AssertionError, match="for integer formats"):
         _ = unknown.integers
@@ -131,11 +131,9 @@ def test_a_format_that_is_not_known_is_refused_and_never_taken_for_a_known_one(t
 @targets
 def test_an_override_to_a_format_that_is_not_known_is_named(target: str, subject: Subject) -> None:
     glob = "*.down_proj"
-    scheme = with_overrides(subject.scheme, {glob: "w4g32"})
+    scheme = with_overrides(subject.scheme, {glob: "w4"})
     unknown = replace(with_format(subject, MODULE, Ternary()), scheme=scheme)
-    with pytest.raises(
-        LowbitError, match=r"override \*\.down_proj: .*ternary; .*--override '\*\.down_proj=w4g32-sym'$"
-    ):
+    with pytest.raises(LowbitError, match=r"override \*\.down_proj: .*ternary; .*--override '\*\.down_proj=w4-sym'$"):
         check(target, exporter_of(target).misfit, unknown)
 
 

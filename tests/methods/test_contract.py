@@ -57,9 +57,10 @@ INPUTS = IntTokens(8, symmetric=False)
 # In every family, what takes long in the five above; with groups too.
 TRIED = [(m, f, "w4a8") for m in METHODS for f in (FAMILIES if m in (*LEARNED, *SEARCHING) else NAMES)]
 TRIED += [(name, "llama-odd", "w4a8g16") for name in METHODS]
-# One of each kind of format; superblocks have 256 values, tiles 128.
-KINDS = ["nvfp4a16", "mxfp4", "fp8", "fp8-block", "q4_k", "iq4_nl"]
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+# One of each kind of format; superblocks have 256 values, tiles 128, of which the last may be smaller.
+KINDS = ["nvfp4a16", "mxfp4", "fp8", "fp8-blocka16", "q4_k", "iq4_nl"]
+WIDE = {"q4_k": {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}}
+WIDE["fp8-blocka16"] = {"hidden_size": 192, "intermediate_size": 160, "head_dim": 48}
 # Behind runtime ops; where the float function is to stay, with the biases of LayerNorms too.
 BEHIND = [(name, "llama-odd") for name in METHODS]
 BEHIND += [(name, "opt") for name, method in METHODS.items() if method.keeps_function]
@@ -93,8 +94,7 @@ def usual(name):
 @cache
 def window(family, scheme, count=2):
     """Layers with outlier channels behind other steps, and hidden states of which one stream is off the other."""
-    sizes = WIDE if scheme in ("q4_k", "fp8-block") else {}
-    block, x = block_of(tiny_model(family, **sizes), 1, count)
+    block, x = block_of(tiny_model(family, **WIDE.get(scheme, {})), 1, count)
     block = planned(block, scheme)
     clips = {}
     for linear in block.linears():

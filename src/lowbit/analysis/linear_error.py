@@ -22,6 +22,7 @@ sensitivity (equal errors in k and in down do not have equal effects).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,7 @@ from lowbit.quant.integer import IntFormat
 
 BITS = (2, 3, 4, 5, 6, 8)  # widths in ``rtn``
 ROWS = 64
+LEAST = 16  # values of a group of integers that a format with smaller groups at the edge is compared with
 
 
 def only(block: Block, linear: str) -> Block:
@@ -95,7 +97,8 @@ def _alone(layer: Block, name: str, x: Tensor, y: Tensor) -> dict[str, float]:
 def _rounded(weight: Tensor, x: Tensor, format: Format) -> dict[str, Any]:
     """Relative error of ``x @ weight.T`` with RTN weights: ``own``, and ``rtn`` with integers of ``BITS``.
 
-    A format of another kind is compared with symmetric integers in groups of its size.
+    A format of another kind is compared with symmetric integers in groups of its size; where its own last group is
+    smaller, of the largest part of that size which divides the width, or, if that is below ``LEAST``, in rows.
     """
     rows = weight[:: max(1, len(weight) // ROWS)].float()
     x = x.float()
@@ -104,7 +107,13 @@ def _rounded(weight: Tensor, x: Tensor, format: Format) -> dict[str, Any]:
     def error(tried: Format) -> float:
         return relative_errors(x @ tried.fake_quant_clipped(rows).T, exact)
 
-    like = format if isinstance(format, IntFormat) else IntFormat(BITS[-1], format.group)
+    like = format if isinstance(format, IntFormat) else IntFormat(BITS[-1], _group(format, weight.shape[1]))
     by_bits = {bits: error(like.with_bits(bits)) for bits in BITS}
     own = by_bits[format.bits] if isinstance(format, IntFormat) and format.bits in by_bits else error(format)
     return {"own": own, "rtn": {str(bits): found for bits, found in by_bits.items()}}
+
+
+def _group(format: Format, columns: int) -> int | None:
+    """Size of the groups of integers that a format of another kind is compared with; ``None``: rows."""
+    size = math.gcd(format.group or columns, columns)
+    return None if size == columns or size < LEAST else size

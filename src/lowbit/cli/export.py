@@ -16,7 +16,9 @@ from lowbit.progress import say
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
-    to: Annotated[str, typer.Option(help="The target: gguf (or llama.cpp), executorch, onnx, gptq, awq, vllm.")],
+    to: Annotated[
+        str, typer.Option(help="The target: gguf (or llama.cpp), executorch, onnx, gptq, awq, vllm, gemma.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Path to write; by default next to the run folder.")] = None,
     embeddings: Annotated[
         str, typer.Option(help="gguf: type of float matrices: auto (lossless), f32, f16 or q8_0.")
@@ -90,9 +92,12 @@ def verify(
         Console().print(rows)
     for result in results:
         if not result.ok:
+            for fault in result.faults:
+                say(f"{result.path}: {fault}")
             differences = [*result.differs, *result.other, *filter(None, [result.unreadable])]
             if not result.computes_the_same:
                 differences.append(f"logits by {result.logits:.2g}, of which {result.explained:.2g} is explained")
-            say(f"{result.path} differs: {', '.join(differences[:5])}")
+            if differences:
+                say(f"{result.path} differs: {', '.join(differences[:5])}")
     if not all(result.ok for result in results):
         raise typer.Exit(1)

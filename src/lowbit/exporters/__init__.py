@@ -21,6 +21,7 @@ EXPORTERS = {
     "awq": "lowbit.exporters.awq",
     "vllm": "lowbit.exporters.vllm",
     "onnx": "lowbit.exporters.onnx",
+    "gemma": "lowbit.exporters.gemma",
 }
 ALIASES = {"llama.cpp": "gguf", "onnxruntime": "onnx"}
 

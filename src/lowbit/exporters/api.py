@@ -68,8 +68,8 @@ def export(
 
     Args:
         folder: the run folder.
-        to: ``gguf`` (or ``llama.cpp``), ``executorch``, ``onnx`` (or ``onnxruntime``), ``gptq``, ``awq`` or
-            ``vllm``.
+        to: ``gguf`` (or ``llama.cpp``), ``executorch``, ``onnx`` (or ``onnxruntime``), ``gptq``, ``awq``,
+            ``vllm`` or ``gemma``.
         out: the path to write, which must not exist; by default next to the run, named after it and the target.
         embeddings: gguf only, type of float matrices: ``auto`` (the smallest lossless type), ``f32``,
             ``f16`` or ``q8_0``.
@@ -157,6 +157,9 @@ def _text_ids(run: Run, trust_remote_code: bool) -> Tensor:
 
 
 def _simulated(run: Run, ids: Tensor, runtime: str | None, trust_remote_code: bool) -> Tensor:
+    """The run's logits with a runtime's inputs; where the scheme states inputs of its own, with those."""
+    if run.subject.act is not None:
+        runtime = None
     with torch.no_grad():
         model = load(run.folder, target=runtime, trust_remote_code=trust_remote_code)
         return model(ids[None]).logits[0].float()

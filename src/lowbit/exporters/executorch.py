@@ -1,7 +1,8 @@
 """A run as an ExecuTorch program for phones: XNNPACK's int4 linears (8da4w) with the run's own codes.
 
 The export is a folder: ``model.pte``, a program with a KV cache, and the tokenizer's files. XNNPACK quantizes the
-linears' inputs to int8 per token on the fly. It stores the scales of 4-bit groups as bfloat16: a run with
+linears' inputs to int8 per token on the fly, with a zero point, as schemes such as ``w4a8g32-sym-asym`` state, and
+where a scheme leaves inputs in float too. It stores the scales of 4-bit groups as bfloat16: a run with
 ``--target executorch`` has such scales and is stored exactly; in any other run the codes are exact and each scale
 changes by at most one part in 256, which the export reports and ``expect`` accounts for.
 
@@ -23,7 +24,7 @@ from lowbit.checkpoints.companions import copy_companion
 from lowbit.checkpoints.safetensors_folder import read_json
 from lowbit.checkpoints.token_ids import token_ids
 from lowbit.errors import LowbitError, MissingExtra
-from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
+from lowbit.exporters.fit import Misfit, no_kv, weight_misfit
 from lowbit.exporters.hf_folder import files_to_copy
 from lowbit.exporters.pte_model import frequencies, lower
 from lowbit.exporters.pte_reader import EMBEDDING, GAIN, LINEAR, constants
@@ -32,10 +33,12 @@ from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.exporters.xnnpack import stored, why_not
 from lowbit.models.families import architecture_of
+from lowbit.quant.activations import IntTokens
 
 PROGRAM, CONTEXT = "model.pte", 2048
 MODELS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 ROTARY = "model.rotary_emb.inv_freq"
+INPUTS = IntTokens(8, symmetric=False)  # XNNPACK's own, but for values on the boundary between two codes
 NORMS = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm")
 # Tolerance in units of the logits' spread, against a simulation with XNNPACK's inputs: a different order of sums
 # occasionally changes an int8 code, and so do scales that became bfloat16.
@@ -43,11 +46,14 @@ EXPLAINED = 0.1
 
 
 def limits(subject: Subject) -> Misfit | None:
-    """Formats that XNNPACK stores, activations in float, attention that ExecuTorch's operator supports."""
+    """Formats that XNNPACK stores, its own inputs or float ones, attention that ExecuTorch's operator supports."""
     if (why := _unsupported(subject.config)) is not None:
         return Misfit("architecture", why)
-    misfit = no_activations(subject, "XNNPACK quantizes them to int8 in its own way")
-    if misfit is not None:
+    if subject.act is not None and subject.act != INPUTS:
+        return Misfit(
+            "act", f"inputs are quantized to {subject.act.name}; XNNPACK's are {INPUTS.name}, one range per token"
+        )
+    if (misfit := no_kv(subject)) is not None:
         return misfit
     for module, format in subject.integers.items():
         embedding = module == architecture_of(subject.config).embed

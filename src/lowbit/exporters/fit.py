@@ -118,11 +118,13 @@ def _schemes(current: Scheme) -> Iterator[Scheme]:
         *_specs(),
         *(IntFormat(b, current.weight.group, s) for b in range(2, 9) for s in (True, False)),
     }:
-        for bits in (4, 6, 8, 16):
-            act = None if bits == 16 else IntTokens(bits, weight.symmetric)
+        acts = [None, *(IntTokens(bits, sym) for bits in (4, 6, 8) for sym in sorted({weight.symmetric, False}))]
+        for act in acts:
             for kv in {current.kv, None}:
                 suffix = weight.name.removeprefix(f"w{weight.bits}")
-                name = f"w{weight.bits}a{bits}{f'kv{kv.bits}' if kv else ''}{suffix}"
+                if act is not None and act.symmetric != weight.symmetric:
+                    suffix += "-asym"
+                name = f"w{weight.bits}a{_act_bits(act)}{f'kv{kv.bits}' if kv else ''}{suffix}"
                 stored = weight
                 if isinstance(current.weight, IntFormat):
                     stored = replace(weight, scale_dtype=current.weight.scale_dtype)
@@ -131,7 +133,12 @@ def _schemes(current: Scheme) -> Iterator[Scheme]:
 
 def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:
     ours, theirs = (_act_bits(scheme.act) for scheme in (a, b))
-    return (abs(ours - theirs), theirs < ours, a.kv != b.kv, *_format_distance(a.weight, b.weight))
+    inputs = (abs(ours - theirs), theirs < ours, a.kv != b.kv)
+    return (*inputs, *_format_distance(a.weight, b.weight), _has_zero(a.act) != _has_zero(b.act))
+
+
+def _has_zero(act: ActFormat | None) -> bool:
+    return isinstance(act, IntTokens) and not act.symmetric
 
 
 def _act_bits(act: ActFormat | None) -> int:

@@ -23,7 +23,6 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf.quants import dequantize
 from torch import Tensor
 
 from lowbit.checkpoints.gguf_rope import TABLES
@@ -35,6 +34,7 @@ from lowbit.exporters.gguf_model import WINDOWS, architecture, head_dim, model_m
 from lowbit.exporters.gguf_native import native_type, pack_native
 from lowbit.exporters.gguf_rope import rope_tensors
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
+from lowbit.exporters.gguf_types import AnyKind, OwnKind, Reader, bytes_of, values_of
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.progress import track
@@ -49,6 +49,7 @@ FLOATS = {"auto": None, "f32": Kind.F32, "f16": Kind.F16, "q8_0": Kind.Q8_0}
 FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; for a K type the one without larger types for some tensors
     Kind.F32: 0, Kind.Q4_0: 2, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q2_K: 10, Kind.Q3_K: 11, Kind.Q4_K: 14,
     Kind.Q5_K: 16, Kind.Q6_K: 18, Kind.IQ4_NL: 25, Kind.MXFP4: 38, Kind.NVFP4: 39,
+    OwnKind.Q2_0: 41,
 }  # fmt: skip
 # The simulation quantizes inputs as llama.cpp does; what remains are single inputs that fall on the other side of a
 # boundary between two codes: below 5% of the logits' spread in SmolLM2's thirty blocks.
@@ -69,7 +70,7 @@ def limits(subject: Subject) -> Misfit | None:
     return None
 
 
-def type_of(format: Format, columns: int) -> Kind | str:
+def type_of(format: Format, columns: int) -> AnyKind | str:
     """The type that holds a format exactly, or why there is none."""
     if isinstance(format, IntFormat):
         return block_type(format, columns)
@@ -189,17 +190,17 @@ def _holds(value: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(value.to(dtype).to(value.dtype), value)
 
 
-def _declare(writer: Any, name: str, kind: Kind, shape: tuple[int, ...]) -> None:
+def _declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> None:
     """Declare a tensor; data follow once all tensors are declared."""
     if kind in (Kind.F32, Kind.F16):
         dtype = np.dtype(np.float32 if kind == Kind.F32 else np.float16)
         writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
         return
-    stored = gguf.quant_shape_to_byte_shape(shape, kind)
-    writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
+    # Told as int8, the shape is taken as it is; of uint8 the package counts bytes, by its own list of types.
+    writer.add_tensor_info(name, shape, np.dtype(np.int8), bytes_of(shape, kind), raw_dtype=kind)
 
 
-def _data(run: Run, name: str, kind: Kind) -> Any:
+def _data(run: Run, name: str, kind: Any) -> Any:
     module = name.removesuffix(".weight")
     order = _rows(run, name)
     if module in run.subject.weights:
@@ -245,14 +246,14 @@ def _rows(run: Run, name: str) -> Tensor | None:
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file through the package's reader, with the rows of q and k in the model's order."""
     names = {gguf_name(run, name): name for name in names_of(run)}
-    tensors = gguf.GGUFReader(path).tensors
+    tensors = Reader(path).tensors
     scales = {tensor.name: tensor.data for tensor in tensors if tensor.name.endswith(".scale")}
     for tensor in tensors:
         name = names.get(tensor.name, tensor.name)
         scale = scales.get(f"{tensor.name.removesuffix('.weight')}.scale")
         if tensor.name in scales:  # part of the weight beside it
             continue
-        value = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        value = values_of(tensor.data, tensor.tensor_type)
         if scale is not None:
             value *= scale[0]
         if heads := _heads(run, name):
@@ -263,7 +264,7 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def other(run: Run, path: Path) -> Iterator[str]:
     """Metadata keys whose values differ from the run's."""
-    fields = gguf.GGUFReader(path).fields
+    fields = Reader(path).fields
     stored = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
     try:
         expected, _ = metadata_of(run, None)

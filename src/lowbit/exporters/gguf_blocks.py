@@ -29,14 +29,13 @@ https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0 to bl
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
+from lowbit.exporters.gguf_types import Bytes
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import IntFormat
 
@@ -45,7 +44,6 @@ BLOCK = 32
 SIGNED = {Kind.Q3_K: (-4, 3), Kind.Q4_0: (-8, 7), Kind.Q5_0: (-16, 15), Kind.Q6_K: (-32, 31), Kind.Q8_0: (-128, 127)}
 OFFSET = {Kind.Q2_K: (3, 15), Kind.Q4_K: (15, 63), Kind.Q5_K: (31, 63)}
 TYPES = (Kind.Q2_K, Kind.Q3_K, Kind.Q4_0, Kind.Q4_K, Kind.Q5_0, Kind.Q5_K, Kind.Q6_K, Kind.Q8_0)
-Bytes = npt.NDArray[Any]  # of uint8; numpy's annotations call it signed once it is shifted by a number
 
 
 def block_type(format: IntFormat, columns: int) -> Kind | str:

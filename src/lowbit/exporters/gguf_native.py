@@ -1,4 +1,4 @@
-"""llama.cpp's own formats as GGUF blocks: K-quants with all their sub-scales, IQ4_NL, MXFP4, NVFP4.
+"""llama.cpp's own formats as GGUF blocks: K-quants with all their sub-scales, IQ4_NL, Q2_0, MXFP4, NVFP4.
 
 Codes, sub-scales and factors are stored as they are; nothing is rounded. Parts of a block of 256 values:
 
@@ -22,33 +22,33 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from lowbit.exporters.gguf_blocks import Bytes, planes
+from lowbit.exporters.gguf_blocks import planes
+from lowbit.exporters.gguf_types import SIZES, AnyKind, Bytes, OwnKind, pack_q2_0
 from lowbit.quant.floating import MXFP4, NVFP4
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.kquants import SUPERBLOCK, KQuant
 from lowbit.quant.own_layout import levels_of
 from lowbit.quant.scales import PowerOfTwo, TwoLevel
-from lowbit.quant.tables import IQ4_NL
+from lowbit.quant.tables import IQ4_NL, Q2_0
 
-NATIVE = {
+NATIVE: dict[str, AnyKind] = {
     "q2_k": Kind.Q2_K,
     "q3_k": Kind.Q3_K,
     "q4_k": Kind.Q4_K,
     "q5_k": Kind.Q5_K,
     "q6_k": Kind.Q6_K,
     IQ4_NL.name: Kind.IQ4_NL,
+    Q2_0.name: OwnKind.Q2_0,
     MXFP4.name: Kind.MXFP4,
     NVFP4.name: Kind.NVFP4,
 }
-BLOCKS = {IQ4_NL.name: 32, MXFP4.name: 32, NVFP4.name: 64}  # values; 256 for the others
 
 
-def native_type(format: Format, columns: int) -> Kind | str | None:
+def native_type(format: Format, columns: int) -> AnyKind | str | None:
     """The type of a format of llama.cpp's own, or why a width has none; ``None`` for other formats."""
     kind = NATIVE.get(format.name)
-    size = BLOCKS.get(format.name, SUPERBLOCK)
-    if kind is not None and columns % size:
-        return f"rows of {columns} are not a multiple of {size}, the width of its blocks"
+    if kind is not None and columns % SIZES[kind][0]:
+        return f"rows of {columns} are not a multiple of {SIZES[kind][0]}, the width of its blocks"
     return kind
 
 
@@ -111,8 +111,10 @@ def _small_blocks(q: QTensor, exponent: int) -> list[Bytes]:
     rows = len(q.codes)
     if q.format.name == IQ4_NL.name:
         return [_halves(q.qparams.scale), _interleaved(q.codes.numpy().reshape(rows, -1, 32), 16)]
+    if q.format.name == Q2_0.name:
+        return [pack_q2_0(q.codes.numpy().reshape(rows, -1, 64), _halves(q.qparams.scale))]
     format = MXFP4 if q.format.name == MXFP4.name else NVFP4
-    codes = format.elements.to_bits(q.codes).numpy().reshape(rows, -1, BLOCKS[format.name])
+    codes = format.elements.to_bits(q.codes).numpy().reshape(rows, -1, SIZES[NATIVE[format.name]][0])
     if isinstance(format.scales, PowerOfTwo):
         return [format.scales.to_bytes(q.qparams.scale).numpy()[..., None], _interleaved(codes, 16)]
     assert isinstance(format.scales, TwoLevel)

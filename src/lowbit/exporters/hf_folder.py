@@ -86,17 +86,20 @@ def owns(method: str) -> Callable[[Path], bool]:
 
 
 def read_folder(
-    path: Path, key: str, value: Callable[[str, Mapping[str, Tensor]], Tensor]
+    path: Path, key: str | tuple[str, ...], value: Callable[[str, Mapping[str, Tensor]], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """All parameters of a folder in float32.
 
     Args:
         path: the folder.
-        key: the tensor whose presence marks a quantized module, such as ``qweight``.
+        key: the tensor whose presence marks a quantized module, such as ``qweight``; or several of which one does.
         value: computes a quantized module's weight ``(out, in)`` from its name and its tensors, by relative name.
     """
     checkpoint = Checkpoint(path)
-    quantized = [name.removesuffix(f".{key}") for name in checkpoint.names if name.endswith(f".{key}")]
+    keys = (key,) if isinstance(key, str) else key
+    quantized = [
+        name.removesuffix(f".{own}") for own in keys for name in checkpoint.names if name.endswith(f".{own}")
+    ]
     seen: set[str] = set()
     for module in quantized:
         own = [n for n in checkpoint.names if n.startswith(f"{module}.") and n != f"{module}.bias"]

@@ -1,7 +1,8 @@
 """A run folder in stock ``transformers``: loaded in a fresh process, its logits compared with the simulation's.
 
 A scheme that a library's version ignores or misreads gives other logits without an error, so the folder is run, not
-looked at. The process imports ``transformers`` alone; nothing of this package can help it.
+looked at. The process imports ``transformers`` alone; nothing of this package can help it. Faults that are known are
+named without running them, those of other installed libraries too (``known_faults.py``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.exporters.known_faults import installed_faults
 from lowbit.exporters.run import Run
 from lowbit.exporters.verify import Verified, relative_error
 from lowbit.runs.load import load
+from lowbit.runs.versions import versions
 
 TARGET = "transformers"
 # Both sides take the same operations in the same order; a runtime's threads may split sums otherwise.
@@ -50,17 +54,21 @@ def verify_stock(run: Run, ids: Tensor, trust_remote_code: bool = False) -> Veri
         trust_remote_code: permit code of the model's own.
 
     Raises:
-        LowbitError: stock ``transformers`` does not run this folder, as its manifest says.
+        LowbitError: stock ``transformers`` does not run this folder, as its manifest says, and reports an error.
     """
     stock = run.manifest.transformers
+    result = Verified(
+        str(run.folder), f"{TARGET} {version(TARGET)}, {stock.dtype}", faults=installed_faults(run.subject)
+    )
+    if installed_faults(run.subject, [TARGET]):
+        return result
     if not stock.loads:
         raise LowbitError(
             f"stock transformers does not run {run.folder} ({stock.why_not}): it is for lowbit.load; name an export"
         )
-    result = Verified(str(run.folder), f"{TARGET} {version(TARGET)}, {stock.dtype}")
-    logits = _stock_logits(run.folder, ids, stock.dtype, trust_remote_code)
+    logits = stock_logits(run.folder, ids, stock.dtype, trust_remote_code)
     if isinstance(logits, str):
-        return Verified(result.path, result.target, unreadable=logits)
+        return replace(result, unreadable=logits)
     # Stock transformers has no runtime's quantization of inputs; the manifest says what it computes with instead.
     target = None if stock.inputs is None else "float"
     dtype = getattr(torch, stock.dtype)
@@ -68,11 +76,29 @@ def verify_stock(run: Run, ids: Tensor, trust_remote_code: bool = False) -> Veri
         model = load(run.folder, dtype=dtype, target=target, trust_remote_code=trust_remote_code)
         ours = model(ids[None]).logits[0].float()
     gap = relative_error(logits, ours)
-    return Verified(result.path, result.target, logits=gap, explained=EXPLAINED[stock.dtype])
+    result = replace(result, logits=gap, explained=EXPLAINED[stock.dtype])
+    return result if result.computes_the_same else replace(result, faults=[*result.faults, _unknown_fault(run)])
 
 
-def _stock_logits(folder: Path, ids: Tensor, dtype: str, trust_remote_code: bool) -> Tensor | str:
-    """The logits ``(tokens, vocabulary)``, or why there are none."""
+def _unknown_fault(run: Run) -> str:
+    """What to do about logits that differ for no reason that is known."""
+    now, then = (
+        " and ".join(f"{name} {found[name]}" for name in (TARGET, "compressed-tensors") if name in found)
+        for found in (versions(), run.manifest.versions)
+    )
+    advice = f"install {then}, with which it was made" if now != then else "copy the folder from where it was made"
+    return f"{now} compute something else from this folder: {advice}, or load it with lowbit.load"
+
+
+def stock_logits(folder: Path, ids: Tensor, dtype: str, trust_remote_code: bool) -> Tensor | str:
+    """The logits ``(tokens, vocabulary)`` of a folder in a fresh process, or why there are none.
+
+    Args:
+        folder: a checkpoint that stock ``transformers`` reads.
+        ids: token ids ``(tokens,)``.
+        dtype: of the model, ``float32``.
+        trust_remote_code: permit code of the model's own.
+    """
     with tempfile.TemporaryDirectory() as exchange:
         save_file({"ids": ids}, f"{exchange}/ids.safetensors")
         arguments = [str(folder.resolve()), exchange, dtype, "yes" if trust_remote_code else "no"]

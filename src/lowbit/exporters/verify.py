@@ -35,6 +35,7 @@ class Verified:
         unreadable: why the format's reader, or its runtime, failed, or ``None``.
         logits: relative error of the runtime's logits, see ``relative_error``; ``None`` if nothing was run.
         explained: how much of it the runtime's documented arithmetic explains.
+        faults: installed libraries that load the run folder wrongly, each with what to do instead.
     """
 
     path: str
@@ -47,11 +48,13 @@ class Verified:
     unreadable: str | None = None
     logits: float | None = None
     explained: float | None = None
+    faults: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs beyond what the format documents."""
-        return not (self.differs or self.other or self.unreadable) and self.computes_the_same
+        """Whether nothing differs beyond what the format documents, and no installed library reads it wrongly."""
+        differs = self.differs or self.other or self.unreadable or self.faults
+        return not differs and self.computes_the_same
 
     @property
     def computes_the_same(self) -> bool:

@@ -115,7 +115,7 @@ class AWQ(Method):
     def _best_clip(self, weight: Tensor, gram: Tensor, format: Format, tensor_peak: Tensor | None = None) -> Tensor:
         """The clipping ratio ``(rows, groups)`` of least output error for each group; 1 is tried first."""
         groups = format.groups(weight.shape[1])
-        blocks = torch.stack(_diagonal_blocks(gram, groups))
+        blocks = torch.stack(_diagonal_blocks(gram, format.group or len(gram)))
         best_error = weight.new_full((weight.shape[0], groups), torch.inf)
         best_ratio = torch.ones_like(best_error)
         steps = int((1 - self.clip_least) * self.clip_grid + 1e-9)
@@ -124,7 +124,7 @@ class AWQ(Method):
             if ratio <= 0:
                 break
             delta = format.fake_quant_clipped(weight, ratio, ratio, tensor_peak) - weight
-            split = delta.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, rows, size)
+            split = format.split(delta).transpose(0, 1)  # (groups, rows, size)
             error = format.over_shared_rows(((split @ blocks) * split).sum(-1).T)
             best_ratio = torch.where(error < best_error, ratio, best_ratio)
             best_error = torch.minimum(error, best_error)
@@ -143,9 +143,11 @@ def scaled_error(
     return float(((delta @ gram) * delta).sum())
 
 
-def _diagonal_blocks(gram: Tensor, groups: int) -> list[Tensor]:
-    size = gram.shape[0] // groups
-    return [gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(groups)]
+def _diagonal_blocks(gram: Tensor, size: int) -> list[Tensor]:
+    """The moments of each ``size`` columns, a smaller last group filled up with zeros."""
+    rest = -len(gram) % size
+    gram = torch.nn.functional.pad(gram, (0, rest, 0, rest)) if rest else gram
+    return [gram[i : i + size, i : i + size] for i in range(0, len(gram), size)]
 
 
 def _queries_and_keys(block: Block) -> set[str]:

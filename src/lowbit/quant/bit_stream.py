@@ -21,7 +21,11 @@ def unpack_from_int32(packed: Tensor, bits: int, shape: torch.Size, packed_dim: 
     """The inverse of ``pack_to_int32``."""
     from compressed_tensors.compressors.pack_quantized import helpers
 
-    return helpers.unpack_from_int32(packed.contiguous(), bits, shape, packed_dim=packed_dim)
+    if packed_dim == 1:
+        return helpers.unpack_from_int32(packed.contiguous(), bits, shape)
+    # Transposed here: the library's own transposition of a single word a column cannot be read as bytes.
+    columns = packed.T.clone(memory_format=torch.contiguous_format)
+    return helpers.unpack_from_int32(columns, bits, torch.Size(reversed(shape))).T.contiguous()
 
 
 def words(values: int, bits: int) -> int:

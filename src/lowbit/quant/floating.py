@@ -12,8 +12,9 @@ name        element  share a scale     scale
 ``nvfp4``   E2M1     16 of a row       E4M3, over a power of two for the tensor
 =========== ======== ================= ==========================================
 
-``fp8-tensor`` and ``fp8-block`` are FP8 with one scale for the tensor, and for tiles of 128 x 128. Elements and
-scales are those of OCP Microscaling Formats v1.0 and of compressed-tensors.
+``fp8-tensor`` and ``fp8-block`` are FP8 with one scale for the tensor, and for tiles of 128 x 128, of which those at
+the right and lower edges may be smaller. Elements and scales are those of OCP Microscaling Formats v1.0 and of
+compressed-tensors.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ class FloatFormat(Format):
     def learns_range(self) -> bool:
         """Powers of two are searched, not learned."""
         return not isinstance(self.scales, PowerOfTwo)
+
+    @property
+    def smaller_last_group(self) -> bool:
+        """Tiles at the right and lower edges may be smaller."""
+        return self.rows > 1
 
     @property
     def in_blocks(self) -> bool:

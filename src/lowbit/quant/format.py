@@ -164,17 +164,31 @@ class Format(ABC):
         """Number of groups in a row of ``columns`` values.
 
         Raises:
-            LowbitError: the group size does not divide ``columns``.
+            LowbitError: the group size does not divide ``columns``, and the format has no smaller last group.
         """
         size = self.group or columns
-        if columns % size:
+        if columns % size and not self.smaller_last_group:
             advice = group_advice(columns) or "none from 16 to 256 does: leave the group out for one scale per row"
             raise LowbitError(f"group size {size} does not divide a width of {columns}; {advice}")
-        return columns // size
+        return -(-columns // size)
+
+    def split(self, x: Tensor) -> Tensor:
+        """``(rows, columns)`` as ``(rows, groups, size)``, a smaller last group filled up with zeros."""
+        columns = x.shape[-1]
+        size = self.group or columns
+        if columns % size:
+            x = torch.nn.functional.pad(x, (0, -columns % size))
+        return split_groups(x, x.shape[-1] // size)
+
+    def join(self, grouped: Tensor, columns: int) -> Tensor:
+        """The inverse of ``split``."""
+        flat = grouped.flatten(-2)
+        return flat if flat.shape[-1] == columns else flat[..., :columns]
 
     def ends(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The ends of each group's range, 0 included, ``(rows, groups)`` each; differentiable."""
-        grouped = split_groups(weight, self.groups(weight.shape[-1]))
+        self.groups(weight.shape[-1])  # refuses a width that groups do not divide
+        grouped = self.split(weight)
         return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
     def nearest(self, x: Tensor, qparams: QParams) -> Tensor:
@@ -183,8 +197,13 @@ class Format(ABC):
 
     @property
     def width_unit(self) -> int:
-        """The number of which widths are multiples: the group, or 1 where a row is one."""
-        return self.group or 1
+        """The number of which widths are multiples: the group, or 1 where a row is one or the last may be smaller."""
+        return 1 if self.smaller_last_group else self.group or 1
+
+    @property
+    def smaller_last_group(self) -> bool:
+        """Whether a width need not be a multiple of the group: the rest is a group of its own."""
+        return False
 
     @property
     def shares_rows(self) -> bool:
@@ -230,27 +249,32 @@ class Format(ABC):
         return self.fake_quant(weight, self.from_range(bottom * low, top * high, tensor_peak))
 
     def quantize(self, weight: Tensor, qparams: QParams) -> QTensor:
-        """``weight`` ``(rows, columns)`` rounded to the nearest codes."""
+        """``weight`` ``(rows, columns)`` rounded to the nearest codes.
+
+        Raises:
+            LowbitError: a value is NaN or infinite, which no code stands for.
+        """
+        if not bool(weight.isfinite().all()):
+            raise LowbitError(f"{self.name}: a weight is NaN or infinite, which no code stands for: read it again")
         with torch.no_grad():
-            grouped = split_groups(weight, self.groups(weight.shape[-1]))
-            codes = self.round(grouped, _per_group(qparams)).flatten(-2).to(torch.uint8)
+            codes = self.round(self.split(weight), _per_group(qparams))
+            codes = self.join(codes, weight.shape[-1]).to(torch.uint8)
         return QTensor(codes, QParams(*(x.detach() for x in qparams)), self)
 
     def dequantize(self, codes: Tensor, qparams: QParams) -> Tensor:
         """The values of codes, or positions between codes, ``(rows, columns)``, in the dtype of the qparams."""
-        grouped = split_groups(codes.to(qparams.scale.dtype), qparams.scale.shape[-1])
-        return self.value(grouped, _per_group(qparams)).flatten(-2)
+        grouped = self.split(codes.to(qparams.scale.dtype))
+        return self.join(self.value(grouped, _per_group(qparams)), codes.shape[-1])
 
     def per_column(self, qparams: QParams, columns: int) -> QParams:
         """The qparams of each value, ``(rows, columns)``."""
-        size = columns // qparams.scale.shape[-1]
-        return QParams(*(x.repeat_interleave(size, -1) for x in qparams))
+        size = self.group or columns
+        return QParams(*(x.repeat_interleave(size, -1)[..., :columns] for x in qparams))
 
 
 def _fake_quant(weight: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Tensor:
     qparams = _per_group(QParams(scale, zero))
-    grouped = split_groups(weight, scale.shape[-1])
-    return format.nearest(grouped, qparams).flatten(-2)
+    return format.join(format.nearest(format.split(weight), qparams), weight.shape[-1])
 
 
 def _ends(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:

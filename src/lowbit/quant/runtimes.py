@@ -33,13 +33,13 @@ from lowbit.quant.format import Format, round_ste
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import K_QUANTS, KQuant
 from lowbit.quant.scales import round_trip
-from lowbit.quant.tables import IQ4_NL
+from lowbit.quant.tables import TABLES
 
 Q8_0, Q8_K = 32, 256
 # (bits, symmetric) that a GGUF file stores as K-quants where groups are multiples of 256: exporters/gguf_blocks.py.
 K_TYPES = {(2, True), (2, False), (3, True), (4, False), (5, False), (6, True)}
 # Formats of llama.cpp's own. Its CPU kernels quantize inputs to Q8_K beside K-quants and to Q8_0 beside the others.
-LLAMA_CPP = (*K_QUANTS, IQ4_NL.name, MXFP4.name)
+LLAMA_CPP = (*K_QUANTS, *TABLES, MXFP4.name)
 MOST = 128  # largest ONNX block; a larger group is split into several
 
 

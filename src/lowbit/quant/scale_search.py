@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.quant.format import Format, QParams, split_groups
+from lowbit.quant.format import Format, QParams
 
 
 @torch.no_grad()
@@ -31,11 +31,10 @@ def search_scales(
 
     Of equal errors the first counts, so that the rule's scale stays where nothing is gained.
     """
-    groups = start.scale.shape[-1]
-    factor = None if importance is None else split_groups(importance.to(weight.dtype)[None], groups)
+    factor = None if importance is None else format.split(importance.to(weight.dtype)[None])
 
     def error(qparams: QParams) -> Tensor:
-        difference = split_groups(format.fake_quant(weight, qparams) - weight, groups).square()
+        difference = format.split(format.fake_quant(weight, qparams) - weight).square()
         return format.over_shared_rows((difference if factor is None else difference * factor).sum(-1))
 
     best, lowest = start, error(start)

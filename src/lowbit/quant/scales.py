@@ -60,6 +60,8 @@ class PowerOfTwo:
         mantissa, exponent = torch.frexp(wide)
         up_from = 1.9375 if element == E2M3 else 1.75
         exponent = exponent - 1 + (mantissa >= up_from / 2).int() - element.largest_exponent
+        # Above, the largest element times the scale is no float32 number.
+        exponent = exponent.clamp(max=E8M0_BIAS - element.largest_exponent)
         return power_of_two(exponent.where(wide > 0, -E8M0_BIAS), peak.dtype)
 
     def holds(self, scale: Tensor) -> bool:

@@ -13,7 +13,7 @@ A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|
 ========= ==========================================================================================
 
 Others are names of formats (``NAMED``): floating point with the same format for inputs (``mxfp4``, ``fp8``) or float
-ones (``mxfp4a16``), and llama.cpp's (``q4_k``, ``iq4_nl``).
+ones (``mxfp4a16``), and llama.cpp's (``q4_k``, ``iq4_nl``, ``q2_0``).
 
 Without a suffix, schemes with integer activations are asymmetric and others symmetric: the literature evaluates the
 former, every runtime supports the latter exactly, and stock ``transformers`` loads both.
@@ -43,7 +43,7 @@ from lowbit.quant.kquants import K_QUANTS
 from lowbit.quant.layout import Layout
 from lowbit.quant.layouts import layout_of
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
-from lowbit.quant.tables import IQ4_NL
+from lowbit.quant.tables import TABLES
 
 _NAME = re.compile(r"w(\d+)a(\d+|fp8)(?:kv(\d+))?(?:g(\d+))?(-sym-asym|-sym|-asym)?")
 _SPEC = re.compile(r"w(\d+)(?:g(\d+))?(-sym|-asym)?")
@@ -51,7 +51,7 @@ WEIGHT_BITS, ACT_BITS, KV_BITS = range(2, 9), (4, 6, 8, 16), (4, 8)
 GRAMMAR = "w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym]"
 OVERRIDE_GRAMMAR = "w{2..8}[g{n}][-sym|-asym]"
 # Weight formats that have names of their own.
-WEIGHTS: dict[str, Format] = {**FLOATS, **K_QUANTS, IQ4_NL.name: IQ4_NL}
+WEIGHTS: dict[str, Format] = {**FLOATS, **K_QUANTS, **TABLES}
 NAMED: dict[str, tuple[Format, ActFormat | None]] = {
     "nvfp4a16": (NVFP4, None),
     "mxfp4": (MXFP4, MXFP4_ACTS),
@@ -64,8 +64,9 @@ NAMED: dict[str, tuple[Format, ActFormat | None]] = {
     "fp8": (FP8, FP8_TOKENS),
     "fp8a16": (FP8, None),
     "fp8-block": (FP8_BLOCK, FP8_GROUPS),
+    "fp8-blocka16": (FP8_BLOCK, None),
     **{name: (format, None) for name, format in K_QUANTS.items()},
-    IQ4_NL.name: (IQ4_NL, None),
+    **{name: (format, None) for name, format in TABLES.items()},
 }
 
 

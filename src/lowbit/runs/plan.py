@@ -140,7 +140,7 @@ def _check_groups(scheme: Scheme, formats: ModelFormats, shapes: Mapping[str, tu
                 f"{name}: {format.name} needs widths in multiples of {format.width_unit}, and this one is {width}: "
                 f"give it another format, such as --override '{_glob_of(scheme, name)}=w8', or choose another scheme"
             )
-        if size is not None and width % size:
+        if size is not None and width % size and not format.smaller_last_group:
             # Suggested sizes divide the widths of all linears of the same format.
             same = {other: shapes[other][1] for other, other_format in weights.items() if other_format == format}
             advice = group_advice(math.gcd(*same.values())) or _without_groups(scheme, name, size, same)
