@@ -14,11 +14,12 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Subject
 from lowbit.models.families import family_of
-from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.activations import ActFormat, IntegerActs, IntTokens
 from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
+from lowbit.quant.static_activations import Nvfp4Acts
 
 GROUPS = (128, 64, 32, None)
 
@@ -135,8 +136,10 @@ def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:
 
 
 def _act_bits(act: ActFormat | None) -> int:
-    if isinstance(act, IntTokens):
+    if isinstance(act, IntegerActs):
         return act.bits
+    if isinstance(act, Nvfp4Acts):
+        return 4
     return act.element.bits if isinstance(act, FloatActs) else 16
 
 
