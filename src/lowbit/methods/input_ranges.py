@@ -24,9 +24,9 @@ def static_groups(block: Block) -> list[tuple[tuple[str, ...], StaticActs]]:
 
 
 def with_input_ranges(block: Block, calib: Calib) -> Block:
-    """The block with qparams for every static input that has none; each layer's ranges are in the record.
+    """The block with qparams for every static input that has none.
 
-    Values are those of the float layers on ``calib.x_q``, and the estimator is ``calib.input_range``.
+    The ends of each range and the share of values outside are in the record, under ``input_ranges``. Values are those of the float layers on ``calib.x_q``, and the estimator is ``calib.input_range``.
     """
     missing = [(group, format) for group, format in static_groups(block) if group[0] not in block.input_qparams]
     if not missing:
@@ -40,7 +40,6 @@ def with_input_ranges(block: Block, calib: Calib) -> Block:
         low, high = calib.input_range.range(counts, format)
         qparams = format.qparams(low.to(block.device), high.to(block.device))
         found |= dict.fromkeys(group, qparams)
-        low, high = (end.cpu() for end in format.range_of(qparams))
         share = clipped_share(counts, low, high)
         figures |= {name: {"low": float(low), "high": float(high), "clipped": share} for name in group}
     return replace(block, input_qparams={**block.input_qparams, **found}).with_record("input_ranges", figures)

@@ -1,8 +1,8 @@
 """Static inputs in a learned step: ranges that start where calibration puts them and are trained with the maps.
 
 Maps change the inputs, so a range that is found behind them would not be the one that they were trained for. Here
-the ranges are fixed before the first step, at the starting point, and where clipping is learned their ends move by the
-ratios of ``LearnedRatio``, as those of weights do. The step leaves the trained ranges in the block.
+the ranges are fixed before the first step, at the starting point, and where clipping is learned their ends move by
+the ratios of ``LearnedRatio``, as those of weights do. The step leaves the trained ranges in the block.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def make_request(
     settings: Iterable[str],
     overrides: Mapping[str, str],
     target: str | None,
-    input_range: str | None,
+    input_range: str | None = None,
     protocol: Mapping[str, Any],
     **machine: Unpack[Machine],
 ) -> Request:

@@ -1,8 +1,8 @@
 """Activation formats with numbers that are calibrated for each linear's input and stored with its weight.
 
-A dynamic format finds its range in the values that it quantizes; a static one is given qparams, which a run finds once,
-in the precision in which they are stored, and before any code is chosen. Until then the range is that of the values
-at hand, which is what a search over transforms compares its candidates with.
+A dynamic format finds its range in the values that it quantizes; a static one is given qparams, which a run finds
+once, in the precision in which they are stored, and before any code is chosen. Until then the range is that of the
+values at hand, which is what a search over transforms compares its candidates with.
 
 The arithmetic is that of ``compressed-tensors`` 0.20, operation for operation, in the dtype of the activations. For a
 static range it is that of ``IntegerActs``; for NVFP4, ``dynamic: local`` there, the scales of groups are found on the
@@ -97,7 +97,7 @@ class StaticInt(IntegerActs, StaticActs):
     >>> format = StaticInt(8, symmetric=False)
     >>> qparams = format.qparams(torch.tensor([-1.2]), torch.tensor([2.6]))
     >>> round(float(qparams.scale), 7), float(qparams.zero)
-    (0.0149020, -47.0)
+    (0.014902, -47.0)
     >>> format.on_qparams(torch.tensor([-1.2, 0.3, 9.0]), qparams).tolist()
     [-1.2070587873458862, 0.29803919792175293, 2.5929410457611084]
     """
