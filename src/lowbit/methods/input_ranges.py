@@ -26,7 +26,8 @@ def static_groups(block: Block) -> list[tuple[tuple[str, ...], StaticActs]]:
 def with_input_ranges(block: Block, calib: Calib) -> Block:
     """The block with qparams for every static input that has none.
 
-    The ends of each range and the share of values outside are in the record, under ``input_ranges``. Values are those of the float layers on ``calib.x_q``, and the estimator is ``calib.input_range``.
+    The ends of each range and the share of values outside are in the record, under ``input_ranges``. Values are those
+    of the float layers on ``calib.x_q``, and the estimator is ``calib.input_range``.
     """
     missing = [(group, format) for group, format in static_groups(block) if group[0] not in block.input_qparams]
     if not missing:
