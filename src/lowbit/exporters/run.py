@@ -85,8 +85,13 @@ class Run:
     def floats(self) -> list[str]:
         """Names of all other tensors, sorted."""
         modules = self.subject.formats.modules.items()
-        packed = {n for name, own in modules for n in (*tensor_names(name, own), *input_names(name, own))}
+        packed = {n for name, own in modules for n in tensor_names(name, own)} | set(self.inputs)
         return [n for n in self.checkpoint.names if n not in packed and parse_tensor_name(n) is None]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the tensors of static inputs."""
+        return [n for name, own in self.subject.formats.modules.items() for n in input_names(name, own)]
 
     def qtensor(self, module: str) -> QTensor:
         """A quantized module's weight, ``(out, in)``."""
