@@ -19,7 +19,7 @@ from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
-from lowbit.quant.static_activations import Nvfp4Acts
+from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
 
 GROUPS = (128, 64, 32, None)
 
@@ -101,9 +101,11 @@ def nearest(limits: Limits, subject: Subject, misfit: Misfit) -> str | None:
 
 def _with(subject: Subject, scheme: Scheme) -> Subject:
     """The subject under another scheme; ``limits`` refuses group sizes that do not divide a width."""
-    embed, kept = family_of(subject.config).embed, set(subject.floats)
-    quantized = {name: formats for name in subject.shapes if (formats := scheme.module(name)) is not None}
-    modules = {name: ModuleFormats(f.weight) if name == embed else f for name, f in quantized.items()}
+    family, kept = family_of(subject.config), set(subject.floats)
+    outside = (family.embed, family.head)
+    found = {name: scheme.outside(name) if name in outside else scheme.module(name) for name in subject.shapes}
+    quantized = {name: formats for name, formats in found.items() if formats is not None}
+    modules = {name: ModuleFormats(f.weight) if name == family.embed else f for name, f in quantized.items()}
     dropped = tuple(name for name in subject.weights if name not in modules and name != "lm_head")
     floats = (*sorted(kept - set(modules)), *dropped)
     return replace(subject, scheme=scheme, formats=ModelFormats(modules, scheme.kv), floats=floats)
@@ -119,10 +121,13 @@ def _schemes(current: Scheme) -> Iterator[Scheme]:
         *_specs(),
         *(IntFormat(b, current.weight.group, s) for b in range(2, 9) for s in (True, False)),
     }:
-        for bits in (4, 6, 8, 16):
-            act = None if bits == 16 else IntTokens(bits, weight.symmetric)
+        for bits, act in _acts(current, weight):
             for kv in {current.kv, None}:
                 suffix = weight.name.removeprefix(f"w{weight.bits}")
+                if isinstance(act, StaticInt):
+                    # By default weights are symmetric and static inputs asymmetric.
+                    own = suffix.removesuffix("-sym") if act.symmetric != weight.symmetric else suffix
+                    suffix = f"{own}-static"
                 name = f"w{weight.bits}a{bits}{f'kv{kv.bits}' if kv else ''}{suffix}"
                 stored = weight
                 if isinstance(current.weight, IntFormat):
@@ -130,9 +135,19 @@ def _schemes(current: Scheme) -> Iterator[Scheme]:
                 yield Scheme(name, stored, act, kv, current.overrides, current.target)
 
 
+def _acts(current: Scheme, weight: IntFormat) -> Iterator[tuple[int, ActFormat | None]]:
+    """Formats of inputs that a scheme's name can state beside a weight's, with their bits; static ones if it has."""
+    for bits in (4, 6, 8, 16):
+        yield bits, None if bits == 16 else IntTokens(bits, weight.symmetric)
+    if isinstance(current.act, StaticInt) and weight.symmetric >= current.act.symmetric:
+        yield from ((bits, replace(current.act, bits=bits)) for bits in (8, 16))
+
+
 def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:
     ours, theirs = (_act_bits(scheme.act) for scheme in (a, b))
-    return (abs(ours - theirs), theirs < ours, a.kv != b.kv, *_format_distance(a.weight, b.weight))
+    static = [isinstance(scheme.act, StaticInt) for scheme in (a, b)]
+    other = a.kv != b.kv, static[0] != static[1]
+    return (abs(ours - theirs), theirs < ours, *other, *_format_distance(a.weight, b.weight))
 
 
 def _act_bits(act: ActFormat | None) -> int:

@@ -149,10 +149,10 @@ def _dequantize_weight(graph: Any, name: str, weight: Codes) -> Any:
     base = name.removesuffix(WEIGHT)
     blocks, inputs = len(weight.scale), len(weight.codes)
     shape = tuple(weight.scale.shape) if blocks > 1 else (weight.scale.shape[1],)
-    parts = [_tensor(f"{base}.codes", weight.kind, weight.codes.shape, weight.codes)]
-    parts.append(_tensor(f"{base}.scales", "FLOAT", shape, weight.scale))
+    parts = [tensor(f"{base}.codes", weight.kind, weight.codes.shape, weight.codes)]
+    parts.append(tensor(f"{base}.scales", "FLOAT", shape, weight.scale))
     if weight.zero is not None:
-        parts.append(_tensor(f"{base}.zero_points", weight.kind, shape, weight.zero))
+        parts.append(tensor(f"{base}.zero_points", weight.kind, shape, weight.zero))
     graph.initializer.extend(parts)
     where = {"axis": 0, "block_size": inputs // blocks} if blocks > 1 else {"axis": 1}
     return helper.make_node("DequantizeLinear", [t.name for t in parts], [name], f"/{base}/DequantizeLinear", **where)
@@ -167,8 +167,8 @@ def _quantize_input(graph: Any, base: str, x: str, format: StaticInt, inputs: Ma
     # Stored zero points are signed.
     zero = inputs[ZERO].int() - format.codes[0] if ZERO in inputs else torch.zeros(1, dtype=torch.int32)
     parts = [
-        _tensor(f"{base}.{SCALE}", "FLOAT", (), inputs[SCALE]),
-        _tensor(f"{base}.{ZERO}", kind, (), zero.to(dtype)),
+        tensor(f"{base}.{SCALE}", "FLOAT", (), inputs[SCALE]),
+        tensor(f"{base}.{ZERO}", kind, (), zero.to(dtype)),
     ]
     graph.initializer.extend(parts)
     names = [part.name for part in parts]
@@ -179,7 +179,7 @@ def _quantize_input(graph: Any, base: str, x: str, format: StaticInt, inputs: Ma
     ]
 
 
-def _tensor(name: str, kind: str, shape: tuple[int, ...] | torch.Size, value: Tensor) -> Any:
+def tensor(name: str, kind: str, shape: tuple[int, ...] | torch.Size, value: Tensor) -> Any:
     """An initializer; 4-bit codes are packed two a byte, the first one low."""
     from onnx import TensorProto
 
