@@ -58,24 +58,28 @@ def test_every_value_is_read_back_and_the_logits_are_the_simulated_ones(
     assert found.ok
     assert found.exact == found.tensors >= 20
     assert found.logits is not None
-    assert found.logits < 1e-5
+    assert found.logits < (1e-3 if "a16" in scheme and "static" in scheme else 1e-5)
     settings = json.loads((made / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
     assert settings.items() >= onnx_qdq.SESSION.items()
     ids = tiny_ids(1, 6)
     with torch.no_grad():
         expected = lowbit.load(run).generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
-    assert greedy(made, ids[0].tolist(), 8) == expected
-    change_a_zero_point(made)
+    continued = greedy(made, ids[0].tolist(), 8)  # without the end-of-text token
+    assert continued == expected[: len(continued)]
+    assert len(expected) - len(continued) in (0, int(expected[-1] == 2))
+    exchange_scales(made)
     (found,) = lowbit.verify(run, [made])
-    assert not found.ok
-    assert "model.onnx" in found.other
+    assert found.differs
+    assert all(".2.mlp.gate_" in name or ".2.mlp.up_" in name for name in found.differs)
+    assert found.other == ["model.onnx"]
 
 
-def change_a_zero_point(made: Path) -> None:
-    """Or, without one, the scale of a block: by exchanging the initializers of two nodes."""
+def exchange_scales(made: Path) -> None:
+    """Of the gate and the up projection of one layer."""
     model = load_graph(made)
-    first, second = [n for n in model.graph.node if n.op_type == "DequantizeLinear"][:2]
-    first.input[1], second.input[1] = second.input[1], first.input[1]
+    nodes = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    gate, up = (nodes[f"model.layers.2.mlp.{part}_proj{onnx_qdq.WEIGHT}"] for part in ("gate", "up"))
+    gate.input[1], up.input[1] = up.input[1], gate.input[1]
     onnx.save(model, made / "model.onnx")
 
 

@@ -46,7 +46,7 @@ ROPES = ("default", "linear", "llama3")
 # By accuracy level: the inputs of the simulation, and the relative error of logits that a different order of sums
 # explains. At level 4 such a difference can move an input to the next of 255 codes.
 LEVELS = {0: ("float", 1e-4), 4: ("onnxruntime", 0.05)}
-# The same by the bits of static inputs. onnxruntime adds the zero point after it rounds: another code at some ties.
+# The same by the bits of static inputs. onnxruntime adds the zero point after it rounds: another code near some ties.
 STATIC = {8: 0.05, 16: 1e-3, None: 1e-4}
 
 
