@@ -27,6 +27,7 @@ pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 64}
 # What the table of what loads where says of integers; keys and values: exporters/test_stock.py.
 INTEGERS = [name for name in ROWS if name not in NAMED and "kv" not in name]
+STATIC = ["w8a8-static", "w4a8g32-sym-static", "w4a16g32-static"]
 OUTSIDE = {"lm_head": "w8", "model.embed_tokens": "w8"}
 # A format of another kind beside the scheme's.
 MIXED = [
@@ -34,6 +35,8 @@ MIXED = [
     ("mxfp4", {"*.down_proj": "w8", **OUTSIDE}),
     ("fp8", {"*.down_proj": "w8", "lm_head": "nvfp4", "*.q_proj": "mxfp6"}),
     ("w8a8", {"*.down_proj": "nvfp4"}),
+    ("nvfp4", {"*.down_proj": "w8", **OUTSIDE}),
+    ("w8a8-static", {"*.down_proj": "fp8", "lm_head": "w8"}),
     ("q4_k", {"*.down_proj": "w8", "lm_head": "q6_k", "model.embed_tokens": "iq4_nl"}),
 ]
 MORE = [
@@ -46,7 +49,7 @@ MORE = [
     ("w4afp8", {"*.down_proj": "fp8-tensor", "*.v_proj": "float"}),
     *((name, OUTSIDE) for name in ("nvfp4a16", "fp8", "mxfp6a16", "q2_k", "w4a8-sym")),
 ]
-RUNS = [*((name, {}) for name in (*NAMED, *INTEGERS)), *MIXED]
+RUNS = [*((name, {}) for name in (*NAMED, *INTEGERS, *STATIC)), *MIXED]
 RUNS = [*RUNS, *(pytest.param(run, marks=pytest.mark.heavy) for run in MORE)]
 IDS = tiny_ids(2, 20)
 
@@ -126,11 +129,11 @@ def test_the_sizes_and_layouts_that_are_stated_are_those_on_disk(run, made):
                 stored |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     found = 0
     for module, formats in plan.formats.modules.items():
-        names = {f"{module}.{name}" for name in formats.layout.tensors(formats.weight)}
+        names = {f"{module}.{name}" for name in (*formats.layout.tensors(formats.weight), *formats.input_tensors)}
         assert {name for name in stored if name.startswith(f"{module}.")} == names
         found += sum(stored[name].nbytes for name in names)
     assert {formats.layout.name for formats in plan.formats.modules.values()} == set(manifest.layouts)
-    # Shapes, the tensors' own scales and those of tiles are not counted.
+    # Shapes, the tensors' own scales, those of tiles and those of static inputs are not counted.
     assert 0 <= found - plan.size_bytes <= 32 * len(plan.formats.modules)
 
 

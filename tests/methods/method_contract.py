@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.methods import METHODS, RTN
 from lowbit.methods import training as training_loop
+from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import Method
 from lowbit.methods.options import with_options
 from lowbit.methods.training import loss_unit, relative_loss
@@ -29,6 +30,7 @@ from lowbit.models.equivalence import move
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.runner import shared_exponent_of
+from lowbit.quant.static_activations import StaticActs
 
 # Float32: two products of a few dozen terms, rescaled by factors within a few powers of ten.
 CLOSE = 1e-4
@@ -54,6 +56,8 @@ def everything(block: Block) -> dict[str, Tensor]:
     tensors |= {f"picture {k}": v for k, v in block.pictures.items()}
     for name, q in block.qweights.items():
         tensors |= {f"codes {name}": q.codes, f"scale {name}": q.qparams.scale, f"zero {name}": q.qparams.zero}
+    for name, own in block.input_qparams.items():
+        tensors |= {f"input scale {name}": own.scale, f"input zero {name}": own.zero}
     for name, op in block.ops.items():
         tensors |= {f"{op.kind} {name} {k}": v for k, v in op.to_tensors().items()}
     return {name: value.detach().clone() for name, value in tensors.items()}
@@ -142,6 +146,11 @@ def check_codes(tried: Attempt) -> None:
         assert torch.equal(stored.dequantize(), q.dequantize()), "scales that the format cannot store"
         if isinstance(tried.step, RTN):
             assert torch.equal(q.dequantize(), format.fake_quant(done.weight(linear), q.qparams))
+    static = {name for name in done.formats if isinstance(done.input_format(name), StaticActs)}
+    if tried.step.rounds:
+        assert set(done.input_qparams) == static, "static inputs without qparams"
+    for group in input_groups(done):
+        assert len({id(done.input_qparams.get(name)) for name in group}) == 1, "an input with two ranges"
 
 
 def check_function(tried: Attempt) -> None:

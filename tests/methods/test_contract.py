@@ -58,7 +58,7 @@ INPUTS = IntTokens(8, symmetric=False)
 TRIED = [(m, f, "w4a8") for m in METHODS for f in (FAMILIES if m in (*LEARNED, *SEARCHING) else NAMES)]
 TRIED += [(name, "llama-odd", "w4a8g16") for name in METHODS]
 # One of each kind of format; superblocks have 256 values, tiles 128, of which the last may be smaller.
-KINDS = ["nvfp4a16", "mxfp4", "fp8", "fp8-blocka16", "q4_k", "iq4_nl"]
+KINDS = ["nvfp4a16", "mxfp4", "fp8", "fp8-blocka16", "q4_k", "iq4_nl", "w8a8-static", "nvfp4"]
 WIDE = {"q4_k": {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}}
 WIDE["fp8-blocka16"] = {"hidden_size": 192, "intermediate_size": 160, "head_dim": 48}
 # Behind runtime ops; where the float function is to stay, with the biases of LayerNorms too.

@@ -12,9 +12,9 @@ import torch
 
 from lowbit.cli.targets import planned
 from lowbit.exporters.target import Exporter
-from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.activations import ActFormat, IntegerActs
 from lowbit.quant.compressed_tensors import stock_dtype
-from lowbit.quant.elements import Float, Table
+from lowbit.quant.elements import E2M1, Float, Table
 from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import Format
@@ -22,6 +22,7 @@ from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import SUPERBLOCK
 from lowbit.quant.scales import Integers, Plain, PowerOfTwo
 from lowbit.quant.scheme import NAMED, WEIGHTS, parse_scheme
+from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
 
 COLUMNS = 4096  # width of the weight for which bits per weight are shown
 
@@ -118,8 +119,11 @@ def inputs_text(format: ActFormat | None) -> str:
     >>> inputs_text(parse_scheme("w4a8").act), inputs_text(parse_scheme("mxfp4").act), inputs_text(None)
     ('8 bits asym', 'E2M1, groups of 32', 'float')
     """
-    if isinstance(format, IntTokens):
-        return f"{format.bits} bits {'sym' if format.symmetric else 'asym'}"
+    if isinstance(format, IntegerActs):
+        static = ", static" if isinstance(format, StaticInt) else ""
+        return f"{format.bits} bits {'sym' if format.symmetric else 'asym'}{static}"
+    if isinstance(format, Nvfp4Acts):
+        return f"{E2M1.name}, groups of {format.group}"
     if isinstance(format, FloatActs):
         return f"{format.element.name}, {f'groups of {format.group}' if format.group else 'per token'}"
     return "float" if format is None else format.name

@@ -70,8 +70,8 @@ def quantize(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym], another name of 'lowbit schemes', or "
-            "FILE.yaml.",
+            help="w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static], another name of "
+            "'lowbit schemes', or FILE.yaml.",
             show_default="w4a16g64-sym",
         ),
     ] = None,
@@ -110,6 +110,13 @@ def quantize(
             help="Target runtime: llama.cpp, vllm, executorch or onnxruntime; its arithmetic is simulated.",
         ),
     ] = None,
+    input_range: Annotated[
+        str | None,
+        typer.Option(
+            help="Range of static inputs (schemes with -static, nvfp4): mse, min-max or a percentile, such as 99.99.",
+            show_default="mse",
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     compiled: Annotated[
@@ -146,6 +153,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         effort=effort,
         target=target,
+        input_range=input_range,
         compiled=compiled,
     )
     result = {

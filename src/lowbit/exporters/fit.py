@@ -14,11 +14,12 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Subject
 from lowbit.models.families import architecture_of
-from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.activations import ActFormat, IntegerActs, IntTokens
 from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
+from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
 
 GROUPS = (128, 64, 32, None)
 
@@ -100,9 +101,11 @@ def nearest(limits: Limits, subject: Subject, misfit: Misfit) -> str | None:
 
 def _with(subject: Subject, scheme: Scheme) -> Subject:
     """The subject under another scheme; ``limits`` refuses group sizes that do not divide a width."""
-    embed, kept = architecture_of(subject.config).embed, set(subject.floats)
-    quantized = {name: formats for name in subject.shapes if (formats := scheme.module(name)) is not None}
-    modules = {name: ModuleFormats(f.weight) if name == embed else f for name, f in quantized.items()}
+    architecture, kept = architecture_of(subject.config), set(subject.floats)
+    outside = (architecture.embed, architecture.head)
+    found = {name: scheme.outside(name) if name in outside else scheme.module(name) for name in subject.shapes}
+    quantized = {name: formats for name, formats in found.items() if formats is not None}
+    modules = {name: ModuleFormats(f.weight) if name == architecture.embed else f for name, f in quantized.items()}
     dropped = tuple(name for name in subject.weights if name not in modules and name != "lm_head")
     floats = (*sorted(kept - set(modules)), *dropped)
     return replace(subject, scheme=scheme, formats=ModelFormats(modules, scheme.kv), floats=floats)
@@ -118,32 +121,46 @@ def _schemes(current: Scheme) -> Iterator[Scheme]:
         *_specs(),
         *(IntFormat(b, current.weight.group, s) for b in range(2, 9) for s in (True, False)),
     }:
-        acts = [None, *(IntTokens(bits, sym) for bits in (4, 6, 8) for sym in sorted({weight.symmetric, False}))]
-        for act in acts:
+        for bits, act in _acts(current, weight):
             for kv in {current.kv, None}:
                 suffix = weight.name.removeprefix(f"w{weight.bits}")
-                if act is not None and act.symmetric != weight.symmetric:
+                if isinstance(act, StaticInt):
+                    # By default weights are symmetric and static inputs asymmetric.
+                    own = suffix.removesuffix("-sym") if act.symmetric != weight.symmetric else suffix
+                    suffix = f"{own}-static"
+                elif isinstance(act, IntTokens) and act.symmetric != weight.symmetric:
                     suffix += "-asym"
-                name = f"w{weight.bits}a{_act_bits(act)}{f'kv{kv.bits}' if kv else ''}{suffix}"
+                name = f"w{weight.bits}a{bits}{f'kv{kv.bits}' if kv else ''}{suffix}"
                 stored = weight
                 if isinstance(current.weight, IntFormat):
                     stored = replace(weight, scale_dtype=current.weight.scale_dtype)
                 yield Scheme(name, stored, act, kv, current.overrides, current.target)
 
 
+def _acts(current: Scheme, weight: IntFormat) -> Iterator[tuple[int, ActFormat | None]]:
+    """Formats of inputs that a scheme's name can state beside a weight's, with their bits; static ones if it has."""
+    yield 16, None
+    yield from ((bits, IntTokens(bits, sym)) for bits in (4, 6, 8) for sym in sorted({weight.symmetric, False}))
+    if isinstance(current.act, StaticInt) and weight.symmetric >= current.act.symmetric:
+        yield from ((bits, replace(current.act, bits=bits)) for bits in (8, 16))
+
+
 def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:
     ours, theirs = (_act_bits(scheme.act) for scheme in (a, b))
-    inputs = (abs(ours - theirs), theirs < ours, a.kv != b.kv)
+    static = [isinstance(scheme.act, StaticInt) for scheme in (a, b)]
+    inputs = (abs(ours - theirs), theirs < ours, a.kv != b.kv, static[0] != static[1])
     return (*inputs, *_format_distance(a.weight, b.weight), _has_zero(a.act) != _has_zero(b.act))
 
 
 def _has_zero(act: ActFormat | None) -> bool:
-    return isinstance(act, IntTokens) and not act.symmetric
+    return isinstance(act, IntegerActs) and not act.symmetric
 
 
 def _act_bits(act: ActFormat | None) -> int:
-    if isinstance(act, IntTokens):
+    if isinstance(act, IntegerActs):
         return act.bits
+    if isinstance(act, Nvfp4Acts):
+        return 4
     return act.element.bits if isinstance(act, FloatActs) else 16
 
 

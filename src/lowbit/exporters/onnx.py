@@ -1,11 +1,13 @@
-"""A run as a folder for ONNX Runtime: a decoder with a KV cache, its linears as MatMulNBits with the run's codes.
+"""A run as a folder for ONNX Runtime: a decoder with a KV cache, its linears with the run's codes.
 
 ``model.onnx`` and ``model.onnx.data`` run in onnxruntime, and with ``genai_config.json`` and the tokenizer also in
 onnxruntime-genai, whose own builder creates the graph, see ``onnx_build``. That builder converts codes to float16 and
 back, so ``write`` reads every parameter of the finished file back (``onnx_read``) and compares.
 
-Embeddings, head, norms and everything between the linears are float32. ``--accuracy-level 0`` multiplies in float32;
-with 4, MatMulNBits first quantizes its inputs to 8 bits, block by block, as runs with ``--target onnxruntime`` do.
+Embeddings, head, norms and everything between the linears are float32. Linears are MatMulNBits for integer weights
+with float inputs: ``--accuracy-level 0`` multiplies in float32; with 4, MatMulNBits first quantizes its inputs to 8
+bits, block by block, as runs with ``--target onnxruntime`` do. Static inputs and FP8 weights are standard operators,
+see ``onnx_qdq``.
 """
 
 from __future__ import annotations
@@ -22,16 +24,19 @@ from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
+from lowbit.exporters import onnx_qdq
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
 from lowbit.exporters.hf_folder import embedding_of
-from lowbit.exporters.onnx_build import build, require_packages
+from lowbit.exporters.onnx_build import build, build_with_standard_operators, require_packages
 from lowbit.exporters.onnx_grid import block_of, stored_bits
-from lowbit.exporters.onnx_read import GRAPH, accuracy_level, read
+from lowbit.exporters.onnx_read import GRAPH, SETTINGS, accuracy_level, load_graph, read
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.models.families import architecture_of
+from lowbit.quant.floating import FloatFormat
+from lowbit.quant.integer import IntFormat
 
-GENAI, SUMS = "genai_config.json", "lowbit-export.json"
+SUMS = "lowbit-export.json"
 # Architectures for which the builder's graph computes the same; tests compare logits for each.
 ARCHITECTURES = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM",
@@ -41,12 +46,21 @@ ROPES = ("default", "linear", "llama3")
 # By accuracy level: the inputs of the simulation, and the relative error of logits that a different order of sums
 # explains. At level 4 such a difference can move an input to the next of 255 codes.
 LEVELS = {0: ("float", 1e-4), 4: ("onnxruntime", 0.05)}
+# The same by the bits of static inputs. onnxruntime adds the zero point after it rounds: another code near some ties.
+STATIC = {8: 0.05, 16: 1e-3, None: 1e-4}
 
 
 def limits(subject: Subject) -> Misfit | None:
-    """Any bits, sym and asym, groups and widths in multiples of 16, activations and embeddings in float."""
+    """Integers in MatMulNBits, or what standard operators compute; see ``onnx_qdq.limits``."""
     if (why := _unsupported(subject.config)) is not None:
         return Misfit("architecture", why)
+    if onnx_qdq.in_standard_operators(subject):
+        return onnx_qdq.limits(subject)
+    return _nbits_limits(subject)
+
+
+def _nbits_limits(subject: Subject) -> Misfit | None:
+    """Any bits, sym and asym, groups and widths in multiples of 16, activations and embeddings in float."""
     misfit = no_activations(subject, "MatMulNBits takes floats (--accuracy-level 4 quantizes them)")
     if misfit is not None:
         return misfit
@@ -84,11 +98,17 @@ def _unsupported(config: Any) -> str | None:
 def write(run: Run, path: Path, options: Options) -> list[str]:
     """Build the folder; raises ``LowbitError`` if the builder fails or changes a value."""
     level = options.accuracy_level
-    if level is None:
-        level = 4 if run.subject.scheme.target == "onnxruntime" else 0
-    if level not in LEVELS:
+    if level is not None and level not in LEVELS:
         raise LowbitError(f"--accuracy-level {level} given; allowed: {', '.join(map(str, LEVELS))}")
-    build(run, path, level)
+    if onnx_qdq.in_standard_operators(run.subject):
+        if level:
+            raise LowbitError(
+                f"--accuracy-level {level} given; with static inputs or FP8 weights inputs are as the scheme says: "
+                "leave the option out"
+            )
+        build_with_standard_operators(run, path)
+    else:
+        build(run, path, (4 if run.subject.scheme.target == "onnxruntime" else 0) if level is None else level)
     for name, value in read(run, path):
         if not torch.equal(value, expect(run, name)):
             raise LowbitError(f"the installed onnxruntime-genai changes '{name}': use version 0.18")
@@ -126,7 +146,7 @@ def _sums(path: Path) -> dict[str, str]:
 
 def owns(path: Path) -> bool:
     """Whether a path is such a folder; raises ``MissingExtra`` if it is and cannot be read."""
-    if not (path.is_dir() and (path / GRAPH).is_file() and (path / GENAI).is_file()):
+    if not (path.is_dir() and (path / GRAPH).is_file() and (path / SETTINGS).is_file()):
         return False
     require_packages("onnx")
     return True
@@ -136,17 +156,25 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
     """onnxruntime's logits for token ids ``(tokens,)``; ``None`` where it is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    runtime, explained = LEVELS[accuracy_level(path)]
+    model = load_graph(path)
+    level = accuracy_level(model)
+    runtime, explained = (None, STATIC[onnx_qdq.input_bits(model)]) if level is None else LEVELS[level]
     return Executed(logits_of(path, ids), explained, runtime)
 
 
 def logits_of(path: Path, ids: Tensor) -> Tensor:
-    """Logits ``(tokens, vocabulary)`` of one forward pass from an empty cache, in onnxruntime on the CPU."""
+    """Logits ``(tokens, vocabulary)`` of one forward pass from an empty cache, in onnxruntime on the CPU.
+
+    The session has the settings that onnxruntime-genai gives it.
+    """
     import numpy as np
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path / GRAPH, providers=["CPUExecutionProvider"])
-    decoder = json.loads((path / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]
+    decoder = json.loads((path / SETTINGS).read_text(encoding="utf-8"))["model"]["decoder"]
+    options = onnxruntime.SessionOptions()
+    for key in onnx_qdq.SESSION.keys() & decoder["session_options"].keys():
+        options.add_session_config_entry(key, decoder["session_options"][key])
+    session = onnxruntime.InferenceSession(path / GRAPH, options, providers=["CPUExecutionProvider"])
     empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
     tokens = ids[None].numpy()
     inputs = {
@@ -159,4 +187,4 @@ def logits_of(path: Path, ids: Tensor) -> Tensor:
     return torch.from_numpy(logits[0])
 
 
-EXPORTER = Exporter("", limits, write, owns, read, other, expect, execute)
+EXPORTER = Exporter("", limits, write, owns, read, other, expect, execute, formats=(IntFormat, FloatFormat))

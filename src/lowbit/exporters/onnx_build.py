@@ -1,7 +1,8 @@
-"""Builds the graph with onnxruntime-genai's model builder, from the run's codes in the GPTQ layout.
+"""Builds the graph with onnxruntime-genai's model builder, from the run's codes in the GPTQ layout or from floats.
 
-The builder runs as a separate process, offline, on a temporary folder. Embedding and head, which it would quantize by
-itself, are excluded beforehand; zero points that equal MatMulNBits' default are removed afterwards.
+The builder runs as a separate process, offline, on a temporary folder. For MatMulNBits it reads codes; embedding and
+head, which it would quantize by itself, are excluded beforehand, and zero points that equal MatMulNBits' default are
+removed afterwards. For standard operators it reads dequantized weights, and codes replace them in its graph.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters.gptq import pack_module, quantization_config
 from lowbit.exporters.hf_folder import write_folder
 from lowbit.exporters.onnx_grid import block_of, in_blocks, stored_bits
-from lowbit.exporters.onnx_read import GRAPH, unpack
+from lowbit.exporters.onnx_qdq import SESSION, put_in
+from lowbit.exporters.onnx_read import GRAPH, SETTINGS, unpack
 from lowbit.exporters.run import Run, Subject
 from lowbit.progress import say
 from lowbit.quant.format import QTensor
@@ -43,30 +46,55 @@ def require_packages(*packages: str) -> None:
 
 
 def build(run: Run, path: Path, level: int) -> None:
-    """Create the folder that onnxruntime-genai loads.
+    """Create the folder that onnxruntime-genai loads, with MatMulNBits.
 
     Args:
         run: the run.
         path: a folder that does not exist yet.
         level: MatMulNBits' ``accuracy_level``.
     """
-    require_packages("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
-    path.mkdir()
-    _write_source(run, path / SOURCE)
-    say("building the graph with onnxruntime-genai's model builder")
-    _run_builder(run, path, level)
-    shutil.rmtree(path / SOURCE)
-    shutil.rmtree(path / CACHE, ignore_errors=True)
-    _drop_default_zeros(path)
-
-
-def _write_source(run: Run, folder: Path) -> None:
-    """The run in the layout that the builder reads: GPTQ v1, floats as float32 (it adds to them)."""
 
     def store(module: str, q: QTensor) -> dict[str, Tensor]:
         return pack_module(in_blocks(q), "gptq")
 
-    write_folder(run, folder, quantization_config(_stored(run.subject), "gptq"), store, torch.float32)
+    _start(path)
+    write_folder(run, path / SOURCE, quantization_config(_stored(run.subject), "gptq"), store, torch.float32)
+    _complete_config(path / SOURCE)
+    options = {"accuracy_level": str(level), "nodes_to_exclude": ",".join(FLOAT_NODES)}
+    _run_builder(run, path, "int4", options)
+    _change(path, _drop_default_zeros)
+
+
+def build_with_standard_operators(run: Run, path: Path) -> None:
+    """Create the folder that onnxruntime-genai loads, with QuantizeLinear and DequantizeLinear: see ``onnx_qdq``."""
+
+    def store(module: str, q: QTensor) -> dict[str, Tensor]:
+        return {"weight": q.dequantize().float()}
+
+    _start(path)
+    write_folder(run, path / SOURCE, {}, store, torch.float32)
+    _complete_config(path / SOURCE)
+    config = read_json(path / SOURCE / CONFIG)
+    del config["quantization_config"]
+    dtype = "torch_dtype" if "torch_dtype" in config else "dtype"
+    write_json(path / SOURCE / CONFIG, {**config, dtype: "float32", "tie_word_embeddings": _tied(run)})
+    _run_builder(run, path, "fp32", {"disable_qkv_fusion": "true"})
+    _change(path, lambda model: put_in(model, run))
+    settings = read_json(path / SETTINGS)
+    settings["model"]["decoder"]["session_options"].update(SESSION)
+    write_json(path / SETTINGS, settings)
+
+
+def _start(path: Path) -> None:
+    require_packages("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
+    path.mkdir()
+
+
+def _tied(run: Run) -> bool:
+    return bool(run.subject.config.tie_word_embeddings) and "lm_head" not in run.subject.weights
+
+
+def _complete_config(folder: Path) -> None:
     config = read_json(folder / CONFIG)
     # Where these keys are missing, the builder assumes a scaled rotary embedding or full attention.
     if config["model_type"] == "phi3":
@@ -91,31 +119,44 @@ def _stored(subject: Subject) -> Subject:
     return replace(subject, formats=ModelFormats(modules))
 
 
-def _run_builder(run: Run, path: Path, level: int) -> None:
-    tied = run.subject.config.tie_word_embeddings and "lm_head" not in run.subject.weights
+def _run_builder(run: Run, path: Path, precision: str, own: Mapping[str, str]) -> None:
+    """Run it on the source folder, which holds the run in float32 but for codes (it adds to floats)."""
     options = {
-        "accuracy_level": str(level),
-        "nodes_to_exclude": ",".join(FLOAT_NODES),
-        "shared_embeddings": str(bool(tied)).lower(),
+        **own,
+        "shared_embeddings": str(_tied(run)).lower(),
         "windowed_kv_cache": "false",  # plain onnxruntime starts from an empty cache, which a windowed one refuses
         "hf_token": "false",
     }
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", precision, "-e", "cpu"]
     command += ["-i", str(path / SOURCE), "-o", str(path), "-c", str(path / CACHE), "--extra_options"]
     command += [f"{key}={value}" for key, value in options.items()]
+    say("building the graph with onnxruntime-genai's model builder")
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise LowbitError(f"onnxruntime-genai's model builder failed on {run.folder}: {reason[:300]}")
+    shutil.rmtree(path / SOURCE)
+    shutil.rmtree(path / CACHE, ignore_errors=True)
 
 
-def _drop_default_zeros(path: Path) -> None:
+def _change(path: Path, change: Callable[[Any], None]) -> None:
+    """Change the graph's ``onnx.ModelProto`` in place; ``change`` is given it with its data."""
+    import onnx
+
+    model: Any = onnx.load(path / GRAPH)
+    change(model)
+    for file in (path / GRAPH, path / f"{GRAPH}.data"):
+        file.unlink()
+    onnx.save(model, path / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data", size_threshold=0)
+    shutil.copymode(path / GRAPH, path / f"{GRAPH}.data")  # onnx makes it readable by its owner only
+
+
+def _drop_default_zeros(model: Any) -> None:
     """Remove the zero points of symmetric linears; MatMulNBits' default is the middle of the range."""
     import onnx
     from onnx.numpy_helper import to_array
 
-    model: Any = onnx.load(path / GRAPH)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "MatMulNBits" and len(node.input) > 3:
@@ -124,10 +165,6 @@ def _drop_default_zeros(path: Path) -> None:
             if _is_default(torch.tensor(zeros), attributes):
                 model.graph.initializer.remove(stored[node.input[3]])
                 del node.input[3:]
-    for file in (path / GRAPH, path / f"{GRAPH}.data"):
-        file.unlink()
-    onnx.save(model, path / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data", size_threshold=0)
-    shutil.copymode(path / GRAPH, path / f"{GRAPH}.data")  # onnx makes it readable by its owner only
 
 
 def _is_default(packed: Tensor, attributes: dict[str, Any]) -> bool:

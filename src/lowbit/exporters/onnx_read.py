@@ -1,7 +1,6 @@
 """Reads every parameter of a ``model.onnx`` back through the ``onnx`` package, under the model's own names.
 
-The builder packs q, k and v into one MatMulNBits and splits Phi-3's fused gate and up; both are undone here. It
-stores the head transposed, and a matrix that embedding and head share once.
+The builder stores float matrices of linears transposed, and a matrix that embedding and head share once.
 """
 
 from __future__ import annotations
@@ -15,20 +14,14 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.exporters import onnx_qdq
 from lowbit.exporters.hf_folder import embedding_of
+from lowbit.exporters.onnx_names import renamed, split_or_fuse
 from lowbit.exporters.run import Run
-from lowbit.models.families import architecture_of
 
-GRAPH = "model.onnx"
+GRAPH, SETTINGS = "model.onnx", "genai_config.json"
 TABLES = re.compile(r"(cos|sin)_cache|/.*")  # of the rotary embedding; constants
 HEAD = "lm_head.MatMul.weight"
-# Parts of names: the builder's, the model's.
-RENAMED = (
-    (r"\.attn\.", ".self_attn."),
-    (r"\.(MatMul|Add)\.(weight|bias)$", r".\2"),
-    (r"([qk]_norm)\.layernorm\.", r"\1."),
-    (r"layers\.\d+\.final_norm_layernorm\.", "norm."),
-)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -41,15 +34,16 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return (packed[..., None] >> shifts & 2**bits - 1).flatten(-2)
 
 
-def accuracy_level(path: Path) -> int:
-    """The ``accuracy_level`` that all MatMulNBits of a graph share."""
-    levels = {attributes["accuracy_level"] for _, attributes in _nodes(_load(path))}
-    if len(levels) != 1:
-        raise LowbitError(f"{path / GRAPH} mixes accuracy levels {sorted(levels)}")
-    return int(levels.pop())
+def accuracy_level(model: Any) -> int | None:
+    """The ``accuracy_level`` that all MatMulNBits of a graph share; ``None`` if there are none."""
+    levels = {attributes["accuracy_level"] for _, attributes in _nodes(model)}
+    if len(levels) > 1:
+        raise LowbitError(f"{GRAPH} mixes accuracy levels {sorted(levels)}")
+    return int(levels.pop()) if levels else None
 
 
-def _load(path: Path) -> Any:
+def load_graph(path: Path) -> Any:
+    """The ``onnx.ModelProto`` of a folder, without the content of its data file."""
     import onnx
 
     return onnx.load(path / GRAPH, load_external_data=False)
@@ -68,28 +62,32 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the model in float32, one linear in memory at a time."""
     from onnx.numpy_helper import to_array
 
-    model = _load(path)
+    model = load_graph(path)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
 
     def value(name: str) -> Tensor:
         return torch.tensor(to_array(stored[name], str(path)))
 
     seen: set[str] = set()
-    halves: dict[str, Tensor] = {}
+    waiting: dict[str, Tensor] = {}
     for inputs, attributes in _nodes(model):
         seen |= set(inputs)
-        name = _renamed(inputs[1].replace(".MatMulNBits.qweight", ".weight"))
-        yield from _split_or_fuse(run, name, _dequantized([value(n) for n in inputs[1:]], attributes), halves)
+        name = renamed(inputs[1].replace(".MatMulNBits.qweight", ".weight"))
+        yield from split_or_fuse(run, name, _dequantized([value(n) for n in inputs[1:]], attributes), waiting)
+    for linear in onnx_qdq.linears(model):
+        seen |= linear.initializers
+        for key, part in onnx_qdq.values(linear, str(path)):
+            yield from split_or_fuse(run, f"{linear.name.removesuffix('.weight')}.{key}", part, waiting)
     for name in stored:
         if name in seen or TABLES.fullmatch(name):
             continue
-        if name != HEAD:
-            yield from _split_or_fuse(run, _renamed(name), value(name).float(), halves)
-        elif f"{embedding_of(run.subject.config)}.weight" in stored:
-            yield "lm_head.weight", value(name).T.contiguous()
+        content = value(name).float()
+        if name == HEAD and f"{embedding_of(run.subject.config)}.weight" not in stored:
+            yield f"{embedding_of(run.subject.config)}.weight", content.T.contiguous()
         else:
-            yield f"{embedding_of(run.subject.config)}.weight", value(name).T.contiguous()
-    yield from halves.items()
+            content = content.T.contiguous() if name.endswith(onnx_qdq.WEIGHT) else content
+            yield from split_or_fuse(run, renamed(name), content, waiting)
+    yield from waiting.items()
 
 
 def _dequantized(tensors: list[Tensor], attributes: dict[str, Any]) -> Tensor:
@@ -102,35 +100,3 @@ def _dequantized(tensors: list[Tensor], attributes: dict[str, Any]) -> Tensor:
     if zeros:
         zero = unpack(zeros[0].reshape(rows, -1), bits)[:, :blocks].float()
     return ((codes - zero[..., None]) * scales.reshape(rows, blocks, 1)).flatten(1)[:, :columns].contiguous()
-
-
-def _renamed(name: str) -> str:
-    """The model's name of a parameter that the graph stores as one tensor, too.
-
-    >>> _renamed("model.layers.3.attn.o_proj.Add.bias")
-    'model.layers.3.self_attn.o_proj.bias'
-    >>> _renamed("model.layers.30.final_norm_layernorm.weight")
-    'model.norm.weight'
-    """
-    for pattern, new in RENAMED:
-        name = re.sub(pattern, new, name)
-    return name
-
-
-def _split_or_fuse(run: Run, name: str, value: Tensor, halves: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The run's parameters from one of the graph's; ``halves`` holds those that wait for their counterpart."""
-    config = run.subject.config
-    fused = any(module.endswith(".qkv_proj") for module in run.quantized)
-    if ".qkv_proj." in name and not fused:
-        edges = architecture_of(config).layers[0].edges
-        heads = next(edge.heads for edge in edges if edge.kind == "heads" and edge.heads is not None)
-        parts = value.split([heads.query * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim])
-        for part, rows in zip("qkv", parts, strict=True):
-            yield name.replace("qkv_proj", f"{part}_proj"), rows.contiguous()
-    elif fused and re.search(r"\.(gate|up)_proj\.", name):
-        halves[name] = value
-        gate, up = (re.sub(r"(gate|up)_proj", f"{part}_proj", name) for part in ("gate", "up"))
-        if gate in halves and up in halves:
-            yield gate.replace("gate_proj", "gate_up_proj"), torch.cat([halves.pop(gate), halves.pop(up)])
-    else:
-        yield name, value

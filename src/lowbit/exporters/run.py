@@ -26,6 +26,7 @@ from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme
 from lowbit.runs.folder import first_missing, read_qtensors, run_formats, run_scheme, tensor_names
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
+from lowbit.runs.static_inputs import input_names
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,14 @@ class Run:
     @property
     def floats(self) -> list[str]:
         """Names of all other tensors, sorted."""
-        packed = {n for name, own in self.subject.formats.modules.items() for n in tensor_names(name, own)}
+        modules = self.subject.formats.modules.items()
+        packed = {n for name, own in modules for n in tensor_names(name, own)} | set(self.inputs)
         return [n for n in self.checkpoint.names if n not in packed and parse_tensor_name(n) is None]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the tensors of static inputs."""
+        return [n for name, own in self.subject.formats.modules.items() for n in input_names(name, own)]
 
     def qtensor(self, module: str) -> QTensor:
         """A quantized module's weight, ``(out, in)``."""

@@ -17,6 +17,7 @@ from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import Site, apply, labelled, make_site, map_kind, site_name
 from lowbit.methods.smooth_start import smooth_start
+from lowbit.methods.static_inputs import LearnedInputs
 from lowbit.methods.training import Schedule, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import relative_error, run, run_all
@@ -63,6 +64,9 @@ class AffineFit:
         self.clips = {name: LearnedClips.of(block, name, papers=smooth) for name in learned}
         self.kept_clips = {name: pair for name, pair in block.clips.items() if not smooth or name not in searched}
         self.without_effect += [f"{name}.clip" for name in searched]
+        given = {} if smooth else block.input_qparams
+        start = replace(block, params=self.base, input_qparams=given)
+        self.inputs = LearnedInputs.of(start, calib, clipping.clip)
         self.act_ratios = self._act_ratios() if clipping.act_clip else {}
         self.unit = loss_unit(calib.y_fp, objective.loss, device, calib.batch)
         augmented = [run_all(block, calib.x_q, batch=calib.batch)] if objective.aug_loss else []
@@ -102,7 +106,7 @@ class AffineFit:
         maps = [leaf for site in self.sites for leaf in site.leaves()]
         clips = [leaf for pair in self.clips.values() for leaf in pair.leaves()]
         acts = list({id(ratio): ratio.logit for ratio in self.act_ratios.values()}.values())
-        return [(maps, self.maps.lr_maps), ([*clips, *acts], self.clipping.lr_clips)]
+        return [(maps, self.maps.lr_maps), ([*clips, *acts, *self.inputs.leaves()], self.clipping.lr_clips)]
 
     def begin(self, epoch: int) -> None:
         """Set the masks for an epoch."""
@@ -142,7 +146,8 @@ class AffineFit:
         params, ops = self.quantized()
         x, y_fp, unit, *augmented = self.rows(indices)
         # On a GPU the block may run in 16 bits; maps, quantizers and the loss stay in float32 or above.
-        y = run(replace(self.block, ops={**self.block.ops, **ops}), x.to(self.run_dtype), params, quantized=True)
+        block = replace(self.block, ops={**self.block.ops, **ops}, input_qparams=self.inputs.qparams())
+        y = run(block, x.to(self.run_dtype), params, quantized=True)
         error = relative_loss(y, y_fp, unit)
         for y_aug in augmented:
             error = error + self.objective.aug_loss * relative_loss(y, y_aug, unit)
@@ -157,6 +162,7 @@ class AffineFit:
             self.block,
             params=params,
             clips=self.ratios(),
+            input_qparams=self.inputs.qparams(),
             ops={**self.block.ops, **ops},
             pictures={**self.block.pictures, **self.pictures()},
         )

@@ -91,7 +91,7 @@ class Clipping:
     """Learned clipping ratios (OmniQuant).
 
     Attributes:
-        clip: learn clipping ratios for both ends of every weight group's range.
+        clip: learn clipping ratios for both ends of every weight group's range, and of every static input's.
         act_clip: learn clipping ratios for the activations' per-token ranges; they stay online, and no stock runtime
             supports them.
         lr_clips: learning rate of the ratios' logits. The papers' 1e-2 assumes thousands of steps.

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
@@ -84,6 +85,7 @@ class GPTQ(Method):
 
     def __call__(self, block: Block, calib: Calib) -> Block:
         """Codes for every linear that has a format, computed on the quantized hidden states."""
+        block = with_input_ranges(block, calib)
         for linears in input_groups(block):
             gram, cross = self._moments(block, calib, linears[0])
             block = self._round(block, linears, gram, cross)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lowbit.methods.rtn import RTN
 from lowbit.models.block import Block, Calib
@@ -27,8 +28,8 @@ def layer_by_layer(step: Step, block: Block, calib: Calib, size: int = 1) -> Blo
     for first in range(0, len(block.layers), size):
         part = block.part(first, first + size)
         y_fp = run_all(part, x_fp, batch=calib.batch)
-        part = step(part, Calib(x_fp, x_q, y_fp, calib.batch))
-        quantized = RTN()(part, calib)
+        part = step(part, replace(calib, x_fp=x_fp, x_q=x_q, y_fp=y_fp))
+        quantized = RTN()(part, replace(calib, x_q=x_q))
         x_fp, x_q = y_fp, run_quantized(quantized, x_q, calib.batch)
         result = result.with_part(part)
     return result

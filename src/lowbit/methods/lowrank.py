@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lowbit.methods.clipping import LearnedClips, split_by_gradient
 from lowbit.methods.fit_state import Fitted
+from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.training import Schedule, fit, loss_unit, relative_loss
@@ -89,7 +90,7 @@ class LowRank(Method):
         """The window with corrections merged; its float function changes, so that its quantized output improves."""
         if not block.formats:
             return block
-        correction = Correction(self, block, calib)
+        correction = Correction(self, with_input_ranges(block, calib), calib)
         fitted = fit(
             correction.groups(),
             correction.loss,

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
@@ -72,6 +73,7 @@ class Refit(Method):
 
         Its float function changes, so that its quantized output is closer to the float model's.
         """
+        block = with_input_ranges(block, calib)
         done, quantized_params = block, dict(block.params)
         figures: dict[str, dict[str, float]] = {}
         splits = self._splits(calib)

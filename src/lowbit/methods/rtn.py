@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.statistics import input_statistics
@@ -23,7 +24,7 @@ class RTN(Method):
     Attributes:
         search: choose each group's scale among those next to its range's, by the squared error of its weights. A
             column counts with the mean square of its input over the tokens, each divided by its root mean square.
-            Without it no data is read.
+            Without it data is read only to calibrate static inputs.
     """
 
     search: bool = False
@@ -45,6 +46,7 @@ class RTN(Method):
 
     def __call__(self, block: Block, calib: Calib) -> Block:
         """Codes for every linear that has a format."""
+        block = with_input_ranges(block, calib)
         importance = column_importance(block, calib) if self.search else {}
         qweights = dict(block.qweights)
         for linear in block.quantized_linears():

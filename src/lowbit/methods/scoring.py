@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowbit.methods.rtn import RTN
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
@@ -17,5 +19,5 @@ def output_error(block: Block, calib: Calib, sequences: int) -> float:
         sequences: number of sequences used, from the first.
     """
     x, y_fp = (states[:sequences].to(block.device) for states in (calib.x_q, calib.y_fp))
-    y = run_quantized(RTN()(block, calib), x, calib.batch)
+    y = run_quantized(RTN()(block, replace(calib, x_q=x)), x, calib.batch)
     return float(relative_loss(y, y_fp, loss_unit(y_fp, "token")))

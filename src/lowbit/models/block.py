@@ -23,6 +23,7 @@ from lowbit.models.edges import Edge, resolve
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
+from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.quant.scales import TwoLevel
 from lowbit.quant.scheme import ModuleFormats
 
@@ -51,6 +52,7 @@ class Block:
         kv: format of queries, keys and values inside the attention; ``None``: float.
         clips: clipping ratios ``(low, high)`` of the groups' ranges by linear name, each ``(rows, groups)``, for the
             qparams that a rounding step chooses.
+        input_qparams: calibrated qparams of static inputs by linear name; linears that share an input share them.
         qweights: quantized weights by linear name; they replace ``params`` in the quantized block.
         ops: runtime ops by module name: after a norm, or before a linear.
         notes: notes for the report.
@@ -67,6 +69,7 @@ class Block:
     formats: Mapping[str, ModuleFormats] = field(default_factory=dict)
     kv: ActFormat | None = None
     clips: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    input_qparams: Mapping[str, QParams] = field(default_factory=dict)
     qweights: Mapping[str, QTensor] = field(default_factory=dict)
     ops: Mapping[str, RuntimeOp] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
@@ -214,6 +217,7 @@ class Block:
             params=select(self.params),
             formats=select(self.formats),
             clips=select(self.clips),
+            input_qparams=select(self.input_qparams),
             qweights=select(self.qweights),
             ops=select(self.ops),
             notes=(),
@@ -233,6 +237,7 @@ class Block:
             self,
             params={**self.params, **part.params},
             clips=merge(self.clips, part.clips),
+            input_qparams=merge(self.input_qparams, part.input_qparams),
             qweights=merge(self.qweights, part.qweights),
             ops=merge(self.ops, part.ops),
             notes=(*self.notes, *part.notes),
@@ -253,9 +258,11 @@ class Calib:
         x_q: its input in the model with all preceding blocks quantized.
         y_fp: its output in the float model, for ``x_fp``.
         batch: number of sequences to run at once.
+        input_range: how the ranges of static inputs follow from the values seen.
     """
 
     x_fp: Tensor
     x_q: Tensor
     y_fp: Tensor
     batch: int = 4
+    input_range: RangeEstimator = MSE

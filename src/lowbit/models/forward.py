@@ -18,6 +18,8 @@ from lowbit.models.offload import batches, concatenate
 from lowbit.models.recorder import for_batch, hidden_of
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
+from lowbit.quant.format import QParams
+from lowbit.quant.static_activations import quantize_input
 
 Tap = Callable[[Tensor], None]
 
@@ -121,13 +123,14 @@ def _hooks(
 ) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
     """Pre-hooks for a layer's linears: quantize the input, then pass it to the tap.
 
-    Linears that share an input and its format share its quantization.
+    Linears that share an input, its format and its qparams share its quantization.
     """
     for group in kind.groups:
-        cache: dict[ActFormat, tuple[Tensor, Tensor]] = {}
+        cache: dict[tuple[ActFormat, int], tuple[Tensor, Tensor]] = {}
         for name in group:
             linear = f"{index}.{name}"
             format = block.input_format(linear) if quantized else None
+            qparams = block.input_qparams.get(linear)
             tap, op = taps.get(linear), block.ops.get(linear)
             if format is None and tap is None:
                 continue
@@ -136,17 +139,19 @@ def _hooks(
                 module: nn.Module,
                 args: tuple[Any, ...],
                 format: ActFormat | None = format,
+                qparams: QParams | None = qparams,
                 tap: Tap | None = tap,
                 op: RuntimeOp | None = op,
-                cache: dict[ActFormat, tuple[Tensor, Tensor]] = cache,
+                cache: dict[tuple[ActFormat, int], tuple[Tensor, Tensor]] = cache,
             ) -> tuple[Any, ...] | None:
                 x = args[0]
                 if format is not None and op is not None:
                     x = op(x, format)
                 elif format is not None:
-                    if format not in cache or cache[format][0] is not x:
-                        cache[format] = (x, format.fake_quant(x))
-                    x = cache[format][1]
+                    key = format, id(qparams)
+                    if key not in cache or cache[key][0] is not x:
+                        cache[key] = (x, quantize_input(x, format, qparams))
+                    x = cache[key][1]
                 if tap is not None:
                     tap(x)
                 return (x, *args[1:])

@@ -24,7 +24,14 @@ from lowbit.quant.scheme import ModuleFormats
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
 PROBE = 2  # tokens that show whether a model computes
-_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.float32: "F32"}
+_DTYPES = {
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.float32: "F32",
+}
 _DTYPES |= {torch.bfloat16: "BF16", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
 
 
@@ -191,7 +198,8 @@ def _check_packed(
 ) -> None:
     """Refuse a quantized weight whose tensors are not those of a weight of ``shape``."""
     rows, columns = shape
-    for name, expected in formats.layout.stored(formats.weight, rows, columns).items():
+    tensors = {**formats.layout.stored(formats.weight, rows, columns), **formats.input_tensors}
+    for name, expected in tensors.items():
         full = f"{module}.{name}"
         if full not in stored:
             raise LowbitError(f"{checkpoint.folder} has no tensor '{full}': it does not match its lowbit.json")

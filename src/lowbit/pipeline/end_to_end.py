@@ -131,7 +131,8 @@ class Tuning:
         """Read a layer from its file: a block with the unquantized parameters, and the latent weights."""
         file = Checkpoint(self.folder, [latent_file(index)])
         latents = Latents({name: value.to(self.device) for name, value in file.read(file.names).items()})
-        return replace(self.student.block(index, latents.params, formats=self.formats), ops=latents.ops), latents
+        block = self.student.block(index, latents.params, formats=self.formats)
+        return replace(block, ops=latents.ops, input_qparams=latents.input_qparams), latents
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
         """Groups of learned parameters with their learning rates."""

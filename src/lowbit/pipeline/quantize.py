@@ -45,6 +45,7 @@ from lowbit.pipeline.runner import Walk, check_space, peak_memory_bytes
 from lowbit.pipeline.target import settle
 from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
+from lowbit.quant.range_estimators import MSE
 from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
 from lowbit.runs.folder import RUN, begin, claimed, look, refuse_in_use
@@ -97,6 +98,7 @@ def quantize(
     trust_remote_code: bool = False,
     effort: str | None = None,
     target: str | None = None,
+    input_range: str | None = None,
     compiled: bool = False,
 ) -> Quantized:
     """Quantize a model into a folder in Hugging Face checkpoint format; an interrupted run is resumed.
@@ -123,6 +125,8 @@ def quantize(
         target: the target runtime: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It determines the
             default scheme; schemes and recipes that it does not support are refused, and its own quantization of the
             linears' inputs is simulated in calibration and evaluation.
+        input_range: how the ranges of static inputs (schemes with ``-static``, ``nvfp4``) are estimated: ``mse``, the
+            default, ``min-max``, or a percentile such as ``99.99``.
         compiled: fused fake quantization in training, on an NVIDIA GPU: see ``lowbit.quant.inductor``.
 
     Raises:
@@ -136,6 +140,7 @@ def quantize(
         settings=settings,
         overrides=overrides or {},
         target=target,
+        input_range=input_range,
         protocol={
             "data": data,
             "samples": samples,
@@ -196,6 +201,7 @@ class Resolved:
             dtype=request.dtype,
             versions=versions(),
             compiled=request.compiled,
+            input_range=None if request.input_range is None else request.input_range.name,
             source_files=companions_digest(self.source.folder),
         )
 
@@ -259,7 +265,16 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
         begin(out, identity)
         torch.manual_seed(request.seed)
         dtype = DTYPES[request.dtype]
-        run = Walk(checkpoint, skeleton, request.recipe, plan, out, request.device, dtype)
+        run = Walk(
+            checkpoint,
+            skeleton,
+            request.recipe,
+            plan,
+            out,
+            request.device,
+            dtype,
+            input_range=request.input_range or MSE,
+        )
         with fused() if request.compiled else nullcontext():
             if request.recipe.tune is not None:
                 tune(request.recipe.tune, run, ids)

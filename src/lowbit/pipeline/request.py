@@ -14,7 +14,7 @@ from typing import Any, TypedDict, Unpack
 from lowbit.checkpoints.resolve import DEMO
 from lowbit.data.text import NAMES, SELF, Corpus, Data, corpora
 from lowbit.data.windows import BOS, Bos
-from lowbit.errors import canonical
+from lowbit.errors import LowbitError, canonical
 from lowbit.models.device import check_device
 from lowbit.paths import user_path
 from lowbit.pipeline.recipe import (
@@ -27,8 +27,10 @@ from lowbit.pipeline.recipe import (
     with_settings,
 )
 from lowbit.quant.inductor import check_compiler
+from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
+from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.plan import check_sizes
 
 DEFAULTS: dict[str, Any] = {
@@ -62,6 +64,7 @@ class Request:
         given: the recipe before ``effort`` and ``settings``; ``recipe`` has both applied.
         packaged: whether ``given`` is a packaged recipe, which its name identifies.
         scheme: overrides included; ``None``: the target runtime's default.
+        input_range: how the ranges of static inputs are estimated; ``None`` for schemes without any.
     """
 
     model: str
@@ -73,6 +76,7 @@ class Request:
     scheme: Scheme | None
     overrides: Mapping[str, str]
     target: str | None
+    input_range: RangeEstimator | None
     data: Data
     samples: int
     length: int
@@ -107,6 +111,7 @@ class Request:
             "scheme": None if self.scheme is None else self.scheme.name,
             "overrides": overrides,
             "target": self.target,
+            "input_range": None if self.input_range is None else self.input_range.name,
             "data": [_name(corpus) for corpus in corpora(self.data)],
             "samples": self.samples,
             "length": self.length,
@@ -134,13 +139,14 @@ def make_request(
     settings: Iterable[str],
     overrides: Mapping[str, str],
     target: str | None,
+    input_range: str | None = None,
     protocol: Mapping[str, Any],
     **machine: Unpack[Machine],
 ) -> Request:
     """Fill in defaults and refuse arguments that are invalid for every model.
 
     Args:
-        model, scheme, recipe, settings, overrides, target: as for ``lowbit.quantize``.
+        model, scheme, recipe, settings, overrides, target, input_range: as for ``lowbit.quantize``.
         protocol: ``data``, ``samples``, ``length``, ``seed``, ``bos`` and ``effort``; ``None``: the recipe's value,
             else the default.
         machine: see ``Machine``.
@@ -171,6 +177,20 @@ def make_request(
         scheme=formats,
         overrides=overrides,
         target=target or (formats.target if formats else None),
+        input_range=_estimator(input_range, formats),
         **{key: chosen[key] for key in ("data", "samples", "length", "seed", "bos")},
         **machine,
     )
+
+
+def _estimator(given: str | None, scheme: Scheme | None) -> RangeEstimator | None:
+    """The estimator of static ranges; one that is given for a scheme without any is refused."""
+    if scheme is not None and isinstance(scheme.act, StaticActs):
+        return MSE if given is None else RangeEstimator.parse(given)
+    if given is not None:
+        which = "the target's scheme" if scheme is None else f"scheme {scheme.name}"
+        raise LowbitError(
+            f"--input-range {given} given: {which} has no static inputs; give one that has, such as w8a8-static or "
+            "nvfp4, or leave the option out"
+        )
+    return None

@@ -23,6 +23,7 @@ from torch import Tensor
 from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.errors import LowbitError
+from lowbit.methods.input_ranges import without_input_ranges
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
@@ -30,7 +31,9 @@ from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
 from lowbit.progress import say, track
+from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.quant.scales import TwoLevel, shared_exponent
+from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.activation_stats import FLOAT, MAP, QUANTIZED, record_peaks
 from lowbit.runs.folder import REST, block_file, notes_file, pictures_file, read_block, read_dequantized
 from lowbit.runs.latent_weights import write_latents
@@ -93,6 +96,7 @@ class Walk:
         out: the run folder, already claimed.
         device, dtype: device and dtype of forward passes; arithmetic on weights is always float32.
         latents: store the latent weights for a later end-to-end step.
+        input_range: how the ranges of static inputs are estimated.
         rows: the manifest's rows, one per finished block.
         observed: activation statistics and learned maps for the report, by tensor name.
     """
@@ -106,6 +110,7 @@ class Walk:
     dtype: torch.dtype = torch.float32
     batch: int = 4
     latents: bool = False
+    input_range: RangeEstimator = MSE
     rows: list[BlockRow] = field(default_factory=list)
     observed: dict[str, Tensor] = field(default_factory=dict)
 
@@ -173,9 +178,12 @@ class Walk:
                 "large for --dtype float16"
             )
         if not all((self.out / block_file(i)).exists() for i in block.indices):
-            calib = Calib(x_fp, x_q, y_fp, self.batch)
+            calib = Calib(x_fp, x_q, y_fp, self.batch, self.input_range)
             quantized = _with_kv_notes(block)
             for position, (_, step) in enumerate(self.recipe.block_steps):
+                if step.keeps_function and step.schedule is None:
+                    # It moves maps, and ranges of inputs that an earlier step left do not fit what it makes of them.
+                    quantized = without_input_ranges(quantized)
                 quantized = step(quantized, self._visible(position, calib))
             self.write(quantized, layer_sensitivity(quantized, x_fp[:1].to(self.device)), time.monotonic() - began)
             for note in quantized.notes:
@@ -224,7 +232,11 @@ class Walk:
             unmatched = sorted(set(block.qweights) ^ set(block.formats))
             raise RuntimeError(f"block {block.start}: codes and plan differ for {unmatched}")
         self._check_ops(block)
+        static = {name for name in block.formats if isinstance(block.input_format(name), StaticActs)}
+        if set(block.input_qparams) != static:
+            raise RuntimeError(f"block {block.start}: static inputs without qparams, or qparams without such inputs")
         tensors = {**block.params, **{name: q.qparams.scale for name, q in block.qweights.items()}}
+        tensors |= {f"{name} input": own.scale for name, own in block.input_qparams.items()}
         tensors |= {f"{name} {k}": v for name, op in block.ops.items() for k, v in op.to_tensors().items()}
         for name, value in tensors.items():
             if not bool(torch.isfinite(value).all()):
@@ -264,6 +276,11 @@ class Walk:
                 if linear.startswith(prefix):
                     packed = block.formats[linear].layout.pack(q, shared_exponent_of(block, linear))
                     tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in packed.items()}
+            for linear, own in block.input_qparams.items():
+                format = block.input_format(linear)
+                if linear.startswith(prefix) and isinstance(format, StaticActs):
+                    stored = format.pack(own).items()
+                    tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in stored}
             notes = [note.text for note in block.notes if note.layer == index]
             figures = {"steps": dict(block.record[index])} if index in block.record else {}
             record = {

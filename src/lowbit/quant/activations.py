@@ -1,4 +1,6 @@
-"""Activation formats: quantized dynamically, with one range per token, and never stored.
+"""Activation formats: how the input of a linear is quantized, here with one dynamic range per token.
+
+Ranges that are calibrated and stored are in ``static_activations.py``.
 
 ``IntTokens`` follows the arithmetic of ``compressed-tensors`` 0.20 for ``strategy: token, dynamic: true``, operation
 for operation, so that a checkpoint gives the same logits in stock ``transformers`` as in the simulation: signed
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,23 +51,21 @@ class ActFormat(ABC):
 
 
 @dataclass(frozen=True)
-class IntTokens(ActFormat):
-    """Integers with one range for each vector along the last axis: a token, or a token and head.
+class IntegerActs(ActFormat):
+    """Integers: the arithmetic of a range, wherever it comes from.
 
     Attributes:
-        bits: bits per code, 2 to 8.
+        bits: bits per code.
         symmetric: no zero point.
-
-    >>> IntTokens(2, symmetric=False).fake_quant(torch.tensor([[0.0, 1.0, 2.0, 3.1]])).tolist()
-    [[0.0, 1.0333333015441895, 2.066666603088379, 3.0999999046325684]]
     """
 
     bits: int
     symmetric: bool
+    most_bits: ClassVar[int] = MAX_BITS
 
     def __post_init__(self) -> None:
-        if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise LowbitError(f"{self.bits} bits given; {MIN_BITS} to {MAX_BITS} are allowed")
+        if not MIN_BITS <= self.bits <= self.most_bits:
+            raise LowbitError(f"{self.bits} bits given; {MIN_BITS} to {self.most_bits} are allowed")
 
     @property
     def name(self) -> str:
@@ -77,14 +78,46 @@ class IntTokens(ActFormat):
         return not self.symmetric
 
     @property
+    def codes(self) -> tuple[int, int]:
+        """The smallest and the largest signed code."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def from_range(self, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of ranges, ``(..., 1)`` each; a symmetric format has no zero point."""
+        eps = torch.finfo(bottom.dtype).eps
+        if self.symmetric:
+            scale = torch.maximum(bottom.abs(), top.abs()) / ((2**self.bits - 1) / 2)
+            return torch.where(scale == 0, eps, scale), None
+        scale = (top - bottom) / (2**self.bits - 1)
+        # An all-zero vector has scale 0; any positive scale then gives zeros, and compressed-tensors uses eps.
+        scale = torch.where(scale == 0, eps, scale)
+        low_code, high_code = self.codes
+        return scale, round_ste((low_code - bottom / scale).clamp(low_code, high_code))
+
+    def on_range(self, x: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None = None) -> Tensor:
+        """Activations rounded to the nearest values of the scale and zero point of ``from_range``.
+
+        ``offset`` is added before rounding, in quantization steps, one per channel ``(width,)``.
+        """
+        low_code, high_code = self.codes
+        steps = x / scale if offset is None else x / scale + offset
+        if zero is None:
+            return round_ste(steps.clamp(low_code, high_code)) * scale
+        return (round_ste((steps + zero).clamp(low_code, high_code)) - zero) * scale
+
+
+@dataclass(frozen=True)
+class IntTokens(IntegerActs):
+    """Integers of 2 to 8 bits with one range for each vector along the last axis: a token, or a token and head.
+
+    >>> IntTokens(2, symmetric=False).fake_quant(torch.tensor([[0.0, 1.0, 2.0, 3.1]])).tolist()
+    [[0.0, 1.0333333015441895, 2.066666603088379, 3.0999999046325684]]
+    """
+
+    @property
     def clippable(self) -> bool:
         """Ranges are computed here, so they can be clipped."""
         return True
-
-    @property
-    def _codes(self) -> tuple[int, int]:
-        """The smallest and the largest signed code."""
-        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     def fake_quant(self, x: Tensor, low: Factor = 1.0, high: Factor = 1.0, offset: Tensor | None = None) -> Tensor:
         """``x`` rounded to the nearest values of its tokens' ranges; straight-through gradients, also to the range.
@@ -103,26 +136,6 @@ class IntTokens(ActFormat):
         bottom, top = inductor.compiled(_token_ends, self)(x)
         scale, zero = self.from_range(bottom * low, top * high)
         return inductor.compiled(_on_range, self)(x, scale, zero, offset)
-
-    def from_range(self, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point of ranges, ``(..., 1)`` each; a symmetric format has no zero point."""
-        eps = torch.finfo(bottom.dtype).eps
-        if self.symmetric:
-            scale = torch.maximum(bottom.abs(), top.abs()) / ((2**self.bits - 1) / 2)
-            return torch.where(scale == 0, eps, scale), None
-        scale = (top - bottom) / (2**self.bits - 1)
-        # An all-zero vector has scale 0; any positive scale then gives zeros, and compressed-tensors uses eps.
-        scale = torch.where(scale == 0, eps, scale)
-        low_code, high_code = self._codes
-        return scale, round_ste((low_code - bottom / scale).clamp(low_code, high_code))
-
-    def on_range(self, x: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None) -> Tensor:
-        """Activations rounded to the nearest values of the scale and zero point of ``from_range``."""
-        low_code, high_code = self._codes
-        steps = x / scale if offset is None else x / scale + offset
-        if zero is None:
-            return round_ste(steps.clamp(low_code, high_code)) * scale
-        return (round_ste((steps + zero).clamp(low_code, high_code)) - zero) * scale
 
 
 def token_ends(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit.errors import LowbitError
-from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.activations import ActFormat, IntegerActs, IntTokens
 from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import Format
@@ -21,6 +21,7 @@ from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.layouts import FP8, OWN, PACKED, PLAIN
 from lowbit.quant.scales import PowerOfTwo, TwoLevel
 from lowbit.quant.scheme import ModelFormats, ModuleFormats
+from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
 
 MIXED = "mixed-precision"
 
@@ -40,7 +41,7 @@ def stock_loads(formats: ModelFormats, embed: str, two_d_inputs: bool) -> str | 
     if embed in modules and modules[embed].layout not in (PLAIN, FP8):
         return f"embeddings in {modules[embed].weight.name} do not load"
     activations = _input_formats(formats)
-    if activations and two_d_inputs:
+    if any(isinstance(act, IntTokens | FloatActs) for act in activations) and two_d_inputs:
         return "compressed-tensors uses one range for all tokens where a layer flattens its input to (tokens, width)"
     weights = {m.weight for m in modules.values()}
     free = [m for m in modules.values() if _asymmetric(m) and m.layout is PACKED]
@@ -161,7 +162,11 @@ def inputs_args(format: ActFormat | None) -> dict[str, Any] | None:
             **kind,
             **scales,
         }
-    if not isinstance(format, IntTokens):
+    if isinstance(format, Nvfp4Acts):
+        shape = {"strategy": "tensor_group", "group_size": format.group, "scale_dtype": "torch.float8_e4m3fn"}
+        return {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": "local", **shape}
+    if not isinstance(format, IntegerActs):
         raise LowbitError(f"a compressed-tensors layout holds integer and float input formats; {format.name} given")
-    kind = {"strategy": "token", "dynamic": True}
+    static = isinstance(format, StaticInt)
+    kind = {"strategy": "tensor" if static else "token", "dynamic": not static}
     return {"num_bits": format.bits, "type": "int", "symmetric": format.symmetric, **kind}

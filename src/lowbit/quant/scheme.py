@@ -1,6 +1,6 @@
 """Schemes: the formats of weights, activations, and keys and values, with overrides by module name.
 
-A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym]``:
+A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static]``:
 
 ========= ==========================================================================================
 ``w4``    weights of the blocks' linears at 4 bits, one scale per output channel unless ``g`` is given
@@ -10,6 +10,8 @@ A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|
 ``afp8``  inputs in FP8 (E4M3), one scale per token
 ``-sym``  zero points fixed at the middle of the range; ``-asym``: free. For weights and integer activations;
           ``-sym-asym``: symmetric weights, asymmetric activations
+``-static`` one calibrated range per input tensor, stored with the weight; ``a16`` then is 16-bit integers.
+          Weights are symmetric and inputs asymmetric unless ``-sym`` or ``-asym`` sets both
 ========= ==========================================================================================
 
 Others are names of formats (``NAMED``): floating point with the same format for inputs (``mxfp4``, ``fp8``) or float
@@ -40,19 +42,21 @@ from lowbit.quant.floating import FLOATS, FP8, FP8_BLOCK, MXFP4, MXFP6, MXFP8, N
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import K_QUANTS
-from lowbit.quant.layout import Layout
+from lowbit.quant.layout import Layout, Stored
 from lowbit.quant.layouts import layout_of
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
+from lowbit.quant.static_activations import NVFP4_ACTS, StaticActs, StaticInt
 from lowbit.quant.tables import TABLES
 
-_NAME = re.compile(r"w(\d+)a(\d+|fp8)(?:kv(\d+))?(?:g(\d+))?(-sym-asym|-sym|-asym)?")
+_NAME = re.compile(r"w(\d+)a(\d+|fp8)(?:kv(\d+))?(?:g(\d+))?(-sym-asym|-sym|-asym)?(-static)?")
 _SPEC = re.compile(r"w(\d+)(?:g(\d+))?(-sym|-asym)?")
 WEIGHT_BITS, ACT_BITS, KV_BITS = range(2, 9), (4, 6, 8, 16), (4, 8)
-GRAMMAR = "w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym]"
+GRAMMAR = "w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static]"
 OVERRIDE_GRAMMAR = "w{2..8}[g{n}][-sym|-asym]"
 # Weight formats that have names of their own.
 WEIGHTS: dict[str, Format] = {**FLOATS, **K_QUANTS, **TABLES}
 NAMED: dict[str, tuple[Format, ActFormat | None]] = {
+    "nvfp4": (NVFP4, NVFP4_ACTS),
     "nvfp4a16": (NVFP4, None),
     "mxfp4": (MXFP4, MXFP4_ACTS),
     "mxfp4a16": (MXFP4, None),
@@ -77,7 +81,7 @@ class Scheme:
     Attributes:
         name: the name from which it is parsed.
         weight: format of the blocks' linear weights.
-        act: format of those linears' inputs, dynamic: its ranges depend on one token; ``None``: float.
+        act: format of those linears' inputs: dynamic, its ranges depend on one token, or static; ``None``: float.
         kv: format of Q, K and V inside the attention, dynamic per token and head; ``None``: float.
         overrides: ``(glob, format)`` pairs over module names such as ``model.layers.3.mlp.down_proj`` or
             ``lm_head``; the first match wins; ``None`` leaves the module in float.
@@ -110,9 +114,14 @@ class Scheme:
         return ModuleFormats(weight, self._input(weight))
 
     def outside(self, name: str) -> ModuleFormats | None:
-        """The formats of a module outside the blocks (embedding, head): float unless an override matches it."""
+        """The formats of a module outside the blocks (embedding, head): float unless an override matches it.
+
+        The head's input is never static: its range would be known only behind the last block, and the head is
+        written before the first.
+        """
         formats = self.module(name) if self.override(name) else None
-        return formats and replace(formats, outside=True)
+        inputs = formats and formats.input
+        return formats and replace(formats, input=None if isinstance(inputs, StaticActs) else inputs, outside=True)
 
     @property
     def _has_block_floats(self) -> bool:
@@ -150,6 +159,11 @@ class ModuleFormats:
     def layout(self) -> Layout:
         """How the weight is stored in a run folder."""
         return layout_of(self.weight, self.stated_input, outside=self.outside)
+
+    @property
+    def input_tensors(self) -> Mapping[str, Stored]:
+        """The stored tensors of a static input by their names within the module; none for others."""
+        return self.input.tensors if isinstance(self.input, StaticActs) else {}
 
 
 @dataclass(frozen=True)
@@ -196,27 +210,38 @@ def parse_scheme(name: str) -> Scheme:
     if (name := name.lower()) in NAMED:
         return Scheme(name, *NAMED[name])
     match = _NAME.fullmatch(name)
-    if not match:
+    if match is None:
         raise LowbitError(
             f"unknown scheme '{name}': give {GRAMMAR}, for example w4a16g64-sym or w8a8, or one of {', '.join(NAMED)}"
         )
-    weight, act, kv, group, suffix = match.groups()
+    weight, act, kv, group, suffix, static = match.groups()
     _check_allowed(name, "weight bits", int(weight), WEIGHT_BITS)
     if act != "fp8":
         _check_allowed(name, "activation bits", int(act), ACT_BITS)
     if kv:
         _check_allowed(name, "kv bits", int(kv), KV_BITS)
+    symmetric, inputs = _inputs(name, act, suffix, static is not None)
+    return Scheme(
+        name,
+        IntFormat(int(weight), int(group) if group else None, symmetric),
+        inputs,
+        IntTokens(int(kv), symmetric=False) if kv else None,
+    )
+
+
+def _inputs(name: str, act: str, suffix: str | None, static: bool) -> tuple[bool, ActFormat | None]:
+    """Whether a scheme's weights are symmetric, and its inputs' format: what follows from the suffixes."""
+    if static:
+        if act not in ("8", "16"):
+            raise LowbitError(f"scheme '{name}': a{act} given; static inputs are a8 or a16")
+        return suffix != "-asym", StaticInt(int(act), suffix == "-sym")
     floats = act in ("16", "fp8")
     if floats and suffix == "-sym-asym":
         raise LowbitError(f"scheme '{name}': a{act} inputs have no zero point; give -sym or -asym, for the weights")
     symmetric = suffix.startswith("-sym") if suffix else floats
-    integers = None if floats else IntTokens(int(act), suffix == "-sym")
-    return Scheme(
-        name,
-        IntFormat(int(weight), int(group) if group else None, symmetric),
-        FP8_TOKENS if act == "fp8" else integers,
-        IntTokens(int(kv), symmetric=False) if kv else None,
-    )
+    if act == "fp8":
+        return symmetric, FP8_TOKENS
+    return symmetric, None if floats else IntTokens(int(act), suffix == "-sym")
 
 
 def _check_allowed(name: str, what: str, bits: int, allowed: range | tuple[int, ...]) -> None:

@@ -46,6 +46,7 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import QTensor
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
 from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
+from lowbit.runs.static_inputs import read_input_qparams
 
 TIMING, RUN, IDENTITY, LOCK = "lowbit-timing.json", ".run", "identity.json", "lock"
 REST = "model-rest.safetensors"
@@ -259,10 +260,12 @@ def read_block(
     floats = checkpoint.read([n for n in names if n.removesuffix(".weight") not in modules], torch.float32)
     params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
     qweights = {name.removeprefix(prefix): q.to(device) for name, q in quantized.items()}
+    inputs = read_input_qparams(checkpoint, modules, device)
+    input_qparams = {name.removeprefix(prefix): own for name, own in inputs.items()}
     block = skeleton.block(index, params, formats=formats)
     layer_ops = read_ops(checkpoint, skeleton.architecture, skeleton.layers[index], index)
     ops = {f"{index}.{name}": op.to(device) for name, op in layer_ops.items()}
-    return replace(block, qweights=qweights, ops=ops)
+    return replace(block, qweights=qweights, input_qparams=input_qparams, ops=ops)
 
 
 def read_ops(
@@ -309,12 +312,12 @@ def run_formats(manifest: Manifest, scheme: Scheme, architecture: Architecture) 
         architecture: the model's; the embedding's input is token ids.
     """
     modules: dict[str, ModuleFormats] = {}
+    outside = (architecture.embed, architecture.head)
     for name in manifest.quantized:
-        module = scheme.module(name)
+        module = scheme.outside(name) if name in outside else scheme.module(name)
         if module is None:
             raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
-        inputs = None if name == architecture.embed else module.input
-        modules[name] = ModuleFormats(module.weight, inputs, outside=name in (architecture.embed, architecture.head))
+        modules[name] = replace(module, input=None) if name == architecture.embed else module
     return ModelFormats(modules, scheme.kv)
 
 

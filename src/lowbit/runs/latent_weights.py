@@ -21,6 +21,7 @@ from lowbit.models.block import Block
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name, tensor_name
 from lowbit.quant.format import Format, QParams, QTensor
 
+INPUT = "input"  # in the names of a static input's qparams
 PARTS = 128  # positions per step; 8 bits of code and 7 of offset fill 16 bits
 
 
@@ -67,6 +68,10 @@ def write_latents(folder: Path, block: Block) -> None:
         for name, value in block.as_stored(block.params).items():
             if name.startswith(prefix) and name.removesuffix(".weight") not in block.qweights:
                 content[name] = value
+        for name, own in block.input_qparams.items():
+            if name.startswith(prefix):
+                pairs = zip(QParams._fields, own, strict=True)
+                content |= {f"{name}.{INPUT}.{key}": value.clone() for key, value in pairs}
         for name, op in block.ops.items():
             if name.startswith(prefix):
                 content |= {tensor_name(name, op, key): value for key, value in op.to_tensors().items()}
@@ -80,6 +85,7 @@ class Latents:
         params: parameters that are not quantized, as the library stores them.
         ops: runtime ops by module name.
         places, qparams: positions and qparams by the name of the quantized linear.
+        input_qparams: qparams of static inputs by the name of the linear.
     """
 
     def __init__(self, content: Mapping[str, Tensor]) -> None:
@@ -94,5 +100,10 @@ class Latents:
             module: OPS[kind].from_tensors(tensors, max(len(value) for value in tensors.values()))
             for (module, kind), tensors in op_tensors.items()
         }
+        inputs = {n.removesuffix(f".{INPUT}.scale") for n in content if n.endswith(f".{INPUT}.scale")}
+        self.input_qparams = {
+            n: QParams(*(content[f"{n}.{INPUT}.{key}"] for key in QParams._fields)) for n in sorted(inputs)
+        }
         known = {f"{name}.{key}" for name in self.places for key in ("places", "scale", "zero")}
+        known |= {f"{name}.{INPUT}.{key}" for name in inputs for key in QParams._fields}
         self.params = {n: v for n, v in content.items() if n not in known and parse_tensor_name(n) is None}

@@ -31,11 +31,16 @@ from lowbit.models.validate import (
 )
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
+from lowbit.quant.format import QParams
 from lowbit.quant.scheme import ModelFormats, simulated_on
+from lowbit.quant.static_activations import quantize_input
 from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
 from lowbit.runs.saving import refuse_saving
+from lowbit.runs.static_inputs import read_input_qparams
 from lowbit.torch_state import own_torch_state
+
+STATIC = ("lowbit_input_scale", "lowbit_input_zero")  # buffers of a linear with a static input
 
 
 @own_torch_state
@@ -91,9 +96,10 @@ def load(
             _attach(layer, name, op.to(device), offsets.get(name, 0.0))
             ops.append(op)
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
+    qparams = read_input_qparams(checkpoint, formats.modules, device)
     for name in formats.modules:
         if (inputs := formats.input(name)) is not None:
-            _quantize_inputs(model.get_submodule(name), inputs)
+            _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name))
     if formats.kv is not None:
         model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation)
     if (folder / "generation_config.json").exists():
@@ -141,8 +147,14 @@ def _apply_behind(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Any:
     return module.get_submodule(PREFIX)(out)
 
 
-def _quantize_inputs(linear: nn.Module, format: ActFormat) -> None:
-    """Quantize a linear's input, with the runtime op before it if there is one."""
+def _quantize_inputs(linear: nn.Module, format: ActFormat, qparams: QParams | None) -> None:
+    """Quantize a linear's input, with the runtime op before it if there is one.
+
+    Qparams of a static input are buffers, so that they move with the model to another device.
+    """
+    if qparams is not None:
+        for name, value in zip(STATIC, qparams, strict=True):
+            linear.register_buffer(name, value, persistent=False)
     linear.register_forward_pre_hook(_InputHook(format))
 
 
@@ -154,4 +166,8 @@ class _InputHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         op = module._modules.get(PREFIX)
-        return (self.format.fake_quant(args[0]) if op is None else op(args[0], self.format), *args[1:])
+        if op is not None:
+            return (op(args[0], self.format), *args[1:])
+        static = [module._buffers[name] for name in STATIC if name in module._buffers]
+        qparams = QParams(*(value for value in static if value is not None)) if static else None
+        return (quantize_input(args[0], self.format, qparams), *args[1:])

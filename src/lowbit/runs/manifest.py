@@ -56,6 +56,7 @@ class Identity:
         versions: of Python and of the packages that compute and write the run.
         compiled: whether training ran with fused fake quantization.
         source_files: digest of the source's other files, tokenizer included, which the run folder copies.
+        input_range: how the ranges of static inputs were estimated; ``None`` for schemes without any.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Identity:
     versions: dict[str, str]
     compiled: bool = False
     source_files: str = ""
+    input_range: str | None = None
 
     @property
     def steps(self) -> list[str]:

@@ -1,0 +1,51 @@
+"""Calibration of static inputs: the qparams of each linear's input, found on the block's quantized input stream.
+
+A step that chooses or fits weights calls ``with_input_ranges`` first, so that codes are chosen for the inputs that
+ship. Ranges belong to the block as its transforms leave it: a step that moves maps is given a block without them.
+Linears that read one tensor share its range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lowbit.methods.inputs import input_groups
+from lowbit.models.block import Block, Calib
+from lowbit.models.forward import observe
+from lowbit.quant.format import QParams
+from lowbit.quant.range_estimators import ValueCounts, clipped_share
+from lowbit.quant.static_activations import StaticActs
+
+
+def static_groups(block: Block) -> list[tuple[tuple[str, ...], StaticActs]]:
+    """Linears that share an input in a static format, in execution order, with that format."""
+    groups = ((group, block.input_format(group[0])) for group in input_groups(block))
+    return [(group, format) for group, format in groups if isinstance(format, StaticActs)]
+
+
+def with_input_ranges(block: Block, calib: Calib) -> Block:
+    """The block with qparams for every static input that has none.
+
+    The ends of each range and the share of values outside are in the record, under ``input_ranges``. Values are those
+    of the float layers on ``calib.x_q``, and the estimator is ``calib.input_range``.
+    """
+    missing = [(group, format) for group, format in static_groups(block) if group[0] not in block.input_qparams]
+    if not missing:
+        return block
+    seen = {group[0]: ValueCounts() for group, _ in missing}
+    observe(block, calib.x_q, {name: counts.add for name, counts in seen.items()}, batch=calib.batch)
+    found: dict[str, QParams] = {}
+    figures: dict[str, dict[str, float]] = {}
+    for group, format in missing:
+        counts = seen[group[0]]
+        low, high = calib.input_range.range(counts, format)
+        qparams = format.qparams(low.to(block.device), high.to(block.device))
+        found |= dict.fromkeys(group, qparams)
+        share = clipped_share(counts, low, high)
+        figures |= {name: {"low": float(low), "high": float(high), "clipped": share} for name in group}
+    return replace(block, input_qparams={**block.input_qparams, **found}).with_record("input_ranges", figures)
+
+
+def without_input_ranges(block: Block) -> Block:
+    """The block as before calibration: static inputs take the range of the values at hand."""
+    return replace(block, input_qparams={}) if block.input_qparams else block
