@@ -120,8 +120,9 @@ class Scheme:
         written before the first.
         """
         formats = self.module(name) if self.override(name) else None
-        inputs = formats and formats.input
-        return formats and replace(formats, input=None if isinstance(inputs, StaticActs) else inputs, outside=True)
+        if formats is None:
+            return None
+        return replace(formats, input=None if isinstance(formats.input, StaticActs) else formats.input, outside=True)
 
     @property
     def _has_block_floats(self) -> bool:
