@@ -85,6 +85,8 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "layer":  # of a copy that is being made
+                raise
             return getattr(self.layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
