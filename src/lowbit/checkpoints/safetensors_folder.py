@@ -195,11 +195,13 @@ class Checkpoint:
 
 
 def block_params(checkpoint: Checkpoint, blocks: str, index: int, layer: nn.Module) -> dict[str, Tensor]:
-    """A layer's parameters in float32, named ``7.mlp.up_proj.weight``; shapes are checked against ``layer``.
+    """A layer's parameters and stored buffers in float32, named ``7.mlp.up_proj.weight``.
+
+    Shapes are checked against ``layer``.
 
     Folding transforms is arithmetic on weights, hence float32 whatever the file holds; 16-bit weights lose nothing.
     """
-    shapes = {f"{blocks}.{index}.{name}": p.shape for name, p in layer.named_parameters()}
+    shapes = {f"{blocks}.{index}.{name}": value.shape for name, value in layer.state_dict().items()}
     params = checkpoint.read(shapes, torch.float32)
     for name, value in params.items():
         if value.shape != shapes[name]:

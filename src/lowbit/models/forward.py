@@ -45,7 +45,7 @@ def run(
     params = block.params if params is None else params
     for layer, index, kind, kwargs in zip(block.layers, block.indices, block.kinds, block.kwargs, strict=True):
         prefix = f"{index}."
-        own = {name: p.to(x.dtype) for name, p in params.items() if name.startswith(prefix)}
+        own = {name: _like(p, x) for name, p in params.items() if name.startswith(prefix)}
         state = {name.removeprefix(prefix): value for name, value in block.as_stored(own).items()}
         with ExitStack() as stack:
             if kind.attention is not None:
@@ -60,6 +60,11 @@ def run(
                     stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
             x = _called(layer, index, state, x, for_batch(kwargs, x))
     return x
+
+
+def _like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter in the dtype of ``x``; a buffer of integers as it is."""
+    return parameter.to(x.dtype) if parameter.is_floating_point() else parameter
 
 
 def _called(layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, arguments: dict[str, Any]) -> Tensor:

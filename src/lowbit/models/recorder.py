@@ -85,6 +85,8 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "layer":  # of a copy that is being made
+                raise
             return getattr(self.layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,12 +120,12 @@ class _Recorder(nn.Module):
             if kind is inspect.Parameter.VAR_KEYWORD:
                 arguments |= value
             elif kind is inspect.Parameter.VAR_POSITIONAL:
-                raise LowbitError(f"the model gives layer {self.index} arguments without names: {ADVICE}")
+                raise _Unlike(f"the model gives layer {self.index} arguments without names")
             else:
                 arguments[name] = value
         hidden = arguments.pop(next(iter(self.signature.parameters)), None)
         if not isinstance(hidden, Tensor):
-            raise LowbitError(f"the first argument of layer {self.index} is no tensor of hidden states: {ADVICE}")
+            raise _Unlike(f"the first argument of layer {self.index} is no tensor of hidden states")
         return hidden, arguments
 
 
@@ -204,7 +206,7 @@ class Recorders:
         return calls
 
 
-class _Unlike(Exception):
+class _Unlike(LowbitError):
     """A model does something else than calling its layers one after the other."""
 
 

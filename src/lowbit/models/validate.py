@@ -125,7 +125,7 @@ def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
     state, blocks = skeleton.model.state_dict(), skeleton.architecture.blocks
     shapes = {name: state[name].shape for name in skeleton.shared_names}
     for index, layer in enumerate(skeleton.layers):
-        shapes |= {f"{blocks}.{index}.{name}": value.shape for name, value in layer.named_parameters()}
+        shapes |= {f"{blocks}.{index}.{name}": value.shape for name, value in layer.state_dict().items()}
     return shapes
 
 

@@ -253,7 +253,7 @@ def read_block(
 ) -> Block:
     """Layer ``index`` from its shard: quantized weights in ``qweights``, other parameters in ``params``."""
     prefix = f"{skeleton.architecture.blocks}."
-    shapes = dict(skeleton.layers[index].named_parameters())
+    shapes = skeleton.layers[index].state_dict()
     names = [f"{prefix}{index}.{name}" for name in shapes]
     modules = {name: own for name, own in formats.modules.items() if name.startswith(f"{prefix}{index}.")}
     quantized = read_qtensors(checkpoint, modules)
