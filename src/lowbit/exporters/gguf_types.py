@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 import gguf
 import numpy as np
@@ -35,7 +35,7 @@ class OwnKind(IntEnum):
 
 
 SIZES: dict[int, tuple[int, int]] = {**GGML_QUANT_SIZES, OwnKind.Q2_0: (64, 18)}
-AnyKind = GGMLQuantizationType | OwnKind
+AnyKind: TypeAlias = "GGMLQuantizationType | OwnKind"
 
 
 def bytes_of(shape: Sequence[int], kind: AnyKind) -> int:
