@@ -35,7 +35,7 @@ class OwnKind(IntEnum):
 
 
 SIZES: dict[int, tuple[int, int]] = {**GGML_QUANT_SIZES, OwnKind.Q2_0: (64, 18)}
-AnyKind: TypeAlias = GGMLQuantizationType | OwnKind
+AnyKind: TypeAlias = "GGMLQuantizationType | OwnKind"
 
 
 def bytes_of(shape: Sequence[int], kind: AnyKind) -> int:
