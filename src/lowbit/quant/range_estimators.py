@@ -84,8 +84,10 @@ class RangeEstimator:
         ('99.99', 'min-max')
         """
         word = text.strip().lower()
-        if word == "min-max" or word == "mse":
-            return cls(word)
+        if word == "min-max":
+            return cls("min-max")
+        if word == "mse":
+            return cls("mse")
         try:
             percentile = float(word)
         except ValueError:

@@ -119,8 +119,10 @@ class Scheme:
         written before the first.
         """
         formats = self.module(name) if self.override(name) else None
-        inputs = formats and formats.input
-        return formats and replace(formats, input=None if isinstance(inputs, StaticActs) else inputs, outside=True)
+        if formats is None:
+            return None
+        inputs = None if isinstance(formats.input, StaticActs) else formats.input
+        return replace(formats, input=inputs, outside=True)
 
     @property
     def _has_block_floats(self) -> bool:
