@@ -174,7 +174,7 @@ def _parts() -> dict[str, str]:
         "-sym, -asym": "symmetric (zero point in the middle of the range) or asymmetric, weights and integer inputs "
         "alike; without it, integer inputs and weights behind them are asymmetric, other weights symmetric",
         "-sym-asym": "symmetric weights, asymmetric inputs",
-        "-static": "one calibrated range for each linear's input; with a8, or with a16, which then is 16-bit integers; "
+        "-static": "one calibrated range for each linear's input, of 8 bits or, with a16, 16-bit integers; "
         "weights are symmetric and inputs asymmetric unless -sym or -asym sets both",
     }
 
