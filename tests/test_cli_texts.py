@@ -156,7 +156,7 @@ def test_the_text_of_a_recipe_is_checked_and_no_part_of_what_it_is(tmp_path, cap
 
 def test_the_grammar_is_that_of_the_parser():
     acts, kv = (",".join(map(str, allowed)) for allowed in ((*ACT_BITS, "fp8"), KV_BITS))
-    written = f"w{{2..8}}a{{{acts}}}[kv{{{kv}}}][g{{n}}][-sym|-asym|-sym-asym]"
+    written = f"w{{2..8}}a{{{acts}}}[kv{{{kv}}}][g{{n}}][-sym|-asym|-sym-asym][-static]"
     assert written == GRAMMAR
     assert (WEIGHT_BITS[0], WEIGHT_BITS[-1]) == (2, 8)
     assert OVERRIDE_GRAMMAR == "w{2..8}[g{n}][-sym|-asym]"
@@ -182,7 +182,7 @@ def test_schemes_explains_names_overrides_and_targets(command, monkeypatch):
 
 def test_the_json_of_schemes_has_the_grammar_and_examples(listed):
     assert listed["grammar"] == GRAMMAR
-    assert set(listed["parts"]) == {"w4", "a8", "afp8", "kv4", "g64", "-sym, -asym", "-sym-asym"}
+    assert set(listed["parts"]) == {"w4", "a8", "afp8", "kv4", "g64", "-sym, -asym", "-sym-asym", "-static"}
     for example in listed["examples"]:
         assert parse_scheme(example["scheme"]).name == example["scheme"]
     found = {row["scheme"]: row for row in listed["examples"]}
@@ -263,7 +263,7 @@ def expanded(pattern: str) -> set[str]:
     """The scheme names that a pattern stands for, of groups 64 and none; a name stands for itself."""
     if pattern in NAMED:
         return {pattern}
-    head = re.match(r"(w[^a]+)(a(?:\{[^}]*\}|\d+|fp8))(kv\d)?(.*?)(-sym-asym|-a?sym)$", pattern)
+    head = re.match(r"(w[^a]+)(a(?:\{[^}]*\}|\d+|fp8))(kv\d)?(.*?)((?:-sym-asym|-a?sym)?(?:-static)?)$", pattern)
     assert head, pattern
     weights, acts, kv, group, suffix = head.groups()
 
@@ -288,6 +288,10 @@ def test_what_targets_are_said_to_take_is_what_they_take(listed):
     assert "w5a16-sym" not in names["gptq"]
     assert "w8a16g64-asym" not in names["gguf"]
     assert {"w4a16g64-sym", "w8a8-sym"} <= names["vllm"]
+    static = {"w8a8-static", "w4a16g64-sym-static", "w4a8g64-asym-static"}
+    assert takes["onnx"]["needs"] or {*static, "fp8a16"} <= names["onnx"]
+    assert not {"w8a8g64-static", "fp8", "nvfp4"} & names["onnx"]
+    assert not static & names["gguf"]
     for runtime in RUNTIMES.values():
         wanted = {name for name in runtime.schemes if not re.search(r"g(?!64)", name)}
         assert takes[runtime.target]["needs"] or wanted <= names[runtime.target]

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from lowbit.pipeline.recipe import Recipe
 
 PAPER = "paper/"
-EXAMPLES = ("w4a16g64-sym", "w3a16-asym", "w2a16g64-asym", "w8a8", "w4a8g64-sym-asym", "w4afp8g64", "w4a8kv4", "w4a4")
+EXAMPLES = (
+    *("w4a16g64-sym", "w3a16-asym", "w2a16g64-asym", "w8a8", "w4a8g64-sym-asym", "w4afp8g64", "w4a8kv4", "w4a4"),
+    *("w8a8-static", "w4a16-static"),
+)
 
 
 def recipes(
@@ -171,6 +174,8 @@ def _parts() -> dict[str, str]:
         "-sym, -asym": "symmetric (zero point in the middle of the range) or asymmetric, weights and integer inputs "
         "alike; without it, integer inputs and weights behind them are asymmetric, other weights symmetric",
         "-sym-asym": "symmetric weights, asymmetric inputs",
+        "-static": "one calibrated range for each linear's input, of 8 bits or, with a16, 16-bit integers; "
+        "weights are symmetric and inputs asymmetric unless -sym or -asym sets both",
     }
 
 

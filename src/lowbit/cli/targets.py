@@ -23,6 +23,7 @@ GROUPS = (None, 16, 32, 64, 128, 256)
 FLOAT_ACTS = ("16", "fp8")
 ACTS = (*map(str, ACT_BITS), "fp8")
 SUFFIXES = ("-sym", "-asym", "-sym-asym")
+STATIC_ACTS, STATIC_SUFFIXES = ("16", "8"), ("-sym-static", "-asym-static", "-static")
 Key = tuple[str, int | None, str]  # inputs, kv bits, suffix
 
 
@@ -65,6 +66,8 @@ def _integer_schemes() -> Iterator[tuple[Key, int | None, int]]:
     for act, kv, suffix, group, bits in product(ACTS[::-1], (None, *KV_BITS), SUFFIXES, GROUPS, WEIGHT_BITS):
         if suffix != "-sym-asym" or act not in FLOAT_ACTS:
             yield (act, kv, suffix), group, bits
+    for act, kv, suffix, group, bits in product(STATIC_ACTS, (None, *KV_BITS), STATIC_SUFFIXES, GROUPS, WEIGHT_BITS):
+        yield (act, kv, suffix), group, bits
 
 
 def scheme_name(key: Key, group: int | None, bits: int) -> str:

@@ -168,5 +168,5 @@ def inputs_args(format: ActFormat | None) -> dict[str, Any] | None:
     if not isinstance(format, IntegerActs):
         raise LowbitError(f"a compressed-tensors layout holds integer and float input formats; {format.name} given")
     static = isinstance(format, StaticInt)
-    strategy = {"strategy": "tensor" if static else "token", "dynamic": not static}
-    return {"num_bits": format.bits, "type": "int", "symmetric": format.symmetric, **strategy}
+    ranges = {"strategy": "tensor" if static else "token", "dynamic": not static}
+    return {"num_bits": format.bits, "type": "int", "symmetric": format.symmetric, **ranges}

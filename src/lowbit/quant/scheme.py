@@ -122,7 +122,8 @@ class Scheme:
         formats = self.module(name) if self.override(name) else None
         if formats is None:
             return None
-        return replace(formats, input=None if isinstance(formats.input, StaticActs) else formats.input, outside=True)
+        inputs = None if isinstance(formats.input, StaticActs) else formats.input
+        return replace(formats, input=inputs, outside=True)
 
     @property
     def _has_block_floats(self) -> bool:
