@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit.checkpoints.resolve import load_config, resolve
-from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.models.architecture import DeclaredEdge, Family, Part, Ref
 from lowbit.models.families import family_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_model,
-    refuse_foreign_quantization,
     report_build_errors,
     settle_tied,
 )
@@ -23,6 +21,7 @@ from lowbit.quant.scheme import ModuleFormats, load_scheme
 from lowbit.runs.folder import run_formats, run_scheme
 from lowbit.runs.manifest import Manifest, manifest_of, require_trust
 from lowbit.runs.plan import check_length, check_sizes, make_plan
+from lowbit.sources.checkpoint import open_checkpoint
 from lowbit.torch_state import own_torch_state
 
 
@@ -46,9 +45,8 @@ def inspect_model(
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
-    refuse_foreign_quantization(config, manifest is not None, source.folder)
     require_trust(source.folder, manifest, trust_remote_code)
-    checkpoint = Checkpoint(source.folder)
+    checkpoint = open_checkpoint(source.folder, config, run=manifest is not None)
     settle_tied(checkpoint, config)
     check_model(checkpoint, config, _stored_formats(manifest, family_of(config)), trust_remote_code)
     with report_build_errors(source.folder):

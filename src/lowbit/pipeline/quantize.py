@@ -31,7 +31,6 @@ from lowbit.models.validate import (
     check_finite,
     check_ids,
     check_model,
-    refuse_foreign_quantization,
     report_build_errors,
     settle_tied,
     shapes_of,
@@ -52,6 +51,7 @@ from lowbit.runs.load import load
 from lowbit.runs.manifest import Calibration, Identity, Manifest, manifest_of
 from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
 from lowbit.runs.versions import versions
+from lowbit.sources.checkpoint import open_checkpoint
 from lowbit.torch_state import own_torch_state
 
 
@@ -215,8 +215,7 @@ def _check(request: Request) -> Resolved:
             "'compare', 'export', 'generate', 'inspect' and 'report' take a run folder"
         )
     config = load_config(source.folder, trusted)
-    refuse_foreign_quantization(config, False, source.folder)
-    checkpoint = Checkpoint(source.folder)
+    checkpoint = open_checkpoint(source.folder, config)
     settle_tied(checkpoint, config)
     check_model(checkpoint, config, trust_remote_code=trusted)
     with report_build_errors(source.folder):

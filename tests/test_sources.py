@@ -1,0 +1,241 @@
+"""Sources that are quantized already: every value decoded, as the layout defines it or its library decodes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import lowbit
+from lowbit.checkpoints.resolve import load_config
+from lowbit.errors import LowbitError
+from lowbit.pipeline.inspect import inspect_model
+from lowbit.quant.format import QTensor
+from lowbit.sources.checkpoint import QuantizedCheckpoint, open_checkpoint
+from lowbit.sources.layout import FloatOnly
+from lowbit.sources.layouts import layout_of
+from quantized_sources import (
+    AWQ_CONFIG,
+    E2M1,
+    FP8_CONFIG,
+    MXFP4_CONFIG,
+    SIZES,
+    awq,
+    draw,
+    edit,
+    fp8,
+    gptq,
+    gptq_config,
+    mxfp4,
+    save_quantized,
+    set_quantization,
+    words_of,
+)
+from runs import quantize_tiny, streamed_logits
+from tiny import save_tiny, tiny_ids
+
+IDS = tiny_ids(1, 12)
+NARROW = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+# Name; how linears are packed; the config; sizes.
+SOURCES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "gptq": (gptq(), gptq_config(), {}),
+    "gptq 3 bits": (gptq(3), gptq_config(3), {}),
+    "gptq 8 bits asymmetric": (gptq(8, symmetric=False), gptq_config(8), {}),
+    "gptq v2": (gptq(symmetric=False, v2=True), gptq_config(v2=True), {}),
+    "gptq activation order": (gptq(order=True), gptq_config(desc_act=True), {}),
+    "awq": (awq, AWQ_CONFIG, {}),
+    "fp8": (fp8, FP8_CONFIG, {}),
+    "fp8 with partial tiles": (fp8, FP8_CONFIG, NARROW),
+    "mxfp4": (mxfp4, MXFP4_CONFIG, {}),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_value_is_the_one_that_the_layout_defines(name: str, tmp_path: Path) -> None:
+    pack, config, sizes = SOURCES[name]
+    values = save_quantized(tmp_path / "m", pack, config, **sizes)
+    checkpoint = open_checkpoint(tmp_path / "m", load_config(tmp_path / "m"))
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    assert checkpoint.names == sorted(values)
+    assert len(checkpoint.quantized) == 7
+    for key, value in checkpoint.read(checkpoint.names).items():
+        assert torch.equal(value, values[key]), key
+        assert checkpoint.shape(key) == tuple(value.shape)
+
+
+def test_all_commands_read_such_a_folder_as_the_float_model(tmp_path: Path) -> None:
+    values = save_quantized(tmp_path / "m", gptq(), gptq_config())
+    model = save_tiny(tmp_path / "float", "llama", **SIZES)
+    model.load_state_dict(values)
+    model.save_pretrained(tmp_path / "float")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert torch.allclose(lowbit.load(tmp_path / "m")(IDS).logits, expected, atol=1e-5)
+    assert torch.allclose(streamed_logits(tmp_path / "m", IDS), expected, atol=1e-5)
+    ours = quantize_tiny(tmp_path / "m", tmp_path / "run", "w8a16g32-sym")
+    theirs = quantize_tiny(tmp_path / "float", tmp_path / "float-run", "w8a16g32-sym")
+    shards = [load_file(run.out / "block-00000.safetensors") for run in (ours, theirs)]
+    assert shards[0].keys() == shards[1].keys()
+    assert all(torch.equal(shards[0][key], shards[1][key]) for key in shards[0])
+    config = json.loads((ours.out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    facts = inspect_model(str(tmp_path / "m"), "w4a16", "rtn", length=16)
+    assert facts["quantized"] == "GPTQ, 4 bits, groups of 32"
+    assert "quantized" not in inspect_model(str(tmp_path / "float"), "w4a16", "rtn", length=16)
+
+
+def test_the_identity_is_that_of_the_bytes(tmp_path: Path) -> None:
+    save_quantized(tmp_path / "m", gptq(), gptq_config())
+    from lowbit.checkpoints.identity import fingerprint
+
+    before = fingerprint(tmp_path / "m")
+    edit(tmp_path / "m", lambda tensors: tensors["model.layers.0.mlp.up_proj.qzeros"].add_(1))
+    assert fingerprint(tmp_path / "m") != before
+
+
+@pytest.mark.parametrize("tiles", [None, [128, 128], [1, 32]])
+def test_fp8_is_what_transformers_dequantizes(tiles: list[int] | None, tmp_path: Path) -> None:
+    """The library writes its folder itself, except for MX, whose scales are bytes."""
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+
+    class Quantizer:
+        quantization_config = FineGrainedFP8Config(weight_block_size=tiles, scale_fmt="ue8m0" if tiles == [1, 32] else "float")
+
+    expected = {}
+
+    def pack(weight: torch.Tensor, generator: torch.Generator) -> Any:
+        made = Fp8Quantize(Quantizer()).convert({"m.weight": weight})
+        scale = made["m.weight_scale_inv"]
+        value = Fp8Dequantize(Quantizer())._dequantize_one(made["m.weight"], scale, torch.float32)
+        scale = scale.view(torch.uint8) if tiles == [1, 32] else scale
+        return {"weight": made["m.weight"], "weight_scale_inv": scale}, value
+
+    method = "mxfp8" if tiles == [1, 32] else "fp8"
+    expected = save_quantized(tmp_path / "m", pack, {"quant_method": method, "weight_block_size": tiles})
+    checkpoint = open_checkpoint(tmp_path / "m", load_config(tmp_path / "m"))
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    assert all(torch.equal(value, expected[key]) for key, value in checkpoint.read(checkpoint.names).items())
+    decoded = checkpoint.codes("model.layers.0.mlp.up_proj.weight")
+    assert isinstance(decoded, QTensor)
+    name = decoded.format.name
+    assert name == {None: "fp8-tensor", 128: "fp8-block", 1: "mxfp8"}[tiles and tiles[0]]
+
+
+def test_experts_in_mxfp4_are_what_transformers_dequantizes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = draw(generator, 256, 3, 8, 2, 16).to(torch.uint8)
+    scales = draw(generator, 9, 3, 8, 2).to(torch.uint8) + 120
+    layout = layout_of(MXFP4_CONFIG, "c")
+    from lowbit.checkpoints.safetensors_folder import Header
+
+    headers = {"e.down_proj_blocks": Header((3, 8, 2, 16), "U8"), "e.down_proj_scales": Header((3, 8, 2), "U8")}
+    (weight,) = layout.weights(headers, lambda names: {})
+    assert weight.name == "e.down_proj"
+    assert weight.shape == (3, 64, 8)
+    found = layout.unpack(weight, {"_blocks": blocks, "_scales": scales})
+    assert isinstance(found, FloatOnly)
+    assert torch.equal(found.value, convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+
+
+def scheme_of(**weights: Any) -> QuantizationScheme:
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+
+
+def compressed(format: str, args: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """Packs by the library's own compressor; values are those of its decompressor where it computes in float32."""
+
+    def pack(weight: torch.Tensor, generator: torch.Generator) -> Any:
+        scheme, compressor = scheme_of(**args), BaseCompressor.get_value_from_registry(format)
+        rows, columns = weight.shape
+        size = args.get("group_size") or columns
+        bits, peak = args["num_bits"], weight.unflatten(1, (-1, size)).abs().amax(-1)
+        state = {"weight": weight}
+        if args["type"] == "int":
+            state["weight_scale"] = (peak / 2 ** (bits - 1)).to(dtype)
+            if not args["symmetric"]:
+                zero = draw(generator, 2**bits, *peak.shape) - 2 ** (bits - 1)
+                state["weight_zero_point"] = zero.to(torch.int8)
+        elif format == "nvfp4-pack-quantized":
+            state["weight_global_scale"] = torch.tensor([448 * 6 / weight.abs().max()])
+            state["weight_scale"] = (state["weight_global_scale"] * peak / 6).to(torch.float8_e4m3fn).float()
+        elif args["strategy"] == "block":
+            peak = weight.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).abs().amax((1, 3))
+            state["weight_scale"] = peak / 448
+        elif args["strategy"] == "tensor":
+            state["weight_scale"] = weight.abs().max().reshape(1) / 448
+        elif format.startswith("mx"):
+            state["weight_scale"] = 2.0 ** torch.floor(torch.log2(peak) - (8 if bits == 8 else 2))
+        else:
+            state["weight_scale"] = peak / 448
+        made = compressor.compress(state, scheme)
+        if format == "nvfp4-pack-quantized":
+            codes = torch.stack([made["weight_packed"] & 15, made["weight_packed"] >> 4], -1).flatten(1).long()
+            scale = made["weight_scale"].float() / made["weight_global_scale"]
+            return made, E2M1[codes] * scale.repeat_interleave(16, 1)
+        value = compressor.decompress(dict(made), scheme)["weight"].float()
+        return made, value
+
+    return pack
+
+
+def compressed_config(format: str, args: dict[str, Any], **more: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": args, "input_activations": None, "format": format}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        **more,
+    }
+
+
+def ints(bits: int, size: int | None, symmetric: bool) -> dict[str, Any]:
+    strategy = "group" if size else "channel"
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": size}
+
+
+def floats(bits: int, strategy: str, size: int | None = None, **more: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "float", "symmetric": True, "strategy": strategy, "group_size": size, **more}
+
+
+COMPRESSED: list[tuple[str, dict[str, Any], str | None]] = [
+    ("pack-quantized", ints(4, 32, True), "w4g32-sym"),
+    ("pack-quantized", ints(3, 32, True), "w3g32-sym"),
+    ("pack-quantized", ints(4, 32, False), "w4g32-asym"),
+    ("pack-quantized", ints(8, None, True), "w8-sym"),
+    ("int-quantized", ints(8, None, True), "w8-sym"),
+    ("int-quantized", ints(4, 32, False), "w4g32-asym"),
+    ("naive-quantized", ints(8, 64, False), "w8g64-asym"),
+    ("float-quantized", floats(8, "channel"), "fp8"),
+    ("float-quantized", floats(8, "tensor"), "fp8-tensor"),
+    ("float-quantized", floats(8, "block", block_structure=[128, 128]), "fp8-block"),
+    ("naive-quantized", floats(8, "channel"), "fp8"),
+    ("nvfp4-pack-quantized", floats(4, "tensor_group", 16, scale_dtype="torch.float8_e4m3fn"), None),
+    ("mxfp4-pack-quantized", floats(4, "group", 32, scale_dtype="torch.uint8"), "mxfp4"),
+    ("mxfp8-quantized", floats(8, "group", 32, scale_dtype="torch.uint8"), "mxfp8"),
+]
+
+
+@pytest.mark.parametrize(("format", "args", "name"), COMPRESSED, ids=lambda x: x if isinstance(x, str) else None)
+def test_compressed_tensors_are_what_the_library_decompresses(
+    format: str, args: dict[str, Any], name: str | None, tmp_path: Path
+) -> None:
+    values = save_quantized(tmp_path / "m", compressed(format, args), compressed_config(format, args))
+    checkpoint = open_checkpoint(tmp_path / "m", load_config(tmp_path / "m"))
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    found = checkpoint.read(checkpoint.names)
+    assert found.keys() == values.keys()
+    for key, value in found.items():
+        assert torch.equal(value, values[key]), (key, (value - values[key]).abs().max())
+    decoded = checkpoint.codes("model.layers.0.mlp.up_proj.weight")
+    assert (decoded.format.name if isinstance(decoded, QTensor) else None) == name
