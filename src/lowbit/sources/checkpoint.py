@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.safetensors_folder import Checkpoint, Header
 from lowbit.errors import LowbitError, one_line
+from lowbit.progress import say
 from lowbit.sources.layout import Decoded, SourceLayout, StoredWeight
 from lowbit.sources.layouts import layout_of
 
@@ -116,4 +117,7 @@ def open_checkpoint(folder: Path, config: Any, run: bool = False) -> Checkpoint:
     found = [config.__dict__.pop(field) for field in FIELDS if config.__dict__.get(field) is not None]
     if run or not found:
         return Checkpoint(folder)
-    return QuantizedCheckpoint(folder, layout_of(found[0], str(folder / CONFIG)))
+    checkpoint = QuantizedCheckpoint(folder, layout_of(found[0], str(folder / CONFIG)))
+    if (dropped := checkpoint.layout.dropped) is not None:
+        say(f"{folder}: its weights are read; what it quantizes beside them is float here: {dropped}")
+    return checkpoint
