@@ -22,6 +22,7 @@ from lowbit.runs.folder import run_formats, run_scheme
 from lowbit.runs.manifest import Manifest, manifest_of, require_trust
 from lowbit.runs.plan import check_length, check_sizes, make_plan
 from lowbit.sources.checkpoint import open_checkpoint
+from lowbit.sources.codes import codes_of
 from lowbit.torch_state import own_torch_state
 
 
@@ -64,6 +65,10 @@ def inspect_model(
         "edges": [_edge_text(edge) for edge in family.edges],
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
     }
+    if manifest is None and (codes := codes_of(source, checkpoint, ())) is not None:
+        facts["quantized"] = codes.summary
+        if codes.dropped is not None:
+            facts["read_as_float"] = codes.dropped
     if manifest is not None:
         steps = manifest.identity.steps
         return facts | {
