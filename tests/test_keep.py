@@ -38,7 +38,7 @@ KEPT: dict[str, tuple[Any, dict[str, Any], str, tuple[str, ...]]] = {
     "gptq 2 bits asymmetric": (gptq(2, symmetric=False), gptq_config(2), "w2a16g32-asym", ("gguf", "onnx")),
     "awq": (awq, AWQ_CONFIG, "w4a16g32-asym", ("gguf", "onnx")),
     "mxfp4": (mxfp4, MXFP4_CONFIG, "mxfp4a16", ("gguf",)),
-    "fp8": (fp8, FP8_CONFIG, "fp8-block-a16:f32", ()),
+    "fp8": (fp8, FP8_CONFIG, "fp8-blocka16:f32", ()),
     "packed": (
         compressed("pack-quantized", ints(4, 32, True), torch.bfloat16),
         compressed_config("pack-quantized", ints(4, 32, True)),

@@ -181,7 +181,9 @@ def compressed(format: str, args: dict[str, Any], dtype: torch.dtype = torch.flo
             codes = torch.stack([made["weight_packed"] & 15, made["weight_packed"] >> 4], -1).flatten(1).long()
             scale = made["weight_scale"].float() / made["weight_global_scale"]
             return made, E2M1[codes] * scale.repeat_interleave(16, 1)
-        value = compressor.decompress(dict(made), scheme)["weight"].float()
+        # The library multiplies in the dtype of the scale.
+        wide = {**made, "weight_scale": made["weight_scale"].float()} if args["type"] == "int" else dict(made)
+        value = compressor.decompress(wide, scheme)["weight"].float()
         return made, value
 
     return pack

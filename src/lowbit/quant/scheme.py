@@ -67,8 +67,8 @@ NAMED: dict[str, tuple[Format, ActFormat | None]] = {
     "fp8": (FP8, FP8_TOKENS),
     "fp8a16": (FP8, None),
     "fp8-block": (FP8_BLOCK, FP8_GROUPS),
-    "fp8-block-a16": (FP8_BLOCK, None),
-    "fp8-tensor-a16": (FP8_TENSOR, None),
+    "fp8-blocka16": (FP8_BLOCK, None),
+    "fp8-tensora16": (FP8_TENSOR, None),
     **{name: (format, None) for name, format in K_QUANTS.items()},
     IQ4_NL.name: (IQ4_NL, None),
 }

@@ -80,6 +80,12 @@ class CompressedTensors(SourceLayout):
         """Inputs and the KV cache."""
         return self.beside
 
+    @property
+    def dropped_tensors(self) -> tuple[str, ...]:
+        """Scales, zero points and the order of groups of inputs and outputs."""
+        kinds = ("scale", "zero_point", "global_scale", "g_idx")
+        return tuple(f"{side}_{kind}" for side in ("input", "output") for kind in kinds)
+
     def weights(self, headers: Headers, read: Read) -> list[StoredWeight]:
         """See ``SourceLayout``: modules with ``weight_packed``, or with ``weight`` beside ``weight_scale``."""
         packed = [name.removesuffix("weight_packed") for name in headers if name.endswith(".weight_packed")]

@@ -61,6 +61,11 @@ class Fp8(SourceLayout):
         """The inputs of linears."""
         return None if self.inputs is None else f"inputs of linears in FP8 ({shown(self.inputs)})"
 
+    @property
+    def dropped_tensors(self) -> tuple[str, ...]:
+        """Scales of static inputs."""
+        return ("activation_scale", "input_scale")
+
     def weights(self, headers: Headers, read: Read) -> list[StoredWeight]:
         """See ``SourceLayout``."""
         return [self._weight(headers, name) for name in headers if name.endswith(SCALE)]

@@ -95,7 +95,7 @@ def weight_only(format: Format) -> str:
 
     >>> from lowbit.quant.floating import FP8_BLOCK
     >>> weight_only(IntFormat(4, 128, symmetric=False)), weight_only(FP8_BLOCK)
-    ('w4a16g128-asym', 'fp8-block-a16')
+    ('w4a16g128-asym', 'fp8-blocka16')
     """
     if isinstance(format, IntFormat):
         width = f"w{format.bits}"

@@ -75,6 +75,11 @@ class SourceLayout(ABC):
         """What the source quantizes beside weights, which is not read; ``None``: nothing."""
         return None
 
+    @property
+    def dropped_tensors(self) -> tuple[str, ...]:
+        """Names, behind a module's, of the tensors that belong to what is ``dropped``."""
+        return ()
+
     @abstractmethod
     def weights(self, headers: Headers, read: Read) -> list[StoredWeight]:
         """The quantized weights among stored tensors; ``read`` is for what headers do not say.
