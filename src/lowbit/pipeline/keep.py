@@ -127,9 +127,10 @@ def _settle(model: str, opened: Opened) -> _Kept:
 def _codes(codes: Codes, name: str) -> QTensor:
     """A weight's codes; raises ``LowbitError`` for a weight that no format holds."""
     decoded = codes.read(name)
+    numbers = decoded.qparams if isinstance(decoded, QTensor) else (decoded.value,)
+    if not all(bool(torch.isfinite(part).all()) for part in numbers):
+        raise LowbitError(f"--keep: '{name}' has a value or scale that is NaN or infinite: the source is broken")
     why = why_not_stored(decoded) if isinstance(decoded, QTensor) else decoded.why
-    if isinstance(decoded, QTensor) and not all(bool(torch.isfinite(part).all()) for part in decoded.qparams):
-        raise LowbitError(f"--keep: '{name}' has a scale that is NaN or infinite: the source is broken")
     if not isinstance(decoded, QTensor) or why is not None:
         raise LowbitError(f"--keep: no format holds '{name}' ({codes.summary}): {why}; {ADVICE}")
     return decoded

@@ -175,7 +175,7 @@ def split_scales(products: Tensor, kind: Integers) -> tuple[Tensor, Tensor, Tens
 
     Returns the factors ``(..., 1)``, the integers, and whether they were found ``(..., 1)``. The products determine
     them up to a common divisor of the integers, which leaves every value the same; the smallest factor is given, and
-    a negative one only where the integers need it.
+    a negative one only where the products need it.
 
     >>> factor, integers, found = split_scales(torch.tensor([0.75, 0.25, 0.5]), Integers(6, 63))
     >>> float(factor) * integers.tolist()[0], bool(found)
@@ -189,7 +189,7 @@ def split_scales(products: Tensor, kind: Integers) -> tuple[Tensor, Tensor, Tens
     found = top == 0
     factor = factor.where(~found, 0.0)
     least = -kind.largest - 1 if kind.signed else 0
-    counts = [sign * count for sign in (1, -1)[: 1 + kind.signed] for count in range(kind.largest + 1, 0, -1)]
+    counts = [sign * count for sign in (1, -1) for count in range(kind.largest + kind.signed, 0, -1)]
     for count in counts:
         if bool(found.all()):
             break
