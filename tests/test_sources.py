@@ -16,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import lowbit
 from lowbit.checkpoints.resolve import load_config
+from lowbit.cli.main import call
 from lowbit.errors import LowbitError
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.quant.format import QTensor
@@ -150,8 +151,17 @@ def scheme_of(**weights: Any) -> QuantizationScheme:
     return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
 
 
-def compressed(format: str, args: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    """Packs by the library's own compressor; values are those of its decompressor where it computes in float32."""
+def compressed(
+    format: str, args: dict[str, Any], dtype: torch.dtype = torch.float32, power_of_two: bool = False
+) -> Any:
+    """Packs by the library's own compressor; values are those of its decompressor where it computes in float32.
+
+    Args:
+        format: the layout's name.
+        args: of ``QuantizationArgs``.
+        dtype: of integers' scales.
+        power_of_two: whether NVFP4's scale of the tensor is one.
+    """
 
     def pack(weight: torch.Tensor, generator: torch.Generator) -> Any:
         scheme, compressor = scheme_of(**args), BaseCompressor.get_value_from_registry(format)
@@ -165,7 +175,8 @@ def compressed(format: str, args: dict[str, Any], dtype: torch.dtype = torch.flo
                 zero = draw(generator, 2**bits, *peak.shape) - 2 ** (bits - 1)
                 state["weight_zero_point"] = zero.to(torch.int8)
         elif format == "nvfp4-pack-quantized":
-            state["weight_global_scale"] = torch.tensor([448 * 6 / weight.abs().max()])
+            outer = torch.tensor([448 * 6 / weight.abs().max()])
+            state["weight_global_scale"] = 2.0 ** outer.log2().floor() if power_of_two else outer
             state["weight_scale"] = (state["weight_global_scale"] * peak / 6).to(torch.float8_e4m3fn).float()
         elif args["strategy"] == "block":
             peak = weight.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).abs().amax((1, 3))
@@ -241,3 +252,131 @@ def test_compressed_tensors_are_what_the_library_decompresses(
         assert torch.equal(value, values[key]), (key, (value - values[key]).abs().max())
     decoded = checkpoint.codes("model.layers.0.mlp.up_proj.weight")
     assert (decoded.format.name if isinstance(decoded, QTensor) else None) == name
+
+
+UP = "model.layers.0.mlp.up_proj."
+PACKED = compressed_config("pack-quantized", ints(4, 32, True))
+NVFP4_ARGS = floats(4, "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")
+NVFP4 = compressed("nvfp4-pack-quantized", NVFP4_ARGS), compressed_config("nvfp4-pack-quantized", NVFP4_ARGS)
+
+
+def gone(name: str) -> Any:
+    return lambda tensors: tensors.pop(UP + name)
+
+
+def put(name: str, value: torch.Tensor) -> Any:
+    return lambda tensors: tensors.update({UP + name: value})
+
+
+def cut(name: str) -> Any:
+    return lambda tensors: tensors.update({UP + name: tensors[UP + name][:-1]})
+
+
+def first(name: str, value: float) -> Any:
+    return lambda tensors: tensors[UP + name].view(-1)[:1].fill_(value)
+
+
+# Name; how linears are packed; the config; the damage; what the line says.
+DAMAGE: list[tuple[str, Any, dict[str, Any], Any, str]] = [
+    ("gptq without zeros", gptq(), gptq_config(), gone("qzeros"), r"up_proj.qzeros' is missing"),
+    ("gptq with few scales", gptq(), gptq_config(), cut("scales"), r"scales is float16 \[7, 256\], allowed is .*\[8"),
+    ("gptq with few codes", gptq(), gptq_config(), cut("qweight"), r"shape \(256, 248\), config.json implies"),
+    ("gptq with few zeros", gptq(), gptq_config(), cut("qzeros"), r"qzeros is int32 \[7, 32\]"),
+    ("gptq of floats", gptq(), gptq_config(), put("qweight", torch.ones(32, 256)), "qweight is float32"),
+    ("gptq with a vector", gptq(), gptq_config(), put("qweight", torch.ones(8)), r"the shape \[8\], allowed are two"),
+    ("gptq with a wild group", gptq(), gptq_config(), first("g_idx", 8), "names groups 0 to 8, there are 8"),
+    ("gptq with NaN", gptq(), gptq_config(), first("scales", float("nan")), "NaN or infini"),
+    ("gptq of other bits", gptq(), gptq_config(8), lambda tensors: None, r"\(256, 128\), config.json implies"),
+    ("gptq beside floats", gptq(), gptq_config(), put("weight", torch.ones(256, 256)), "as codes and as floats"),
+    ("gptq with more", gptq(), gptq_config(), put("lora", torch.ones(2)), "up_proj.lora' beside quantized weights"),
+    ("awq without scales", awq, AWQ_CONFIG, gone("scales"), r"up_proj.scales' is missing"),
+    ("awq with few zeros", awq, AWQ_CONFIG, cut("qzeros"), r"qzeros is int32 \[7, 32\]"),
+    ("fp8 without codes", fp8, FP8_CONFIG, gone("weight"), r"up_proj.weight' is missing"),
+    ("fp8 without scales", fp8, FP8_CONFIG, gone("weight_scale_inv"), "is F8_E4M3; allowed: F16"),
+    ("fp8 with few scales", fp8, FP8_CONFIG, cut("weight_scale_inv"), r"\[1, 2\], allowed is .*\[2, 2\]"),
+    ("fp8 of floats", fp8, FP8_CONFIG, put("weight", torch.ones(256, 256)), "is float32 .*allowed is float8_e4m3fn"),
+    ("mxfp4 without scales", mxfp4, MXFP4_CONFIG, gone("weight_scales"), r"weight_scales' is missing"),
+    ("mxfp4 with NaN", mxfp4, MXFP4_CONFIG, first("weight_scales", 255), r"a scale is NaN \(byte 255\)"),
+    ("mxfp4 of a matrix", mxfp4, MXFP4_CONFIG, put("weight_blocks", torch.ones(256, 128)), r"\[out, in / 32, 16\]"),
+    ("packed without scales", compressed("pack-quantized", ints(4, 32, True)), PACKED, gone("weight_scale"), "missing"),
+    ("packed with few codes", compressed("pack-quantized", ints(4, 32, True)), PACKED, cut("weight_packed"), "says"),
+    (
+        "packed of a wild shape",
+        compressed("pack-quantized", ints(4, 32, True)),
+        PACKED,
+        put("weight_shape", torch.tensor([256, 2**40])),
+        "says",
+    ),
+    ("nvfp4 without its tensor's scale", *NVFP4, gone("weight_global_scale"), "weight_global_scale' is missing"),
+    ("nvfp4 over 0", *NVFP4, put("weight_global_scale", torch.zeros(1)), "allowed is a float32 above 0"),
+]
+
+
+@pytest.mark.parametrize("case", DAMAGE, ids=lambda case: case[0])
+def test_damage_is_one_line(case: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, pack, config, damage, message = case
+    save_quantized(tmp_path / "m", pack, config)
+    edit(tmp_path / "m", damage)
+    with pytest.raises(LowbitError, match=message) as caught:
+        lowbit.load(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    capsys.readouterr()
+    assert call(["quantize", str(tmp_path / "m"), "--out", str(tmp_path / "run"), "--keep"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("lowbit: error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def group_of(**changes: Any) -> dict[str, Any]:
+    """A config of compressed-tensors whose only group is changed."""
+    group = {**PACKED["config_groups"]["group_0"], **changes}
+    return {**PACKED, "config_groups": {"group_0": group}}
+
+
+CONFIGS: list[tuple[Any, str]] = [
+    ("x", "is not a valid config"),
+    ({}, "has no tensor 'model.layers.0.self_attn.q_proj.weight'"),
+    ({"bits": 4}, r"already quantized \(None\)"),
+    ({"quant_method": "bitsandbytes"}, r"already quantized \('bitsandbytes'\); read are awq, compressed-tensors, fp8"),
+    (gptq_config(5), "bits = 5 in quantization_config; read are 2, 3, 4, 8"),
+    ({**gptq_config(), "group_size": 0}, "group_size = 0"),
+    ({**gptq_config(), "group_size": "x"}, "group_size = 'x'"),
+    ({**gptq_config(), "checkpoint_format": "marlin"}, "the GPTQ format 'marlin'; read are gptq, gptq_v2"),
+    ({**gptq_config(), "dynamic": {"+:(": {}}}, r"the pattern '\+:\(' under 'dynamic', which is none"),
+    ({**AWQ_CONFIG, "version": "gemv"}, "AWQ codes in the order 'gemv'; read is gemm"),
+    ({**AWQ_CONFIG, "bits": 8}, "bits = 8"),
+    ({**FP8_CONFIG, "weight_block_size": [128]}, r"weight_block_size = \[128\]; allowed are rows and columns"),
+    ({**PACKED, "config_groups": None}, "has no config_groups"),
+    ({**PACKED, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
+    ({**PACKED, "transform_config": {"config_groups": {"R1": {}}}}, "transforms of inputs"),
+    (group_of(format="marlin-24"), "the compressed-tensors format 'marlin-24'; read are pack-quantized"),
+    (group_of(targets=["re:("]), "no regular expression"),
+    (group_of(targets=None), "lacks targets or weights"),
+    (group_of(weights=None), "lacks targets or weights"),
+    (group_of(weights=ints(4, 32, True) | {"num_bits": 99}), "num_bits = 99"),
+    (group_of(weights=ints(4, 32, True) | {"strategy": "head"}), "strategy 'head'"),
+    (group_of(targets=["re:.*q_proj"]), "no config group names '.*', which has codes"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), CONFIGS, ids=lambda value: str(value)[:40])
+def test_configs_that_are_not_read(config: Any, message: str, tmp_path: Path) -> None:
+    pack = gptq() if not isinstance(config, dict) or "config_groups" not in config else None
+    save_quantized(tmp_path / "m", pack or compressed("pack-quantized", ints(4, 32, True)), config)
+    with pytest.raises(LowbitError, match=message) as caught:
+        lowbit.load(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("config", "read"), [(PACKED, True), ("x", False)])
+def test_the_former_name_of_the_config(config: Any, read: bool, tmp_path: Path) -> None:
+    values = save_quantized(tmp_path / "m", compressed("pack-quantized", ints(4, 32, True)), None)
+    path = tmp_path / "m/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "compression_config": config}))
+    if read:
+        state = lowbit.load(tmp_path / "m").state_dict()
+        assert all(torch.equal(state[name], value) for name, value in values.items())
+        return
+    with pytest.raises(LowbitError, match="quantization_config = 'x', an object is allowed"):
+        lowbit.load(tmp_path / "m")
