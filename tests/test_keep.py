@@ -141,7 +141,7 @@ def quantized_tensors(folder: Path) -> dict[str, torch.Tensor]:
         ("gptq", "w4a16g32-sym", {"*.down_proj": "w8g32"}),
         ("gptq", "w3a16g32-asym", {"model.layers.1.mlp.*": "float"}),
         ("awq", "w4a16g32-asym", {}),
-        ("vllm", "w4a16g32-asym", {"*.v_proj": "w8g32"}),
+        ("vllm", "w4a16g32-asym", {"*.down_proj": "w8g32"}),
         ("vllm", "w8a8-sym", {}),
     ],
 )
@@ -162,7 +162,7 @@ def test_an_export_becomes_the_run_that_it_was_made_of(
     assert notes == (["keep: inputs of linears, as the source has it, is float here"] if "a8" in scheme else [])
 
 
-@pytest.mark.parametrize("scheme", ["w4a16g32-asym", "q4_k", "iq4_nl", "mxfp6"])
+@pytest.mark.parametrize("scheme", ["w4a16g32-asym", "q4_k", "iq4_nl", "mxfp6a16"])
 def test_a_run_folder_without_its_manifest_is_read_like_any_other(scheme: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "m", "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1, head_dim=64)
     run = quantize_tiny(tmp_path / "m", tmp_path / "run", scheme).out
@@ -198,16 +198,16 @@ def test_a_run_is_resumed_and_not_repeated(
 
     monkeypatch.setattr(keep, "write_tensors", dying)
     with pytest.raises(KeyboardInterrupt):
-        lowbit.quantize(exported, tmp_path / "run", keep=True)
-    assert (tmp_path / "run/block-00000.safetensors").exists()
-    assert not (tmp_path / "run/lowbit.json").exists()
+        lowbit.quantize(exported, tmp_path / "cut", keep=True)
+    assert (tmp_path / "cut/block-00000.safetensors").exists()
+    assert not (tmp_path / "cut/lowbit.json").exists()
     monkeypatch.undo()
-    lowbit.quantize(exported, tmp_path / "run", keep=True)
-    assert folder_bytes(tmp_path / "run") == folder_bytes(whole.out)
+    lowbit.quantize(exported, tmp_path / "cut", keep=True)
+    assert folder_bytes(tmp_path / "cut") == folder_bytes(whole.out)
     capsys.readouterr()
-    lowbit.quantize(exported, tmp_path / "run", keep=True)
+    lowbit.quantize(exported, tmp_path / "cut", keep=True)
     assert "already holds this run" in capsys.readouterr().err
-    assert folder_bytes(tmp_path / "run") == folder_bytes(whole.out)
+    assert folder_bytes(tmp_path / "cut") == folder_bytes(whole.out)
 
 
 def test_quantized_head_and_embedding(tmp_path: Path) -> None:
