@@ -55,7 +55,9 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Change a folder's tensors."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
 
 
 def draw(generator: torch.Generator, high: int, *shape: int) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from safetensors.torch import load_file, save_file
 
 import lowbit
@@ -180,7 +179,9 @@ def test_operations_at_run_time_need_the_manifest(tmp_path: Path) -> None:
     stored["model.layers.1.input_layernorm.runtime.gather.factor"] = torch.ones(64)
     save_file(stored, run / "block-00001.safetensors", metadata={"format": "pt"})
     (run / "lowbit.json").unlink()
-    with pytest.raises(LowbitError, match=r"operations at run time \(.*gather.*\) that only its lowbit.json describes"):
+    with pytest.raises(
+        LowbitError, match=r"operations at run time \(.*gather.*\) that only its lowbit.json describes"
+    ):
         lowbit.load(run)
 
 

@@ -11,7 +11,6 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import lowbit
@@ -37,8 +36,6 @@ from quantized_sources import (
     gptq_config,
     mxfp4,
     save_quantized,
-    set_quantization,
-    words_of,
 )
 from runs import quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids
@@ -109,7 +106,9 @@ def test_fp8_is_what_transformers_dequantizes(tiles: list[int] | None, tmp_path:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
     class Quantizer:
-        quantization_config = FineGrainedFP8Config(weight_block_size=tiles, scale_fmt="ue8m0" if tiles == [1, 32] else "float")
+        quantization_config = FineGrainedFP8Config(
+            weight_block_size=tiles, scale_fmt="ue8m0" if tiles == [1, 32] else "float"
+        )
 
     expected = {}
 
@@ -165,8 +164,7 @@ def compressed(
 
     def pack(weight: torch.Tensor, generator: torch.Generator) -> Any:
         scheme, compressor = scheme_of(**args), BaseCompressor.get_value_from_registry(format)
-        rows, columns = weight.shape
-        size = args.get("group_size") or columns
+        size = args.get("group_size") or weight.shape[1]
         bits, peak = args["num_bits"], weight.unflatten(1, (-1, size)).abs().amax(-1)
         state = {"weight": weight}
         if args["type"] == "int":
@@ -298,7 +296,13 @@ DAMAGE: list[tuple[str, Any, dict[str, Any], Any, str]] = [
     ("mxfp4 without scales", mxfp4, MXFP4_CONFIG, gone("weight_scales"), r"weight_scales' is missing"),
     ("mxfp4 with NaN", mxfp4, MXFP4_CONFIG, first("weight_scales", 255), r"a scale is NaN \(byte 255\)"),
     ("mxfp4 of a matrix", mxfp4, MXFP4_CONFIG, put("weight_blocks", torch.ones(256, 128)), r"\[out, in / 32, 16\]"),
-    ("packed without scales", compressed("pack-quantized", ints(4, 32, True)), PACKED, gone("weight_scale"), "missing"),
+    (
+        "packed without scales",
+        compressed("pack-quantized", ints(4, 32, True)),
+        PACKED,
+        gone("weight_scale"),
+        "missing",
+    ),
     ("packed with few codes", compressed("pack-quantized", ints(4, 32, True)), PACKED, cut("weight_packed"), "says"),
     (
         "packed of a wild shape",
@@ -338,7 +342,10 @@ CONFIGS: list[tuple[Any, str]] = [
     ("x", "is not a valid config"),
     ({}, "has no tensor 'model.layers.0.self_attn.q_proj.weight'"),
     ({"bits": 4}, r"already quantized \(None\)"),
-    ({"quant_method": "bitsandbytes"}, r"already quantized \('bitsandbytes'\); read are awq, compressed-tensors, fp8"),
+    (
+        {"quant_method": "bitsandbytes"},
+        r"already quantized \('bitsandbytes'\); read are awq, compressed-tensors, fp8",
+    ),
     (gptq_config(5), "bits = 5 in quantization_config; read are 2, 3, 4, 8"),
     ({**gptq_config(), "group_size": 0}, "group_size = 0"),
     ({**gptq_config(), "group_size": "x"}, "group_size = 'x'"),
