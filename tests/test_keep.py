@@ -22,14 +22,17 @@ from quantized_sources import (
     FP8_CONFIG,
     MXFP4_CONFIG,
     awq,
+    compressed,
+    compressed_config,
+    floats,
     fp8,
     gptq,
     gptq_config,
+    ints,
     mxfp4,
     save_quantized,
 )
 from runs import folder_bytes, quantize_tiny
-from test_sources import compressed, compressed_config, floats, ints
 from tiny import save_tiny
 
 # Name; how linears are packed; the config; the scheme of the run; what it exports to.

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -24,16 +22,19 @@ from lowbit.sources.layout import FloatOnly
 from lowbit.sources.layouts import layout_of
 from quantized_sources import (
     AWQ_CONFIG,
-    E2M1,
     FP8_CONFIG,
     MXFP4_CONFIG,
     SIZES,
     awq,
+    compressed,
+    compressed_config,
     draw,
     edit,
+    floats,
     fp8,
     gptq,
     gptq_config,
+    ints,
     mxfp4,
     save_quantized,
 )
@@ -144,79 +145,6 @@ def test_experts_in_mxfp4_are_what_transformers_dequantizes() -> None:
     found = layout.unpack(weight, {"_blocks": blocks, "_scales": scales})
     assert isinstance(found, FloatOnly)
     assert torch.equal(found.value, convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
-
-
-def scheme_of(**weights: Any) -> QuantizationScheme:
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
-
-
-def compressed(
-    format: str, args: dict[str, Any], dtype: torch.dtype = torch.float32, power_of_two: bool = False
-) -> Any:
-    """Packs by the library's own compressor; values are those of its decompressor where it computes in float32.
-
-    Args:
-        format: the layout's name.
-        args: of ``QuantizationArgs``.
-        dtype: of integers' scales.
-        power_of_two: whether NVFP4's scale of the tensor is one.
-    """
-
-    def pack(weight: torch.Tensor, generator: torch.Generator) -> Any:
-        scheme, compressor = scheme_of(**args), BaseCompressor.get_value_from_registry(format)
-        size = args.get("group_size") or weight.shape[1]
-        bits, peak = args["num_bits"], weight.unflatten(1, (-1, size)).abs().amax(-1)
-        state = {"weight": weight}
-        if args["type"] == "int":
-            state["weight_scale"] = (peak / 2 ** (bits - 1)).to(dtype)
-            if not args["symmetric"]:
-                zero = draw(generator, 2**bits, *peak.shape) - 2 ** (bits - 1)
-                state["weight_zero_point"] = zero.to(torch.int8)
-        elif format == "nvfp4-pack-quantized":
-            outer = torch.tensor([448 * 6 / weight.abs().max()])
-            state["weight_global_scale"] = 2.0 ** outer.log2().floor() if power_of_two else outer
-            state["weight_scale"] = (state["weight_global_scale"] * peak / 6).to(torch.float8_e4m3fn).float()
-        elif args["strategy"] == "block":
-            peak = weight.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).abs().amax((1, 3))
-            state["weight_scale"] = peak / 448
-        elif args["strategy"] == "tensor":
-            state["weight_scale"] = weight.abs().max().reshape(1) / 448
-        elif format.startswith("mx"):
-            state["weight_scale"] = 2.0 ** torch.floor(torch.log2(peak) - (8 if bits == 8 else 2))
-        else:
-            state["weight_scale"] = peak / 448
-        made = compressor.compress(state, scheme)
-        if format == "nvfp4-pack-quantized":
-            codes = torch.stack([made["weight_packed"] & 15, made["weight_packed"] >> 4], -1).flatten(1).long()
-            scale = made["weight_scale"].float() / made["weight_global_scale"]
-            return made, E2M1[codes] * scale.repeat_interleave(16, 1)
-        # The library multiplies in the dtype of the scale.
-        wide = {**made, "weight_scale": made["weight_scale"].float()} if args["type"] == "int" else dict(made)
-        value = compressor.decompress(wide, scheme)["weight"].float()
-        return made, value
-
-    return pack
-
-
-def compressed_config(format: str, args: dict[str, Any], **more: Any) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": args, "input_activations": None, "format": format}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": format,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-        **more,
-    }
-
-
-def ints(bits: int, size: int | None, symmetric: bool) -> dict[str, Any]:
-    strategy = "group" if size else "channel"
-    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": size}
-
-
-def floats(bits: int, strategy: str, size: int | None = None, **more: Any) -> dict[str, Any]:
-    return {"num_bits": bits, "type": "float", "symmetric": True, "strategy": strategy, "group_size": size, **more}
 
 
 COMPRESSED: list[tuple[str, dict[str, Any], str | None]] = [
