@@ -14,6 +14,18 @@ from transformers import AutoModelForCausalLM
 from tiny import CONFIGS, tiny_ids
 
 ARCHITECTURE = {"gemma3_text": "gemma3", "mistral": "llama"}
+# Byte-level characters for ASCII, two merges and the special tokens.
+TOKENS = [*(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "he", "Ġw", "<s>", "</s>", "<|endoftext|>"]
+TOKENIZER: dict[str, Any] = {
+    ".tokenizer.ggml.model": "gpt2",
+    ".tokenizer.ggml.pre": "gpt-2",
+    ".tokenizer.ggml.tokens": TOKENS,
+    ".tokenizer.ggml.token_type": [1] * (len(TOKENS) - 3) + [3] * 3,
+    ".tokenizer.ggml.merges": ["h e", "Ġ w"],
+    ".tokenizer.ggml.bos_token_id": len(TOKENS) - 3,
+    ".tokenizer.ggml.eos_token_id": len(TOKENS) - 2,
+    ".tokenizer.ggml.unknown_token_id": len(TOKENS) - 1,
+}
 
 
 def random_model(family: str, **changes: Any) -> Any:
@@ -89,7 +101,14 @@ def tensors_of(model: Any) -> dict[str, Any]:
 
 
 def write(path: Path, arch: str, keys: Mapping[str, Any], tensors: Mapping[str, Any]) -> Path:
-    """Write a file; keys with a value of ``None`` are left out, those that begin with a dot have no prefix."""
+    """Write a file.
+
+    Args:
+        path: of the file.
+        arch: llama.cpp's name of the architecture.
+        keys: metadata; those that are ``None`` are left out, those that begin with a dot have no prefix.
+        tensors: floats, or rows of blocks with their type; those that are ``None`` are left out.
+    """
     writer = gguf.GGUFWriter(path, arch)
     for key, value in keys.items():
         full = key[1:] if key.startswith(".") else f"{arch}.{key}"
@@ -97,7 +116,8 @@ def write(path: Path, arch: str, keys: Mapping[str, Any], tensors: Mapping[str, 
             _add(writer, full, value)
     for name, tensor in tensors.items():
         if tensor is not None:
-            writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
+            data, kind = tensor if isinstance(tensor, tuple) else (np.ascontiguousarray(tensor, np.float32), None)
+            writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

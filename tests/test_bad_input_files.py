@@ -118,7 +118,7 @@ def mapped(weight_map: object) -> Break:
 
 
 FP8 = torch.ones(64, 96).to(torch.float8_e4m3fn)
-OTHER_TOOL = {"quant_method": "gptq", "bits": 4}
+OTHER_TOOL = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 OWN_CODE = {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}
 # Name; which checkpoint is copied; how it is broken; what the line must say. All are refused before any work.
 CASES: list[tuple[str, str, Break, list[str]]] = [
@@ -146,7 +146,13 @@ CASES: list[tuple[str, str, Break, list[str]]] = [
         "another tool's",
         "one",
         config(quantization_config=OTHER_TOOL),
-        ["already quantized (gptq)", "give a float"],
+        ["already quantized ('bitsandbytes')", "read are awq, compressed-tensors", "give the float"],
+    ),
+    (
+        "no codes",
+        "one",
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        ["says that weights are quantized (GPTQ, 4 bits", "none are"],
     ),
     ("own code", "one", config(**OWN_CODE), ["Python code from the model", "--trust-remote-code"]),
     ("no weights", "one", gone(WEIGHTS), ["has no weights", WEIGHTS, INDEX]),
@@ -233,7 +239,6 @@ RUNS: list[tuple[str, Break, list[str]]] = [
     ("removed shard", gone("block-00001.*"), ["lacks the shard block-00001.safetensors"]),
     ("manifest without JSON", text("lowbit.json", "{"), ["cannot read", "lowbit.json"]),
     ("manifest of another format", text("lowbit.json", '{"format": 99}'), ["format 99", "quantize again"]),
-    ("removed manifest", gone("lowbit.json"), ["already quantized (compressed-tensors)", "no lowbit.json"]),
     *((f"manifest without {key}", without(key), ["lowbit.json", f"no valid '{key}'"]) for key in NEEDED),
 ]
 

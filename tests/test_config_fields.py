@@ -122,7 +122,9 @@ def test_evaluate_and_a_greedy_text_do_not_mind_either(tmp_path: Path) -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tie_word_embeddings": "yes"}, "not a valid config"),
     ({"configuration_files": ["config.4.0.0.json"]}, "refers to other configs"),
-    ({"quantization_config": {"quant_method": "awq"}}, r"already quantized \(awq\)"),
+    ({"quantization_config": {"quant_method": "quanto"}}, r"already quantized \('quanto'\)"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"weights are quantized \(AWQ, .* none are"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 5}}, r"bits = 5 in quantization_config; read are 4"),
     ({"num_hidden_layers": None}, "not a valid config"),
     ({"transformers_weights": "../model.safetensors"}, "allowed is the name of a .safetensors file"),
     ({"transformers_weights": "none.safetensors"}, "lacks none.safetensors"),

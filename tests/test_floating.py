@@ -161,7 +161,7 @@ def test_scales_of_k_quants_are_found_again(name: str) -> None:
     parts = [qparams.scale, qparams.zero] if format.has_minimum else [qparams.scale]
     for products in parts:
         per_block = products.unflatten(-1, (2, -1))
-        factor, integers, found = split_scales(per_block, format.scales.largest)
+        factor, integers, found = split_scales(per_block, format.scales)
         assert bool(found.all())
         assert torch.equal(factor.half().double(), factor)
         assert float(integers.max()) <= format.scales.largest

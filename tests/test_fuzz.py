@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import lowbit
 from fuzz import Case, Fuzzer, Report, cases, settings, summary
 from fuzzing.areas import AREAS
-from fuzzing.bases import FOLDERS, GGUF, IDS, RUNS, theirs
+from fuzzing.bases import FOLDERS, GGUF, IDS, QUANTIZED, RUNS, theirs
 from fuzzing.change import SAME, Anything, Expect, Patched, Refusal, Theirs
 from fuzzing.gguf_bytes import Gguf
 from fuzzing.guards import MIB, Hang, guarded, time_limit
@@ -43,7 +43,7 @@ def test_mutated_models_are_refused_in_one_line_or_read_rightly(area, fuzzer):
     assert not reports, "\n" + "\n".join(map(str, reports)) + "\n\n" + summary(reports)
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, *RUNS, *GGUF])
+@pytest.mark.parametrize("name", [*FOLDERS, *RUNS, *QUANTIZED, *GGUF])
 def test_the_models_are_valid_before(name, fuzzer):
     """Else every refusal would prove nothing."""
     base = fuzzer.bases[name]

@@ -24,6 +24,7 @@ FLOORS = (
     {"paths"},
     {"checkpoints", "data", "metrics"},
     {"quant"},
+    {"sources"},
     {"models"},
     {"methods"},
     {"runs"},

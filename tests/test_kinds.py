@@ -17,16 +17,10 @@ from tiny import save_tiny
 
 pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
 
-EXPORT = (
-    r"is already quantized \({}\) and has no lowbit\.json, so it is an export .* give a float model or a run folder"
-)
 OTHER = r"'lowbit verify RUN .*' compares it with its run; give the run folder or the float model"
 # By name: what a command that takes a model says of it, and what ``what_is`` calls it.
 THINGS = {
-    "gptq": (EXPORT.format("gptq"), "an export or another tool's quantized model (gptq)"),
-    "vllm": (EXPORT.format("compressed-tensors"), "an export or another tool's quantized model (compressed-tensors)"),
-    "awq": (EXPORT.format("awq"), "an export or another tool's quantized model (awq)"),
-    "gemma": (EXPORT.format("gemma"), "an export or another tool's quantized model (gemma)"),
+    "gemma": (r"already quantized \(gemma\)", "an export or another tool's quantized model (gemma)"),
     "onnx": (f"is an ONNX export: {OTHER}", "an ONNX export"),
     "executorch": (f"is an ExecuTorch export: {OTHER}", "an ExecuTorch export"),
     "x.pte": (f"is an ExecuTorch program: {OTHER}", "an ExecuTorch program"),
@@ -46,6 +40,12 @@ THINGS = {
     ),
     "parent": ("has no config.json, so it is not a model folder: did you mean .*parent/model", None),
     "empty": ("has no config.json, so it is not a model folder$", None),
+}
+# These are models too.
+QUANTIZED = {
+    "gptq": "an export or another tool's quantized model (gptq)",
+    "vllm": "an export or another tool's quantized model (compressed-tensors)",
+    "awq": "an export or another tool's quantized model (awq)",
 }
 
 
@@ -101,10 +101,10 @@ def test_given_as_a_model(name: str, things: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [*THINGS, "m", "nowhere"])
+@pytest.mark.parametrize("name", [*THINGS, *QUANTIZED, "m", "nowhere"])
 def test_given_as_a_run(name: str, things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = things / name
-    what = {"m": "a float model", "nowhere": None}.get(name, THINGS.get(name, ("", None))[1])
+    what = {"m": "a float model", **QUANTIZED}.get(name, THINGS.get(name, ("", None))[1])
     assert what_is(path) == what
     expected = re.escape(f"is not a run folder{f' but {what}' if what else ''}: give the folder of a finished")
     if name == "unfinished":

@@ -9,12 +9,13 @@ from fuzzing import (
     generation_fields,
     gguf_facts,
     gguf_tensors,
+    quantized_folder,
     run_folder,
     safetensors_file,
     shard_index,
     tokenizer_files,
 )
-from fuzzing.bases import GGUF, RUNS
+from fuzzing.bases import GGUF, QUANTIZED, RUNS
 from fuzzing.change import Mutator
 from fuzzing.json_files import damage
 
@@ -44,6 +45,7 @@ AREAS: dict[str, Area] = {
     "tokenizer": Area(("llama", "qwen2", "gemma2"), tokenizer_files.MUTATORS, generates=True),
     "generation": Area(("llama",), generation_fields.MUTATORS, generates=True),
     "run": Area(tuple(RUNS), run_folder.MUTATORS, pairs=False),
+    "quantized": Area(tuple(QUANTIZED), quantized_folder.MUTATORS, pairs=False),
     "gguf-facts": Area(GGUF, gguf_facts.MUTATORS, pairs=False),
     "gguf-tensors": Area(GGUF, gguf_tensors.MUTATORS, pairs=False),
 }

@@ -10,11 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.checkpoints.resolve import resolve
+from quantized_sources import (
+    FP8_CONFIG,
+    Pack,
+    compressed,
+    compressed_config,
+    fp8,
+    gptq,
+    gptq_config,
+    ints,
+    save_quantized,
+)
 from test_gguf_reader import write_gguf
 from tiny import save_tiny
 
@@ -28,6 +40,12 @@ SMALL = {
 FOLDERS = ("llama", "gemma2", "qwen2", "phi3", "opt", "shards")
 RUNS = {"run": "w4a16g16-asym", "run-a8": "w4a8g16-sym"}  # of the Llama, by scheme
 GGUF = ("llama.gguf", "gemma2.gguf")
+INTS = ints(4, 16, False)
+QUANTIZED: dict[str, tuple[Pack, dict[str, Any]]] = {  # Llamas as other tools store them
+    "gptq": (gptq(4, 16), gptq_config(4, 16)),
+    "fp8": (fp8, FP8_CONFIG),
+    "packed": (compressed("pack-quantized", INTS, torch.float16), compressed_config("pack-quantized", INTS)),
+}
 # Longer than the sliding windows; ids that every vocabulary has.
 IDS = torch.randint(3, 95, (1, 12), generator=torch.Generator().manual_seed(0))
 
@@ -38,7 +56,8 @@ class Base:
 
     Attributes:
         path: a folder, or a ``.gguf`` file.
-        folder: the folder that transformers loads: itself, or what ``lowbit`` makes of the unmutated file.
+        folder: the folder that transformers loads: itself, what ``lowbit`` makes of the unmutated file, or the float
+            model that quantized weights stand for.
     """
 
     path: Path
@@ -100,6 +119,11 @@ def make_bases(root: Path) -> dict[str, Base]:
         options = {"recipe": "rtn", "data": str(root / "text.txt"), "samples": 1, "length": 12}
         lowbit.quantize(str(root / "llama"), root / name, scheme=scheme, **options)
         bases[name] = Base(root / name, root / name)
+    for name, (pack, config) in QUANTIZED.items():
+        values = save_quantized(root / name, pack, config, **SMALL, head_dim=8)
+        save_tiny(float_model := root / f"{name}-float", "llama", **SMALL, head_dim=8)
+        save_file(values, float_model / "model.safetensors", metadata={"format": "pt"})
+        bases[name] = Base(root / name, float_model)
     for name in GGUF:
         architecture = name.removesuffix(".gguf")
         path = write_gguf(root / name, architecture, tied=architecture == "gemma2")

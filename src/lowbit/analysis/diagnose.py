@@ -180,6 +180,8 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
     manifest = manifest_of(source.folder)
     if manifest is None:
         raise no_run(source.folder)
+    if manifest.identity.recipe_name == "keep":
+        raise LowbitError(f"{run} keeps its source's codes, so nothing was measured: give a run of its float model")
     if any(not row.sensitivity for row in manifest.blocks):
         raise LowbitError(f"{run} has no recorded sensitivity: quantize again into another folder")
     config = load_config(source.folder, trust_remote_code)

@@ -31,9 +31,8 @@ def check_values(path: Path, architecture: str, name: str, source: Values, conve
         converted: values in transformers' layout; only their order and, for gains, an offset may differ.
         config: the transformers config.
     """
-    expected = source
-    if architecture in ADJACENT and (heads := _heads(name, config)):
-        expected = source[transformers_rows(len(source) // heads, heads)]
+    order = row_order(architecture, name, len(source), config)
+    expected = source if order is None else source[order]
     if architecture in GAINS_PLUS_ONE and name.endswith("norm.weight"):
         # In float64, where the subtraction is exact, and rounded once.
         expected = (source.astype(np.float64) - 1.0).astype(np.float32)
@@ -42,6 +41,13 @@ def check_values(path: Path, architecture: str, name: str, source: Values, conve
             f"'{name}' of {path} changed while it was converted: the installed transformers has another layout for "
             f"'{architecture}'; install a version that lowbit's requirements allow, or use the model's own folder"
         )
+
+
+def row_order(architecture: str, name: str, rows: int, config: Any) -> npt.NDArray[np.intp] | None:
+    """Where each row of a tensor, in transformers' order, is in the file; ``None``: in its place."""
+    if architecture in ADJACENT and (heads := _heads(name, config)):
+        return transformers_rows(rows // heads, heads)
+    return None
 
 
 def transformers_rows(width: int, heads: int) -> npt.NDArray[np.intp]:

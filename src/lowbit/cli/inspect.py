@@ -57,7 +57,8 @@ def inspect(
     from lowbit.runs.manifest import manifest_of
 
     folder = user_path(model)
-    is_run = folder.is_dir() and manifest_of(folder) is not None
+    manifest = manifest_of(folder) if folder.is_dir() else None
+    is_run = manifest is not None
     if not is_run and (budget is not None or exact is not None or out is not None):
         raise LowbitError(f"--float, --budget and --out are for a finished run folder, which {model} is not")
     facts = inspect_model(
@@ -71,7 +72,9 @@ def inspect(
         trust_remote_code=trust_remote_code,
     )
     diagnosis = None
-    if is_run:
+    # A run that keeps its source's codes has measured nothing.
+    measured = manifest is not None and any(row.sensitivity for row in manifest.blocks)
+    if measured or budget is not None or exact is not None or out is not None:
         from lowbit.analysis.diagnose import diagnose
 
         diagnosis = diagnose(

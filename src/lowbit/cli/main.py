@@ -123,6 +123,12 @@ def quantize(
         bool,
         typer.Option("--compile", help="On an NVIDIA GPU: fused fake quantization in training, for wide models."),
     ] = False,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", help="MODEL is quantized already: its codes become the run, without rounding or calibration."
+        ),
+    ] = False,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
@@ -155,6 +161,7 @@ def quantize(
         target=target,
         input_range=input_range,
         compiled=compiled,
+        keep=keep,
     )
     result = {
         "out": str(run_result.out),

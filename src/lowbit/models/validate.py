@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.safetensors_folder import Checkpoint, Header
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.models.block import Block
 from lowbit.models.families import architecture_of
@@ -141,7 +139,7 @@ def check_tensors(
     weight or bias that is not in the model is refused, since it would be ignored silently (rotary buffers are
     accepted).
     """
-    stored = _headers(checkpoint)
+    stored = checkpoint.headers()
     used = set()
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
@@ -171,30 +169,12 @@ def check_tensors(
             )
 
 
-@dataclass(frozen=True)
-class _Header:
-    """What a file says of a tensor: its shape, and its dtype as safetensors names it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _headers(checkpoint: Checkpoint) -> dict[str, _Header]:
-    """Every stored tensor's header by its stored name."""
-    stored: dict[str, _Header] = {}
-    for file in checkpoint.files:
-        with safe_open(file, framework="pt") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            stored |= {name: _Header(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    return stored
-
-
 def _check_packed(
     checkpoint: Checkpoint,
     module: str,
     formats: ModuleFormats,
     shape: tuple[int, ...],
-    stored: Mapping[str, _Header],
+    stored: Mapping[str, Header],
 ) -> None:
     """Refuse a quantized weight whose tensors are not those of a weight of ``shape``."""
     rows, columns = shape
@@ -203,7 +183,7 @@ def _check_packed(
         full = f"{module}.{name}"
         if full not in stored:
             raise LowbitError(f"{checkpoint.folder} has no tensor '{full}': it does not match its lowbit.json")
-        if stored[full] != (due := _Header(expected.shape, _DTYPES[expected.dtype])):
+        if stored[full] != (due := Header(expected.shape, _DTYPES[expected.dtype])):
             raise LowbitError(
                 f"'{full}' in {checkpoint.folder} is {stored[full].dtype} {stored[full].shape}; config.json and "
                 f"lowbit.json imply {due.dtype} {due.shape}: they do not match"
@@ -218,17 +198,6 @@ def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """Refuse NaN and infinite values, by reading every tensor once before any work."""
     for name in track(list(names), "checking weights"):
         checkpoint.read([name])
-
-
-def refuse_foreign_quantization(config: Any, ours: bool, folder: Path) -> None:
-    """Refuse a checkpoint that is quantized and not a run folder: an export of a run, or another tool's."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not ours:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise LowbitError(
-            f"{folder} is already quantized ({method}) and has no lowbit.json, so it is an export or another tool's: "
-            f"give a float model or a run folder; 'lowbit verify RUN {folder}' compares an export with its run"
-        )
 
 
 def settle_tied(checkpoint: Checkpoint, config: Any) -> None:

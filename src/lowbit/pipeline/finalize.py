@@ -15,12 +15,13 @@ from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_bytes, write_json
 from lowbit.models.description import to_dict
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
+from lowbit.progress import say
 from lowbit.quant.compressed_tensors import quantization_config, stock_dtype
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 from lowbit.quant.scheme import ModelFormats
 from lowbit.runs.activation_stats import OBSERVED
 from lowbit.runs.folder import REST, RUN, TIMING, block_file, notes_file, write_folder_index
-from lowbit.runs.manifest import MANIFEST, BlockRow, Identity, Manifest, StockLoading
+from lowbit.runs.manifest import MANIFEST, BlockRow, Identity, Manifest, StockLoading, manifest_of
 from lowbit.runs.plan import Plan
 from lowbit.runs.versions import versions
 
@@ -64,6 +65,15 @@ def finish(
     manifest = replace(manifest, files={name: sha256_of(out / name) for name in ours})
     write_json(out / MANIFEST, manifest.to_dict())
     shutil.rmtree(out / RUN, ignore_errors=True)
+    return manifest
+
+
+def finished(out: Path) -> Manifest:
+    """The manifest of a folder that holds this run already."""
+    manifest = manifest_of(out)
+    assert manifest is not None  # ``look`` has found it
+    shutil.rmtree(out / RUN, ignore_errors=True)  # left by a run that was killed right after writing its manifest
+    say(f"{out} already holds this run, finished")
     return manifest
 
 
@@ -154,11 +164,22 @@ def _inputs(formats: ModelFormats) -> str | None:
     return f"float inputs; lowbit's results simulate those of {runtime}: {RUNTIMES[runtime].rounds}"
 
 
+def _calibration(identity: Identity) -> list[str]:
+    """Rows of the model card on the calibration text."""
+    data = identity.data
+    if not data.samples:
+        return ["| calibration | none: codes, scales and zero points are the source's |"]
+    return [
+        f"| calibration | {data.corpus}, {data.samples} x {data.length} tokens, seed {identity.seed} |",
+        f"| special tokens | `--bos {data.bos}`: {f'`{data.special}`' if data.special else 'none'} before a window |",
+        f"| calibration hash | `{data.hash[:16]}` |",
+    ]
+
+
 def model_card(manifest: Manifest) -> str:
     """The README.md of a run folder: recipe, scheme, calibration, versions and how to load it."""
     identity = manifest.identity
     steps = " -> ".join(identity.steps)
-    data = identity.data
     overrides = [pair for override in identity.scheme["overrides"] for pair in override.items()]
     lines = [
         "---",
@@ -179,9 +200,7 @@ def model_card(manifest: Manifest) -> str:
         f"{manifest.bits_per_weight:.3f} (codes, scales, zero points, runtime ops) |",
         f"| quantized modules | {len(manifest.quantized)} |",
         f"| left in float | {', '.join(manifest.floats) or 'nothing'}, embeddings unless quantized, norms |",
-        f"| calibration | {data.corpus}, {data.samples} x {data.length} tokens, seed {identity.seed} |",
-        f"| special tokens | `--bos {data.bos}`: {f'`{data.special}`' if data.special else 'none'} before a window |",
-        f"| calibration hash | `{data.hash[:16]}` |",
+        *_calibration(identity),
         f"| versions | {', '.join(f'{name} {v}' for name, v in manifest.versions.items())} |",
         "",
         "## Loading",

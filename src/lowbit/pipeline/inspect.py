@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit.checkpoints.resolve import load_config, resolve
-from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.models.architecture import Architecture
 from lowbit.models.description import described
 from lowbit.models.families import architecture_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_model,
-    refuse_foreign_quantization,
     report_build_errors,
     settle_tied,
 )
@@ -24,6 +22,8 @@ from lowbit.quant.scheme import ModuleFormats, load_scheme
 from lowbit.runs.folder import run_formats, run_scheme
 from lowbit.runs.manifest import Manifest, manifest_of, require_trust
 from lowbit.runs.plan import check_length, check_sizes, make_plan
+from lowbit.sources.checkpoint import open_checkpoint
+from lowbit.sources.codes import codes_of
 from lowbit.torch_state import own_torch_state
 
 
@@ -47,9 +47,8 @@ def inspect_model(
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
-    refuse_foreign_quantization(config, manifest is not None, source.folder)
     require_trust(source.folder, manifest, trust_remote_code)
-    checkpoint = Checkpoint(source.folder)
+    checkpoint = open_checkpoint(source.folder, config, run=manifest is not None)
     settle_tied(checkpoint, config)
     check_model(checkpoint, config, _stored_formats(manifest, architecture_of(config)), trust_remote_code)
     with report_build_errors(source.folder):
@@ -66,6 +65,10 @@ def inspect_model(
         "kinds": described(architecture),
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
     }
+    if manifest is None and (codes := codes_of(source, checkpoint, ())) is not None:
+        facts["quantized"] = codes.summary
+        if codes.dropped is not None:
+            facts["read_as_float"] = codes.dropped
     if manifest is not None:
         steps = manifest.identity.steps
         return facts | {

@@ -6,7 +6,6 @@ written. Invalid requests are refused before any work starts.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from lowbit.checkpoints.identity import companions_digest
-from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
+from lowbit.checkpoints.resolve import Source, load_tokenizer
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.data.sampling import self_sample
 from lowbit.data.text import Data, calibration
@@ -30,15 +29,14 @@ from lowbit.models.validate import (
     check_computes,
     check_finite,
     check_ids,
-    check_model,
-    refuse_foreign_quantization,
-    report_build_errors,
-    settle_tied,
     shapes_of,
 )
 from lowbit.paths import user_path
 from lowbit.pipeline.end_to_end import tune
-from lowbit.pipeline.finalize import finish
+from lowbit.pipeline.finalize import finish, finished
+from lowbit.pipeline.keep import Keep
+from lowbit.pipeline.keep import keep as keep_codes
+from lowbit.pipeline.opened import open_model
 from lowbit.pipeline.recipe import Recipe, recipe_to_dict
 from lowbit.pipeline.request import Request, make_request
 from lowbit.pipeline.runner import Walk, check_space, peak_memory_bytes
@@ -48,12 +46,14 @@ from lowbit.quant.inductor import on as fused
 from lowbit.quant.range_estimators import MSE
 from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
-from lowbit.runs.folder import RUN, begin, claimed, look, refuse_in_use
+from lowbit.runs.folder import begin, claimed, look, refuse_in_use
 from lowbit.runs.load import load
-from lowbit.runs.manifest import Calibration, Identity, Manifest, manifest_of
+from lowbit.runs.manifest import Calibration, Identity, Manifest
 from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
 from lowbit.runs.versions import versions
 from lowbit.torch_state import own_torch_state
+
+DEFAULT_RECIPE = "gptq"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def quantize(
     out: str | Path,
     *,
     scheme: str | Scheme | None = None,
-    recipe: str | Recipe = "gptq",
+    recipe: str | Recipe = DEFAULT_RECIPE,
     data: Data | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -100,6 +100,7 @@ def quantize(
     target: str | None = None,
     input_range: str | None = None,
     compiled: bool = False,
+    keep: bool = False,
 ) -> Quantized:
     """Quantize a model into a folder in Hugging Face checkpoint format; an interrupted run is resumed.
 
@@ -128,11 +129,27 @@ def quantize(
         input_range: how the ranges of static inputs (schemes with ``-static``, ``nvfp4``) are estimated: ``mse``, the
             default, ``min-max``, or a percentile such as ``99.99``.
         compiled: fused fake quantization in training, on an NVIDIA GPU: see ``lowbit.quant.inductor``.
+        keep: the model is quantized already and keeps its codes, scales and zero points: they become the run folder
+            without any rounding and without calibration. Takes none of the arguments from ``scheme`` to ``compiled``
+            but those on where the model is and what is permitted.
 
     Raises:
         LowbitError: on user errors; detected before work starts where possible.
     """
     began = time.monotonic()
+    protocol = {"data": data, "samples": samples, "length": length, "seed": seed, "bos": bos, "effort": effort}
+    if keep:
+        given: dict[str, Any] = {
+            "scheme": scheme,
+            "override": overrides or None,
+            "set": tuple(settings) or None,
+            "target": target,
+        }
+        given |= {"input-range": input_range, "compile": compiled or None}
+        _refuse_beside_keep({**given, **protocol}, {"recipe": recipe, "device": device, "dtype": dtype})
+        refuse_in_use(out := user_path(out))
+        manifest = keep_codes(Keep(str(model), revision, allow_pickle, trust_remote_code), out)
+        return _quantized(manifest, out, began)
     request = make_request(
         str(model),
         scheme=scheme,
@@ -141,14 +158,7 @@ def quantize(
         overrides=overrides or {},
         target=target,
         input_range=input_range,
-        protocol={
-            "data": data,
-            "samples": samples,
-            "length": length,
-            "seed": seed,
-            "bos": bos,
-            "effort": effort,
-        },
+        protocol=protocol,
         device=device,
         dtype=dtype,
         compiled=compiled,
@@ -157,9 +167,29 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     refuse_in_use(out := user_path(out))
-    manifest = _run(_check(request), out)
+    return _quantized(_run(_check(request), out), out, began)
+
+
+def _quantized(manifest: Manifest, out: Path, began: float) -> Quantized:
     seconds = time.monotonic() - began
     return Quantized(out, manifest.bits_per_weight, seconds, peak_memory_bytes(), _warnings(manifest), manifest)
+
+
+def _refuse_beside_keep(given: Mapping[str, Any], defaulted: Mapping[str, Any]) -> None:
+    """Refuse what ``keep`` has no use for: formats come from the source, and nothing is computed.
+
+    Args:
+        given: options by name; ``None``: not given.
+        defaulted: options with a default by name.
+    """
+    defaults = {"recipe": DEFAULT_RECIPE, "device": "cpu", "dtype": "float32"}
+    names = [name for name, value in given.items() if value is not None]
+    names += [name for name, value in defaulted.items() if value != defaults[name]]
+    if names:
+        raise LowbitError(
+            f"--keep and --{names[0]} given: formats come from the source and nothing is computed; leave out one of "
+            "them"
+        )
 
 
 @dataclass(frozen=True)
@@ -209,24 +239,8 @@ class Resolved:
 def _check(request: Request) -> Resolved:
     """Open the model and the calibration text, and check that model, scheme and text are compatible."""
     trusted = request.trust_remote_code
-    source = resolve(
-        request.model,
-        revision=request.revision,
-        allow_pickle=request.allow_pickle,
-        trust_remote_code=trusted,
-    )
-    if manifest_of(source.folder) is not None:
-        raise LowbitError(
-            f"{request.model} is a run folder, which is quantized already: give its float model; 'lowbit evaluate', "
-            "'compare', 'export', 'generate', 'inspect' and 'report' take a run folder"
-        )
-    config = load_config(source.folder, trusted)
-    refuse_foreign_quantization(config, False, source.folder)
-    checkpoint = Checkpoint(source.folder)
-    settle_tied(checkpoint, config)
-    check_model(checkpoint, config, trust_remote_code=trusted)
-    with report_build_errors(source.folder):
-        skeleton = Skeleton(config, trusted)
+    opened = open_model(request.model, request.revision, request.allow_pickle, trusted)
+    source, config, checkpoint, skeleton = opened.source, opened.config, opened.checkpoint, opened.skeleton
     scheme = _scheme(request, skeleton)
     plan = make_plan(skeleton, scheme)
     check_length(config, request.length)
@@ -255,10 +269,10 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
     request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
     identity, skeleton, checkpoint = resolved.identity(), resolved.skeleton, resolved.checkpoint
     if look(out, identity) == "finished":
-        return _finished(out)
+        return finished(out)
     with claimed(out, identity) as state:
         if state == "finished":  # by another process, between the two looks
-            return _finished(out)
+            return finished(out)
         if state == "new":
             check_finite(checkpoint, resolved.shapes)
         check_space(out, _size_on_disk(plan, request.recipe, skeleton))
@@ -281,15 +295,6 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
             run.walk(ids)
         write_activation_stats(out, run.observed)
         return finish(out, resolved.source.folder, plan, identity, run.rows, request.to_dict())
-
-
-def _finished(out: Path) -> Manifest:
-    """The manifest of a finished folder."""
-    manifest = manifest_of(out)
-    assert manifest is not None  # ``look`` has found it
-    shutil.rmtree(out / RUN, ignore_errors=True)  # left by a run that was killed right after writing its manifest
-    say(f"{out} already holds this run, finished")
-    return manifest
 
 
 def _scheme(request: Request, skeleton: Skeleton) -> Scheme:

@@ -91,9 +91,8 @@ class Request:
 
     @property
     def model_name(self) -> str:
-        """A machine-independent name of the model: the last part of a path, or the id."""
-        path = user_path(self.model)
-        return path.resolve().name if self.model != DEMO and path.exists() else self.model
+        """A machine-independent name of the model; see ``model_name``."""
+        return model_name(self.model)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the manifest, independent of the machine and its paths."""
@@ -123,6 +122,12 @@ class Request:
             "allow_pickle": self.allow_pickle,
             "trust_remote_code": self.trust_remote_code,
         }
+
+
+def model_name(model: str) -> str:
+    """A machine-independent name of a model: the last part of a path, or the id."""
+    path = user_path(model)
+    return path.resolve().name if model != DEMO and path.exists() else model
 
 
 def _name(corpus: Corpus) -> str:

@@ -60,7 +60,7 @@ class Floats(Layout):
     def _unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
         """See ``Layout``."""
         format = _float(format)
-        bits = _unpack_bits(stored[self.tensors(format)[0]], format.elements.bits)
+        bits = unpack_bits(stored[self.tensors(format)[0]], format.elements.bits)
         scale = stored["weight_scale"]
         if isinstance(format.scales, PowerOfTwo):
             scale = format.scales.from_bytes(scale)
@@ -97,7 +97,7 @@ def _pack_bits(bits: Tensor, width: int) -> Tensor:
     return torch.stack([(word >> shift) & 255 for shift in (0, 8, 16)], -1).flatten(-2).to(torch.uint8)
 
 
-def _unpack_bits(packed: Tensor, width: int) -> Tensor:
+def unpack_bits(packed: Tensor, width: int) -> Tensor:
     """The inverse of ``_pack_bits``."""
     if width == 8:
         return packed.view(torch.uint8)

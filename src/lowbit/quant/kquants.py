@@ -168,7 +168,7 @@ class KQuant(Format):
         return given(blocks, products).flatten(-2)
 
     def _moved(self, stored: Tensor, steps: range, least: int) -> list[Tensor]:
-        factor, integers, _ = split_scales(split_groups(stored, self._superblocks(stored)), self.scales.largest)
+        factor, integers, _ = split_scales(split_groups(stored, self._superblocks(stored)), self.scales)
         moved = ((integers + step).clamp(least, self.scales.largest) * factor for step in steps)
         return [value.flatten(-2).to(stored.dtype) for value in moved]
 
@@ -177,7 +177,7 @@ class KQuant(Format):
 
 
 def _k(label: str, bits: int, group: int, scale_bits: int, largest: int, has_minimum: bool) -> KQuant:
-    return KQuant(label, bits, group, Integers(scale_bits, largest), has_minimum)
+    return KQuant(label, bits, group, Integers(scale_bits, largest, signed=not has_minimum), has_minimum)
 
 
 K_QUANTS = {

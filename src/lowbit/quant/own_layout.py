@@ -19,8 +19,9 @@ from lowbit.quant.tables import TableFormat
 class Own(Layout):
     """``lowbit-packed``: formats of llama.cpp, for which ``compressed-tensors`` has no layout.
 
-    Dense codes, and each level of the scales as a tensor of its own: ``weight_scale`` (uint8 integers, or float16 of
-    a table's format) and ``weight_super_scale`` (float16); minima likewise.
+    Dense codes, and each level of the scales as a tensor of its own: ``weight_scale`` (integers of a byte, or float16
+    of a table's format) and ``weight_super_scale`` (float16); minima likewise. Signed integers, which formats without
+    minima have, are in two's complement.
     """
 
     name = "lowbit-packed"
@@ -83,7 +84,8 @@ class Own(Layout):
             scale = stored["weight_scale"].to(torch.float32)
             return QTensor(codes.to(torch.uint8), QParams(scale, torch.zeros_like(scale)), format)
         format = _k(format)
-        scale = _product(stored["weight_scale"], stored["weight_super_scale"])
+        integers = stored["weight_scale"].view(torch.int8) if format.scales.signed else stored["weight_scale"]
+        scale = _product(integers, stored["weight_super_scale"])
         zero = torch.full_like(scale, format.middle)
         if format.has_minimum:
             zero = _product(stored["weight_minimum"], stored["weight_super_minimum"])
@@ -91,11 +93,11 @@ class Own(Layout):
 
 
 def levels_of(products: Tensor, format: KQuant) -> tuple[Tensor, Tensor]:
-    """A K-quant's scales ``(rows, groups)`` as integers uint8 and float16 factors ``(rows, superblocks)``."""
+    """A K-quant's scales ``(rows, groups)`` as bytes of integers and float16 factors ``(rows, superblocks)``."""
     blocks = split_groups(products, products.shape[-1] * format.group // SUPERBLOCK)
-    factor, integers, found = split_scales(blocks, format.scales.largest)
+    factor, integers, found = split_scales(blocks, format.scales)
     assert bool(found.all()), "scales that are no products of integers and a float16"
-    return integers.flatten(-2).to(torch.uint8), factor[..., 0].to(torch.float16)
+    return integers.flatten(-2).to(torch.int16).to(torch.uint8), factor[..., 0].to(torch.float16)
 
 
 def _product(integers: Tensor, factor: Tensor) -> Tensor:

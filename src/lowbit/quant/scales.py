@@ -124,14 +124,21 @@ class TwoLevel:
 
 @dataclass(frozen=True)
 class Integers:
-    """Scales that are integers of ``bits`` bits up to ``largest``, times a float16 of 256 values."""
+    """Scales that are integers of ``bits`` bits up to ``largest``, times a float16 of 256 values.
+
+    Attributes:
+        bits: of an integer.
+        largest: the largest integer.
+        signed: integers go down to ``-largest - 1``; scales found from a range are never negative.
+    """
 
     bits: int
     largest: int
+    signed: bool = False
 
     def holds(self, scale: Tensor) -> bool:
         """Whether scales ``(rows, groups of a superblock)`` are such products."""
-        return bool(split_scales(scale, self.largest)[2].all())
+        return bool(split_scales(scale, self)[2].all())
 
 
 Scales = Plain | PowerOfTwo | TwoLevel | Integers
@@ -165,25 +172,33 @@ def shared_exponent(scales: list[Tensor]) -> int | None:
     return None
 
 
-def split_scales(products: Tensor, largest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Float16 factors and integers up to ``largest`` whose products are given, ``(..., groups of a superblock)``.
+def split_scales(products: Tensor, kind: Integers) -> tuple[Tensor, Tensor, Tensor]:
+    """Float16 factors and integers whose products are given, ``(..., groups of a superblock)``.
 
     Returns the factors ``(..., 1)``, the integers, and whether they were found ``(..., 1)``. The products determine
-    them up to a common divisor of the integers, which leaves every value the same; the smallest factor is given.
+    them up to a common divisor of the integers, which leaves every value the same; the smallest factor is given, and
+    a negative one only where the products need it.
 
-    >>> factor, integers, found = split_scales(torch.tensor([0.75, 0.25, 0.5]), 63)
+    >>> factor, integers, found = split_scales(torch.tensor([0.75, 0.25, 0.5]), Integers(6, 63))
     >>> float(factor) * integers.tolist()[0], bool(found)
     (0.75, True)
+    >>> [x.tolist() for x in split_scales(torch.tensor([4.0, -3.0]), Integers(3, 3, signed=True))[:2]]
+    [[-1.0], [-4.0, 3.0]]
     """
     wide = products.double()
-    top = wide.amax(-1, keepdim=True)
+    top = wide.abs().amax(-1, keepdim=True)
     factor, integers = torch.ones_like(top), torch.zeros_like(wide)
     found = top == 0
     factor = factor.where(~found, 0.0)
-    for count in range(largest, 0, -1):
+    least = -kind.largest - 1 if kind.signed else 0
+    counts = [sign * count for sign in (1, -1) for count in range(kind.largest + kind.signed, 0, -1)]
+    for count in counts:
+        if bool(found.all()):
+            break
         candidate = (top / count).half().double()
-        parts = (wide / candidate.where(candidate > 0, 1.0)).round()
-        exact = (candidate > 0) & (parts * candidate == wide).all(-1, keepdim=True)
+        parts = (wide / candidate.where(candidate != 0, 1.0)).round()
+        exact = (candidate != 0) & (parts * candidate == wide).all(-1, keepdim=True)
+        exact &= (parts.amin(-1, keepdim=True) >= least) & (parts.amax(-1, keepdim=True) <= kind.largest)
         new = exact & ~found
         factor, integers, found = candidate.where(new, factor), parts.where(new, integers), found | exact
     return factor, integers, found

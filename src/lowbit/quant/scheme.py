@@ -17,6 +17,8 @@ A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|
 Others are names of formats (``NAMED``): floating point with the same format for inputs (``mxfp4``, ``fp8``) or float
 ones (``mxfp4a16``), and llama.cpp's (``q4_k``, ``iq4_nl``, ``q2_0``).
 
+A dtype behind a colon is that of the weights' scales (``w4a16g128-sym:bf16``, see ``scale_dtype.py``).
+
 Without a suffix, schemes with integer activations are asymmetric and others symmetric: the literature evaluates the
 former, every runtime supports the latter exactly, and stock ``transformers`` loads both.
 Embeddings and the output head stay float unless an override names them.
@@ -38,13 +40,14 @@ from lowbit.errors import LowbitError, canonical, unknown
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.float_activations import FP8_GROUPS, FP8_TOKENS, MXFP4_ACTS, MXFP8_ACTS
-from lowbit.quant.floating import FLOATS, FP8, FP8_BLOCK, MXFP4, MXFP6, MXFP8, NVFP4, FloatFormat
+from lowbit.quant.floating import FLOATS, FP8, FP8_BLOCK, FP8_TENSOR, MXFP4, MXFP6, MXFP8, NVFP4, FloatFormat
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import K_QUANTS
 from lowbit.quant.layout import Layout, Stored
 from lowbit.quant.layouts import layout_of
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
+from lowbit.quant.scale_dtype import suffix_of, with_suffix
 from lowbit.quant.static_activations import NVFP4_ACTS, StaticActs, StaticInt
 from lowbit.quant.tables import TABLES
 
@@ -69,6 +72,7 @@ NAMED: dict[str, tuple[Format, ActFormat | None]] = {
     "fp8a16": (FP8, None),
     "fp8-block": (FP8_BLOCK, FP8_GROUPS),
     "fp8-blocka16": (FP8_BLOCK, None),
+    "fp8-tensora16": (FP8_TENSOR, None),
     **{name: (format, None) for name, format in K_QUANTS.items()},
     **{name: (format, None) for name, format in TABLES.items()},
 }
@@ -209,7 +213,11 @@ def parse_scheme(name: str) -> Scheme:
     >>> s.weight.bits, s.weight.group, s.act.bits, s.kv.bits, s.weight.symmetric
     (4, 64, 8, 4, False)
     """
-    if (name := name.lower()) in NAMED:
+    if ":" in (name := name.lower()):
+        base, _, suffix = name.partition(":")
+        scheme = parse_scheme(base)
+        return replace(scheme, name=name, weight=with_suffix(scheme.weight, suffix, name))
+    if name in NAMED:
         return Scheme(name, *NAMED[name])
     match = _NAME.fullmatch(name)
     if match is None:
@@ -255,6 +263,10 @@ def parse_override(text: str) -> Format | None:
     """A weight format such as ``w8``, ``w4g64-asym``, ``q6_k`` or ``float``; integers are symmetric by default."""
     if text.lower() == "float":
         return None
+    if ":" in text:
+        base, _, suffix = text.lower().partition(":")
+        spec = parse_override(base)
+        return None if spec is None else with_suffix(spec, suffix, text)
     if text.lower() in WEIGHTS:
         return WEIGHTS[text.lower()]
     match = _SPEC.fullmatch(text.lower())
@@ -271,8 +283,10 @@ def override_text(spec: Format | None) -> str:
 
     >>> override_text(parse_override("w4g64-asym"))
     'w4g64-asym'
+    >>> override_text(parse_override("fp8:f32"))
+    'fp8:f32'
     """
-    return "float" if spec is None else spec.name
+    return "float" if spec is None else f"{spec.name}{suffix_of(spec)}"
 
 
 def with_overrides(scheme: Scheme, overrides: Mapping[str, str]) -> Scheme:
@@ -341,5 +355,9 @@ def scheme_from_dict(content: Any, where: str = "scheme") -> Scheme:
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     """Plain data for a manifest or a YAML file; overrides as a list, since their order matters."""
     target = {} if scheme.target is None else {"target": scheme.target}
-    overrides = [{glob: override_text(spec)} for glob, spec in scheme.overrides]
+    specs = (
+        (glob, spec and _stored_as(spec, torch.float16)) if target else (glob, spec)
+        for glob, spec in scheme.overrides
+    )
+    overrides = [{glob: override_text(spec)} for glob, spec in specs]
     return {"scheme": scheme.name, "overrides": overrides, **target}

@@ -18,7 +18,12 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
     >>> request |= {"overrides": [], "data": ["c4"], "samples": 8, "length": 8, "seed": 0, "bos": "auto"}
     >>> command(request)[0].partition(" --scheme ")[2]
     'w8a8 --recipe rtn --effort quick --data c4 --samples 8 --length 8 --seed 0'
+    >>> command({"model": "a.gguf", "keep": True})[0]
+    'lowbit quantize a.gguf --out DIR --keep'
     """
+    if request.get("keep"):
+        words = ["lowbit", "quantize", request["model"], "--out", "DIR", "--keep"]
+        return shlex.join([*words, *_option("revision", request.get("revision")), *_flags(request)]), None
     recipe, file = request["recipe"], None
     if isinstance(recipe, Mapping):
         file = yaml.safe_dump({key: value for key, value in recipe.items() if key != "name"}, sort_keys=False)
@@ -33,9 +38,12 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
         words += ["--" + name, str(request[name])]
     for name, default in (("bos", "auto"), ("device", "cpu"), ("dtype", "float32"), ("revision", None)):
         words += _option(name, request.get(name), default)
+    return shlex.join([*words, *_flags(request)]), file
+
+
+def _flags(request: Mapping[str, Any]) -> list[str]:
     flags = {"compiled": "--compile", "allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
-    words += [flag for name, flag in flags.items() if request.get(name)]
-    return shlex.join(words), file
+    return [flag for name, flag in flags.items() if request.get(name)]
 
 
 def _option(name: str, value: str | None, default: str | None = None) -> list[str]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowbit.checkpoints.resolve import load_config
-from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.attention import attention_name
 from lowbit.models.families import architecture_of
@@ -25,7 +24,6 @@ from lowbit.models.runtime_ops import PREFIX, RuntimeOp
 from lowbit.models.validate import (
     PROBE,
     check_model,
-    refuse_foreign_quantization,
     report_build_errors,
     settle_tied,
 )
@@ -38,6 +36,7 @@ from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_sche
 from lowbit.runs.manifest import manifest_of, require_trust
 from lowbit.runs.saving import refuse_saving
 from lowbit.runs.static_inputs import read_input_qparams
+from lowbit.sources.checkpoint import open_checkpoint
 from lowbit.torch_state import own_torch_state
 
 STATIC = ("lowbit_input_scale", "lowbit_input_zero")  # buffers of a linear with a static input
@@ -52,7 +51,7 @@ def load(
     trust_remote_code: bool = False,
     target: str | None = None,
 ) -> Any:
-    """A ``transformers`` causal language model from a run folder (or a float checkpoint), ready to generate.
+    """A ``transformers`` causal language model from a run folder (or another checkpoint), ready to generate.
 
     It computes the evaluated model, with quantized activations and KV. ``lowbit.load(DIR).generate(...)`` works as
     usual, and so do copies, ``torch.save`` and other dtypes. ``save_pretrained`` stores parameters only: of a model
@@ -61,15 +60,13 @@ def load(
     ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
 
     Raises:
-        LowbitError: the folder is not a model, is broken, or was quantized by another tool.
+        LowbitError: the folder is not a model, is broken, or is quantized in a way that is not read.
     """
     folder = user_path(folder)
     manifest = manifest_of(folder)
     config: Any = load_config(folder, trust_remote_code)
-    refuse_foreign_quantization(config, manifest is not None, folder)
     require_trust(folder, manifest, trust_remote_code)
-    config.__dict__.pop("quantization_config", None)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder, config, run=manifest is not None)
     settle_tied(checkpoint, config)
     architecture = architecture_of(config)
     scheme = simulated_on(run_scheme(manifest) if manifest else None, target)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.resolve import load_config
-from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
+from lowbit.checkpoints.safetensors_folder import block_params
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
 from lowbit.models.families import architecture_of
@@ -23,7 +23,6 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_computes,
     check_model,
-    refuse_foreign_quantization,
     report_build_errors,
     settle_tied,
 )
@@ -31,6 +30,7 @@ from lowbit.progress import track
 from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
 from lowbit.runs.folder import read_block, read_dequantized, run_formats, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
+from lowbit.sources.checkpoint import open_checkpoint
 
 # Maximum bytes of hidden states held at once; longer texts take several passes over the blocks.
 HELD_BYTES = 1 << 30
@@ -59,11 +59,10 @@ class StreamedModel:
         """
         manifest = manifest_of(folder)
         self.config: Any = load_config(folder, trust_remote_code)
-        refuse_foreign_quantization(self.config, manifest is not None, folder)
         require_trust(folder, manifest, trust_remote_code)
         self.device, self.dtype = device, dtype
         self.scheme: Scheme | None = simulated_on(run_scheme(manifest) if manifest else None, target)
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = open_checkpoint(folder, self.config, run=manifest is not None)
         settle_tied(self.checkpoint, self.config)
         self.formats = ModelFormats()
         if manifest is not None and self.scheme is not None:
