@@ -27,12 +27,18 @@ w4a8-sym         float32      -      -          -    -    -   yes  -
 w4a8g32-sym-asym float32      -      yes        -    -    -   -    -
 w4a4g32-sym-asym float32      -      -          -    -    -   -    -
 w8a8             float32      -      -          -    -    -   -    -
+w8a8-static      float32      -      -          yes  -    -   -    -
+w4a8g32-sym-static float32    -      -          yes  -    -   -    -
+w4a16-static     float32      -      -          yes  -    -   -    -
+w4a16g32-static  float32      -      -          yes  -    -   -    -
 w4afp8           float32      -      -          -    -    -   -    -
 w4a16kv4-sym     -            -      -          -    -    -   -    -
 fp8              float32      -      -          -    -    -   -    -
-fp8a16           float32      -      -          -    -    -   -    -
+fp8a16           float32      -      -          yes  -    -   -    -
 fp8-block        float32      -      -          -    -    -   -    -
-fp8-blocka16     float32      -      -          -    -    -   -    -
+fp8-blocka16     float32      -      -          yes  -    -   -    -
+fp8-tensora16    float32      -      -          yes  -    -   -    -
+nvfp4            bfloat16     -      -          -    -    -   -    -
 nvfp4a16         bfloat16     NVFP4  -          -    -    -   -    -
 mxfp4            bfloat16     -      -          -    -    -   -    -
 mxfp4a8          bfloat16     -      -          -    -    -   -    -
@@ -40,7 +46,7 @@ mxfp4a16         bfloat16     MXFP4  -          -    -    -   -    -
 mxfp6a8          bfloat16     -      -          -    -    -   -    -
 mxfp6a16         bfloat16     -      -          -    -    -   -    -
 mxfp8            bfloat16     -      -          -    -    -   -    -
-mxfp8a16         bfloat16     -      -          -    -    -   -    -
+mxfp8a16         bfloat16     -      -          yes  -    -   -    -
 q2_k             -            Q2_K   -          -    -    -   -    -
 q3_k             -            Q3_K   -          -    -    -   -    -
 q4_k             -            Q4_K   -          -    -    -   -    -
@@ -55,7 +61,10 @@ COMMON = (
     "w4a16g32-asym",
     "w4a8-sym",
     "w4a8g32-sym-asym",
+    "w8a8-static",
+    "w4a16g32-static",
     "fp8",
+    "nvfp4",
     "nvfp4a16",
     "mxfp4",
     "q4_k",
