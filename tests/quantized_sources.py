@@ -156,6 +156,16 @@ def fp8(weight: Tensor, generator: torch.Generator) -> Packed:
     return {"weight": codes, "weight_scale_inv": scale}, value
 
 
+def auto_fp8(weight: Tensor, generator: torch.Generator) -> Packed:
+    """FP8 as AutoFP8 stores it: a number for the tensor, and one for its inputs."""
+    scale = weight.abs().max() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.5)}, codes.float() * scale
+
+
+AUTO_FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+
+
 def mxfp4(weight: Tensor, generator: torch.Generator) -> Packed:
     """A linear in gpt-oss's layout."""
     rows, columns = weight.shape

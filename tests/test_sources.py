@@ -21,10 +21,12 @@ from lowbit.sources.checkpoint import QuantizedCheckpoint, open_checkpoint
 from lowbit.sources.layout import FloatOnly
 from lowbit.sources.layouts import layout_of
 from quantized_sources import (
+    AUTO_FP8_CONFIG,
     AWQ_CONFIG,
     FP8_CONFIG,
     MXFP4_CONFIG,
     SIZES,
+    auto_fp8,
     awq,
     compressed,
     compressed_config,
@@ -53,6 +55,7 @@ SOURCES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "awq": (awq, AWQ_CONFIG, {}),
     "fp8": (fp8, FP8_CONFIG, {}),
     "fp8 with partial tiles": (fp8, FP8_CONFIG, NARROW),
+    "fp8 of AutoFP8": (auto_fp8, AUTO_FP8_CONFIG, {}),
     "mxfp4": (mxfp4, MXFP4_CONFIG, {}),
 }
 
@@ -220,6 +223,7 @@ DAMAGE: list[tuple[str, Any, dict[str, Any], Any, str]] = [
     ("fp8 without codes", fp8, FP8_CONFIG, gone("weight"), r"up_proj.weight' is missing"),
     ("fp8 without scales", fp8, FP8_CONFIG, gone("weight_scale_inv"), "is F8_E4M3; allowed: F16"),
     ("fp8 with few scales", fp8, FP8_CONFIG, cut("weight_scale_inv"), r"\[1, 2\], allowed is .*\[2, 2\]"),
+    ("fp8 of AutoFP8 with scales", auto_fp8, AUTO_FP8_CONFIG, put("weight_scale", torch.ones(2, 2)), r"\[2, 2\]"),
     ("fp8 of floats", fp8, FP8_CONFIG, put("weight", torch.ones(256, 256)), "is float32 .*allowed is float8_e4m3fn"),
     ("mxfp4 without scales", mxfp4, MXFP4_CONFIG, gone("weight_scales"), r"weight_scales' is missing"),
     ("mxfp4 with NaN", mxfp4, MXFP4_CONFIG, first("weight_scales", 255), r"a scale is NaN \(byte 255\)"),

@@ -18,7 +18,7 @@ from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.safetensors_folder import Checkpoint, Header
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.progress import say
-from lowbit.sources.layout import Decoded, SourceLayout, StoredWeight
+from lowbit.sources.layout import Decoded, Headers, SourceLayout, StoredWeight
 from lowbit.sources.layouts import layout_of
 
 FIELDS = ("quantization_config", "compression_config")  # the second is compressed-tensors' former name
@@ -53,27 +53,33 @@ class QuantizedCheckpoint(Checkpoint):
         parts = {part for weight in weights for part in weight.parts.values()}
         if hidden := sorted(self._weights.keys() & headers.keys() - parts):
             raise LowbitError(f"{folder} has '{hidden[0]}' as codes and as floats: delete one of them")
-        self._floats = {name: header for name, header in headers.items() if name not in parts}
-        self._refuse_unread()
+        self._floats = self._rest({name: header for name, header in headers.items() if name not in parts})
         self._file_of = {name: self._stored.file_of(name) for name in self._floats}
         for weight in weights:
             self._file_of[weight.name] = self._stored.file_of(next(iter(weight.parts.values())))
 
-    def _refuse_unread(self) -> None:
-        """Refuse tensors that change what a module computes and that its layout does not have."""
-        read = {"bias", *(self.layout.dropped_tensors if self.layout.dropped is not None else ())}
-        for name in self._floats:
+    def _rest(self, headers: Headers) -> dict[str, Header]:
+        """The tensors that are no parts of quantized weights, but for what the layout drops.
+
+        Raises ``LowbitError`` for those that change what a module computes and that its layout does not have.
+        """
+        out, dropped = {}, self.layout.dropped_tensors if self.layout.dropped is not None else ()
+        for name, header in headers.items():
             module, _, last = name.rpartition(".")
             if OPERATION in name:
                 raise LowbitError(
                     f"{self.folder} has operations at run time ({shown(name)}) that only its lowbit.json describes, "
                     "and has none: copy the whole run folder again"
                 )
-            if f"{module}.weight" in self._weights and last not in read:
+            beside = f"{module}.weight" in self._weights
+            if beside and last not in ("bias", *dropped):
                 raise LowbitError(
                     f"{self.folder} has {shown(name)} beside quantized weights ({self.layout.summary}), which is not "
                     "read: give the float model"
                 )
+            if not (beside and last in dropped):
+                out[name] = header
+        return out
 
     def _broken(self, error: ValueError) -> LowbitError:
         return LowbitError(f"the weights of {self.folder} are broken ({one_line(error)}): fetch the folder again")

@@ -2,8 +2,10 @@
 
 ``weight`` E4M3 ``(out, in)`` beside ``weight_scale_inv``, which despite its name multiplies: float32, or a power of
 two in a byte (E8M0), ``(ceil(out / rows), ceil(in / columns))`` for tiles of ``weight_block_size``, 128 x 128 by
-default and smaller at the right and lower edges; one number where the config has no size. MXFP8 has tiles of 1 x 32
-and E8M0 bytes. Experts that are one tensor have a dimension before these and no ``.weight`` in their names.
+default and smaller at the right and lower edges; one number where the size is null. MXFP8 has tiles of 1 x 32 and
+E8M0 bytes. Experts that are one tensor have a dimension before these and no ``.weight`` in their names.
+
+AutoFP8 calls the scale ``weight_scale``, and has one number for the tensor without saying so in its config.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from lowbit.sources.floats import grouped, powers, tiled
 from lowbit.sources.integers import SCALES
 from lowbit.sources.layout import Decoded, Headers, Read, SourceLayout, StoredWeight, expect
 
-SCALE = "_scale_inv"
+SCALE, PLAIN = "_scale_inv", ".weight_scale"
 DEFAULT = [128, 128]
 MX_TILE = (1, 32)
 
@@ -68,10 +70,10 @@ class Fp8(SourceLayout):
 
     def weights(self, headers: Headers, read: Read) -> list[StoredWeight]:
         """See ``SourceLayout``."""
-        return [self._weight(headers, name) for name in headers if name.endswith(SCALE)]
+        return [self._weight(headers, name) for name in headers if name.endswith((SCALE, PLAIN))]
 
     def _weight(self, headers: Headers, scale: str) -> StoredWeight:
-        name = scale.removesuffix(SCALE)
+        name = scale.removesuffix(SCALE).removesuffix("_scale")
         if name not in headers:
             raise ValueError(f"'{name}' is missing")
         shape = headers[name].shape
@@ -83,14 +85,15 @@ class Fp8(SourceLayout):
         """See ``SourceLayout``."""
         codes, scale = parts["weight"], parts["scale"]
         rows, columns = weight.shape[-2:]
-        tile = (self.tile[0] or rows, self.tile[1] or columns)
+        tensor_wide = self.tile == (0, 0) or weight.parts["scale"].endswith(PLAIN)
+        tile = (rows, columns) if tensor_wide else (self.tile[0] or rows, self.tile[1] or columns)
         tiles = [*weight.shape[:-2], -(-rows // tile[0]), -(-columns // tile[1])]
         expect(weight.name, codes, [torch.float8_e4m3fn], weight.shape)
-        if self.tile == (0, 0) and scale.numel() == 1:
+        if tensor_wide and scale.numel() == 1:
             scale = scale.reshape(tiles)
-        expect(f"{weight.name}{SCALE}", scale, [*SCALES, torch.uint8, torch.float8_e8m0fnu], tiles)
+        expect(weight.parts["scale"], scale, [*SCALES, torch.uint8, torch.float8_e8m0fnu], tiles)
         if scale.dtype not in SCALES:
             scale = powers(scale.view(torch.uint8))
             if self.tile == MX_TILE and codes.ndim == 2 and columns % MX_TILE[1] == 0:
                 return grouped(codes.view(torch.uint8), scale, MXFP8)
-        return tiled(codes, scale, self.tile)
+        return tiled(codes, scale, (0, 0) if tensor_wide else self.tile)
