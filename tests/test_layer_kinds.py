@@ -88,6 +88,9 @@ def test_methods_run_and_the_folder_computes_what_was_simulated(name, recipe, sc
             assert torch.equal(stock(tiny_ids(2, 16)).logits, logits)
     else:
         assert "stored as (in, out)" in said.why_not
+        for target in ("vllm", "gptq", "gguf"):
+            with pytest.raises(LowbitError, match=r"stored as \(in, out\) by its library"):
+                lowbit.export(run, target)
 
 
 def test_a_window_holds_layers_of_different_kinds(tmp_path):

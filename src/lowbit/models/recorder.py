@@ -193,7 +193,8 @@ class Recorders:
 
     def _calls(self, forward: Callable[[Tensor], Tensor], ids: Tensor) -> list[_Call]:
         """The calls of the layers in a pass: one after the other, each with what the one before gave."""
-        self.now.calls = calls = []
+        calls: list[_Call] = []
+        self.now.calls = calls
         try:
             logits = forward(ids)
         finally:
