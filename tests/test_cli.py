@@ -210,7 +210,8 @@ def test_inspect_tells_facts_and_estimates_of_a_float_model(model, command):
     assert min(found["estimated_memory_bytes"], found["estimated_disk_bytes"]) > 2 * VOCAB * 64 * 2
     (kind,) = found["kinds"]
     assert (kind["layers"], kind["linears"][1], found["origin"]) == ("0-2", "self_attn.o_proj", "declared")
-    printed = " ".join(command("inspect", model, "--scheme", "w4a16", "--length", "64")[1].split())
+    table = command("inspect", model, "--scheme", "w4a16", "--length", "64")[1]
+    printed = " ".join(table.replace("│", " ").split())
     for text in ("LlamaForCausalLM", "layers 0-2 self_attn", "up_proj -> mlp.down_proj (a diagonal)"):
         assert text in printed
 

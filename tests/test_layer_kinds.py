@@ -88,6 +88,9 @@ def test_methods_run_and_the_folder_computes_what_was_simulated(name, recipe, sc
             assert torch.equal(stock(tiny_ids(2, 16)).logits, logits)
     else:
         assert "stored as (in, out)" in said.why_not
+        for target in ("vllm", "gptq", "gguf"):
+            with pytest.raises(LowbitError, match=r"stored as \(in, out\) by its library"):
+                lowbit.export(run, target)
 
 
 def test_a_window_holds_layers_of_different_kinds(tmp_path):
@@ -117,6 +120,6 @@ def test_inspect_and_the_manifest_tell_the_kinds_of_layers(tmp_path):
         in (attention["edges"])
     )
     stored = manifest_of(run).architecture
-    assert stored == json.loads(json.dumps(to_dict(architecture_of(model.config))))
+    assert stored == to_dict(architecture_of(model.config)) == json.loads(json.dumps(stored))
     assert [kind["layers"] for kind in stored["kinds"]] == [[0, 2], [1]]
     assert stored["kinds"][0]["edges"][1]["src"] == {"module": "conv.in_proj", "name": "B", "rows": [[0, 64]]}

@@ -55,9 +55,9 @@ def limits(subject: Subject) -> Misfit | None:
         )
     if (misfit := no_kv(subject)) is not None:
         return misfit
+    embed = architecture_of(subject.config).embed
     for module, format in subject.integers.items():
-        embedding = module == architecture_of(subject.config).embed
-        if why := why_not(format, None if embedding else subject.shapes[module][1]):
+        if why := why_not(format, None if module == embed else subject.shapes[module][1]):
             return weight_misfit(subject, module, why)
     return None
 
