@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.models.discovery.small_model import SmallModel
+from lowbit.models.discovery.small_model import SmallModel, token_ids
 
 
 @dataclass(frozen=True)
@@ -89,36 +89,46 @@ def _copied(value: Any) -> Any:
     return paired(value, value, lambda one, two: one)
 
 
-@torch.no_grad()
 def capture(small: SmallModel) -> list[Call]:
-    """The first call of every layer.
+    """The first call of every layer of a small model.
 
     Raises:
         LowbitError: a layer is not called.
     """
-    passes = [_recorded(small, sequences) for sequences in (1, 2)]
-    missing = [index for index, _ in enumerate(small.layers) if index not in passes[0] or index not in passes[1]]
+    return first_calls(small.model, small.layers, token_ids)
+
+
+@torch.no_grad()
+def first_calls(model: Any, layers: Sequence[nn.Module], ids: Callable[[int], Tensor]) -> list[Call]:
+    """The first call of every layer; ``ids`` gives token ids for a number of sequences.
+
+    Raises:
+        LowbitError: a layer is not called.
+    """
+    one, two = (_recorded(model, layers, ids(sequences)) for sequences in (1, 2))
+    missing = [index for index, _ in enumerate(layers) if index not in one or index not in two]
     if missing:
-        raise LowbitError(f"layer {missing[0]} of {small.blocks} is never called")
-    one, two = passes
-    return [Call(*one[index], doubled=two[index]) for index in range(len(small.layers))]
+        raise LowbitError(f"decoder layer {missing[0]} of {type(model).__name__} is never called")
+    return [Call(*one[index], doubled=two[index]) for index in range(len(layers))]
 
 
-def _recorded(small: SmallModel, sequences: int) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
+def _recorded(
+    model: Any, layers: Sequence[nn.Module], ids: Tensor
+) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
     found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if index not in found:
+            if index not in found:  # a model may loop over its layers
                 found[index] = (_copied(args), _copied(kwargs))
 
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(record(index), with_kwargs=True) for index, layer in enumerate(small.layers)
+        layer.register_forward_pre_hook(record(index), with_kwargs=True) for index, layer in enumerate(layers)
     ]
     try:
-        small.model(input_ids=small.ids(sequences), use_cache=False)
+        model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

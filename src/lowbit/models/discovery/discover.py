@@ -4,100 +4,157 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
-from lowbit.errors import LowbitError
-from lowbit.models.discovery.capture import capture
-from lowbit.models.discovery.kinds import kinds_of
-from lowbit.models.discovery.layer import Analysis, analyse
-from lowbit.models.discovery.proof import LayerProof, ModelProof, attempts, random_moves
+from lowbit.errors import LowbitError, one_line
+from lowbit.models.discovery.carry import carried, matched
+from lowbit.models.discovery.kinds import signature
+from lowbit.models.discovery.layout import Mismatch, Sizes, measures, numbers_of
+from lowbit.models.discovery.prove import Kind, found_in, prove
+from lowbit.models.discovery.real import RealLayers, checked, empty_model
 from lowbit.models.discovery.result import Architecture, DeclaredEdge, Discovery, Finding, LayerKind, Record
 from lowbit.models.discovery.shrink import shrunk
-from lowbit.models.discovery.sites import InFloat64
+from lowbit.models.discovery.sites import owners_of
 from lowbit.models.discovery.small_model import SmallModel
+
+MOST_BYTES = 6 * 2**30  # for the proof at real shape
+
+
+def discover(config: Any, trust_remote_code: bool = False, most_bytes: int = MOST_BYTES) -> Discovery:
+    """Find and prove a model's structure; no weights are needed.
+
+    Args:
+        config: the model's Hugging Face config.
+        trust_remote_code: run the model's own code.
+        most_bytes: memory for the proof at real shape; kinds of layers that need more are proven on the small model
+            only, and a note says so.
+
+    Raises:
+        LowbitError: no small model can be built, it does not run, or it has no decoder layers.
+    """
+    start = time.monotonic()
+    search = _Search(config, trust_remote_code)
+    layers = search.at_real_size(most_bytes)
+    small = search.small
+    record = Record(
+        findings=tuple(search.findings),
+        notes=tuple(dict.fromkeys(search.notes)),
+        checked=tuple(sorted(search.checked)),
+        seconds=round(time.monotonic() - start, 1),
+        versions={"transformers": transformers.__version__, "torch": torch.__version__},
+    )
+    name = str(getattr(config, "model_type", "") or type(config).__name__)
+    return Discovery(Architecture(name, small.blocks, small.head, small.embed, layers), record)
 
 
 @dataclass
-class Kind:
-    """Layers of the small model that are alike.
+class _Search:
+    """One discovery: the small models, and what is noted on the way."""
 
-    Attributes:
-        layers: their indices.
-        analysis: what the first of them showed.
-        edges: what is proven.
-        findings: every candidate.
-    """
+    config: Any
+    trusted: bool
+    notes: list[str] = field(default_factory=list)
+    checked: set[int] = field(default_factory=set)
 
-    layers: list[int]
-    analysis: Analysis
-    edges: list[DeclaredEdge]
-    findings: list[Finding]
+    def __post_init__(self) -> None:
+        self.small_config = shrunk(self.config)
+        self.small = SmallModel(self.small_config, self.trusted)
+        self.kinds = found_in(self.small)
+        prove(self.small, self.kinds)
+        self.findings: list[Finding] = [one for kind in self.kinds for one in kind.findings]
+        self.other = self._second_size()
 
-    def layer_kind(self) -> LayerKind:
-        """The structure with the proven edges."""
-        own = self.analysis
-        return LayerKind(own.groups, tuple(self.edges), own.attention, own.flat, own.experts, own.unseen)
+    def _second_size(self) -> tuple[SmallModel, Any, Sequence[Kind]] | None:
+        """The other small model and its candidates."""
+        try:
+            config = shrunk(self.config, 1)
+            small = SmallModel(config, self.trusted)
+            return small, config, found_in(small, [kind.layers[0] for kind in self.kinds])
+        except LowbitError as error:
+            self.notes.append(f"no second small size, so no layout is carried: {one_line(error)}")
+            return None
 
+    def at_real_size(self, most_bytes: int) -> tuple[LayerKind, ...]:
+        """One entry per layer of the real model."""
+        real: list[nn.Module] = list(empty_model(self.config, self.trusted).get_submodule(self.small.blocks))
+        by_form = {signature(self.small.layers[i], sizes=False): kind for kind in self.kinds for i in kind.layers}
+        entries: dict[Any, LayerKind] = {}
+        out = []
+        for index, layer in enumerate(real):
+            exact = signature(layer)
+            if exact not in entries:
+                kind = by_form.get(signature(layer, sizes=False))
+                entries[exact] = self._entry(kind, layer, most_bytes) if kind else self._unknown(index, layer)
+            out.append(entries[exact])
+        return tuple(out)
 
-def found_in(small: SmallModel) -> list[Kind]:
-    """The kinds of layers of a small model, with candidates only."""
-    with InFloat64():
-        calls = [call.redrawn(0) for call in capture(small)]
-    return [Kind(own, analyse(small.layers[own[0]], calls[own[0]]), [], []) for own in kinds_of(small.layers)]
+    def _unknown(self, index: int, layer: nn.Module) -> LayerKind:
+        """A layer that the small model has no like of: its linears, each alone."""
+        self.notes.append(f"the small model has no layer like layer {index}: it has no edge")
+        names = [name for name, one in owners_of(layer).items() if one.kind in ("linear", "conv1d")]
+        return LayerKind(tuple((name,) for name in names), ())
 
+    def _entry(self, kind: Kind, layer: nn.Module, most_bytes: int) -> LayerKind:
+        own = kind.analysis
+        edges = self._carried(kind, layer)
+        proven = self._checked(kind, layer, edges, most_bytes)
+        return LayerKind(own.groups, tuple(proven), own.attention, own.flat, own.experts, own.unseen)
 
-def prove(small: SmallModel, kinds: Sequence[Kind]) -> None:
-    """Keep the candidates that pass in the layer and in the model, alone and all together."""
-    with InFloat64():
-        calls = [call.redrawn(0) for call in capture(small)]
-    model = ModelProof(small)
-    generator = torch.Generator().manual_seed(5)
-    for number, kind in enumerate(kinds):
-        layer = LayerProof(small.layers[kind.layers[0]], calls[kind.layers[0]], kind.analysis.owners)
-        kind.findings += [Finding(number, what, None, why) for what, why in kind.analysis.refuted]
-        for candidate in kind.analysis.candidates:
-            edge, why = _largest(candidate, layer, model, kind, generator)
-            kind.findings.append(Finding(number, candidate.label, edge and edge.limit, why))
-            kind.edges += [edge] if edge else []
-    _together(model, kinds, generator)
+    def _carried(self, kind: Kind, layer: nn.Module) -> list[DeclaredEdge]:
+        number = self.kinds.index(kind)
+        if self.other is None:
+            plain = [edge for edge in kind.edges if edge.heads is None and isinstance(edge.src, str)]
+            return [edge for edge in plain if all(isinstance(end, str) for end in edge.dst)]
+        other, config, kinds = self.other
+        theirs = kinds[number].analysis
+        layers = (self.small.layers[kind.layers[0]], other.layers[kind.layers[0]], layer)
+        configs = (self.small_config, config, self.config)
+        numbers = (numbers_of(one, own) for one, own in zip(layers, configs, strict=True))
+        sizes = Sizes(far=measures(*numbers))
+        owners = (kind.analysis.owners, theirs.owners, owners_of(layer))
+        partners = matched(kind.edges, theirs.candidates)
+        found = []
+        for index, edge in enumerate(kind.edges):
+            try:
+                if index not in partners:
+                    raise Mismatch("the second small size does not show it")
+                found.append(carried(edge, partners[index], owners, sizes))
+            except Mismatch as error:
+                self._refute(number, edge, f"its layout cannot be carried: {one_line(error)}")
+        return found
 
+    def _checked(
+        self, kind: Kind, layer: nn.Module, edges: list[DeclaredEdge], most_bytes: int
+    ) -> list[DeclaredEdge]:
+        """The edges that pass at real shape, or all where nothing could be run."""
+        number = self.kinds.index(kind)
+        real = self._real_layers()
+        results = real if isinstance(real, str) else checked(real, layer, edges, most_bytes)
+        if isinstance(results, str):
+            self.notes.append(f"kind {number} is not proven at real shape: {results}")
+            return edges
+        self.checked.add(number)
+        for edge, why in results:
+            if why:
+                self._refute(number, edge, f"at real shape {why}")
+        return [edge for edge, why in results if not why]
 
-def _largest(
-    candidate: DeclaredEdge, layer: LayerProof, model: ModelProof, kind: Kind, generator: torch.Generator
-) -> tuple[DeclaredEdge | None, str]:
-    """The edge with the largest group that passes, and why a larger one does not."""
-    why = ""
-    owners = kind.analysis.owners
-    for edge in attempts(candidate, owners):
-        moves = random_moves(edge, owners, kind.layers, generator)
-        refuted = layer.refutation(edge, moves[0][3]) or model.refutation(moves)
-        if not refuted:
-            return edge, why if edge.limit != candidate.limit else ""
-        why = why or refuted
-    return None, why
+    def _real_layers(self) -> RealLayers | str:
+        if not hasattr(self, "_real"):
+            self._real: RealLayers | str
+            try:
+                self._real = RealLayers(self.config, self.small.blocks, self.small.as_tuple, self.trusted)
+            except LowbitError as error:
+                self._real = one_line(error)
+        return self._real
 
-
-def _together(model: ModelProof, kinds: Sequence[Kind], generator: torch.Generator) -> None:
-    """Apply every proven edge of every layer at once; where they do not get along, later ones are given up."""
-    def moves(chosen: Sequence[tuple[Kind, DeclaredEdge]]) -> list[Any]:
-        return [
-            move
-            for kind, edge in chosen
-            for move in random_moves(edge, kind.analysis.owners, kind.layers, generator)
-        ]
-
-    every = [(kind, edge) for kind in kinds for edge in kind.edges]
-    if not every or not model.refutation(moves(every)):
-        return
-    kept: list[tuple[Kind, DeclaredEdge]] = []
-    for kind, edge in every:
-        if model.refutation(moves([*kept, (kind, edge)])):
-            kind.edges.remove(edge)
-            at = next(i for i, one in enumerate(kind.findings) if one.edge == edge.label and one.limit)
-            kind.findings[at] = replace(kind.findings[at], limit=None, reason="does not pass with the other edges")
-        else:
-            kept.append((kind, edge))
+    def _refute(self, number: int, edge: DeclaredEdge, why: str) -> None:
+        for at, one in enumerate(self.findings):
+            if (one.layer, one.edge) == (number, edge.label) and one.limit:
+                self.findings[at] = replace(one, limit=None, reason=why)
+                return

@@ -63,6 +63,7 @@ _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
 _VALUES = {name: values for values, names in _FIELDS for name in names.split()}
 # Read in place of 0 and None: what a library derives from them at the small size could break.
 _ALSO_NONE = ("head_dim", *_KV, "num_experts_per_tok")
+_DROPPED = ("model_type", "transformers_version", "per_layer_config", "auto_map", "quantization_config")
 _INDICES = ("mlp_only_layers", "full_attn_idxs", "moe_layers", "hybrid_layer_ids", "cross_attention_layers")
 
 
@@ -89,13 +90,12 @@ def lower(fields: Mapping[str, Any], size: Size) -> dict[str, Any]:
     >>> lower({"hidden_size": 4096, "hidden_act": "silu", "num_attention_heads": 32, "head_dim": None}, 0)
     {'hidden_size': 64, 'hidden_act': 'silu', 'num_attention_heads': 4, 'head_dim': 16}
     """
-    dropped = ("model_type", "transformers_version", "per_layer_config", "auto_map", "quantization_config")
-    out = {name: value for name, value in fields.items() if name not in dropped}
+    out = {name: value for name, value in fields.items() if name not in _DROPPED}
     for name, value in out.items():
         if isinstance(value, dict) and name.endswith("_config"):
             out[name] = lower(value, size) | {k: v for k, v in value.items() if k == "model_type"}
         elif name in _VALUES and (_is_size(value) or (value is None and name in _ALSO_NONE)):
-            out[name] = _VALUES[name][size] if value is None else _lowered(value, _VALUES[name][size])
+            out[name] = _VALUES[name][size]
     _key_value_heads(fields, out, size)
     _latent_attention(fields, out, size)
     _state_space(out, size)
@@ -105,12 +105,25 @@ def lower(fields: Mapping[str, Any], size: Size) -> dict[str, Any]:
     return out
 
 
+def fewer_layers(config: Any) -> Any:
+    """A config of the model's own widths, with a small vocabulary and the layers that ``lower`` keeps.
+
+    Raises:
+        LowbitError: the class does not take it.
+    """
+    fields = config.to_dict()
+    out = {name: value for name, value in fields.items() if name not in _DROPPED}
+    _special_tokens(out)
+    _layers(fields, out)
+    _overrides_by_layer(fields, out)
+    try:
+        return type(config)(**out)
+    except Exception as error:
+        raise LowbitError(f"{type(config).__name__} takes no fewer layers: {one_line(error)}") from error
+
+
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _lowered(value: int, small: int) -> int:
-    return small
 
 
 def _key_value_heads(fields: Mapping[str, Any], out: dict[str, Any], size: Size) -> None:
@@ -203,12 +216,16 @@ def kept_layers(lists: Sequence[Sequence[Any]], count: int) -> list[int]:
     return sorted(chosen + early + late)
 
 
-def _overrides_by_layer(fields: Mapping[str, Any], out: dict[str, Any], size: Size) -> None:
-    """Configs whose layers differ in width store what differs; the constructor takes it by other names."""
-    stored = fields.get("per_layer_config") or {}
-    different = {name for layer in stored.values() if isinstance(layer, dict) for name in layer}
-    for name in different & {"head_dim", "num_key_value_heads"}:
-        out[f"global_{name}" if name == "head_dim" else "num_global_key_value_heads"] = {
-            "head_dim": (32, 16)[size],
-            "num_key_value_heads": (1, 2)[size],
-        }[name]
+def _overrides_by_layer(fields: Mapping[str, Any], out: dict[str, Any], size: Size | None = None) -> None:
+    """Configs whose layers differ in width store what differs; the constructor takes it by other names.
+
+    Without a size, the real values are taken.
+    """
+    stored = [layer for layer in (fields.get("per_layer_config") or {}).values() if isinstance(layer, dict)]
+    for name, passed, small in (
+        ("head_dim", "global_head_dim", (32, 16)),
+        ("num_key_value_heads", "num_global_key_value_heads", (1, 2)),
+    ):
+        values = [layer[name] for layer in stored if name in layer]
+        if values:
+            out[passed] = values[0] if size is None else small[size]

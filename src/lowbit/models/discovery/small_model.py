@@ -23,6 +23,7 @@ class SmallModel:
         model: the library's class.
         blocks: module path of the decoder layers.
         layers: the decoder layers.
+        as_tuple: whether a layer returns a tuple.
         embed: module path of the token embedding.
         head: module path of the output head; empty if there is none.
     """
@@ -41,9 +42,7 @@ class SmallModel:
             except Exception as error:  # a model's own code
                 raise LowbitError(f"no small model of {type(config).__name__}: {one_line(error)}") from error
         self.model.eval().double().requires_grad_(False)
-        for module in self.model.modules():  # the other implementations do not take float64
-            if hasattr(module, "is_transposed") and hasattr(module, "config"):
-                module.config._experts_implementation = "eager"
+        run_eager_experts(self.model)
         redraw(self.model, seed)
         called = self._called_lists()
         if not called:
@@ -53,16 +52,11 @@ class SmallModel:
         self.embed = self._path(self.model.get_input_embeddings())
         self.head = self._path(self.model.get_output_embeddings())
 
-    def ids(self, sequences: int = 1) -> Tensor:
-        """Random token ids ``(sequences, TOKENS)``, the same ones in each sequence."""
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(3, 100, (1, TOKENS), generator=generator).repeat(sequences, 1)
-
     @torch.no_grad()
     def logits(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Logits ``(1, TOKENS, vocabulary)``, with some parameters of the model replaced by name."""
         out = torch.func.functional_call(
-            self.model, parameters or {}, args=(), kwargs={"input_ids": self.ids(), "use_cache": False}
+            self.model, parameters or {}, args=(), kwargs={"input_ids": token_ids(1), "use_cache": False}
         )
         return out.logits
 
@@ -73,6 +67,7 @@ class SmallModel:
     def _called_lists(self) -> list[str]:
         """Module lists with called members, the one with most first; a list within another's member is none."""
         calls: dict[str, int] = {}
+        tuples: dict[str, bool] = {}
         found: list[str] = []
         handles = []
         for name, module in self.model.named_modules():
@@ -81,7 +76,7 @@ class SmallModel:
                 continue
             found.append(name)
             for layer in module:
-                handles.append(layer.register_forward_pre_hook(_counter(calls, name)))
+                handles.append(layer.register_forward_hook(_counter(calls, tuples, name)))
         try:
             self.logits()
         except Exception as error:  # the model's own code, at sizes of ours
@@ -90,12 +85,28 @@ class SmallModel:
             for handle in handles:
                 handle.remove()
         size = {name: sum(p.numel() for p in self.model.get_submodule(name).parameters()) for name in calls}
-        return sorted(calls, key=lambda name: -size[name])
+        names = sorted(calls, key=lambda name: -size[name])
+        self.as_tuple = bool(names) and tuples[names[0]]
+        return names
 
 
-def _counter(calls: dict[str, int], name: str) -> Any:
-    def count(module: nn.Module, args: Any) -> None:
+def token_ids(sequences: int) -> Tensor:
+    """Random token ids ``(sequences, TOKENS)``, the same ones in each sequence."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, 100, (1, TOKENS), generator=generator).repeat(sequences, 1)
+
+
+def run_eager_experts(module: nn.Module) -> None:
+    """Choose the implementation of experts that takes float64."""
+    for one in module.modules():
+        if hasattr(one, "is_transposed") and hasattr(one, "config"):
+            one.config._experts_implementation = "eager"
+
+
+def _counter(calls: dict[str, int], tuples: dict[str, bool], name: str) -> Any:
+    def count(module: nn.Module, args: Any, out: Any) -> None:
         calls[name] = calls.get(name, 0) + 1
+        tuples[name] = isinstance(out, tuple)
 
     return count
 
