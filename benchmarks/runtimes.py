@@ -36,7 +36,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.cli.main import guarded
 from lowbit.errors import LowbitError
 from lowbit.exporters import gguf as exporter
-from lowbit.exporters.llamacpp import Session, open_session, quiet
+from lowbit.exporters.llamacpp import F32, Session, open_session, quiet
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Options
 from lowbit.quant.scheme import ModelFormats, parse_scheme
@@ -87,10 +87,17 @@ def importance(source: Run, ids: Tensor) -> dict[str, Tensor]:
     return {name: total / ids.numel() for name, total in sums.items()}
 
 
-def quantize_there(source: Path, target: Path, kind: int, matrix: Mapping[str, Tensor] | None) -> None:
-    """llama.cpp's own quantizer, ``kind`` being its file type."""
+def quantize_there(
+    source: Path, target: Path, kind: int, matrix: Mapping[str, Tensor] | None, pure: bool = False
+) -> None:
+    """llama.cpp's own quantizer, ``kind`` being its file type.
+
+    ``pure``: this type for every linear, and float32 for the embedding; else its own mixture of types.
+    """
     options = native.llama_model_quantize_default_params()
     options.nthread, options.ftype = 1, kind
+    if pure:
+        options.pure, options.token_embedding_type, options.output_tensor_type = True, F32, F32
     values = {name: value.contiguous().numpy() for name, value in (matrix or {}).items()}
     entries = (native.llama_model_imatrix_data * (len(values) + 1))()  # the last one stays empty: the end
     for entry, (name, value) in zip(entries, values.items(), strict=False):

@@ -1,9 +1,10 @@
-"""What ``runtimes.py`` and ``runtimes_onnx.py`` measured, as pages."""
+"""What ``runtimes.py``, ``runtimes_native.py`` and ``runtimes_onnx.py`` measured, as pages."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 OURS, THEIRS, FLOAT = "lowbit", "llama.cpp", "float F32"
@@ -42,6 +43,63 @@ def onnx(found: Mapping[str, Any]) -> str:
             *greedy(found["greedy"], "onnxruntime-genai"),
         ]
     )
+
+
+def native(found: Mapping[str, Any]) -> str:
+    """The page on llama.cpp's own formats."""
+    lines = [
+        "# llama.cpp's own formats in llama.cpp, compared with its quantizer",
+        "",
+        "Files of `lowbit export --to gguf` and of llama.cpp's quantizer, of the same float model and with the same",
+        "type for all linears, run by llama.cpp. Made by `make runtimes-native`; the figures are in",
+        "`runtimes-native.json`.",
+        "",
+        "## Protocol",
+        "",
+        f"* lowbit: `--recipe {found['recipe']} --effort quick`, calibrated on {found['calibration']}, mean ±",
+        "  standard deviation.",
+        "* llama.cpp: round-to-nearest, and with an importance matrix from the same tokens and seeds.",
+        f"* Perplexity: llama.cpp's logits on {found['evaluation']};",
+        "  embeddings, keys and values in float32. *Simulation* is lowbit's own, with the inputs of linears in",
+        "  floating point, and with inputs rounded to 8 bits as llama.cpp's kernels do.",
+        "* *Small Llama* has 4 layers of width 256, and was trained for some minutes on the built-in text",
+        "  (`benchmarks/small_llama.py`): K-quants need rows of 256.",
+        f"* {found['runtime']}.",
+        "",
+    ]
+    for model, one in found["models"].items():
+        lines += [
+            f"## {model}",
+            "",
+            f"Perplexity of the float model: {one['float']['perplexity']:.3f}. Its logits in llama.cpp differ from",
+            f"those of the model that lowbit reads from the file by {one['source']['distance']:.1e} of their spread.",
+            "",
+            "| format | lowbit | llama.cpp, imatrix | llama.cpp | simulation | simulation, inputs at 8 bits |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for format, row in one["formats"].items():
+            cells = [
+                f"`{format}`",
+                seeds(row["ours"], "llama.cpp"),
+                seeds(row["imatrix"], "llama.cpp"),
+                f"{row['plain']['llama.cpp']:.3f}",
+                seeds(row["ours"], "simulation"),
+                seeds(row["ours"], "simulation, inputs at 8 bits"),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def seeds(rows: Sequence[Mapping[str, float]], name: str) -> str:
+    """The mean of a figure over seeds, with the standard deviation where there are several.
+
+    >>> seeds([{"a": 1.0}, {"a": 3.0}], "a"), seeds([{"a": 1.0}], "a")
+    ('2.000 ± 1.414', '1.000')
+    """
+    values = [row[name] for row in rows]
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
 
 
 def heading(title: str, target: str, found: Mapping[str, Any]) -> list[str]:

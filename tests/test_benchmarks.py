@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lowbit.models.forward import run
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict, with_settings
-from tiny import block_of, tiny_model
+from tiny import block_of, tiny_model, tiny_tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import ablate_affinequant
@@ -20,6 +23,7 @@ import merge_error
 import results
 import rows
 import runtimes_page
+import small_llama
 import turns
 import widths
 
@@ -43,31 +47,46 @@ def test_every_row_of_the_results_is_a_recipe_and_says_its_scheme():
     assert "queries, keys and values 4 bits, asymmetric, per token and head" in results.described("w4a8kv4")
 
 
+def _measured(perplexity, kl, exact=20.0, **more):
+    run = {"perplexity": perplexity, "kl_mean": kl, "top1_agreement": 0.75, "ratio": perplexity / exact}
+    return {"texts": {"a": {"runs": [run]}}, **more}
+
+
 def test_a_scheme_of_the_results_has_its_own_table_with_float_in_the_first_row():
-    """Means and ratios by hand: the run gets every second question right, the float model three of four."""
+    """Means, deviations and ratios by hand, of two seeds; the second recipe takes three times the first one's CPU."""
 
-    def made(perplexity, acc, **more):
-        metrics = {"acc": acc, "acc_norm": acc + 0.1}
-        tasks = {task: {"metrics": metrics, "errors": {"acc": 0.06}} for task in results.TASKS}
-        mean = {"affinequant": {"acc": acc, "acc_norm": acc + 0.1}}
-        return {"perplexity": {"a": perplexity}, "zero_shot": {"tasks": tasks, "averages": mean}, **more}
+    def cost(seconds):
+        return {"bits_per_weight": 4.25, "cost": {"cpu_seconds": seconds, "peak_memory_bytes": 8e8}}
 
-    cost = {"bits_per_weight": 4.25, "cost": {"seconds": 12.3, "peak_memory_bytes": 8e8}}
-    protocol = results.Protocol("builtin", (("Text", "a"),), 1024, 4)
-    rows_ = {"float": made(20.0, 0.75), "rtn": made(30.0, 0.5, **cost)}
+    protocol = results.Protocol("builtin", (("Text", "a"),), 1024, 0)
+    rows_ = {
+        "float": [_measured(20.0, 0.0)],
+        "rtn": [_measured(30.0, 0.5, **cost(10.0)), _measured(32.0, 0.7, **cost(10.0))],
+        "gptq": [_measured(25.0, 0.25, **cost(30.0))],
+    }
     lines = results.table(protocol, "w4a16g64-sym", rows_)
     assert lines[0] == "## w4a16g64-sym"
-    assert "| float | 32 | 20.000 | 1.000 | - | - |" in lines
-    assert "| rtn | 4.250 | 30.000 | 1.500 | 12 | 0.80 GB |" in lines
+    assert "| float | 32 | 20.000 | 0.0000 | 75.0 % | 1.000 | - | - |" in lines
+    expected = "| rtn | 4.250 | 31.000 ± 1.414 | 0.6000 ± 0.1414 | 75.0 % | 1.550 ± 0.071 | 1.0 | 0.80 GB |"
+    assert expected in lines
+    assert "| gptq | 4.250 | 25.000 | 0.2500 | 75.0 % | 1.250 | 3.0 | 0.80 GB |" in lines
+
+
+def test_the_tasks_of_the_results_are_a_table_of_their_own():
+    """The run gets every second question right; six standard errors of 0.06 give 0.06 / sqrt(6) for the mean."""
+    metrics = {"acc": 0.5, "acc_norm": 0.6}
+    tasks = {task: {"metrics": metrics, "errors": {"acc": 0.06}} for task in results.TASKS}
+    zero_shot = {"tasks": tasks, "averages": {"affinequant": metrics}}
+    lines = results.tasks({"rtn": [{"zero_shot": zero_shot}]})
     assert sum("| 50.0 ± 2.4 | 60.0 |" in line for line in lines) == 1
 
 
 def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
-    """Two blocks of 3 and 4 seconds, then an evaluation of 99 that tells its seconds under the same name."""
+    """Two blocks of 0.7 and 0.8 GB, and no time in processes; then an evaluation with figures of the same names."""
 
     def command(verb, *words):
-        if verb == "evaluate":
-            return {"perplexity": {"a": 9.0}, "seconds": 99.0, "peak_memory_bytes": 5e9}
+        if verb == "compare":
+            return {**_measured(9.0, 0.1), "seconds": 99.0, "peak_memory_bytes": 5e9}
         folder = Path(words[words.index("--out") + 1])
         folder.mkdir()
         blocks = [{"seconds": 3.0, "peak_memory_bytes": 7e8}, {"seconds": 4.0, "peak_memory_bytes": 8e8}]
@@ -76,8 +95,15 @@ def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
         return {"bits_per_weight": 4.25, "warnings": [], "seconds": 8.0, "peak_memory_bytes": 8e8}
 
     monkeypatch.setattr(results, "lowbit", command)
-    row = results.Protocol("builtin", (("Text", "a"),), 1024, 4).measure("w4a16g64-sym", "rtn")
-    assert row["cost"] == {"seconds": 7.0, "peak_memory_bytes": 8e8}
+    row = results.Protocol("builtin", (("Text", "a"),), 1024, 0).measure("w4a16g64-sym", "rtn", 0)
+    assert row["cost"] == {"cpu_seconds": 0.0, "peak_memory_bytes": 800_000_000}
+
+
+def test_cpu_seconds_are_those_of_the_processes_started():
+    """A process that counts for at least 0.2 CPU seconds, whatever its wall time."""
+    loop = "import time\nwhile time.process_time() < 0.2: pass"
+    _, seconds = results.cpu_seconds(lambda: {"code": subprocess.run([sys.executable, "-c", loop]).returncode})
+    assert 0.2 <= seconds < 5
 
 
 def test_figures_are_kept_by_what_they_measured_and_by_the_sources(tmp_path, monkeypatch):
@@ -179,3 +205,40 @@ def test_the_merge_error_of_random_linears_falls_with_the_precision():
     lines = merge_error.table(16, 2)
     assert len(lines) == 5
     assert all(line.count("|") == 4 for line in lines)
+
+
+def test_the_page_of_native_formats_has_a_row_for_each_with_means_over_seeds():
+    def of(*values):
+        names = ("llama.cpp", "simulation", "simulation, inputs at 8 bits")
+        return [dict(zip(names, (value, value + 1, value + 2), strict=True)) for value in values]
+
+    formats = {"q4_k": {"ours": of(10.0, 12.0), "imatrix": of(13.0), "plain": {"llama.cpp": 15.0}}}
+    model = {"float": {"perplexity": 9.0}, "source": {"distance": 1e-6}, "formats": formats}
+    told = dict.fromkeys(("recipe", "calibration", "evaluation", "runtime"), "x")
+    page = runtimes_page.native({**told, "models": {"Tiny": model}})
+    assert "| `q4_k` | 11.000 ± 1.414 | 13.000 | 15.000 | 12.000 ± 1.414 | 13.000 ± 1.414 |" in page
+    assert "Perplexity of the float model: 9.000." in page
+    assert "differ from\nthose of the model that lowbit reads from the file by 1.0e-06 of their spread." in page
+
+
+def test_the_learning_rate_rises_over_25_steps_and_ends_at_zero():
+    values = [small_llama.rate(step, 500) for step in (0, 24, 500)]
+    assert values == pytest.approx([0.00012, 0.003, 0.0], abs=1e-12)
+
+
+def test_the_small_llama_has_rows_of_256_and_is_trained_once(tmp_path, monkeypatch):
+    """Three steps; every linear's width is a multiple of 256, and a second call reads the folder."""
+    monkeypatch.setattr(small_llama, "smaller_tokenizer", lambda tokenizer: tiny_tokenizer(merge=True))
+    monkeypatch.setattr(small_llama, "load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(small_llama, "resolve", lambda name: SimpleNamespace(folder=None))
+
+    def windows(data, tokenizer, n, length, seed):
+        return SimpleNamespace(ids=torch.randint(3, 90, (n, 16), generator=torch.Generator().manual_seed(seed)))
+
+    monkeypatch.setattr(small_llama, "calibration", windows)
+    folder = small_llama.small_llama(tmp_path / "model", steps=3)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    widths_ = {m.in_features for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
+    assert widths_ == {256, 768}
+    monkeypatch.setattr(small_llama, "calibration", None)
+    assert small_llama.small_llama(folder) == folder

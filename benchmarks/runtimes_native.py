@@ -1,0 +1,156 @@
+"""llama.cpp's own formats in llama.cpp: our files beside those of its quantizer, into ``docs/runtimes-native.md``.
+
+    python benchmarks/runtimes_native.py [--recipe awq+gptq] [--calibration FILE] [--evaluation FILE] [--seeds 3]
+
+A small Llama with widths of 256 (``small_llama.py``) in every format, and SmolLM2 in those whose blocks divide 576.
+All matrices of a file have one type, on both sides; embeddings stay float32, so that the linears alone differ. The
+importance matrix has the tokens that our runs calibrate on. Perplexities are llama.cpp's own. Rows are kept in
+``build/runtimes-native``. Needs ``pip install 'lowbit[llamacpp]'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lowbit
+import turns
+from lowbit.checkpoints.resolve import load_tokenizer, resolve
+from lowbit.cli.main import guarded
+from lowbit.data.text import calibration, evaluation
+from lowbit.exporters import gguf as exporter
+from lowbit.exporters.gguf_native import NATIVE
+from lowbit.exporters.llamacpp import open_session, source_distance
+from lowbit.exporters.run import Run, open_run
+from lowbit.exporters.target import Options
+from rows import ROOT, kept
+from runtimes import float_run, importance, processor, quantize_there, scorer, types
+from runtimes_page import native
+from small_llama import small_llama
+
+BUILD = ROOT / "build" / "runtimes-native"
+SAMPLES, LENGTH, WINDOW = 16, 256, 512
+# llama.h's LLAMA_FTYPE_MOSTLY_*; with ``pure`` all matrices get that type.
+KINDS = {"q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17, "q6_k": 18, "iq4_nl": 25, "mxfp4": 38}
+MODELS = {"small Llama": tuple(KINDS), "SmolLM2": ("iq4_nl", "mxfp4")}
+
+
+def perplexity_there(file: Path, ids: Tensor) -> float:
+    """llama.cpp's perplexity of a file, keys and values in float32."""
+    with open_session(file, WINDOW, exact=True) as session:
+        return turns.scored(scorer(session), ids)
+
+
+def ours(source: Path, format: str, recipe: str, data: str, seed: int, ids: Tensor) -> dict[str, Any]:
+    """Our file of a format: perplexity in llama.cpp, and simulated with float inputs and with llama.cpp's."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, file = Path(name) / "run", Path(name) / "ours.gguf"
+        drawn: dict[str, Any] = {"data": data, "samples": SAMPLES, "length": LENGTH, "seed": seed}
+        lowbit.quantize(str(source), folder, scheme=format, recipe=recipe, effort="quick", **drawn)
+        run = open_run(folder)
+        exporter.write(run, file, Options(embeddings="f32"))
+        assert_pure(file, format)
+        return {
+            "llama.cpp": perplexity_there(file, ids),
+            "simulation": turns.simulated(run, ids, "float"),
+            "simulation, inputs at 8 bits": turns.simulated(run, ids, "llama.cpp"),
+        }
+
+
+def theirs(source: Run, format: str, drawn: Tensor | None, ids: Tensor) -> dict[str, Any]:
+    """llama.cpp's own file of a format, with an importance matrix where tokens are ``drawn``."""
+    with tempfile.TemporaryDirectory() as name:
+        plain, file = Path(name) / "float.gguf", Path(name) / "theirs.gguf"
+        exporter.write(source, plain, Options(embeddings="f32"))
+        matrix = None if drawn is None else importance(source, drawn)
+        quantize_there(plain, file, KINDS[format], matrix, pure=True)
+        assert_pure(file, format)
+        return {"llama.cpp": perplexity_there(file, ids)}
+
+
+def assert_pure(file: Path, format: str) -> None:
+    """One type for all linears of a file, or the rows of a table would not compare."""
+    held = types(file)
+    assert set(held) == {NATIVE[format].name, "F32"}, f"{file.name}: {dict(held)}"
+
+
+def source_check(source: Run, ids: Tensor) -> float:
+    """Distance between llama.cpp's logits of the float file and those of the model that is read from it."""
+    with tempfile.TemporaryDirectory() as name:
+        plain = Path(name) / "float.gguf"
+        exporter.write(source, plain, Options(embeddings="f32"))
+        return source_distance(plain, ids.tolist())
+
+
+def rows_of(model: str, source: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+    """All figures of a model."""
+    tokenizer = load_tokenizer(source)
+    ids = evaluation(chosen.evaluation, tokenizer, WINDOW, chosen.tokens).ids
+    plain, seeds = float_run(source), range(chosen.seeds)
+    windows = [calibration(chosen.calibration, tokenizer, SAMPLES, LENGTH, seed).ids for seed in seeds]
+    key = (model, chosen.calibration, chosen.evaluation, chosen.tokens)
+
+    def row(what: object, measure: Any) -> dict[str, Any]:
+        found = kept(BUILD, (key, what), measure, fresh=False)
+        print(model, what, {name: round(value, 3) for name, value in found.items()}, flush=True)
+        return found
+
+    out: dict[str, Any] = {
+        "float": row("float", lambda: {"perplexity": turns.simulated(plain, ids, "float")}),
+        "source": row("source", lambda: {"distance": source_check(plain, ids[0])}),
+        "formats": {},
+    }
+    for format in MODELS[model]:
+        out["formats"][format] = {
+            "ours": [
+                row(
+                    (format, chosen.recipe, seed),
+                    lambda format=format, seed=seed: ours(
+                        source, format, chosen.recipe, chosen.calibration, seed, ids
+                    ),
+                )
+                for seed in seeds
+            ],
+            "imatrix": [
+                row((format, "imatrix", seed), lambda format=format, drawn=drawn: theirs(plain, format, drawn, ids))
+                for seed, drawn in zip(seeds, windows, strict=True)
+            ],
+            "plain": row((format, "plain"), lambda format=format: theirs(plain, format, None, ids)),
+        }
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", default="awq+gptq")
+    parser.add_argument("--calibration", default="builtin:wiki", help="a text file, or a built-in text")
+    parser.add_argument("--evaluation", default="builtin:wiki", help="another one, or a built-in text")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", action="append", choices=[*MODELS], help="only this one")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "runtimes-native.md")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    sources = {"small Llama": small_llama, "SmolLM2": lambda: resolve("demo").folder}
+    found: dict[str, Any] = {
+        "recipe": chosen.recipe,
+        "calibration": f"{SAMPLES} x {LENGTH} tokens of {Path(chosen.calibration).name}, {chosen.seeds} seeds",
+        "evaluation": f"{chosen.tokens} tokens of {Path(chosen.evaluation).name} in windows of {WINDOW}",
+        "runtime": f"llama-cpp-python {version('llama-cpp-python')}; {processor()}",
+        "models": {model: rows_of(model, sources[model](), chosen) for model in chosen.model or MODELS},
+    }
+    chosen.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    chosen.out.write_text(native(found))
+    print(f"wrote {chosen.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
