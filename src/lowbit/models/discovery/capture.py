@@ -124,9 +124,7 @@ def _recorded(
 
         return hook
 
-    handles = [
-        layer.register_forward_pre_hook(record(index), with_kwargs=True) for index, layer in enumerate(layers)
-    ]
+    handles = [layer.register_forward_pre_hook(record(index), with_kwargs=True) for index, layer in enumerate(layers)]
     try:
         model(input_ids=ids, use_cache=False)
     finally:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from lowbit.models.discovery.fold import columns_of, rows_of
 from lowbit.models.discovery.layout import Mismatch, Sizes
 from lowbit.models.discovery.readers import Owners, selected, writing
-from lowbit.models.discovery.result import DeclaredEdge, Endpoint, Heads, module_of
+from lowbit.models.discovery.structure import DeclaredEdge, Heads, Part, Ref, module_of
 
 Three = tuple[Owners, Owners, Owners]
 
@@ -30,15 +30,14 @@ def carried(edge: DeclaredEdge, other: DeclaredEdge, owners: Three, sizes: Sizes
     source = _rows(edge.src, other.src, owners, near)
     width = len(rows_of(source, owners[2][module_of(source)]))
     if edge.kind == "qk":
-        ends: tuple[Endpoint, ...] = (_rows(edge.dst[0], other.dst[0], owners, near),)
+        ends: tuple[Ref, ...] = (_rows(edge.dst[0], other.dst[0], owners, near),)
     else:
         ends = _readers(edge, other, width, owners, near)
     dims = near if heads is None else near.with_near(**_dims(edge, other, heads))
     pairs = _pairs(edge, other, dims)
     free = _list(edge.free, other.free, dims)
-    if heads is not None:
-        heads = replace(heads, rotary=2 * len(pairs))
-    out = replace(edge, src=source, dst=ends, heads=heads, pairs=pairs, free=free)
+    partner = None if edge.partner is None else _partner(edge, other, owners, near)
+    out = replace(edge, src=source, dst=ends, heads=heads, pairs=pairs, free=free, partner=partner)
     _check(out, width, owners[2])
     return out
 
@@ -58,12 +57,10 @@ def _dims(edge: DeclaredEdge, other: DeclaredEdge, heads: Heads) -> dict[str, tu
     return {"dim": (edge.heads.dim, other.heads.dim, heads.dim)}
 
 
-def _near(
-    edge: DeclaredEdge, other: DeclaredEdge, heads: Heads | None, owners: Three, sizes: Sizes
-) -> Sizes:
+def _near(edge: DeclaredEdge, other: DeclaredEdge, heads: Heads | None, owners: Three, sizes: Sizes) -> Sizes:
     """Sizes of the edge itself: its heads, rows and columns."""
     found: dict[str, tuple[int, ...]] = {}
-    for end in (edge.src, *edge.dst):
+    for end in (edge.src, *edge.dst, *([edge.partner] if edge.partner else [])):
         name = module_of(end)
         found[f"{name}.rows"] = tuple(one[name].rows for one in owners)
         found[f"{name}.columns"] = tuple(one[name].columns for one in owners)
@@ -77,23 +74,26 @@ def _near(
     return sizes.with_near(**{name: (a, b, c) for name, (a, b, c) in found.items()})
 
 
-def _rows(end: Endpoint, other: Endpoint, owners: Three, sizes: Sizes) -> Endpoint:
+def _rows(end: Ref, other: Ref, owners: Three, sizes: Sizes) -> Ref:
     name = module_of(end)
     if isinstance(end, str) and isinstance(other, str):
         return name
     small, second = (rows_of(one, own[name]) for one, own in zip((end, other), owners, strict=False))
-    return writing(owners[2][name], list(_within(sizes.carry_all(small, second), owners[2][name].rows, name)))
+    rows = _within(sizes.carry_all(small, second), owners[2][name].rows, name)
+    return writing(owners[2][name], list(rows), end.name if isinstance(end, Part) else "")
 
 
-def _readers(
-    edge: DeclaredEdge, other: DeclaredEdge, width: int, owners: Three, sizes: Sizes
-) -> tuple[Endpoint, ...]:
+def _partner(edge: DeclaredEdge, other: DeclaredEdge, owners: Three, sizes: Sizes) -> Ref:
+    if edge.partner is None or other.partner is None:
+        raise Mismatch("a gate at one small size only")
+    return _rows(edge.partner, other.partner, owners, sizes)
+
+
+def _readers(edge: DeclaredEdge, other: DeclaredEdge, width: int, owners: Three, sizes: Sizes) -> tuple[Ref, ...]:
     """Readers; the entries of one that reads every channel several times are carried together."""
-    ends: list[Endpoint] = []
+    ends: list[Ref] = []
     for name in dict.fromkeys(module_of(end) for end in edge.dst):
-        small, second = (
-            [end for end in one.dst if module_of(end) == name] for one in (edge, other)
-        )
+        small, second = ([end for end in one.dst if module_of(end) == name] for one in (edge, other))
         if all(isinstance(end, str) for end in (*small, *second)):
             ends.append(name)
             continue
@@ -144,12 +144,14 @@ def _check(edge: DeclaredEdge, width: int, owners: Owners) -> None:
         rows = heads.kv if edge.kind == "heads" else heads.query
         if rows * heads.dim != width or heads.query % heads.kv:
             raise Mismatch(f"{heads.query} heads over {heads.kv} of {heads.dim} channels, but {width} rows")
-        if edge.kind == "qk" and sorted([*edge.free, *(d for pair in edge.pairs for d in pair)]) != list(range(heads.dim)):
+        if edge.kind == "qk" and sorted([*edge.free, *(d for pair in edge.pairs for d in pair)]) != list(
+            range(heads.dim)
+        ):
             raise Mismatch("pairs and free dimensions do not cover a head")
 
 
 def matched(edges: Sequence[DeclaredEdge], other: Sequence[DeclaredEdge]) -> Mapping[int, DeclaredEdge]:
-    """For each edge, by index, the same one at the other size: equal label, equal position among these."""
+    """For each candidate, by index, the same one at the other size: equal label, equal position among these."""
     found: dict[int, DeclaredEdge] = {}
     for label in {edge.label for edge in edges}:
         own = [index for index, edge in enumerate(edges) if edge.label == label]

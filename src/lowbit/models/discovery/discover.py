@@ -15,12 +15,14 @@ from lowbit.errors import LowbitError, one_line
 from lowbit.models.discovery.carry import carried, matched
 from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.layout import Mismatch, Sizes, measures, numbers_of
+from lowbit.models.discovery.properties import partner_of
 from lowbit.models.discovery.prove import Kind, found_in, prove
-from lowbit.models.discovery.real import RealLayers, checked, empty_model
-from lowbit.models.discovery.result import Architecture, DeclaredEdge, Discovery, Finding, LayerKind, Record
+from lowbit.models.discovery.real import RealLayers, bytes_needed, checked, empty_model
+from lowbit.models.discovery.result import Discovery, Finding, Record
 from lowbit.models.discovery.shrink import shrunk
 from lowbit.models.discovery.sites import owners_of
 from lowbit.models.discovery.small_model import SmallModel
+from lowbit.models.discovery.structure import Architecture, DeclaredEdge, LayerKind
 
 MOST_BYTES = 6 * 2**30  # for the proof at real shape
 
@@ -49,7 +51,7 @@ def discover(config: Any, trust_remote_code: bool = False, most_bytes: int = MOS
         versions={"transformers": transformers.__version__, "torch": torch.__version__},
     )
     name = str(getattr(config, "model_type", "") or type(config).__name__)
-    return Discovery(Architecture(name, small.blocks, small.head, small.embed, layers), record)
+    return Discovery(Architecture(name, small.blocks, small.head, small.embed, layers, "discovered"), record)
 
 
 @dataclass
@@ -103,12 +105,12 @@ class _Search:
         own = kind.analysis
         edges = self._carried(kind, layer)
         proven = self._checked(kind, layer, edges, most_bytes)
-        return LayerKind(own.groups, tuple(proven), own.attention, own.flat, own.experts, own.unseen)
+        return LayerKind(own.groups, tuple(proven), own.attention, own.flat, own.transposed, own.experts, own.unseen)
 
     def _carried(self, kind: Kind, layer: nn.Module) -> list[DeclaredEdge]:
         number = self.kinds.index(kind)
         if self.other is None:
-            plain = [edge for edge in kind.edges if edge.heads is None and isinstance(edge.src, str)]
+            plain = [edge for edge in kind.edges.values() if edge.heads is None and isinstance(edge.src, str)]
             return [edge for edge in plain if all(isinstance(end, str) for end in edge.dst)]
         other, config, kinds = self.other
         theirs = kinds[number].analysis
@@ -117,13 +119,14 @@ class _Search:
         numbers = (numbers_of(one, own) for one, own in zip(layers, configs, strict=True))
         sizes = Sizes(far=measures(*numbers))
         owners = (kind.analysis.owners, theirs.owners, owners_of(layer))
-        partners = matched(kind.edges, theirs.candidates)
+        others = matched(kind.analysis.candidates, theirs.candidates)
         found = []
-        for index, edge in enumerate(kind.edges):
+        for index, edge in kind.edges.items():
             try:
-                if index not in partners:
+                if index not in others:
                     raise Mismatch("the second small size does not show it")
-                found.append(carried(edge, partners[index], owners, sizes))
+                other = replace(others[index], partner=partner_of(others[index], theirs.owners, theirs.responses))
+                found.append(carried(edge, other, owners, sizes))
             except Mismatch as error:
                 self._refute(number, edge, f"its layout cannot be carried: {one_line(error)}")
         return found
@@ -133,8 +136,13 @@ class _Search:
     ) -> list[DeclaredEdge]:
         """The edges that pass at real shape, or all where nothing could be run."""
         number = self.kinds.index(kind)
-        real = self._real_layers()
-        results = real if isinstance(real, str) else checked(real, layer, edges, most_bytes)
+        needed = bytes_needed(layer)
+        real: RealLayers | str = (
+            f"a layer needs {needed / 2**30:.1f} GiB in float64, {most_bytes / 2**30:.1f} are allowed"
+        )
+        if needed <= most_bytes:
+            real = self._real_layers()
+        results = real if isinstance(real, str) else checked(real, layer, edges)
         if isinstance(results, str):
             self.notes.append(f"kind {number} is not proven at real shape: {results}")
             return edges

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.models.discovery.readers import Owners
-from lowbit.models.discovery.result import DeclaredEdge, Endpoint, Heads, Limit, Part, module_of
+from lowbit.models.discovery.structure import DeclaredEdge, Heads, Limit, Part, Ref, module_of
 from lowbit.models.discovery.sites import Owner
 
 Params = dict[str, Tensor]
@@ -76,13 +76,13 @@ def _dense(count: int, dim: int, generator: torch.Generator, rotation: bool) -> 
     return torch.eye(dim, dtype=torch.float64) + 0.3 * noise / max(dim, 1) ** 0.5
 
 
-def rows_of(end: Endpoint, owner: Owner) -> list[int]:
+def rows_of(end: Ref, owner: Owner) -> list[int]:
     """The output channels that an endpoint means."""
     chosen = end.rows if isinstance(end, Part) else None
     return list(range(owner.rows)) if chosen is None else list(chosen)
 
 
-def columns_of(end: Endpoint, owner: Owner) -> list[int]:
+def columns_of(end: Ref, owner: Owner) -> list[int]:
     """The input channels that an endpoint means."""
     chosen = end.columns if isinstance(end, Part) else None
     return list(range(owner.columns)) if chosen is None else list(chosen)

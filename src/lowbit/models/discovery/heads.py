@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.models.discovery.readers import Owners, selected, writing
 from lowbit.models.discovery.response import Response
-from lowbit.models.discovery.result import DeclaredEdge, Endpoint, Heads
+from lowbit.models.discovery.structure import DeclaredEdge, Heads, Ref
 from lowbit.models.discovery.sites import Owner
 
 
@@ -56,7 +56,7 @@ def _scaled(
         rows += [row for row, dims in sorted(own, key=lambda pair: int(pair[1][0]))]
     if any(response.refuted[row] for row in rows):
         return None
-    ends: list[Endpoint] = []
+    ends: list[Ref] = []
     group = 1
     for name, hit in response.hits.items():
         columns = _columns_by_head(hit[rows], len(by_head))
@@ -68,7 +68,7 @@ def _scaled(
     if not ends:
         return None
     heads = Heads(len(by_head) * group, len(by_head), len(rows) // len(by_head))
-    return DeclaredEdge("heads", writing(owner, rows), tuple(ends), heads=heads, limit="matrix")
+    return DeclaredEdge("heads", writing(owner, rows, "v"), tuple(ends), heads=heads, limit="matrix")
 
 
 def _columns_by_head(hit: Tensor, kv: int) -> list[int] | None:
@@ -98,4 +98,4 @@ def _rotated(
     if name not in owners or owners[name].columns % (dim * len(by_head)):
         return None
     heads = Heads(owners[name].columns // dim, len(by_head), dim)
-    return DeclaredEdge("heads", writing(owner, rows), (name,), heads=heads, limit="rotation")
+    return DeclaredEdge("heads", writing(owner, rows, "v"), (name,), heads=heads, limit="rotation")

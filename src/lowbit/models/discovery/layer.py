@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -13,8 +13,10 @@ from lowbit.models.discovery.heads import heads_edges
 from lowbit.models.discovery.qk import qk_edges
 from lowbit.models.discovery.readers import channels_edges, norm_edge
 from lowbit.models.discovery.response import Response, Trace, respond, stays, trace
-from lowbit.models.discovery.result import DeclaredEdge
+from lowbit.models.discovery.structure import DeclaredEdge, module_of
 from lowbit.models.discovery.sites import Owner, Sites
+
+_KINDS = ("norm", "heads", "channels", "qk")
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,20 @@ class Analysis:
 
     Attributes:
         owners: its linears, norms and experts, by name.
-        groups, attention, flat, experts, unseen: as of ``LayerKind``.
-        candidates: edges that responses suggest, in execution order of their sources.
+        groups, attention, flat, transposed, experts, unseen: as of ``LayerKind``.
+        responses: by owner.
+        candidates: edges that responses suggest: norms, heads, channels, qk, each in execution order of their sources.
         refuted: other pairs, and why they are none.
-        notes: what hinders.
     """
 
     owners: Mapping[str, Owner]
     groups: tuple[tuple[str, ...], ...]
     attention: str | None
     flat: frozenset[str]
+    transposed: frozenset[str]
     experts: tuple[str, ...]
     unseen: tuple[str, ...]
+    responses: Mapping[str, Response]
     candidates: tuple[DeclaredEdge, ...]
     refuted: tuple[tuple[str, str], ...]
 
@@ -46,21 +50,33 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
     order = [name for name in dict.fromkeys(key[0] for key in found.order if key[1] == "out")]
     responses = {name: respond(sites, call, found, name) for name in order}
     results = list(_candidates(sites, call, found, order, responses))
-    edges = tuple(one for one in results if isinstance(one, DeclaredEdge))
     read = [key[0] for key in found.order if key[1] == "in"]
     experts = tuple(dict.fromkeys(name for name in read if sites.owners[name].experts))
     groups = _groups(found, sites.owners, experts)
     grouped = {name for group in groups for name in group}
+    edges = (_ordered(one, grouped, experts) for one in results if isinstance(one, DeclaredEdge))
     return Analysis(
         owners=sites.owners,
         groups=groups,
         attention=_attention(layer, found),
         flat=frozenset(name for name in found.flat & grouped if sites.owners[name].kind == "linear"),
+        transposed=frozenset(name for name in grouped if sites.owners[name].transposed),
         experts=experts,
-        unseen=tuple(name for name, one in sites.owners.items() if one.kind in ("linear", "conv1d") and name not in read),
-        candidates=edges,
+        unseen=tuple(
+            name for name, one in sites.owners.items() if one.kind in ("linear", "conv1d") and name not in read
+        ),
+        responses=responses,
+        candidates=tuple(sorted(edges, key=lambda edge: _KINDS.index(edge.kind))),
         refuted=tuple(one for one in results if isinstance(one, tuple)),
     )
+
+
+def _ordered(edge: DeclaredEdge, grouped: set[str], experts: tuple[str, ...]) -> DeclaredEdge:
+    """The edge with the linears to quantize first among its readers, then experts, then routers."""
+    if edge.kind == "qk":
+        return edge
+    rank = {**dict.fromkeys(experts, 1), **dict.fromkeys(grouped, 0)}
+    return replace(edge, dst=tuple(sorted(edge.dst, key=lambda end: rank.get(module_of(end), 2))))
 
 
 def _candidates(
@@ -79,7 +95,10 @@ def _candidates(
         yield from own
         if not values and not own:
             places = dict.fromkeys(where for where in response.refuted if where)
-            yield f"channels {name}", f"a scale of a channel does not come back at {', '.join(places) or 'any reader'}"
+            yield (
+                f"channels {name}",
+                f"a scale of a channel does not come back at {', '.join(places) or 'any reader'}",
+            )
     for attention, (_, shapes) in enumerate(found.attention):
         heads = shapes["q"][:-2].numel()
 
@@ -87,7 +106,11 @@ def _candidates(
             return stays(sites, call, found, factors)
 
         for edge_or_why in qk_edges(responses, order, owners, attention, heads, test):
-            yield edge_or_why if isinstance(edge_or_why, DeclaredEdge) else (f"qk of attention {attention}", edge_or_why)
+            yield (
+                edge_or_why
+                if isinstance(edge_or_why, DeclaredEdge)
+                else (f"qk of attention {attention}", edge_or_why)
+            )
 
 
 def _groups(found: Trace, owners: Mapping[str, Owner], experts: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:

@@ -114,9 +114,7 @@ class Sizes:
         axes_one, axes_two = list(one.axes), list(two.axes)
         if len(axes_one) != len(axes_two):
             raise Mismatch("the two small sizes have different layouts")
-        axes = [
-            (self.carry(a, b), self.carry(da, db)) for (a, da), (b, db) in zip(axes_one, axes_two, strict=True)
-        ]
+        axes = [(self.carry(a, b), self.carry(da, db)) for (a, da), (b, db) in zip(axes_one, axes_two, strict=True)]
         return Strides(self.carry(one.base, two.base), tuple(axes)).numbers()
 
 

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from lowbit.models.discovery.capture import Call, output_of
 from lowbit.models.discovery.fold import Params, draw, fold
 from lowbit.models.discovery.readers import Owners
-from lowbit.models.discovery.result import DeclaredEdge, Limit, module_of
+from lowbit.models.discovery.structure import DeclaredEdge, Limit, module_of
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.discovery.small_model import SmallModel
 
 SAME = 1e-9  # relative; exact maps leave 1e-16 to 1e-13
 DIFFERENT = 1e-4
-_AMPLIFIED = 1e3  # times what a perturbation of 1e-14 does to the logits: products of deep random layers amplify rounding
+_AMPLIFIED = (
+    1e3  # times what a perturbation of 1e-14 does to the logits: products of deep random layers amplify rounding
+)
 _LADDER: Mapping[Limit, tuple[Limit, ...]] = {
     "matrix": ("matrix", "diagonal", "positive"),
     "rotation": ("rotation",),

@@ -12,9 +12,11 @@ from lowbit.models.discovery.capture import capture
 from lowbit.models.discovery.kinds import kinds_of
 from lowbit.models.discovery.layer import Analysis, analyse
 from lowbit.models.discovery.proof import LayerProof, ModelProof, attempts, random_moves
-from lowbit.models.discovery.result import DeclaredEdge, Finding
+from lowbit.models.discovery.properties import with_properties
+from lowbit.models.discovery.result import Finding
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.discovery.small_model import SmallModel
+from lowbit.models.discovery.structure import DeclaredEdge
 
 
 @dataclass
@@ -24,13 +26,13 @@ class Kind:
     Attributes:
         layers: their indices.
         analysis: what the first of them showed.
-        edges: what is proven.
+        edges: what is proven, by index of the candidate.
         findings: every candidate.
     """
 
     layers: list[int]
     analysis: Analysis
-    edges: list[DeclaredEdge]
+    edges: dict[int, DeclaredEdge]
     findings: list[Finding]
 
 
@@ -44,7 +46,7 @@ def found_in(small: SmallModel, firsts: Sequence[int] | None = None) -> list[Kin
     with InFloat64():
         calls = [call.redrawn(0) for call in capture(small)]
     kinds = kinds_of(small.layers) if firsts is None else [[index] for index in firsts]
-    return [Kind(own, analyse(small.layers[own[0]], calls[own[0]]), [], []) for own in kinds]
+    return [Kind(own, analyse(small.layers[own[0]], calls[own[0]]), {}, []) for own in kinds]
 
 
 def prove(small: SmallModel, kinds: Sequence[Kind]) -> None:
@@ -55,11 +57,12 @@ def prove(small: SmallModel, kinds: Sequence[Kind]) -> None:
     generator = torch.Generator().manual_seed(5)
     for number, kind in enumerate(kinds):
         layer = LayerProof(small.layers[kind.layers[0]], calls[kind.layers[0]], kind.analysis.owners)
-        kind.findings += [Finding(number, what, None, why) for what, why in kind.analysis.refuted]
-        for candidate in kind.analysis.candidates:
+        kind.findings += [Finding(number, what, None, why, offered=False) for what, why in kind.analysis.refuted]
+        for index, candidate in enumerate(kind.analysis.candidates):
             edge, why = _largest(candidate, layer, model, kind, generator)
             kind.findings.append(Finding(number, candidate.label, edge and edge.limit, why))
-            kind.edges += [edge] if edge else []
+            if edge:
+                kind.edges[index] = with_properties(edge, layer, kind.analysis.responses)
     _together(model, kinds, generator)
 
 
@@ -80,21 +83,22 @@ def _largest(
 
 def _together(model: ModelProof, kinds: Sequence[Kind], generator: torch.Generator) -> None:
     """Apply every proven edge of every layer at once; where they do not get along, later ones are given up."""
-    def moves(chosen: Sequence[tuple[Kind, DeclaredEdge]]) -> list[Any]:
+
+    def moves(chosen: Sequence[tuple[Kind, int]]) -> list[Any]:
         return [
             move
-            for kind, edge in chosen
-            for move in random_moves(edge, kind.analysis.owners, kind.layers, generator)
+            for kind, index in chosen
+            for move in random_moves(kind.edges[index], kind.analysis.owners, kind.layers, generator)
         ]
 
-    every = [(kind, edge) for kind in kinds for edge in kind.edges]
+    every = [(kind, index) for kind in kinds for index in kind.edges]
     if not every or not model.refutation(moves(every)):
         return
-    kept: list[tuple[Kind, DeclaredEdge]] = []
-    for kind, edge in every:
-        if model.refutation(moves([*kept, (kind, edge)])):
-            kind.edges.remove(edge)
-            at = next(i for i, one in enumerate(kind.findings) if one.edge == edge.label and one.limit)
+    kept: list[tuple[Kind, int]] = []
+    for kind, index in every:
+        if model.refutation(moves([*kept, (kind, index)])):
+            label = kind.edges.pop(index).label
+            at = next(i for i, one in enumerate(kind.findings) if one.edge == label and one.limit)
             kind.findings[at] = replace(kind.findings[at], limit=None, reason="does not pass with the other edges")
         else:
-            kept.append((kind, edge))
+            kept.append((kind, index))

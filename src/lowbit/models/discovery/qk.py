@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit.models.discovery.readers import Owners, writing
 from lowbit.models.discovery.response import SCALE, Response
-from lowbit.models.discovery.result import DeclaredEdge, Heads
+from lowbit.models.discovery.structure import DeclaredEdge, Heads
 from lowbit.models.discovery.sites import Role
 
 MOST_DIMS = 2  # of a head that a row touches: more is a norm over the head, not a rotary embedding
@@ -52,11 +52,15 @@ def qk_edges(
         queries = touching(responses[source], attention, "q", heads)
         for reader in reversed(order):
             keys = touching(responses[reader], attention, "k", heads)
-            shared = ({c for own in queries.values() for c in own} & {c for own in keys.values() for c in own}) - covered
+            shared = (
+                {c for own in queries.values() for c in own} & {c for own in keys.values() for c in own}
+            ) - covered
             if not shared or (owners[source].kind == "norm") != (owners[reader].kind == "norm"):
                 continue
             parts = components(_within(queries, shared), _within(keys, shared))
-            passing = [part for part, good in zip(parts, _tested(parts, source, reader, owners, test), strict=True) if good]
+            passing = [
+                part for part, good in zip(parts, _tested(parts, source, reader, owners, test), strict=True) if good
+            ]
             if not passing:
                 continue
             covered |= {channel for part in passing for channel in part.channels}
@@ -85,9 +89,7 @@ def _within(rows: Mapping[int, frozenset[Channel]], channels: set[Channel]) -> d
     return {row: own for row, own in rows.items() if own <= channels}
 
 
-def components(
-    queries: Mapping[int, frozenset[Channel]], keys: Mapping[int, frozenset[Channel]]
-) -> list[Component]:
+def components(queries: Mapping[int, frozenset[Channel]], keys: Mapping[int, frozenset[Channel]]) -> list[Component]:
     """Channels joined by rows; those that only one side touches are left out.
 
     >>> found = components({0: frozenset({(0, 0)}), 1: frozenset({(1, 0)})}, {5: frozenset({(0, 0), (1, 0)})})
@@ -112,7 +114,10 @@ def components(
     found = []
     for channels in groups.values():
         sides = [tuple(sorted(row for row, own in side.items() if own & channels)) for side in (queries, keys)]
-        if all({c for row in rows for c in side[row]} >= channels for rows, side in zip(sides, (queries, keys), strict=True)):
+        if all(
+            {c for row in rows for c in side[row]} >= channels
+            for rows, side in zip(sides, (queries, keys), strict=True)
+        ):
             found.append(Component(frozenset(channels), *sides))
     return sorted(found, key=lambda part: min(part.channels))
 
@@ -148,9 +153,9 @@ def _edge(
     if any(shape is None or shape != shapes[0] for shape in shapes) or len(rows) % len(columns):
         return None
     pairs, free = shapes[0] or ((), ())
-    count = Heads(len(rows) // dim, len(kv), dim, 2 * len(pairs))
+    count = Heads(len(rows) // dim, len(kv), dim)
     limit = "diagonal" if owners[source].kind == "norm" else "matrix"
-    ends = writing(owners[source], rows), (writing(owners[reader], columns),)
+    ends = writing(owners[source], rows, "q"), (writing(owners[reader], columns, "k"),)
     return DeclaredEdge("qk", *ends, heads=count, limit=limit, pairs=pairs, free=free)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.models.discovery.response import Response
-from lowbit.models.discovery.result import DeclaredEdge, Endpoint, Part
+from lowbit.models.discovery.structure import DeclaredEdge, Part, Ref
 from lowbit.models.discovery.sites import Owner
 
 Owners = Mapping[str, Owner]
@@ -23,9 +23,7 @@ def norm_edge(owner: Owner, response: Response, owners: Owners) -> DeclaredEdge 
     return ends if isinstance(ends, str) else DeclaredEdge("norm", owner.name, ends)
 
 
-def channels_edges(
-    owner: Owner, response: Response, owners: Owners, values_too: bool = False
-) -> list[DeclaredEdge]:
+def channels_edges(owner: Owner, response: Response, owners: Owners, values_too: bool = False) -> list[DeclaredEdge]:
     """The edges from a linear's rows, one for each set of rows of which every column reads one.
 
     Rows that attention sees as values are left to ``heads``, unless ``values_too``.
@@ -85,7 +83,7 @@ def _channels_edge(
 
 def _of_each_expert(
     owner: Owner, response: Response, rows: Sequence[int], owners: Owners
-) -> tuple[list[int], tuple[Endpoint, ...]] | None:
+) -> tuple[list[int], tuple[Ref, ...]] | None:
     """Rows and columns within one expert, if they are the same in all of them and no expert reads another's."""
     first = [row for row in rows if row < owner.rows]
     every = {expert * owner.rows + row for expert in range(owner.experts) for row in first}
@@ -107,13 +105,13 @@ def _of_each_expert(
     return first, patterns[0]
 
 
-def reading(response: Response, rows: Sequence[int], owners: Owners) -> tuple[Endpoint, ...] | str:
+def reading(response: Response, rows: Sequence[int], owners: Owners) -> tuple[Ref, ...] | str:
     """Where ``rows`` are read, in their order, or why that is no edge.
 
     A reader of which several columns read the same row, such as a projection behind a gain that heads share, has an
     entry for each.
     """
-    ends: list[Endpoint] = []
+    ends: list[Ref] = []
     for name, hit in response.hits.items():
         columns = [_columns(hit[row], owners[name]) for row in rows]
         if not any(columns):
@@ -130,11 +128,11 @@ def _columns(hit: Tensor, owner: Owner) -> list[int]:
     return sorted({int(column) % owner.columns for column in hit.nonzero().flatten()})
 
 
-def selected(name: str, columns: list[int], width: int) -> Endpoint:
+def selected(name: str, columns: list[int], width: int) -> Ref:
     """The whole linear, or its columns."""
     return name if columns == list(range(width)) else Part(name, columns=tuple(columns))
 
 
-def writing(owner: Owner, rows: list[int]) -> Endpoint:
-    """The whole linear, or its rows."""
-    return owner.name if rows == list(range(owner.rows)) else Part(owner.name, rows=tuple(rows))
+def writing(owner: Owner, rows: list[int], name: str = "") -> Ref:
+    """The whole linear, or its rows, which ``name`` tells to people."""
+    return owner.name if rows == list(range(owner.rows)) else Part(owner.name, rows=tuple(rows), name=name)

@@ -6,12 +6,14 @@ its layers comes from the same config with a small vocabulary and as few layers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError, one_line
@@ -19,20 +21,45 @@ from lowbit.models.discovery.capture import Call, first_calls
 from lowbit.models.discovery.fold import draw
 from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.proof import LayerProof
-from lowbit.models.discovery.result import DeclaredEdge
+from lowbit.models.discovery.properties import properties
+from lowbit.models.discovery.structure import DeclaredEdge
 from lowbit.models.discovery.shrink import fewer_layers
 from lowbit.models.discovery.sites import InFloat64, owners_of
 from lowbit.models.discovery.small_model import redraw, run_eager_experts, token_ids
 
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_LARGE = 2**22  # entries
 _COPIES = 4  # of a layer's parameters: its own, and those that a map changes on both sides
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """The model's class without memory for its parameters."""
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code, attn_implementation="eager"
-        ).eval()
+    """The model's class without memory for its parameters.
+
+    Raises:
+        LowbitError: the class cannot be built.
+    """
+    try:
+        with init_empty_weights(include_buffers=False), _WithoutMemory():
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
+            ).eval()
+    except Exception as error:  # a model's own code
+        raise LowbitError(f"no model of {type(config).__name__}: {one_line(error)}") from error
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Large tensors have no memory from the start: a stack of experts may be larger than the machine."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and "device" not in kwargs and _entries(args) > _LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _entries(shape: Sequence[Any]) -> int:
+    sizes = shape[0] if shape and isinstance(shape[0], tuple | list) else shape
+    return math.prod(size for size in sizes if isinstance(size, int))
 
 
 class _PassesOn(nn.Module):
@@ -93,7 +120,7 @@ def bytes_needed(layer: nn.Module) -> int:
 
 
 def checked(
-    real: RealLayers, layer: nn.Module, edges: Sequence[DeclaredEdge], most_bytes: int
+    real: RealLayers, layer: nn.Module, edges: Sequence[DeclaredEdge]
 ) -> list[tuple[DeclaredEdge, str]] | str:
     """Each edge with why it is refuted at real shape (empty: it is not), or why none was checked.
 
@@ -101,10 +128,7 @@ def checked(
         real: the layers of real widths.
         layer: one of the model, without memory.
         edges: carried to its size.
-        most_bytes: memory that the proof may take.
     """
-    if bytes_needed(layer) > most_bytes:
-        return f"a layer needs {bytes_needed(layer) / 2**30:.1f} GiB in float64, allowed are {most_bytes / 2**30:.1f}"
     wanted = signature(layer)
     at = next((i for i, one in enumerate(real.layers) if signature(one) == wanted), None)
     if at is None:
@@ -119,7 +143,8 @@ def checked(
         proof = LayerProof(own, real.calls[at].redrawn(4), owners_of(own))
         generator = torch.Generator().manual_seed(6)
         return [
-            (edge, proof.refutation(edge, draw(edge, proof.owners, edge.limit, generator))) for edge in edges
+            (properties(edge, proof), proof.refutation(edge, draw(edge, proof.owners, edge.limit, generator)))
+            for edge in edges
         ]
     except Exception as error:  # a model's own code
         return f"the layer does not run alone: {one_line(error)}"

@@ -26,7 +26,10 @@ SCALE = 1.37
 POWERS = (1, 2, -1, 3)
 SAMPLES = 96  # channels in a pass
 REDRAWS = 3
-_OF_CHANNEL, _OF_ALL = 1e-9, 1e-12  # differences below these parts of a channel's and of all channels' peak are rounding
+_OF_CHANNEL, _OF_ALL = (
+    1e-9,
+    1e-12,
+)  # differences below these parts of a channel's and of all channels' peak are rounding
 Key = tuple[str, str, int]  # owner, side, and which call of it
 
 
@@ -101,11 +104,13 @@ class Response:
         hits: by reader, ``(channels, columns)`` powers of ``SCALE`` that were put back; 0: none.
         refuted: by channel, where it first differed otherwise; empty: nowhere.
         touched: by attention and role, ``(channels, heads, width)``: which channels of Q, K and V changed.
+        strange: by reader, ``(channels, columns)``: what differed otherwise where a channel was refuted.
     """
 
     hits: dict[str, Tensor]
     refuted: list[str]
     touched: dict[tuple[int, Role], Tensor]
+    strange: dict[str, Tensor] = field(default_factory=dict)
 
     def silent(self) -> list[int]:
         """Channels that change nothing."""
@@ -120,8 +125,10 @@ class Response:
             self.hits[name][channels] = powers
         for key, value in other.touched.items():
             self.touched[key][channels] = value
-        for channel, where in zip(channels, other.refuted, strict=True):
-            self.refuted[channel] = where
+        for name, where in other.strange.items():
+            self.strange[name][channels] = where
+        for channel, place in zip(channels, other.refuted, strict=True):
+            self.refuted[channel] = place
 
 
 def respond(sites: Sites, call: Call, found: Trace, owner: str) -> Response:
@@ -143,13 +150,15 @@ def respond(sites: Sites, call: Call, found: Trace, owner: str) -> Response:
         {name: powers for name, powers in response.hits.items() if bool(powers.any())},
         response.refuted,
         {key: value for key, value in response.touched.items() if bool(value.any())},
+        {name: where for name, where in response.strange.items() if bool(where.any())},
     )
 
 
 def _joined(parts: Sequence[Response]) -> Response:
     hits = {name: torch.cat([part.hits[name] for part in parts]) for name in parts[0].hits}
     touched = {key: torch.cat([part.touched[key] for part in parts]) for key in parts[0].touched}
-    return Response(hits, [where for part in parts for where in part.refuted], touched)
+    strange = {name: torch.cat([part.strange[name] for part in parts]) for name in parts[0].strange}
+    return Response(hits, [where for part in parts for where in part.refuted], touched, strange)
 
 
 def _pass(sites: Sites, call: Call, listener: _Scaled) -> Response:
@@ -191,6 +200,7 @@ class _Scaled:
         self.calls: dict[tuple[str, str], int] = {}
         self.hits = {key[0]: torch.zeros(self.samples, self.found.shapes[key][-1], dtype=torch.int8)
                      for key in self.found.order if key[1] == "in"}  # fmt: skip
+        self.strange = {name: torch.zeros_like(powers, dtype=torch.bool) for name, powers in self.hits.items()}
         self.refuted = [""] * self.samples
         self.touched: dict[tuple[int, Role], Tensor] = {}
         self.attentions = -1
@@ -210,8 +220,10 @@ class _Scaled:
             return value
         rows, restore = by_sample(value, axis, self.samples + 1)
         powers, strange = compared(rows)
-        for sample in strange.nonzero().flatten().tolist():
-            self.refuted[sample] = self.refuted[sample] or f"the input of {name}"
+        for sample in strange.any(1).nonzero().flatten().tolist():
+            if not self.refuted[sample]:
+                self.refuted[sample] = f"the input of {name}"
+                self.strange[name][sample] = strange[sample]
         free = torch.tensor([not where for where in self.refuted])
         powers = powers * free[:, None]
         if not bool(powers.any()):
@@ -231,7 +243,7 @@ class _Scaled:
         """The response, once the layer has returned ``output``."""
         for sample in self.left(output).nonzero().flatten().tolist():
             self.refuted[sample] = self.refuted[sample] or "the layer's output"
-        return Response(self.hits, self.refuted, self.touched)
+        return Response(self.hits, self.refuted, self.touched, self.strange)
 
     def left(self, output: Tensor) -> Tensor:
         """``(samples,)``: whether the layer's output differs from that of sample 0."""
@@ -265,8 +277,8 @@ def compared(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: ``(1 + samples, ..., width)``.
 
     Returns:
-        ``(samples, width)`` powers of ``SCALE`` by which channels differ (0: they do not), and ``(samples,)``: whether
-        a channel differs in another way.
+        ``(samples, width)`` powers of ``SCALE`` by which channels differ (0: they do not), and ``(samples, width)``:
+        whether they differ in another way.
     """
     flat = rows.reshape(len(rows), -1, rows.shape[-1])
     base, others = flat[0], flat[1:]
@@ -279,4 +291,4 @@ def compared(rows: Tensor) -> tuple[Tensor, Tensor]:
         fits = unexplained & ((others - factor * base).abs().amax(1) <= tolerance * factor)
         powers[fits] = power
         unexplained = unexplained & ~fits
-    return powers, unexplained.any(1)
+    return powers, unexplained

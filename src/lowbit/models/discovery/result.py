@@ -1,129 +1,12 @@
-"""What discovery finds: the architecture of a model, one entry per decoder layer, and the record of how it was found.
-
-Names are relative to a layer, as in a declared family. Everything here is plain data that goes to JSON and back.
-"""
+"""What discovery finds: an architecture, and the record of how it was found; to JSON and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-EdgeKind = Literal["norm", "heads", "channels", "qk"]
-Limit = Literal["matrix", "rotation", "diagonal", "positive"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some channels of a linear, or of a stack of experts (a 3-D parameter, named in full).
-
-    Attributes:
-        module: the linear, or the parameter of the experts; its rows are those of each expert.
-        rows: output rows, in the order of the edge's channels; ``None``: all.
-        columns: input columns, in that order; ``None``: all. Only readers have columns.
-    """
-
-    module: str
-    rows: tuple[int, ...] | None = None
-    columns: tuple[int, ...] | None = None
-
-
-Endpoint = str | Part
-
-
-def module_of(end: Endpoint) -> str:
-    """The name in an endpoint."""
-    return end if isinstance(end, str) else end.module
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The attention's shape at an edge: ``query`` heads read ``kv`` heads of ``dim`` channels, ``rotary`` rotated."""
-
-    query: int
-    kv: int
-    dim: int
-    rotary: int = 0
-
-
-@dataclass(frozen=True)
-class DeclaredEdge:
-    """An edge by names within a layer.
-
-    Attributes:
-        kind: ``norm``, ``heads``, ``channels`` or ``qk``.
-        src: what writes the channels.
-        dst: what reads them; for ``qk`` the key side.
-        heads: of ``heads`` and ``qk`` edges; rows are ordered by head, then by dimension of a head.
-        offset: a norm's gain is ``offset + weight``.
-        limit: the largest group of maps that was proven. For ``qk``, ``matrix`` means a scaled rotation of each pair
-            and any matrix over the free dimensions of a head; ``diagonal`` one scale for each of them.
-        power: rows of ``src`` times ``s`` scale the channels that ``dst`` reads by ``s ** power``.
-        pairs: dimensions of a head that a rotary embedding rotates together (``qk``).
-        free: dimensions that it leaves alone (``qk``).
-    """
-
-    kind: EdgeKind
-    src: Endpoint
-    dst: tuple[Endpoint, ...]
-    heads: Heads | None = None
-    offset: float = 0.0
-    limit: Limit = "diagonal"
-    power: int = 1
-    pairs: tuple[tuple[int, int], ...] = ()
-    free: tuple[int, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """``channels mlp.up_proj > mlp.down_proj``."""
-        readers = dict.fromkeys(module_of(end) for end in self.dst)
-        return f"{self.kind} {module_of(self.src)} > {', '.join(readers)}"
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """The structure of one decoder layer.
-
-    Attributes:
-        groups: linears in execution order, grouped by shared input; without routers and experts.
-        edges: the edges that are proven.
-        attention: the module whose attention function is looked up in transformers' registry; ``None``: there is none.
-        flat: linears that the layer calls with ``(tokens, hidden)``.
-        experts: 3-D parameters of experts, the input side first.
-        unseen: linears that no forward pass calls as such.
-    """
-
-    groups: tuple[tuple[str, ...], ...]
-    edges: tuple[DeclaredEdge, ...]
-    attention: str | None = None
-    flat: frozenset[str] = frozenset()
-    experts: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What is known of one model.
-
-    Attributes:
-        name: the model's type.
-        blocks: module path of the list of decoder layers.
-        head: the output head.
-        embed: the token embedding.
-        layers: one entry per decoder layer; entries repeat.
-    """
-
-    name: str
-    blocks: str
-    head: str
-    embed: str
-    layers: tuple[LayerKind, ...]
-    origin: Literal["declared", "discovered"] = "discovered"
-
-    @property
-    def kinds(self) -> tuple[LayerKind, ...]:
-        """The different entries of ``layers``, in order."""
-        return tuple(dict.fromkeys(self.layers))
+from lowbit.models.discovery.structure import Architecture, DeclaredEdge, Heads, LayerKind, Limit, Part, Ref
 
 
 @dataclass(frozen=True)
@@ -132,15 +15,17 @@ class Finding:
 
     Attributes:
         layer: index of the kind of layer.
-        edge: ``DeclaredEdge.label``.
-        limit: the proven group; ``None`` where the candidate is refuted.
-        reason: why it is refuted, or why a larger group is.
+        edge: ``DeclaredEdge.label``; of a source without an edge, its name.
+        limit: the proven group; ``None`` where there is no edge.
+        reason: why there is none, or why a larger group is refuted.
+        offered: it was offered to the proof; otherwise no reader showed the scale of its channels.
     """
 
     layer: int
     edge: str
     limit: Limit | None
     reason: str = ""
+    offered: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,48 +55,74 @@ class Discovery:
     record: Record
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``json``; each kind of layer is stored once."""
-        own, kinds = self.architecture, self.architecture.kinds
-        stored = asdict(own) | {"kinds": [_plain(kind) for kind in kinds], "layers": [kinds.index(k) for k in own.layers]}
-        return {"architecture": stored, "record": asdict(self.record)}
+        """Plain data for ``json``; each kind of layer is stored once, with the layers that are of it."""
+        own = self.architecture
+        named = {name: getattr(own, name) for name in ("name", "origin", "blocks", "head", "embed")}
+        kinds = [{"layers": layers, **_plain(kind)} for kind, layers in own.kinds().items()]
+        return {"architecture": {**named, "kinds": kinds}, "record": asdict(self.record)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The value whose ``to_json`` is ``data``; ``KeyError``, ``TypeError`` or ``ValueError`` if it is none."""
         own, record = dict(data["architecture"]), dict(data["record"])
-        kinds = [_kind(kind) for kind in own.pop("kinds")]
-        own["layers"] = tuple(kinds[index] for index in own["layers"])
+        layers = {
+            index: kind for stored in own.pop("kinds") for kind in [_kind(stored)] for index in stored["layers"]
+        }
+        if sorted(layers) != list(range(len(layers))):
+            raise ValueError("layers are missing")
         record["findings"] = tuple(Finding(**finding) for finding in record["findings"])
         record |= {key: tuple(record[key]) for key in ("notes", "checked")}
-        return cls(Architecture(**own), Record(**record))
+        return cls(Architecture(**own, layers=tuple(layers[index] for index in range(len(layers)))), Record(**record))
 
 
 def _plain(kind: LayerKind) -> dict[str, Any]:
-    return asdict(kind) | {"flat": sorted(kind.flat)}
+    edges = [_plain_edge(edge) for edge in kind.edges]
+    lists = {"flat": sorted(kind.flat), "transposed": sorted(kind.transposed)}
+    return {**vars(kind), "groups": [list(group) for group in kind.groups], **lists, "edges": edges}
+
+
+def _plain_edge(edge: DeclaredEdge) -> dict[str, Any]:
+    ends = {"src": _plain_ref(edge.src), "dst": [_plain_ref(end) for end in edge.dst]}
+    more = {"heads": edge.heads and asdict(edge.heads), "partner": edge.partner and _plain_ref(edge.partner)}
+    return {**vars(edge), **ends, **more}
+
+
+def _plain_ref(ref: Ref) -> str | dict[str, Any]:
+    if isinstance(ref, str):
+        return ref
+    sides = {side: None if (own := getattr(ref, side)) is None else [*runs(own)] for side in ("rows", "columns")}
+    return {"module": ref.module, "name": ref.name, **sides}
 
 
 def _kind(data: Mapping[str, Any]) -> LayerKind:
-    edges = tuple(_edge(edge) for edge in data["edges"])
-    groups = tuple(tuple(group) for group in data["groups"])
-    lists = {key: tuple(data[key]) for key in ("experts", "unseen")}
-    return LayerKind(groups, edges, data["attention"], frozenset(data["flat"]), **lists)
+    return LayerKind(
+        groups=tuple(tuple(group) for group in data["groups"]),
+        edges=tuple(_edge(edge) for edge in data["edges"]),
+        attention=data["attention"],
+        flat=frozenset(data["flat"]),
+        transposed=frozenset(data["transposed"]),
+        experts=tuple(data["experts"]),
+        unseen=tuple(data["unseen"]),
+    )
 
 
 def _edge(data: Mapping[str, Any]) -> DeclaredEdge:
-    ends = {"src": _endpoint(data["src"]), "dst": tuple(_endpoint(end) for end in data["dst"])}
+    ends = {"src": _ref(data["src"]), "dst": tuple(_ref(end) for end in data["dst"])}
     dims = {"pairs": tuple((first, second) for first, second in data["pairs"]), "free": tuple(data["free"])}
     heads = Heads(**data["heads"]) if data["heads"] else None
-    return DeclaredEdge(**{**data, **ends, **dims, "heads": heads})
+    partner = _ref(data["partner"]) if data["partner"] else None
+    return DeclaredEdge(**{**data, **ends, **dims, "heads": heads, "partner": partner})
 
 
-def _endpoint(data: str | Mapping[str, Any]) -> Endpoint:
+def _ref(data: str | Mapping[str, Any]) -> Ref:
     if isinstance(data, str):
         return data
-    return Part(data["module"], *(None if data[key] is None else tuple(data[key]) for key in ("rows", "columns")))
+    sides = (None if data[side] is None else unrolled(data[side]) for side in ("rows", "columns"))
+    return Part(data["module"], *sides, name=data["name"])
 
 
-def runs(numbers: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Consecutive numbers as ``(first, length)``.
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive numbers as ``(first, count)``.
 
     >>> list(runs((4, 5, 6, 12, 13)))
     [(4, 3), (12, 2)]
@@ -221,3 +132,12 @@ def runs(numbers: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
             yield numbers[start], at - start
             start = at
+
+
+def unrolled(stretches: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The numbers of ``(first, count)`` stretches.
+
+    >>> unrolled([[4, 3], [12, 2]])
+    (4, 5, 6, 12, 13)
+    """
+    return tuple(first + i for first, count in stretches for i in range(count))

@@ -18,7 +18,14 @@ VOCABULARY = 128
 MOST_LAYERS = 8
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+_HEADS = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "decoder_attention_heads",
+    "encoder_attention_heads",
+)
 _KV = ("num_key_value_heads", "num_kv_heads")
 # Values for both sizes by what a field measures, then the fields' names.
 _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (

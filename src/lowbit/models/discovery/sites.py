@@ -83,7 +83,11 @@ def owners_of(layer: nn.Module) -> dict[str, Owner]:
 
 def _owner(name: str, module: nn.Module, key: str, parameter: Tensor, own: Mapping[str, Tensor]) -> Owner | None:
     full, bias = f"{name}.{key}".lstrip("."), "bias" if key == "weight" else f"{key}_bias"
-    bias_name = f"{name}.{bias}".lstrip(".") if bias in own and own[bias].ndim == parameter.ndim - (parameter.ndim > 1) else None
+    bias_name = (
+        f"{name}.{bias}".lstrip(".")
+        if bias in own and own[bias].ndim == parameter.ndim - (parameter.ndim > 1)
+        else None
+    )
     if parameter.ndim == 3:
         transposed = bool(getattr(module, "is_transposed", False)) or _is_written_transposed(module, key)
         rows, columns = parameter.shape[1:] if not transposed else (parameter.shape[2], parameter.shape[1])
@@ -194,9 +198,7 @@ def in_float64(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> tuple
 class _Mode(TorchFunctionMode):
     """Sees every call of torch within a layer."""
 
-    def __init__(
-        self, listener: Listener, owners: Mapping[int, Owner], hooked: set[str], stack: list[str]
-    ) -> None:
+    def __init__(self, listener: Listener, owners: Mapping[int, Owner], hooked: set[str], stack: list[str]) -> None:
         super().__init__()
         self.listener, self.owners, self.hooked, self.stack = listener, owners, hooked, stack
         self.scores: tuple[str, Tensor, Tensor] | None = None
