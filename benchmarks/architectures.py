@@ -23,20 +23,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, GPT2LMHeadModel, LlamaForCausalLM, MixtralForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from lowbit.errors import one_line
 from lowbit.models.discovery import Discovery, discover
-from lowbit.models.discovery.result import DeclaredEdge, LayerKind
+from lowbit.models.discovery.structure import DeclaredEdge, LayerKind
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = ROOT / "benchmarks" / "architectures.json"
+ROWS = ROOT / "docs" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
 SECONDS = 45  # of processor time
 WALL = 600  # seconds on the clock, for a child that waits for something
 ADDRESS_SPACE = 16 * 2**30
 REAL_BYTES = 2**28  # for the proof at real shape: small layers only, the table is about structure
+LOADED = (LlamaForCausalLM, GPT2LMHeadModel, MixtralForCausalLM)  # so that children find imported what all need
 Row = dict[str, Any]
 
 
