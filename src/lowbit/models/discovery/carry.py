@@ -8,6 +8,7 @@ from dataclasses import replace
 from lowbit.models.discovery.fold import columns_of, rows_of
 from lowbit.models.discovery.layout import Mismatch, Sizes
 from lowbit.models.discovery.readers import Owners, selected, writing
+from lowbit.models.discovery.result import label
 from lowbit.models.discovery.structure import DeclaredEdge, Heads, Part, Ref, module_of
 
 Three = tuple[Owners, Owners, Owners]
@@ -142,7 +143,8 @@ def _check(edge: DeclaredEdge, width: int, owners: Owners) -> None:
             raise Mismatch(f"{module_of(end)} reads {columns} channels of {width}")
     if heads is not None:
         rows = heads.kv if edge.kind == "heads" else heads.query
-        if rows * heads.dim != width or heads.query % heads.kv:
+        shared = edge.kind == "qk" and owners[module_of(edge.src)].kind == "norm" and width == heads.dim
+        if (not shared and rows * heads.dim != width) or heads.query % heads.kv:
             raise Mismatch(f"{heads.query} heads over {heads.kv} of {heads.dim} channels, but {width} rows")
         if edge.kind == "qk" and sorted([*edge.free, *(d for pair in edge.pairs for d in pair)]) != list(
             range(heads.dim)
@@ -153,9 +155,9 @@ def _check(edge: DeclaredEdge, width: int, owners: Owners) -> None:
 def matched(edges: Sequence[DeclaredEdge], other: Sequence[DeclaredEdge]) -> Mapping[int, DeclaredEdge]:
     """For each candidate, by index, the same one at the other size: equal label, equal position among these."""
     found: dict[int, DeclaredEdge] = {}
-    for label in {edge.label for edge in edges}:
-        own = [index for index, edge in enumerate(edges) if edge.label == label]
-        theirs = [edge for edge in other if edge.label == label]
+    for name in {label(edge) for edge in edges}:
+        own = [index for index, edge in enumerate(edges) if label(edge) == name]
+        theirs = [edge for edge in other if label(edge) == name]
         if len(own) == len(theirs):
             found |= dict(zip(own, theirs, strict=True))
     return found

@@ -18,7 +18,7 @@ from lowbit.models.discovery.layout import Mismatch, Sizes, measures, numbers_of
 from lowbit.models.discovery.properties import partner_of
 from lowbit.models.discovery.prove import Kind, found_in, prove
 from lowbit.models.discovery.real import RealLayers, bytes_needed, checked, empty_model
-from lowbit.models.discovery.result import Discovery, Finding, Record
+from lowbit.models.discovery.result import Discovery, Finding, Record, label
 from lowbit.models.discovery.shrink import shrunk
 from lowbit.models.discovery.sites import owners_of
 from lowbit.models.discovery.small_model import SmallModel
@@ -47,6 +47,8 @@ def discover(config: Any, trust_remote_code: bool = False, most_bytes: int = MOS
         findings=tuple(search.findings),
         notes=tuple(dict.fromkeys(search.notes)),
         checked=tuple(sorted(search.checked)),
+        experts=tuple(kind.analysis.experts for kind in search.kinds),
+        unseen=tuple(kind.analysis.unseen for kind in search.kinds),
         seconds=round(time.monotonic() - start, 1),
         versions={"transformers": transformers.__version__, "torch": torch.__version__},
     )
@@ -105,7 +107,7 @@ class _Search:
         own = kind.analysis
         edges = self._carried(kind, layer)
         proven = self._checked(kind, layer, edges, most_bytes)
-        return LayerKind(own.groups, tuple(proven), own.attention, own.flat, own.transposed, own.experts, own.unseen)
+        return LayerKind(own.groups, tuple(proven), own.attention, own.flat, own.transposed)
 
     def _carried(self, kind: Kind, layer: nn.Module) -> list[DeclaredEdge]:
         number = self.kinds.index(kind)
@@ -163,6 +165,6 @@ class _Search:
 
     def _refute(self, number: int, edge: DeclaredEdge, why: str) -> None:
         for at, one in enumerate(self.findings):
-            if (one.layer, one.edge) == (number, edge.label) and one.limit:
+            if (one.layer, one.edge) == (number, label(edge)) and one.limit:
                 self.findings[at] = replace(one, limit=None, reason=why)
                 return

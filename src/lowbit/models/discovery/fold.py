@@ -31,7 +31,8 @@ def draw(edge: DeclaredEdge, owners: Owners, limit: Limit, generator: torch.Gene
         return _matrices(edge, edge.heads, limit, generator)
     if edge.kind == "qk":
         assert edge.heads is not None
-        return _pair_scales(edge, edge.heads, generator).flatten()
+        keys = len(rows_of(edge.dst[0], owners[module_of(edge.dst[0])]))  # of a head's width if all heads share them
+        return _pair_scales(edge, keys // edge.heads.dim, edge.heads.dim, generator).flatten()
     width = len(rows_of(edge.src, owner))
     own_map = owner.experts and edge.kind == "channels"
     return scales((owner.experts, width) if own_map else (width,), generator, limit == "positive")
@@ -44,9 +45,9 @@ def scales(shape: tuple[int, ...], generator: torch.Generator, positive: bool) -
     return size if positive else size * signs
 
 
-def _pair_scales(edge: DeclaredEdge, heads: Heads, generator: torch.Generator) -> Tensor:
-    """``(kv, dim)`` factors, equal within a pair."""
-    out = scales((heads.kv, heads.dim), generator, False)
+def _pair_scales(edge: DeclaredEdge, count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """``(count, dim)`` factors, equal within a pair."""
+    out = scales((count, dim), generator, False)
     for first, second in edge.pairs:
         out[:, second] = out[:, first]
     return out
@@ -54,7 +55,7 @@ def _pair_scales(edge: DeclaredEdge, heads: Heads, generator: torch.Generator) -
 
 def _matrices(edge: DeclaredEdge, heads: Heads, limit: Limit, generator: torch.Generator) -> Tensor:
     if edge.kind == "qk" and limit != "matrix":
-        return torch.diag_embed(_pair_scales(edge, heads, generator))
+        return torch.diag_embed(_pair_scales(edge, heads.kv, heads.dim, generator))
     if limit in ("diagonal", "positive"):
         return torch.diag_embed(scales((heads.kv, heads.dim), generator, limit == "positive"))
     if edge.kind == "heads":

@@ -19,7 +19,7 @@ from lowbit.models.discovery.proof import SAME, LayerProof, relative
 from lowbit.models.discovery.readers import Owners, writing
 from lowbit.models.discovery.response import Response
 from lowbit.models.discovery.sites import Role, Sites
-from lowbit.models.discovery.structure import DeclaredEdge, Ref, module_of
+from lowbit.models.discovery.structure import DeclaredEdge, Part, Ref, module_of
 
 Change = Callable[[Tensor], Tensor]
 
@@ -28,7 +28,9 @@ def with_properties(edge: DeclaredEdge, proof: LayerProof, responses: Mapping[st
     """The edge with its ``partner``, ``gathers`` and ``shift``; between queries and keys there is none of them."""
     if edge.kind == "channels":
         edge = replace(edge, partner=partner_of(edge, proof.owners, responses))
-    return properties(edge, proof)
+    found = properties(edge, proof)
+    gated = found.partner and isinstance(found.src, Part)
+    return replace(found, src=replace(found.src, name="up")) if gated else found
 
 
 def properties(edge: DeclaredEdge, proof: LayerProof) -> DeclaredEdge:

@@ -13,7 +13,7 @@ from lowbit.models.discovery.kinds import kinds_of
 from lowbit.models.discovery.layer import Analysis, analyse
 from lowbit.models.discovery.proof import LayerProof, ModelProof, attempts, random_moves
 from lowbit.models.discovery.properties import with_properties
-from lowbit.models.discovery.result import Finding
+from lowbit.models.discovery.result import Finding, label
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.discovery.small_model import SmallModel
 from lowbit.models.discovery.structure import DeclaredEdge
@@ -60,7 +60,7 @@ def prove(small: SmallModel, kinds: Sequence[Kind]) -> None:
         kind.findings += [Finding(number, what, None, why, offered=False) for what, why in kind.analysis.refuted]
         for index, candidate in enumerate(kind.analysis.candidates):
             edge, why = _largest(candidate, layer, model, kind, generator)
-            kind.findings.append(Finding(number, candidate.label, edge and edge.limit, why))
+            kind.findings.append(Finding(number, label(candidate), edge and edge.limit, why))
             if edge:
                 kind.edges[index] = with_properties(edge, layer, kind.analysis.responses)
     _together(model, kinds, generator)
@@ -97,8 +97,8 @@ def _together(model: ModelProof, kinds: Sequence[Kind], generator: torch.Generat
     kept: list[tuple[Kind, int]] = []
     for kind, index in every:
         if model.refutation(moves([*kept, (kind, index)])):
-            label = kind.edges.pop(index).label
-            at = next(i for i, one in enumerate(kind.findings) if one.edge == label and one.limit)
+            name = label(kind.edges.pop(index))
+            at = next(i for i, one in enumerate(kind.findings) if one.edge == name and one.limit)
             kind.findings[at] = replace(kind.findings[at], limit=None, reason="does not pass with the other edges")
         else:
             kept.append((kind, index))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit.models.discovery.readers import Owners, writing
 from lowbit.models.discovery.response import SCALE, Response
-from lowbit.models.discovery.structure import DeclaredEdge, Heads
+from lowbit.models.discovery.structure import DeclaredEdge, Heads, Limit
 from lowbit.models.discovery.sites import Role
 
 MOST_DIMS = 2  # of a head that a row touches: more is a norm over the head, not a rotary embedding
@@ -64,7 +64,8 @@ def qk_edges(
             if not passing:
                 continue
             covered |= {channel for part in passing for channel in part.channels}
-            edge = _edge(passing, queries, owners, source, reader)
+            attended = (heads, key_heads(responses, attention, heads))
+            edge = _edge(passing, queries, owners, source, reader, attended)
             yield edge or f"qk {source} > {reader}: heads differ in their pairs"
 
 
@@ -83,6 +84,18 @@ def touching(response: Response, attention: int, role: Role, heads: int) -> dict
         row: frozenset((h, d) for h, d in spread[row].nonzero().tolist())
         for row in (alone & narrow).nonzero().flatten().tolist()
     }
+
+
+def key_heads(responses: Mapping[str, Response], attention: int, heads: int) -> int:
+    """Key heads of an attention, which repeats them for its ``heads`` query heads: groups that rows of linears touch."""
+    groups = [
+        {tuple(row.any(1).nonzero().flatten().tolist()) for row in touched if bool(row.any())}
+        for response in responses.values()
+        if (touched := response.touched.get((attention, "k"))) is not None
+    ]
+    apart = [own for own in groups if sum(map(len, own)) == len({head for group in own for head in group})]
+    counts = [len(own) for own in apart if len(own) > 1 and heads % len(own) == 0]
+    return max(counts, default=1)
 
 
 def _within(rows: Mapping[int, frozenset[Channel]], channels: set[Channel]) -> dict[int, frozenset[Channel]]:
@@ -133,9 +146,17 @@ def _tested(parts: Sequence[Component], source: str, reader: str, owners: Owners
 
 
 def _edge(
-    parts: Sequence[Component], queries: Mapping[int, frozenset[Channel]], owners: Owners, source: str, reader: str
+    parts: Sequence[Component],
+    queries: Mapping[int, frozenset[Channel]],
+    owners: Owners,
+    source: str,
+    reader: str,
+    attended: tuple[int, int],
 ) -> DeclaredEdge | None:
-    """One edge from the components of all heads, if every head has the same pairs and free dimensions."""
+    """One edge from the components of all heads, if every head has the same pairs and free dimensions.
+
+    ``attended`` are the attention's query and key heads, which gains of one head's width all share.
+    """
     groups: dict[frozenset[int], list[Component]] = {}
     for part in parts:
         groups.setdefault(frozenset(head for head, _ in part.channels), []).append(part)
@@ -153,10 +174,12 @@ def _edge(
     if any(shape is None or shape != shapes[0] for shape in shapes) or len(rows) % len(columns):
         return None
     pairs, free = shapes[0] or ((), ())
-    count = Heads(len(rows) // dim, len(kv), dim)
-    limit = "diagonal" if owners[source].kind == "norm" else "matrix"
-    ends = writing(owners[source], rows, "q"), (writing(owners[reader], columns, "k"),)
-    return DeclaredEdge("qk", *ends, heads=count, limit=limit, pairs=pairs, free=free)  # type: ignore[arg-type]
+    gains = owners[source].kind == "norm"
+    shared = gains and len(rows) == len(columns) == dim
+    count = Heads(*attended, dim) if shared else Heads(len(rows) // dim, len(kv), dim)
+    query, key = writing(owners[source], rows, "q"), writing(owners[reader], columns, "k")
+    limit: Limit = "diagonal" if gains else "matrix"
+    return DeclaredEdge("qk", query, (key,), limit, count, pairs=pairs, free=free)
 
 
 def _by_query_head(

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from lowbit.models.discovery.structure import Architecture, DeclaredEdge, Heads, LayerKind, Limit, Part, Ref
+from lowbit.models.discovery.structure import Architecture, DeclaredEdge, Heads, LayerKind, Limit, Part, Ref, module_of
+
+
+def label(edge: DeclaredEdge) -> str:
+    """``channels mlp.up_proj > mlp.down_proj``."""
+    readers = dict.fromkeys(module_of(end) for end in edge.dst)
+    return f"{edge.kind} {module_of(edge.src)} > {', '.join(readers)}"
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,7 @@ class Finding:
 
     Attributes:
         layer: index of the kind of layer.
-        edge: ``DeclaredEdge.label``; of a source without an edge, its name.
+        edge: its ``label``; of a source without an edge, its name.
         limit: the proven group; ``None`` where there is no edge.
         reason: why there is none, or why a larger group is refuted.
         offered: it was offered to the proof; otherwise no reader showed the scale of its channels.
@@ -36,6 +42,8 @@ class Record:
         findings: every candidate.
         notes: what was left out and why, such as a proof at real shape that needs too much memory.
         checked: kinds of layers whose edges are proven at real shape too.
+        experts: of each kind of layer, the 3-D parameters of experts, the input side first.
+        unseen: of each kind of layer, linears that no forward pass calls as such.
         seconds: time it took.
         versions: of transformers and torch.
     """
@@ -43,6 +51,8 @@ class Record:
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
     checked: tuple[int, ...]
+    experts: tuple[tuple[str, ...], ...]
+    unseen: tuple[tuple[str, ...], ...]
     seconds: float
     versions: Mapping[str, str]
 
@@ -72,6 +82,7 @@ class Discovery:
             raise ValueError("layers are missing")
         record["findings"] = tuple(Finding(**finding) for finding in record["findings"])
         record |= {key: tuple(record[key]) for key in ("notes", "checked")}
+        record |= {key: tuple(tuple(own) for own in record[key]) for key in ("experts", "unseen")}
         return cls(Architecture(**own, layers=tuple(layers[index] for index in range(len(layers)))), Record(**record))
 
 
@@ -101,8 +112,6 @@ def _kind(data: Mapping[str, Any]) -> LayerKind:
         attention=data["attention"],
         flat=frozenset(data["flat"]),
         transposed=frozenset(data["transposed"]),
-        experts=tuple(data["experts"]),
-        unseen=tuple(data["unseen"]),
     )
 
 

@@ -111,12 +111,6 @@ class DeclaredEdge:
     gathers: bool = False
     shift: bool = False
 
-    @property
-    def label(self) -> str:
-        """``channels mlp.up_proj > mlp.down_proj``."""
-        readers = dict.fromkeys(module_of(end) for end in self.dst)
-        return f"{self.kind} {module_of(self.src)} > {', '.join(readers)}"
-
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -128,8 +122,6 @@ class LayerKind:
         attention: the module whose attention function is looked up in transformers' registry; ``None``: there is none.
         flat: linears that the layer calls with ``(tokens, hidden)``.
         transposed: linears that store their matrix as ``(in, out)``.
-        experts: 3-D parameters of experts, the input side first.
-        unseen: linears that no forward pass calls as such.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -137,8 +129,6 @@ class LayerKind:
     attention: str | None = "self_attn"
     flat: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
-    experts: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
