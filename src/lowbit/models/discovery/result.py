@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from lowbit.models.discovery.structure import Architecture, DeclaredEdge, Heads, LayerKind, Limit, Part, Ref, module_of
+from lowbit.models.discovery.structure import (
+    Architecture,
+    DeclaredEdge,
+    Heads,
+    LayerKind,
+    Limit,
+    Part,
+    Ref,
+    module_of,
+)
 
 
 def label(edge: DeclaredEdge) -> str:
