@@ -145,19 +145,19 @@ def page(rows: Mapping[str, Row]) -> str:
 
 
 _INTRODUCTION = """\
-Written by `make architectures`: every causal language model that transformers {version} names, with the default config
-of its type. {good} of {all} are discovered and proven.
+Written by `make architectures`: every causal language model that transformers {version} names, with the default
+config of its type. {good} of {all} are discovered and proven.
 
-Each config is shrunk, a random model of it is built, its structure is read off its responses, and every edge is proven
-by a random map in the layer and in the model. Layers that differ have a row each; *layers* counts them in the default
-config. Edges:
+Each config is shrunk, a random model of it is built, its structure is read off its responses, and every edge is
+proven by a random map in the layer and in the model. Layers that differ have a row each; *layers* counts them in the
+default config. Edges:
 
 * `norm 3`: a norm's gain and its three readers
 * `heads matrix`: v to o, any matrix per key/value head (`rotation`: orthogonal ones, `diagonal`: scales)
 * `channels diagonal`: up to down, scales (`positive`: above 0; `power 2`: squared on the way)
 * `qk matrix 8 pairs 4 free`: between queries and keys, a scaled rotation of each pair of a head's dimensions that the
-  rotary embedding rotates together, and any matrix over those that it leaves alone; `qk diagonal`: scales of the gains
-  of the norms on queries and keys. Widths are those of the default config."""
+  rotary embedding rotates together, and any matrix over those that it leaves alone; `qk diagonal`: scales of the
+  gains of the norms on queries and keys. Widths are those of the default config."""
 
 
 def main() -> None:

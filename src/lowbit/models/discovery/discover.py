@@ -1,4 +1,4 @@
-"""The architecture of a model from its config alone: found on a small random model, proven there, carried to real size."""
+"""A model's architecture from its config alone: found on a small random model, proven there, carried to real size."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Edges through attention's values: one map for each key/value head, on rows of v and columns of o.
 
 A row of v touches one channel of the values, in the query heads that share its head; the columns that read it are
-those of these heads. Where a norm without a gain stands on the values a row touches its whole head, and no scale comes
-back: there only a rotation of the head can pass.
+those of these heads. Where a norm without a gain stands on the values a row touches its whole head, and no scale
+comes back: there only a rotation of the head can pass.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lowbit.models.discovery.readers import Owners, selected, writing
 from lowbit.models.discovery.response import Response
-from lowbit.models.discovery.structure import DeclaredEdge, Heads, Ref
 from lowbit.models.discovery.sites import Owner
+from lowbit.models.discovery.structure import DeclaredEdge, Heads, Ref
 
 
 def heads_edges(owner: Owner, response: Response, owners: Owners) -> list[DeclaredEdge]:

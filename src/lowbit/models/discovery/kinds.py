@@ -16,8 +16,8 @@ def signature(layer: nn.Module, sizes: bool = True) -> tuple[Any, ...]:
 
     Args:
         layer: a decoder layer, possibly without memory.
-        sizes: with shapes and numbers; without, a layer of the small model equals those of the real one that it stands
-            for, and numbers count by whether they are 0.
+        sizes: with shapes and numbers; without, a layer of the small model equals those of the real one that it
+            stands for, and numbers count by whether they are 0.
     """
     found: list[Any] = []
     for name, module in layer.named_modules():

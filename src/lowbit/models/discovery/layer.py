@@ -13,8 +13,8 @@ from lowbit.models.discovery.heads import heads_edges
 from lowbit.models.discovery.qk import qk_edges
 from lowbit.models.discovery.readers import channels_edges, norm_edge
 from lowbit.models.discovery.response import Response, Trace, respond, stays, trace
-from lowbit.models.discovery.structure import DeclaredEdge, module_of
 from lowbit.models.discovery.sites import Owner, Sites
+from lowbit.models.discovery.structure import DeclaredEdge, module_of
 
 _KINDS = ("norm", "heads", "channels", "qk")
 
@@ -27,7 +27,7 @@ class Analysis:
         owners: its linears, norms and experts, by name.
         groups, attention, flat, transposed, experts, unseen: as of ``LayerKind``.
         responses: by owner.
-        candidates: edges that responses suggest: norms, heads, channels, qk, each in execution order of their sources.
+        candidates: edges that responses suggest: norms, heads, channels, qk, each in their sources' execution order.
         refuted: other pairs, and why they are none.
     """
 
@@ -47,7 +47,7 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
     """Ask a layer for its structure; it stays as it is."""
     sites = Sites(layer)
     found = trace(sites, call)
-    order = [name for name in dict.fromkeys(key[0] for key in found.order if key[1] == "out")]
+    order = list(dict.fromkeys(key[0] for key in found.order if key[1] == "out"))
     responses = {name: respond(sites, call, found, name) for name in order}
     results = list(_candidates(sites, call, found, order, responses))
     read = [key[0] for key in found.order if key[1] == "in"]

@@ -1,9 +1,9 @@
 """Numbers measured at two small sizes, carried to a model's own.
 
-A row of a fused linear, a head count, a rotary width: at the small size it is 32, at the other small size 24, so it is
-``2 * head_dim`` and not ``hidden_size / 2``. Sizes come from the layer itself (parameter shapes, and numbers that its
-modules keep) and from the config. The rows of an edge are first written as strides: ``q0*16 k0*16 v0*16 q1*16 ...`` has
-for its keys the base 16, 16 rows one apart, and 4 heads 48 apart; each of these numbers is carried alone.
+A row of a fused linear, a head count, a rotary width: at the small size it is 32, at the other small size 24, so it
+is ``2 * head_dim`` and not ``hidden_size / 2``. Sizes come from the layer itself (parameter shapes, and numbers that
+its modules keep) and from the config. The rows of an edge are first written as strides: ``q0*16 k0*16 v0*16 q1*16``
+has for its keys the base 16, 16 rows one apart, and heads 48 apart; each of these numbers is carried alone.
 """
 
 from __future__ import annotations

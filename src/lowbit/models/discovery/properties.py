@@ -1,4 +1,4 @@
-"""More than scales across a proven edge: a gate beside it, channels that may be gathered, constants that may be moved.
+"""More than scales across a proven edge: a gate beside it, channels that are gathered, constants that are moved.
 
 Each is tried on the layer in float64: channels permuted, mixed behind a norm, or shifted where they are written, and
 put back where they are read.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lowbit.models.discovery.readers import Owners, writing
 from lowbit.models.discovery.response import SCALE, Response
-from lowbit.models.discovery.structure import DeclaredEdge, Heads, Limit
 from lowbit.models.discovery.sites import Role
+from lowbit.models.discovery.structure import DeclaredEdge, Heads, Limit
 
 MOST_DIMS = 2  # of a head that a row touches: more is a norm over the head, not a rotary embedding
 Channel = tuple[int, int]  # query head, dimension
@@ -87,7 +87,7 @@ def touching(response: Response, attention: int, role: Role, heads: int) -> dict
 
 
 def key_heads(responses: Mapping[str, Response], attention: int, heads: int) -> int:
-    """Key heads of an attention, which repeats them for its ``heads`` query heads: groups that rows of linears touch."""
+    """Key heads of an attention, which repeats them for ``heads`` query heads: groups that rows of linears touch."""
     groups = [
         {tuple(row.any(1).nonzero().flatten().tolist()) for row in touched if bool(row.any())}
         for response in responses.values()

@@ -22,10 +22,10 @@ from lowbit.models.discovery.fold import draw
 from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.proof import LayerProof
 from lowbit.models.discovery.properties import properties
-from lowbit.models.discovery.structure import DeclaredEdge
 from lowbit.models.discovery.shrink import fewer_layers
 from lowbit.models.discovery.sites import InFloat64, owners_of
 from lowbit.models.discovery.small_model import redraw, run_eager_experts, token_ids
+from lowbit.models.discovery.structure import DeclaredEdge
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 _LARGE = 2**22  # entries

@@ -1,7 +1,7 @@
 """How a layer responds when one output channel of one linear or norm is scaled.
 
-All channels of an owner go into one forward pass: sample 0 is left alone, in sample ``i`` channel ``i - 1`` is times
-``SCALE``. Where a linear reads channels that are exactly ``SCALE ** p`` times those of sample 0, for every token, they
+All channels of an owner go into one forward pass: sample 0 is left alone, in sample ``i`` channel ``i - 1`` is
+times ``SCALE``. Where a linear reads channels that are exactly ``SCALE ** p`` times those of sample 0, for every token, they
 are put back to what sample 0 has: that is what a factor in the reader's columns would do. A channel after which
 nothing is left of the change, the layer's output included, can take a scale; any other is refuted where it is first
 seen to differ in another way.

@@ -1,8 +1,8 @@
 """The places in a layer's forward pass where parameters write channels and read them.
 
 One ``TorchFunctionMode`` around the layer's own code sees every product with a parameter, recognized by identity:
-linears, routers that hold a bare matrix, GPT-2's transposed linears and batched products with experts. Norms and linears
-with a forward of their own are seen by hooks, experts behind transformers' registry by ``experts``. What happens at a
+linears, routers that hold a bare matrix, GPT-2's transposed linears and batched products with experts. Norms and
+linears with a forward of their own are seen by hooks, experts behind transformers' registry by ``experts``. What happens at a
 site is up to a ``Listener``: it may look, and it may return another tensor.
 
 Attention is seen as a product of ``(tokens, width)`` with ``(width, tokens)`` and one of ``(tokens, tokens)`` with

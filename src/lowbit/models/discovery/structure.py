@@ -119,7 +119,7 @@ class LayerKind:
     Attributes:
         groups: linears in execution order, grouped by shared input; without routers and experts.
         edges: the edges that are proven.
-        attention: the module whose attention function is looked up in transformers' registry; ``None``: there is none.
+        attention: the module whose attention function is looked up in transformers' registry; ``None``: none is.
         flat: linears that the layer calls with ``(tokens, hidden)``.
         transposed: linears that store their matrix as ``(in, out)``.
     """
