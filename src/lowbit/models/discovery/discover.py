@@ -19,7 +19,7 @@ from lowbit.models.discovery.properties import partner_of
 from lowbit.models.discovery.prove import Kind, found_in, prove
 from lowbit.models.discovery.real import RealLayers, bytes_needed, checked, empty_model
 from lowbit.models.discovery.result import Discovery, Finding, Record, label
-from lowbit.models.discovery.shrink import shrunk
+from lowbit.models.discovery.shrink import fewer_layers, shrunk
 from lowbit.models.discovery.sites import owners_of
 from lowbit.models.discovery.small_model import SmallModel
 from lowbit.models.discovery.structure import Architecture, DeclaredEdge, LayerKind
@@ -66,18 +66,27 @@ class _Search:
     checked: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.small_config = shrunk(self.config)
-        self.small = SmallModel(self.small_config, self.trusted)
+        self.real = empty_model(self.config, self.trusted)
+        self.each = 1
+        try:
+            self._build()
+        except LowbitError:  # a model may need two layers of a kind, of which one holds what both use
+            self.each = 2
+            self._build()
         self.kinds = found_in(self.small)
         prove(self.small, self.kinds)
         self.findings: list[Finding] = [one for kind in self.kinds for one in kind.findings]
         self.other = self._second_size()
 
+    def _build(self) -> None:
+        self.small_config = shrunk(self.config, 0, self.each)
+        self.small = SmallModel(self.small_config, self.real, self.trusted)
+
     def _second_size(self) -> tuple[SmallModel, Any, Sequence[Kind]] | None:
         """The other small model and its candidates."""
         try:
-            config = shrunk(self.config, 1)
-            small = SmallModel(config, self.trusted)
+            config = shrunk(self.config, 1, self.each)
+            small = SmallModel(config, self.real, self.trusted)
             return small, config, found_in(small, [kind.layers[0] for kind in self.kinds])
         except LowbitError as error:
             self.notes.append(f"no second small size, so no layout is carried: {one_line(error)}")
@@ -85,7 +94,7 @@ class _Search:
 
     def at_real_size(self, most_bytes: int) -> tuple[LayerKind, ...]:
         """One entry per layer of the real model."""
-        real: list[nn.Module] = list(empty_model(self.config, self.trusted).get_submodule(self.small.blocks))
+        real: list[nn.Module] = list(self.real.get_submodule(self.small.blocks))
         by_form = {signature(self.small.layers[i], sizes=False): kind for kind in self.kinds for i in kind.layers}
         entries: dict[Any, LayerKind] = {}
         out = []
@@ -155,13 +164,15 @@ class _Search:
         return [edge for edge, why in results if not why]
 
     def _real_layers(self) -> RealLayers | str:
-        if not hasattr(self, "_real"):
-            self._real: RealLayers | str
+        if not hasattr(self, "_alone"):
+            self._alone: RealLayers | str
             try:
-                self._real = RealLayers(self.config, self.small.blocks, self.small.as_tuple, self.trusted)
+                self._alone = RealLayers(
+                    fewer_layers(self.config, self.each), self.small.blocks, self.small.as_tuple, self.trusted
+                )
             except LowbitError as error:
-                self._real = one_line(error)
-        return self._real
+                self._alone = one_line(error)
+        return self._alone
 
     def _refute(self, number: int, edge: DeclaredEdge, why: str) -> None:
         for at, one in enumerate(self.findings):

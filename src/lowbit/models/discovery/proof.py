@@ -84,19 +84,15 @@ class ModelProof:
     def __init__(self, small: SmallModel) -> None:
         self.small = small
         self.params: Params = dict(small.model.named_parameters())
-        self.wanted = self._logits({})
+        self.wanted = self.small.logits({})
         self.tolerance = max(SAME, _AMPLIFIED * self._amplification())
-
-    def _logits(self, params: Params) -> Tensor:
-        with InFloat64():
-            return self.small.logits(params)
 
     def _amplification(self) -> float:
         name = f"{self.small.embed}.weight"
         if name not in self.params:
             return 0.0
         noise = torch.randn(self.params[name].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        return relative(self._logits({name: self.params[name] * (1 + 1e-14 * noise)}), self.wanted)
+        return relative(self.small.logits({name: self.params[name] * (1 + 1e-14 * noise)}), self.wanted)
 
     def change(self, moves: Sequence[tuple[int, DeclaredEdge, Owners, Tensor]]) -> float:
         """The relative change of the logits under maps across edges of layers, by index."""
@@ -110,7 +106,7 @@ class ModelProof:
             }
             folded = fold(edge, owners, own, map)
             changed |= {prefix + name: value for name, value in folded.items() if value is not own[name]}
-        return relative(self._logits(changed), self.wanted)
+        return relative(self.small.logits(changed), self.wanted)
 
     def refutation(self, moves: Sequence[tuple[int, DeclaredEdge, Owners, Tensor]]) -> str:
         """Why the maps are not invisible; empty if they are."""

@@ -22,7 +22,6 @@ from lowbit.models.discovery.fold import draw
 from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.proof import LayerProof
 from lowbit.models.discovery.properties import properties
-from lowbit.models.discovery.shrink import fewer_layers
 from lowbit.models.discovery.sites import InFloat64, owners_of
 from lowbit.models.discovery.small_model import redraw, run_eager_experts, token_ids
 from lowbit.models.discovery.structure import DeclaredEdge
@@ -83,13 +82,19 @@ class RealLayers:
     """
 
     def __init__(self, config: Any, blocks: str, as_tuple: bool, trust_remote_code: bool = False) -> None:
-        """Build everything but the layers, with a small vocabulary.
+        """Build everything but the layers.
+
+        Args:
+            config: of the model's widths, with a small vocabulary and few layers.
+            blocks: module path of the layers.
+            as_tuple: whether a layer returns a tuple.
+            trust_remote_code: run the model's own code.
 
         Raises:
             LowbitError: the model does not run without its layers.
         """
         try:
-            model = empty_model(fewer_layers(config), trust_remote_code)
+            model = empty_model(config, trust_remote_code)
             parent, _, attribute = blocks.rpartition(".")
             self.layers: list[nn.Module] = list(model.get_submodule(blocks))
             stand_ins = nn.ModuleList(_PassesOn(as_tuple) for _ in self.layers)

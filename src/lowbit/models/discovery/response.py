@@ -1,10 +1,10 @@
 """How a layer responds when one output channel of one linear or norm is scaled.
 
 All channels of an owner go into one forward pass: sample 0 is left alone, in sample ``i`` channel ``i - 1`` is
-times ``SCALE``. Where a linear reads channels that are exactly ``SCALE ** p`` times those of sample 0, for every token, they
-are put back to what sample 0 has: that is what a factor in the reader's columns would do. A channel after which
-nothing is left of the change, the layer's output included, can take a scale; any other is refuted where it is first
-seen to differ in another way.
+times ``SCALE``. Where a linear reads channels that are exactly ``SCALE ** p`` times those of sample 0, for every
+token, they are put back to what sample 0 has: that is what a factor in the reader's columns would do. A channel after
+which nothing is left of the change, the layer's output included, can take a scale; any other is refuted where it is
+first seen to differ in another way.
 
 Example: ``up`` scaled by 1.37 in channel 5 changes column 5 of ``down``'s input by 1.37 and, once it is put back,
 nothing else; ``gate`` changes it by a factor that depends on the token.

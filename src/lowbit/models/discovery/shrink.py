@@ -26,11 +26,14 @@ _HEADS = (
     "decoder_attention_heads",
     "encoder_attention_heads",
 )
-_KV = ("num_key_value_heads", "num_kv_heads")
+_KV = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 # Values for both sizes by what a field measures, then the fields' names.
 _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((64, 96), "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width"),
-    ((64, 96), "backbone_hidden_size hidden_size_global out_hidden_size input_embedding_size output_embedding_size"),
+    (
+        (64, 96),
+        "backbone_hidden_size hidden_size_global out_hidden_size input_embedding_size output_embedding_size adapter_in_dim",
+    ),
     ((4, 12), " ".join(_HEADS)),
     ((16, 8), "head_dim dim_head d_head attention_head_size kv_channels"),
     ((48, 56), "intermediate_size ffn_dim n_inner dff dim_ff ffn_hidden_size d_inner feed_forward_size block_ff_dim"),
@@ -39,8 +42,11 @@ _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((40, 24), "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size"),
     ((40, 24), "moe_shared_expert_intermediate_size"),
     ((4, 4), "num_experts num_local_experts n_routed_experts moe_num_experts"),
-    ((2, 2), "num_experts_per_tok moe_topk moe_k top_k_experts num_selected_experts moe_top_k"),
-    ((1, 1), "n_group topk_group first_k_dense_replace num_dense_layers moe_layer_start_index zero_expert_num"),
+    ((2, 2), "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts num_selected_experts moe_top_k"),
+    (
+        (1, 1),
+        "n_group num_expert_group topk_group first_k_dense_replace num_dense_layers moe_layer_start_index zero_expert_num",
+    ),
     ((32, 40), "q_lora_rank"),
     ((24, 32), "kv_lora_rank o_lora_rank"),
     ((12, 20), "qk_nope_head_dim"),
@@ -75,24 +81,25 @@ _DROPPED = ("model_type", "transformers_version", "per_layer_config", "auto_map"
 _INDICES = ("mlp_only_layers", "full_attn_idxs", "moe_layers", "hybrid_layer_ids", "cross_attention_layers")
 
 
-def shrunk(config: Any, size: Size = 0) -> Any:
+def shrunk(config: Any, size: Size = 0, each: int = 1) -> Any:
     """A config of the same class with small sizes.
 
     Args:
         config: the model's Hugging Face config; it stays as it is.
         size: which of the two small sizes.
+        each: layers of each kind; layers of some models share what only the first of them holds.
 
     Raises:
         LowbitError: the class does not take the lowered values.
     """
-    lowered = lower(config.to_dict(), size)
+    lowered = lower(config.to_dict(), size, each)
     try:
         return type(config)(**lowered)
     except Exception as error:  # a config class validates by any exception
         raise LowbitError(f"{type(config).__name__} takes no small sizes: {one_line(error)}") from error
 
 
-def lower(fields: Mapping[str, Any], size: Size) -> dict[str, Any]:
+def lower(fields: Mapping[str, Any], size: Size, each: int = 1) -> dict[str, Any]:
     """The fields of a config with sizes lowered, also in configs within it.
 
     >>> lower({"hidden_size": 4096, "hidden_act": "silu", "num_attention_heads": 32, "head_dim": None}, 0)
@@ -101,19 +108,20 @@ def lower(fields: Mapping[str, Any], size: Size) -> dict[str, Any]:
     out = {name: value for name, value in fields.items() if name not in _DROPPED}
     for name, value in out.items():
         if isinstance(value, dict) and name.endswith("_config"):
-            out[name] = lower(value, size) | {k: v for k, v in value.items() if k == "model_type"}
+            out[name] = lower(value, size, each) | {k: v for k, v in value.items() if k == "model_type"}
         elif name in _VALUES and (_is_size(value) or (value is None and name in _ALSO_NONE)):
             out[name] = _VALUES[name][size]
     _key_value_heads(fields, out, size)
     _latent_attention(fields, out, size)
     _state_space(out, size)
+    _wide_attention(fields, out)
     _special_tokens(out)
-    _layers(fields, out)
+    _layers(fields, out, each)
     _overrides_by_layer(fields, out, size)
     return out
 
 
-def fewer_layers(config: Any) -> Any:
+def fewer_layers(config: Any, each: int = 1) -> Any:
     """A config of the model's own widths, with a small vocabulary and the layers that ``lower`` keeps.
 
     Raises:
@@ -122,7 +130,7 @@ def fewer_layers(config: Any) -> Any:
     fields = config.to_dict()
     out = {name: value for name, value in fields.items() if name not in _DROPPED}
     _special_tokens(out)
-    _layers(fields, out)
+    _layers(fields, out, each)
     _overrides_by_layer(fields, out)
     try:
         return type(config)(**out)
@@ -138,7 +146,7 @@ def _key_value_heads(fields: Mapping[str, Any], out: dict[str, Any], size: Size)
     """One, as many as query heads, or some between, as the model has it."""
     heads = next((fields[name] for name in _HEADS if fields.get(name)), None)
     for name in _KV:
-        if name in fields and heads:
+        if name in fields:
             real = fields[name]
             small = {1: 1, heads: (4, 12)[size]}.get(real, (2, 4)[size])
             out[name] = small if isinstance(real, int) or real is None else real
@@ -168,6 +176,13 @@ def _state_space(out: dict[str, Any], size: Size) -> None:
         out["mamba_d_ssm"] = 16 * out["mamba_n_heads"]
 
 
+def _wide_attention(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
+    """Attention on twice the hidden size, as of a layer that reads the embedding too."""
+    if _is_size(fields.get("attention_hidden_size")):
+        out["attention_hidden_size"] = out["hidden_size"] * fields["attention_hidden_size"] // fields["hidden_size"]
+        out["attention_head_dim"] = out["attention_hidden_size"] // out["num_attention_heads"]
+
+
 def _special_tokens(out: dict[str, Any]) -> None:
     """Ids below the small vocabulary."""
     for name, value in out.items():
@@ -183,15 +198,15 @@ def _below(value: Any) -> Any:
     return value % VOCABULARY if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _layers(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
-    """One layer of each combination that the lists by layer show, at least two layers."""
+def _layers(fields: Mapping[str, Any], out: dict[str, Any], each: int) -> None:
+    """So many layers of each combination that the lists by layer show, at least two layers."""
     names = [name for name in _LAYERS if _is_size(fields.get(name))]
     if not names:
         return
     count = fields[names[0]]
     lists = [name for name, value in fields.items() if isinstance(value, list | tuple) and len(value) == count]
     lists = [name for name in lists if name not in _INDICES and count > 1]
-    chosen = kept_layers([fields[name] for name in lists], count)
+    chosen = kept_layers([fields[name] for name in lists], count, each)
     for name in lists:
         out[name] = [fields[name][index] for index in chosen]
     for name in _INDICES:
@@ -203,18 +218,18 @@ def _layers(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
             out[name] = min(out[names[0]] // 2, fields[name])
 
 
-def kept_layers(lists: Sequence[Sequence[Any]], count: int) -> list[int]:
-    """Indices of the layers that a small model keeps: the first of each combination, up to ``MOST_LAYERS``.
+def kept_layers(lists: Sequence[Sequence[Any]], count: int, each: int = 1) -> list[int]:
+    """Indices of the layers that a small model keeps: the first ``each`` of each combination, up to ``MOST_LAYERS``.
 
     >>> kept_layers([["slide", "slide", "full", "slide"], ["dense", "moe", "moe", "moe"]], 4)
     [0, 1, 2, 3]
     >>> kept_layers([["slide"] * 5 + ["full"]], 6)
     [0, 1, 4, 5]
     """
-    seen: dict[str, int] = {}
+    seen: dict[str, list[int]] = {}
     for index in range(count):
-        seen.setdefault(repr([one[index] for one in lists]), index)
-    chosen = sorted(seen.values())[:MOST_LAYERS]
+        seen.setdefault(repr([one[index] for one in lists]), []).append(index)
+    chosen = sorted(index for own in seen.values() for index in own[:each])[:MOST_LAYERS]
     if len(seen) == 1:
         return list(range(min(2, count)))
     rest = [index for index in range(count) if index not in chosen]

@@ -2,8 +2,8 @@
 
 One ``TorchFunctionMode`` around the layer's own code sees every product with a parameter, recognized by identity:
 linears, routers that hold a bare matrix, GPT-2's transposed linears and batched products with experts. Norms and
-linears with a forward of their own are seen by hooks, experts behind transformers' registry by ``experts``. What happens at a
-site is up to a ``Listener``: it may look, and it may return another tensor.
+linears with a forward of their own are seen by hooks, experts behind transformers' registry by ``experts``. What
+happens at a site is up to a ``Listener``: it may look, and it may return another tensor.
 
 Attention is seen as a product of ``(tokens, width)`` with ``(width, tokens)`` and one of ``(tokens, tokens)`` with
 values behind it: models are built with attention written out, and many have code of their own for it.
@@ -186,6 +186,8 @@ class InFloat64(TorchFunctionMode):
         if func is Tensor.float:
             return args[0].double()
         args, kwargs = in_float64(args, kwargs)
+        if func is torch.full and isinstance(args[1], float):  # the smallest float64 is none in float32
+            kwargs.setdefault("dtype", torch.float64)
         return func(*args, **kwargs)
 
 

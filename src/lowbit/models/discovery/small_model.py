@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.discovery.shrink import TOKENS
+from lowbit.models.discovery.sites import InFloat64
 
 SPREAD = 1.4  # of a redrawn matrix, times the inverse root of its inputs: activations neither die nor explode
 
@@ -28,8 +29,15 @@ class SmallModel:
         head: module path of the output head; empty if there is none.
     """
 
-    def __init__(self, config: Any, trust_remote_code: bool = False, seed: int = 0) -> None:
+    def __init__(self, config: Any, real: nn.Module, trust_remote_code: bool = False, seed: int = 0) -> None:
         """Build the model of a small config and run it once.
+
+        Args:
+            config: small.
+            real: the model that it stands for, possibly without memory: its decoder layers are the list that is
+                called and has most parameters.
+            trust_remote_code: run the model's own code.
+            seed: of its parameters.
 
         Raises:
             LowbitError: the class cannot be built or run at these sizes, or calls no list of layers.
@@ -44,7 +52,7 @@ class SmallModel:
         self.model.eval().double().requires_grad_(False)
         run_eager_experts(self.model)
         redraw(self.model, seed)
-        called = self._called_lists()
+        called = self._called_lists(real)
         if not called:
             raise LowbitError(f"{type(self.model).__name__} calls no list of decoder layers")
         self.blocks = called[0]
@@ -55,17 +63,16 @@ class SmallModel:
     @torch.no_grad()
     def logits(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Logits ``(1, TOKENS, vocabulary)``, with some parameters of the model replaced by name."""
-        out = torch.func.functional_call(
-            self.model, parameters or {}, args=(), kwargs={"input_ids": token_ids(1), "use_cache": False}
-        )
-        return out.logits
+        inputs = {"input_ids": token_ids(1), "use_cache": False}
+        with InFloat64():
+            return torch.func.functional_call(self.model, parameters or {}, args=(), kwargs=inputs).logits
 
     def _path(self, module: nn.Module | None) -> str:
         return next((name for name, one in self.model.named_modules() if one is module), "")
 
     @torch.no_grad()
-    def _called_lists(self) -> list[str]:
-        """Module lists with called members, the one with most first; a list within another's member is none."""
+    def _called_lists(self, real: nn.Module) -> list[str]:
+        """Module lists with called members, the largest of the real model first; a list within a member is none."""
         calls: dict[str, int] = {}
         tuples: dict[str, bool] = {}
         found: list[str] = []
@@ -84,8 +91,7 @@ class SmallModel:
         finally:
             for handle in handles:
                 handle.remove()
-        size = {name: sum(p.numel() for p in self.model.get_submodule(name).parameters()) for name in calls}
-        names = sorted(calls, key=lambda name: -size[name])
+        names = sorted(calls, key=lambda name: -sum(p.numel() for p in real.get_submodule(name).parameters()))
         self.as_tuple = bool(names) and tuples[names[0]]
         return names
 
