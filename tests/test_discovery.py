@@ -29,6 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "olmo2": GROUPED,
     "nemotron": GROUPED,
     "glm": {**GROUPED, "head_dim": 32},
+    "phi3": {**GROUPED, "num_key_value_heads": 3},
     "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"]},
     "qwen3_moe": {**GROUPED, "head_dim": 24, "moe_intermediate_size": 40, "num_experts": 8},
     "gpt_oss": {**GROUPED, "head_dim": 32, "num_local_experts": 6, "layer_types": ["full_attention"] * 2},
@@ -100,6 +101,15 @@ WANTED: dict[str, dict[int, list[str]]] = {
             "heads self_attn.v_proj > self_attn.o_proj: matrix, 6/2 x 32, shift",
             "channels mlp.gate_up_proj 80+80 > mlp.down_proj: diagonal, with mlp.gate_up_proj 0+80, gathers",
             "qk self_attn.q_proj > self_attn.k_proj: matrix, 6/2 x 32, 8 pairs (0, 1), 16 free",
+        ]
+    },
+    "phi3": {
+        0: [
+            "norm input_layernorm > self_attn.qkv_proj: diagonal, gathers, shift",
+            "norm post_attention_layernorm > mlp.gate_up_proj: diagonal, gathers, shift",
+            "heads self_attn.qkv_proj 144+48 > self_attn.o_proj: matrix, 6/3 x 16, shift",
+            "channels mlp.gate_up_proj 80+80 > mlp.down_proj: diagonal, with mlp.gate_up_proj 0+80, gathers",
+            "qk self_attn.qkv_proj 0+96 > self_attn.qkv_proj 96+48: matrix, 6/3 x 16, 8 pairs (0, 8)",
         ]
     },
     "lfm2": {

@@ -25,7 +25,7 @@ def signature(layer: nn.Module, sizes: bool = True) -> tuple[Any, ...]:
         for key, value in sorted(vars(module).items()):
             if key.startswith("_") or key in _POSITION or key in _PRIVATE:
                 continue
-            if isinstance(value, bool | str) or value is None:
+            if isinstance(value, bool | str):  # None may stand for a state that a pass leaves behind
                 found.append((name, key, value))
             elif isinstance(value, int | float):
                 found.append((name, key, value if sizes else bool(value)))

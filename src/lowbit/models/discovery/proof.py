@@ -83,6 +83,9 @@ class ModelProof:
 
     def __init__(self, small: SmallModel) -> None:
         self.small = small
+        names = dict(small.model.named_parameters(remove_duplicate=False))
+        first = {id(value): name for name, value in reversed(names.items())}
+        self.stored = {name: first[id(value)] for name, value in names.items()}  # layers may share a parameter
         self.params: Params = dict(small.model.named_parameters())
         self.wanted = self.small.logits({})
         self.tolerance = max(SAME, _AMPLIFIED * self._amplification())
@@ -99,14 +102,15 @@ class ModelProof:
         changed: Params = {}
         for index, edge, owners, map in moves:
             prefix = f"{self.small.blocks}.{index}."
-            own = {
-                name.removeprefix(prefix): changed.get(name, value)
-                for name, value in self.params.items()
-                if name.startswith(prefix)
-            }
+            names = [name for name in self.stored if name.startswith(prefix)]
+            own = {name.removeprefix(prefix): self._value(self.stored[name], changed) for name in names}
             folded = fold(edge, owners, own, map)
-            changed |= {prefix + name: value for name, value in folded.items() if value is not own[name]}
+            moved = {name: value for name, value in folded.items() if value is not own[name]}
+            changed |= {self.stored[prefix + name]: value for name, value in moved.items()}
         return relative(self.small.logits(changed), self.wanted)
+
+    def _value(self, name: str, changed: Params) -> Tensor:
+        return changed.get(name, self.params[name])
 
     def refutation(self, moves: Sequence[tuple[int, DeclaredEdge, Owners, Tensor]]) -> str:
         """Why the maps are not invisible; empty if they are."""

@@ -2,12 +2,13 @@
 
 Activations, biases, norms, the pattern of layers and everything else that decides which maps fold stay as they are.
 Two small sizes exist, so that a number measured at both can be carried to the real one; within a size no two
-widths are equal, so that none is taken for another.
+widths are equal, so that none is taken for another, and no product of heads and their width is the same at both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowbit.errors import LowbitError, one_line
@@ -30,10 +31,8 @@ _KV = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 # Values for both sizes by what a field measures, then the fields' names.
 _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((64, 96), "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width"),
-    (
-        (64, 96),
-        "backbone_hidden_size hidden_size_global out_hidden_size input_embedding_size output_embedding_size adapter_in_dim",
-    ),
+    ((64, 96), "backbone_hidden_size hidden_size_global out_hidden_size input_embedding_size output_embedding_size"),
+    ((64, 96), "adapter_in_dim"),
     ((4, 12), " ".join(_HEADS)),
     ((16, 8), "head_dim dim_head d_head attention_head_size kv_channels"),
     ((48, 56), "intermediate_size ffn_dim n_inner dff dim_ff ffn_hidden_size d_inner feed_forward_size block_ff_dim"),
@@ -43,10 +42,8 @@ _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((40, 24), "moe_shared_expert_intermediate_size"),
     ((4, 4), "num_experts num_local_experts n_routed_experts moe_num_experts"),
     ((2, 2), "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts num_selected_experts moe_top_k"),
-    (
-        (1, 1),
-        "n_group num_expert_group topk_group first_k_dense_replace num_dense_layers moe_layer_start_index zero_expert_num",
-    ),
+    ((1, 1), "n_group num_expert_group topk_group zero_expert_num"),
+    ((1, 1), "first_k_dense_replace num_dense_layers moe_layer_start_index"),
     ((32, 40), "q_lora_rank"),
     ((24, 32), "kv_lora_rank o_lora_rank"),
     ((12, 20), "qk_nope_head_dim"),
@@ -58,14 +55,14 @@ _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((32, 32), "index_topk sliding_window sliding_window_size window_size attention_window_size local_attention"),
     ((32, 32), "attention_chunk_size local_attention_window_len index_block_size keep_window_size"),
     ((16, 16), "mamba_chunk_size chunk_size block_size mamba_d_state ssm_state_size state_size"),
-    ((2, 4), "linear_num_key_heads"),
-    ((4, 8), "linear_num_value_heads linear_num_heads"),
+    ((2, 3), "linear_num_key_heads"),
+    ((4, 6), "linear_num_value_heads linear_num_heads"),
     ((16, 8), "linear_key_head_dim linear_value_head_dim linear_head_dim"),
     ((8, 6), "rotary_dim"),
     ((8, 8), "time_step_rank mamba_dt_rank laurel_rank adapter_rank hc_lowrank loop_gate_rank rel_extent"),
     ((16, 24), "hidden_size_per_layer_input global_head_dim swa_head_dim pronunciation_embed_dim shape_embed_dim"),
     ((4, 12), "swa_num_attention_heads"),
-    ((2, 4), "swa_num_key_value_heads num_global_key_value_heads"),
+    ((2, 3), "swa_num_key_value_heads num_global_key_value_heads"),
     ((16, 24), "router_hidden_size"),
     ((16, 16), "query_pre_attn_scalar"),
     ((128, 128), "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length"),
@@ -81,25 +78,38 @@ _DROPPED = ("model_type", "transformers_version", "per_layer_config", "auto_map"
 _INDICES = ("mlp_only_layers", "full_attn_idxs", "moe_layers", "hybrid_layer_ids", "cross_attention_layers")
 
 
-def shrunk(config: Any, size: Size = 0, each: int = 1) -> Any:
+@dataclass(frozen=True)
+class Layers:
+    """Which layers a small model keeps.
+
+    Attributes:
+        each: so many of each combination that lists by layer show; layers of some models share what the first holds.
+        first: if given, the first so many in place of those: of models whose layers alternate without a list.
+    """
+
+    each: int = 1
+    first: int | None = None
+
+
+def shrunk(config: Any, size: Size = 0, layers: Layers = Layers()) -> Any:
     """A config of the same class with small sizes.
 
     Args:
         config: the model's Hugging Face config; it stays as it is.
         size: which of the two small sizes.
-        each: layers of each kind; layers of some models share what only the first of them holds.
+        layers: which layers to keep.
 
     Raises:
         LowbitError: the class does not take the lowered values.
     """
-    lowered = lower(config.to_dict(), size, each)
+    lowered = lower(config.to_dict(), size, layers)
     try:
         return type(config)(**lowered)
     except Exception as error:  # a config class validates by any exception
         raise LowbitError(f"{type(config).__name__} takes no small sizes: {one_line(error)}") from error
 
 
-def lower(fields: Mapping[str, Any], size: Size, each: int = 1) -> dict[str, Any]:
+def lower(fields: Mapping[str, Any], size: Size, layers: Layers = Layers()) -> dict[str, Any]:
     """The fields of a config with sizes lowered, also in configs within it.
 
     >>> lower({"hidden_size": 4096, "hidden_act": "silu", "num_attention_heads": 32, "head_dim": None}, 0)
@@ -108,7 +118,7 @@ def lower(fields: Mapping[str, Any], size: Size, each: int = 1) -> dict[str, Any
     out = {name: value for name, value in fields.items() if name not in _DROPPED}
     for name, value in out.items():
         if isinstance(value, dict) and name.endswith("_config"):
-            out[name] = lower(value, size, each) | {k: v for k, v in value.items() if k == "model_type"}
+            out[name] = lower(value, size, layers) | {k: v for k, v in value.items() if k == "model_type"}
         elif name in _VALUES and (_is_size(value) or (value is None and name in _ALSO_NONE)):
             out[name] = _VALUES[name][size]
     _key_value_heads(fields, out, size)
@@ -116,12 +126,12 @@ def lower(fields: Mapping[str, Any], size: Size, each: int = 1) -> dict[str, Any
     _state_space(out, size)
     _wide_attention(fields, out)
     _special_tokens(out)
-    _layers(fields, out, each)
+    _layers(fields, out, layers)
     _overrides_by_layer(fields, out, size)
     return out
 
 
-def fewer_layers(config: Any, each: int = 1) -> Any:
+def fewer_layers(config: Any, layers: Layers = Layers()) -> Any:
     """A config of the model's own widths, with a small vocabulary and the layers that ``lower`` keeps.
 
     Raises:
@@ -130,7 +140,7 @@ def fewer_layers(config: Any, each: int = 1) -> Any:
     fields = config.to_dict()
     out = {name: value for name, value in fields.items() if name not in _DROPPED}
     _special_tokens(out)
-    _layers(fields, out, each)
+    _layers(fields, out, layers)
     _overrides_by_layer(fields, out)
     try:
         return type(config)(**out)
@@ -148,7 +158,7 @@ def _key_value_heads(fields: Mapping[str, Any], out: dict[str, Any], size: Size)
     for name in _KV:
         if name in fields:
             real = fields[name]
-            small = {1: 1, heads: (4, 12)[size]}.get(real, (2, 4)[size])
+            small = {1: 1, heads: (4, 12)[size]}.get(real, (2, 3)[size])
             out[name] = small if isinstance(real, int) or real is None else real
 
 
@@ -198,15 +208,17 @@ def _below(value: Any) -> Any:
     return value % VOCABULARY if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _layers(fields: Mapping[str, Any], out: dict[str, Any], each: int) -> None:
-    """So many layers of each combination that the lists by layer show, at least two layers."""
+def _layers(fields: Mapping[str, Any], out: dict[str, Any], kept: Layers) -> None:
+    """Fewer layers, and the entries of lists by layer that go with them."""
     names = [name for name in _LAYERS if _is_size(fields.get(name))]
     if not names:
         return
     count = fields[names[0]]
     lists = [name for name, value in fields.items() if isinstance(value, list | tuple) and len(value) == count]
     lists = [name for name in lists if name not in _INDICES and count > 1]
-    chosen = kept_layers([fields[name] for name in lists], count, each)
+    chosen = kept_layers([fields[name] for name in lists], count, kept.each)
+    if kept.first is not None:
+        chosen = list(range(min(kept.first, count)))
     for name in lists:
         out[name] = [fields[name][index] for index in chosen]
     for name in _INDICES:
@@ -247,7 +259,7 @@ def _overrides_by_layer(fields: Mapping[str, Any], out: dict[str, Any], size: Si
     stored = [layer for layer in (fields.get("per_layer_config") or {}).values() if isinstance(layer, dict)]
     for name, passed, small in (
         ("head_dim", "global_head_dim", (32, 16)),
-        ("num_key_value_heads", "num_global_key_value_heads", (1, 2)),
+        ("num_key_value_heads", "num_global_key_value_heads", (1, 3)),
     ):
         values = [layer[name] for layer in stored if name in layer]
         if values:

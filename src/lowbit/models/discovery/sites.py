@@ -185,16 +185,21 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
             return args[0].double()
-        args, kwargs = in_float64(args, kwargs)
-        if func is torch.full and isinstance(args[1], float):  # the smallest float64 is none in float32
-            kwargs.setdefault("dtype", torch.float64)
+        args, kwargs = in_float64(func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def in_float64(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def in_float64(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a function of torch with float64 for each float32 among them."""
     wide = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-    return wide, {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+    named = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+    if (
+        func is torch.full and len(args) > 1 and isinstance(args[1], float)
+    ):  # float64's least number is none in float32
+        named.setdefault("dtype", torch.float64)
+    return wide, named
 
 
 class _Mode(TorchFunctionMode):
@@ -206,7 +211,7 @@ class _Mode(TorchFunctionMode):
         self.scores: tuple[str, Tensor, Tensor] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = in_float64(args, kwargs)
+        args, kwargs = in_float64(func, args, kwargs)
         if func is Tensor.float:
             return args[0].double()
         if func is F.linear:
@@ -216,7 +221,7 @@ class _Mode(TorchFunctionMode):
         if func in _MATMULS and isinstance(args[1], Tensor):
             return self._matmul(func, args, kwargs)
         if func in _BADDBMM:
-            self._scores(args[1], args[2])
+            self._scores(*(args[1:3] if len(args) > 2 else (kwargs["batch1"], kwargs["batch2"])))
         if func is F.scaled_dot_product_attention:
             self._attend(self.stack[-1], args[0], args[1], args[2])
         return func(*args, **kwargs)
