@@ -40,8 +40,10 @@ REAL_BYTES = 2**28  # for the proof at real shape: small layers only, the table 
 LOADED = (LlamaForCausalLM, GPT2LMHeadModel, MixtralForCausalLM)  # so that children find imported what all need
 # Of types whose default config builds no decoder.
 DECODER: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
