@@ -55,7 +55,7 @@ def strides_of(numbers: Sequence[int]) -> Strides:
     longest = next((i for i in range(1, len(numbers)) if numbers[i] - numbers[i - 1] != step), len(numbers))
     for count in range(longest, 1, -1):
         blocks = [numbers[i : i + count] for i in range(0, len(numbers), count)]
-        if all(block == type(block)(block[0] + i * step for i in range(count)) for block in blocks):
+        if all(list(block) == [block[0] + i * step for i in range(count)] for block in blocks):
             outer = strides_of([block[0] for block in blocks])
             return Strides(outer.base, ((count, step), *outer.axes))
     raise Mismatch(f"{len(numbers)} channels in no regular order")

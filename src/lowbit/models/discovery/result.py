@@ -135,8 +135,8 @@ def _edge(data: Mapping[str, Any]) -> DeclaredEdge:
 def _ref(data: str | Mapping[str, Any]) -> Ref:
     if isinstance(data, str):
         return data
-    sides = (None if data[side] is None else unrolled(data[side]) for side in ("rows", "columns"))
-    return Part(data["module"], *sides, name=data["name"])
+    rows, columns = (None if data[side] is None else unrolled(data[side]) for side in ("rows", "columns"))
+    return Part(data["module"], rows, columns, data["name"])
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -106,7 +106,8 @@ def run_eager_experts(module: nn.Module) -> None:
     """Choose the implementation of experts that takes float64."""
     for one in module.modules():
         if hasattr(one, "is_transposed") and hasattr(one, "config"):
-            one.config._experts_implementation = "eager"
+            config: Any = one.config
+            config._experts_implementation = "eager"
 
 
 def _counter(calls: dict[str, int], tuples: dict[str, bool], name: str) -> Any:
