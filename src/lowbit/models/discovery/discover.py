@@ -134,9 +134,9 @@ class _Search:
         if self.other is None:
             plain = [edge for edge in kind.edges.values() if edge.heads is None and isinstance(edge.src, str)]
             return [edge for edge in plain if all(isinstance(end, str) for end in edge.dst)]
-        other, config, kinds = self.other
+        second, config, kinds = self.other
         theirs = kinds[number].analysis
-        layers = (self.small.layers[kind.layers[0]], other.layers[kind.layers[0]], layer)
+        layers = (self.small.layers[kind.layers[0]], second.layers[kind.layers[0]], layer)
         configs = (self.small_config, config, self.config)
         numbers = (numbers_of(one, own) for one, own in zip(layers, configs, strict=True))
         sizes = Sizes(far=measures(*numbers))

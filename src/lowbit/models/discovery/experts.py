@@ -57,7 +57,7 @@ ALL_EXPERTS_FUNCTIONS.register(_NAME, dense_experts)
 @contextmanager
 def all_experts(layer: nn.Module) -> Iterator[None]:
     """Within the context, the layer's experts see every token."""
-    configs = {
+    configs: dict[int, Any] = {
         id(m.config): m.config for m in layer.modules() if hasattr(m, "is_transposed") and hasattr(m, "config")
     }
     before = {key: config._experts_implementation for key, config in configs.items()}

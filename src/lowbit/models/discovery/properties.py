@@ -29,8 +29,9 @@ def with_properties(edge: DeclaredEdge, proof: LayerProof, responses: Mapping[st
     if edge.kind == "channels":
         edge = replace(edge, partner=partner_of(edge, proof.owners, responses))
     found = properties(edge, proof)
-    gated = found.partner and isinstance(found.src, Part)
-    return replace(found, src=replace(found.src, name="up")) if gated else found
+    if found.partner is not None and isinstance(found.src, Part):
+        return replace(found, src=replace(found.src, name="up"))
+    return found
 
 
 def properties(edge: DeclaredEdge, proof: LayerProof) -> DeclaredEdge:

@@ -60,7 +60,7 @@ def prove(small: SmallModel, kinds: Sequence[Kind]) -> None:
         kind.findings += [Finding(number, what, None, why, offered=False) for what, why in kind.analysis.refuted]
         for index, candidate in enumerate(kind.analysis.candidates):
             edge, why = _largest(candidate, layer, model, kind, generator)
-            kind.findings.append(Finding(number, label(candidate), edge and edge.limit, why))
+            kind.findings.append(Finding(number, label(candidate), edge.limit if edge else None, why))
             if edge:
                 kind.edges[index] = with_properties(edge, layer, kind.analysis.responses)
     _together(model, kinds, generator)
