@@ -142,6 +142,7 @@ def page(rows: Mapping[str, Row]) -> str:
     """The table in Markdown."""
     good = {type: row for type, row in sorted(rows.items()) if row["ok"]}
     bad = {type: row for type, row in sorted(rows.items()) if not row["ok"]}
+    missing = sorted(set(CLASSES) - set(rows))
     lines = [
         "# Architectures",
         "",
@@ -156,6 +157,9 @@ def page(rows: Mapping[str, Row]) -> str:
             lines.append(f"| {name} | {kind['layers']} | {', '.join(kind['edges']) or 'none'} |")
     lines += ["", "## Not discovered", "", "| type | class | reason |", "|---|---|---|"]
     lines += [f"| `{type}` | {row['class']} | {row['why'].replace('|', '/')} |" for type, row in bad.items()]
+    if missing:
+        names = ", ".join(f"`{type}`" for type in missing)
+        lines += ["", "## Without a row", "", f"`make architectures` goes on with {names}."]
     return "\n".join(lines) + "\n"
 
 
