@@ -16,7 +16,8 @@ from lowbit.models.discovery.structure import DeclaredEdge, LayerKind
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import architectures
 
-GOOD = {"ok": True, "seconds": 1.0, "kinds": [{"layers": 2, "linears": 7, "edges": ["norm 3"]}], "refuted": [], "notes": []}  # fmt: skip
+KINDS = [{"layers": 2, "linears": 7, "edges": ["norm 3"]}]
+GOOD = {"ok": True, "seconds": 1.0, "kinds": KINDS, "refuted": [], "notes": []}
 
 
 def broken(type: str) -> architectures.Row:

@@ -1,4 +1,4 @@
-"""Structures that no family declares, found from configs of sizes of their own, and proofs that refuse what is none."""
+"""Structures that no family declares, found from configs of other sizes, and proofs that refuse what is none."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ from lowbit.models.discovery.proof import LayerProof
 from lowbit.models.discovery.sites import owners_of
 from lowbit.models.discovery.structure import DeclaredEdge, Heads, Part, Ref
 
-SIZES: dict[str, Any] = {"vocab_size": 128, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
-                         "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GROUPED = {**SIZES, "intermediate_size": 80, "num_key_value_heads": 2}
 OLD = {"vocab_size": 128, "n_embd": 96, "n_layer": 2, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -33,8 +41,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"]},
     "qwen3_moe": {**GROUPED, "head_dim": 24, "moe_intermediate_size": 40, "num_experts": 8},
     "gpt_oss": {**GROUPED, "head_dim": 32, "num_local_experts": 6, "layer_types": ["full_attention"] * 2},
-    "deepseek_v3": {**GROUPED, "num_key_value_heads": 6, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
-                    "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 40, "q_lora_rank": 48,
+    "deepseek_v3": {**GROUPED, "num_key_value_heads": 6, "n_routed_experts": 8, "num_experts_per_tok": 2,
+                    "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 40, "q_lora_rank": 48,
                     "kv_lora_rank": 40, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 32},
     "gemma4_text": {**GROUPED, "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 40,
                     "hidden_size_per_layer_input": 24, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 2,
@@ -66,13 +74,14 @@ WANTED: dict[str, dict[int, list[str]]] = {
             "heads attention.query_key_value 32+16 80+16 128+16 176+16 224+16 272+16 > attention.dense: "
             "matrix, 6/6 x 16, shift",
             "qk attention.query_key_value 0+16 48+16 96+16 144+16 192+16 240+16 > "
-            "attention.query_key_value 16+16 64+16 112+16 160+16 208+16 256+16: matrix, 6/6 x 16, 2 pairs (0, 2), 12 free",
+            "attention.query_key_value 16+16 64+16 112+16 160+16 208+16 256+16: "
+            "matrix, 6/6 x 16, 2 pairs (0, 2), 12 free",
         ]
     },
     "cohere": {
         0: [
-            "norm input_layernorm > self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, mlp.gate_proj, mlp.up_proj: "
-            "diagonal, gathers, shift",
+            "norm input_layernorm > self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, mlp.gate_proj, "
+            "mlp.up_proj: diagonal, gathers, shift",
             "heads self_attn.v_proj > self_attn.o_proj: matrix, 6/2 x 16, shift",
             "channels mlp.up_proj > mlp.down_proj: diagonal, with mlp.gate_proj, gathers",
             "qk self_attn.q_proj > self_attn.k_proj: matrix, 6/2 x 16, 8 pairs (0, 1)",
@@ -87,7 +96,8 @@ WANTED: dict[str, dict[int, list[str]]] = {
     },
     "nemotron": {
         0: [
-            "norm input_layernorm > self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: diagonal, 1 + w, gathers, shift",
+            "norm input_layernorm > self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: "
+            "diagonal, 1 + w, gathers, shift",
             "norm post_attention_layernorm > mlp.up_proj: diagonal, 1 + w, gathers, shift",
             "heads self_attn.v_proj > self_attn.o_proj: matrix, 6/2 x 16, shift",
             "channels mlp.up_proj > mlp.down_proj: positive, power 2, gathers",
@@ -166,7 +176,8 @@ WANTED: dict[str, dict[int, list[str]]] = {
             "norm self_attn.kv_a_layernorm > self_attn.kv_b_proj: diagonal, gathers, shift",
             "norm post_attention_layernorm > mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj, "
             "mlp.experts.gate_up_proj, mlp.gate: diagonal, gathers, shift",
-            "heads self_attn.kv_b_proj 24+32 80+32 136+32 192+32 248+32 304+32 > self_attn.o_proj: matrix, 6/6 x 32, shift",
+            "heads self_attn.kv_b_proj 24+32 80+32 136+32 192+32 248+32 304+32 > self_attn.o_proj: "
+            "matrix, 6/6 x 32, shift",
             "channels mlp.experts.gate_up_proj 40+40 > mlp.experts.down_proj: "
             "diagonal, with mlp.experts.gate_up_proj 0+40, gathers",
             "channels mlp.shared_experts.up_proj > mlp.shared_experts.down_proj: "
@@ -245,6 +256,9 @@ def test_groups_experts_and_storage():
     assert found("lfm2").architecture.layers[1].attention == "self_attn"
 
 
+REVERSED = tuple(reversed(range(16)))
+
+
 class Gated(nn.Module):
     """Values through a fixed mixing of tokens, an output gate of each channel, and an MLP under gelu."""
 
@@ -264,7 +278,7 @@ class Gated(nn.Module):
     [
         (DeclaredEdge("heads", "v", ("o",), "matrix", Heads(2, 2, 8)), False),
         (DeclaredEdge("heads", "v", ("o",), "diagonal", Heads(2, 2, 8)), True),
-        (DeclaredEdge("heads", "v", (Part("o", columns=tuple(reversed(range(16)))),), "diagonal", Heads(2, 2, 8)), False),
+        (DeclaredEdge("heads", "v", (Part("o", columns=REVERSED),), "diagonal", Heads(2, 2, 8)), False),
         (DeclaredEdge("channels", "gate", ("o",)), False),
         (DeclaredEdge("channels", "fc1", ("fc2",)), False),
         (DeclaredEdge("channels", "fc1", ("fc2",), "positive"), False),
