@@ -44,7 +44,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**GROUPED, "num_key_value_heads": 6, "n_routed_experts": 8, "num_experts_per_tok": 2,
                     "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 40, "q_lora_rank": 48,
                     "kv_lora_rank": 40, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 32},
-    "gemma4_text": {**GROUPED, "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 40,
+    "gemma4_text": {**GROUPED, "num_hidden_layers": 4, "head_dim": 32,
+                    "global_head_dim": 40,
                     "hidden_size_per_layer_input": 24, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 2,
                     "layer_types": ["sliding_attention", "full_attention"] * 2},
 }  # fmt: skip
