@@ -11,7 +11,7 @@ define install
 @$(BIN)/python -m pip install --progress-bar off --editable '.$(1)' >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log; exit 1; }
 endef
 
-.PHONY: help demo test check fast static slow test-runtimes format results runtimes runtimes-native runtimes-onnx ablations ablations-qllm gather budget fit-step memory fuzz clean
+.PHONY: help demo test check fast static slow test-runtimes format results runtimes runtimes-native runtimes-onnx ablations ablations-qllm gather budget fit-step memory architectures fuzz clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -80,6 +80,9 @@ fit-step: $(DEV) ## cost of one optimisation step against a plain forward and ba
 
 memory: $(DEV) ## show that peak memory does not grow with the number of layers
 	$(BIN)/python benchmarks/memory.py
+
+architectures: $(DEV) ## discover and prove every causal language model of transformers, into docs/architectures.md (half an hour of one core; goes on where it stopped)
+	$(BIN)/python benchmarks/architectures.py
 
 fuzz: $(DEV) ## mutate model files at random and see that each is refused or read rightly (MUTATIONS=10000 SEED=0: an hour)
 	$(BIN)/python tests/fuzz.py --mutations $(or $(MUTATIONS),10000) --seed $(or $(SEED),0)

@@ -1,0 +1,192 @@
+"""A model's architecture from its config alone: found on a small random model, proven there, carried to real size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lowbit.errors import LowbitError, one_line
+from lowbit.models.discovery.carry import carried, matched
+from lowbit.models.discovery.kinds import signature
+from lowbit.models.discovery.layout import Mismatch, Sizes, measures, numbers_of
+from lowbit.models.discovery.properties import partner_of
+from lowbit.models.discovery.prove import Kind, found_in, prove
+from lowbit.models.discovery.real import RealLayers, bytes_needed, checked, empty_model
+from lowbit.models.discovery.result import Discovery, Finding, Record, label
+from lowbit.models.discovery.shrink import Layers, fewer_layers, shrunk
+from lowbit.models.discovery.sites import owners_of
+from lowbit.models.discovery.small_model import SmallModel
+from lowbit.models.discovery.structure import Architecture, DeclaredEdge, LayerKind
+
+MOST_BYTES = 6 * 2**30  # for the proof at real shape
+MOST_LAYERS = 12  # of a small model
+
+
+def discover(config: Any, trust_remote_code: bool = False, most_bytes: int = MOST_BYTES) -> Discovery:
+    """Find and prove a model's structure; no weights are needed.
+
+    Args:
+        config: the model's Hugging Face config.
+        trust_remote_code: run the model's own code.
+        most_bytes: memory for the proof at real shape; kinds of layers that need more are proven on the small model
+            only, and a note says so.
+
+    Raises:
+        LowbitError: no small model can be built, it does not run, or it has no decoder layers.
+    """
+    start = time.monotonic()
+    search = _Search(config, trust_remote_code)
+    layers = search.at_real_size(most_bytes)
+    small = search.small
+    record = Record(
+        findings=tuple(search.findings),
+        notes=tuple(dict.fromkeys(search.notes)),
+        checked=tuple(sorted(search.checked)),
+        experts=tuple(kind.analysis.experts for kind in search.kinds),
+        unseen=tuple(kind.analysis.unseen for kind in search.kinds),
+        seconds=round(time.monotonic() - start, 1),
+        versions={"transformers": transformers.__version__, "torch": torch.__version__},
+    )
+    name = str(getattr(config, "model_type", "") or type(config).__name__)
+    return Discovery(Architecture(name, small.blocks, small.head, small.embed, layers, "discovered"), record)
+
+
+@dataclass
+class _Search:
+    """One discovery: the small models, and what is noted on the way."""
+
+    config: Any
+    trusted: bool
+    notes: list[str] = field(default_factory=list)
+    checked: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.real = empty_model(self.config, self.trusted)
+        self._build()
+        self.kinds = found_in(self.small)
+        prove(self.small, self.kinds)
+        self.findings: list[Finding] = [one for kind in self.kinds for one in kind.findings]
+        self.other = self._second_size()
+
+    def _build(self) -> None:
+        """The small model, with as many layers as it needs."""
+        self.kept = Layers()
+        try:
+            self._build_kept()
+        except LowbitError:  # a model may need two layers of a kind, of which one holds what both use
+            self.kept = Layers(each=2)
+            self._build_kept()
+        forms = [signature(layer, sizes=False) for layer in self.real.get_submodule(self.small.blocks)]
+        known = {signature(layer, sizes=False) for layer in self.small.layers}
+        wanted = max((forms.index(form) + 1 for form in set(forms)), default=0)
+        if not known.issuperset(forms) and len(known) < wanted <= MOST_LAYERS:
+            self.kept = Layers(first=wanted)
+            self._build_kept()
+
+    def _build_kept(self) -> None:
+        self.small_config = shrunk(self.config, 0, self.kept)
+        self.small = SmallModel(self.small_config, self.real, self.trusted)
+
+    def _second_size(self) -> tuple[SmallModel, Any, Sequence[Kind]] | None:
+        """The other small model and its candidates."""
+        try:
+            config = shrunk(self.config, 1, self.kept)
+            small = SmallModel(config, self.real, self.trusted)
+            return small, config, found_in(small, [kind.layers[0] for kind in self.kinds])
+        except LowbitError as error:
+            self.notes.append(f"no second small size, so no layout is carried: {one_line(error)}")
+            return None
+
+    def at_real_size(self, most_bytes: int) -> tuple[LayerKind, ...]:
+        """One entry per layer of the real model."""
+        real: list[nn.Module] = list(self.real.get_submodule(self.small.blocks))
+        by_form = {signature(self.small.layers[i], sizes=False): kind for kind in self.kinds for i in kind.layers}
+        entries: dict[Any, LayerKind] = {}
+        out = []
+        for index, layer in enumerate(real):
+            exact = signature(layer)
+            if exact not in entries:
+                kind = by_form.get(signature(layer, sizes=False))
+                entries[exact] = self._entry(kind, layer, most_bytes) if kind else self._unknown(index, layer)
+            out.append(entries[exact])
+        return tuple(out)
+
+    def _unknown(self, index: int, layer: nn.Module) -> LayerKind:
+        """A layer that the small model has no like of: its linears, each alone."""
+        self.notes.append(f"the small model has no layer like layer {index}: it has no edge")
+        names = [name for name, one in owners_of(layer).items() if one.kind in ("linear", "conv1d")]
+        return LayerKind(tuple((name,) for name in names), ())
+
+    def _entry(self, kind: Kind, layer: nn.Module, most_bytes: int) -> LayerKind:
+        own = kind.analysis
+        edges = self._carried(kind, layer)
+        proven = self._checked(kind, layer, edges, most_bytes)
+        return LayerKind(own.groups, tuple(proven), own.attention, own.flat, own.transposed)
+
+    def _carried(self, kind: Kind, layer: nn.Module) -> list[DeclaredEdge]:
+        number = self.kinds.index(kind)
+        if self.other is None:
+            plain = [edge for edge in kind.edges.values() if edge.heads is None and isinstance(edge.src, str)]
+            return [edge for edge in plain if all(isinstance(end, str) for end in edge.dst)]
+        second, config, kinds = self.other
+        theirs = kinds[number].analysis
+        layers = (self.small.layers[kind.layers[0]], second.layers[kind.layers[0]], layer)
+        configs = (self.small_config, config, self.config)
+        numbers = (numbers_of(one, own) for one, own in zip(layers, configs, strict=True))
+        sizes = Sizes(far=measures(*numbers))
+        owners = (kind.analysis.owners, theirs.owners, owners_of(layer))
+        others = matched(kind.analysis.candidates, theirs.candidates)
+        found = []
+        for index, edge in kind.edges.items():
+            try:
+                if index not in others:
+                    raise Mismatch("the second small size does not show it")
+                other = replace(others[index], partner=partner_of(others[index], theirs.owners, theirs.responses))
+                found.append(carried(edge, other, owners, sizes))
+            except Mismatch as error:
+                self._refute(number, edge, f"its layout cannot be carried: {one_line(error)}")
+        return found
+
+    def _checked(
+        self, kind: Kind, layer: nn.Module, edges: list[DeclaredEdge], most_bytes: int
+    ) -> list[DeclaredEdge]:
+        """The edges that pass at real shape, or all where nothing could be run."""
+        number = self.kinds.index(kind)
+        needed = bytes_needed(layer)
+        real: RealLayers | str = (
+            f"a layer needs {needed / 2**30:.1f} GiB in float64, {most_bytes / 2**30:.1f} are allowed"
+        )
+        if needed <= most_bytes:
+            real = self._real_layers()
+        results = real if isinstance(real, str) else checked(real, layer, edges)
+        if isinstance(results, str):
+            self.notes.append(f"kind {number} is not proven at real shape: {results}")
+            return edges
+        self.checked.add(number)
+        for edge, why in results:
+            if why:
+                self._refute(number, edge, f"at real shape {why}")
+        return [edge for edge, why in results if not why]
+
+    def _real_layers(self) -> RealLayers | str:
+        if not hasattr(self, "_alone"):
+            self._alone: RealLayers | str
+            try:
+                self._alone = RealLayers(
+                    fewer_layers(self.config, self.kept), self.small.blocks, self.small.as_tuple, self.trusted
+                )
+            except LowbitError as error:
+                self._alone = one_line(error)
+        return self._alone
+
+    def _refute(self, number: int, edge: DeclaredEdge, why: str) -> None:
+        for at, one in enumerate(self.findings):
+            if (one.layer, one.edge) == (number, label(edge)) and one.limit:
+                self.findings[at] = replace(one, limit=None, reason=why)
+                return

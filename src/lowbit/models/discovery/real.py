@@ -1,0 +1,157 @@
+"""Layers at their real size: the model without memory, and the proof of carried edges on one layer of each kind.
+
+The proof runs a dozen and a half tokens through one layer with random parameters in float64. What the model passes to
+its layers comes from the same config with a small vocabulary and as few layers as show every kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+from lowbit.errors import LowbitError, one_line
+from lowbit.models.discovery.capture import Call, first_calls
+from lowbit.models.discovery.fold import draw
+from lowbit.models.discovery.kinds import signature
+from lowbit.models.discovery.proof import LayerProof
+from lowbit.models.discovery.properties import properties
+from lowbit.models.discovery.sites import InFloat64, owners_of
+from lowbit.models.discovery.small_model import redraw, run_eager_experts, token_ids
+from lowbit.models.discovery.structure import DeclaredEdge
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_LARGE = 2**22  # entries
+_COPIES = 4  # of a layer's parameters: its own, and those that a map changes on both sides
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
+    """The model's class without memory for its parameters.
+
+    Raises:
+        LowbitError: the class cannot be built.
+    """
+    try:
+        with init_empty_weights(include_buffers=False), _WithoutMemory():
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
+            ).eval()
+    except Exception as error:  # a model's own code
+        raise LowbitError(f"no model of {type(config).__name__}: {one_line(error)}") from error
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Large tensors have no memory from the start: a stack of experts may be larger than the machine."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and "device" not in kwargs and _entries(args) > _LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _entries(shape: Sequence[Any]) -> int:
+    sizes = shape[0] if shape and isinstance(shape[0], tuple | list) else shape
+    return math.prod(size for size in sizes if isinstance(size, int))
+
+
+class _PassesOn(nn.Module):
+    """Takes a layer's place: returns its input, in a tuple if the layer does."""
+
+    def __init__(self, as_tuple: bool) -> None:
+        super().__init__()
+        self.as_tuple = as_tuple
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if self.as_tuple else hidden
+
+
+class RealLayers:
+    """What a model of real widths calls its layers with.
+
+    Attributes:
+        layers: its layers, without memory; fewer than the model has.
+        calls: by index in ``layers``.
+    """
+
+    def __init__(self, config: Any, blocks: str, as_tuple: bool, trust_remote_code: bool = False) -> None:
+        """Build everything but the layers.
+
+        Args:
+            config: of the model's widths, with a small vocabulary and few layers.
+            blocks: module path of the layers.
+            as_tuple: whether a layer returns a tuple.
+            trust_remote_code: run the model's own code.
+
+        Raises:
+            LowbitError: the model does not run without its layers.
+        """
+        try:
+            model = empty_model(config, trust_remote_code)
+            parent, _, attribute = blocks.rpartition(".")
+            self.layers: list[nn.Module] = list(model.get_submodule(blocks))
+            stand_ins = nn.ModuleList(_PassesOn(as_tuple) for _ in self.layers)
+            setattr(model.get_submodule(parent), attribute, stand_ins)
+            materialize(model)
+            with InFloat64():
+                self.calls: list[Call] = first_calls(model, list(stand_ins), token_ids)
+        except LowbitError:
+            raise
+        except Exception as error:  # a model's own code
+            raise LowbitError(f"the model does not run without its layers: {one_line(error)}") from error
+
+
+def materialize(module: nn.Module) -> None:
+    """Give a module without memory random parameters in float64; buffers keep their values."""
+    for own in module.modules():
+        for name, parameter in list(own.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                start = torch.ones if parameter.ndim < 2 and "norm" in type(own).__name__.lower() else torch.zeros
+                own._parameters[name] = nn.Parameter(start(parameter.shape, dtype=torch.float64), requires_grad=False)
+    module.double()
+    redraw(module, seed=2)
+
+
+def bytes_needed(layer: nn.Module) -> int:
+    """Memory for the proof on a layer, in bytes."""
+    return _COPIES * 8 * sum(parameter.numel() for parameter in layer.parameters())
+
+
+def checked(
+    real: RealLayers, layer: nn.Module, edges: Sequence[DeclaredEdge]
+) -> list[tuple[DeclaredEdge, str]] | str:
+    """Each edge with why it is refuted at real shape (empty: it is not), or why none was checked.
+
+    Args:
+        real: the layers of real widths.
+        layer: one of the model, without memory.
+        edges: carried to its size.
+    """
+    wanted = signature(layer)
+    at = next((i for i, one in enumerate(real.layers) if signature(one) == wanted), None)
+    if at is None:
+        return "no layer of the short model is like it"
+    own = real.layers[at].to_empty(device="cpu")
+    try:
+        for parameter in own.parameters():
+            parameter.requires_grad_(False).fill_(1.0 if parameter.ndim < 2 else 0.0)
+        own.double()
+        redraw(own, seed=3)
+        run_eager_experts(own)
+        proof = LayerProof(own, real.calls[at].redrawn(4), owners_of(own))
+        generator = torch.Generator().manual_seed(6)
+        return [
+            (properties(edge, proof), proof.refutation(edge, draw(edge, proof.owners, edge.limit, generator)))
+            for edge in edges
+        ]
+    except Exception as error:  # a model's own code
+        return f"the layer does not run alone: {one_line(error)}"
+    finally:
+        own.to("meta")

@@ -1,0 +1,34 @@
+"""Discovery finds, from a config alone, what is declared for the families: names, groups, edges and head layouts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from declared import declared
+from lowbit.checkpoints.resolve import resolve
+from lowbit.models.discovery import Discovery, discover
+from tiny import NAMES, tiny_model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_declared_family_is_discovered(name):
+    config = tiny_model(name).config
+    found, wanted = discover(config), declared(config)
+    own = found.architecture
+    assert own.layers == wanted.layers
+    assert (own.blocks, own.head, own.embed) == (wanted.blocks, wanted.head, wanted.embed)
+    assert own.origin == "discovered"
+    assert found.record.checked == tuple(range(len(found.record.experts)))  # every kind is proven at its real shape
+    assert Discovery.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@pytest.mark.slow
+def test_a_real_model_is_discovered_at_its_own_sizes():
+    config = AutoConfig.from_pretrained(resolve("demo").folder)
+    found = discover(config)
+    assert found.architecture.layers == declared(config).layers
+    assert found.record.checked == (0,)
+    assert len(found.architecture.layers) == 30
