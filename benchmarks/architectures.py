@@ -27,8 +27,8 @@ from transformers import CONFIG_MAPPING, GPT2LMHeadModel, LlamaForCausalLM, Mixt
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from lowbit.errors import one_line
+from lowbit.models.architecture import DeclaredEdge, LayerKind
 from lowbit.models.discovery import Discovery, discover
-from lowbit.models.discovery.structure import DeclaredEdge, LayerKind
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "docs" / "architectures.json"

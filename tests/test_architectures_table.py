@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
-from lowbit.models.discovery.structure import DeclaredEdge, LayerKind
+from lowbit.models.architecture import DeclaredEdge, LayerKind
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import architectures

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+from lowbit.models.architecture import DeclaredEdge, Heads, Part, Ref
 from lowbit.models.discovery import Discovery, discover
 from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.fold import draw
 from lowbit.models.discovery.proof import LayerProof
 from lowbit.models.discovery.sites import owners_of
-from lowbit.models.discovery.structure import DeclaredEdge, Heads, Part, Ref
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,

@@ -7,16 +7,16 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from declared import declared
 from lowbit.checkpoints.resolve import resolve
 from lowbit.models.discovery import Discovery, discover
+from lowbit.models.families import architecture_of
 from tiny import NAMES, tiny_model
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_declared_family_is_discovered(name):
     config = tiny_model(name).config
-    found, wanted = discover(config), declared(config)
+    found, wanted = discover(config), architecture_of(config)
     own = found.architecture
     assert own.layers == wanted.layers
     assert (own.blocks, own.head, own.embed) == (wanted.blocks, wanted.head, wanted.embed)
@@ -29,6 +29,6 @@ def test_a_declared_family_is_discovered(name):
 def test_a_real_model_is_discovered_at_its_own_sizes():
     config = AutoConfig.from_pretrained(resolve("demo").folder)
     found = discover(config)
-    assert found.architecture.layers == declared(config).layers
+    assert found.architecture.layers == architecture_of(config).layers
     assert found.record.checked == (0,)
     assert len(found.architecture.layers) == 30

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lowbit.models.architecture import Architecture, DeclaredEdge, Indices, LayerKind, Part, Ref
+from lowbit.models.architecture import Architecture, DeclaredEdge, Heads, Indices, LayerKind, Part, Ref
 
 GROUPS = {
     "matrix": "any matrix",
@@ -85,6 +85,45 @@ def to_dict(architecture: Architecture) -> dict[str, Any]:
     }
 
 
+def from_dict(data: Mapping[str, Any]) -> Architecture:
+    """The architecture whose ``to_dict`` is ``data``; ``KeyError``, ``TypeError`` or ``ValueError`` if it is none."""
+    layers = {index: kind for own in data["kinds"] for kind in [_kind_of(own)] for index in own["layers"]}
+    if sorted(layers) != list(range(len(layers))):
+        raise ValueError("layers are missing")
+    named = {key: data[key] for key in ("name", "origin", "blocks", "head", "embed")}
+    return Architecture(**named, layers=tuple(layers[index] for index in range(len(layers))))
+
+
+def _kind_of(data: Mapping[str, Any]) -> LayerKind:
+    return LayerKind(
+        groups=tuple(tuple(group) for group in data["groups"]),
+        edges=tuple(_edge_of(edge) for edge in data["edges"]),
+        attention=data["attention"],
+        flat=frozenset(data["flat"]),
+        transposed=frozenset(data["transposed"]),
+    )
+
+
+def _edge_of(data: Mapping[str, Any]) -> DeclaredEdge:
+    said: dict[str, Any] = {**data, "src": _ref_of(data["src"]), "dst": tuple(map(_ref_of, data["dst"]))}
+    if "heads" in said:
+        said["heads"] = Heads(**said["heads"])
+    if "partner" in said:
+        said["partner"] = _ref_of(said["partner"])
+    if "pairs" in said:
+        said["pairs"] = tuple((first, second) for first, second in said["pairs"])
+    if "free" in said:
+        said["free"] = tuple(said["free"])
+    return DeclaredEdge(**said)
+
+
+def _ref_of(data: str | Mapping[str, Any]) -> Ref:
+    if isinstance(data, str):
+        return data
+    sides = {side: indices_of(data[side]) for side in ("rows", "columns") if side in data}
+    return Part(data["module"], **sides, name=data["name"])
+
+
 def _kind(kind: LayerKind) -> dict[str, Any]:
     return {
         "groups": [list(group) for group in kind.groups],
@@ -114,6 +153,15 @@ def _ref(ref: Ref) -> str | dict[str, Any]:
         return ref
     said = {"module": ref.module, "name": ref.name}
     return said | {side: runs(indices) for side in ("rows", "columns") if (indices := getattr(ref, side)) is not None}
+
+
+def indices_of(stretches: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The numbers of ``[first, count]`` stretches.
+
+    >>> indices_of([[4, 3], [12, 2]])
+    (4, 5, 6, 12, 13)
+    """
+    return tuple(first + i for first, count in stretches for i in range(count))
 
 
 def runs(indices: Indices) -> list[list[int]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from lowbit.models.architecture import DeclaredEdge, Heads, Part, Ref, module_of
 from lowbit.models.discovery.fold import columns_of, rows_of
 from lowbit.models.discovery.layout import Mismatch, Sizes
 from lowbit.models.discovery.readers import Owners, selected, writing
 from lowbit.models.discovery.result import label
-from lowbit.models.discovery.structure import DeclaredEdge, Heads, Part, Ref, module_of
 
 Three = tuple[Owners, Owners, Owners]
 

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from lowbit.errors import LowbitError, one_line
+from lowbit.models.architecture import Architecture, DeclaredEdge, LayerKind
 from lowbit.models.discovery.carry import carried, matched
 from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.layout import Mismatch, Sizes, measures, numbers_of
@@ -22,7 +23,6 @@ from lowbit.models.discovery.result import Discovery, Finding, Record, label
 from lowbit.models.discovery.shrink import Layers, fewer_layers, shrunk
 from lowbit.models.discovery.sites import owners_of
 from lowbit.models.discovery.small_model import SmallModel
-from lowbit.models.discovery.structure import Architecture, DeclaredEdge, LayerKind
 
 MOST_BYTES = 6 * 2**30  # for the proof at real shape
 MOST_LAYERS = 12  # of a small model

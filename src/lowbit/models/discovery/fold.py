@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lowbit.models.architecture import DeclaredEdge, Heads, Limit, Part, Ref, module_of
 from lowbit.models.discovery.readers import Owners
 from lowbit.models.discovery.sites import Owner
-from lowbit.models.discovery.structure import DeclaredEdge, Heads, Limit, Part, Ref, module_of
 
 Params = dict[str, Tensor]
 

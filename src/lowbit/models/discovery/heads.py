@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lowbit.models.architecture import DeclaredEdge, Heads, Ref
 from lowbit.models.discovery.readers import Owners, selected, writing
 from lowbit.models.discovery.response import Response
 from lowbit.models.discovery.sites import Owner
-from lowbit.models.discovery.structure import DeclaredEdge, Heads, Ref
 
 
 def heads_edges(owner: Owner, response: Response, owners: Owners) -> list[DeclaredEdge]:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from lowbit.models.architecture import DeclaredEdge, module_of
 from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.heads import heads_edges
 from lowbit.models.discovery.qk import qk_edges
 from lowbit.models.discovery.readers import channels_edges, norm_edge
 from lowbit.models.discovery.response import Response, Trace, respond, stays, trace
 from lowbit.models.discovery.sites import Owner, Sites
-from lowbit.models.discovery.structure import DeclaredEdge, module_of
 
 _KINDS = ("norm", "heads", "channels", "qk")
 

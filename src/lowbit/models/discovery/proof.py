@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lowbit.models.architecture import DeclaredEdge, Limit, module_of
 from lowbit.models.discovery.capture import Call, output_of
 from lowbit.models.discovery.fold import Params, draw, fold
 from lowbit.models.discovery.readers import Owners
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.discovery.small_model import SmallModel
-from lowbit.models.discovery.structure import DeclaredEdge, Limit, module_of
 
 SAME = 1e-9  # relative; exact maps leave 1e-16 to 1e-13
 DIFFERENT = 1e-4

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lowbit.models.architecture import DeclaredEdge, Part, Ref, module_of
 from lowbit.models.discovery.capture import output_of
 from lowbit.models.discovery.experts import all_experts
 from lowbit.models.discovery.fold import axis_of, columns_of, rows_of
@@ -19,7 +20,6 @@ from lowbit.models.discovery.proof import SAME, LayerProof, relative
 from lowbit.models.discovery.readers import Owners, writing
 from lowbit.models.discovery.response import Response
 from lowbit.models.discovery.sites import Role, Sites
-from lowbit.models.discovery.structure import DeclaredEdge, Part, Ref, module_of
 
 Change = Callable[[Tensor], Tensor]
 

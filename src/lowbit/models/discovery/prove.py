@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lowbit.models.architecture import DeclaredEdge
 from lowbit.models.discovery.capture import capture
 from lowbit.models.discovery.kinds import kinds_of
 from lowbit.models.discovery.layer import Analysis, analyse
@@ -16,7 +17,6 @@ from lowbit.models.discovery.properties import with_properties
 from lowbit.models.discovery.result import Finding, label
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.discovery.small_model import SmallModel
-from lowbit.models.discovery.structure import DeclaredEdge
 
 
 @dataclass

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.models.architecture import DeclaredEdge, Heads, Limit
 from lowbit.models.discovery.readers import Owners, writing
 from lowbit.models.discovery.response import SCALE, Response
 from lowbit.models.discovery.sites import Role
-from lowbit.models.discovery.structure import DeclaredEdge, Heads, Limit
 
 MOST_DIMS = 2  # of a head that a row touches: more is a norm over the head, not a rotary embedding
 Channel = tuple[int, int]  # query head, dimension

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lowbit.models.architecture import DeclaredEdge, Part, Ref
 from lowbit.models.discovery.response import Response
 from lowbit.models.discovery.sites import Owner
-from lowbit.models.discovery.structure import DeclaredEdge, Part, Ref
 
 Owners = Mapping[str, Owner]
 

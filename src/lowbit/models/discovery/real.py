@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError, one_line
+from lowbit.models.architecture import DeclaredEdge
 from lowbit.models.discovery.capture import Call, first_calls
 from lowbit.models.discovery.fold import draw
 from lowbit.models.discovery.kinds import signature
@@ -24,7 +25,6 @@ from lowbit.models.discovery.proof import LayerProof
 from lowbit.models.discovery.properties import properties
 from lowbit.models.discovery.sites import InFloat64, owners_of
 from lowbit.models.discovery.small_model import redraw, run_eager_experts, token_ids
-from lowbit.models.discovery.structure import DeclaredEdge
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 _LARGE = 2**22  # entries

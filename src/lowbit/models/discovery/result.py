@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from lowbit.models.discovery.structure import (
+from lowbit.models.architecture import (
     Architecture,
     DeclaredEdge,
     Heads,

@@ -1,13 +1,15 @@
-"""The declared architectures: one value each, looked up by ``config.architectures``."""
+"""The declared architectures: one value each, looked up by ``config.architectures``; others are discovered."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError, one_line, shown, unknown
 from lowbit.models.architecture import Architecture
+from lowbit.models.discovery.known import discovered
 from lowbit.models.families.family import Family
 from lowbit.models.families.gemma import GEMMA2, GEMMA3
 from lowbit.models.families.llama import LLAMA
@@ -20,30 +22,13 @@ FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT, 
 MOST_LAYERS = 4096  # an entry each: a config may say anything
 
 
-def _check_built_class(config: Any, family: Family) -> None:
-    """Refuse a config of whose ``model_type`` transformers builds another class than ``architectures`` names."""
-    mapping = AutoModelForCausalLM._model_mapping
-    if not type(config).__module__.startswith("transformers.") or type(config) not in mapping:
-        return  # of the model's own code
-    found = mapping[type(config)]
-    built = found.__name__
-    if found.__module__.startswith("transformers.") and built not in family.architectures:
-        raise LowbitError(
-            f"config.json names the architecture {config.architectures[0]}, its model_type {config.model_type!r} is "
-            f"that of {built}: they do not match"
-        )
-
-
-def family_of(config: Any) -> Family:
-    """The family of a Hugging Face config; there is no default for an architecture that is not listed."""
-    names = getattr(config, "architectures", None)
-    if not isinstance(names, list) or not names:
-        raise LowbitError("config.json names no architecture: add 'architectures', for example ['LlamaForCausalLM']")
-    family = next((family for family in FAMILIES if names[0] in family.architectures), None)
+def family_of(config: Any) -> Family | None:
+    """The family of a Hugging Face config; ``None`` for an architecture that none declares."""
+    name = _named(config)
+    family = next((family for family in FAMILIES if name in family.architectures), None)
+    _check_built_class(config, name, family)
     if family is None:
-        name = names[0] if isinstance(names[0], str) else shown(names[0])
-        raise unknown("architecture", name, [name for family in FAMILIES for name in family.architectures])
-    _check_built_class(config, family)
+        return None
     try:
         reason = family.refuse(config)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -53,17 +38,56 @@ def family_of(config: Any) -> Family:
     return family
 
 
+def _named(config: Any) -> str:
+    names = getattr(config, "architectures", None)
+    if not isinstance(names, list) or not names:
+        raise LowbitError("config.json names no architecture: add 'architectures', for example ['LlamaForCausalLM']")
+    if not isinstance(names[0], str):
+        raise unknown("architecture", shown(names[0]), _declared())
+    return names[0]
+
+
+def _declared() -> list[str]:
+    return [name for family in FAMILIES for name in family.architectures]
+
+
+def _check_built_class(config: Any, name: str, family: Family | None) -> None:
+    """Refuse a config of whose ``model_type`` transformers builds another class than ``architectures`` names."""
+    mapping = AutoModelForCausalLM._model_mapping
+    if not type(config).__module__.startswith("transformers."):
+        return  # of the model's own code
+    if type(config) not in mapping:
+        if family is None:
+            raise LowbitError(
+                f"{name} is no causal language model of transformers {transformers.__version__}: give one, such as "
+                f"{', '.join(_declared()[:3])}, or update transformers"
+            )
+        return
+    found = mapping[type(config)]
+    built = found.__name__
+    if found.__module__.startswith("transformers.") and built not in (family.architectures if family else (name,)):
+        raise LowbitError(
+            f"config.json names the architecture {name}, its model_type {config.model_type!r} is that of {built}: "
+            "they do not match"
+        )
+
+
 def architecture_of(config: Any) -> Architecture:
     """The architecture of a model with a Hugging Face config, whose number of layers must be sound.
 
+    It is that of the declared family, or else discovered.
+
     Raises:
-        LowbitError: the config is of no known architecture, or says nothing sensible of its layers.
+        LowbitError: the config is of no causal language model, says nothing sensible of its layers, or its structure
+            is not found.
     """
-    family, layers = family_of(config), config.num_hidden_layers
+    family, layers = family_of(config), getattr(config, "num_hidden_layers", None)
     if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:
         raise LowbitError(
             f"config.json is invalid: num_hidden_layers is {shown(layers)}; allowed: 1 to {MOST_LAYERS}"
         )
+    if family is None:
+        return discovered(config).architecture
     try:
         return family.architecture(config)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
