@@ -41,8 +41,13 @@ def discover(config: Any, trust_remote_code: bool = False, most_bytes: int = MOS
         LowbitError: no small model can be built, it does not run, or it has no decoder layers.
     """
     start = time.monotonic()
-    search = _Search(config, trust_remote_code)
-    layers = search.at_real_size(most_bytes)
+    try:
+        search = _Search(config, trust_remote_code)
+        layers = search.at_real_size(most_bytes)
+    except LowbitError:
+        raise
+    except Exception as error:  # a model's own code, called in a way that it does not expect
+        raise LowbitError(f"the layers of {type(config).__name__} cannot be asked: {one_line(error)}") from error
     small = search.small
     record = Record(
         findings=tuple(search.findings),
