@@ -8,6 +8,7 @@ from typing import Any
 from lowbit.checkpoints.resolve import load_config, resolve
 from lowbit.models.architecture import Architecture
 from lowbit.models.description import described
+from lowbit.models.discovery.known import discovered
 from lowbit.models.families import architecture_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
@@ -65,6 +66,8 @@ def inspect_model(
         "kinds": described(architecture),
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
     }
+    if architecture.origin == "discovered":
+        facts |= _record(config)
     if manifest is None and (codes := codes_of(source, checkpoint, ())) is not None:
         facts["quantized"] = codes.summary
         if codes.dropped is not None:
@@ -93,6 +96,13 @@ def inspect_model(
         "estimated_disk_bytes": needs.disk_bytes,
         "estimated_seconds_at_least": round(needs.seconds, 1),
     }
+
+
+def _record(config: Any) -> dict[str, Any]:
+    """What discovery offered to its proofs and did not find, and what it could not try."""
+    record = discovered(config).record
+    refuted = [one for one in record.findings if one.offered and one.limit is None]
+    return {"refuted": [f"{one.edge}: {one.reason}" for one in refuted], "notes": list(record.notes)}
 
 
 def _stored_formats(manifest: Manifest | None, architecture: Architecture) -> Mapping[str, ModuleFormats]:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from lowbit.models.architecture import (
-    Architecture,
-    DeclaredEdge,
-    Heads,
-    LayerKind,
-    Limit,
-    Part,
-    Ref,
-    module_of,
-)
+from lowbit.models.architecture import Architecture, DeclaredEdge, Limit, module_of
+from lowbit.models.description import from_dict, to_dict
 
 
 def label(edge: DeclaredEdge) -> str:
@@ -75,87 +67,13 @@ class Discovery:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``json``; each kind of layer is stored once, with the layers that are of it."""
-        own = self.architecture
-        named = {name: getattr(own, name) for name in ("name", "origin", "blocks", "head", "embed")}
-        kinds = [{"layers": layers, **_plain(kind)} for kind, layers in own.kinds().items()]
-        return {"architecture": {**named, "kinds": kinds}, "record": asdict(self.record)}
+        return {"architecture": to_dict(self.architecture), "record": asdict(self.record)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The value whose ``to_json`` is ``data``; ``KeyError``, ``TypeError`` or ``ValueError`` if it is none."""
-        own, record = dict(data["architecture"]), dict(data["record"])
-        layers = {
-            index: kind for stored in own.pop("kinds") for kind in [_kind(stored)] for index in stored["layers"]
-        }
-        if sorted(layers) != list(range(len(layers))):
-            raise ValueError("layers are missing")
+        record = dict(data["record"])
         record["findings"] = tuple(Finding(**finding) for finding in record["findings"])
         record |= {key: tuple(record[key]) for key in ("notes", "checked")}
         record |= {key: tuple(tuple(own) for own in record[key]) for key in ("experts", "unseen")}
-        return cls(Architecture(**own, layers=tuple(layers[index] for index in range(len(layers)))), Record(**record))
-
-
-def _plain(kind: LayerKind) -> dict[str, Any]:
-    edges = [_plain_edge(edge) for edge in kind.edges]
-    lists = {"flat": sorted(kind.flat), "transposed": sorted(kind.transposed)}
-    return {**vars(kind), "groups": [list(group) for group in kind.groups], **lists, "edges": edges}
-
-
-def _plain_edge(edge: DeclaredEdge) -> dict[str, Any]:
-    ends = {"src": _plain_ref(edge.src), "dst": [_plain_ref(end) for end in edge.dst]}
-    more = {"heads": edge.heads and asdict(edge.heads), "partner": edge.partner and _plain_ref(edge.partner)}
-    return {**vars(edge), **ends, **more}
-
-
-def _plain_ref(ref: Ref) -> str | dict[str, Any]:
-    if isinstance(ref, str):
-        return ref
-    sides = {side: None if (own := getattr(ref, side)) is None else [*runs(own)] for side in ("rows", "columns")}
-    return {"module": ref.module, "name": ref.name, **sides}
-
-
-def _kind(data: Mapping[str, Any]) -> LayerKind:
-    return LayerKind(
-        groups=tuple(tuple(group) for group in data["groups"]),
-        edges=tuple(_edge(edge) for edge in data["edges"]),
-        attention=data["attention"],
-        flat=frozenset(data["flat"]),
-        transposed=frozenset(data["transposed"]),
-    )
-
-
-def _edge(data: Mapping[str, Any]) -> DeclaredEdge:
-    ends = {"src": _ref(data["src"]), "dst": tuple(_ref(end) for end in data["dst"])}
-    dims = {"pairs": tuple((first, second) for first, second in data["pairs"]), "free": tuple(data["free"])}
-    heads = Heads(**data["heads"]) if data["heads"] else None
-    partner = _ref(data["partner"]) if data["partner"] else None
-    return DeclaredEdge(**{**data, **ends, **dims, "heads": heads, "partner": partner})
-
-
-def _ref(data: str | Mapping[str, Any]) -> Ref:
-    if isinstance(data, str):
-        return data
-    rows, columns = (None if data[side] is None else unrolled(data[side]) for side in ("rows", "columns"))
-    return Part(data["module"], rows, columns, data["name"])
-
-
-def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Consecutive numbers as ``(first, count)``.
-
-    >>> list(runs((4, 5, 6, 12, 13)))
-    [(4, 3), (12, 2)]
-    """
-    start = 0
-    for at in range(1, len(numbers) + 1):
-        if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
-            yield numbers[start], at - start
-            start = at
-
-
-def unrolled(stretches: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The numbers of ``(first, count)`` stretches.
-
-    >>> unrolled([[4, 3], [12, 2]])
-    (4, 5, 6, 12, 13)
-    """
-    return tuple(first + i for first, count in stretches for i in range(count))
+        return cls(from_dict(data["architecture"]), Record(**record))
