@@ -1,0 +1,147 @@
+"""Models that no family declares: their structure is found from the config, and every command runs on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import lowbit
+from lowbit.errors import LowbitError
+from lowbit.models.discovery import known
+from lowbit.models.families import architecture_of, family_of
+from lowbit.pipeline.inspect import inspect_model
+from lowbit.runs.manifest import manifest_of
+from runs import quantize_tiny
+from tiny import tiny_ids, tiny_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Partial rotary embedding; factors on the residual; norms behind the halves; short convolutions; relu^2.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "stablelm": SIZES,
+    "granite": SIZES,
+    "olmo2": SIZES,
+    "lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
+    "nemotron": SIZES,
+}
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, and no results in memory."""
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(known, "_FOUND", {})
+    return tmp_path / "cache" / "architectures"
+
+
+def config_of(name: str, **changes: Any) -> Any:
+    config = CONFIG_MAPPING[name](**CONFIGS[name] | changes)
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    return config
+
+
+def saved(folder: Path, name: str) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config_of(name)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "calib.txt").write_text("".join(chr(30 + i) for i in tiny_ids(1, 3000, seed=5)[0].tolist()))
+    return folder
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stock_transformers_computes_what_a_run_simulates(name: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "m", name)
+    made = quantize_tiny(model, tmp_path / "run", "w4a16g16-sym", recipe="awq+gptq")
+    assert made.manifest.transformers.loads
+    with torch.no_grad():
+        ours = lowbit.load(tmp_path / "run")(IDS).logits
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)(IDS).logits
+        float_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(IDS).logits
+    assert torch.equal(ours, stock)
+    assert 0 < (ours - float_model).norm() < 0.5 * float_model.norm()
+    manifest = manifest_of(tmp_path / "run")
+    assert manifest is not None and manifest.architecture["origin"] == "discovered"
+
+
+def test_the_result_is_kept_and_a_broken_file_is_found_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of("granite")
+    assert family_of(config) is None
+    first = architecture_of(config)
+    assert first.origin == "discovered" and len(first.layers) == 2
+    (file,) = cache.glob("*.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(known, "discover", lambda *args, **more: pytest.fail("found a second time"))
+        assert architecture_of(config) == first  # from memory
+        known._FOUND.clear()
+        assert architecture_of(config) == first  # from the file
+    for broken in ("{", "[]", '{"architecture": {}, "record": {}}'):
+        file.write_text(broken)
+        known._FOUND.clear()
+        assert architecture_of(config) == first
+    assert "GraniteForCausalLM is not declared" in capsys.readouterr().err
+
+
+def test_without_a_folder_to_keep_it_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = config_of("granite")
+    first = architecture_of(config)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "file"))
+    known._FOUND.clear()
+    assert architecture_of(config) == first
+
+
+def test_another_config_is_another_result(cache: Path) -> None:
+    one, other = (architecture_of(config_of("granite", num_key_value_heads=heads)) for heads in (2, 4))
+    assert one != other and len(list(cache.glob("*.json"))) == 2
+    renamed = config_of("granite", num_key_value_heads=2)
+    renamed._name_or_path = "elsewhere"
+    assert architecture_of(renamed) == one and len(list(cache.glob("*.json"))) == 2
+
+
+def test_inspect_tells_what_was_refuted(tmp_path: Path) -> None:
+    facts = inspect_model(str(saved(tmp_path / "m", "nemotron")), "w4a16g16-sym", "rtn", samples=2, length=16)
+    assert facts["origin"] == "discovered"
+    assert isinstance(facts["refuted"], list) and isinstance(facts["notes"], list)
+    assert any("power 2" in edge for edge in facts["kinds"][0]["edges"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("granite", {"architectures": ["GraniteForSequenceClassification"]}, "do not match"),
+        ("granite", {"architectures": ["OPTForCausalLM"]}, "do not match"),
+        ("granite", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("granite", {"architectures": [None]}, "unknown architecture"),
+    ],
+)
+def test_configs_that_name_no_such_model_are_refused(name: str, changes: dict[str, Any], said: str) -> None:
+    config = config_of(name)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(LowbitError, match=said):
+        architecture_of(config)
+
+
+def test_a_class_that_is_no_causal_language_model_is_refused() -> None:
+    config = CONFIG_MAPPING["vit"]()
+    config.architectures = ["ViTModel"]
+    with pytest.raises(LowbitError, match="ViTModel is no causal language model of transformers"):
+        architecture_of(config)
