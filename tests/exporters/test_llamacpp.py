@@ -201,7 +201,9 @@ SOURCES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("llama-odd", {}, {}, {}),
     ("smollm3", {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5,
      "no_rope_layers": [1, 1, 1, 0, 1], "attention_bias": False}, {}, {}),
-    ("phi3", {}, {"rope.scaling.original_context_length": 100, "rope.scaling.attn_factor": 1.2}, LONG),
+    # llama.cpp takes the long factors by the size of its context, 256 here, and transformers by the text's, 64.
+    ("phi3", {}, {"rope.scaling.original_context_length": 300, "rope.scaling.attn_factor": 1.2}, LONG),
+    ("phi3", {}, {"rope.scaling.original_context_length": 32, "rope.scaling.attn_factor": 1.2}, LONG),
     ("phi3-partial", {}, {}, {}),
     ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {}, {}),
     ("gemma3", {"layer_types": ["sliding_attention"] * 3}, {"rope.freq_base_swa": 500.0}, {}),
