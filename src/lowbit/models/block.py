@@ -20,11 +20,15 @@ from torch import Tensor, nn
 
 from lowbit.models.architecture import LayerKind
 from lowbit.models.edges import Edge, resolve
+from lowbit.models.experts import parameter_shapes
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
 from lowbit.quant.scales import TwoLevel
 from lowbit.quant.scheme import ModuleFormats
+
+
+LEAST_TOKENS = 64  # see docs/experts.md
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,9 @@ class Block:
             qparams that a rounding step chooses.
         qweights: quantized weights by linear name; they replace ``params`` in the quantized block.
         ops: runtime ops by module name: after a norm, or before a linear.
+        every_token: the inputs of experts' linears are observed for all tokens, not for those that reach an expert;
+            what the block computes is the same.
+        least_tokens: an expert that fewer calibration tokens reach is quantized without calibration data.
         notes: notes for the report.
         record: figures for the report, plain data by layer index and ``record_key``: losses, condition numbers.
         pictures: small matrices for the report by layer index, ``record_key`` and site: ``7.affinequant.heads``.
@@ -69,6 +76,8 @@ class Block:
     clips: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     qweights: Mapping[str, QTensor] = field(default_factory=dict)
     ops: Mapping[str, RuntimeOp] = field(default_factory=dict)
+    every_token: bool = False
+    least_tokens: int = LEAST_TOKENS
     notes: tuple[Note, ...] = ()
     record: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
@@ -99,7 +108,9 @@ class Block:
     @cached_property
     def _edges(self) -> tuple[Edge, ...]:
         layers = zip(self.kinds, self.layers, self.indices, strict=True)
-        return tuple(edge for kind, layer, index in layers for edge in resolve(kind, layer, index))
+        return tuple(
+            edge for kind, layer, index in layers for edge in resolve(kind, parameter_shapes(kind, layer), index)
+        )
 
     def edges(self) -> tuple[Edge, ...]:
         """The edges of this block: those of each layer's kind, with their parameters."""
@@ -108,6 +119,10 @@ class Block:
     def kind_of(self, name: str) -> LayerKind:
         """The structure of the layer that a module belongs to: of layer 7 for ``7.mlp.up_proj``."""
         return self.kinds[int(name.partition(".")[0]) - self.start]
+
+    def expert_of(self, linear: str) -> int | None:
+        """The number of the expert that a linear belongs to, if it belongs to one."""
+        return self.kind_of(linear).expert_of(linear.partition(".")[2])
 
     def full_name(self, name: str) -> str:
         """The module's name in the model: ``7.mlp.up_proj`` -> ``model.layers.7.mlp.up_proj``."""

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import LayerKind
+from lowbit.models.architecture import Experts, LayerKind
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
+from lowbit.models.experts_function import ExpertsCall, experts_computed_by
+from lowbit.models.linear_input import Cache, LinearInput, Tap
 from lowbit.models.offload import batches, concatenate
 from lowbit.models.recorder import for_batch, hidden_of
 from lowbit.models.runtime_ops import RuntimeOp
-from lowbit.quant.activations import ActFormat
 
-Tap = Callable[[Tensor], None]
+Inputs = list[dict[str, LinearInput]]
 
 
 def run(
@@ -38,18 +39,28 @@ def run(
         params: parameters to run with; by default the block's float parameters (``quantized_params()`` gives the
             quantized ones).
         quantized: quantize the linears' inputs and Q, K, V according to ``block.formats`` and ``block.kv``.
-        taps: functions by linear name; each receives the input of its linear as the linear sees it.
+        taps: functions by linear name; each receives the input of its linear as the linear sees it, ``(tokens, in)``
+            for a linear of an expert, from the tokens that reach the expert. The name of an experts module is one,
+            too: its tap receives all tokens.
     """
     params = block.params if params is None else params
     for layer, index, kind, kwargs in zip(block.layers, block.indices, block.kinds, block.kwargs, strict=True):
         prefix = f"{index}."
-        own = {name: p.to(x.dtype) for name, p in params.items() if name.startswith(prefix)}
+        names = [name for name in params if name.startswith(prefix)]
+        apart = {name for name in names if kind.expert_of(name.removeprefix(prefix).rpartition(".")[0]) is not None}
+        own = {name: params[name].to(x.dtype) for name in names if name not in apart}
         state = {name.removeprefix(prefix): value for name, value in block.as_stored(own).items()}
+        inputs = _inputs(block, index, kind, quantized, taps or {})
         with ExitStack() as stack:
             if kind.attention is not None:
                 attention = layer.get_submodule(kind.attention)
                 stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
-            for name, hook in _hooks(block, index, kind, quantized, taps or {}):
+            if kind.experts is not None:
+                matrices = {name.removeprefix(prefix): params[name] for name in apart}
+                call = _experts_call(kind.experts, matrices, inputs, index, taps or {}, block.every_token)
+                stack.enter_context(experts_computed_by(layer.get_submodule(kind.experts.module), call))
+            outside = [{n: own for n, own in group.items() if kind.expert_of(n) is None} for group in inputs]
+            for name, hook in _hooks(outside):
                 handle = layer.get_submodule(name).register_forward_pre_hook(hook)
                 stack.callback(handle.remove)
             for name, op in block.ops.items():
@@ -58,6 +69,19 @@ def run(
                     stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
             x = _called(layer, index, state, x, for_batch(kwargs, len(x)))
     return x
+
+
+def _experts_call(
+    experts: Experts,
+    params: Mapping[str, Tensor],
+    inputs: Inputs,
+    index: int,
+    taps: Mapping[str, Tap],
+    every_token: bool,
+) -> ExpertsCall:
+    """What the experts of a layer compute with; a tap of the module itself sees all of its tokens."""
+    own = {name: found for group in inputs for name, found in group.items()}
+    return ExpertsCall(experts, params, own, taps.get(f"{index}.{experts.module}"), every_token)
 
 
 def _called(
@@ -118,40 +142,27 @@ def observe(
             continue
 
 
-def _hooks(
-    block: Block, index: int, kind: LayerKind, quantized: bool, taps: Mapping[str, Tap]
-) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
-    """Pre-hooks for a layer's linears: quantize the input, then pass it to the tap.
+def _inputs(block: Block, index: int, kind: LayerKind, quantized: bool, taps: Mapping[str, Tap]) -> Inputs:
+    """What happens to the inputs of a layer's linears, by name within the layer, grouped by shared input."""
 
-    Linears that share an input and its format share its quantization.
-    """
-    for group in kind.groups:
-        cache: dict[ActFormat, tuple[Tensor, Tensor]] = {}
-        for name in group:
-            linear = f"{index}.{name}"
-            format = block.input_format(linear) if quantized else None
-            tap, op = taps.get(linear), block.ops.get(linear)
-            if format is None and tap is None:
-                continue
+    def input_of(linear: str) -> LinearInput:
+        format = block.input_format(linear) if quantized else None
+        return LinearInput(format, block.ops.get(linear), taps.get(linear))
+
+    groups = ({name: input_of(f"{index}.{name}") for name in group} for group in kind.groups)
+    return [{name: found for name, found in group.items() if found} for group in groups]
+
+
+def _hooks(inputs: Inputs) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]]]:
+    """Pre-hooks for linears; those that share an input and its format share its quantization."""
+    for group in inputs:
+        cache: Cache = {}
+        for name, own in group.items():
 
             def hook(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                format: ActFormat | None = format,
-                tap: Tap | None = tap,
-                op: RuntimeOp | None = op,
-                cache: dict[ActFormat, tuple[Tensor, Tensor]] = cache,
-            ) -> tuple[Any, ...] | None:
-                x = args[0]
-                if format is not None and op is not None:
-                    x = op(x, format)
-                elif format is not None:
-                    if format not in cache or cache[format][0] is not x:
-                        cache[format] = (x, format.fake_quant(x))
-                    x = cache[format][1]
-                if tap is not None:
-                    tap(x)
-                return (x, *args[1:])
+                module: nn.Module, args: tuple[Any, ...], own: LinearInput = own, cache: Cache = cache
+            ) -> tuple[Any, ...]:
+                return (own(args[0], cache), *args[1:])
 
             yield name, hook
 

@@ -239,7 +239,7 @@ def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
     skeleton.fill(checkpoint.read(skeleton.shared_names, torch.float32))
     check_computes(
         skeleton,
-        lambda: skeleton.block(0, block_params(checkpoint, blocks, 0, skeleton.layers[0])),
+        lambda: skeleton.block(0, block_params(checkpoint, blocks, 0, skeleton.parameter_shapes(0))),
         checkpoint.folder,
     )
 

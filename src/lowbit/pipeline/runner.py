@@ -133,8 +133,8 @@ class Walk:
         """Layers of the float model, for sequences of the calibration length."""
         params: dict[str, Tensor] = {}
         for index in range(start, start + count):
-            layer = self.skeleton.layers[index]
-            params |= block_params(self.checkpoint, self.skeleton.architecture.blocks, index, layer)
+            shapes = self.skeleton.parameter_shapes(index)
+            params |= block_params(self.checkpoint, self.skeleton.architecture.blocks, index, shapes)
         on_device = {name: value.to(self.device) for name, value in params.items()}
         return self.skeleton.block(start, on_device, count, self.plan.formats)
 

@@ -73,7 +73,9 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
     shapes = linear_shapes(skeleton)
     if not shapes:
         raise LowbitError("the model of config.json has no layers: nothing to quantize")
-    linears = {name: formats for name in shapes if (formats := scheme.module(name)) is not None}
+    routers = architecture.routers()
+    planned = {name: None if name in routers and not scheme.override(name) else scheme.module(name) for name in shapes}
+    linears = {name: formats for name, formats in planned.items() if formats is not None}
     outside = _formats_outside_blocks(scheme, architecture.head, architecture.embed)
     floats = [name for name in shapes if name not in linears]
     rows, columns = skeleton.model.get_input_embeddings().weight.shape
@@ -196,9 +198,10 @@ def check_length(config: Any, length: int) -> None:
 def linear_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
     """``(out, in)`` of every linear of every block by full name."""
     architecture, out = skeleton.architecture, {}
-    for index, (layer, kind) in enumerate(zip(skeleton.layers, architecture.layers, strict=True)):
+    for index, kind in enumerate(architecture.layers):
+        parameters = skeleton.parameter_shapes(index)
         for name in kind.linears:
-            rows, columns = layer.get_parameter(f"{name}.weight").shape
+            rows, columns = parameters[f"{name}.weight"]
             shape = (columns, rows) if name in kind.transposed else (rows, columns)
             out[f"{architecture.blocks}.{index}.{name}"] = shape
     return out

@@ -1,0 +1,130 @@
+"""Running the experts of a mixture one after the other, through transformers' registry of experts functions.
+
+``transformers`` looks the function that computes a layer's experts up by a name in the config. The one that lowbit
+registers takes each expert's matrices from the block that is running, so that no parameter for all experts exists,
+quantizes the inputs of each expert's linears, and shows them to taps. It computes what the library's own loop over
+experts does, in its order, and so equals it bit for bit. An expert that no token reaches is not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from lowbit.models.architecture import ExpertLinear, Experts
+from lowbit.models.experts import matrix
+from lowbit.models.linear_input import Cache, LinearInput, Tap
+
+NAME = "lowbit"
+FLOAT = LinearInput()
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """What an experts module computes with.
+
+    Attributes:
+        experts: its layout.
+        params: parameters of each expert's linears by name within the layer; converted to the compute dtype one
+            expert at a time.
+        inputs: what happens to the inputs of linears, by name within the layer.
+        tap: receives the module's hidden states ``(tokens, hidden)``, all of them.
+        every_token: taps of ``inputs`` see all tokens, as if each expert were reached by every token.
+    """
+
+    experts: Experts
+    params: Mapping[str, Tensor]
+    inputs: Mapping[str, LinearInput] = field(default_factory=dict)
+    tap: Tap | None = None
+    every_token: bool = False
+
+    def __call__(self, module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The sum of the experts' outputs ``(tokens, hidden)``.
+
+        Args:
+            module: the library's module, for what is between the linears.
+            x: hidden states ``(tokens, hidden)``.
+            chosen: the experts of each token ``(tokens, k)``.
+            weights: the factors of their outputs, the same shape.
+        """
+        if self.tap is not None:
+            self.tap(x)
+        out = torch.zeros_like(x)
+        reached = set(chosen.unique().tolist())
+        for number in range(self.experts.count):
+            if self.every_token and self._tapped(number):
+                with torch.no_grad():
+                    self._expert(module, number, x, taps=True)
+            if number in reached:
+                at, token = torch.where(chosen.T == number)
+                y = self._expert(module, number, x[token], taps=not self.every_token)
+                out.index_add_(0, token, (y * weights[token, at, None]).to(out.dtype))
+        return out
+
+    def _tapped(self, number: int) -> bool:
+        names = (self.experts.name(number, own) for own in self.experts.linears)
+        return any(self.inputs.get(name, FLOAT).tap is not None for name in names)
+
+    def _expert(self, module: Any, number: int, x: Tensor, taps: bool) -> Tensor:
+        """One expert's output ``(tokens, hidden)``."""
+        read = self._project(number, self.experts.reads, x, taps)
+        product = module._apply_gate(read) if module.has_gate else module.act_fn(read)
+        out = self._project(number, (self.experts.writes,), product, taps)
+        return module.post_expert_norm(out) if module.has_post_expert_norm else out
+
+    def _project(self, number: int, linears: tuple[ExpertLinear, ...], x: Tensor, taps: bool) -> Tensor:
+        """The output of linears that share a parameter and an input, as the library has it."""
+        names = [self.experts.name(number, own) for own in linears]
+        cache: Cache = {}
+        calls = [self.inputs.get(name, FLOAT) for name in names]
+        inputs = [call(x, cache) if taps else call.quantized(x, cache) for call in calls]
+        if all(value is inputs[0] for value in inputs):
+            return self._matmul(names, linears, inputs[0])
+        apart = [self._matmul([name], (_alone(own),), own_input) for name, own, own_input in zip(names, linears, inputs, strict=True)]
+        return matrix(linears, [out.T for out in apart]).T
+
+    def _matmul(self, names: list[str], linears: tuple[ExpertLinear, ...], x: Tensor) -> Tensor:
+        weight = matrix(linears, [self.params[f"{name}.weight"].to(x.dtype) for name in names])
+        bias = None
+        if linears[0].bias is not None:
+            bias = matrix(linears, [self.params[f"{name}.bias"].to(x.dtype) for name in names])
+        if not self.experts.transposed:
+            return linear(x, weight, bias)
+        out = x @ weight.mT.contiguous()  # in the library's memory order, which decides the order of sums
+        return out if bias is None else out + bias
+
+
+def _alone(own: ExpertLinear) -> ExpertLinear:
+    """A linear as if it had its parameter for itself."""
+    return ExpertLinear(own.name, own.parameter, range(len(own.rows)), own.bias)
+
+
+_running: ContextVar[Mapping[nn.Module, ExpertsCall]] = ContextVar("experts calls by module")
+
+
+def _experts_function(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return _running.get()[module](module, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_function)
+
+
+@contextmanager
+def experts_computed_by(module: Any, call: ExpertsCall) -> Iterator[None]:
+    """Within the context, an experts module of the library's computes what ``call`` does."""
+    config = module.config
+    before, token = config._experts_implementation, _running.set({module: call})
+    config._experts_implementation = NAME
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
+        _running.reset(token)

@@ -1,0 +1,52 @@
+"""What happens to a linear's input while a block runs: it is quantized, and shown to a tap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.quant.activations import ActFormat
+
+Tap = Callable[[Tensor], None]
+Cache = dict[ActFormat, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class LinearInput:
+    """A linear's input: its format, the runtime op before the linear, and who sees it.
+
+    Attributes:
+        format: the format; ``None``: float.
+        op: the op before the linear, which is applied where the input is quantized.
+        tap: receives the input as the linear sees it.
+    """
+
+    format: ActFormat | None = None
+    op: RuntimeOp | None = None
+    tap: Tap | None = None
+
+    def __bool__(self) -> bool:
+        return self.format is not None or self.tap is not None
+
+    def quantized(self, x: Tensor, cache: Cache) -> Tensor:
+        """The input ``(..., in)`` as the linear sees it.
+
+        ``cache`` is that of the linears which share ``x``: they share its quantization, if the format is one.
+        """
+        if self.format is None:
+            return x
+        if self.op is not None:
+            return self.op(x, self.format)
+        if self.format not in cache or cache[self.format][0] is not x:
+            cache[self.format] = (x, self.format.fake_quant(x))
+        return cache[self.format][1]
+
+    def __call__(self, x: Tensor, cache: Cache) -> Tensor:
+        """``quantized``, shown to the tap."""
+        x = self.quantized(x, cache)
+        if self.tap is not None:
+            self.tap(x)
+        return x
