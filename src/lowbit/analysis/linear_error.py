@@ -66,6 +66,8 @@ def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
         linears = {
             name.removeprefix(f"{index}."): _alone(layer, name, x, y)
             | _rounded(layer.weight(name), inputs[name], q.format)
+            if name in inputs
+            else _unreached(layer.weight(name), q.format)
             for name, q in layer.qweights.items()
         }
         out[index] = {"tokens": y[..., 0].numel(), "error": relative_errors(quantized, y), "linears": linears}
@@ -90,6 +92,11 @@ def _alone(layer: Block, name: str, x: Tensor, y: Tensor) -> dict[str, float]:
     alone = only(layer, name)
     whole, part = run(alone, x, params, quantized=True), run(alone, x, layer.params, quantized=True)
     return {"error": relative_errors(whole, y), "input": relative_errors(part, y)}
+
+
+def _unreached(weight: Tensor, format: Format) -> dict[str, Any]:
+    """Figures of an expert's linear that no token of ``x`` reaches: errors of its weights, and none of the output."""
+    return {"error": 0.0, "input": 0.0} | _rounded(weight, torch.eye(weight.shape[1], device=weight.device), format)
 
 
 def _rounded(weight: Tensor, x: Tensor, format: Format) -> dict[str, Any]:

@@ -271,6 +271,12 @@ class Architecture:
         """Full names of the linears that stay float unless an override names them."""
         return {f"{self.blocks}.{index}.{name}" for index, kind in enumerate(self.layers) for name in kind.routers}
 
+    def is_experts(self, name: str) -> bool:
+        """Whether a linear, by its full name, belongs to one of a layer's experts."""
+        index, _, own = name.removeprefix(f"{self.blocks}.").partition(".")
+        inside = name.startswith(f"{self.blocks}.") and index.isdecimal()
+        return inside and self.layers[int(index)].expert_of(own) is not None
+
     def kinds(self) -> dict[LayerKind, list[int]]:
         """The different kinds of layers, and the indices of the layers of each."""
         out: dict[LayerKind, list[int]] = {}

@@ -138,6 +138,19 @@ def put_together(experts: Experts, params: Mapping[str, Tensor]) -> dict[str, Te
     return out
 
 
+def as_the_library_stores(architecture: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors by the library's names, from those of blocks with ``full`` names."""
+    out = dict(state)
+    for index, kind in enumerate(architecture.layers):
+        prefix = f"{architecture.blocks}.{index}."
+        if kind.experts is not None:
+            names = [name for name in state if kind.expert_of(name.removeprefix(prefix).rpartition(".")[0]) is not None]
+            own = {name.removeprefix(prefix): out.pop(name) for name in names if name.startswith(prefix)}
+            together = put_together(kind.experts, own)
+            out |= {f"{prefix}{kind.experts.module}.{name}": value for name, value in together.items()}
+    return out
+
+
 def part_of(value: Tensor, rows: Indices, transposed: bool) -> Tensor:
     """An expert's linear ``(out, in)``, or its bias ``(out,)``, from its expert's share of a parameter."""
     matrix = value.mT if transposed and value.ndim == 2 else value

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lowbit.models.architecture import ExpertLinear, Experts
-from lowbit.models.experts import matrix
+from lowbit.models.experts import matrix, part_of, stored_in
 from lowbit.models.linear_input import Cache, LinearInput, Tap
 
 NAME = "lowbit"
@@ -37,6 +37,7 @@ class ExpertsCall:
             expert at a time.
         inputs: what happens to the inputs of linears, by name within the layer.
         tap: receives the module's hidden states ``(tokens, hidden)``, all of them.
+        routing: receives the experts of each token ``(tokens, k)``.
         every_token: taps of ``inputs`` see all tokens, as if each expert were reached by every token.
     """
 
@@ -44,6 +45,7 @@ class ExpertsCall:
     params: Mapping[str, Tensor]
     inputs: Mapping[str, LinearInput] = field(default_factory=dict)
     tap: Tap | None = None
+    routing: Tap | None = None
     every_token: bool = False
 
     def __call__(self, module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -57,6 +59,8 @@ class ExpertsCall:
         """
         if self.tap is not None:
             self.tap(x)
+        if self.routing is not None:
+            self.routing(chosen)
         out = torch.zeros_like(x)
         reached = set(chosen.unique().tolist())
         for number in range(self.experts.count):
@@ -108,10 +112,52 @@ def _alone(own: ExpertLinear) -> ExpertLinear:
 
 
 _running: ContextVar[Mapping[nn.Module, ExpertsCall]] = ContextVar("experts calls by module")
+_KEPT = "lowbit_experts"  # attribute of a loaded model's experts modules
 
 
-def _experts_function(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    return _running.get()[module](module, hidden_states, top_k_index, top_k_weights)
+def _experts_function(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    kept: _Kept | None = getattr(module, _KEPT, None)
+    call = _running.get()[module] if kept is None else kept.call(module)
+    return call(module, hidden_states, top_k_index, top_k_weights)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a loaded model's experts compute with; an attribute, and so pickled and copied with the model."""
+
+    experts: Experts
+    inputs: Mapping[str, LinearInput]
+
+    def call(self, module: Any) -> ExpertsCall:
+        return ExpertsCall(self.experts, _Parts(self.experts, module), self.inputs)
+
+
+class _Parts(Mapping[str, Tensor]):
+    """Each expert's parameters as parts of its module's, by name within the layer."""
+
+    def __init__(self, experts: Experts, module: nn.Module) -> None:
+        self.experts, self.module = experts, module
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = stored_in(self.experts, name)
+        if found is None:
+            raise KeyError(name)
+        parameter, number, own = found
+        whole = self.module.get_parameter(parameter.removeprefix(f"{self.experts.module}."))
+        return part_of(whole[number], own.rows, self.experts.transposed)
+
+    def __iter__(self) -> Iterator[str]:
+        names = (name for group in self.experts.groups for name in group)
+        return (f"{name}.weight" for name in names)
+
+    def __len__(self) -> int:
+        return self.experts.count * len(self.experts.linears)
+
+
+def run_experts_apart(module: Any, experts: Experts, inputs: Mapping[str, LinearInput]) -> None:
+    """Make a loaded model's experts module compute one expert after the other, with quantized inputs if it has any."""
+    setattr(module, _KEPT, _Kept(experts, dict(inputs)))
+    module.config._experts_implementation = NAME
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_function)

@@ -41,7 +41,7 @@ def run(
         quantized: quantize the linears' inputs and Q, K, V according to ``block.formats`` and ``block.kv``.
         taps: functions by linear name; each receives the input of its linear as the linear sees it, ``(tokens, in)``
             for a linear of an expert, from the tokens that reach the expert. The name of an experts module is one,
-            too: its tap receives all tokens.
+            too: its tap receives all tokens. For ``routing_of`` it see there.
     """
     params = block.params if params is None else params
     for layer, index, kind, kwargs in zip(block.layers, block.indices, block.kinds, block.kwargs, strict=True):
@@ -80,8 +80,13 @@ def _experts_call(
     every_token: bool,
 ) -> ExpertsCall:
     """What the experts of a layer compute with; a tap of the module itself sees all of its tokens."""
-    own = {name: found for group in inputs for name, found in group.items()}
-    return ExpertsCall(experts, params, own, taps.get(f"{index}.{experts.module}"), every_token)
+    own, name = {name: found for group in inputs for name, found in group.items()}, f"{index}.{experts.module}"
+    return ExpertsCall(experts, params, own, taps.get(name), taps.get(routing_of(name)), every_token)
+
+
+def routing_of(experts: str) -> str:
+    """The name of the tap that sees the experts which each token is sent to, ``(tokens, k)``, of an experts module."""
+    return f"{experts}:routing"
 
 
 def _called(

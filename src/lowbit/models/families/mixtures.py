@@ -35,7 +35,6 @@ def expert_edges(experts: Experts, norm: str, readers: tuple[Ref, ...]) -> tuple
             experts.name(number, up),
             (experts.name(number, experts.writes),),
             partner=experts.name(number, gate),
-            gathers=True,
         )
         for number in range(experts.count)
     )
