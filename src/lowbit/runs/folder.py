@@ -314,7 +314,8 @@ def run_formats(manifest: Manifest, scheme: Scheme, architecture: Architecture) 
         if module is None:
             raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
         inputs = None if name == architecture.embed else module.input
-        modules[name] = ModuleFormats(module.weight, inputs, outside=name in (architecture.embed, architecture.head))
+        outside = name in (architecture.embed, architecture.head)
+        modules[name] = ModuleFormats(module.weight, inputs, outside, architecture.is_experts(name))
     return ModelFormats(modules, scheme.kv)
 
 
