@@ -116,6 +116,12 @@ def quantize(
         bool,
         typer.Option("--compile", help="On an NVIDIA GPU: fused fake quantization in training, for wide models."),
     ] = False,
+    expert_tokens: Annotated[
+        int, typer.Option(help="Mixtures: an expert that fewer tokens reach is quantized without calibration data.")
+    ] = 64,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="Mixtures: every expert's statistics are from all tokens.")
+    ] = False,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
@@ -147,6 +153,8 @@ def quantize(
         effort=effort,
         target=target,
         compiled=compiled,
+        expert_tokens=expert_tokens,
+        all_experts=all_experts,
     )
     result = {
         "out": str(run_result.out),

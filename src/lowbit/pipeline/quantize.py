@@ -25,6 +25,7 @@ from lowbit.data.tokenization import decode
 from lowbit.data.windows import Bos, Tokens, WindowShape
 from lowbit.errors import LowbitError
 from lowbit.models.device import DTYPES
+from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_computes,
@@ -98,6 +99,8 @@ def quantize(
     effort: str | None = None,
     target: str | None = None,
     compiled: bool = False,
+    expert_tokens: int = LEAST_TOKENS,
+    all_experts: bool = False,
 ) -> Quantized:
     """Quantize a model into a folder in Hugging Face checkpoint format; an interrupted run is resumed.
 
@@ -124,6 +127,9 @@ def quantize(
             default scheme; schemes and recipes that it does not support are refused, and its own quantization of the
             linears' inputs is simulated in calibration and evaluation.
         compiled: fused fake quantization in training, on an NVIDIA GPU: see ``lowbit.quant.inductor``.
+        expert_tokens: an expert of a mixture that fewer calibration tokens reach is quantized without calibration
+            data; see ``docs/experts.md``.
+        all_experts: take an expert's statistics from all calibration tokens, not from those that reach it.
 
     Raises:
         LowbitError: on user errors; detected before work starts where possible.
@@ -136,6 +142,8 @@ def quantize(
         settings=settings,
         overrides=overrides or {},
         target=target,
+        expert_tokens=expert_tokens,
+        all_experts=all_experts,
         protocol={
             "data": data,
             "samples": samples,
@@ -196,6 +204,8 @@ class Resolved:
             dtype=request.dtype,
             versions=versions(),
             compiled=request.compiled,
+            expert_tokens=request.expert_tokens,
+            all_experts=request.all_experts,
             source_files=companions_digest(self.source.folder),
         )
 
@@ -260,6 +270,7 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
         torch.manual_seed(request.seed)
         dtype = DTYPES[request.dtype]
         run = Walk(checkpoint, skeleton, request.recipe, plan, out, request.device, dtype)
+        run.least_tokens, run.every_token = request.expert_tokens, request.all_experts
         with fused() if request.compiled else nullcontext():
             if request.recipe.tune is not None:
                 tune(request.recipe.tune, run, ids)

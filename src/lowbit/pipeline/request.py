@@ -14,7 +14,8 @@ from typing import Any, TypedDict, Unpack
 from lowbit.checkpoints.resolve import DEMO
 from lowbit.data.text import NAMES, SELF, Corpus, Data, corpora
 from lowbit.data.windows import BOS, Bos
-from lowbit.errors import canonical
+from lowbit.errors import canonical, check_least
+from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.device import check_device
 from lowbit.paths import user_path
 from lowbit.pipeline.recipe import (
@@ -73,6 +74,8 @@ class Request:
     scheme: Scheme | None
     overrides: Mapping[str, str]
     target: str | None
+    expert_tokens: int
+    all_experts: bool
     data: Data
     samples: int
     length: int
@@ -107,6 +110,8 @@ class Request:
             "scheme": None if self.scheme is None else self.scheme.name,
             "overrides": overrides,
             "target": self.target,
+            "expert_tokens": self.expert_tokens,
+            "all_experts": self.all_experts,
             "data": [_name(corpus) for corpus in corpora(self.data)],
             "samples": self.samples,
             "length": self.length,
@@ -135,12 +140,14 @@ def make_request(
     overrides: Mapping[str, str],
     target: str | None,
     protocol: Mapping[str, Any],
+    expert_tokens: int = LEAST_TOKENS,
+    all_experts: bool = False,
     **machine: Unpack[Machine],
 ) -> Request:
     """Fill in defaults and refuse arguments that are invalid for every model.
 
     Args:
-        model, scheme, recipe, settings, overrides, target: as for ``lowbit.quantize``.
+        model, scheme, recipe, settings, overrides, target, expert_tokens, all_experts: as for ``lowbit.quantize``.
         protocol: ``data``, ``samples``, ``length``, ``seed``, ``bos`` and ``effort``; ``None``: the recipe's value,
             else the default.
         machine: see ``Machine``.
@@ -151,6 +158,7 @@ def make_request(
     base = load_recipe(recipe) if isinstance(recipe, str) else recipe
     chosen = {**DEFAULTS, **base.run, **{key: value for key, value in protocol.items() if value is not None}}
     check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
+    check_least("--expert-tokens", expert_tokens, 0, "give the calibration tokens below which an expert goes without")
     chosen["bos"] = canonical("--bos", str(chosen["bos"]), BOS)
     # A ``Recipe`` object keeps its epochs unless ``effort`` is set.
     effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
@@ -171,6 +179,8 @@ def make_request(
         scheme=formats,
         overrides=overrides,
         target=target or (formats.target if formats else None),
+        expert_tokens=expert_tokens,
+        all_experts=all_experts,
         **{key: chosen[key] for key in ("data", "samples", "length", "seed", "bos")},
         **machine,
     )

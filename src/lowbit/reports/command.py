@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from lowbit.models.block import LEAST_TOKENS
+
 
 def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
     """A run's ``lowbit quantize`` command, and its recipe as YAML if the command needs it as a file.
@@ -33,7 +35,8 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
         words += ["--" + name, str(request[name])]
     for name, default in (("bos", "auto"), ("device", "cpu"), ("dtype", "float32"), ("revision", None)):
         words += _option(name, request.get(name), default)
-    flags = {"compiled": "--compile", "allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
+    words += _option("expert-tokens", str(request.get("expert_tokens", LEAST_TOKENS)), str(LEAST_TOKENS))
+    flags = {"all_experts": "--all-experts", "compiled": "--compile", "allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
     words += [flag for name, flag in flags.items() if request.get(name)]
     return shlex.join(words), file
 
