@@ -25,8 +25,21 @@ def tiny_mixture(name: str, **changes: Any) -> Any:
     return model
 
 
-def favour(model: Any, layer: int, expert: int, by: float) -> None:
-    """Change the router of a layer so that an expert is chosen more (``by`` above 1) or less."""
-    mlp = model.model.layers[layer].mlp
-    router = mlp.router if hasattr(mlp, "router") else mlp.gate
-    router.weight.data[expert] *= by
+def shun_the_last(model: Any) -> None:
+    """Change the routers of a mixture of five experts, two of which a token reaches, so that none reaches the last.
+
+    Rows of the router are ``w, -w, u, -u, 0``: two of the first four logits are above that of the last.
+    """
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            weight = layer.mlp.gate.weight.data
+            assert len(weight) == 5
+            weight[1], weight[3], weight[4] = -weight[0], -weight[2], 0
+
+
+def with_a_cold_expert(name: str) -> Any:
+    """A tiny mixture of five experts, the last of which no token reaches."""
+    counts = {"mixtral": "num_local_experts"}
+    model = tiny_mixture(name, **{counts.get(name, "num_experts"): 5})
+    shun_the_last(model)
+    return model

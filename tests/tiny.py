@@ -212,5 +212,6 @@ def planned(block: Any, scheme: Any) -> Any:
     from lowbit.quant.scheme import parse_scheme
 
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    found = {name: scheme.module(block.full_name(name)) for name in block.linears()}
+    asked = [n for n in block.linears() if scheme.override(block.full_name(n)) or not block.is_router(n)]
+    found = {name: scheme.module(block.full_name(name)) for name in asked}
     return replace(block, formats={name: own for name, own in found.items() if own is not None}, kv=scheme.kv)

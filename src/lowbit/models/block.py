@@ -124,6 +124,10 @@ class Block:
         """The number of the expert that a linear belongs to, if it belongs to one."""
         return self.kind_of(linear).expert_of(linear.partition(".")[2])
 
+    def is_router(self, linear: str) -> bool:
+        """Whether a linear stays float unless an override names it."""
+        return linear.partition(".")[2] in self.kind_of(linear).routers
+
     def full_name(self, name: str) -> str:
         """The module's name in the model: ``7.mlp.up_proj`` -> ``model.layers.7.mlp.up_proj``."""
         return f"{self.blocks}.{name}"
