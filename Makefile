@@ -80,6 +80,7 @@ fit-step: $(DEV) ## cost of one optimisation step against a plain forward and ba
 
 memory: $(DEV) ## show that peak memory does not grow with the number of layers
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --model mixture
 
 fuzz: $(DEV) ## mutate model files at random and see that each is refused or read rightly (MUTATIONS=10000 SEED=0: an hour)
 	$(BIN)/python tests/fuzz.py --mutations $(or $(MUTATIONS),10000) --seed $(or $(SEED),0)

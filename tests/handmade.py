@@ -131,7 +131,12 @@ def olmo2_layer(config: Any, index: int) -> LayerKind:
 
 def bloom_layer(config: Any, index: int) -> LayerKind:
     """As GPT-NeoX one half after the other, with biases for the positions in place of a rotary embedding."""
-    qkv, out, up, down = "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+    qkv, out, up, down = (
+        "self_attention.query_key_value",
+        "self_attention.dense",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+    )
     q, k, v = (interleaved(qkv, at) for at in range(3))
     edges = (
         DeclaredEdge("norm", "input_layernorm", (qkv,), gathers=True, shift=True),
@@ -233,5 +238,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("olmo2", ("Olmo2ForCausalLM",), "model.layers", olmo2_layer),
     "qwen2-moe": Family("qwen2-moe", ("Qwen2MoeForCausalLM",), "model.layers", qwen2_moe_layer),
     "gpt-oss": Family("gpt-oss", ("GptOssForCausalLM",), "model.layers", gpt_oss_layer),
-    "bloom": Family("bloom", ("BloomForCausalLM",), "transformer.h", bloom_layer, embed="transformer.word_embeddings"),
+    "bloom": Family(
+        "bloom", ("BloomForCausalLM",), "transformer.h", bloom_layer, embed="transformer.word_embeddings"
+    ),
 }

@@ -13,7 +13,9 @@ NAMES = (*tiny.MIXTURES, *handmade.MIXTURES)
 
 def declare(monkeypatch: Any) -> None:
     """Make the mixtures by hand known to the package and to ``tiny_model``."""
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, *(handmade.FAMILIES[n] for n in handmade.MIXTURES)))
+    monkeypatch.setattr(
+        families, "FAMILIES", (*families.FAMILIES, *(handmade.FAMILIES[n] for n in handmade.MIXTURES))
+    )
     for name in handmade.MIXTURES:
         monkeypatch.setitem(tiny.CONFIGS, name, handmade.CONFIGS[name])
 

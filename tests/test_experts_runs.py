@@ -1,4 +1,4 @@
-"""Whole runs of mixtures of experts: every method, the folder in stock transformers, resumed, with routers asked for."""
+"""Whole runs of mixtures of experts: every method, the folder in stock transformers, resumed."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def test_a_source_with_experts_stored_together_gives_the_same_run(tmp_path):
     save_tiny(other / "model", "qwen3-moe")
     save_file(model.state_dict(), other / "model/model.safetensors", metadata={"format": "pt"})
     text = str(other / "model/calib.txt")
-    lowbit.quantize(str(other / "model"), other / "run", scheme="w4a16g16-sym", recipe="rtn", data=text, samples=4, length=24)
+    lowbit.quantize(
+        str(other / "model"), other / "run", scheme="w4a16g16-sym", recipe="rtn", data=text, samples=4, length=24
+    )
     shards = [f"block-0000{i}.safetensors" for i in range(3)]
     assert all((run / shard).read_bytes() == (other / "run" / shard).read_bytes() for shard in shards)
     float_model = torch.cat([logits for _, logits in StreamedModel(other / "model").logits(IDS)])
@@ -148,14 +150,20 @@ def test_an_expert_that_no_token_reaches_is_quantized_and_reported(tmp_path):
     assert [sum(tokens) for tokens in routing] == [2 * 4 * 24, 0, 2 * 4 * 24]
     assert routing[0][4] == routing[2][4] == 0
     notes = told["blocks"][2]["notes"]
-    assert any("gptq: fewer than 8 calibration tokens reach these experts" in note and "4 (0)" in note for note in notes)
+    assert any(
+        "gptq: fewer than 8 calibration tokens reach these experts" in note and "4 (0)" in note for note in notes
+    )
     assert torch.equal(logits_of(lowbit.load(run)), streamed_logits(run, IDS))
     page = tmp_path / "report.html"
     lowbit.report([run], page)
     text = page.read_text()
     assert "1 of 5 experts below 8 tokens" in text
     assert "calibration tokens that reach each expert" in text
-    every = json.loads((run_of(tmp_path / "all", "qwen3-moe", "w4a16g16-sym", "gptq", model=model, all_experts=True)[0] / MANIFEST).read_text())
+    every = json.loads(
+        (
+            run_of(tmp_path / "all", "qwen3-moe", "w4a16g16-sym", "gptq", model=model, all_experts=True)[0] / MANIFEST
+        ).read_text()
+    )
     assert not any(row["notes"] for row in every["blocks"])
     assert every["identity"]["all_experts"]
     assert every["request"]["all_experts"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,13 +9,12 @@ import handmade
 import lowbit
 import tiny
 from contracts import check_architecture
-from lowbit.checkpoints.safetensors_folder import read_json
 from lowbit.models import families
 from lowbit.models.forward import relative_error
 from lowbit.pipeline.recipe import load_recipe
 from lowbit.runs.streamed_model import StreamedModel
 from test_equivalence import random_maps
-from tiny import block_of, params_of, save_tiny, skeleton_of, tiny_ids, tiny_model
+from tiny import save_tiny, tiny_ids, tiny_model
 
 NAMES = [name for name in handmade.FAMILIES if name not in handmade.MIXTURES]
 
@@ -51,7 +48,9 @@ def run_of(folder, name, scheme, recipe, **more):
     """A run of a tiny model; the folder, and the model."""
     model = save_tiny(folder / "model", name)
     steps = [step for step, _ in load_recipe(recipe).steps]
-    settings = [s for s in ("affinequant.epochs=2", "lowrank.epochs=2", "reassemble.tries=2") if s.split(".")[0] in steps]
+    settings = [
+        s for s in ("affinequant.epochs=2", "lowrank.epochs=2", "reassemble.tries=2") if s.split(".")[0] in steps
+    ]
     text = str(folder / "model" / "calib.txt")
     given = {"scheme": scheme, "recipe": recipe, "data": text, "samples": 4, "length": 24, "settings": settings}
     lowbit.quantize(str(folder / "model"), folder / "run", **{**given, **more})

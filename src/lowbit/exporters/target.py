@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit.exporters.fit import Limits, Misfit, weight_misfit
 from lowbit.exporters.run import Run, Subject
+from lowbit.models.families import architecture_of
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
@@ -93,7 +94,9 @@ class Exporter:
     ops: frozenset[type[RuntimeOp]] = frozenset()
 
     def misfit(self, subject: Subject) -> Misfit | None:
-        """Why the target does not support a subject: a runtime op, a format, or its own limits."""
+        """Why the target does not support a subject: experts, a runtime op, a format, or its own limits."""
+        if any(kind.experts is not None for kind in architecture_of(subject.config).layers):
+            return Misfit("architecture", "mixtures of experts are not exported; use the run folder itself")
         for op, origin in subject.ops.items():
             if op not in self.ops:
                 advice = "use diagonal transforms after norms (qkv and mlp), sites=down, and no act_clip"

@@ -114,7 +114,11 @@ class AWQ(Method):
                 stats = seen.pop(group[0])
                 gram = None if is_cold(block, group[0], stats.count) else stats["gram"]
                 for linear in group:
-                    format, weight, peak = block.weight_format(linear), block.weight(linear), block.tensor_peak(linear)
+                    format, weight, peak = (
+                        block.weight_format(linear),
+                        block.weight(linear),
+                        block.tensor_peak(linear),
+                    )
                     best_ratio = self._best_clip(weight, moments_or_identity(block, linear, gram), format, peak)
                     clips[linear] = (best_ratio, best_ratio)
         return replace(block, clips=clips)

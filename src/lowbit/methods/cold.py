@@ -10,7 +10,6 @@ transform, no compensation. A note records it, with the counts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor

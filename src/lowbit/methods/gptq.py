@@ -110,9 +110,7 @@ class GPTQ(Method):
         if self.target == "output":
             return paired_statistics(block, block, calib, linears, self._figures)
         params = block.quantized_params()
-        return input_statistics(
-            block, calib.x_q, linears, self._figures, params, quantized=True, batch=calib.batch
-        )
+        return input_statistics(block, calib.x_q, linears, self._figures, params, quantized=True, batch=calib.batch)
 
     def _round(self, block: Block, linears: Sequence[str], gram: Tensor, cross: Tensor | None = None) -> Block:
         """Quantize linears that share an input, with its ``_figures``."""

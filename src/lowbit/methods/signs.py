@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.cold import is_cold
+from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.edges import Edge, first_edges

@@ -22,8 +22,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowbit.methods.sites import Site
 from lowbit.methods.cold import is_cold
+from lowbit.methods.sites import Site
 from lowbit.methods.statistics import Statistics, input_statistics
 from lowbit.models.block import Block
 from lowbit.models.edges import first_edges

@@ -9,9 +9,9 @@ new one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import Any
 
@@ -27,7 +27,6 @@ from lowbit.quant.format import Format, QParams, QTensor
 from lowbit.quant.scales import TwoLevel
 from lowbit.quant.scheme import ModuleFormats
 
-
 LEAST_TOKENS = 64  # see docs/experts.md
 
 
@@ -37,6 +36,22 @@ class Note:
 
     layer: int
     text: str
+
+
+class ComputedWhenRead(Mapping[str, Tensor]):
+    """Parameters by name, some of which are computed each time that they are read."""
+
+    def __init__(self, params: Mapping[str, Tensor], later: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._params, self._later = params, later
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._later[name]() if name in self._later else self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._params, **self._later})
+
+    def __len__(self) -> int:
+        return len({**self._params, **self._later})
 
 
 @dataclass(frozen=True)
@@ -178,25 +193,37 @@ class Block:
 
     def fake_quant_clipped(
         self, params: Mapping[str, Tensor], clips: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """``params`` with the weights of the linears that have a format rounded to nearest; differentiable.
+
+        Those of experts are rounded whenever they are read, as in ``quantized_params``.
 
         Args:
             params: parameters by name, in place of the block's.
             clips: clipping ratios by linear, in place of the block's; 1 for others.
         """
         weights = {name: params[f"{name}.weight"] for name in self.quantized_linears()}
-        quantized = {}
+        quantized: dict[str, Callable[[], Tensor]] = {}
         for name, weight in weights.items():
             low, high = clips.get(name, (1.0, 1.0))
             format, peak = self.weight_format(name), self.tensor_peak(name, weights)
-            quantized[f"{name}.weight"] = format.fake_quant_clipped(weight, low, high, peak)
-        return {**params, **quantized}
+            quantized[name] = partial(format.fake_quant_clipped, weight, low, high, peak)
+        return self._computed(params, quantized)
 
-    def quantized_params(self) -> dict[str, Tensor]:
-        """``params`` with the dequantized values of the quantized weights."""
-        quantized = {f"{name}.weight": q.dequantize() for name, q in self.qweights.items()}
-        return {**self.params, **quantized}
+    def quantized_params(self) -> Mapping[str, Tensor]:
+        """``params`` with the dequantized values of the quantized weights.
+
+        Those of experts are dequantized whenever they are read: a layer may have hundreds, and runs one at a time.
+        """
+        return self._computed(self.params, {name: q.dequantize for name, q in self.qweights.items()})
+
+    def _computed(
+        self, params: Mapping[str, Tensor], weights: Mapping[str, Callable[[], Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """``params`` with other weights by linear: computed now, or for experts whenever they are read."""
+        later = {f"{name}.weight": weight for name, weight in weights.items() if self.expert_of(name) is not None}
+        now = {f"{n}.weight": weight() for n, weight in weights.items() if f"{n}.weight" not in later}
+        return ComputedWhenRead({**params, **now}, later) if later else {**params, **now}
 
     def with_notes(self, step: str, *texts: str, layer: int | None = None) -> Block:
         """The block with a step's notes on a layer, by its index in the model; by default the first."""

@@ -256,9 +256,7 @@ def resolve(kind: LayerKind, shapes: Mapping[str, torch.Size], index: int) -> tu
     return tuple(edges)
 
 
-def _resolved(
-    edge: DeclaredEdge, shapes: Mapping[str, torch.Size], index: int, transposed: frozenset[str]
-) -> Edge:
+def _resolved(edge: DeclaredEdge, shapes: Mapping[str, torch.Size], index: int, transposed: frozenset[str]) -> Edge:
     def end(ref: Ref) -> Projection | Norm:
         part = ref if isinstance(ref, Part) else Part(ref)
         shape = shapes[f"{part.module}.weight"]

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from lowbit.models.architecture import Architecture, ExpertLinear, Experts, Indices, LayerKind, compact
 from lowbit.models.edges import index_of
 
-
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def gated_experts(
-    module: str, count: int, width: int, hidden: int, names: tuple[str, str, str] = GATED
-) -> Experts:
+def gated_experts(module: str, count: int, width: int, hidden: int, names: tuple[str, str, str] = GATED) -> Experts:
     """Experts of gate, up and down, as most models have them: the gate's rows in front of up's, no biases.
 
     >>> [name for group in gated_experts("mlp.experts", 2, 24, 64).groups[:2] for name in group]
@@ -37,7 +34,10 @@ def gated_experts(
         names: of gate, up and down in checkpoints.
     """
     gate, up, down = names
-    reads = ExpertLinear(gate, "gate_up_proj", range(width)), ExpertLinear(up, "gate_up_proj", range(width, 2 * width))
+    reads = (
+        ExpertLinear(gate, "gate_up_proj", range(width)),
+        ExpertLinear(up, "gate_up_proj", range(width, 2 * width)),
+    )
     return Experts(module, count, reads, ExpertLinear(down, "down_proj", range(hidden)))
 
 
@@ -59,7 +59,9 @@ def state_shapes(architecture: Architecture, shapes: Mapping[str, torch.Size]) -
 
 
 def _apart(experts: Experts, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
-    whole = {f"{experts.module}.{name}" for linear in experts.linears for name in (linear.parameter, linear.bias) if name}
+    whole = {
+        f"{experts.module}.{name}" for linear in experts.linears for name in (linear.parameter, linear.bias) if name
+    }
     out = {name: shape for name, shape in shapes.items() if name not in whole}
     for linear in experts.linears:
         _, rows, columns = shapes[f"{experts.module}.{linear.parameter}"]
@@ -124,7 +126,7 @@ def matrix(linears: tuple[ExpertLinear, ...], parts: list[Tensor]) -> Tensor:
 
 
 def put_together(experts: Experts, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The library's parameters of an experts module, by name within it, from each expert's ``mlp.experts.3.up_proj.weight``."""
+    """The library's parameters of an experts module, by name within it, from those of each expert by name."""
     out: dict[str, Tensor] = {}
     for parameter in dict.fromkeys(linear.parameter for linear in experts.linears):
         linears = tuple(linear for linear in experts.linears if linear.parameter == parameter)
@@ -134,7 +136,9 @@ def put_together(experts: Experts, params: Mapping[str, Tensor]) -> dict[str, Te
                     matrix(linears, [params[f"{experts.name(number, linear)}.{kind}"] for linear in linears])
                     for number in range(experts.count)
                 ]
-                out[name] = torch.stack([value.mT if kind == "weight" and experts.transposed else value for value in each])
+                out[name] = torch.stack(
+                    [value.mT if kind == "weight" and experts.transposed else value for value in each]
+                )
     return out
 
 
@@ -144,7 +148,9 @@ def as_the_library_stores(architecture: Architecture, state: Mapping[str, Tensor
     for index, kind in enumerate(architecture.layers):
         prefix = f"{architecture.blocks}.{index}."
         if kind.experts is not None:
-            names = [name for name in state if kind.expert_of(name.removeprefix(prefix).rpartition(".")[0]) is not None]
+            names = [
+                name for name in state if kind.expert_of(name.removeprefix(prefix).rpartition(".")[0]) is not None
+            ]
             own = {name.removeprefix(prefix): out.pop(name) for name in names if name.startswith(prefix)}
             together = put_together(kind.experts, own)
             out |= {f"{prefix}{kind.experts.module}.{name}": value for name, value in together.items()}
@@ -178,13 +184,18 @@ def experts_of(name: str, module: nn.Module, model_type: str) -> Experts | None:
     apart = sources[0] is not None and sources[1] is not None
     read_names = sources[0] or (["gate_proj", "up_proj"] if said.has_gate else ["up_proj"])
     size = out // len(read_names)
-    rows = [range(at, out, len(read_names)) if not said.is_concatenated else range(at * size, (at + 1) * size) for at in range(len(read_names))]
+    rows = [
+        range(at, out, len(read_names)) if not said.is_concatenated else range(at * size, (at + 1) * size)
+        for at in range(len(read_names))
+    ]
     bias = first if said.has_bias else None
     reads = tuple(
         ExpertLinear(own, first, compact(tuple(part)), f"{bias}_bias" if bias else None)
         for own, part in zip(read_names, rows, strict=True)
     )
-    down = ExpertLinear((sources[1] or ["down_proj"])[0], "down_proj", range(hidden), "down_proj_bias" if bias else None)
+    down = ExpertLinear(
+        (sources[1] or ["down_proj"])[0], "down_proj", range(hidden), "down_proj_bias" if bias else None
+    )
     return Experts(name, count, reads, down, bool(said.is_transposed), apart)
 
 
@@ -197,7 +208,9 @@ def _sources(model_type: str, parameter: str) -> list[str] | None:
     from transformers.core_model_loading import WeightConverter
 
     for rule in get_checkpoint_conversion_mapping(model_type) or []:
-        if isinstance(rule, WeightConverter) and any(target.endswith(f"experts.{parameter}") for target in rule.target_patterns):
+        if isinstance(rule, WeightConverter) and any(
+            target.endswith(f"experts.{parameter}") for target in rule.target_patterns
+        ):
             found = [re.search(r"experts\.\*\.(.+)\.weight$", pattern) for pattern in rule.source_patterns]
             if all(found):
                 return [match[1] for match in found if match]

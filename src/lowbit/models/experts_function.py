@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lowbit.models.architecture import ExpertLinear, Experts
@@ -33,12 +34,13 @@ class ExpertsCall:
 
     Attributes:
         experts: its layout.
-        params: parameters of each expert's linears by name within the layer; converted to the compute dtype one
-            expert at a time.
+        params: parameters of each expert's linears by name; read, and converted to the compute dtype, when the expert
+            runs.
         inputs: what happens to the inputs of linears, by name within the layer.
         tap: receives the module's hidden states ``(tokens, hidden)``, all of them.
         routing: receives the experts of each token ``(tokens, k)``.
         every_token: taps of ``inputs`` see all tokens, as if each expert were reached by every token.
+        prefix: of the names in ``params``, before those within the layer.
     """
 
     experts: Experts
@@ -47,6 +49,7 @@ class ExpertsCall:
     tap: Tap | None = None
     routing: Tap | None = None
     every_token: bool = False
+    prefix: str = ""
 
     def __call__(self, module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The sum of the experts' outputs ``(tokens, hidden)``.
@@ -68,10 +71,22 @@ class ExpertsCall:
                 with torch.no_grad():
                     self._expert(module, number, x, taps=True)
             if number in reached:
-                at, token = torch.where(chosen.T == number)
-                y = self._expert(module, number, x[token], taps=not self.every_token)
+                at, token = torch.where(number == chosen.T)
+                y = self._reached(module, number, x[token])
                 out.index_add_(0, token, (y * weights[token, at, None]).to(out.dtype))
         return out
+
+    def _reached(self, module: Any, number: int, x: Tensor) -> Tensor:
+        """An expert's output for the tokens that reach it.
+
+        For gradients it is computed a second time, so that no more than one expert's matrices, which may be rounded
+        ones, are held at a time.
+        """
+        again = torch.is_grad_enabled() and not self._tapped(number)
+        if again and not module.has_post_expert_norm:  # whose parameters are the block's during the call alone
+            same = {"use_reentrant": False, "preserve_rng_state": False}
+            return cast(Tensor, checkpoint(self._expert, module, number, x, False, **same))
+        return self._expert(module, number, x, taps=not self.every_token)
 
     def _tapped(self, number: int) -> bool:
         names = (self.experts.name(number, own) for own in self.experts.linears)
@@ -92,14 +107,17 @@ class ExpertsCall:
         inputs = [call(x, cache) if taps else call.quantized(x, cache) for call in calls]
         if all(value is inputs[0] for value in inputs):
             return self._matmul(names, linears, inputs[0])
-        apart = [self._matmul([name], (_alone(own),), own_input) for name, own, own_input in zip(names, linears, inputs, strict=True)]
+        apart = [
+            self._matmul([name], (_alone(own),), own_input)
+            for name, own, own_input in zip(names, linears, inputs, strict=True)
+        ]
         return matrix(linears, [out.T for out in apart]).T
 
     def _matmul(self, names: list[str], linears: tuple[ExpertLinear, ...], x: Tensor) -> Tensor:
-        weight = matrix(linears, [self.params[f"{name}.weight"].to(x.dtype) for name in names])
+        weight = matrix(linears, [self.params[f"{self.prefix}{name}.weight"].to(x.dtype) for name in names])
         bias = None
         if linears[0].bias is not None:
-            bias = matrix(linears, [self.params[f"{name}.bias"].to(x.dtype) for name in names])
+            bias = matrix(linears, [self.params[f"{self.prefix}{name}.bias"].to(x.dtype) for name in names])
         if not self.experts.transposed:
             return linear(x, weight, bias)
         out = x @ weight.mT.contiguous()  # in the library's memory order, which decides the order of sums
@@ -155,7 +173,7 @@ class _Parts(Mapping[str, Tensor]):
 
 
 def run_experts_apart(module: Any, experts: Experts, inputs: Mapping[str, LinearInput]) -> None:
-    """Make a loaded model's experts module compute one expert after the other, with quantized inputs if it has any."""
+    """Make a loaded model's experts module compute one expert after the other, with quantized inputs if any."""
     setattr(module, _KEPT, _Kept(experts, dict(inputs)))
     module.config._experts_implementation = NAME
 

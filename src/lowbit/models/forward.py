@@ -56,8 +56,7 @@ def run(
                 attention = layer.get_submodule(kind.attention)
                 stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
             if kind.experts is not None:
-                matrices = {name.removeprefix(prefix): params[name] for name in apart}
-                call = _experts_call(kind.experts, matrices, inputs, index, taps or {}, block.every_token)
+                call = _experts_call(kind.experts, params, inputs, index, taps or {}, block.every_token)
                 stack.enter_context(experts_computed_by(layer.get_submodule(kind.experts.module), call))
             outside = [{n: own for n, own in group.items() if kind.expert_of(n) is None} for group in inputs]
             for name, hook in _hooks(outside):
@@ -81,17 +80,15 @@ def _experts_call(
 ) -> ExpertsCall:
     """What the experts of a layer compute with; a tap of the module itself sees all of its tokens."""
     own, name = {name: found for group in inputs for name, found in group.items()}, f"{index}.{experts.module}"
-    return ExpertsCall(experts, params, own, taps.get(name), taps.get(routing_of(name)), every_token)
+    return ExpertsCall(experts, params, own, taps.get(name), taps.get(routing_of(name)), every_token, f"{index}.")
 
 
 def routing_of(experts: str) -> str:
-    """The name of the tap that sees the experts which each token is sent to, ``(tokens, k)``, of an experts module."""
+    """The name of the tap that sees the experts of each token ``(tokens, k)``, of an experts module."""
     return f"{experts}:routing"
 
 
-def _called(
-    layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, arguments: dict[str, Any]
-) -> Tensor:
+def _called(layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, arguments: dict[str, Any]) -> Tensor:
     """The layer's hidden states; a layer that hands something to later ones in an argument is refused."""
     empty = {name: value for name, value in arguments.items() if isinstance(value, MutableMapping) and not value}
     out = hidden_of(torch.func.functional_call(layer, state, args=(x,), kwargs=arguments))

@@ -18,7 +18,7 @@ from lowbit.models.experts import stored_in
 
 
 def settle_names(checkpoint: Checkpoint, model: Any, architecture: Architecture, names: Iterable[str]) -> None:
-    """From now on ``checkpoint`` finds the tensors ``names``, as blocks name them, of ``model``, which may be empty."""
+    """From now on ``checkpoint`` finds the tensors of ``model``, which may be empty, by the ``names`` of blocks."""
     missing = {name for name in names if checkpoint.find(name) is None}
     if missing:
         _stand_ins(checkpoint, model, missing)

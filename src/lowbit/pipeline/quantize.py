@@ -24,8 +24,8 @@ from lowbit.data.text import Data, calibration
 from lowbit.data.tokenization import decode
 from lowbit.data.windows import Bos, Tokens, WindowShape
 from lowbit.errors import LowbitError
-from lowbit.models.device import DTYPES
 from lowbit.models.block import LEAST_TOKENS
+from lowbit.models.device import DTYPES
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_computes,

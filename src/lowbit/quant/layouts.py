@@ -42,7 +42,9 @@ MXFP8, FP8 = Floats("mxfp8-quantized"), Floats("float-quantized")
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PACKED, PLAIN, NVFP4, MXFP4, MXFP6, MXFP8, FP8, OWN)}
 
 
-def layout_of(format: Format, inputs: ActFormat | None = None, *, outside: bool = False, expert: bool = False) -> Layout:
+def layout_of(
+    format: Format, inputs: ActFormat | None = None, *, outside: bool = False, expert: bool = False
+) -> Layout:
     """The layout of a module's weight.
 
     Args:

@@ -36,7 +36,12 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
     for name, default in (("bos", "auto"), ("device", "cpu"), ("dtype", "float32"), ("revision", None)):
         words += _option(name, request.get(name), default)
     words += _option("expert-tokens", str(request.get("expert_tokens", LEAST_TOKENS)), str(LEAST_TOKENS))
-    flags = {"all_experts": "--all-experts", "compiled": "--compile", "allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
+    flags = {
+        "all_experts": "--all-experts",
+        "compiled": "--compile",
+        "allow_pickle": "--allow-pickle",
+        "trust_remote_code": "--trust-remote-code",
+    }
     words += [flag for name, flag in flags.items() if request.get(name)]
     return shlex.join(words), file
 

@@ -129,7 +129,9 @@ def routing_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
             cold = sum(tokens < limit for tokens in row.routing)
             label = f"{run.name}, block {row.block}: calibration tokens that reach each expert"
             title = f"{run.name}, block {row.block}: {cold} of {len(row.routing)} experts below {limit} tokens"
-            charts.append((title, bars(label, [(float(i), float(n)) for i, n in enumerate(row.routing)], "expert", "tokens")))
+            charts.append(
+                (title, bars(label, [(float(i), float(n)) for i, n in enumerate(row.routing)], "expert", "tokens"))
+            )
     return [(title, chart) for title, chart in charts if chart]
 
 

@@ -101,7 +101,9 @@ def load(
             if own is None or own.place(name) is None:
                 _attach(layer, name, op.to(device), offsets.get(name, 0.0))
         if own is not None:
-            run_experts_apart(layer.get_submodule(own.module), own, _expert_inputs(own, prefix, formats, layer_ops, device))
+            run_experts_apart(
+                layer.get_submodule(own.module), own, _expert_inputs(own, prefix, formats, layer_ops, device)
+            )
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
     for name in formats.modules:
         if (inputs := formats.input(name)) is not None and not architecture.is_experts(name):
@@ -122,7 +124,9 @@ def _expert_inputs(
     """What happens to the inputs of experts' linears, by name within the layer; only those with something to do."""
     names = [name for group in experts.groups for name in group]
     inputs = {name: LinearInput(formats.input(f"{prefix}{name}"), ops.get(name)) for name in names}
-    return {name: own if own.op is None else replace(own, op=own.op.to(device)) for name, own in inputs.items() if own}
+    return {
+        name: own if own.op is None else replace(own, op=own.op.to(device)) for name, own in inputs.items() if own
+    }
 
 
 def _generation_config(folder: Path) -> GenerationConfig:

@@ -74,7 +74,9 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
     if not shapes:
         raise LowbitError("the model of config.json has no layers: nothing to quantize")
     routers = architecture.routers()
-    planned = {name: None if name in routers and not scheme.override(name) else scheme.module(name) for name in shapes}
+    planned = {
+        name: None if name in routers and not scheme.override(name) else scheme.module(name) for name in shapes
+    }
     linears = {
         name: replace(formats, expert=architecture.is_experts(name))
         for name, formats in planned.items()
