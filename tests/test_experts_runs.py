@@ -155,7 +155,7 @@ def test_an_expert_that_no_token_reaches_is_quantized_and_reported(tmp_path):
     )
     assert torch.equal(logits_of(lowbit.load(run)), streamed_logits(run, IDS))
     page = tmp_path / "report.html"
-    lowbit.report([run], page)
+    lowbit.report([run], out=page)
     text = page.read_text()
     assert "1 of 5 experts below 8 tokens" in text
     assert "calibration tokens that reach each expert" in text
