@@ -22,8 +22,8 @@ from lowbit.methods.reassemble import candidate_counts, fold
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import input_statistics
 from lowbit.methods.training import loss_unit, relative_loss
-from lowbit.models.architecture import Edge, Projection
 from lowbit.models.block import Block, Calib
+from lowbit.models.edges import Edge, Projection
 from lowbit.models.forward import run_all, run_quantized
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.scheme import parse_scheme

@@ -150,7 +150,6 @@ def check_kind(kind: Any, block: Any, x: torch.Tensor, random_maps: Any, in_floa
     from lowbit.models.equivalence import move
     from lowbit.models.forward import run
 
-    block = _in_float64(block)
     listed = [name.partition(".")[2] for name in block.linears()]
     modules = block.layers[0].named_modules()
     assert sorted(listed) == sorted(name for name, m in modules if isinstance(m, torch.nn.Linear | Conv1D))
@@ -172,15 +171,3 @@ def check_kind(kind: Any, block: Any, x: torch.Tensor, random_maps: Any, in_floa
             one_side = {**params, edge.src.parameter: block.params[edge.src.parameter]}
             if {dst.module for dst in edge.dst} != {edge.src.module}:
                 assert float((run(block, x, one_side) - wanted).abs().max() / wanted.abs().max()) > 10 * close, edge
-
-
-def _in_float64(block: Any) -> Any:
-    """The block with the arguments of its layers that have rows for each sequence in float64."""
-    from dataclasses import replace
-
-    from lowbit.models.recorder import PerSequence
-
-    def cast(value: Any) -> Any:
-        return PerSequence(value.value.double()) if isinstance(value, PerSequence) else value
-
-    return replace(block, kwargs=tuple({name: cast(v) for name, v in kwargs.items()} for kwargs in block.kwargs))

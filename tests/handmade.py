@@ -187,6 +187,7 @@ CONFIGS: dict[str, Any] = {
         **TOKENS,
         intermediate_size=96,
         max_position_embeddings=128,
+        tie_word_embeddings=True,  # else its files have another name for the head
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
     ),
     "gpt2": lambda: GPT2Config(**SMALL, **TOKENS, n_positions=128, n_inner=96),

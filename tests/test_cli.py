@@ -208,7 +208,12 @@ def test_inspect_tells_facts_and_estimates_of_a_float_model(model, command):
     assert found["checkpoint_bytes"] == (model / "model.safetensors").stat().st_size
     assert found["bits_per_weight"] == 5.0
     assert min(found["estimated_memory_bytes"], found["estimated_disk_bytes"]) > 2 * VOCAB * 64 * 2
-    assert "LlamaForCausalLM" in command("inspect", model, "--scheme", "w4a16", "--length", "64")[1]
+    (kind,) = found["kinds"]
+    assert (kind["layers"], kind["linears"][1], found["origin"]) == ("0-2", "self_attn.o_proj", "declared")
+    table = command("inspect", model, "--scheme", "w4a16", "--length", "64")[1]
+    printed = " ".join(table.replace("│", " ").split())
+    for text in ("LlamaForCausalLM", "layers 0-2 self_attn", "up_proj -> mlp.down_proj (a diagonal)"):
+        assert text in printed
 
 
 def test_inspect_tells_of_a_run_folder_what_was_done(run, command):

@@ -61,7 +61,7 @@ def test_the_method_of_the_page_keeps_the_contract(example, monkeypatch):
         src = next(edge for edge in block.edges() if edge.kind == "channels").src
         params = dict(block.params)
         params[src.parameter] = params[src.parameter].clone()
-        params[src.parameter][src.rows][3] *= 0.02
+        params[src.parameter][src.index][3] *= 0.02
         block = planned(replace(block, params=params), "w4a16-sym")
         calib = Calib(x, x, run_all(block, x))
         moved = equalize()(block, calib)

@@ -13,8 +13,8 @@ import lowbit
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.methods import RTN
-from lowbit.models.architecture import Projection
 from lowbit.models.block import Calib
+from lowbit.models.edges import Projection
 from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.runtime_ops import Clip, Gather, Matrix, tensor_name
 from lowbit.quant.scheme import parse_scheme

@@ -45,7 +45,7 @@ def case(name, dtype=torch.float32, outlier=0.0, scheme="w4a4"):
     if outlier:
         up = channels(block).src
         weight = block.params[up.parameter].clone()
-        weight[up.rows][[5, 9]] *= outlier
+        weight[up.index][[5, 9]] *= outlier
         block = replace(block, params={**block.params, up.parameter: weight})
     return block, Calib(x, x, run_all(block, x))
 

@@ -243,7 +243,9 @@ class Checkpoint:
 def block_params(
     checkpoint: Checkpoint, blocks: str, index: int, layer: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
-    """A layer's parameters in float32, named ``7.mlp.up_proj.weight``; ``layer`` has their shapes by name within it.
+    """A layer's parameters and stored buffers in float32, named ``7.mlp.up_proj.weight``.
+
+    ``layer`` has their shapes by name within it.
 
     Folding transforms is arithmetic on weights, hence float32 whatever the file holds; 16-bit weights lose nothing.
     """

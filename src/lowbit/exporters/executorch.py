@@ -49,9 +49,9 @@ def limits(subject: Subject) -> Misfit | None:
     misfit = no_activations(subject, "XNNPACK quantizes them to int8 in its own way")
     if misfit is not None:
         return misfit
+    embed = architecture_of(subject.config).embed
     for module, format in subject.integers.items():
-        embedding = module == architecture_of(subject.config).embed
-        if why := why_not(format, None if embedding else subject.shapes[module][1]):
+        if why := why_not(format, None if module == embed else subject.shapes[module][1]):
             return weight_misfit(subject, module, why)
     return None
 

@@ -94,13 +94,16 @@ class Exporter:
     ops: frozenset[type[RuntimeOp]] = frozenset()
 
     def misfit(self, subject: Subject) -> Misfit | None:
-        """Why the target does not support a subject: experts, a runtime op, a format, or its own limits."""
+        """Why the target does not support a subject: experts, a runtime op, a turned matrix, a format, its own limits."""
         if any(kind.experts is not None for kind in architecture_of(subject.config).layers):
             return Misfit("architecture", "mixtures of experts are not exported; use the run folder itself")
         for op, origin in subject.ops.items():
             if op not in self.ops:
                 advice = "use diagonal transforms after norms (qkv and mlp), sites=down, and no act_clip"
                 return Misfit("recipe", f"{origin} leaves {op.why} at run time; {advice}")
+        if turned := architecture_of(subject.config).transposed() & subject.weights.keys():
+            why = f"{min(turned)} is stored as (in, out) by its library; targets take linears stored as (out, in)"
+            return Misfit("architecture", why)
         for module, format in subject.weights.items():
             if not isinstance(format, self.formats):
                 return weight_misfit(subject, module, f"this target does not support the format {format.name}")

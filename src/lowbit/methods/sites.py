@@ -54,8 +54,8 @@ class Site:
 def site_name(block: Block, edge: Edge) -> str:
     """The name of an edge's site: its kind, or for norms ``qkv`` or ``mlp`` by what reads them.
 
-    ``qkv`` are the norms up to the attention's output projection, or before another mixer's first linears; ``mlp`` all
-    others.
+    ``qkv`` are the norms up to the attention's output projection, or before another mixer's first linears; ``mlp``
+    are all others.
     """
     if edge.kind != "norm":
         return edge.kind

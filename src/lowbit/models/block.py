@@ -64,8 +64,8 @@ class Block:
         kwargs: the keyword arguments that the model passes to each layer (masks, rotary embeddings).
         kinds: the structure of each layer.
         blocks: module path of the model's list of layers.
-        params: float parameters by name, with the transforms so far folded in; matrices are ``(out, in)``, also
-            those that the library stores transposed.
+        params: float parameters and stored buffers by name, with the transforms so far folded in; matrices are
+            ``(out, in)``, also those that the library stores transposed.
         formats: formats of the linears to be quantized, as resolved by the plan.
         kv: format of queries, keys and values inside the attention; ``None``: float.
         clips: clipping ratios ``(low, high)`` of the groups' ranges by linear name, each ``(rows, groups)``, for the

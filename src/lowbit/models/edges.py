@@ -95,7 +95,7 @@ class Projection:
         return values if self.columns is None else values[..., index_of(self.columns)]
 
     def outer(self, factor: Tensor, columns: int, rest: float = 1.0) -> Tensor:
-        """A value for each of the matrix's inputs as one for each of the parameter's ``columns``; others: ``rest``."""
+        """A value for each input of the matrix as one for each of the parameter's ``columns``; or ``rest``."""
         if self.columns is None:
             return factor
         out = factor.new_full((columns,), rest)

@@ -20,7 +20,8 @@ qk         ``(kv, size)``                    norms over all heads: the same per 
 ========== ================================= ===========================================================
 
 ``limit`` of the edge says which of them fold. For qk, K becomes ``K C^T`` and Q ``Q C^-1``. A dense matrix after a
-norm cannot be folded and is refused here. Where a channels edge has ``power`` p, rows of its source take the p-th root.
+norm cannot be folded and is refused here. Where a channels edge has ``power`` p, rows of its source take the p-th
+root.
 
 Norm and heads edges also take a shift ``s``: activations become ``(x - s) A^-1``, at no run-time cost where both ends
 have a bias (``can_shift``). Across heads this is exact where the rows of the softmax sum to 1.

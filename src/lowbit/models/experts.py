@@ -42,8 +42,8 @@ def gated_experts(module: str, count: int, width: int, hidden: int, names: tuple
 
 
 def parameter_shapes(kind: LayerKind, layer: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of a layer's parameters as the library stores them, by the names that a block has."""
-    shapes = {name: value.shape for name, value in layer.named_parameters()}
+    """Shapes of a layer's parameters and stored buffers as the library stores them, by the names that a block has."""
+    shapes = {name: value.shape for name, value in layer.state_dict().items()}
     return _apart(kind.experts, shapes) if kind.experts is not None else shapes
 
 

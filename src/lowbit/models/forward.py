@@ -48,7 +48,7 @@ def run(
         prefix = f"{index}."
         names = [name for name in params if name.startswith(prefix)]
         apart = {name for name in names if kind.expert_of(name.removeprefix(prefix).rpartition(".")[0]) is not None}
-        own = {name: params[name].to(x.dtype) for name in names if name not in apart}
+        own = {name: _like(params[name], x) for name in names if name not in apart}
         state = {name.removeprefix(prefix): value for name, value in block.as_stored(own).items()}
         inputs = _inputs(block, index, kind, quantized, taps or {})
         with ExitStack() as stack:
@@ -66,7 +66,7 @@ def run(
                 if op.place == "behind a norm" and name.startswith(prefix):
                     norm = layer.get_submodule(name.removeprefix(prefix))
                     stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
-            x = _called(layer, index, state, x, for_batch(kwargs, len(x)))
+            x = _called(layer, index, state, x, for_batch(kwargs, x))
     return x
 
 
@@ -88,6 +88,11 @@ def routing_of(experts: str) -> str:
     return f"{experts}:routing"
 
 
+def _like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter in the dtype of ``x``; a buffer of integers as it is."""
+    return parameter.to(x.dtype) if parameter.is_floating_point() else parameter
+
+
 def _called(layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, arguments: dict[str, Any]) -> Tensor:
     """The layer's hidden states; a layer that hands something to later ones in an argument is refused."""
     empty = {name: value for name, value in arguments.items() if isinstance(value, MutableMapping) and not value}
@@ -96,8 +101,8 @@ def _called(layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, a
         if value:
             value.clear()
             raise LowbitError(
-                f"layer {index} hands '{name}' to later layers, and lowbit gives a layer nothing but hidden states of "
-                "the one before: choose another model"
+                f"layer {index} hands '{name}' to later layers, and lowbit gives a layer the hidden states of the "
+                "one before and nothing else: choose another model"
             )
     return out
 

@@ -30,21 +30,20 @@ class PerSequence:
 
     value: Tensor
 
-    def for_batch(self, sequences: int) -> Tensor:
-        """``(sequences * rows, ...)``, sequence by sequence.
+    def for_batch(self, x: Tensor) -> Tensor:
+        """``(sequences * rows, ...)`` for hidden states ``x`` ``(sequences, length, hidden)``, in their dtype.
 
-        >>> PerSequence(torch.tensor([1, 2])).for_batch(2).tolist()
+        >>> PerSequence(torch.tensor([1, 2])).for_batch(torch.zeros(2, 3, 4)).tolist()
         [1, 2, 1, 2]
         """
-        return self.value.repeat(sequences, *[1] * (self.value.ndim - 1))
+        rows = self.value.repeat(len(x), *[1] * (self.value.ndim - 1))
+        return rows.to(x.dtype) if rows.is_floating_point() else rows
 
 
-def for_batch(arguments: Mapping[str, Any], sequences: int) -> dict[str, Any]:
-    """A layer's keyword arguments for a number of sequences."""
-    return {
-        name: value.for_batch(sequences) if isinstance(value, PerSequence) else value
-        for name, value in arguments.items()
-    }
+def for_batch(arguments: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
+    """A layer's keyword arguments for hidden states ``x`` ``(sequences, length, hidden)``."""
+    rows = {name: value.for_batch(x) for name, value in arguments.items() if isinstance(value, PerSequence)}
+    return {**arguments, **rows}
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -86,6 +85,8 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "layer":  # of a copy that is being made
+                raise
             return getattr(self.layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,12 +120,12 @@ class _Recorder(nn.Module):
             if kind is inspect.Parameter.VAR_KEYWORD:
                 arguments |= value
             elif kind is inspect.Parameter.VAR_POSITIONAL:
-                raise LowbitError(f"the model gives layer {self.index} arguments without names: {ADVICE}")
+                raise _Unlike(f"the model gives layer {self.index} arguments without names")
             else:
                 arguments[name] = value
         hidden = arguments.pop(next(iter(self.signature.parameters)), None)
         if not isinstance(hidden, Tensor):
-            raise LowbitError(f"the first argument of layer {self.index} is no tensor of hidden states: {ADVICE}")
+            raise _Unlike(f"the first argument of layer {self.index} is no tensor of hidden states")
         return hidden, arguments
 
 
@@ -191,8 +192,9 @@ class Recorders:
         self.learned = True
 
     def _calls(self, forward: Callable[[Tensor], Tensor], ids: Tensor) -> list[_Call]:
-        """The calls of the layers in a pass, which must be one after the other, each with what the one before gave."""
-        self.now.calls = calls = []
+        """The calls of the layers in a pass: one after the other, each with what the one before gave."""
+        calls: list[_Call] = []
+        self.now.calls = calls
         try:
             logits = forward(ids)
         finally:
@@ -204,7 +206,7 @@ class Recorders:
         return calls
 
 
-class _Unlike(Exception):
+class _Unlike(LowbitError):
     """A model does something else than calling its layers one after the other."""
 
 
@@ -224,8 +226,8 @@ def _names_with_rows(one: Mapping[str, Any], two: Mapping[str, Any], layer: int)
         pairs = list(zip(_tensors(value), _tensors(two.get(name)), strict=False))
         if any(not _same(a, b) and not _doubled(a, b) for a, b in pairs):
             raise LowbitError(
-                f"the model gives layer {layer} the argument '{name}', which depends on the text or does not have the "
-                f"sequences in front: {ADVICE}"
+                f"the model gives layer {layer} the argument '{name}', which depends on the text or does not have "
+                f"the sequences in front: {ADVICE}"
             )
         if any(not _same(a, b) and len(a) > 1 for a, b in pairs):
             if not isinstance(value, Tensor):

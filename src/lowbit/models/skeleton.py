@@ -4,8 +4,8 @@ The library's own model class is built without memory for its parameters; embedd
 filled in. Recorders (``recorder.py``) replace the decoder layers: one pass of the model's own ``forward`` yields the
 input of block 0 and the keyword arguments of each layer (masks and rotary embeddings differ between layers in some
 families). When the last recorder returns given hidden states, the same ``forward`` computes their logits, including
-the final norm and logit capping. Rejected: an exception that stops the forward at the first layer, which sees one layer's
-arguments only, and per-family code for embedding and head.
+the final norm and logit capping. Rejected: an exception that stops the forward at the first layer, which sees one
+layer's arguments only, and per-family code for embedding and head.
 """
 
 from __future__ import annotations

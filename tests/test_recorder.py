@@ -1,0 +1,133 @@
+"""What the recorders find out of how a model calls its layers, and which models they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError
+from lowbit.models.architecture import LayerKind
+from lowbit.models.block import Block
+from lowbit.models.forward import run
+from lowbit.models.recorder import PerSequence, Recorders, for_batch
+
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+VOCABULARY, HIDDEN, HEADS = 8, 4, 2
+
+
+class Layer(nn.Module):
+    """A layer whose arguments have names, a default and others behind them."""
+
+    sort = "full"
+
+    def forward(self, states: Tensor, bias: Tensor | None = None, scale: float = 1.0, **more: object) -> Tensor:
+        return states
+
+
+class Model(nn.Module):
+    """Two layers; ``call(recorder, x, ids, index)`` is how it calls one."""
+
+    def __init__(self, call, again=1):
+        super().__init__()
+        self.table = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0))
+        self.recorders = Recorders.of([Layer(), Layer()])
+        self.call, self.again = call, again
+
+    def forward(self, ids):
+        x = self.table[ids]
+        for _ in range(self.again):
+            for index, layer in enumerate(self.recorders.modules):
+                x = self.call(layer, x, ids, index)
+        return x[..., -1:, :]
+
+    def learn(self):
+        self.recorders.learn(self, IDS, VOCABULARY)
+        return self.recorders
+
+
+def biases(ids):
+    """A bias for each head and position, sequence by sequence: ``(sequences * heads, 1, length)``."""
+    return torch.arange(HEADS * ids.shape[1]).float().reshape(HEADS, 1, -1).repeat(len(ids), 1, 1)
+
+
+def test_arguments_are_recorded_by_name_however_they_are_given():
+    recorders = Model(lambda layer, x, ids, index: layer(x, None, index + 0.5, kind=layer.sort)).learn()
+    assert [recorders.arguments(i, 5) for i in range(2)] == [
+        {"bias": None, "scale": 0.5, "kind": "full"},
+        {"bias": None, "scale": 1.5, "kind": "full"},
+    ]
+    named = Model(lambda layer, x, ids, index: layer(scale=2.0, states=x)).learn()
+    assert named.arguments(1, 5) == {"scale": 2.0}
+    named.forget()
+    with pytest.raises(KeyError):
+        named.arguments(1, 5)
+
+
+def test_layers_that_return_tuples_are_told_from_those_that_return_tensors():
+    assert Model(lambda layer, x, ids, index: layer(x)[0], 1).learn().now.tuples
+    assert not Model(lambda layer, x, ids, index: layer(x)).learn().now.tuples
+
+
+def test_an_argument_with_rows_for_each_sequence_grows_with_the_batch_and_a_mask_does_not():
+    mask = torch.ones(1, 1, 5, 5).tril()
+
+    def call(layer, x, ids, index):
+        return layer(x, biases(ids), mask=mask.expand(len(ids), -1, -1, -1), order=torch.arange(5))
+
+    arguments = Model(call).learn().arguments(0, 5)
+    assert isinstance(arguments["bias"], PerSequence)
+    for sequences in (1, 3):
+        x = torch.zeros(sequences, 5, HIDDEN, dtype=torch.float64)
+        given = for_batch(arguments, x)
+        assert torch.equal(given["bias"], biases(torch.zeros(sequences, 5)).double())
+        assert torch.equal(given["mask"], mask)
+        assert torch.equal(given["order"], torch.arange(5))
+
+
+REFUSED = {
+    "changes": (lambda layer, x, ids, index: layer(x) * 2, "changes the hidden states between layers 0 and 1"),
+    "flattens": (lambda layer, x, ids, index: layer(x.flatten(0, 1)), "layer 0 gets an input of shape (10, 4), not"),
+    "reads": (
+        lambda layer, x, ids, index: layer(x, more=(ids.float(),)),
+        "gives layer 0 the argument 'more', which depends on the text",
+    ),
+    "stacks": (
+        lambda layer, x, ids, index: layer(x, torch.zeros(3, len(ids), 5)),
+        "gives layer 0 the argument 'bias', which depends on the text or does not have the sequences in front",
+    ),
+    "nests": (
+        lambda layer, x, ids, index: layer(x, more={"biases": biases(ids)}),
+        "the argument 'more' of layer 0 holds tensors with sequences",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_model_that_does_anything_else_is_refused_by_what_it_does(call, message):
+    with pytest.raises(LowbitError) as error:
+        Model(call).learn()
+    assert message in str(error.value)
+    assert "choose another model" in str(error.value)
+
+
+def test_a_model_that_calls_its_layers_again_is_refused():
+    with pytest.raises(LowbitError, match="calls its 2 layers 4 times"):
+        Model(lambda layer, x, ids, index: layer(x), again=2).learn()
+
+
+def test_a_layer_that_hands_something_to_later_layers_is_refused():
+    class Hands(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, shared):
+            shared[0] = x
+            return x * self.gain
+
+    params, kind = {"3.gain": torch.ones(())}, LayerKind((), (), attention=None)
+    block = Block((Hands(),), 3, ({"shared": {}},), (kind,), "model.layers", params)
+    with pytest.raises(LowbitError, match="layer 3 hands 'shared' to later layers"):
+        run(block, torch.zeros(1, 2, 4))
+    assert block.kwargs[0]["shared"] == {}
