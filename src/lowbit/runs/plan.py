@@ -245,7 +245,7 @@ def _stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
             full = f"{architecture.blocks}.{index}.{name}"
             if full in formats.modules and not isinstance(layer.get_submodule(name), nn.Linear):
                 return f"{full} chooses the experts, and transformers has no quantized linear in its place"
-        if kind.experts is not None and not kind.experts.apart and experts[0] in formats.modules:
+        if kind.experts is not None and not kind.experts.apart and any(name in formats.modules for name in experts):
             whole = f"{architecture.blocks}.{index}.{kind.experts.module}.{kind.experts.writes.parameter}"
             return f"transformers stores the experts of a layer together ({whole}) and reads no codes of one expert"
     return stock_loads_experts(formats, experts, architecture.embed) if experts else None
