@@ -143,17 +143,16 @@ def put_together(experts: Experts, params: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def as_the_library_stores(architecture: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors by the library's names, from those of blocks with ``full`` names."""
+    """A model's tensors by the library's names, from those with each expert's own."""
     out = dict(state)
     for index, kind in enumerate(architecture.layers):
-        prefix = f"{architecture.blocks}.{index}."
         if kind.experts is not None:
+            module = f"{architecture.blocks}.{index}.{kind.experts.module}."
             names = [
-                name for name in state if kind.expert_of(name.removeprefix(prefix).rpartition(".")[0]) is not None
+                f"{kind.experts.module}.{name.removeprefix(module)}" for name in state if name.startswith(module)
             ]
-            own = {name.removeprefix(prefix): out.pop(name) for name in names if name.startswith(prefix)}
-            together = put_together(kind.experts, own)
-            out |= {f"{prefix}{kind.experts.module}.{name}": value for name, value in together.items()}
+            own = {name: out.pop(f"{architecture.blocks}.{index}.{name}") for name in names}
+            out |= {f"{module}{name}": value for name, value in put_together(kind.experts, own).items()}
     return out
 
 
@@ -177,26 +176,29 @@ def experts_of(name: str, module: nn.Module, model_type: str) -> Experts | None:
     said: Any = module
     if not hasattr(module, "has_gate"):
         return None
-    count, first = int(said.num_experts), "gate_up_proj" if said.has_gate else "up_proj"
-    shape, hidden = said.get_parameter(first).shape, said.down_proj.shape[1]
-    out, hidden = (shape[2], said.down_proj.shape[2]) if said.is_transposed else (shape[1], hidden)
-    sources = _sources(model_type, first), _sources(model_type, "down_proj")
-    apart = sources[0] is not None and sources[1] is not None
-    read_names = sources[0] or (["gate_proj", "up_proj"] if said.has_gate else ["up_proj"])
-    size = out // len(read_names)
-    rows = [
-        range(at, out, len(read_names)) if not said.is_concatenated else range(at * size, (at + 1) * size)
-        for at in range(len(read_names))
-    ]
-    bias = first if said.has_bias else None
+    first = "gate_up_proj" if said.has_gate else "up_proj"
+    rows_at = 2 if said.is_transposed else 1  # of a matrix (out, in) in the parameter of three dimensions
+    out, hidden = said.get_parameter(first).shape[rows_at], said.down_proj.shape[rows_at]
+    names, last = _sources(model_type, first), _sources(model_type, "down_proj")
+    apart = names is not None and last is not None
+    names = names or (["gate_proj", "up_proj"] if said.has_gate else ["up_proj"])
+    biases = (f"{first}_bias", "down_proj_bias") if said.has_bias else (None, None)
     reads = tuple(
-        ExpertLinear(own, first, compact(tuple(part)), f"{bias}_bias" if bias else None)
-        for own, part in zip(read_names, rows, strict=True)
+        ExpertLinear(own, first, compact(_share(at, len(names), out, said.is_concatenated)), biases[0])
+        for at, own in enumerate(names)
     )
-    down = ExpertLinear(
-        (sources[1] or ["down_proj"])[0], "down_proj", range(hidden), "down_proj_bias" if bias else None
-    )
-    return Experts(name, count, reads, down, bool(said.is_transposed), apart)
+    writes = ExpertLinear((last or ["down_proj"])[0], "down_proj", range(hidden), biases[1])
+    return Experts(name, int(said.num_experts), reads, writes, bool(said.is_transposed), apart)
+
+
+def _share(at: int, parts: int, rows: int, one_behind_another: bool) -> tuple[int, ...]:
+    """The rows of part ``at`` of equal ones, which are one behind another or take turns.
+
+    >>> _share(1, 2, 6, True), _share(1, 2, 6, False)
+    ((3, 4, 5), (1, 3, 5))
+    """
+    size = rows // parts
+    return tuple(range(at * size, (at + 1) * size) if one_behind_another else range(at, rows, parts))
 
 
 def _sources(model_type: str, parameter: str) -> list[str] | None:
@@ -208,9 +210,8 @@ def _sources(model_type: str, parameter: str) -> list[str] | None:
     from transformers.core_model_loading import WeightConverter
 
     for rule in get_checkpoint_conversion_mapping(model_type) or []:
-        if isinstance(rule, WeightConverter) and any(
-            target.endswith(f"experts.{parameter}") for target in rule.target_patterns
-        ):
+        puts_together = isinstance(rule, WeightConverter)
+        if puts_together and any(target.endswith(f"experts.{parameter}") for target in rule.target_patterns):
             found = [re.search(r"experts\.\*\.(.+)\.weight$", pattern) for pattern in rule.source_patterns]
             if all(found):
                 return [match[1] for match in found if match]

@@ -40,34 +40,54 @@ def run(
             quantized ones).
         quantized: quantize the linears' inputs and Q, K, V according to ``block.formats`` and ``block.kv``.
         taps: functions by linear name; each receives the input of its linear as the linear sees it, ``(tokens, in)``
-            for a linear of an expert, from the tokens that reach the expert. The name of an experts module is one,
-            too: its tap receives all tokens. For ``routing_of`` it see there.
+            for a linear of an expert, of the tokens that reach the expert. The name of an experts module is one,
+            too: its tap receives all tokens; and so is ``routing_of`` it, for the experts of each token.
     """
     params = block.params if params is None else params
     for layer, index, kind, kwargs in zip(block.layers, block.indices, block.kinds, block.kwargs, strict=True):
-        prefix = f"{index}."
-        names = [name for name in params if name.startswith(prefix)]
-        apart = {name for name in names if kind.expert_of(name.removeprefix(prefix).rpartition(".")[0]) is not None}
-        own = {name: _like(params[name], x) for name in names if name not in apart}
-        state = {name.removeprefix(prefix): value for name, value in block.as_stored(own).items()}
-        inputs = _inputs(block, index, kind, quantized, taps or {})
+        state = _state(block, index, kind, params, x)
         with ExitStack() as stack:
-            if kind.attention is not None:
-                attention = layer.get_submodule(kind.attention)
-                stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
-            if kind.experts is not None:
-                call = _experts_call(kind.experts, params, inputs, index, taps or {}, block.every_token)
-                stack.enter_context(experts_computed_by(layer.get_submodule(kind.experts.module), call))
-            outside = [{n: own for n, own in group.items() if kind.expert_of(n) is None} for group in inputs]
-            for name, hook in _hooks(outside):
-                handle = layer.get_submodule(name).register_forward_pre_hook(hook)
-                stack.callback(handle.remove)
-            for name, op in block.ops.items():
-                if op.place == "behind a norm" and name.startswith(prefix):
-                    norm = layer.get_submodule(name.removeprefix(prefix))
-                    stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
+            _prepare(stack, block, layer, index, kind, params, quantized, taps or {})
             x = _called(layer, index, state, x, for_batch(kwargs, x))
     return x
+
+
+def _state(block: Block, index: int, kind: LayerKind, params: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """A layer's parameters as the library names and stores them, without those of experts, in the dtype of ``x``."""
+    prefix = f"{index}."
+    names = [name for name in params if name.startswith(prefix)]
+    if kind.experts is not None:
+        names = [n for n in names if kind.expert_of(n.removeprefix(prefix).rpartition(".")[0]) is None]
+    own = block.as_stored({name: _like(params[name], x) for name in names})
+    return {name.removeprefix(prefix): value for name, value in own.items()}
+
+
+def _prepare(
+    stack: ExitStack,
+    block: Block,
+    layer: nn.Module,
+    index: int,
+    kind: LayerKind,
+    params: Mapping[str, Tensor],
+    quantized: bool,
+    taps: Mapping[str, Tap],
+) -> None:
+    """Make a layer quantize and show the inputs of its linears and apply its runtime ops, while ``stack`` is open."""
+    prefix, inputs = f"{index}.", _inputs(block, index, kind, quantized, taps)
+    if kind.attention is not None:
+        attention = layer.get_submodule(kind.attention)
+        stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
+    if kind.experts is not None:
+        call = _experts_call(kind.experts, params, inputs, index, taps, block.every_token)
+        stack.enter_context(experts_computed_by(layer.get_submodule(kind.experts.module), call))
+        inputs = [{n: own for n, own in group.items() if kind.expert_of(n) is None} for group in inputs]
+    for name, hook in _hooks(inputs):
+        handle = layer.get_submodule(name).register_forward_pre_hook(hook)
+        stack.callback(handle.remove)
+    for name, op in block.ops.items():
+        if op.place == "behind a norm" and name.startswith(prefix):
+            norm = layer.get_submodule(name.removeprefix(prefix))
+            stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
 
 
 def _experts_call(
@@ -84,7 +104,7 @@ def _experts_call(
 
 
 def routing_of(experts: str) -> str:
-    """The name of the tap that sees the experts of each token ``(tokens, k)``, of an experts module."""
+    """The name of an experts module's tap that receives the experts of each token ``(tokens, k)``."""
     return f"{experts}:routing"
 
 

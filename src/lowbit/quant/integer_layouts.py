@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.layout import Layout, Stored
 
 
-@dataclass(frozen=True)
 class PackedIntegers(Layout):
     """``pack-quantized``.
 
@@ -24,8 +21,10 @@ class PackedIntegers(Layout):
             weights always, those of experts on request.
     """
 
-    wide: bool = False
-    name: ClassVar[str] = "pack-quantized"
+    name = "pack-quantized"
+
+    def __init__(self, wide: bool = False) -> None:
+        self.wide = wide
 
     def bits_per_value(self, format: Format, columns: int) -> float:
         """The format's; scales beside zero points take 32 bits.
