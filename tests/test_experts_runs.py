@@ -13,7 +13,7 @@ import lowbit
 import mixtures
 from lowbit.errors import LowbitError
 from lowbit.models.forward import relative_error
-from lowbit.pipeline.recipe import load_recipe
+from lowbit.pipeline.recipe import load_recipe, recipe_from_dict
 from lowbit.pipeline.runner import Walk
 from lowbit.runs.manifest import MANIFEST
 from lowbit.runs.streamed_model import StreamedModel
@@ -48,7 +48,7 @@ def run_of(folder, name, scheme, recipe="rtn", model=None, **more):
         model.save_pretrained(folder / "model")
     else:
         made.set_experts_implementation("eager")
-    steps = [step for step, _ in load_recipe(recipe).steps]
+    steps = [step for step, _ in (load_recipe(recipe) if isinstance(recipe, str) else recipe).steps]
     settings = [s for s in ("affinequant.epochs=1", "lowrank.epochs=1") if s.split(".")[0] in steps]
     text = str(folder / "model" / "calib.txt")
     given = {"scheme": scheme, "recipe": recipe, "data": text, "samples": 4, "length": 24, "settings": settings}
@@ -65,6 +65,14 @@ def logits_of(model):
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 def test_methods_run_and_the_folder_computes_what_was_simulated(name, recipe, tmp_path):
     run, model = run_of(tmp_path, name, SCHEMES[recipe], recipe)
+    simulated = streamed_logits(run, IDS)
+    assert torch.equal(logits_of(lowbit.load(run)), simulated)
+    assert 0 < relative_error(simulated, logits_of(model)) < 0.5
+
+
+def test_the_whole_model_is_tuned_through_its_experts(tmp_path):
+    recipe = recipe_from_dict({"steps": ["gptq", {"tune": {"epochs": 1, "rank": 2}}]}, "tuned")
+    run, model = run_of(tmp_path, "qwen3-moe", "w4a16g16-sym", recipe)
     simulated = streamed_logits(run, IDS)
     assert torch.equal(logits_of(lowbit.load(run)), simulated)
     assert 0 < relative_error(simulated, logits_of(model)) < 0.5

@@ -2,8 +2,8 @@
 
 Memory covers embeddings and head, one window of blocks (float weights, a working copy, second moments, those of as
 many experts as one pass collects) and the hidden states; for ``tune`` also its learned parameters with gradients and
-Adam's moments. Time is the floating-point operations of the forward passes over the measured matrix-product throughput;
-searches and factorizations are not counted, so it is a lower bound.
+Adam's moments. Time is the floating-point operations of the forward passes over the measured matrix-product
+throughput; searches and factorizations are not counted, so it is a lower bound.
 """
 
 from __future__ import annotations
