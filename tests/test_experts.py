@@ -149,6 +149,24 @@ def test_gradients_are_the_librarys(name):
         assert torch.allclose(grad, wanted, atol=1e-6 * float(wanted.abs().max()), rtol=1e-3)
 
 
+def test_a_pass_in_which_one_expert_differs_runs_that_one_alone():
+    from lowbit.models.experts_function import ExpertsReplay
+
+    block, x = block_of(tiny_mixture("qwen3-moe"), start=2)
+    replay = ExpertsReplay()
+    assert torch.equal(run(block, x, replay=replay), run(block, x))
+    assert sorted(replay.parts) == [0, 1, 2, 3]
+    name = "2.mlp.experts.1.up_proj.weight"
+    params = {**block.params, name: block.params[name].roll(1, 0)}
+    wanted, got = run(block, x, params), run(block, x, params, replay=replay.alone(1))
+    assert float((wanted - run(block, x)).abs().max()) > 0.1
+    assert torch.allclose(got, wanted, atol=1e-5)
+    others = {n: value if ".experts." not in n or n == name else value * float("nan") for n, value in params.items()}
+    gate, down = (f"2.mlp.experts.1.{n}_proj.weight" for n in ("gate", "down"))
+    alone = run(block, x, {**others, gate: params[gate], down: params[down]}, replay=replay.alone(1))
+    assert torch.equal(alone, got), "another expert has run"
+
+
 def test_an_experts_inputs_are_quantized_each_in_its_own_format():
     from dataclasses import replace
 

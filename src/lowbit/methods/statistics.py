@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import observe, routing_of
+from lowbit.models.linear_input import Tap
 from lowbit.models.offload import batches
 
 
@@ -156,20 +157,27 @@ def paired_statistics(
     seen = {name: Statistics(want) for name in linears}
     params = quantized.quantized_params()
     routed = {name: _router_tap(quantized, name) for name in linears if quantized.expert_of(name) is not None}
-    every = {"every_token": True} if routed else {}
-    ours, theirs = replace(quantized, **every), replace(exact, **every)  # type: ignore[arg-type]
+    ours, theirs = quantized, exact
+    if routed:
+        ours, theirs = replace(quantized, every_token=True), replace(exact, every_token=True)
+    chosen: dict[str, Tensor] = {}
+
+    def keep(inputs: dict[str, Tensor], name: str, value: Tensor) -> None:
+        if name in routed and not quantized.every_token:
+            value = value[chosen[routed[name]].eq(quantized.expert_of(name)).any(1)]
+        inputs[name] = value
+
     inputs_by_batch = (batches(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
     for x_q, x_fp in zip(*inputs_by_batch, strict=True):
-        inputs, wanted, chosen = {}, {}, {}  # type: dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]
-        taps = {name: partial(inputs.__setitem__, name) for name in linears}
-        taps |= {name: partial(chosen.__setitem__, name) for name in routed.values()}
+        inputs: dict[str, Tensor] = {}
+        wanted: dict[str, Tensor] = {}
+        # An experts module shows its routing before the inputs of its linears.
+        taps: dict[str, Tap] = {name: partial(chosen.__setitem__, name) for name in routed.values()}
+        taps |= {name: partial(keep, inputs, name) for name in linears}
         observe(ours, x_q, taps, params, quantized=True, batch=calib.batch)
-        observe(theirs, x_fp, {name: partial(wanted.__setitem__, name) for name in linears}, batch=calib.batch)
+        observe(theirs, x_fp, {name: partial(keep, wanted, name) for name in linears}, batch=calib.batch)
         for name in linears:
-            rows = slice(None)  # type: slice | Tensor
-            if name in routed and not quantized.every_token:
-                rows = (chosen[routed[name]] == quantized.expert_of(name)).any(1)
-            seen[name].add(inputs[name][rows], wanted[name][rows])
+            seen[name].add(inputs[name], wanted[name])
     return seen
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,25 @@ NAME = "lowbit"
 FLOAT = LinearInput()
 
 
+@dataclass
+class ExpertsReplay:
+    """A pass through one layer's experts, kept so that another, in which one expert differs, runs that one alone.
+
+    Attributes:
+        only: the expert that differs; ``None``: the pass is kept.
+        parts: by expert the tokens that reach it, the ranks at which they chose it, and what it adds to the output.
+        total: the output ``(tokens, hidden)``.
+    """
+
+    only: int | None = None
+    parts: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    total: Tensor | None = None
+
+    def alone(self, expert: int) -> ExpertsReplay:
+        """For a pass in which ``expert`` differs from the one that is kept."""
+        return replace(self, only=expert)
+
+
 @dataclass(frozen=True)
 class ExpertsCall:
     """What an experts module computes with.
@@ -41,6 +60,7 @@ class ExpertsCall:
         routing: receives the experts of each token ``(tokens, k)``.
         every_token: taps of ``inputs`` see all tokens, as if each expert were reached by every token.
         prefix: of the names in ``params``, before those within the layer.
+        replay: keeps the pass, or runs one expert and takes all others from the one that is kept.
     """
 
     experts: Experts
@@ -50,6 +70,7 @@ class ExpertsCall:
     routing: Tap | None = None
     every_token: bool = False
     prefix: str = ""
+    replay: ExpertsReplay | None = None
 
     def __call__(self, module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The sum of the experts' outputs ``(tokens, hidden)``.
@@ -64,6 +85,8 @@ class ExpertsCall:
             self.tap(x)
         if self.routing is not None:
             self.routing(chosen)
+        if self.replay is not None and self.replay.only is not None:
+            return self._with_one_changed(module, x, weights, self.replay, self.replay.only)
         out = torch.zeros_like(x)
         reached = set(chosen.unique().tolist())
         for number in range(self.experts.count):
@@ -71,10 +94,26 @@ class ExpertsCall:
                 with torch.no_grad():
                     self._expert(module, number, x, taps=True)
             if number in reached:
-                at, token = torch.where(number == chosen.T)
+                at, token = torch.where(chosen.T.eq(number))
                 y = self._reached(module, number, x[token])
-                out.index_add_(0, token, (y * weights[token, at, None]).to(out.dtype))
+                part = (y * weights[token, at, None]).to(out.dtype)
+                out.index_add_(0, token, part)
+                if self.replay is not None:
+                    self.replay.parts[number] = (token, at, part)
+        if self.replay is not None:
+            self.replay.total = out
         return out
+
+    def _with_one_changed(
+        self, module: Any, x: Tensor, weights: Tensor, replay: ExpertsReplay, number: int
+    ) -> Tensor:
+        """The output of the pass that is kept, with one expert computed anew."""
+        assert replay.total is not None
+        if number not in replay.parts:
+            return replay.total
+        token, at, before = replay.parts[number]
+        part = (self._expert(module, number, x[token], taps=True) * weights[token, at, None]).to(x.dtype)
+        return replay.total.index_add(0, token, part - before)
 
     def _reached(self, module: Any, number: int, x: Tensor) -> Tensor:
         """An expert's output for the tokens that reach it.
@@ -84,8 +123,8 @@ class ExpertsCall:
         """
         again = torch.is_grad_enabled() and not self._tapped(number)
         if again and not module.has_post_expert_norm:  # whose parameters are the block's during the call alone
-            same = {"use_reentrant": False, "preserve_rng_state": False}
-            return cast(Tensor, checkpoint(self._expert, module, number, x, False, **same))
+            args = (module, number, x, False)
+            return cast(Tensor, checkpoint(self._expert, *args, use_reentrant=False, preserve_rng_state=False))
         return self._expert(module, number, x, taps=not self.every_token)
 
     def _tapped(self, number: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.architecture import Experts, LayerKind
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
-from lowbit.models.experts_function import ExpertsCall, experts_computed_by
+from lowbit.models.experts_function import ExpertsCall, ExpertsReplay, experts_computed_by
 from lowbit.models.linear_input import Cache, LinearInput, Tap
 from lowbit.models.offload import batches, concatenate
 from lowbit.models.recorder import for_batch, hidden_of
@@ -30,6 +31,7 @@ def run(
     *,
     quantized: bool = False,
     taps: Mapping[str, Tap] | None = None,
+    replay: ExpertsReplay | None = None,
 ) -> Tensor:
     """The block's output for hidden states ``x`` ``(sequences, length, hidden)``; differentiable in ``params``.
 
@@ -42,12 +44,13 @@ def run(
         taps: functions by linear name; each receives the input of its linear as the linear sees it, ``(tokens, in)``
             for a linear of an expert, of the tokens that reach the expert. The name of an experts module is one,
             too: its tap receives all tokens; and so is ``routing_of`` it, for the experts of each token.
+        replay: of one layer's experts: keeps the pass, or runs one expert and takes all others from it.
     """
     params = block.params if params is None else params
     for layer, index, kind, kwargs in zip(block.layers, block.indices, block.kinds, block.kwargs, strict=True):
         state = _state(block, index, kind, params, x)
         with ExitStack() as stack:
-            _prepare(stack, block, layer, index, kind, params, quantized, taps or {})
+            _prepare(stack, block, layer, index, kind, params, quantized, taps or {}, replay)
             x = _called(layer, index, state, x, for_batch(kwargs, x))
     return x
 
@@ -71,6 +74,7 @@ def _prepare(
     params: Mapping[str, Tensor],
     quantized: bool,
     taps: Mapping[str, Tap],
+    replay: ExpertsReplay | None,
 ) -> None:
     """Make a layer quantize and show the inputs of its linears and apply its runtime ops, while ``stack`` is open."""
     prefix, inputs = f"{index}.", _inputs(block, index, kind, quantized, taps)
@@ -79,7 +83,8 @@ def _prepare(
         stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
     if kind.experts is not None:
         call = _experts_call(kind.experts, params, inputs, index, taps, block.every_token)
-        stack.enter_context(experts_computed_by(layer.get_submodule(kind.experts.module), call))
+        module = layer.get_submodule(kind.experts.module)
+        stack.enter_context(experts_computed_by(module, replace(call, replay=replay)))
         inputs = [{n: own for n, own in group.items() if kind.expert_of(n) is None} for group in inputs]
     for name, hook in _hooks(inputs):
         handle = layer.get_submodule(name).register_forward_pre_hook(hook)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lowbit.models.block import Block
-from lowbit.models.forward import Tap, routing_of
+from lowbit.models.forward import routing_of
+from lowbit.models.linear_input import Tap
 
 
 class Routing:
