@@ -120,6 +120,6 @@ def test_inspect_and_the_manifest_tell_the_kinds_of_layers(tmp_path):
         in (attention["edges"])
     )
     stored = manifest_of(run).architecture
-    assert stored == json.loads(json.dumps(to_dict(architecture_of(model.config))))
+    assert stored == to_dict(architecture_of(model.config)) == json.loads(json.dumps(stored))
     assert [kind["layers"] for kind in stored["kinds"]] == [[0, 2], [1]]
     assert stored["kinds"][0]["edges"][1]["src"] == {"module": "conv.in_proj", "name": "B", "rows": [[0, 64]]}

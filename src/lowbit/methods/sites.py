@@ -69,7 +69,7 @@ def site_name(block: Block, edge: Edge) -> str:
 def labelled(sites: Sequence[Site]) -> list[Site]:
     """The sites, with labels where a layer has several of one name; the first keeps the name."""
     seen: set[str] = set()
-    out = []
+    out: list[Site] = []
     for site in sites:
         index, _, module = site.edge.src.module.partition(".")
         own = "free" if site.edge.kind == "qk" and site.edge.free else module.rpartition(".")[2]

@@ -97,7 +97,7 @@ def _ref_text(ref: Ref) -> str:
 
 
 def to_dict(architecture: Architecture) -> dict[str, Any]:
-    """Plain data that determines the architecture, each kind of layer once."""
+    """Plain data, as JSON has it, that determines the architecture, each kind of layer once."""
     return {
         "name": architecture.name,
         "origin": architecture.origin,
@@ -145,6 +145,10 @@ def _edge(edge: DeclaredEdge) -> dict[str, Any]:
         said["heads"] = asdict(edge.heads)
     if edge.partner is not None:
         said["partner"] = _ref(edge.partner)
+    if edge.pairs:
+        said["pairs"] = [list(pair) for pair in edge.pairs]
+    if edge.free:
+        said["free"] = list(edge.free)
     return {"kind": edge.kind, "src": _ref(edge.src), "dst": [_ref(ref) for ref in edge.dst], **said}
 
 
