@@ -163,8 +163,9 @@ def paired_statistics(
     chosen: dict[str, Tensor] = {}
 
     def keep(inputs: dict[str, Tensor], name: str, value: Tensor) -> None:
-        if name in routed and not quantized.every_token:
-            value = value[chosen[routed[name]].eq(quantized.expert_of(name)).any(1)]
+        expert = quantized.expert_of(name)
+        if expert is not None and not quantized.every_token:
+            value = value[chosen[routed[name]].eq(expert).any(1)]
         inputs[name] = value
 
     inputs_by_batch = (batches(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
