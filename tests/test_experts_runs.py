@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import lowbit
 import mixtures
 from lowbit.errors import LowbitError
+from lowbit.models.block import Block
 from lowbit.models.forward import relative_error
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict
 from lowbit.pipeline.runner import Walk
@@ -204,6 +206,27 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(tmp_path, mo
             run_of(tmp_path / "killed", "qwen3-moe", "w4a8", "gptq")
     run, _ = run_of(tmp_path / "killed", "qwen3-moe", "w4a8", "gptq")
     assert folder_bytes(run) == folder_bytes(whole)
+
+
+def test_nothing_of_a_layer_is_left_when_the_next_is_read(tmp_path, monkeypatch):
+    left, real = [], Walk._window
+
+    def window(self, *given):
+        out = real(self, *given)
+        objects = gc.get_objects()
+        large = [o for o in objects if isinstance(o, torch.Tensor) and o.device.type == "cpu" and o.ndim == 2]
+        left.append((sum(isinstance(o, Block) for o in objects), sum(value.numel() for value in large)))
+        return out
+
+    monkeypatch.setattr(Walk, "_window", window)
+    gc.collect()
+    gc.disable()
+    try:
+        run_of(tmp_path, "mixtral", "w4a8", "gptq")
+    finally:
+        gc.enable()
+    assert [blocks for blocks, _ in left] == [0, 0, 0]
+    assert left[1][1] == left[2][1], "matrices of a layer are alive"
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path):
