@@ -80,6 +80,7 @@ fit-step: $(DEV) ## cost of one optimisation step against a plain forward and ba
 
 memory: $(DEV) ## show that peak memory does not grow with the number of layers
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --model mixture
 
 architectures: $(DEV) ## discover and prove every causal language model of transformers, into docs/architectures.md (half an hour of one core; goes on where it stopped)
 	$(BIN)/python benchmarks/architectures.py

@@ -79,7 +79,7 @@ def first_block(
     skeleton.model.to(device)
     ids = calibration("builtin", load_tokenizer(folder), tokens // length, length, 0).ids.to(device)
     x = skeleton.embed(ids)
-    params = block_params(checkpoint, skeleton.architecture.blocks, 0, skeleton.layers[0])
+    params = block_params(checkpoint, skeleton.architecture.blocks, 0, skeleton.parameter_shapes(0))
     block = skeleton.block(0, {name: value.to(device) for name, value in params.items()})
     return block, Calib(x, x, run_all(block, x))
 

@@ -1,9 +1,10 @@
 """Peak memory against depth: a run holds embeddings, one block and activations, not the model.
 
-Makes random Llama checkpoints of growing depth, quantizes each in a process of its own and prints the process's
-peak resident memory, as a table and as JSON. Fails if twice the layers add 5 % or more.
+Makes random checkpoints of growing depth, of a Llama or of a mixture with 64 experts a layer, quantizes each in a
+process of its own and prints the process's peak resident memory, as a table and as JSON. Fails if twice the layers
+add 5 % or more.
 
-    python benchmarks/memory.py [--layers 8 16 32] [--json FILE]
+    python benchmarks/memory.py [--model llama|mixture] [--layers 8 16 32] [--json FILE]
 """
 
 from __future__ import annotations
@@ -30,48 +31,60 @@ print(json.dumps({"before": before, "peak": peak_memory_bytes(), "perplexity": l
 """
 
 
-def make_checkpoint(folder: Path, layers: int) -> int:
-    """A random Llama of ``layers`` layers, hidden 1024, written layer by layer; returns its bytes."""
+COMMON = {"vocab_size": 1024, "tie_word_embeddings": True, "dtype": "float32"}
+LLAMA = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "architectures": ["LlamaForCausalLM"],
+}
+MIXTURE = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 64,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "architectures": ["Qwen3MoeForCausalLM"],
+}
+LAYERS = {"llama": [8, 16, 32], "mixture": [4, 8, 16]}  # with fewer the allocator's caches have not grown yet
+
+
+def config_of(model: str, layers: int) -> Any:
+    """The config of a model of ``layers`` layers."""
+    from transformers import LlamaConfig, Qwen3MoeConfig
+
+    if model == "llama":
+        return LlamaConfig(**COMMON, **LLAMA, num_hidden_layers=layers)
+    return Qwen3MoeConfig(**COMMON, **MIXTURE, num_hidden_layers=layers)
+
+
+def make_checkpoint(folder: Path, model: str, layers: int) -> int:
+    """A random model of ``layers`` layers, written layer by layer; returns its bytes."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from lowbit.checkpoints.safetensors_folder import write_index, write_tensors
+    from lowbit.models.skeleton import Skeleton
 
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype="float32",
-    )
+    config = config_of(model, layers)
     config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator, skeleton = torch.Generator().manual_seed(0), Skeleton(config)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * 0.02
+        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
 
     shards: dict[str, list[str]] = {}
     for i in range(layers):
-        name = f"model.layers.{i}."
-        tensors = {
-            name + "self_attn.q_proj.weight": random(1024, 1024),
-            name + "self_attn.k_proj.weight": random(256, 1024),
-            name + "self_attn.v_proj.weight": random(256, 1024),
-            name + "self_attn.o_proj.weight": random(1024, 1024),
-            name + "mlp.gate_proj.weight": random(2816, 1024),
-            name + "mlp.up_proj.weight": random(2816, 1024),
-            name + "mlp.down_proj.weight": random(1024, 2816),
-            name + "input_layernorm.weight": torch.ones(1024),
-            name + "post_attention_layernorm.weight": torch.ones(1024),
-        }
+        shapes = skeleton.parameter_shapes(i)
+        tensors = {f"model.layers.{i}.{name}": random(*shape) for name, shape in shapes.items()}
         write_tensors(folder / f"layer-{i}.safetensors", tensors)
         shards[f"layer-{i}.safetensors"] = list(tensors)
-    rest = {"model.embed_tokens.weight": random(1024, 1024), "model.norm.weight": torch.ones(1024)}
+    width = config.hidden_size
+    rest = {"model.embed_tokens.weight": random(1024, width), "model.norm.weight": random(width)}
     write_tensors(folder / "rest.safetensors", rest)
     shards["rest.safetensors"] = list(rest)
     write_index(folder, shards)
@@ -84,12 +97,12 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def measure(layers: int, recipe: str, scheme: str) -> dict[str, Any]:
+def measure(model: str, layers: int, recipe: str, scheme: str) -> dict[str, Any]:
     """Peak memory of one run in its own process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
         folder.mkdir()
-        size = make_checkpoint(folder, layers)
+        size = make_checkpoint(folder, model, layers)
         command = [sys.executable, "-c", WORK, str(folder), str(Path(name) / "out"), recipe, scheme]
         # Without these glibc keeps freed blocks, now more, now fewer: the peak would be its habit.
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
@@ -101,13 +114,15 @@ def measure(layers: int, recipe: str, scheme: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--model", choices=LAYERS, default="llama")
+    parser.add_argument("--layers", type=int, nargs="+")
     parser.add_argument("--recipe", default="gptq")
     parser.add_argument("--scheme", default="w4a8")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [measure(layers, options.recipe, options.scheme) for layers in options.layers]
-    print(f"{options.recipe} {options.scheme}, hidden 1024, calibration 8 x 128 tokens, float32")
+    depths = options.layers or LAYERS[options.model]
+    rows = [measure(options.model, layers, options.recipe, options.scheme) for layers in depths]
+    print(f"{options.model}, {options.recipe} {options.scheme}, calibration 8 x 128 tokens, float32")
     print(f"{'layers':>6} {'model MB':>9} {'after import MB':>16} {'peak MB':>8} {'growth':>7}")
     worst = 0.0
     for i, row in enumerate(rows):

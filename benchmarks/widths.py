@@ -41,7 +41,7 @@ def first_blocks(count: int, sequences: int, length: int) -> Iterator[tuple[Bloc
     formats = make_plan(skeleton, SCHEME).formats
     x = skeleton.embed(calibration("builtin", load_tokenizer(folder), sequences, length, 0).ids)
     for index in range(count):
-        params = block_params(checkpoint, skeleton.architecture.blocks, index, skeleton.layers[index])
+        params = block_params(checkpoint, skeleton.architecture.blocks, index, skeleton.parameter_shapes(index))
         block = skeleton.block(index, params, formats=formats)
         y = run_all(block, x)
         yield block, Calib(x, x, y)

@@ -8,6 +8,8 @@ nemotron   norms that multiply by 1 + w; a squared ReLU, through which a scale s
 cohere     one norm for attention and MLP; neighbouring dimensions rotate together
 olmo2      norms behind each half only; norms over all heads of q and of k
 bloom      layers that return tuples and take an argument with rows for each sequence
+qwen2-moe  experts beside one that every token reaches, whose output has a gate of its own
+gpt-oss    experts that are stored as (in, out), gate and up interleaved, with biases and a clamp between up and down
 ========== ========================================================================================================
 """
 
@@ -20,14 +22,18 @@ from transformers import (
     CohereConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     Lfm2Config,
     NemotronConfig,
     Olmo2Config,
+    Qwen2MoeConfig,
 )
 
-from lowbit.models.architecture import DeclaredEdge, Heads, LayerKind, Part
+from lowbit.models.architecture import DeclaredEdge, ExpertLinear, Experts, Heads, LayerKind, Part
+from lowbit.models.experts import gated_experts
 from lowbit.models.families.family import Family, heads_of, qk_edge
-from lowbit.models.families.llama import DOWN, GATE, UP, K, O, Q, V, heads_and_channels
+from lowbit.models.families.llama import DOWN, GATE, NORMS, UP, K, O, Q, V, heads_and_channels
+from lowbit.models.families.mixtures import expert_edges
 from tiny import COMMON, VOCAB
 
 HEADS = Heads(query=4, kv=2, dim=16)
@@ -141,6 +147,40 @@ def bloom_layer(config: Any, index: int) -> LayerKind:
     return LayerKind(((qkv,), (out,), (up,), (down,)), edges, attention=None)
 
 
+def attention_edges(qk: DeclaredEdge) -> tuple[DeclaredEdge, ...]:
+    """The edges of an attention before a mixture of experts."""
+    heads = DeclaredEdge("heads", V, (O,), "matrix", HEADS, shift=True)
+    return (DeclaredEdge("norm", NORMS[0], (Q, K, V), gathers=True, shift=True), heads, qk)
+
+
+def qwen2_moe_layer(config: Any, index: int) -> LayerKind:
+    """Experts, and a shared one that is called with tokens, as they are."""
+    experts = gated_experts("mlp.experts", config.num_experts, config.moe_intermediate_size, config.hidden_size)
+    gate, up, down = (f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down"))
+    routers = ("mlp.gate", "mlp.shared_expert_gate")
+    edges = (
+        *attention_edges(qk_edge(Q, K, HEADS, HEADS.dim)),
+        *expert_edges(experts, NORMS[1], (*routers, gate, up)),
+        DeclaredEdge("channels", up, (down,), partner=gate),
+    )
+    groups = ((Q, K, V), (O,), (gate, up), (down,), *((name,) for name in routers), *experts.groups)
+    return LayerKind(groups, edges, flat=frozenset((gate, up, down)), experts=experts, routers=frozenset(routers))
+
+
+def gpt_oss_layer(config: Any, index: int) -> LayerKind:
+    """A clamp keeps any scale from passing between up and down."""
+    count, width = config.num_local_experts, config.intermediate_size
+    both = ("gate_up_proj", "gate_up_proj_bias")
+    gate = ExpertLinear("gate_proj", both[0], tuple(range(0, 2 * width, 2)), both[1])
+    up = ExpertLinear("up_proj", both[0], tuple(range(1, 2 * width, 2)), both[1])
+    down = ExpertLinear("down_proj", "down_proj", range(config.hidden_size), "down_proj_bias")
+    experts = Experts("mlp.experts", count, (gate, up), down, transposed=True, apart=False)
+    norm = expert_edges(experts, NORMS[1], ("mlp.router",))[0]
+    edges = (*attention_edges(qk_edge(Q, K, HEADS, HEADS.dim)), norm)
+    groups = ((Q, K, V), (O,), ("mlp.router",), *experts.groups)
+    return LayerKind(groups, edges, experts=experts, routers=frozenset({"mlp.router"}))
+
+
 CONFIGS: dict[str, Any] = {
     "gpt-neox": lambda: GPTNeoXConfig(
         **SMALL,
@@ -162,7 +202,26 @@ CONFIGS: dict[str, Any] = {
     "cohere": lambda: CohereConfig(**COMMON, logit_scale=0.25),
     "olmo2": lambda: Olmo2Config(**COMMON),
     "bloom": lambda: BloomConfig(**SMALL, **TOKENS),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **COMMON,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+        mlp_only_layers=[],
+        decoder_sparse_step=1,
+    ),
+    "gpt-oss": lambda: GptOssConfig(
+        **{**COMMON, "intermediate_size": 32},
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
 }
+MIXTURES = ("qwen2-moe", "gpt-oss")
 
 FAMILIES: dict[str, Family] = {
     "gpt-neox": Family(
@@ -178,6 +237,8 @@ FAMILIES: dict[str, Family] = {
     "nemotron": Family("nemotron", ("NemotronForCausalLM",), "model.layers", nemotron_layer),
     "cohere": Family("cohere", ("CohereForCausalLM",), "model.layers", cohere_layer),
     "olmo2": Family("olmo2", ("Olmo2ForCausalLM",), "model.layers", olmo2_layer),
+    "qwen2-moe": Family("qwen2-moe", ("Qwen2MoeForCausalLM",), "model.layers", qwen2_moe_layer),
+    "gpt-oss": Family("gpt-oss", ("GptOssForCausalLM",), "model.layers", gpt_oss_layer),
     "bloom": Family(
         "bloom", ("BloomForCausalLM",), "transformer.h", bloom_layer, embed="transformer.word_embeddings"
     ),

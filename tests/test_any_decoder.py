@@ -76,7 +76,8 @@ def test_stock_transformers_computes_what_a_run_simulates(name: str, tmp_path: P
     assert torch.equal(ours, stock)
     assert 0 < (ours - float_model).norm() < 0.5 * float_model.norm()
     manifest = manifest_of(tmp_path / "run")
-    assert manifest is not None and manifest.architecture["origin"] == "discovered"
+    assert manifest is not None
+    assert manifest.architecture["origin"] == "discovered"
 
 
 def test_the_result_is_kept_and_a_broken_file_is_found_again(
@@ -85,7 +86,8 @@ def test_the_result_is_kept_and_a_broken_file_is_found_again(
     config = config_of("granite")
     assert family_of(config) is None
     first = architecture_of(config)
-    assert first.origin == "discovered" and len(first.layers) == 2
+    assert first.origin == "discovered"
+    assert len(first.layers) == 2
     (file,) = cache.glob("*.json")
     with monkeypatch.context() as patch:
         patch.setattr(known, "discover", lambda *args, **more: pytest.fail("found a second time"))
@@ -110,16 +112,19 @@ def test_without_a_folder_to_keep_it_the_result_is_the_same(monkeypatch: pytest.
 
 def test_another_config_is_another_result(cache: Path) -> None:
     one, other = (architecture_of(config_of("granite", num_key_value_heads=heads)) for heads in (2, 4))
-    assert one != other and len(list(cache.glob("*.json"))) == 2
+    assert one != other
+    assert len(list(cache.glob("*.json"))) == 2
     renamed = config_of("granite", num_key_value_heads=2)
     renamed._name_or_path = "elsewhere"
-    assert architecture_of(renamed) == one and len(list(cache.glob("*.json"))) == 2
+    assert architecture_of(renamed) == one
+    assert len(list(cache.glob("*.json"))) == 2
 
 
 def test_inspect_tells_what_was_refuted(tmp_path: Path) -> None:
     facts = inspect_model(str(saved(tmp_path / "m", "nemotron")), "w4a16g16-sym", "rtn", samples=2, length=16)
     assert facts["origin"] == "discovered"
-    assert isinstance(facts["refuted"], list) and isinstance(facts["notes"], list)
+    assert isinstance(facts["refuted"], list)
+    assert isinstance(facts["notes"], list)
     assert any("power 2" in edge for edge in facts["kinds"][0]["edges"])
 
 

@@ -14,10 +14,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -56,6 +58,17 @@ CONFIGS: dict[str, Any] = {
     "phi3-partial": lambda: Phi3Config(
         **COMMON, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     ),
+    "mixtral": lambda: MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+    # a dense layer between two with experts, whose width is another
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **COMMON,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+    ),
     "smollm3": lambda: SmolLM3Config(**COMMON, no_rope_layers=[1, 0, 1], attention_bias=True),
     "opt": lambda: OPTConfig(
         vocab_size=VOCAB,
@@ -71,7 +84,8 @@ CONFIGS: dict[str, Any] = {
         eos_token_id=2,
     ),
 }
-NAMES = list(CONFIGS)
+MIXTURES = ("mixtral", "qwen3-moe")  # of experts
+NAMES = [name for name in CONFIGS if name not in MIXTURES]
 
 
 def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
@@ -92,8 +106,8 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
                 parameter.add_(0.3 * noise)
             elif key.endswith("bias"):
                 parameter.copy_(0.2 * noise)
-            elif parameter.ndim == 2:
-                parameter.copy_(noise * (0.7 if "embed" in key else 1.2 / parameter.shape[1] ** 0.5))
+            elif parameter.ndim >= 2:
+                parameter.copy_(noise * (0.7 if "embed" in key else 1.2 / parameter.shape[-1] ** 0.5))
             if "embed_tokens" in key:
                 parameter[:, [3, 17]] *= 12.0
     return model.eval()
@@ -198,5 +212,6 @@ def planned(block: Any, scheme: Any) -> Any:
     from lowbit.quant.scheme import parse_scheme
 
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    found = {name: scheme.module(block.full_name(name)) for name in block.linears()}
+    asked = [n for n in block.linears() if scheme.override(block.full_name(n)) or not block.is_router(n)]
+    found = {name: scheme.module(block.full_name(name)) for name in asked}
     return replace(block, formats={name: own for name, own in found.items() if own is not None}, kv=scheme.kv)

@@ -11,6 +11,7 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.methods import gptq
 from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
+from lowbit.methods.statistics import Statistics
 from lowbit.models.block import Calib, Note
 from lowbit.models.forward import run_all
 from lowbit.models.runtime_ops import Clip
@@ -172,7 +173,7 @@ def test_the_step_notes_a_damping_that_was_raised_and_only_then(monkeypatch):
     def indefinite(block, x, linears, *args, **kwargs):
         gram = torch.eye(64)
         gram[0, 1] = gram[1, 0] = 1.5  # eigenvalues 2.5 and -0.5
-        return {name: {"normalized_gram": gram} for name in linears}
+        return {name: Statistics((), values={"normalized_gram": gram}, count=1) for name in linears}
 
     monkeypatch.setattr(gptq, "input_statistics", indefinite)
     (note,) = GPTQ()(replace(block, notes=()), calib).notes

@@ -102,7 +102,7 @@ def test_the_second_moments_are_those_of_a_loop_over_tokens():
     moved = replace(
         block, params={**block.params, f"{block.linears()[0]}.weight": block.weight(block.linears()[0]) * 1.1}
     )
-    seen = paired_statistics(moved, block, replace(calib, batch=1), name, ("gram", "cross"))
+    seen = paired_statistics(moved, block, replace(calib, batch=1), [name], ("gram", "cross"))[name]
     x, y = inputs(block, calib.x_q, moved.params, name, quantized=True), inputs(block, calib.x_fp, block.params, name)
     wanted = sum(torch.outer(a, a) for a in x), sum(torch.outer(b, a) for a, b in zip(x, y, strict=True))
     for got, exact in zip((seen["gram"], seen["cross"]), wanted, strict=True):
@@ -142,7 +142,7 @@ def test_the_search_judges_by_every_fourth_sequence_and_fits_all():
     parts = [replace(calib, x_fp=calib.x_fp[some], x_q=calib.x_q[some]) for some in (~judging, judging)]
     weight = torch.cat([block.weight(one) for one in block.linear_groups()[0]])
     want = ("normalized_gram", "normalized_cross")
-    seen = [paired_statistics(block, block, part, name, want) for part in parts]
+    seen = [paired_statistics(block, block, part, [name], want)[name] for part in parts]
     ridge = best_ridge(weight, *(tuple(one[figure] for figure in want) for one in seen), RIDGES)
     assert done.record[1]["refit"][name]["ridge"] == ridge
     given = Refit(ridge=ridge, search=False)(block, calib)

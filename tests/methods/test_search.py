@@ -47,7 +47,7 @@ def weighted_error(block, done, linear, importance):
 def test_the_weighted_error_of_no_linear_rises_and_that_of_the_layer_falls(scheme):
     block, calib = given(scheme)
     plain, searched = RTN()(block, calib), RTN(search=True)(block, calib)
-    importance = column_importance(block, calib)
+    importance, _ = column_importance(block, calib)
     shared = block.weight_format(block.linears()[0]).shares_rows
     before = after = 0.0
     for linear in block.linears():
@@ -61,7 +61,7 @@ def test_the_weighted_error_of_no_linear_rises_and_that_of_the_layer_falls(schem
 
 def test_a_column_counts_with_its_mean_square_over_tokens_of_unit_size():
     block, calib = given("w4a8")
-    found = column_importance(block, calib)
+    found, _ = column_importance(block, calib)
     seen = {}
     run_all(block, calib.x_q, quantized=True, taps={"1.mlp.up_proj": lambda x: seen.setdefault("x", []).append(x)})
     rows = torch.cat(seen["x"]).flatten(0, -2)
@@ -79,7 +79,7 @@ def test_nvfp4_loses_a_fifth_of_its_error_on_gaussian_weights():
         for name, value in block.params.items()
     }
     block = replace(block, params=params)
-    importance = column_importance(block, calib)
+    importance, _ = column_importance(block, calib)
     plain, searched = RTN()(block, calib), RTN(search=True)(block, calib)
     for linear in block.linears():
         one, two = (float(weighted_error(block, done, linear, importance).sum()) for done in (plain, searched))

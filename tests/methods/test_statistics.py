@@ -103,7 +103,7 @@ def test_paired_figures_are_those_of_a_loop_over_tokens():
     calib = replace(calib, x_q=calib.x_q + 0.2 * drawn, batch=1)
     (down,) = block.linear_groups()[-1]
     want = ("gram", "cross", "normalized_gram", "normalized_cross")
-    seen = paired_statistics(block, block, calib, down, want)
+    seen = paired_statistics(block, block, calib, [down], want)[down]
     x = torch.cat(inputs_of(block, calib.x_q, down, quantized=True)).double()
     y = torch.cat(inputs_of(block, calib.x_fp, down)).double()
     wanted = {name: torch.zeros(96, 96, dtype=torch.float64) for name in want}

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lowbit.metrics.kl import token_error
 from lowbit.models.block import Block
+from lowbit.models.experts_function import ExpertsReplay
 from lowbit.models.forward import relative_error, run
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
@@ -63,11 +64,14 @@ def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
     for position, index in enumerate(block.indices):
         layer = block.part(position, position + 1)
         inputs: dict[str, Tensor] = {}
-        y = run(layer, x, taps={name: partial(inputs.__setitem__, name) for name in layer.qweights})
+        replay = ExpertsReplay()
+        y = run(layer, x, taps={name: partial(inputs.__setitem__, name) for name in layer.qweights}, replay=replay)
         quantized = run(layer, x, layer.quantized_params(), quantized=True)
         linears = {
-            name.removeprefix(f"{index}."): _alone(layer, name, x, y)
+            name.removeprefix(f"{index}."): _alone(layer, name, x, y, replay)
             | _rounded(layer.weight(name), inputs[name], q.format)
+            if name in inputs
+            else _unreached(layer.weight(name), q.format)
             for name, q in layer.qweights.items()
         }
         out[index] = {"tokens": y[..., 0].numel(), "error": relative_errors(quantized, y), "linears": linears}
@@ -84,14 +88,24 @@ def relative_errors(got: Tensor, exact: Tensor) -> float:
     return token_error(got, exact) / exact[..., 0].numel() + relative_error(got, exact)
 
 
-def _alone(layer: Block, name: str, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Errors with only this linear quantized, and with only its input quantized."""
+def _alone(layer: Block, name: str, x: Tensor, y: Tensor, replay: ExpertsReplay) -> dict[str, float]:
+    """Errors with only this linear quantized, and with only its input quantized.
+
+    For an expert's linear that expert runs alone: the others' outputs are those of the float pass, ``replay``.
+    """
     params: Mapping[str, Tensor] = {**layer.params, f"{name}.weight": layer.qweights[name].dequantize()}
+    expert = layer.expert_of(name)
+    again = None if expert is None else replay.alone(expert)
     if layer.input_format(name) is None:
-        return {"error": relative_errors(run(layer, x, params), y), "input": 0.0}
+        return {"error": relative_errors(run(layer, x, params, replay=again), y), "input": 0.0}
     alone = only(layer, name)
-    whole, part = run(alone, x, params, quantized=True), run(alone, x, layer.params, quantized=True)
+    whole, part = (run(alone, x, own, quantized=True, replay=again) for own in (params, layer.params))
     return {"error": relative_errors(whole, y), "input": relative_errors(part, y)}
+
+
+def _unreached(weight: Tensor, format: Format) -> dict[str, Any]:
+    """Figures of an expert's linear that no token of ``x`` reaches: errors of its weights, and none of the output."""
+    return {"error": 0.0, "input": 0.0} | _rounded(weight, torch.eye(weight.shape[1], device=weight.device), format)
 
 
 def _rounded(weight: Tensor, x: Tensor, format: Format) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.checkpoints.partial import commit, partial_of
 from lowbit.errors import LowbitError, one_line, shown
@@ -110,6 +110,36 @@ class Header:
     dtype: str
 
 
+@dataclass(frozen=True)
+class StoredPart:
+    """A matrix, or a vector, that is stored with others in one tensor.
+
+    Attributes:
+        stored: the tensor's name, of shape ``(count, ...)``.
+        index: the place along its first dimension.
+        rows: the rows there, or the entries of a vector.
+        transposed: the matrices there are ``(in, out)``.
+    """
+
+    stored: str
+    index: int
+    rows: range | tuple[int, ...]
+    transposed: bool
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The part's shape in a tensor of shape ``whole``; ``()`` where the tensor has no such part."""
+        own = whole[1:][::-1] if self.transposed else whole[1:]
+        fits = len(whole) in (2, 3) and self.index < whole[0] and all(row < own[0] for row in self.rows[-1:])
+        return (len(self.rows), *own[1:]) if fits else ()
+
+    def taken(self, whole: Any) -> Tensor:
+        """The part of a tensor, or of a file's slice, of which no more than one index is read."""
+        value: Tensor = whole[self.index]
+        value = value.mT if self.transposed and value.ndim == 2 else value
+        rows = self.rows
+        return value[rows.start : rows.stop] if isinstance(rows, range) else value[list(rows)]
+
+
 class Checkpoint:
     """The tensors of a folder with ``model.safetensors`` or an index and its shards, read one by one."""
 
@@ -120,11 +150,20 @@ class Checkpoint:
         """
         self.folder = folder
         self._stand_in: dict[str, str] = {}
+        self._parts: dict[str, StoredPart] = {}
         self._file_of = {name: file for file in files or weight_shards(folder) for name in self._names_in(file)}
 
     def let_stand_in(self, stored: str, name: str) -> None:
         """From now on reads of ``name``, which the folder lacks, give ``stored``, the other name of one parameter."""
         self._stand_in[name] = stored
+
+    def let_part_stand_in(self, part: StoredPart, name: str) -> None:
+        """From now on reads of ``name``, which the folder lacks, give a part of a tensor that it has."""
+        self._parts[name] = part
+
+    def part(self, name: str) -> StoredPart | None:
+        """Where a tensor of the model is stored with others in one; ``None``: it is not."""
+        return self._parts.get(name)
 
     def _names_in(self, file: str) -> list[str]:
         path = self.folder / file
@@ -149,6 +188,8 @@ class Checkpoint:
     def find(self, name: str) -> str | None:
         """The stored name of a model's tensor: itself, or without the leading ``model.`` (base-model checkpoints).
 
+        For one that is stored with others in one tensor, that tensor's name.
+
         Raises ``LowbitError`` if both are stored.
         """
         found = [n for n in dict.fromkeys((name, name.removeprefix("model."))) if n in self._file_of]
@@ -158,6 +199,8 @@ class Checkpoint:
             )
         if not found and name in self._stand_in:
             return self.find(self._stand_in[name])
+        if not found and name in self._parts:
+            return self._parts[name].stored
         return found[0] if found else None
 
     def file_of(self, name: str) -> str:
@@ -198,7 +241,9 @@ class Checkpoint:
             try:
                 with safe_open(self.folder / file, framework="pt") as shard:
                     for name, stored in pairs:
-                        out[name] = self._copied(shard.get_tensor(stored), stored, file, dtype)
+                        part = self._parts.get(name)
+                        whole = shard.get_tensor(stored) if part is None else part.taken(shard.get_slice(stored))
+                        out[name] = self._copied(whole, stored, file, dtype)
             except (SafetensorError, OSError) as error:
                 raise LowbitError(f"cannot read {self.folder / file}: {one_line(error)}") from error
         return out
@@ -212,14 +257,16 @@ class Checkpoint:
         return value.to(dtype or value.dtype, copy=True)
 
 
-def block_params(checkpoint: Checkpoint, blocks: str, index: int, layer: nn.Module) -> dict[str, Tensor]:
+def block_params(
+    checkpoint: Checkpoint, blocks: str, index: int, layer: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
     """A layer's parameters and stored buffers in float32, named ``7.mlp.up_proj.weight``.
 
-    Shapes are checked against ``layer``.
+    ``layer`` has their shapes by name within it.
 
     Folding transforms is arithmetic on weights, hence float32 whatever the file holds; 16-bit weights lose nothing.
     """
-    shapes = {f"{blocks}.{index}.{name}": value.shape for name, value in layer.state_dict().items()}
+    shapes = {f"{blocks}.{index}.{name}": shape for name, shape in layer.items()}
     params = checkpoint.read(shapes, torch.float32)
     for name, value in params.items():
         if value.shape != shapes[name]:

@@ -129,6 +129,12 @@ def quantize(
             "--keep", help="MODEL is quantized already: its codes become the run, without rounding or calibration."
         ),
     ] = False,
+    expert_tokens: Annotated[
+        int, typer.Option(help="Mixtures: an expert that fewer tokens reach is quantized without calibration data.")
+    ] = 64,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="Mixtures: every expert's statistics are from all tokens.")
+    ] = False,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
@@ -162,6 +168,8 @@ def quantize(
         input_range=input_range,
         compiled=compiled,
         keep=keep,
+        expert_tokens=expert_tokens,
+        all_experts=all_experts,
     )
     result = {
         "out": str(run_result.out),

@@ -94,7 +94,9 @@ class Exporter:
     ops: frozenset[type[RuntimeOp]] = frozenset()
 
     def misfit(self, subject: Subject) -> Misfit | None:
-        """Why the target does not support a subject: a runtime op, a turned matrix, a format, or its own limits."""
+        """Why the target does not support a subject: experts, an op, a turned matrix, a format, its own limits."""
+        if any(kind.experts is not None for kind in architecture_of(subject.config).layers):
+            return Misfit("architecture", "mixtures of experts are not exported; use the run folder itself")
         for op, origin in subject.ops.items():
             if op not in self.ops:
                 advice = "use diagonal transforms after norms (qkv and mlp), sites=down, and no act_clip"

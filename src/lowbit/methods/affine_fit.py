@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -132,7 +133,7 @@ class AffineFit:
         op = self.block.ops.get(name)
         return op.offset if isinstance(op, Clip) else None
 
-    def quantized(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
+    def quantized(self) -> tuple[Mapping[str, Tensor], dict[str, RuntimeOp]]:
         """The block's parameters as they are stored, and the runtime ops; differentiable."""
         params, ops = self.transformed()
         return self.block.fake_quant_clipped(params, self.ratios()), ops

@@ -20,6 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.methods.cold import is_cold, moments_or_identity, with_cold_note
+from lowbit.methods.inputs import held_together
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds
 from lowbit.methods.statistics import Statistics, input_statistics
@@ -70,11 +72,14 @@ class AWQ(Method):
         wanted = ("gram", "magnitude")
         seen = input_statistics(block, calib.x_fp, readers, wanted, batch=calib.batch) if readers else {}
         params = dict(block.params)
+        cold: dict[str, int] = {}
         for edge in edges:
-            scale = self._best_scale(block, params, edge, seen[edge.readers[0].module])
-            if scale is not None:
+            reader = edge.readers[0].module
+            if is_cold(block, reader, seen[reader].count):
+                cold[reader] = seen[reader].count
+            elif (scale := self._best_scale(block, params, edge, seen[reader])) is not None:
                 params = move(block, edge, scale, params)
-        moved = replace(block, params=params)
+        moved = with_cold_note(replace(block, params=params), "awq", cold, "no scale between up and down")
         return self._clipped(moved, calib) if self.clip else moved
 
     def _best_scale(self, block: Block, params: Mapping[str, Tensor], edge: Edge, seen: Statistics) -> Tensor | None:
@@ -100,15 +105,21 @@ class AWQ(Method):
         return best[1].reshape(edge.diagonal_shape)
 
     def _clipped(self, block: Block, calib: Calib) -> Block:
-        readers = [group[0] for group in block.linear_groups()]
-        seen = input_statistics(block, calib.x_fp, readers, ("gram",), batch=calib.batch)
-        clips = dict(block.clips)
-        for group in block.linear_groups():
-            for linear in group:
-                if linear in block.formats and linear not in _queries_and_keys(block):
-                    format = block.weight_format(linear)
-                    weight, gram, peak = block.weight(linear), seen[group[0]]["gram"], block.tensor_peak(linear)
-                    best_ratio = self._best_clip(weight, gram, format, peak)
+        clips, skipped = dict(block.clips), _queries_and_keys(block)
+        clipped = [[n for n in group if n in block.formats and n not in skipped] for group in block.linear_groups()]
+        for groups in held_together(block, [tuple(group) for group in clipped if group]):
+            readers = [group[0] for group in groups]
+            seen = input_statistics(block, calib.x_fp, readers, ("gram",), batch=calib.batch)
+            for group in groups:
+                stats = seen.pop(group[0])
+                gram = None if is_cold(block, group[0], stats.count) else stats["gram"]
+                for linear in group:
+                    format, weight, peak = (
+                        block.weight_format(linear),
+                        block.weight(linear),
+                        block.tensor_peak(linear),
+                    )
+                    best_ratio = self._best_clip(weight, moments_or_identity(block, linear, gram), format, peak)
                     clips[linear] = (best_ratio, best_ratio)
         return replace(block, clips=clips)
 

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.methods.cold import is_cold, quantized_without_data, with_cold_note
 from lowbit.methods.input_ranges import with_input_ranges
-from lowbit.methods.inputs import input_groups
+from lowbit.methods.inputs import stages
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.refit import output_target
-from lowbit.methods.statistics import input_statistics, paired_statistics
+from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
@@ -86,24 +87,35 @@ class GPTQ(Method):
     def __call__(self, block: Block, calib: Calib) -> Block:
         """Codes for every linear that has a format, computed on the quantized hidden states."""
         block = with_input_ranges(block, calib)
-        for linears in input_groups(block):
-            gram, cross = self._moments(block, calib, linears[0])
-            block = self._round(block, linears, gram, cross)
-        return block
+        cold: dict[str, int] = {}
+        for groups in stages(block, len(self._figures)):
+            seen = self._statistics(block, calib, [linears[0] for linears in groups])
+            for linears in groups:
+                moments = seen.pop(linears[0])
+                if is_cold(block, linears[0], moments.count):
+                    codes = quantized_without_data(block, linears)
+                    block = replace(block, qweights={**block.qweights, **codes})
+                    cold[linears[0]] = moments.count
+                else:
+                    gram, *cross = (moments[figure] for figure in self._figures)
+                    block = self._round(block, linears, gram, *cross)
+        return with_cold_note(block, "gptq", cold, "quantized without calibration data")
 
-    def _moments(self, block: Block, calib: Calib, linear: str) -> tuple[Tensor, Tensor | None]:
-        """The input's second moments and its cross moments with the float model's input, both ``(in, in)``."""
+    @property
+    def _figures(self) -> tuple[str, ...]:
+        """Names of the input's second moments and, if needed, its cross moments with the float model's input."""
         gram = GRAMS[self.tokens]
-        if self.target == "weights":
-            params = block.quantized_params()
-            seen = input_statistics(block, calib.x_q, [linear], (gram,), params, quantized=True, batch=calib.batch)
-            return seen[linear][gram], None
-        cross = gram.replace("gram", "cross")
-        paired = paired_statistics(block, block, calib, linear, (gram, cross))
-        return paired[gram], paired[cross]
+        return (gram,) if self.target == "weights" else (gram, gram.replace("gram", "cross"))
 
-    def _round(self, block: Block, linears: Sequence[str], gram: Tensor, cross: Tensor | None) -> Block:
-        """Quantize linears that share an input, with the moments of ``_moments``."""
+    def _statistics(self, block: Block, calib: Calib, linears: Sequence[str]) -> dict[str, Statistics]:
+        """``_figures`` of the linears' inputs, ``(in, in)`` each."""
+        if self.target == "output":
+            return paired_statistics(block, block, calib, linears, self._figures)
+        params = block.quantized_params()
+        return input_statistics(block, calib.x_q, linears, self._figures, params, quantized=True, batch=calib.batch)
+
+    def _round(self, block: Block, linears: Sequence[str], gram: Tensor, cross: Tensor | None = None) -> Block:
+        """Quantize linears that share an input, with its ``_figures``."""
         weights = {name: block.weight(name) for name in linears}
         if cross is not None:
             weights = {name: output_target(weight, gram, cross, self.ridge) for name, weight in weights.items()}

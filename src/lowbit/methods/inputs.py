@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from lowbit.models.block import Block
@@ -25,6 +27,51 @@ def input_groups(block: Block) -> list[tuple[str, ...]]:
                 same.append(name)
         groups += map(tuple, parts)
     return groups
+
+
+HELD = 1 << 30  # bytes of second moments held at once, where one pass over the data could collect more
+
+
+def stages(block: Block, matrices: int = 1) -> Iterator[list[tuple[str, ...]]]:
+    """``input_groups``, with those together whose inputs do not depend on each other: one pass observes them all.
+
+    Those are the experts of a layer, first what reads its hidden states, then what is behind that. No more of them
+    come together than ``HELD`` bytes of second moments allow, with ``matrices`` for each input.
+    """
+    stage: list[tuple[str, ...]] = []
+    for group in input_groups(block):
+        if stage and _stage_of(block, group[0]) != _stage_of(block, stage[0][0]):
+            yield from held_together(block, stage, matrices)
+            stage = []
+        stage.append(group)
+    if stage:
+        yield from held_together(block, stage, matrices)
+
+
+def _stage_of(block: Block, linear: str) -> tuple[str, str]:
+    """What a linear and others that may be observed with it have in common."""
+    index, _, name = linear.partition(".")
+    experts = block.kind_of(linear).experts
+    if experts is None or (place := experts.place(name)) is None:
+        return index, name
+    return index, "down" if place[1] == experts.writes else "up"
+
+
+def held_together(
+    block: Block, groups: Sequence[tuple[str, ...]], matrices: int = 1
+) -> Iterator[list[tuple[str, ...]]]:
+    """The groups in parts, as many in one as ``HELD`` bytes of second moments allow; at least one."""
+    part: list[tuple[str, ...]] = []
+    held = 0
+    for group in groups:
+        size = 4 * matrices * block.weight(group[0]).shape[1] ** 2
+        if part and held + size > HELD:
+            yield part
+            part, held = [], 0
+        part.append(group)
+        held += size
+    if part:
+        yield part
 
 
 def _same_input(block: Block, one: str, other: str) -> bool:

@@ -14,6 +14,7 @@ is unchanged: no bias, no online product.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -184,7 +185,7 @@ class Correction:
         """Clipping ratios for the step that quantizes."""
         return {**self.block.clips, **{name: pair.values() for name, pair in self.ratios.items()}}
 
-    def quantized(self) -> dict[str, Tensor]:
+    def quantized(self) -> Mapping[str, Tensor]:
         """Quantized parameters, as they are stored; differentiable."""
         return self.block.fake_quant_clipped(self.params(), self.clips())
 

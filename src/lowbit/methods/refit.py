@@ -19,8 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.methods.cold import is_cold, with_cold_note
 from lowbit.methods.input_ranges import with_input_ranges
-from lowbit.methods.inputs import input_groups
+from lowbit.methods.inputs import stages
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.statistics import Statistics, paired_statistics
@@ -77,26 +78,45 @@ class Refit(Method):
         done, quantized_params = block, dict(block.params)
         figures: dict[str, dict[str, float]] = {}
         splits = self._splits(calib)
-        for linears in input_groups(block):
+        cold: dict[str, int] = {}
+        for groups in stages(block, 2 * len(splits)):
             quantized = replace(done, params=quantized_params)
-            names = FIGURES[self.tokens]
-            seen = [paired_statistics(quantized, block, split, linears[0], names) for split in splits]
-            ridge = self.ridge
-            if len(seen) > 1:
-                weight = torch.cat([block.weight(name) for name in linears])
-                ridges = [self.ridge * factor for factor in RIDGES]
-                ridge = best_ridge(weight, self._moments(seen[0]), self._moments(seen[1]), ridges)
-                seen[0].merge(seen[1])
-            gram, cross = self._moments(seen[0])
-            refitted = {name: output_target(block.weight(name), gram, cross, ridge) for name in linears}
-            # All of them first: linears that a runtime fuses may share a scale.
-            done = replace(done, params={**done.params, **{f"{name}.weight": new for name, new in refitted.items()}})
-            for name, new in refitted.items():
-                weight, format = block.weight(name), done.weight_format(name)
-                quantized_params[f"{name}.weight"] = format.fake_quant(new, done.qparams(name))
-                change = (new - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
-                figures[name] = {"ridge": ridge, "relative_change": float(change)}
-        return done.with_record("refit", figures) if figures else block
+            firsts, names = [linears[0] for linears in groups], FIGURES[self.tokens]
+            paired = [paired_statistics(quantized, block, split, firsts, names) for split in splits]
+            for linears in groups:
+                seen = [split.pop(linears[0]) for split in paired]
+                refitted: dict[str, Tensor] = {}
+                if is_cold(block, linears[0], min(stats.count for stats in seen)):
+                    cold[linears[0]] = sum(stats.count for stats in seen)
+                else:
+                    ridge, refitted = self._refitted(block, linears, seen)
+                # All of them first: linears that a runtime fuses may share a scale.
+                done = replace(done, params={**done.params, **{f"{n}.weight": new for n, new in refitted.items()}})
+                for name in linears:
+                    new, format = done.weight(name), done.weight_format(name)
+                    quantized_params[f"{name}.weight"] = format.fake_quant(new, done.qparams(name))
+                for name, new in refitted.items():
+                    weight = block.weight(name)
+                    change = (new - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+                    figures[name] = {"ridge": ridge, "relative_change": float(change)}
+        done = with_cold_note(done, "refit", cold, "not refitted")
+        return done.with_record("refit", figures) if figures else done
+
+    def _refitted(
+        self, block: Block, linears: Sequence[str], seen: Sequence[Statistics]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The ridge strength for linears that share an input, and their refitted weights.
+
+        ``seen`` is of the training and the validation split, or of all sequences.
+        """
+        ridge = self.ridge
+        if len(seen) > 1:
+            weight = torch.cat([block.weight(name) for name in linears])
+            ridges = [self.ridge * factor for factor in RIDGES]
+            ridge = best_ridge(weight, self._moments(seen[0]), self._moments(seen[1]), ridges)
+            seen[0].merge(seen[1])
+        gram, cross = self._moments(seen[0])
+        return ridge, {name: output_target(block.weight(name), gram, cross, ridge) for name in linears}
 
     def _moments(self, seen: Statistics) -> Moments:
         gram, cross = (seen[name] for name in FIGURES[self.tokens])

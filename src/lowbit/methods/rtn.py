@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lowbit.methods.cold import is_cold, with_cold_note
 from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import NO_OPS, Method, Needs
@@ -47,24 +48,30 @@ class RTN(Method):
     def __call__(self, block: Block, calib: Calib) -> Block:
         """Codes for every linear that has a format."""
         block = with_input_ranges(block, calib)
-        importance = column_importance(block, calib) if self.search else {}
+        importance, cold = column_importance(block, calib) if self.search else ({}, {})
         qweights = dict(block.qweights)
         for linear in block.quantized_linears():
             weight, format, qparams = block.weight(linear), block.weight_format(linear), block.qparams(linear)
             if self.search:
-                qparams = search_scales(weight, format, qparams, importance[linear], block.tensor_peak(linear))
+                qparams = search_scales(weight, format, qparams, importance.get(linear), block.tensor_peak(linear))
             qweights[linear] = format.quantize(weight, qparams)
-        return replace(block, qweights=qweights)
+        what = "scales searched without calibration data"
+        return with_cold_note(replace(block, qweights=qweights), "rtn", cold, what)
 
 
-def column_importance(block: Block, calib: Calib) -> dict[str, Tensor]:
+def column_importance(block: Block, calib: Calib) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Mean squares of the columns of each linear's quantized input ``(in,)``, by linear.
 
     They are over tokens that are divided by their root mean square, so that a few massive ones do not dominate.
+
+    Returns:
+        The mean squares, and the tokens of linears that have none since too few reach their expert.
     """
     groups = input_groups(block)
     if not groups:
-        return {}
+        return {}, {}
     readers = [group[0] for group in groups]
     seen = input_statistics(block, calib.x_q, readers, ("normalized_square",), quantized=True, batch=calib.batch)
-    return {name: seen[group[0]]["normalized_square"] / seen[group[0]].count for group in groups for name in group}
+    cold = {name: seen[name].count for name in readers if is_cold(block, name, seen[name].count)}
+    warm = [(group, seen[group[0]]) for group in groups if group[0] not in cold]
+    return {name: stats["normalized_square"] / stats.count for group, stats in warm for name in group}, cold

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.methods.cold import is_cold
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.block import Block, Calib
@@ -84,7 +85,10 @@ def with_signs(
     seen = input_statistics(block, x, readers, ("tokens",), batch=batch, every=stride)
     flipped = {}
     for name, edge in readers.items():
-        rows = seen.pop(name)["tokens"]
+        stats = seen.pop(name)
+        if is_cold(block, name, stats.count * stride):
+            continue
+        rows = stats["tokens"]
         rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
         rows = edge.readers[0].inputs(rows)
         # The query heads of a group share their KV head's channels.

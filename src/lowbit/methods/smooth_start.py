@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lowbit.methods.cold import is_cold
 from lowbit.methods.sites import Site
 from lowbit.methods.statistics import Statistics, input_statistics
 from lowbit.models.block import Block
@@ -51,6 +52,7 @@ def smooth_start(block: Block, sites: Sequence[Site], x: Tensor, power: float, p
         return dict(block.params)
     shifts = _shifts(block, sites, x, batch)
     found = _peaks(block, sites, x, peaks, shifts, batch)
+    sites = [site for site in sites if site.edge.readers[0].module in found]
     params = {name: value.double() for name, value in block.params.items()}
     for site in sites:
         edge, reader = site.edge, site.edge.readers[0]
@@ -85,7 +87,7 @@ def _shifts(block: Block, sites: Sequence[Site], x: Tensor, batch: int) -> dict[
 def _peaks(
     block: Block, sites: Sequence[Site], x: Tensor, peaks: str, shifts: Mapping[str, Tensor], batch: int
 ) -> dict[str, Tensor]:
-    """The statistic of each reader's shifted input: ``(in,)`` float64."""
+    """The statistic of each reader's shifted input: ``(in,)`` float64; none for experts that few tokens reach."""
     figure = "peak" if peaks == "absolute" else "crest"
     seen = {site.edge.readers[0].module: Statistics((figure,)) for site in sites}
 
@@ -93,6 +95,7 @@ def _peaks(
         seen[reader].add(value - shifts[reader].to(value.dtype) if reader in shifts else value)
 
     observe(block, x, {reader: partial(add, reader) for reader in seen}, batch=batch)
+    seen = {reader: stats for reader, stats in seen.items() if not is_cold(block, reader, stats.count)}
     if peaks == "absolute":
         return {reader: stats["peak"].double() for reader, stats in seen.items()}
     return {reader: (stats["crest"].double() / stats.count).pow(1 / 8) for reader, stats in seen.items()}

@@ -6,14 +6,16 @@ partial values merge, so that sequences can be distributed over processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowbit.models.block import Block, Calib
-from lowbit.models.forward import observe
+from lowbit.models.forward import observe, routing_of
+from lowbit.models.linear_input import Tap
 from lowbit.models.offload import batches
 
 
@@ -92,12 +94,14 @@ class Statistics:
     count: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        """One figure; needs at least one token."""
+        """One figure; needs at least one token, which experts may not have."""
         return self.values[name]
 
     def add(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Accumulate ``x`` ``(..., in)`` of any dtype; ``exact`` is the float model's input, for paired figures."""
         rows = x.detach().flatten(0, -2)[:: self.every].float()
+        if not len(rows):
+            return
         exact_rows = None if exact is None else exact.detach().flatten(0, -2)[:: self.every].float()
         for name in self.want:
             if name in FIGURES:
@@ -135,22 +139,51 @@ def input_statistics(
     return seen
 
 
-def paired_statistics(quantized: Block, exact: Block, calib: Calib, linear: str, want: tuple[str, ...]) -> Statistics:
-    """Statistics of one linear's input in the quantized model, paired with the float model's.
+def paired_statistics(
+    quantized: Block, exact: Block, calib: Calib, linears: Sequence[str], want: tuple[str, ...]
+) -> dict[str, Statistics]:
+    """Statistics of linears' inputs in the quantized model, paired with the float model's at the same tokens.
+
+    Two models may send a token to different experts: an expert's input in the float model is what it would read of
+    the tokens that reach it in the quantized one.
 
     Args:
-        quantized: the block with quantized weights up to the linear.
+        quantized: the block with quantized weights up to the linears.
         exact: the block of the float model.
         calib: the hidden states before the block.
-        linear: name of the linear.
+        linears: their names.
         want: names of figures.
     """
-    seen = Statistics(want)
+    seen = {name: Statistics(want) for name in linears}
     params = quantized.quantized_params()
+    routed = {name: _router_tap(quantized, name) for name in linears if quantized.expert_of(name) is not None}
+    ours, theirs = quantized, exact
+    if routed:
+        ours, theirs = replace(quantized, every_token=True), replace(exact, every_token=True)
+    chosen: dict[str, Tensor] = {}
+
+    def keep(inputs: dict[str, Tensor], name: str, value: Tensor) -> None:
+        expert = quantized.expert_of(name)
+        if expert is not None and not quantized.every_token:
+            value = value[chosen[routed[name]].eq(expert).any(1)]
+        inputs[name] = value
+
     inputs_by_batch = (batches(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
     for x_q, x_fp in zip(*inputs_by_batch, strict=True):
-        inputs: list[Tensor] = []
-        observe(quantized, x_q, {linear: inputs.append}, params, quantized=True, batch=calib.batch)
-        observe(exact, x_fp, {linear: inputs.append}, batch=calib.batch)
-        seen.add(*inputs)
+        inputs: dict[str, Tensor] = {}
+        wanted: dict[str, Tensor] = {}
+        # An experts module shows its routing before the inputs of its linears.
+        taps: dict[str, Tap] = {name: partial(chosen.__setitem__, name) for name in routed.values()}
+        taps |= {name: partial(keep, inputs, name) for name in linears}
+        observe(ours, x_q, taps, params, quantized=True, batch=calib.batch)
+        observe(theirs, x_fp, {name: partial(keep, wanted, name) for name in linears}, batch=calib.batch)
+        for name in linears:
+            seen[name].add(inputs[name], wanted[name])
     return seen
+
+
+def _router_tap(block: Block, linear: str) -> str:
+    """The name under which ``forward.run`` shows which experts each token of a layer is sent to."""
+    experts = block.kind_of(linear).experts
+    assert experts is not None
+    return routing_of(f"{linear.partition('.')[0]}.{experts.module}")

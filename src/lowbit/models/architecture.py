@@ -125,6 +125,77 @@ class DeclaredEdge:
 
 
 @dataclass(frozen=True)
+class ExpertLinear:
+    """One of the linears that every expert of a mixture has.
+
+    Attributes:
+        name: its name in checkpoints, behind the expert's number: ``gate_proj``.
+        parameter: the library's parameter that holds it for all experts: ``gate_up_proj``, ``(experts, ...)``.
+        rows: its output rows within an expert's matrix of that parameter, in order.
+        bias: the parameter that holds its biases ``(experts, out)``, if it has any.
+    """
+
+    name: str
+    parameter: str
+    rows: Indices
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A module that holds all experts of a mixture in parameters of three dimensions.
+
+    For lowbit each expert's matrices are linears of their own, under the names that checkpoints give them:
+    ``mlp.experts.3.gate_proj`` is a linear of expert 3.
+
+    Attributes:
+        module: the module's name within the layer: ``mlp.experts``.
+        count: number of experts.
+        reads: the linears that read the layer's hidden states: gate and up, or up alone.
+        writes: the linear behind them: down.
+        transposed: the parameters hold an expert's matrices as ``(in, out)``.
+        apart: checkpoints that the library loads have a linear for each expert, which it puts together; ``False``:
+            they have the library's own parameters.
+    """
+
+    module: str
+    count: int
+    reads: tuple[ExpertLinear, ...]
+    writes: ExpertLinear
+    transposed: bool = False
+    apart: bool = True
+
+    @property
+    def linears(self) -> tuple[ExpertLinear, ...]:
+        """The linears of an expert, in execution order."""
+        return (*self.reads, self.writes)
+
+    def name(self, expert: int, linear: ExpertLinear) -> str:
+        """An expert's linear within the layer: ``mlp.experts.3.gate_proj``."""
+        return f"{self.module}.{expert}.{linear.name}"
+
+    @property
+    def stages(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """Groups of linears that share an input, in two stages: no group depends on another of its stage."""
+        numbers = range(self.count)
+        first = tuple(tuple(self.name(number, linear) for linear in self.reads) for number in numbers)
+        return first, tuple((self.name(number, self.writes),) for number in numbers)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """All experts' linears, grouped by shared input: gate and up of every expert, then down of every expert."""
+        return tuple(group for stage in self.stages for group in stage)
+
+    def place(self, name: str) -> tuple[int, ExpertLinear] | None:
+        """The expert and the linear that a name within the layer means; ``None`` for the name of anything else."""
+        number, _, own = name.removeprefix(f"{self.module}.").partition(".")
+        linear = next((linear for linear in self.linears if linear.name == own), None)
+        if not name.startswith(f"{self.module}.") or not number.isdecimal() or linear is None:
+            return None
+        return int(number), linear
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """The structure of one decoder layer; module names are relative to the layer.
 
@@ -135,6 +206,8 @@ class LayerKind:
             for a layer without one, whose mixer is opaque: its linears are quantized, the rest is the library's code.
         flat: linears that the layer calls with ``(tokens, hidden)`` in place of ``(sequences, length, hidden)``.
         transposed: linears that store their matrix as ``(in, out)``, as GPT-2 does.
+        experts: the mixture of experts, whose linears are in ``groups``; ``None`` for a layer without one.
+        routers: linears that stay float unless an override names them: those that choose the experts.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -142,11 +215,18 @@ class LayerKind:
     attention: str | None = "self_attn"
     flat: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
+    experts: Experts | None = None
+    routers: frozenset[str] = frozenset()
 
     @property
     def linears(self) -> tuple[str, ...]:
         """The linears to quantize, in execution order."""
         return tuple(name for group in self.groups for name in group)
+
+    def expert_of(self, name: str) -> int | None:
+        """The number of the expert that a linear belongs to, if it belongs to one."""
+        place = None if self.experts is None else self.experts.place(name)
+        return None if place is None else place[0]
 
     @property
     def norm_offsets(self) -> dict[str, float]:
@@ -186,6 +266,16 @@ class Architecture:
     def transposed(self) -> set[str]:
         """Full names of the linears that store their matrix as ``(in, out)``."""
         return {f"{self.blocks}.{index}.{name}" for index, kind in enumerate(self.layers) for name in kind.transposed}
+
+    def routers(self) -> set[str]:
+        """Full names of the linears that stay float unless an override names them."""
+        return {f"{self.blocks}.{index}.{name}" for index, kind in enumerate(self.layers) for name in kind.routers}
+
+    def is_experts(self, name: str) -> bool:
+        """Whether a linear, by its full name, belongs to one of a layer's experts."""
+        index, _, own = name.removeprefix(f"{self.blocks}.").partition(".")
+        inside = name.startswith(f"{self.blocks}.") and index.isdecimal()
+        return inside and self.layers[int(index)].expert_of(own) is not None
 
     def kinds(self) -> dict[LayerKind, list[int]]:
         """The different kinds of layers, and the indices of the layers of each."""

@@ -9,9 +9,9 @@ new one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import Any
 
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from lowbit.models.architecture import LayerKind
 from lowbit.models.edges import Edge, resolve
+from lowbit.models.experts import parameter_shapes
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
 from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.quant.scales import TwoLevel
 from lowbit.quant.scheme import ModuleFormats
+
+LEAST_TOKENS = 64  # see docs/experts.md
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,22 @@ class Note:
 
     layer: int
     text: str
+
+
+class ComputedWhenRead(Mapping[str, Tensor]):
+    """Parameters by name, some of which are computed each time that they are read."""
+
+    def __init__(self, params: Mapping[str, Tensor], later: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._params, self._later = params, later
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._later[name]() if name in self._later else self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._params, **self._later})
+
+    def __len__(self) -> int:
+        return len({**self._params, **self._later})
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,9 @@ class Block:
         input_qparams: calibrated qparams of static inputs by linear name; linears that share an input share them.
         qweights: quantized weights by linear name; they replace ``params`` in the quantized block.
         ops: runtime ops by module name: after a norm, or before a linear.
+        every_token: the inputs of experts' linears are observed for all tokens, not for those that reach an expert;
+            what the block computes is the same.
+        least_tokens: an expert that fewer calibration tokens reach is quantized without calibration data.
         notes: notes for the report.
         record: figures for the report, plain data by layer index and ``record_key``: losses, condition numbers.
         pictures: small matrices for the report by layer index, ``record_key`` and site: ``7.affinequant.heads``.
@@ -72,6 +94,8 @@ class Block:
     input_qparams: Mapping[str, QParams] = field(default_factory=dict)
     qweights: Mapping[str, QTensor] = field(default_factory=dict)
     ops: Mapping[str, RuntimeOp] = field(default_factory=dict)
+    every_token: bool = False
+    least_tokens: int = LEAST_TOKENS
     notes: tuple[Note, ...] = ()
     record: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
@@ -102,7 +126,9 @@ class Block:
     @cached_property
     def _edges(self) -> tuple[Edge, ...]:
         layers = zip(self.kinds, self.layers, self.indices, strict=True)
-        return tuple(edge for kind, layer, index in layers for edge in resolve(kind, layer, index))
+        return tuple(
+            edge for kind, layer, index in layers for edge in resolve(kind, parameter_shapes(kind, layer), index)
+        )
 
     def edges(self) -> tuple[Edge, ...]:
         """The edges of this block: those of each layer's kind, with their parameters."""
@@ -111,6 +137,14 @@ class Block:
     def kind_of(self, name: str) -> LayerKind:
         """The structure of the layer that a module belongs to: of layer 7 for ``7.mlp.up_proj``."""
         return self.kinds[int(name.partition(".")[0]) - self.start]
+
+    def expert_of(self, linear: str) -> int | None:
+        """The number of the expert that a linear belongs to, if it belongs to one."""
+        return self.kind_of(linear).expert_of(linear.partition(".")[2])
+
+    def is_router(self, linear: str) -> bool:
+        """Whether a linear stays float unless an override names it."""
+        return linear.partition(".")[2] in self.kind_of(linear).routers
 
     def full_name(self, name: str) -> str:
         """The module's name in the model: ``7.mlp.up_proj`` -> ``model.layers.7.mlp.up_proj``."""
@@ -162,25 +196,37 @@ class Block:
 
     def fake_quant_clipped(
         self, params: Mapping[str, Tensor], clips: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """``params`` with the weights of the linears that have a format rounded to nearest; differentiable.
+
+        Those of experts are rounded whenever they are read, as in ``quantized_params``.
 
         Args:
             params: parameters by name, in place of the block's.
             clips: clipping ratios by linear, in place of the block's; 1 for others.
         """
         weights = {name: params[f"{name}.weight"] for name in self.quantized_linears()}
-        quantized = {}
+        quantized: dict[str, Callable[[], Tensor]] = {}
         for name, weight in weights.items():
             low, high = clips.get(name, (1.0, 1.0))
             format, peak = self.weight_format(name), self.tensor_peak(name, weights)
-            quantized[f"{name}.weight"] = format.fake_quant_clipped(weight, low, high, peak)
-        return {**params, **quantized}
+            quantized[name] = partial(format.fake_quant_clipped, weight, low, high, peak)
+        return self._computed(params, quantized)
 
-    def quantized_params(self) -> dict[str, Tensor]:
-        """``params`` with the dequantized values of the quantized weights."""
-        quantized = {f"{name}.weight": q.dequantize() for name, q in self.qweights.items()}
-        return {**self.params, **quantized}
+    def quantized_params(self) -> Mapping[str, Tensor]:
+        """``params`` with the dequantized values of the quantized weights.
+
+        Those of experts are dequantized whenever they are read: a layer may have hundreds, and runs one at a time.
+        """
+        return self._computed(self.params, {name: q.dequantize for name, q in self.qweights.items()})
+
+    def _computed(
+        self, params: Mapping[str, Tensor], weights: Mapping[str, Callable[[], Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """``params`` with other weights by linear: computed now, or for experts whenever they are read."""
+        later = {f"{name}.weight": weight for name, weight in weights.items() if self.expert_of(name) is not None}
+        now = {f"{n}.weight": weight() for n, weight in weights.items() if f"{n}.weight" not in later}
+        return ComputedWhenRead({**params, **now}, later) if later else {**params, **now}
 
     def with_notes(self, step: str, *texts: str, layer: int | None = None) -> Block:
         """The block with a step's notes on a layer, by its index in the model; by default the first."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from lowbit.models.architecture import Architecture, DeclaredEdge, Heads, Indices, LayerKind, Part, Ref
+from lowbit.models.architecture import Architecture, DeclaredEdge, Experts, Heads, Indices, LayerKind, Part, Ref
 
 GROUPS = {
     "matrix": "any matrix",
@@ -21,12 +21,35 @@ def described(architecture: Architecture) -> list[dict[str, Any]]:
     return [
         {
             "layers": intervals(indices),
-            "mixer": kind.attention or "no attention function: the library's code, Q, K and V are not seen",
+            "mixer": _mixer(kind),
             "linears": [" + ".join(group) for group in kind.groups],
             "edges": [edge_text(edge) for edge in kind.edges],
         }
-        for kind, indices in architecture.kinds().items()
+        for kind, indices in ((_any_expert(kind), indices) for kind, indices in architecture.kinds().items())
     ]
+
+
+def _mixer(kind: LayerKind) -> str:
+    text = kind.attention or "no attention function: the library's code, Q, K and V are not seen"
+    return text if kind.experts is None else f"{text}; {kind.experts.count} experts in {kind.experts.module}"
+
+
+def _any_expert(kind: LayerKind) -> LayerKind:
+    """The kind with ``*`` for the numbers of experts, which are alike: ``mlp.experts.*.up_proj``, each once."""
+    if (experts := kind.experts) is None:
+        return kind
+
+    def pattern(ref: Ref) -> Ref:
+        place = None if isinstance(ref, Part) else experts.place(ref)
+        return ref if place is None else f"{experts.module}.*.{place[1].name}"
+
+    def alike(edge: DeclaredEdge) -> DeclaredEdge:
+        dst = tuple(dict.fromkeys(map(pattern, edge.dst)))
+        partner = None if edge.partner is None else pattern(edge.partner)
+        return replace(edge, src=pattern(edge.src), dst=dst, partner=partner)
+
+    groups = tuple(dict.fromkeys(tuple(str(pattern(name)) for name in group) for group in kind.groups))
+    return replace(kind, groups=groups, edges=tuple(dict.fromkeys(map(alike, kind.edges))))
 
 
 def intervals(indices: Sequence[int]) -> str:
@@ -125,13 +148,33 @@ def _ref_of(data: str | Mapping[str, Any]) -> Ref:
 
 
 def _kind(kind: LayerKind) -> dict[str, Any]:
+    kind = _any_expert(kind)
+    mixture = {} if kind.experts is None else {"experts": _experts(kind.experts), "routers": sorted(kind.routers)}
     return {
+        **mixture,
         "groups": [list(group) for group in kind.groups],
         "attention": kind.attention,
         "flat": sorted(kind.flat),
         "transposed": sorted(kind.transposed),
         "edges": [_edge(edge) for edge in kind.edges],
     }
+
+
+def _experts(experts: Experts) -> dict[str, Any]:
+    linears = [{**asdict(linear), "rows": _strided(linear.rows)} for linear in experts.linears]
+    said = {key: value for key, value in vars(experts).items() if key not in ("reads", "writes")}
+    return {**said, "linears": linears}
+
+
+def _strided(rows: Indices) -> dict[str, int]:
+    """The rows of an expert's linear: as many, from the first on, at equal steps.
+
+    >>> _strided((1, 3, 5))
+    {'start': 1, 'step': 2, 'count': 3}
+    """
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    assert tuple(rows) == tuple(range(rows[0], rows[0] + step * len(rows), step)), "rows at unequal steps"
+    return {"start": rows[0], "step": step, "count": len(rows)}
 
 
 def _edge(edge: DeclaredEdge) -> dict[str, Any]:

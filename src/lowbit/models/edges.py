@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.models.architecture import DeclaredEdge, EdgeKind, Heads, Indices, LayerKind, Limit, Part, Ref
 
@@ -76,7 +76,7 @@ class Projection:
     @cached_property
     def index(self) -> slice | Tensor:
         """``rows`` as a tensor's index."""
-        return _index(self.rows)
+        return index_of(self.rows)
 
     def read(self, params: Mapping[str, Tensor]) -> Tensor:
         """The matrix ``(out, in)``."""
@@ -92,14 +92,14 @@ class Projection:
 
     def inputs(self, values: Tensor) -> Tensor:
         """Of ``(..., columns of the parameter)``, those of the matrix ``(..., in)``."""
-        return values if self.columns is None else values[..., _index(self.columns)]
+        return values if self.columns is None else values[..., index_of(self.columns)]
 
     def outer(self, factor: Tensor, columns: int, rest: float = 1.0) -> Tensor:
         """A value for each input of the matrix as one for each of the parameter's ``columns``; or ``rest``."""
         if self.columns is None:
             return factor
         out = factor.new_full((columns,), rest)
-        out[_index(self.columns)] = factor
+        out[index_of(self.columns)] = factor
         return out
 
     def change(self, params: MutableMapping[str, Tensor], by: Callable[[Tensor], Tensor]) -> None:
@@ -130,7 +130,8 @@ class Projection:
         return parameter.to(rows.dtype).index_copy(0, torch.tensor(self.rows, device=rows.device), rows)
 
 
-def _index(indices: Indices) -> slice | Tensor:
+def index_of(indices: Indices) -> slice | Tensor:
+    """Rows or columns as a tensor's index."""
     return slice(indices.start, indices.stop) if isinstance(indices, range) else torch.tensor(indices)
 
 
@@ -238,14 +239,16 @@ def first_edges(edges: Iterable[Edge]) -> list[Edge]:
     return list(seen.values())
 
 
-def resolve(kind: LayerKind, layer: nn.Module, index: int) -> tuple[Edge, ...]:
+def resolve(kind: LayerKind, shapes: Mapping[str, torch.Size], index: int) -> tuple[Edge, ...]:
     """The edges of a layer, with the names of a block: ``7.mlp.up_proj`` for layer 7.
+
+    ``shapes`` are those of the layer's parameters as the library stores them, by their names in a block.
 
     A qk edge with both pairs and free dimensions becomes two, since maps of either are independent.
     """
     edges: list[Edge] = []
     for declared in kind.edges:
-        edge = _resolved(declared, layer, index, kind.transposed)
+        edge = _resolved(declared, shapes, index, kind.transposed)
         if edge.pairs and edge.free:
             edges += [replace(edge, free=()), replace(edge, pairs=())]
         else:
@@ -253,10 +256,10 @@ def resolve(kind: LayerKind, layer: nn.Module, index: int) -> tuple[Edge, ...]:
     return tuple(edges)
 
 
-def _resolved(edge: DeclaredEdge, layer: nn.Module, index: int, transposed: frozenset[str]) -> Edge:
+def _resolved(edge: DeclaredEdge, shapes: Mapping[str, torch.Size], index: int, transposed: frozenset[str]) -> Edge:
     def end(ref: Ref) -> Projection | Norm:
         part = ref if isinstance(ref, Part) else Part(ref)
-        shape = layer.get_parameter(f"{part.module}.weight").shape
+        shape = shapes[f"{part.module}.weight"]
         name = f"{index}.{part.module}"
         if len(shape) == 1:
             return Norm(name, shape[0])

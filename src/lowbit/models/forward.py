@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import LayerKind
+from lowbit.models.architecture import Experts, LayerKind
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
+from lowbit.models.experts_function import ExpertsCall, ExpertsReplay, experts_computed_by
+from lowbit.models.linear_input import Cache, LinearInput, Tap
 from lowbit.models.offload import batches, concatenate
 from lowbit.models.recorder import for_batch, hidden_of
 from lowbit.models.runtime_ops import RuntimeOp
-from lowbit.quant.activations import ActFormat
-from lowbit.quant.format import QParams
-from lowbit.quant.static_activations import quantize_input
 
-Tap = Callable[[Tensor], None]
+Inputs = list[dict[str, LinearInput]]
 
 
 def run(
@@ -31,6 +31,7 @@ def run(
     *,
     quantized: bool = False,
     taps: Mapping[str, Tap] | None = None,
+    replay: ExpertsReplay | None = None,
 ) -> Tensor:
     """The block's output for hidden states ``x`` ``(sequences, length, hidden)``; differentiable in ``params``.
 
@@ -40,26 +41,76 @@ def run(
         params: parameters to run with; by default the block's float parameters (``quantized_params()`` gives the
             quantized ones).
         quantized: quantize the linears' inputs and Q, K, V according to ``block.formats`` and ``block.kv``.
-        taps: functions by linear name; each receives the input of its linear as the linear sees it.
+        taps: functions by linear name; each receives the input of its linear as the linear sees it, ``(tokens, in)``
+            for a linear of an expert, of the tokens that reach the expert. The name of an experts module is one,
+            too: its tap receives all tokens; and so is ``routing_of`` it, for the experts of each token.
+        replay: of one layer's experts: keeps the pass, or runs one expert and takes all others from it.
     """
     params = block.params if params is None else params
     for layer, index, kind, kwargs in zip(block.layers, block.indices, block.kinds, block.kwargs, strict=True):
-        prefix = f"{index}."
-        own = {name: _like(p, x) for name, p in params.items() if name.startswith(prefix)}
-        state = {name.removeprefix(prefix): value for name, value in block.as_stored(own).items()}
+        state = _state(block, index, kind, params, x)
         with ExitStack() as stack:
-            if kind.attention is not None:
-                attention = layer.get_submodule(kind.attention)
-                stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
-            for name, hook in _hooks(block, index, kind, quantized, taps or {}):
-                handle = layer.get_submodule(name).register_forward_pre_hook(hook)
-                stack.callback(handle.remove)
-            for name, op in block.ops.items():
-                if op.place == "behind a norm" and name.startswith(prefix):
-                    norm = layer.get_submodule(name.removeprefix(prefix))
-                    stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
+            _prepare(stack, block, layer, index, kind, params, quantized, taps or {}, replay)
             x = _called(layer, index, state, x, for_batch(kwargs, x))
     return x
+
+
+def _state(block: Block, index: int, kind: LayerKind, params: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """A layer's parameters as the library names and stores them, without those of experts, in the dtype of ``x``."""
+    prefix = f"{index}."
+    names = [name for name in params if name.startswith(prefix)]
+    if kind.experts is not None:
+        names = [n for n in names if kind.expert_of(n.removeprefix(prefix).rpartition(".")[0]) is None]
+    own = block.as_stored({name: _like(params[name], x) for name in names})
+    return {name.removeprefix(prefix): value for name, value in own.items()}
+
+
+def _prepare(
+    stack: ExitStack,
+    block: Block,
+    layer: nn.Module,
+    index: int,
+    kind: LayerKind,
+    params: Mapping[str, Tensor],
+    quantized: bool,
+    taps: Mapping[str, Tap],
+    replay: ExpertsReplay | None,
+) -> None:
+    """Make a layer quantize and show the inputs of its linears and apply its runtime ops, while ``stack`` is open."""
+    prefix, inputs = f"{index}.", _inputs(block, index, kind, quantized, taps)
+    if kind.attention is not None:
+        attention = layer.get_submodule(kind.attention)
+        stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
+    if kind.experts is not None:
+        call = _experts_call(kind.experts, params, inputs, index, taps, block.every_token)
+        module = layer.get_submodule(kind.experts.module)
+        stack.enter_context(experts_computed_by(module, replace(call, replay=replay)))
+        inputs = [{n: own for n, own in group.items() if kind.expert_of(n) is None} for group in inputs]
+    for name, hook in _hooks(inputs):
+        handle = layer.get_submodule(name).register_forward_pre_hook(hook)
+        stack.callback(handle.remove)
+    for name, op in block.ops.items():
+        if op.place == "behind a norm" and name.startswith(prefix):
+            norm = layer.get_submodule(name.removeprefix(prefix))
+            stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
+
+
+def _experts_call(
+    experts: Experts,
+    params: Mapping[str, Tensor],
+    inputs: Inputs,
+    index: int,
+    taps: Mapping[str, Tap],
+    every_token: bool,
+) -> ExpertsCall:
+    """What the experts of a layer compute with; a tap of the module itself sees all of its tokens."""
+    own, name = {name: found for group in inputs for name, found in group.items()}, f"{index}.{experts.module}"
+    return ExpertsCall(experts, params, own, taps.get(name), taps.get(routing_of(name)), every_token, f"{index}.")
+
+
+def routing_of(experts: str) -> str:
+    """The name of an experts module's tap that receives the experts of each token ``(tokens, k)``."""
+    return f"{experts}:routing"
 
 
 def _like(parameter: Tensor, x: Tensor) -> Tensor:
@@ -123,43 +174,27 @@ def observe(
             continue
 
 
-def _hooks(
-    block: Block, index: int, kind: LayerKind, quantized: bool, taps: Mapping[str, Tap]
-) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]]]:
-    """Pre-hooks for a layer's linears: quantize the input, then pass it to the tap.
+def _inputs(block: Block, index: int, kind: LayerKind, quantized: bool, taps: Mapping[str, Tap]) -> Inputs:
+    """What happens to the inputs of a layer's linears, by name within the layer, grouped by shared input."""
 
-    Linears that share an input, its format and its qparams share its quantization.
-    """
-    for group in kind.groups:
-        cache: dict[tuple[ActFormat, int], tuple[Tensor, Tensor]] = {}
-        for name in group:
-            linear = f"{index}.{name}"
-            format = block.input_format(linear) if quantized else None
-            qparams = block.input_qparams.get(linear)
-            tap, op = taps.get(linear), block.ops.get(linear)
-            if format is None and tap is None:
-                continue
+    def input_of(linear: str) -> LinearInput:
+        format = block.input_format(linear) if quantized else None
+        return LinearInput(format, block.ops.get(linear), taps.get(linear), block.input_qparams.get(linear))
+
+    groups = ({name: input_of(f"{index}.{name}") for name in group} for group in kind.groups)
+    return [{name: found for name, found in group.items() if found} for group in groups]
+
+
+def _hooks(inputs: Inputs) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]]]:
+    """Pre-hooks for linears; those that share an input and its format share its quantization."""
+    for group in inputs:
+        cache: Cache = {}
+        for name, own in group.items():
 
             def hook(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                format: ActFormat | None = format,
-                qparams: QParams | None = qparams,
-                tap: Tap | None = tap,
-                op: RuntimeOp | None = op,
-                cache: dict[tuple[ActFormat, int], tuple[Tensor, Tensor]] = cache,
-            ) -> tuple[Any, ...] | None:
-                x = args[0]
-                if format is not None and op is not None:
-                    x = op(x, format)
-                elif format is not None:
-                    key = format, id(qparams)
-                    if key not in cache or cache[key][0] is not x:
-                        cache[key] = (x, quantize_input(x, format, qparams))
-                    x = cache[key][1]
-                if tap is not None:
-                    tap(x)
-                return (x, *args[1:])
+                module: nn.Module, args: tuple[Any, ...], own: LinearInput = own, cache: Cache = cache
+            ) -> tuple[Any, ...]:
+                return (own(args[0], cache), *args[1:])
 
             yield name, hook
 

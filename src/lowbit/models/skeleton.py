@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
+from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.recorder import Recorders, hidden_of
 from lowbit.quant.activations import ActFormat
@@ -132,7 +133,8 @@ class Skeleton:
     ) -> Block:
         """A block of ``count`` layers with ``params`` (named ``7.mlp.up_proj.weight``) and the plan's formats.
 
-        ``params`` are as the library stores them; in the block every matrix is ``(out, in)``.
+        ``params`` are as the library or a checkpoint stores them; in the block every matrix is ``(out, in)``, and
+        each expert has its own.
 
         The block runs on sequences of the length in the last call of ``embed``; before ``embed`` it holds parameters
         but cannot run. Without ``formats`` none of its linears is to be quantized.
@@ -141,17 +143,24 @@ class Skeleton:
         blocks, kinds = self.architecture.blocks, self.architecture.layers[start : start + count]
         names = [f"{index}.{name}" for index, kind in enumerate(kinds, start) for name in kind.linears]
         modules = {name: formats.modules.get(f"{blocks}.{name}") for name in names}
+        own = dict(params)
+        for index, kind in enumerate(kinds, start):
+            own = taken_apart(kind, own, f"{index}.")
         block = Block(
             layers=tuple(self.layers[start : start + count]),
             start=start,
             kwargs=self._kwargs(start, count, self._length),
             kinds=kinds,
             blocks=blocks,
-            params=dict(params),
+            params=own,
             formats={name: module for name, module in modules.items() if module is not None},
             kv=formats.kv,
         )
-        return replace(block, params=block.as_stored(params)) if any(kind.transposed for kind in kinds) else block
+        return replace(block, params=block.as_stored(own)) if any(kind.transposed for kind in kinds) else block
+
+    def parameter_shapes(self, index: int) -> dict[str, torch.Size]:
+        """Shapes of layer ``index``'s parameters, as checkpoints have them, by name within the layer."""
+        return parameter_shapes(self.architecture.layers[index], self.layers[index])
 
     def for_length(self, block: Block, length: int) -> Block:
         """The block with masks and rotary embeddings for another ``length`` to which ``embed`` was applied."""

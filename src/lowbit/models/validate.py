@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from lowbit.checkpoints.safetensors_folder import Checkpoint, Header
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.models.block import Block
+from lowbit.models.experts import state_shapes
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import run
 from lowbit.models.skeleton import Skeleton
+from lowbit.models.stored_names import settle_names
 from lowbit.progress import say, track
 from lowbit.quant.scheme import ModuleFormats
 
@@ -81,7 +83,10 @@ def check_model(
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         tied = f"{architecture.head}.weight" if config.tie_word_embeddings else ""
         shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
+    shapes = state_shapes(architecture, shapes)
     modules = modules or {}
+    if not modules:
+        settle_names(checkpoint, model, architecture, shapes)
     for module in architecture.transposed() & modules.keys():
         shapes[f"{module}.weight"] = shapes[f"{module}.weight"][::-1]  # codes are (out, in)
     check_tensors(checkpoint, shapes, architecture.blocks, modules)
@@ -122,8 +127,8 @@ def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
     """Shapes of all tensors in a float checkpoint of the model, by the model's names."""
     state, blocks = skeleton.model.state_dict(), skeleton.architecture.blocks
     shapes = {name: state[name].shape for name in skeleton.shared_names}
-    for index, layer in enumerate(skeleton.layers):
-        shapes |= {f"{blocks}.{index}.{name}": value.shape for name, value in layer.state_dict().items()}
+    for index in range(len(skeleton.layers)):
+        shapes |= {f"{blocks}.{index}.{name}": shape for name, shape in skeleton.parameter_shapes(index).items()}
     return shapes
 
 
@@ -151,6 +156,8 @@ def check_tensors(
             raise LowbitError(f"{checkpoint.folder} has no tensor '{name}': it does not match its config.json")
         used.add(stored_name)
         header = stored[stored_name]
+        if (part := checkpoint.part(name)) is not None:
+            header = Header(part.shape(header.shape), header.dtype)
         if header.shape != tuple(shape):
             raise LowbitError(
                 f"'{stored_name}' in {checkpoint.folder} has shape {header.shape}, config.json implies "

@@ -1,9 +1,9 @@
 """Estimates of a run's memory, disk space and time, from shapes and a short measurement.
 
-Memory covers embeddings and head, one window of blocks (float weights, a working copy, second moments) and the hidden
-states; for ``tune`` also its learned parameters with gradients and Adam's moments. Time is the floating-point
-operations of the forward passes over the measured matrix-product throughput; searches and factorizations are not
-counted, so it is a lower bound.
+Memory covers embeddings and head, one window of blocks (float weights, a working copy, second moments, those of as
+many experts as one pass collects) and the hidden states; for ``tune`` also its learned parameters with gradients and
+Adam's moments. Time is the floating-point operations of the forward passes over the measured matrix-product
+throughput; searches and factorizations are not counted, so it is a lower bound.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit.methods.inputs import HELD
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
 from lowbit.runs.plan import Plan, linear_shapes
@@ -40,7 +41,10 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     # x_fp and x_q with their successors; a step that runs a window block by block has four more, one of them shared
     # with the window.
     states = (7 if recipe.window > 1 else 4) * tokens * hidden * 4
-    moments = 2 * widest * widest * 8
+    experts = max(
+        (kind.experts.count for kind in skeleton.architecture.layers if kind.experts is not None), default=0
+    )
+    moments = max(2 * widest * widest * 8, min(experts * widest * widest * 4, HELD))
     activations = 4 * length * widest * 4 * 6
     memory = 400_000_000 + 2 * shared * 4 + 3 * block * 4 + states + moments + activations
     if recipe.tune is not None:

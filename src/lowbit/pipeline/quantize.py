@@ -23,6 +23,7 @@ from lowbit.data.text import Data, calibration
 from lowbit.data.tokenization import decode
 from lowbit.data.windows import Bos, Tokens, WindowShape
 from lowbit.errors import LowbitError
+from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.device import DTYPES
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
@@ -101,6 +102,8 @@ def quantize(
     input_range: str | None = None,
     compiled: bool = False,
     keep: bool = False,
+    expert_tokens: int = LEAST_TOKENS,
+    all_experts: bool = False,
 ) -> Quantized:
     """Quantize a model into a folder in Hugging Face checkpoint format; an interrupted run is resumed.
 
@@ -132,6 +135,9 @@ def quantize(
         keep: the model is quantized already and keeps its codes, scales and zero points: they become the run folder
             without any rounding and without calibration. Takes none of the arguments from ``scheme`` to ``compiled``
             but those on where the model is and what is permitted.
+        expert_tokens: an expert of a mixture that fewer calibration tokens reach is quantized without calibration
+            data; see ``docs/experts.md``.
+        all_experts: take an expert's statistics from all calibration tokens, not from those that reach it.
 
     Raises:
         LowbitError: on user errors; detected before work starts where possible.
@@ -158,6 +164,8 @@ def quantize(
         overrides=overrides or {},
         target=target,
         input_range=input_range,
+        expert_tokens=expert_tokens,
+        all_experts=all_experts,
         protocol=protocol,
         device=device,
         dtype=dtype,
@@ -232,6 +240,8 @@ class Resolved:
             versions=versions(),
             compiled=request.compiled,
             input_range=None if request.input_range is None else request.input_range.name,
+            expert_tokens=request.expert_tokens,
+            all_experts=request.all_experts,
             source_files=companions_digest(self.source.folder),
         )
 
@@ -259,7 +269,7 @@ def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
     skeleton.fill(checkpoint.read(skeleton.shared_names, torch.float32))
     check_computes(
         skeleton,
-        lambda: skeleton.block(0, block_params(checkpoint, blocks, 0, skeleton.layers[0])),
+        lambda: skeleton.block(0, block_params(checkpoint, blocks, 0, skeleton.parameter_shapes(0))),
         checkpoint.folder,
     )
 
@@ -279,16 +289,9 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
         begin(out, identity)
         torch.manual_seed(request.seed)
         dtype = DTYPES[request.dtype]
-        run = Walk(
-            checkpoint,
-            skeleton,
-            request.recipe,
-            plan,
-            out,
-            request.device,
-            dtype,
-            input_range=request.input_range or MSE,
-        )
+        run = Walk(checkpoint, skeleton, request.recipe, plan, out, request.device, dtype)
+        run.input_range = request.input_range or MSE
+        run.least_tokens, run.every_token = request.expert_tokens, request.all_experts
         with fused() if request.compiled else nullcontext():
             if request.recipe.tune is not None:
                 tune(request.recipe.tune, run, ids)

@@ -14,7 +14,8 @@ from typing import Any, TypedDict, Unpack
 from lowbit.checkpoints.resolve import DEMO
 from lowbit.data.text import NAMES, SELF, Corpus, Data, corpora
 from lowbit.data.windows import BOS, Bos
-from lowbit.errors import LowbitError, canonical
+from lowbit.errors import LowbitError, canonical, check_least
+from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.device import check_device
 from lowbit.paths import user_path
 from lowbit.pipeline.recipe import (
@@ -77,6 +78,8 @@ class Request:
     overrides: Mapping[str, str]
     target: str | None
     input_range: RangeEstimator | None
+    expert_tokens: int
+    all_experts: bool
     data: Data
     samples: int
     length: int
@@ -111,6 +114,8 @@ class Request:
             "overrides": overrides,
             "target": self.target,
             "input_range": None if self.input_range is None else self.input_range.name,
+            "expert_tokens": self.expert_tokens,
+            "all_experts": self.all_experts,
             "data": [_name(corpus) for corpus in corpora(self.data)],
             "samples": self.samples,
             "length": self.length,
@@ -146,12 +151,15 @@ def make_request(
     target: str | None,
     input_range: str | None = None,
     protocol: Mapping[str, Any],
+    expert_tokens: int = LEAST_TOKENS,
+    all_experts: bool = False,
     **machine: Unpack[Machine],
 ) -> Request:
     """Fill in defaults and refuse arguments that are invalid for every model.
 
     Args:
-        model, scheme, recipe, settings, overrides, target, input_range: as for ``lowbit.quantize``.
+        model, scheme, recipe, settings, overrides, target, input_range, expert_tokens, all_experts: as for
+            ``lowbit.quantize``.
         protocol: ``data``, ``samples``, ``length``, ``seed``, ``bos`` and ``effort``; ``None``: the recipe's value,
             else the default.
         machine: see ``Machine``.
@@ -162,6 +170,7 @@ def make_request(
     base = load_recipe(recipe) if isinstance(recipe, str) else recipe
     chosen = {**DEFAULTS, **base.run, **{key: value for key, value in protocol.items() if value is not None}}
     check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
+    check_least("--expert-tokens", expert_tokens, 0, "give the calibration tokens below which an expert goes without")
     chosen["bos"] = canonical("--bos", str(chosen["bos"]), BOS)
     # A ``Recipe`` object keeps its epochs unless ``effort`` is set.
     effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
@@ -183,6 +192,8 @@ def make_request(
         overrides=overrides,
         target=target or (formats.target if formats else None),
         input_range=_estimator(input_range, formats),
+        expert_tokens=expert_tokens,
+        all_experts=all_experts,
         **{key: chosen[key] for key in ("data", "samples", "length", "seed", "bos")},
         **machine,
     )

@@ -24,7 +24,7 @@ from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.methods.input_ranges import without_input_ranges
-from lowbit.models.block import Block, Calib
+from lowbit.models.block import LEAST_TOKENS, Block, Calib
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
 from lowbit.models.runtime_ops import tensor_name
@@ -39,6 +39,7 @@ from lowbit.runs.folder import REST, block_file, notes_file, pictures_file, read
 from lowbit.runs.latent_weights import write_latents
 from lowbit.runs.manifest import BlockRow
 from lowbit.runs.plan import Plan
+from lowbit.runs.routing import Routing
 
 EMBED_BATCH = 16  # sequences embedded at once on a GPU
 
@@ -97,6 +98,7 @@ class Walk:
         device, dtype: device and dtype of forward passes; arithmetic on weights is always float32.
         latents: store the latent weights for a later end-to-end step.
         input_range: how the ranges of static inputs are estimated.
+        least_tokens, every_token: of each block, see ``Block``.
         rows: the manifest's rows, one per finished block.
         observed: activation statistics and learned maps for the report, by tensor name.
     """
@@ -111,6 +113,8 @@ class Walk:
     batch: int = 4
     latents: bool = False
     input_range: RangeEstimator = MSE
+    least_tokens: int = LEAST_TOKENS
+    every_token: bool = False
     rows: list[BlockRow] = field(default_factory=list)
     observed: dict[str, Tensor] = field(default_factory=dict)
 
@@ -138,10 +142,11 @@ class Walk:
         """Layers of the float model, for sequences of the calibration length."""
         params: dict[str, Tensor] = {}
         for index in range(start, start + count):
-            layer = self.skeleton.layers[index]
-            params |= block_params(self.checkpoint, self.skeleton.architecture.blocks, index, layer)
+            shapes = self.skeleton.parameter_shapes(index)
+            params |= block_params(self.checkpoint, self.skeleton.architecture.blocks, index, shapes)
         on_device = {name: value.to(self.device) for name, value in params.items()}
-        return self.skeleton.block(start, on_device, count, self.plan.formats)
+        block = self.skeleton.block(start, on_device, count, self.plan.formats)
+        return replace(block, least_tokens=self.least_tokens, every_token=self.every_token)
 
     def skeletons(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
         """Embeddings and head of the float and the quantized model, after a walk over ``ids``; may be one object."""
@@ -169,8 +174,9 @@ class Walk:
         """One window: run it in float, quantize it unless its shards exist, then run the shards' blocks."""
         began = time.monotonic()
         block = self.float_block(start, count)
+        routing = Routing(block)
         with record_peaks(block) as seen:
-            y_fp = run_all(block, x_fp, batch=self.batch)
+            y_fp = run_all(block, x_fp, batch=self.batch, taps=routing.taps)
         self._observe(FLOAT, {name: stats["peak"] for name, stats in seen.items()})
         if not bool(torch.stack(torch.aminmax(y_fp)).isfinite().all()):
             raise LowbitError(
@@ -206,7 +212,8 @@ class Walk:
         if not math.isfinite(error):
             raise LowbitError(f"block {start}: the quantized model's output is NaN or infinite: use another recipe")
         for index, (texts, record) in enumerate(notes, start):
-            self.rows.append(BlockRow(index, texts, error, record["sensitivity"], record.get("steps", {})))
+            steps, tokens = record.get("steps", {}), routing.tokens(index)
+            self.rows.append(BlockRow(index, texts, error, record["sensitivity"], steps, tokens))
         return y_fp, x_q
 
     def _visible(self, position: int, calib: Calib) -> Calib:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lowbit.errors import LowbitError
@@ -44,9 +45,41 @@ def stock_loads(formats: ModelFormats, embed: str, two_d_inputs: bool) -> str | 
     if any(isinstance(act, IntTokens | FloatActs) for act in activations) and two_d_inputs:
         return "compressed-tensors uses one range for all tokens where a layer flattens its input to (tokens, width)"
     weights = {m.weight for m in modules.values()}
-    free = [m for m in modules.values() if _asymmetric(m) and m.layout is PACKED]
+    free = [m for m in modules.values() if _asymmetric(m) and m.layout.name == PACKED.name]
     if free and len(weights) > 1:
         return "weight-only checkpoints with asymmetric and other formats side by side do not load"
+    return None
+
+
+def stock_loads_experts(formats: ModelFormats, experts: Sequence[str], embed: str) -> str | None:
+    """Why stock ``transformers`` cannot run a mixture's experts as simulated, or ``None`` if it can.
+
+    It dequantizes all experts into one tensor when it loads them, by the first group of ``quantization_config`` that
+    names experts, or else by the first that names a class.
+
+    Args:
+        formats: of every quantized module.
+        experts: full names of all linears of experts.
+        embed: name of the embedding.
+    """
+    own = [formats.modules[name] for name in experts if name in formats.modules]
+    if not own and not formats.modules:
+        return None
+    if len(own) < len(experts):
+        return "float experts beside quantized linears do not load"
+    weights = {module.weight for module in own}
+    if len(weights) > 1:
+        return "experts in several formats do not load: all are read in one"
+    if any(module.stated_input is not None for module in own):
+        return "transformers computes experts with float inputs"
+    if any(_asymmetric(module) for module in own):
+        return "zero points of experts are not read"
+    if any(isinstance(weight.scales, TwoLevel) for weight in weights):
+        return "the tensors' scales of experts are not read"
+    ordered = _groups(formats, embed)
+    read = next((module for module, names in ordered[1:] if any("experts" in n for n in names)), ordered[0][0])
+    if read.weight not in weights:
+        return f"experts are read as {read.weight.name}, the format of other linears with such names"
     return None
 
 
@@ -76,15 +109,8 @@ def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str
         floats: linears that stay float.
         embed: name of the embedding; its input is token ids, so it never has an input format.
     """
-    groups: dict[ModuleFormats, list[str]] = {}
-    for name, module in formats.modules.items():
-        if name != embed:
-            own = ModuleFormats(module.weight, module.stated_input, module.outside)
-            groups.setdefault(own, []).append(name)
-    # The most common format is the default for class Linear; the others name their modules and take precedence.
-    ordered = sorted(groups.items(), key=lambda pair: -len(pair[1]))
     config_groups: dict[str, Any] = {}
-    for index, (module, names) in enumerate(ordered):
+    for index, (module, names) in enumerate(_groups(formats, embed)):
         targets = ["Linear"] if index == 0 else [_exact_pattern(name) for name in names]
         config_groups[f"group_{index}"] = _group(module, targets)
     if embed in formats.modules:
@@ -98,9 +124,24 @@ def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str
         "config_groups": config_groups,
         "ignore": list(floats),
     }
-    if any(_asymmetric(module) and module.layout is PACKED for module in formats.modules.values()):
+    if any(_asymmetric(module) and module.layout.name == PACKED.name for module in formats.modules.values()):
         config["dequantize"] = True
     return config
+
+
+def _groups(formats: ModelFormats, embed: str) -> list[tuple[ModuleFormats, list[str]]]:
+    """Formats with the modules that have them, but for the embedding, the most common first.
+
+    That one is the default for class ``Linear``; the others name their modules and take precedence.
+    """
+    groups: dict[ModuleFormats, list[str]] = {}
+    for name, module in formats.modules.items():
+        if name != embed:
+            own = ModuleFormats(module.weight, module.stated_input, module.outside)
+            if own.layout.name != module.layout.name:
+                own = replace(own, expert=module.expert)
+            groups.setdefault(own, []).append(name)
+    return sorted(groups.items(), key=lambda pair: -len(pair[1]))
 
 
 def _library_version() -> str:

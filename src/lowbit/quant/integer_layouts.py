@@ -14,9 +14,17 @@ from lowbit.quant.layout import Layout, Stored
 
 
 class PackedIntegers(Layout):
-    """``pack-quantized``."""
+    """``pack-quantized``.
+
+    Attributes:
+        wide: scales are stored in 32 bits, for loaders that multiply in the dtype of the scale: those of asymmetric
+            weights always, those of experts on request.
+    """
 
     name = "pack-quantized"
+
+    def __init__(self, wide: bool = False) -> None:
+        self.wide = wide
 
     def bits_per_value(self, format: Format, columns: int) -> float:
         """The format's; scales beside zero points take 32 bits.
@@ -25,7 +33,7 @@ class PackedIntegers(Layout):
         5.125
         """
         format = integer(format, self.name)
-        wider = 0 if format.symmetric else 32 - format.scales.bits
+        wider = 8 * self._scale_dtype(format).itemsize - format.scales.bits
         return format.bits_per_value(columns) + wider * format.groups(columns) / columns
 
     def tensors(self, format: Format) -> tuple[str, ...]:
@@ -43,7 +51,7 @@ class PackedIntegers(Layout):
         out = {
             "weight_packed": Stored(torch.int32, (rows, words(columns, format.bits))),
             "weight_shape": Stored(torch.int64, (2,)),
-            "weight_scale": Stored(format.scale_dtype if format.symmetric else torch.float32, (rows, groups)),
+            "weight_scale": Stored(self._scale_dtype(format), (rows, groups)),
         }
         if not format.symmetric:
             out["weight_zero_point"] = Stored(torch.int32, (words(rows, format.bits), groups))
@@ -55,11 +63,14 @@ class PackedIntegers(Layout):
         out = {
             "weight_packed": pack_to_int32(_signed(q, format), format.bits),
             "weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64),
+            "weight_scale": q.qparams.scale.to(self._scale_dtype(format)),
         }
         if format.symmetric:
-            return {**out, "weight_scale": q.qparams.scale.to(format.scale_dtype)}
-        zero = pack_to_int32(_signed_zero(q, format), format.bits, packed_dim=0)
-        return {**out, "weight_scale": q.qparams.scale.to(torch.float32), "weight_zero_point": zero}
+            return out
+        return {**out, "weight_zero_point": pack_to_int32(_signed_zero(q, format), format.bits, packed_dim=0)}
+
+    def _scale_dtype(self, format: IntFormat) -> torch.dtype:
+        return torch.float32 if self.wide or not format.symmetric else format.scale_dtype
 
     def _unpack(self, stored: Mapping[str, Tensor], format: Format) -> QTensor:
         """See ``Layout``."""

@@ -150,11 +150,13 @@ class ModuleFormats:
         weight: the weight's.
         input: the input's; ``None``: float.
         outside: the module is an embedding or the head.
+        expert: it belongs to an expert of a mixture.
     """
 
     weight: Format
     input: ActFormat | None = None
     outside: bool = False
+    expert: bool = False
 
     @property
     def stated_input(self) -> ActFormat | None:
@@ -164,7 +166,7 @@ class ModuleFormats:
     @property
     def layout(self) -> Layout:
         """How the weight is stored in a run folder."""
-        return layout_of(self.weight, self.stated_input, outside=self.outside)
+        return layout_of(self.weight, self.stated_input, outside=self.outside, expert=self.expert)
 
     @property
     def input_tensors(self) -> Mapping[str, Stored]:

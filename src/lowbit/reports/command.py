@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from lowbit.models.block import LEAST_TOKENS
+
 
 def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
     """A run's ``lowbit quantize`` command, and its recipe as YAML if the command needs it as a file.
@@ -38,11 +40,17 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
         words += ["--" + name, str(request[name])]
     for name, default in (("bos", "auto"), ("device", "cpu"), ("dtype", "float32"), ("revision", None)):
         words += _option(name, request.get(name), default)
+    words += _option("expert-tokens", str(request.get("expert_tokens", LEAST_TOKENS)), str(LEAST_TOKENS))
     return shlex.join([*words, *_flags(request)]), file
 
 
 def _flags(request: Mapping[str, Any]) -> list[str]:
-    flags = {"compiled": "--compile", "allow_pickle": "--allow-pickle", "trust_remote_code": "--trust-remote-code"}
+    flags = {
+        "all_experts": "--all-experts",
+        "compiled": "--compile",
+        "allow_pickle": "--allow-pickle",
+        "trust_remote_code": "--trust-remote-code",
+    }
     return [flag for name, flag in flags.items() if request.get(name)]
 
 

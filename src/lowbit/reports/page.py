@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowbit.reports import learned, outliers
-from lowbit.reports.charts import Series, cells, lines
+from lowbit.reports.charts import Series, bars, cells, lines
 from lowbit.reports.facts import FloatFacts, RunFacts, place_of
 from lowbit.reports.scores import score_table
 from lowbit.reports.svg import short
@@ -37,6 +37,7 @@ def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
         scores=score_table(runs, floats),
         quality=quality_charts(runs),
         sensitivity=sensitivity_charts(runs),
+        routing=routing_charts(runs),
         cost=cost_charts(runs),
         outlier_charts=outliers.comparison(runs),
     )
@@ -115,6 +116,23 @@ def _sensitivity(run: RunFacts) -> dict[tuple[str, int], float]:
     """Errors by linear and block; see ``lowbit.analysis.linear_error``."""
     rows = ((row.block, row.sensitivity["linears"]) for row in run.blocks if row.sensitivity)
     return {(name, block): record["error"] for block, linears in rows for name, record in linears.items()}
+
+
+def routing_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
+    """Calibration tokens that reach each expert, by layer, for runs of mixtures."""
+    charts = []
+    for run in runs:
+        limit = run.manifest.identity.expert_tokens
+        for row in run.blocks:
+            if not row.routing:
+                continue
+            cold = sum(tokens < limit for tokens in row.routing)
+            label = f"{run.name}, block {row.block}: calibration tokens that reach each expert"
+            title = f"{run.name}, block {row.block}: {cold} of {len(row.routing)} experts below {limit} tokens"
+            charts.append(
+                (title, bars(label, [(float(i), float(n)) for i, n in enumerate(row.routing)], "expert", "tokens"))
+            )
+    return [(title, chart) for title, chart in charts if chart]
 
 
 def cost_charts(runs: Sequence[RunFacts]) -> list[tuple[str, Markup]]:

@@ -27,7 +27,8 @@ FLOAT, QUANTIZED, MAP = "float", "quantized", "map"  # prefixes of the names in 
 def record_peaks(block: Block) -> Iterator[dict[str, Statistics]]:
     """Within the context, runs of ``block`` record each channel's largest absolute input to its linears, ``(in,)``.
 
-    Keys are a layer's index and the linears that read the tensor: ``7.mlp.gate_proj+mlp.up_proj``. Values are
+    Keys are a layer's index and the linears that read the tensor: ``7.mlp.gate_proj+mlp.up_proj``; of a mixture the
+    experts module, for the tokens that all its experts read. Values are
     recorded before a linear's input is quantized; otherwise a channel below half a step would read as zero. Hooks run
     in the order of registration, and those that quantize are registered later.
     """
@@ -41,10 +42,13 @@ def record_peaks(block: Block) -> Iterator[dict[str, Statistics]]:
 
     with ExitStack() as stack:
         for layer, kind, index in zip(block.layers, block.kinds, block.indices, strict=True):
-            for group in kind.groups:
-                key = f"{index}.{'+'.join(group)}"
+            shown = {"+".join(group): group[0] for group in kind.groups if kind.expert_of(group[0]) is None}
+            if kind.experts is not None:
+                shown[kind.experts.module] = kind.experts.module
+            for name, module in shown.items():
+                key = f"{index}.{name}"
                 peaks[key] = Statistics(("peak",))
-                hook = add_hook(key, layer.get_submodule(group[0]))
+                hook = add_hook(key, layer.get_submodule(module))
                 stack.callback(hook.remove)
         yield peaks
 

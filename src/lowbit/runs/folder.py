@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.lock import Locked, Owner, hold, holder
@@ -253,7 +253,7 @@ def read_block(
 ) -> Block:
     """Layer ``index`` from its shard: quantized weights in ``qweights``, other parameters in ``params``."""
     prefix = f"{skeleton.architecture.blocks}."
-    shapes = skeleton.layers[index].state_dict()
+    shapes = skeleton.parameter_shapes(index)
     names = [f"{prefix}{index}.{name}" for name in shapes]
     modules = {name: own for name, own in formats.modules.items() if name.startswith(f"{prefix}{index}.")}
     quantized = read_qtensors(checkpoint, modules)
@@ -263,15 +263,15 @@ def read_block(
     inputs = read_input_qparams(checkpoint, modules, device)
     input_qparams = {name.removeprefix(prefix): own for name, own in inputs.items()}
     block = skeleton.block(index, params, formats=formats)
-    layer_ops = read_ops(checkpoint, skeleton.architecture, skeleton.layers[index], index)
+    layer_ops = read_ops(checkpoint, skeleton.architecture, shapes, index)
     ops = {f"{index}.{name}": op.to(device) for name, op in layer_ops.items()}
     return replace(block, qweights=qweights, input_qparams=input_qparams, ops=ops)
 
 
 def read_ops(
-    checkpoint: Checkpoint, architecture: Architecture, layer: nn.Module, index: int
+    checkpoint: Checkpoint, architecture: Architecture, shapes: Mapping[str, torch.Size], index: int
 ) -> dict[str, RuntimeOp]:
-    """The runtime ops of layer ``index``, by module names within the layer.
+    """The runtime ops of layer ``index``, by module names within the layer; ``shapes`` are its parameters'.
 
     An op at an unsuitable module, of an unknown kind or of another shape is refused.
     """
@@ -288,7 +288,7 @@ def read_ops(
         if op is None or not fits or name in out:
             first = next(iter(tensors.values()))
             raise LowbitError(f"{checkpoint.folder} has a tensor '{first}' that no module can have: it is broken")
-        shape = layer.get_parameter(f"{name}.weight").shape
+        shape = shapes[f"{name}.weight"]
         width = shape[0] if name in own.transposed else shape[-1]
         stored = {tensor: checkpoint.read([full])[full] for tensor, full in tensors.items()}
         try:
@@ -317,7 +317,8 @@ def run_formats(manifest: Manifest, scheme: Scheme, architecture: Architecture) 
         module = scheme.outside(name) if name in outside else scheme.module(name)
         if module is None:
             raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
-        modules[name] = replace(module, input=None) if name == architecture.embed else module
+        inputs = None if name == architecture.embed else module.input
+        modules[name] = replace(module, input=inputs, expert=architecture.is_experts(name))
     return ModelFormats(modules, scheme.kv)
 
 

@@ -6,7 +6,8 @@ quantizes the inputs of quantized linears, and a registered attention function q
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lowbit.checkpoints.resolve import load_config
 from lowbit.errors import LowbitError, one_line
+from lowbit.models.architecture import Experts
 from lowbit.models.attention import attention_name
+from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
+from lowbit.models.experts_function import run_experts_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import gathered_norm
+from lowbit.models.linear_input import LinearInput
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp
 from lowbit.models.validate import (
     PROBE,
@@ -78,10 +83,12 @@ def load(
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     tied = f"{architecture.head}.weight" if config.tie_word_embeddings else ""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
+    shapes = state_shapes(architecture, shapes)
     state = read_dequantized(checkpoint, shapes, formats.modules)
     for module in architecture.transposed() & formats.modules.keys():
         state[f"{module}.weight"] = state[f"{module}.weight"].mT.contiguous()  # codes are (out, in)
-    model.load_state_dict({n: v.to(device, dtype) for n, v in state.items()}, strict=False, assign=True)
+    state = as_the_library_stores(architecture, {name: value.to(device, dtype) for name, value in state.items()})
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
@@ -89,13 +96,20 @@ def load(
     ops = []
     for index, layer in enumerate(model.get_submodule(architecture.blocks)):
         offsets = architecture.layers[index].norm_offsets
-        for name, op in read_ops(checkpoint, architecture, layer, index).items():
-            _attach(layer, name, op.to(device), offsets.get(name, 0.0))
+        own, prefix = architecture.layers[index].experts, f"{architecture.blocks}.{index}."
+        layer_ops = read_ops(checkpoint, architecture, parameter_shapes(architecture.layers[index], layer), index)
+        for name, op in layer_ops.items():
             ops.append(op)
+            if own is None or own.place(name) is None:
+                _attach(layer, name, op.to(device), offsets.get(name, 0.0))
+        if own is not None:
+            run_experts_apart(
+                layer.get_submodule(own.module), own, _expert_inputs(own, prefix, formats, layer_ops, device)
+            )
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
     qparams = read_input_qparams(checkpoint, formats.modules, device)
     for name in formats.modules:
-        if (inputs := formats.input(name)) is not None:
+        if (inputs := formats.input(name)) is not None and not architecture.is_experts(name):
             _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name))
     if formats.kv is not None:
         model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation)
@@ -105,6 +119,17 @@ def load(
     with report_build_errors(folder), torch.no_grad():  # as ``check_computes``; every layer is in memory already
         model(torch.zeros(1, PROBE, dtype=torch.int64, device=device), use_cache=False)
     return model
+
+
+def _expert_inputs(
+    experts: Experts, prefix: str, formats: ModelFormats, ops: Mapping[str, RuntimeOp], device: str
+) -> dict[str, LinearInput]:
+    """What happens to the inputs of experts' linears, by name within the layer; only those with something to do."""
+    names = [name for group in experts.groups for name in group]
+    inputs = {name: LinearInput(formats.input(f"{prefix}{name}"), ops.get(name)) for name in names}
+    return {
+        name: own if own.op is None else replace(own, op=own.op.to(device)) for name, own in inputs.items() if own
+    }
 
 
 def _generation_config(folder: Path) -> GenerationConfig:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from lowbit.checkpoints.safetensors_folder import read_json
 from lowbit.data.windows import Bos
 from lowbit.errors import LowbitError
+from lowbit.models.block import LEAST_TOKENS
 
 MANIFEST = "lowbit.json"
 FORMAT = 3
@@ -55,6 +56,8 @@ class Identity:
         seed, device, dtype: as requested.
         versions: of Python and of the packages that compute and write the run.
         compiled: whether training ran with fused fake quantization.
+        expert_tokens: experts that fewer calibration tokens reach are quantized without calibration data.
+        all_experts: experts' statistics are from all tokens, not from those that reach them.
         source_files: digest of the source's other files, tokenizer included, which the run folder copies.
         input_range: how the ranges of static inputs were estimated; ``None`` for schemes without any.
     """
@@ -70,6 +73,8 @@ class Identity:
     dtype: str
     versions: dict[str, str]
     compiled: bool = False
+    expert_tokens: int = LEAST_TOKENS
+    all_experts: bool = False
     source_files: str = ""
     input_range: str | None = None
 
@@ -89,6 +94,7 @@ class BlockRow:
         relative_error: of the layer's output hidden states, relative to the float model's.
         sensitivity: sensitivity of the layer's linears; see ``analysis/linear_error.py``.
         steps: figures by step name; ``awq-2`` is the second step of that name.
+        routing: calibration tokens that reach each expert in the float model; empty for a layer without experts.
     """
 
     block: int
@@ -96,6 +102,7 @@ class BlockRow:
     relative_error: float
     sensitivity: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
+    routing: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,10 +18,11 @@ from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.architecture import Architecture
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
-from lowbit.quant.compressed_tensors import stock_loads
+from lowbit.quant.compressed_tensors import stock_loads, stock_loads_experts
 from lowbit.quant.format import group_advice
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
+from lowbit.quant.static_activations import StaticActs
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,15 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
     shapes = linear_shapes(skeleton)
     if not shapes:
         raise LowbitError("the model of config.json has no layers: nothing to quantize")
-    linears = {name: formats for name in shapes if (formats := scheme.module(name)) is not None}
+    routers = architecture.routers()
+    planned = {
+        name: None if name in routers and not scheme.override(name) else scheme.module(name) for name in shapes
+    }
+    linears = {
+        name: replace(formats, expert=architecture.is_experts(name))
+        for name, formats in planned.items()
+        if formats is not None
+    }
     outside = _formats_outside_blocks(scheme, architecture.head, architecture.embed)
     floats = [name for name in shapes if name not in linears]
     rows, columns = skeleton.model.get_input_embeddings().weight.shape
@@ -94,6 +103,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
             "choose a scheme without kv"
         )
     model_formats = ModelFormats({**linears, **outside}, scheme.kv)
+    _check_inputs_of_experts(model_formats)
     _check_groups(scheme, model_formats, shapes)
     count = {name: shape[0] * shape[1] for name, shape in shapes.items()}
     untie = skeleton.tied and bool(outside)
@@ -116,8 +126,18 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
             int(count[name] * own.layout.bits_per_value(own.weight, shapes[name][1]) / 8)
             for name, own in model_formats.modules.items()
         ),
-        stock=_stock(architecture, model_formats),
+        stock=_stock(skeleton, model_formats),
     )
+
+
+def _check_inputs_of_experts(formats: ModelFormats) -> None:
+    """Refuse static inputs of experts: one that no calibration token reaches would have no range."""
+    for name, own in formats.modules.items():
+        if own.expert and isinstance(own.input, StaticActs):
+            raise LowbitError(
+                f"{name} is an expert's and would have inputs in {own.input.name}, whose range an expert that no "
+                "token reaches does not have: choose a scheme with dynamic or float inputs, or override experts"
+            )
 
 
 def _formats_outside_blocks(scheme: Scheme, head: str, embed: str) -> dict[str, ModuleFormats]:
@@ -196,9 +216,10 @@ def check_length(config: Any, length: int) -> None:
 def linear_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
     """``(out, in)`` of every linear of every block by full name."""
     architecture, out = skeleton.architecture, {}
-    for index, (layer, kind) in enumerate(zip(skeleton.layers, architecture.layers, strict=True)):
+    for index, kind in enumerate(architecture.layers):
+        parameters = skeleton.parameter_shapes(index)
         for name in kind.linears:
-            rows, columns = layer.get_parameter(f"{name}.weight").shape
+            rows, columns = parameters[f"{name}.weight"]
             shape = (columns, rows) if name in kind.transposed else (rows, columns)
             out[f"{architecture.blocks}.{index}.{name}"] = shape
     return out
@@ -214,11 +235,29 @@ def _unlisted(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
     return out
 
 
-def _stock(architecture: Architecture, formats: ModelFormats) -> str | None:
+def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     """Why stock ``transformers`` cannot run the formats as simulated, or ``None`` if it can."""
+    architecture = skeleton.architecture
+    if (why := _stock_experts(skeleton, formats)) is not None:
+        return why
     if turned := architecture.transposed() & formats.modules.keys():
         name = min(turned)
         return f"{name} is stored as (in, out), and compressed-tensors quantizes linears that are stored as (out, in)"
     flat = {f"{architecture.blocks}.{i}.{name}" for i, kind in enumerate(architecture.layers) for name in kind.flat}
     two_d = any(formats.input(name) is not None for name in flat & formats.modules.keys())
     return stock_loads(formats, architecture.embed, two_d_inputs=two_d)
+
+
+def _stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
+    """Why stock ``transformers`` cannot run a mixture's experts and routers, or ``None`` if it can."""
+    architecture = skeleton.architecture
+    experts = [name for name in architecture.linears() if architecture.is_experts(name)]
+    for index, (layer, kind) in enumerate(zip(skeleton.layers, architecture.layers, strict=True)):
+        for name in kind.routers:
+            full = f"{architecture.blocks}.{index}.{name}"
+            if full in formats.modules and not isinstance(layer.get_submodule(name), nn.Linear):
+                return f"{full} chooses the experts, and transformers has no quantized linear in its place"
+        if kind.experts is not None and not kind.experts.apart and any(name in formats.modules for name in experts):
+            whole = f"{architecture.blocks}.{index}.{kind.experts.module}.{kind.experts.writes.parameter}"
+            return f"transformers stores the experts of a layer together ({whole}) and reads no codes of one expert"
+    return stock_loads_experts(formats, experts, architecture.embed) if experts else None

@@ -81,7 +81,8 @@ class StreamedModel:
         """Read layer ``index``."""
         if self.scheme is not None:
             return read_block(self.checkpoint, self.skeleton, index, self.formats, self.device)
-        params = block_params(self.checkpoint, self.skeleton.architecture.blocks, index, self.skeleton.layers[index])
+        blocks, shapes = self.skeleton.architecture.blocks, self.skeleton.parameter_shapes(index)
+        params = block_params(self.checkpoint, blocks, index, shapes)
         return self.skeleton.block(index, {name: value.to(self.device) for name, value in params.items()})
 
     @property

@@ -13,12 +13,13 @@ from lowbit.models.discovery.known import discovered
 from lowbit.models.families.family import Family
 from lowbit.models.families.gemma import GEMMA2, GEMMA3
 from lowbit.models.families.llama import LLAMA
+from lowbit.models.families.mixtures import MIXTRAL, QWEN3_MOE
 from lowbit.models.families.opt import OPT
 from lowbit.models.families.phi import PHI3
 from lowbit.models.families.qwen import QWEN2, QWEN3
 from lowbit.models.families.smollm3 import SMOLLM3
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT, SMOLLM3)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT, SMOLLM3, MIXTRAL, QWEN3_MOE)
 MOST_LAYERS = 4096  # an entry each: a config may say anything
 
 
