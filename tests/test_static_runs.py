@@ -25,9 +25,11 @@ from lowbit.models.forward import observe, run_all
 from lowbit.pipeline import runner
 from lowbit.pipeline.recipe import Recipe, recipe_from_dict
 from lowbit.quant.range_estimators import RangeEstimator
+from lowbit.quant.scheme import parse_scheme
 from lowbit.reports.command import command
+from lowbit.runs.plan import make_plan
 from runs import folder_bytes, quantize_tiny, streamed_logits
-from tiny import block_of, planned, save_tiny, tiny_ids, tiny_model
+from tiny import block_of, planned, save_tiny, skeleton_of, tiny_ids, tiny_model
 
 MIN_MAX = RangeEstimator("min-max")
 STATIC = ["w8a8-static", "w4a8g16-sym-static", "w4a16-static", "nvfp4"]
@@ -251,3 +253,8 @@ def test_a_loaded_static_run_is_copied_with_its_ranges_and_refuses_to_be_saved(r
     assert not any("lowbit_input" in name for name in model.state_dict())
     with pytest.raises(LowbitError, match="inputs quantized as a8-asym-static"):
         model.save_pretrained(run / "saved")
+
+
+def test_static_inputs_of_experts_are_refused():
+    with pytest.raises(LowbitError, match="is an expert's and would have inputs in a8-sym-static"):
+        make_plan(skeleton_of(tiny_model("mixtral")), parse_scheme("w8a8-sym-static"))
