@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFReader, GGUFValueType
 
 from fuzzing.gguf_bytes import ARRAY, BOOL, STRING, Fact, Gguf
-from lowbit.checkpoints.gguf_layout import check_layout
+from lowbit.checkpoints.gguf_layout import check_layout, copy_keys
 from lowbit.errors import LowbitError
 from test_gguf_reader import write_gguf
 
@@ -75,6 +75,16 @@ def test_the_files_own_alignment_counts(
     file.write(tmp_path / "m.gguf")
     check_layout(tmp_path / "m.gguf")
     assert [tensor.data.tobytes() for tensor in GGUFReader(tmp_path / "m.gguf").tensors] == values
+
+
+def test_keys_without_tensors(source: Path, tmp_path: Path) -> None:
+    copy_keys(source, tmp_path / "keys.gguf")
+    whole, keys = GGUFReader(source), GGUFReader(tmp_path / "keys.gguf")
+    assert keys.tensors == []
+    counts = {"GGUF.tensor_count"}
+    assert whole.fields.keys() == keys.fields.keys() > counts
+    for name in whole.fields.keys() - counts:
+        assert whole.fields[name].contents() == keys.fields[name].contents()
 
 
 @pytest.mark.parametrize("offset", [0, 1, 31, 20000, 2**40, 2**63, 2**64 - 32])

@@ -11,7 +11,7 @@ import loads
 import lowbit
 from loads import ROWS, TARGETS
 from lowbit.exporters import EXPORTERS, exporter_of
-from lowbit.exporters.gguf_types import Reader
+from lowbit.checkpoints.gguf_types import Reader
 from lowbit.pipeline.recipe import load_recipe
 from lowbit.pipeline.target import subject_of
 from lowbit.quant.scheme import NAMED, parse_scheme

@@ -34,7 +34,7 @@ from lowbit.exporters.gguf_model import WINDOWS, architecture, head_dim, model_m
 from lowbit.exporters.gguf_native import native_type, pack_native
 from lowbit.exporters.gguf_rope import rope_tensors
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
-from lowbit.exporters.gguf_types import AnyKind, OwnKind, Reader, bytes_of, values_of
+from lowbit.checkpoints.gguf_types import AnyKind, OwnKind, Reader, bytes_of, values_of
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.progress import track
