@@ -126,6 +126,7 @@ def test_behind_the_last_tensor_are_zeros_at_most(source: Path, tmp_path: Path) 
     ("fields", "told"),
     [
         ({"kind": 99}, "the type 99"),
+        ({"dims": (128, 100), "kind": 42}, "expected at"),  # where a fork's type of that number is smaller
         ({"kind": 2**31}, "the type 2147483648"),
         ({"dims": (1, 1, 1, 1, 1)}, "5 dimensions"),
         ({"dims": (2**40,)}, "expected at|ends at"),

@@ -82,7 +82,12 @@ KEPT: dict[str, tuple[Any, dict[str, Any], str, tuple[str, ...]]] = {
         "nvfp4a16",
         ("gguf", "onnx"),
     ),
-    "mxfp8": (compressed("mxfp8-quantized", MXFP8), compressed_config("mxfp8-quantized", MXFP8), "mxfp8a16", ("gguf", "onnx")),
+    "mxfp8": (
+        compressed("mxfp8-quantized", MXFP8),
+        compressed_config("mxfp8-quantized", MXFP8),
+        "mxfp8a16",
+        ("gguf", "onnx"),
+    ),
 }
 
 

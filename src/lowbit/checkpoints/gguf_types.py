@@ -76,7 +76,7 @@ def values_of(data: Bytes, kind: AnyKind) -> npt.NDArray[np.float32]:
 
 
 def known_type(number: int) -> AnyKind:
-    """The type with llama.cpp's number; raises ``ValueError`` for one that neither the package nor this module has."""
+    """The type with llama.cpp's number; raises ``ValueError`` for one that is not known here."""
     if number in list(OwnKind):
         return OwnKind(number)
     kind = GGMLQuantizationType(number)
