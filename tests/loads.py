@@ -28,6 +28,8 @@ w4a8g32-sym-asym float32      -      yes        -    -    -   -    -
 w4a4g32-sym-asym float32      -      -          -    -    -   -    -
 w8a8             float32      -      -          -    -    -   -    -
 w8a8-static      float32      -      -          yes  -    -   -    -
+w4a8-sym-static  float32      -      -          yes  -    -   -    yes
+w8a8-sym-static  float32      -      -          yes  -    -   -    yes
 w4a8g32-sym-static float32    -      -          yes  -    -   -    -
 w4a16-static     float32      -      -          yes  -    -   -    -
 w4a16g32-static  float32      -      -          yes  -    -   -    -
