@@ -43,7 +43,7 @@ NVFP4 = floats(4, "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")
 MXFP8 = floats(8, "group", 32, scale_dtype="torch.uint8")
 TENSOR = floats(8, "tensor")
 PARTIAL = "fp8 in partial tiles"
-SIZES = {PARTIAL: {"hidden_size": 192, "head_dim": 48}}
+SIZES = {PARTIAL: {"hidden_size": 192, "head_dim": 48, "num_key_value_heads": 4}}
 KEPT: dict[str, tuple[Any, dict[str, Any], str, tuple[str, ...]]] = {
     "gptq": (gptq(), gptq_config(), "w4a16g32-sym", ("gguf", "onnx")),
     "gptq 3 bits": (gptq(3), gptq_config(3), "w3a16g32-sym", ("gguf",)),
