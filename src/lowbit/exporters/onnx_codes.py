@@ -115,6 +115,7 @@ class Codes:
         ('INT8', [8, -3, 1, 0], [[1.0]])
         """
         kind, format = kind_of(q.format), q.format
+        assert kind is not None, f"{format.name} is refused before"
         scale = q.qparams.scale.float().T.contiguous()
         block = format.group or q.codes.shape[1]
         if kind == FP8:
@@ -123,7 +124,6 @@ class Codes:
         if isinstance(format, IntFormat) and not format.symmetric:
             return cls(kind, q.codes.T.contiguous(), scale, q.qparams.zero.to(torch.uint8).T.contiguous(), block)
         steps = _steps(format)
-        assert kind is not None, f"{format.name} is refused before"
         assert steps is not None
         signed = torch.tensor(steps, dtype=torch.int16)[q.codes.long()]
         if isinstance(format, FloatFormat):
