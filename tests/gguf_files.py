@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from lowbit.checkpoints.gguf_types import SIZES, OwnKind
 from tiny import CONFIGS, tiny_ids
 
 ARCHITECTURE = {"gemma3_text": "gemma3", "mistral": "llama"}
@@ -117,7 +118,11 @@ def write(path: Path, arch: str, keys: Mapping[str, Any], tensors: Mapping[str, 
     for name, tensor in tensors.items():
         if tensor is not None:
             data, kind = tensor if isinstance(tensor, tuple) else (np.ascontiguousarray(tensor, np.float32), None)
-            writer.add_tensor(name, data, raw_dtype=kind)
+            shape = None
+            if isinstance(kind, OwnKind):  # the package cannot tell the shape from the bytes; int8 is taken as told
+                values, size = SIZES[kind]
+                shape, data = (len(data), data.shape[1] // size * values), data.view(np.int8)
+            writer.add_tensor(name, data, raw_shape=shape, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -28,32 +28,34 @@ w4a8g32-sym-asym float32      -      yes        -    -    -   -    -
 w4a4g32-sym-asym float32      -      -          -    -    -   -    -
 w8a8             float32      -      -          -    -    -   -    -
 w8a8-static      float32      -      -          yes  -    -   -    -
+w4a8-sym-static  float32      -      -          yes  -    -   -    yes
+w8a8-sym-static  float32      -      -          yes  -    -   -    yes
 w4a8g32-sym-static float32    -      -          yes  -    -   -    -
 w4a16-static     float32      -      -          yes  -    -   -    -
 w4a16g32-static  float32      -      -          yes  -    -   -    -
 w4afp8           float32      -      -          -    -    -   -    -
 w4a16kv4-sym     -            -      -          -    -    -   -    -
 fp8              float32      -      -          -    -    -   -    -
-fp8a16           float32      -      -          yes  -    -   -    -
+fp8a16           float32      F32    -          yes  -    -   -    -
 fp8-block        float32      -      -          -    -    -   -    -
-fp8-blocka16     float32      -      -          yes  -    -   -    -
-fp8-tensora16    float32      -      -          yes  -    -   -    -
+fp8-blocka16     float32      F32    -          yes  -    -   -    -
+fp8-tensora16    float32      F32    -          yes  -    -   -    -
 nvfp4            bfloat16     -      -          -    -    -   -    -
-nvfp4a16         bfloat16     NVFP4  -          -    -    -   -    -
+nvfp4a16         bfloat16     NVFP4  -          yes  -    -   -    -
 mxfp4            bfloat16     -      -          -    -    -   -    -
 mxfp4a8          bfloat16     -      -          -    -    -   -    -
-mxfp4a16         bfloat16     MXFP4  -          -    -    -   -    -
+mxfp4a16         bfloat16     MXFP4  -          yes  -    -   -    -
 mxfp6a8          bfloat16     -      -          -    -    -   -    -
-mxfp6a16         bfloat16     -      -          -    -    -   -    -
+mxfp6a16         bfloat16     BF16   -          yes  -    -   -    -
 mxfp8            bfloat16     -      -          -    -    -   -    -
-mxfp8a16         bfloat16     -      -          yes  -    -   -    -
+mxfp8a16         bfloat16     BF16   -          yes  -    -   -    -
 q2_k             -            Q2_K   -          -    -    -   -    -
-q3_k             -            Q3_K   -          -    -    -   -    -
+q3_k             -            Q3_K   -          yes  -    -   -    -
 q4_k             -            Q4_K   -          -    -    -   -    -
 q5_k             -            Q5_K   -          -    -    -   -    -
-q6_k             -            Q6_K   -          -    -    -   -    -
-iq4_nl           -            IQ4_NL -          -    -    -   -    -
-q2_0             -            Q2_0   -          -    -    -   -    -
+q6_k             -            Q6_K   -          yes  -    -   -    -
+iq4_nl           -            IQ4_NL -          yes  -    -   -    -
+q2_0             -            Q2_0   -          yes  -    -   -    -
 """
 # The rows of the shorter table.
 COMMON = (

@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFReader, GGUFValueType
 
 from fuzzing.gguf_bytes import ARRAY, BOOL, STRING, Fact, Gguf
-from lowbit.checkpoints.gguf_layout import check_layout
+from lowbit.checkpoints.gguf_layout import check_layout, copy_keys
 from lowbit.errors import LowbitError
 from test_gguf_reader import write_gguf
 
@@ -77,6 +77,16 @@ def test_the_files_own_alignment_counts(
     assert [tensor.data.tobytes() for tensor in GGUFReader(tmp_path / "m.gguf").tensors] == values
 
 
+def test_keys_without_tensors(source: Path, tmp_path: Path) -> None:
+    copy_keys(source, tmp_path / "keys.gguf")
+    whole, keys = GGUFReader(source), GGUFReader(tmp_path / "keys.gguf")
+    assert keys.tensors == []
+    counts = {"GGUF.tensor_count"}
+    assert whole.fields.keys() == keys.fields.keys() > counts
+    for name in whole.fields.keys() - counts:
+        assert whole.fields[name].contents() == keys.fields[name].contents()
+
+
 @pytest.mark.parametrize("offset", [0, 1, 31, 20000, 2**40, 2**63, 2**64 - 32])
 def test_tensors_lie_one_behind_the_other(source: Path, offset: int) -> None:
     """An overlap, a hole, no alignment, behind the end, and a sum that wraps around at 64 bits."""
@@ -116,6 +126,7 @@ def test_behind_the_last_tensor_are_zeros_at_most(source: Path, tmp_path: Path) 
     ("fields", "told"),
     [
         ({"kind": 99}, "the type 99"),
+        ({"dims": (128, 100), "kind": 42}, "expected at"),  # where a fork's type of that number is smaller
         ({"kind": 2**31}, "the type 2147483648"),
         ({"dims": (1, 1, 1, 1, 1)}, "5 dimensions"),
         ({"dims": (2**40,)}, "expected at|ends at"),

@@ -42,18 +42,21 @@ ROWS = ints(8, None, True)
 NVFP4 = floats(4, "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")
 MXFP8 = floats(8, "group", 32, scale_dtype="torch.uint8")
 TENSOR = floats(8, "tensor")
+PARTIAL = "fp8 in partial tiles"
+SIZES = {PARTIAL: {"hidden_size": 192, "head_dim": 48, "num_key_value_heads": 4}}
 KEPT: dict[str, tuple[Any, dict[str, Any], str, tuple[str, ...]]] = {
     "gptq": (gptq(), gptq_config(), "w4a16g32-sym", ("gguf", "onnx")),
     "gptq 3 bits": (gptq(3), gptq_config(3), "w3a16g32-sym", ("gguf",)),
     "gptq 2 bits asymmetric": (gptq(2, symmetric=False), gptq_config(2), "w2a16g32-asym", ("gguf", "onnx")),
     "awq": (awq, AWQ_CONFIG, "w4a16g32-asym", ("gguf", "onnx")),
-    "mxfp4": (mxfp4, MXFP4_CONFIG, "mxfp4a16", ("gguf",)),
-    "fp8": (fp8, FP8_CONFIG, "fp8-blocka16:f32", ()),
+    "mxfp4": (mxfp4, MXFP4_CONFIG, "mxfp4a16", ("gguf", "onnx")),
+    "fp8": (fp8, FP8_CONFIG, "fp8-blocka16:f32", ("gguf", "onnx")),
+    PARTIAL: (fp8, FP8_CONFIG, "fp8-blocka16:f32", ("gguf", "onnx")),
     "fp8 tensor": (
         compressed("float-quantized", TENSOR),
         compressed_config("float-quantized", TENSOR),
         "fp8-tensora16:f32",
-        (),
+        ("gguf", "onnx"),
     ),
     "packed": (
         compressed("pack-quantized", PACKED, torch.bfloat16),
@@ -77,9 +80,14 @@ KEPT: dict[str, tuple[Any, dict[str, Any], str, tuple[str, ...]]] = {
         compressed("nvfp4-pack-quantized", NVFP4, power_of_two=True),
         compressed_config("nvfp4-pack-quantized", NVFP4),
         "nvfp4a16",
-        ("gguf",),
+        ("gguf", "onnx"),
     ),
-    "mxfp8": (compressed("mxfp8-quantized", MXFP8), compressed_config("mxfp8-quantized", MXFP8), "mxfp8a16", ()),
+    "mxfp8": (
+        compressed("mxfp8-quantized", MXFP8),
+        compressed_config("mxfp8-quantized", MXFP8),
+        "mxfp8a16",
+        ("gguf", "onnx"),
+    ),
 }
 
 
@@ -100,7 +108,7 @@ def check_values(folder: Path, values: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("name", KEPT)
 def test_a_source_goes_through_a_run_to_its_exports_with_equal_values(name: str, tmp_path: Path) -> None:
     pack, config, scheme, targets = KEPT[name]
-    values = save_quantized(tmp_path / "m", pack, config)
+    values = save_quantized(tmp_path / "m", pack, config, **SIZES.get(name, {}))
     made = lowbit.quantize(tmp_path / "m", tmp_path / "run", keep=True)
     identity = made.manifest.identity
     assert (identity.scheme["scheme"], identity.recipe_name, identity.steps) == (scheme, "keep", ["keep"])
@@ -116,7 +124,7 @@ def test_a_source_goes_through_a_run_to_its_exports_with_equal_values(name: str,
 @pytest.mark.parametrize("name", KEPT)
 def test_stock_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     pack, config, _, _ = KEPT[name]
-    save_quantized(tmp_path / "m", pack, config)
+    save_quantized(tmp_path / "m", pack, config, **SIZES.get(name, {}))
     made = lowbit.quantize(tmp_path / "m", tmp_path / "run", keep=True)
     assert made.manifest.transformers.loads
     (result,) = lowbit.verify(made.out)
@@ -241,7 +249,7 @@ def test_scales_that_only_float32_holds_stay_exact(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "activation order": (gptq(order=True), gptq_config(desc_act=True), {}, "groups are in activation order"),
-    "partial tiles": (fp8, FP8_CONFIG, {"hidden_size": 192, "head_dim": 48}, "do not divide its width of 192"),
+    "tiles": (fp8, {**FP8_CONFIG, "weight_block_size": [64, 128]}, {"hidden_size": 128}, "no format has tiles of 64"),
     "nvfp4": (
         compressed("nvfp4-pack-quantized", NVFP4),
         compressed_config("nvfp4-pack-quantized", NVFP4),

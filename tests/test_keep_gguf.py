@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
-from gguf.quants import dequantize
 
 import gguf_files
 import lowbit
 from lowbit.checkpoints.gguf_file import open_gguf
+from lowbit.checkpoints.gguf_types import SIZES as BLOCK_SIZES
+from lowbit.checkpoints.gguf_types import AnyKind, OwnKind, Reader, values_of
 from lowbit.checkpoints.resolve import resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
@@ -39,17 +38,18 @@ HALVES = {
     Kind.Q4_0: (0,), Kind.Q4_1: (0, 2), Kind.Q5_0: (0,), Kind.Q5_1: (0, 2), Kind.Q8_0: (0,), Kind.Q2_K: (80, 82),
     Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,), Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,),
     Kind.TQ1_0: (52,), Kind.TQ2_0: (64,), Kind.MXFP4: (), Kind.NVFP4: (),
+    OwnKind.Q2_0: (0,),
 }  # fmt: skip
 SCHEMES = {
     Kind.Q4_0: "w4a16g32-sym", Kind.Q5_0: "w5a16g32-sym", Kind.Q8_0: "w8a16g32-sym", Kind.MXFP4: "mxfp4a16",
     Kind.NVFP4: "nvfp4a16", Kind.IQ4_NL: "iq4_nl", Kind.Q2_K: "q2_k", Kind.Q3_K: "q3_k", Kind.Q4_K: "q4_k",
-    Kind.Q5_K: "q5_k", Kind.Q6_K: "q6_k",
+    Kind.Q5_K: "q5_k", Kind.Q6_K: "q6_k", OwnKind.Q2_0: "q2_0",
 }  # fmt: skip
 
 
-def random_blocks(kind: Kind, rows: int, columns: int, seed: int = 0) -> Any:
+def random_blocks(kind: AnyKind, rows: int, columns: int, seed: int = 0) -> Any:
     """Rows of blocks ``uint8 (rows, bytes)`` whose scales are finite and of both signs where a type has signs."""
-    values, size = GGML_QUANT_SIZES[kind]
+    values, size = BLOCK_SIZES[kind]
     draw = np.random.default_rng(seed)
     blocks = draw.integers(0, 256, (rows, columns // values, size), dtype=np.uint8)
     for place in HALVES[kind]:
@@ -62,7 +62,7 @@ def random_blocks(kind: Kind, rows: int, columns: int, seed: int = 0) -> Any:
     return blocks.reshape(rows, -1)
 
 
-def save_blocks(path: Path, kind: Kind, extra: dict[str, Any] | None = None) -> Path:
+def save_blocks(path: Path, kind: AnyKind, extra: dict[str, Any] | None = None) -> Path:
     """A Llama whose linears are blocks of a type."""
     model = gguf_files.random_model("llama", **SIZES)
     tensors = gguf_files.tensors_of(model)
@@ -79,16 +79,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
-def test_codes_are_what_the_package_dequantizes(kind: Kind) -> None:
+def test_codes_are_what_the_package_dequantizes(kind: AnyKind) -> None:
     data = random_blocks(kind, 4, 512)
     q = unpack(data, kind)
     assert q.format == BLOCKS[kind].format
-    assert torch.equal(q.dequantize(), torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32)))
+    assert torch.equal(q.dequantize(), torch.from_numpy(values_of(data, kind)))
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
-def test_a_file_goes_through_a_run_to_a_file_with_equal_values(kind: Kind, tmp_path: Path) -> None:
+def test_a_file_goes_through_a_run_to_a_file_with_equal_values(kind: AnyKind, tmp_path: Path) -> None:
     path = save_blocks(tmp_path / "m.gguf", kind)
     facts = inspect_model(str(path), "w4a16", "rtn", length=16)
     assert facts["quantized"] == f"GGUF, {kind.name} 7"
@@ -99,18 +99,18 @@ def test_a_file_goes_through_a_run_to_a_file_with_equal_values(kind: Kind, tmp_p
     exported = lowbit.export(made.out, "gguf", pre="gpt-2").out
     (result,) = lowbit.verify(made.out, [exported], logits=False)
     assert result.ok, result
-    before, after = ({t.name: t for t in gguf.GGUFReader(file).tensors} for file in (path, exported))
+    before, after = ({t.name: t for t in Reader(file).tensors} for file in (path, exported))
     for name, tensor in before.items():
         if tensor.tensor_type == kind:
             assert after[name].tensor_type == kind
             scale = after[f"{name.removesuffix('weight')}scale"].data if kind == Kind.NVFP4 else 1
-            ours, theirs = (dequantize(t.data, kind) for t in (after[name], tensor))
+            ours, theirs = (values_of(t.data, kind) for t in (after[name], tensor))
             assert np.array_equal(ours * scale, theirs), name
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0], ids=lambda kind: kind.name)
-def test_a_file_goes_to_onnx_with_equal_values(kind: Kind, tmp_path: Path) -> None:
+def test_a_file_goes_to_onnx_with_equal_values(kind: AnyKind, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     made = lowbit.quantize(save_blocks(tmp_path / "m.gguf", kind), tmp_path / "run", keep=True)
     (result,) = lowbit.verify(made.out, [lowbit.export(made.out, "onnx").out])
@@ -118,17 +118,17 @@ def test_a_file_goes_to_onnx_with_equal_values(kind: Kind, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", sorted(HALVES.keys() - BLOCKS.keys()), ids=lambda kind: kind.name)
-def test_other_types_are_read_and_not_kept(kind: Kind, tmp_path: Path) -> None:
+def test_other_types_are_read_and_not_kept(kind: AnyKind, tmp_path: Path) -> None:
     path = save_blocks(tmp_path / "m.gguf", kind)
     with pytest.raises(LowbitError, match=f"no format is llama.cpp's {kind.name}; leave out --keep") as caught:
         lowbit.quantize(path, tmp_path / "run", keep=True)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
     name = "blk.0.ffn_up.weight"
-    tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+    tensor = next(tensor for tensor in Reader(path).tensors if tensor.name == name)
     source = Checkpoint(resolve(str(path)).folder).read(["model.layers.0.mlp.up_proj.weight"])
     (value,) = source.values()
-    assert np.array_equal(value.numpy(), dequantize(tensor.data, kind))
+    assert np.array_equal(value.numpy(), values_of(tensor.data, kind))
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.3])
@@ -139,7 +139,7 @@ def test_nvfp4_with_a_scale_of_its_tensor(scale: float, tmp_path: Path) -> None:
     path = save_blocks(tmp_path / "m.gguf", Kind.NVFP4, extra)
     file = open_gguf(path)
     tensor = next(tensor for tensor in file.tensors if tensor.name == name)
-    expected = torch.from_numpy(np.array(dequantize(tensor.data, Kind.NVFP4)) * np.float32(scale))
+    expected = torch.from_numpy(values_of(tensor.data, Kind.NVFP4) * np.float32(scale))
     assert torch.equal(Checkpoint(resolve(str(path)).folder).read([module])[module], expected)
     found = decoded(file, name)
     assert torch.equal(found.dequantize(), expected)

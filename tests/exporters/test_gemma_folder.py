@@ -78,6 +78,45 @@ def test_it_reads_back_bit_for_bit(run_of: Callable[..., Path], tmp_path: Path, 
     }
 
 
+@pytest.mark.parametrize("scheme", ["w4a8-sym-static", "w8a8-sym-static"])
+def test_static_inputs_are_read_back_and_run_in_stock_transformers(
+    run_of: Callable[..., Path], tmp_path: Path, scheme: str
+) -> None:
+    run = run_of(scheme, overrides=EVERYWHERE)
+    out = lowbit.export(run, "gemma", out=tmp_path / "out").out
+    (found,) = lowbit.verify(run, [out], logits=False)
+    assert found.ok, (found.differs, found.other, found.unreadable)
+    scales = {name: open_run(run).tensor(name) for name in open_run(run).inputs}
+    assert len(scales) > 6
+    stored = load_file(out / SHARD)
+    assert torch.equal(stored[f"{UP}.input_activation_scale"], scales[f"{UP}.input_scale"].reshape(()))
+    assert all(float(value) == 0 for name, value in stored.items() if name.endswith("output_activation_scale"))
+    ids = tiny_ids(2, 12)
+    with torch.no_grad():
+        ours = lowbit.load(run)(ids).logits
+        model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        theirs = model(ids).logits
+        model.get_submodule(UP).input_activation_scale.zero_()
+        others = model(ids).logits
+    assert torch.equal(theirs, ours)
+    assert not torch.equal(others, ours)
+
+
+def test_another_scale_of_an_input_is_named(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_of("w4a8-sym-static")
+    out = lowbit.export(run, "gemma", out=tmp_path / "out").out
+    for value in (0.5, 0.0):
+        save_file({**load_file(out / SHARD), f"{UP}.input_activation_scale": torch.tensor(value)}, out / SHARD)
+        assert lowbit.verify(run, [out], logits=False)[0].differs == [f"{UP}.input_scale"]
+
+
+def test_a_scale_where_inputs_are_float_is_named(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_of("w4a16-sym")
+    out = lowbit.export(run, "gemma", out=tmp_path / "out").out
+    save_file({**load_file(out / SHARD), f"{UP}.input_activation_scale": torch.tensor(0.5)}, out / SHARD)
+    assert lowbit.verify(run, [out], logits=False)[0].differs == [f"{UP}.input_scale"]
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-odd", "qwen2", "gemma2", "gemma3", "phi3", "smollm3", "opt"])
 @pytest.mark.parametrize("overrides", [{}, EVERYWHERE], ids=["linears", "everywhere"])
 def test_stock_transformers_gives_the_logits_of_the_run(
@@ -118,7 +157,7 @@ def test_one_wrong_byte_is_named(run_of: Callable[..., Path], tmp_path: Path, ke
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("output_activation_scale", torch.tensor(0.1), f"'{UP}' cannot be read: an activation scale is not 0"),
+        ("output_activation_scale", torch.tensor(0.1), f"'{UP}' cannot be read: output_activation_scale is not 0"),
         ("weight", torch.zeros(96, 64), "weight is torch.float32 of .*, not torch.uint8"),
         (
             "weight_scale",
@@ -152,7 +191,10 @@ def test_without_the_layout_in_transformers_it_is_written_but_not_called_right(
 @pytest.mark.parametrize(
     ("scheme", "overrides", "message"),
     [
-        ("w4a8-sym", {}, r"act: .*a8-sym, the layout has none with a range per token; nearest that fits: w4a16-sym$"),
+        ("w4a8-sym", {}, r"act: .*a8-sym; the layout has 8 bits, symmetric, .*; nearest that fits: w4a16-sym$"),
+        ("w4a8-static", {}, r"act: .*a8-asym-static; .*nearest that fits: w4a8-sym-static$"),
+        ("w4a16-sym-static", {}, r"act: .*a16-sym-static; .*nearest that fits: w4a16-sym$"),
+        ("w3a8-sym-static", {}, r"weight: .*3 bits.*nearest that fits: w[24]a8-sym-static$"),
         ("w4a16-asym", {}, r"weight: .*asymmetric.*nearest that fits: w4a16-sym$"),
         ("w4a16g32-sym", {}, r"weight: .*groups of 32.*nearest that fits: w4a16-sym$"),
         ("w3a16-sym", {}, r"weight: .*3 bits.*nearest that fits: w[24]a16-sym$"),

@@ -1,4 +1,4 @@
-"""Static inputs and FP8 weights in standard ONNX operators: values read back, products in onnxruntime, refusals."""
+"""Static inputs and weights of any format in standard ONNX operators: values, products in onnxruntime, refusals."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from test_onnx import greedy
 from torch import Tensor
 
 import lowbit
+import tiny
+from contracts import COLUMNS, extreme_rows, hard_rows
 from lowbit.errors import LowbitError
 from lowbit.exporters import onnx_qdq
+from lowbit.exporters.onnx_codes import kind_of
 from lowbit.exporters.onnx_names import split_or_fuse
 from lowbit.exporters.onnx_read import load_graph
 from lowbit.exporters.run import Run, open_run
@@ -23,6 +26,8 @@ from lowbit.exporters.verify import relative_error
 from lowbit.quant.floating import FLOATS, FP8_BLOCK
 from lowbit.quant.format import QParams, QTensor
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.kquants import KQuant
+from lowbit.quant.scheme import WEIGHTS
 from runs import quantize_tiny
 from tiny import save_tiny, tiny_ids
 
@@ -39,6 +44,8 @@ CASES: list[Any] = [
     ("phi3", {"sliding_window": 8}, "w4a16-asym-static", {}),
     pytest.param("qwen3", {"tie_word_embeddings": True}, "fp8a16", {}, marks=pytest.mark.slow),
     pytest.param("gemma2", {"dtype": "bfloat16"}, "w4a8-sym-static", {}, marks=pytest.mark.slow),
+    pytest.param("llama", {}, "mxfp4a16", {"*.o_proj": "q6_k", "*.v_proj": "iq4_nl"}, marks=pytest.mark.slow),
+    pytest.param("phi3", {}, "nvfp4a16", {"*.down_proj": "mxfp6"}, marks=pytest.mark.slow),
     pytest.param("qwen2", {}, "mxfp8a16", {"lm_head": "fp8-tensor"}, marks=pytest.mark.slow),
     pytest.param("llama", {"tie_word_embeddings": True}, "w3a8g32-static", {"lm_head": "w8"}, marks=pytest.mark.slow),
 ]
@@ -87,14 +94,14 @@ def exchange_scales(made: Path) -> None:
 
 LINEARS = [
     *("w8a8-static", "w8a8-sym-static", "w8a8-asym-static", "w2a8-static", "w4a8g16-static", "w3a8g32-asym-static"),
-    *("w4a16-static", "w5a16-sym-static", "w8a16g16-asym-static", "w4a16g16-static"),
-    *("fp8a16", "mxfp8a16"),
+    *("w4a16-static", "w5a16-sym-static", "w8a16g16-asym-static", "w8a16g32-sym-static", "w4a16g16-static"),
+    *("fp8a16", "fp8-blocka16", "mxfp8a16", "mxfp6a16", "mxfp4a16", "nvfp4a16", "iq4_nl", "q2_0"),
 ]
 
 
 @pytest.mark.parametrize("scheme", LINEARS)
 def test_a_linear_computes_what_the_simulation_computes(scheme: str, run_of: Callable[..., Path]) -> None:
-    run = open_run(run_of(scheme))
+    run = open_run(run_of(scheme, overrides={"*.down_proj": "w4g32"} if scheme == "q2_0" else {}))
     model = linears_of(run)
     onnx_qdq.put_in(model, run)
     assert {node.op_type for node in model.graph.node} <= {"QuantizeLinear", "DequantizeLinear", "MatMul"}
@@ -166,16 +173,50 @@ def test_codes_of_fp8_are_the_bits_of_its_elements(format: Any) -> None:
     q = format.quantize(weight, format.qparams(weight))
     stored = onnx_qdq.Codes.of(q)
     elements = stored.codes.view(torch.float8_e4m3fn).float()
-    scale = stored.scale.repeat_interleave(256 // len(stored.scale), 0)
+    assert stored.block == (format.group or 256)
+    scale = stored.scale.repeat_interleave(stored.block, 0)
     assert torch.equal((elements * scale).T, q.dequantize())
     assert len(stored.scale) == 256 // (format.group or 256)
     assert stored.zero is None
 
 
+WHOLE = ("mxfp4", "mxfp6", "nvfp4", "iq4_nl", "q2_0", "q3_k", "q6_k")
+
+
+@pytest.mark.parametrize("rows", [hard_rows, extreme_rows], ids=lambda rows: rows.__name__)
+@pytest.mark.parametrize("name", WHOLE)
+def test_codes_of_other_formats_are_integers_with_the_same_products(name: str, rows: Any) -> None:
+    """Element for element: the run's codes come back from them, and every value is equal."""
+    format = WEIGHTS[name]
+    weight = rows(torch.float32, COLUMNS)
+    q = format.quantize(weight, format.qparams(weight))
+    stored = onnx_qdq.Codes.of(q)
+    assert stored.kind == ("INT4" if name in ("q2_0", "q3_k") else "INT8")
+    assert stored.block == format.group
+    assert (stored.zero is None) == (name != "iq4_nl")
+    assert stored.zero is None or not stored.zero.any()
+    steps = stored.codes.view(torch.int8).T.float()
+    scale = stored.scale.T.repeat_interleave(stored.block, 1)
+    assert torch.equal(steps * scale, q.dequantize())
+    units = {"mxfp4": 2, "nvfp4": 2, "mxfp6": 8}.get(name, 1)
+    if isinstance(format, KQuant):
+        codes = steps + 2 ** (format.bits - 1)
+    else:
+        codes = format.elements.code(steps / units)
+    assert torch.equal(codes.to(torch.uint8), q.codes)
+    assert torch.equal(stored.scale.T * units, q.qparams.scale)
+
+
+def test_formats_that_have_no_integers() -> None:
+    assert {name for name, format in WEIGHTS.items() if kind_of(format) is None} == {"q2_k", "q4_k", "q5_k"}
+
+
 def test_tiles_have_their_scale_in_every_row() -> None:
     weight = torch.randn(200, 256, generator=torch.Generator().manual_seed(1))
-    scale = onnx_qdq.Codes.of(FP8_BLOCK.quantize(weight, FP8_BLOCK.qparams(weight))).scale
+    stored = onnx_qdq.Codes.of(FP8_BLOCK.quantize(weight, FP8_BLOCK.qparams(weight)))
+    scale = stored.scale
     assert scale.shape == (2, 200)
+    assert stored.block == 128
     assert bool((scale[:, :128] == scale[:, :1]).all())
 
 
@@ -195,13 +236,12 @@ def test_an_odd_number_of_nibbles_is_padded() -> None:
 @pytest.mark.parametrize(
     ("scheme", "overrides", "message"),
     [
-        ("w8a8g16-static", {}, r"weight: .*groups of more than 4 bits behind 8-bit inputs.*fits: w8a8-static$"),
+        ("w8a8g16-static", {}, r"weight: .*groups of 8-bit codes behind 8-bit inputs.*fits: w8a8-static$"),
         ("w6a8g32-sym-static", {}, r"weight: .*behind 8-bit inputs.*fits: w6a8-sym-static$"),
         ("w8a8kv8-static", {}, r"kv: .*nearest that fits: w8a8-static$"),
         ("w8a8-static", {"model.embed_tokens": "w8"}, r"override .*: quantized embeddings are not supported"),
-        ("w8a8-static", {"*.down_proj": "mxfp4"}, r"override .*mxfp4: .*E4M3 only.*fits: --override"),
+        ("w8a8-static", {"*.down_proj": "mxfp4"}, r"override .*8-bit codes behind 8-bit inputs.*fits: --override"),
         ("nvfp4", {}, r"act: inputs are quantized to nvfp4; the graph has static integers, or floats; nearest"),
-        ("nvfp4a16", {}, r"weight: .*nvfp4: onnxruntime's CPU operators have E4M3 only; nearest that fits: w4"),
         ("fp8", {}, r"act: inputs are quantized to .*; the graph has static integers, or floats"),
     ],
 )
@@ -214,13 +254,17 @@ def test_what_onnxruntime_does_not_run_is_refused(
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models whose width differs from their vocabulary."""
-    import tiny
-
     monkeypatch.setitem(tiny.COMMON, "intermediate_size", WIDTH)
 
 
 def test_a_linear_that_the_builder_takes_for_the_head_is_refused(refusal_of: Callable[..., str]) -> None:
     assert "mlp.gate_proj has as many rows as the vocabulary" in refusal_of("onnx", "w8a8-static")
+
+
+def test_a_minimum_of_each_group_is_refused(monkeypatch: pytest.MonkeyPatch, refusal_of: Callable[..., str]) -> None:
+    monkeypatch.setitem(tiny.COMMON, "intermediate_size", 256)
+    found = refusal_of("onnx", "w4a16-static", "llama", {"*.down_proj": "q4_k"})
+    assert re.search(r"override .*q4_k has a minimum of each group.*fits: --override", found)
 
 
 def test_other_targets_name_static_inputs(refusal_of: Callable[..., str]) -> None:

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
 from lowbit.checkpoints.gguf_config import ARCHITECTURES, Content, architecture_of, config_of
 from lowbit.checkpoints.gguf_layout import check_layout
 from lowbit.checkpoints.gguf_rope import TABLES
+from lowbit.checkpoints.gguf_types import Reader, values_of
 from lowbit.errors import LowbitError, one_line, shown
 
 # Rotary frequencies that early converters copied from checkpoints; llama.cpp computes its own.
@@ -40,7 +40,7 @@ class GgufFile:
         architecture: llama.cpp's name.
         model: the transformers model, without storage.
         processor: transformers' tensor processor of the architecture.
-        tensors: the ``gguf`` package's tensors that the model has a place for.
+        tensors: the tensors, as the ``gguf`` package describes them, that the model has a place for.
         names: the model's names by the file's.
         scales: a factor on all values of a tensor, by its name: NVFP4's scale of the tensor.
     """
@@ -108,7 +108,7 @@ def _open(path: Path) -> Any:
     check_magic(path)
     check_layout(path)
     try:
-        return GGUFReader(path)
+        return Reader(path)
     except BROKEN as error:
         raise LowbitError(f"{path} is not a complete GGUF file ({one_line(error)}): fetch it again") from error
 
@@ -119,7 +119,7 @@ def _content(reader: Any, path: Path) -> Content:
     tokens = reader.fields.get("tokenizer.ggml.tokens")
     try:
         values = {key: field.contents() for key, field in reader.fields.items() if key not in lists}
-        tables = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors if t.name in TABLES}
+        tables = {t.name: values_of(t.data, t.tensor_type) for t in reader.tensors if t.name in TABLES}
     except (*BROKEN, NotImplementedError) as error:
         raise LowbitError(f"{path} has unreadable metadata ({one_line(error)}): fetch it again") from error
     parts = values.get("split.count")

@@ -20,12 +20,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
+from lowbit.checkpoints.gguf_types import SIZES as BLOCK_SIZES
+from lowbit.checkpoints.gguf_types import known_type
 from lowbit.errors import LowbitError, shown
 
 VERSIONS = (2, 3)
 RANK = 4  # dimensions of a tensor at most
+COUNT = 4 + 4  # place of the number of tensors
 ALIGNMENT, ALIGNMENT_KEY = 32, "general.alignment"
 LEAST_KEY, LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8  # bytes of an entry with an empty name
 SIZES = {
@@ -55,10 +58,28 @@ def check_layout(path: Path) -> None:
 
     Its cost is that of reading the metadata; of the tensors' values nothing is read.
     """
+    _walked(path)
+
+
+def copy_keys(path: Path, copy: Path) -> None:
+    """Write the metadata of a file, as it is, as one without tensors.
+
+    Libraries that want the metadata alone read the list of tensors too, and fail on types that they do not know.
+    Raises ``LowbitError`` as ``check_layout`` does.
+    """
+    end = _walked(path)
+    with path.open("rb") as file:
+        keys = bytearray(file.read(end))
+    keys[COUNT : COUNT + 8] = bytes(8)
+    copy.write_bytes(keys)
+
+
+def _walked(path: Path) -> int:
+    """The end of the keys, after the checks of ``check_layout``."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         walk = _Walk(data, path)
         try:
-            walk.file()
+            return walk.file()
         except _Broken as error:
             raise LowbitError(f"{path} is not a complete GGUF file ({error}): fetch it again") from error
 
@@ -69,15 +90,17 @@ class _Walk:
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.place, self.end = data, path, 4, len(data)  # behind the magic number
 
-    def file(self) -> None:
-        """The whole file; raises ``_Broken``."""
+    def file(self) -> int:
+        """The whole file; gives the place behind its keys, raises ``_Broken``."""
         self._version()
         tensors, keys = self._number("Q"), self._number("Q")
         for count, least, what in ((keys, LEAST_KEY, "keys"), (tensors, LEAST_TENSOR, "tensors")):
             if count > (self.end - self.place) // least:
                 raise _Broken(f"it tells {count} {what} and has {self.end} bytes")
         alignment = self._keys(keys)
+        end_of_keys = self.place
         self._data(list(self._tensors(tensors)), alignment)
+        return end_of_keys
 
     def _version(self) -> None:
         version = self._number("I")
@@ -139,8 +162,8 @@ class _Walk:
     def _bytes_of(name: str, dims: list[int], kind: int) -> int:
         """Bytes of a tensor's values; a row, the first dimension, consists of whole blocks."""
         try:
-            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        except (KeyError, ValueError):
+            block, size = BLOCK_SIZES[known_type(kind)]
+        except ValueError:
             raise _Broken(
                 f"{shown(name)} has the type {kind}, which the installed gguf package does not know"
             ) from None

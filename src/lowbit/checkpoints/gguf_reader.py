@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf.quants import dequantize
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from lowbit.checkpoints.gguf_check import check_values
 from lowbit.checkpoints.gguf_file import BROKEN, GgufFile, open_gguf
+from lowbit.checkpoints.gguf_layout import copy_keys
+from lowbit.checkpoints.gguf_types import values_of
 from lowbit.checkpoints.partial import STALE_SECONDS, flush
 from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
 from lowbit.errors import LowbitError, one_line, panics_as_errors
@@ -149,7 +150,7 @@ def _tensors(file: GgufFile) -> Iterator[tuple[str, Tensor]]:
     for tensor in track(file.tensors, f"converting {file.path.name}"):
         source, value = _processed(file, tensor)
         check_values(file.path, file.architecture, tensor.name, source, value, file.model.config)
-        # Tensors stored as floats are views of the read-only memory map, hence the copy.
+        # What a processor gives may be a view in another order.
         yield file.names[tensor.name], torch.from_numpy(np.require(value, requirements=["C", "W", "O"]))
 
 
@@ -157,7 +158,7 @@ def _processed(file: GgufFile, tensor: Any) -> tuple[Any, Any]:
     """A tensor's values in the file, and in transformers' layout."""
     path = file.path
     try:
-        weights = dequantize(tensor.data, tensor.tensor_type)
+        weights = values_of(tensor.data, tensor.tensor_type)
         if (scale := file.scales.get(tensor.name)) is not None:
             weights = weights * scale
         return weights, file.processor.process(weights=weights, name=tensor.name).weights
@@ -172,13 +173,16 @@ def _processed(file: GgufFile, tensor: Any) -> tuple[Any, Any]:
 
 def _write_tokenizer(path: Path, target: Path) -> None:
     """Save the file's tokenizer, chat template included, or why there is none."""
-    try:
-        with panics_as_errors():
-            # An absolute file name takes precedence over the folder, so that no tokenizer next to the file is used.
-            tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=str(path), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        _without_tokenizer(path, target, error)
-        return
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        keys = Path(temporary).resolve() / path.name
+        copy_keys(path, keys)
+        try:
+            with panics_as_errors():
+                # An absolute file name takes precedence over the folder, so that no tokenizer there is used.
+                tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=str(keys), local_files_only=True)
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            _without_tokenizer(path, target, error)
+            return
     # The tokenizer stores its arguments and would write this one into tokenizer_config.json.
     tokenizer.init_kwargs.pop("local_files_only", None)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:

@@ -23,6 +23,7 @@ from lowbit.exporters.stock import verify_stock
 from lowbit.exporters.target import Options
 from lowbit.exporters.verify import Verified, run_one, verify_one
 from lowbit.paths import user_path
+from lowbit.quant.runtimes import RUNTIMES, simulates
 from lowbit.runs.load import load
 from lowbit.torch_state import own_torch_state
 
@@ -157,9 +158,11 @@ def _text_ids(run: Run, trust_remote_code: bool) -> Tensor:
 
 
 def _simulated(run: Run, ids: Tensor, runtime: str | None, trust_remote_code: bool) -> Tensor:
-    """The run's logits with a runtime's inputs; where the scheme states inputs of its own, with those."""
+    """The run's logits with a runtime's inputs, if these are known; with those that the scheme states, if any."""
     if run.subject.act is not None:
         runtime = None
+    elif runtime in RUNTIMES and not all(simulates(runtime, format) for format in run.subject.weights.values()):
+        runtime = "float"  # such as NVFP4 in llama.cpp; the tolerance covers its 8-bit inputs
     with torch.no_grad():
         model = load(run.folder, target=runtime, trust_remote_code=trust_remote_code)
         return model(ids[None]).logits[0].float()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -141,8 +142,9 @@ def _acts(current: Scheme, weight: IntFormat) -> Iterator[tuple[int, ActFormat |
     """Formats of inputs that a scheme's name can state beside a weight's, with their bits; static ones if it has."""
     yield 16, None
     yield from ((bits, IntTokens(bits, sym)) for bits in (4, 6, 8) for sym in sorted({weight.symmetric, False}))
-    if isinstance(current.act, StaticInt) and weight.symmetric >= current.act.symmetric:
-        yield from ((bits, replace(current.act, bits=bits)) for bits in (8, 16))
+    if isinstance(current.act, StaticInt):
+        for bits, sym in product((8, 16), sorted({weight.symmetric, False})):
+            yield bits, replace(current.act, bits=bits, symmetric=sym)
 
 
 def _distance(a: Scheme, b: Scheme) -> tuple[float, ...]:

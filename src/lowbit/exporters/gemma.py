@@ -1,18 +1,19 @@
 """A run as a Hugging Face folder in the layout ``gemma`` of ``transformers``, which loads it for every architecture.
 
 It is that of Google's quantized Gemma checkpoints: symmetric integers of 2, 4 and 8 bits with one scale per row, in
-linears, head and embedding. Relative to a module ``(rows, columns)``:
+linears, head and embedding, and static int8 inputs. Relative to a module ``(rows, columns)``:
 
 =========================== ======================================= ===========================================
 ``weight``                  int8 ``(rows, columns)``                8 bits: signed codes
 ``weight``                  uint8 ``(rows, columns * bits / 8)``    2 and 4 bits: unsigned codes, low bits first
 ``weight_scale``            float32 ``(rows, 1)``
-``input_activation_scale``  float32 ``()``                          0: inputs in floating point
-``output_activation_scale`` float32 ``()``                          0: outputs in floating point
+``input_activation_scale``  float32 ``()``                          of static int8 inputs; 0: in floating point
+``output_activation_scale`` float32 ``()``                          always 0 here: outputs in floating point
 =========================== ======================================= ===========================================
 
 An embedding's two tensors are ``embedding_quantized`` and ``embedding_scale``. ``transformers`` multiplies codes by
-scales in the dtype of the model: products are exact in float32.
+scales in the dtype of the model: products are exact in float32. An input is divided by its scale, rounded to the
+nearest integer (ties to even), clamped to -128 and 127 and multiplied again, which is what ``StaticInt`` computes.
 """
 
 from __future__ import annotations
@@ -26,24 +27,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
-from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
+from lowbit.exporters.fit import Misfit, no_kv, weight_misfit
 from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.stock import EXPLAINED, stock_logits
 from lowbit.exporters.target import Executed, Exporter, Options
 from lowbit.models.families import architecture_of
 from lowbit.quant.format import QTensor
+from lowbit.quant.static_activations import StaticInt
+from lowbit.runs.static_inputs import input_names
 
 METHOD = "gemma"
 BITS = (2, 4, 8)
 BYTE = 8
+INPUT = StaticInt(BYTE, symmetric=True)
+SCALE, OUTPUT_SCALE = "input_activation_scale", "output_activation_scale"
 
 
 def limits(subject: Subject) -> Misfit | None:
-    """Symmetric integers of 2, 4 or 8 bits with one scale per row, inputs in float."""
-    misfit = no_activations(subject, "the layout has none with a range per token")
-    if misfit is not None:
+    """Symmetric integers of 2, 4 or 8 bits with one scale per row; inputs in float, or symmetric static int8."""
+    if subject.act not in (None, INPUT):
+        assert subject.act is not None
+        why = "the layout has 8 bits, symmetric, with one range for all tokens (-sym-static), or floats"
+        return Misfit("act", f"inputs are quantized to {subject.act.name}; {why}")
+    if (misfit := no_kv(subject)) is not None:
         return misfit
     for module, format in subject.integers.items():
         columns = subject.shapes[module][1]
@@ -78,13 +87,19 @@ def pack(q: QTensor) -> Tensor:
     return (q.codes.int().unflatten(1, (-1, len(shifts))) << shifts).sum(-1).to(torch.uint8)
 
 
-def store(q: QTensor, embedding: bool) -> dict[str, Tensor]:
-    """A quantized module's tensors, by name relative to it."""
+def store(q: QTensor, embedding: bool, input_scale: Tensor | None = None) -> dict[str, Tensor]:
+    """A quantized module's tensors, by name relative to it.
+
+    Args:
+        q: the weight.
+        embedding: whether the module is one.
+        input_scale: of its static input, ``(1,)``; ``None``: the input is in floating point.
+    """
     scale = q.qparams.scale.to(torch.float32)
     if embedding:
         return {"embedding_quantized": pack(q), "embedding_scale": scale}
-    off = {f"{end}_activation_scale": torch.tensor(0.0) for end in ("input", "output")}
-    return {"weight": pack(q), "weight_scale": scale, **off}
+    ends = {SCALE: torch.zeros(()) if input_scale is None else input_scale.float().reshape(())}
+    return {"weight": pack(q), "weight_scale": scale, **ends, OUTPUT_SCALE: torch.zeros(())}
 
 
 def quantization_config(run: Run) -> dict[str, Any]:
@@ -113,19 +128,28 @@ def _pattern(module: str) -> str:
 def write(run: Run, path: Path, options: Options) -> list[str]:
     """Write the folder."""
     embedding = embedding_of(run.subject.config)
-    write_folder(run, path, quantization_config(run), lambda module, q: store(q, module == embedding))
+
+    def stored(module: str, q: QTensor) -> dict[str, Tensor]:
+        names = input_names(module, run.subject.formats.modules[module])
+        return store(q, module == embedding, run.tensor(names[0]) if names else None)
+
+    write_folder(run, path, quantization_config(run), stored)
     return []
 
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter in float32, by the classes with which ``transformers`` runs the folder."""
+    """Every parameter in float32, by the classes with which ``transformers`` runs the folder, and inputs' scales."""
     config = stored_config(path)
 
     def value(module: str, stored: Mapping[str, Tensor]) -> Tensor:
         own = config["module_quant_configs"].get(_pattern(module), config)
         return decode(stored, own["num_bits"])
 
-    return read_folder(path, ("embedding_scale", "weight_scale"), value)
+    yield from read_folder(path, ("embedding_scale", "weight_scale"), value)
+    checkpoint = Checkpoint(path)
+    for name in checkpoint.names:
+        if name.endswith(f".{SCALE}") and bool(scale := checkpoint.read([name])[name].reshape(1)):
+            yield f"{name.removesuffix(SCALE)}input_scale", scale
 
 
 def decode(stored: Mapping[str, Tensor], bits: int) -> Tensor:
@@ -155,8 +179,8 @@ def decode(stored: Mapping[str, Tensor], bits: int) -> Tensor:
             found = f"{stored[name].dtype} of {list(stored[name].shape)}"
             raise LowbitError(f"{name} is {found}, not {own.dtype} of {list(own.shape)}")
     module.load_state_dict(dict(stored), assign=True)
-    if any(float(stored[name]) != 0 for name in stored if name.endswith("_activation_scale")):
-        raise LowbitError("an activation scale is not 0, so that inputs or outputs are quantized")
+    if OUTPUT_SCALE in stored and float(stored[OUTPUT_SCALE]) != 0:
+        raise LowbitError(f"{OUTPUT_SCALE} is not 0, so that outputs are quantized")
     value: Tensor = module.weight if "embedding_scale" in stored else module._dequantize_weights()
     return value.detach().float()
 

@@ -8,13 +8,14 @@ into blocks, see ``gguf_blocks``; names come from the ``gguf`` package's own map
   interleaved within each head: ``(heads, 2, d / 2) -> (heads, d / 2, 2)``.
 * Gemma's norms multiply by ``1 + weight``, and that sum is stored; the library computes the same sum in float32.
 
-Float matrices keep every bit: F16 if that is lossless, else BF16 if that is, else F32.
+Float matrices keep every bit: F16 if that is lossless, else BF16 if that is, else F32. Weights in formats without a
+type of llama.cpp's are such matrices too, see ``gguf_floats``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,19 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from lowbit.checkpoints.gguf_rope import TABLES
+from lowbit.checkpoints.gguf_types import AnyKind, OwnKind, Reader, bytes_of, values_of
 from lowbit.checkpoints.partial import final_name
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
 from lowbit.exporters.gguf_blocks import BLOCK, block_type, pack_blocks
+from lowbit.exporters.gguf_floats import DTYPES, MATRIX_ORDER, cost, exact_type, holds
 from lowbit.exporters.gguf_model import WINDOWS, architecture, head_dim, model_metadata, unlike_llamacpp
 from lowbit.exporters.gguf_native import native_type, pack_native
 from lowbit.exporters.gguf_rope import rope_tensors
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
-from lowbit.exporters.gguf_types import AnyKind, OwnKind, Reader, bytes_of, values_of
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
-from lowbit.progress import track
+from lowbit.progress import say, track
 from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
@@ -47,7 +49,8 @@ from lowbit.quant.tables import TableFormat
 
 FLOATS = {"auto": None, "f32": Kind.F32, "f16": Kind.F16, "q8_0": Kind.Q8_0}
 FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; for a K type the one without larger types for some tensors
-    Kind.F32: 0, Kind.Q4_0: 2, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q2_K: 10, Kind.Q3_K: 11, Kind.Q4_K: 14,
+    Kind.F32: 0, Kind.F16: 1, Kind.BF16: 32,
+    Kind.Q4_0: 2, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q2_K: 10, Kind.Q3_K: 11, Kind.Q4_K: 14,
     Kind.Q5_K: 16, Kind.Q6_K: 18, Kind.IQ4_NL: 25, Kind.MXFP4: 38, Kind.NVFP4: 39,
     OwnKind.Q2_0: 41,
 }  # fmt: skip
@@ -57,7 +60,7 @@ EXPLAINED = 0.1
 
 
 def limits(subject: Subject) -> Misfit | None:
-    """llama.cpp's own formats, and integers whose signed codes fit a block type; activations in float."""
+    """llama.cpp's own formats, integers whose signed codes fit a block type, FP8 as floats; activations in float."""
     if (why := unlike_llamacpp(subject.config)) is not None:
         return Misfit("architecture", why)
     misfit = no_activations(subject, "llama.cpp quantizes them to its own 8-bit blocks")
@@ -70,23 +73,37 @@ def limits(subject: Subject) -> Misfit | None:
     return None
 
 
-def type_of(format: Format, columns: int) -> AnyKind | str:
-    """The type that holds a format exactly, or why there is none."""
+def type_of(format: Format, columns: int) -> AnyKind | str | None:
+    """The type of blocks that holds a format exactly, or why there is none; ``None``: floats hold it."""
     if isinstance(format, IntFormat):
         return block_type(format, columns)
-    return native_type(format, columns) or f"llama.cpp has no type for {format.name}"
+    if (kind := native_type(format, columns)) is not None or isinstance(format, FloatFormat):
+        return kind
+    return f"llama.cpp has no type for {format.name}"
+
+
+def weight_types(run: Run) -> dict[str, Any]:
+    """The types of all quantized modules; reads those that are stored as floats."""
+    out = {}
+    for module, format in run.subject.weights.items():
+        kind = type_of(format, run.subject.shapes[module][1])
+        out[module] = exact_type(run.qtensor(module).dequantize()) if kind is None else kind
+    return out
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:
     """Write the file with at most one tensor in memory."""
     if options.embeddings not in FLOATS:
         raise LowbitError(f"--embeddings {options.embeddings} given; allowed: {', '.join(FLOATS)}")
-    metadata, warnings = metadata_of(run, options.pre)
+    types = weight_types(run)
+    metadata, warnings = metadata_of(run, options.pre, types)
+    if (line := cost(run, types)) is not None:
+        say(line)
     writer = gguf.GGUFWriter(path, architecture(run.subject.config) or "")
     try:
         for key, value in metadata.items():
             _add(writer, key, value)
-        kinds = _kinds(run, options, warnings)
+        kinds = _kinds(run, options, types, warnings)
         for name, (kind, shape) in kinds.items():
             _declare(writer, gguf_name(run, name), kind, shape)
         writer.write_header_to_file()
@@ -99,13 +116,13 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     return warnings
 
 
-def metadata_of(run: Run, pre: str | None) -> tuple[dict[str, Any], list[str]]:
-    """All keys and values but ``general.architecture``, and warnings."""
+def metadata_of(run: Run, pre: str | None, types: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """All keys and values but ``general.architecture``, and warnings; ``types`` are those of ``weight_types``."""
     config = run.subject.config
-    kinds = Counter(type_of(format, run.subject.shapes[name][1]) for name, format in run.subject.weights.items())
+    kinds = Counter(types.values())
     name = Path(run.manifest.identity.model).name
     tokens, warnings = tokenizer_metadata(run.folder, config.vocab_size, pre)
-    commonest: Any = kinds.most_common(1)[0][0] if kinds else Kind.F32
+    commonest = kinds.most_common(1)[0][0] if kinds else Kind.F32
     return model_metadata(config, name) | {"general.file_type": FILE_TYPES[commonest]} | tokens, warnings
 
 
@@ -156,38 +173,29 @@ def _is_gain(run: Run, name: str) -> bool:
     return architecture(run.subject.config) in WINDOWS and name.endswith("norm.weight")
 
 
-def _kinds(run: Run, options: Options, warnings: list[str]) -> dict[str, tuple[Any, tuple[int, ...]]]:
+def _kinds(
+    run: Run, options: Options, types: Mapping[str, Any], warnings: list[str]
+) -> dict[str, tuple[Any, tuple[int, ...]]]:
     """Type and shape by the model's names."""
     out: dict[str, tuple[Any, tuple[int, ...]]] = {}
     for name in names_of(run):
         module = name.removesuffix(".weight")
         if module in run.subject.weights:
             shape = run.subject.shapes[module]
-            out[name] = type_of(run.subject.weights[module], shape[1]), shape
-            if _divisor(run, module) is not None:
+            out[name] = types[module], shape
+            if types[module] == Kind.NVFP4:
                 out[f"{module}.scale"] = Kind.F32, (1,)
             continue
         value = expect(run, name)
-        kind = Kind.F32 if value.ndim == 1 else (FLOATS[options.embeddings] or _lossless(value))
+        kind = Kind.F32 if value.ndim == 1 else (FLOATS[options.embeddings] or exact_type(value, MATRIX_ORDER))
         if kind == Kind.Q8_0 and value.shape[1] % BLOCK:
             raise LowbitError(
                 f"{name} has rows of {value.shape[1]}, not a multiple of {BLOCK}: use --embeddings auto"
             )
-        if kind not in (Kind.F32, Kind.BF16) and (kind == Kind.Q8_0 or not _holds(value, torch.float16)):
+        if kind not in (Kind.F32, Kind.BF16) and (kind == Kind.Q8_0 or not holds(value, torch.float16)):
             warnings.append(f"{name} is rounded to {kind.name}: the file is not what was evaluated")
         out[name] = kind, tuple(value.shape)
     return out
-
-
-def _lossless(value: Tensor) -> Any:
-    """The smallest float type that keeps every bit."""
-    if _holds(value, torch.float16):
-        return Kind.F16
-    return Kind.BF16 if _holds(value, torch.bfloat16) else Kind.F32
-
-
-def _holds(value: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(value.to(dtype).to(value.dtype), value)
 
 
 def _declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> None:
@@ -207,6 +215,8 @@ def _data(run: Run, name: str, kind: Any) -> Any:
         q = run.qtensor(module)
         if order is not None:
             q = q.select_rows(order)
+        if kind in DTYPES:
+            return gguf.quants.quantize(q.dequantize().contiguous().numpy(), kind)
         if isinstance(q.format, IntFormat):
             return pack_blocks(q, kind)
         return pack_native(q, _divisor(run, module) or 0)
@@ -266,10 +276,11 @@ def other(run: Run, path: Path) -> Iterator[str]:
     """Metadata keys whose values differ from the run's."""
     fields = Reader(path).fields
     stored = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
+    types = weight_types(run)
     try:
-        expected, _ = metadata_of(run, None)
+        expected, _ = metadata_of(run, None, types)
     except LowbitError:
-        expected, _ = metadata_of(run, str(stored.get("tokenizer.ggml.pre")))
+        expected, _ = metadata_of(run, str(stored.get("tokenizer.ggml.pre")), types)
     expected["general.architecture"] = architecture(run.subject.config)
     for key in sorted({**expected, **stored}):
         ours, theirs = expected.get(key), stored.get(key)

@@ -35,7 +35,7 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
-from lowbit.exporters.gguf_types import Bytes
+from lowbit.checkpoints.gguf_types import Bytes
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import IntFormat
 

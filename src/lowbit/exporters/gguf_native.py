@@ -22,8 +22,8 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
+from lowbit.checkpoints.gguf_types import SIZES, AnyKind, Bytes, OwnKind, pack_q2_0
 from lowbit.exporters.gguf_blocks import planes
-from lowbit.exporters.gguf_types import SIZES, AnyKind, Bytes, OwnKind, pack_q2_0
 from lowbit.quant.floating import MXFP4, NVFP4
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.kquants import SUPERBLOCK, KQuant

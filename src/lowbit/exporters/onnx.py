@@ -6,8 +6,8 @@ back, so ``write`` reads every parameter of the finished file back (``onnx_read`
 
 Embeddings, head, norms and everything between the linears are float32. Linears are MatMulNBits for integer weights
 with float inputs: ``--accuracy-level 0`` multiplies in float32; with 4, MatMulNBits first quantizes its inputs to 8
-bits, block by block, as runs with ``--target onnxruntime`` do. Static inputs and FP8 weights are standard operators,
-see ``onnx_qdq``.
+bits, block by block, as runs with ``--target onnxruntime`` do. Static inputs and weights in other formats are
+standard operators, see ``onnx_qdq``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.models.families import architecture_of
 from lowbit.quant.floating import FloatFormat
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.kquants import KQuant
+from lowbit.quant.tables import TableFormat
 
 SUMS = "lowbit-export.json"
 # Architectures for which the builder's graph computes the same; tests compare logits for each.
@@ -103,8 +105,8 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     if onnx_qdq.in_standard_operators(run.subject):
         if level:
             raise LowbitError(
-                f"--accuracy-level {level} given; with static inputs or FP8 weights inputs are as the scheme says: "
-                "leave the option out"
+                f"--accuracy-level {level} given; with static inputs, or weights that are no integers, inputs are "
+                "as the scheme says: leave the option out"
             )
         build_with_standard_operators(run, path)
     else:
@@ -187,4 +189,14 @@ def logits_of(path: Path, ids: Tensor) -> Tensor:
     return torch.from_numpy(logits[0])
 
 
-EXPORTER = Exporter("", limits, write, owns, read, other, expect, execute, formats=(IntFormat, FloatFormat))
+EXPORTER = Exporter(
+    "",
+    limits,
+    write,
+    owns,
+    read,
+    other,
+    expect,
+    execute,
+    formats=(IntFormat, FloatFormat, TableFormat, KQuant),
+)

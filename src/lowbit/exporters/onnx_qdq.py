@@ -1,4 +1,4 @@
-"""Linears as standard ONNX operators: static integer inputs, and weights in integers or FP8.
+"""Linears as standard ONNX operators: static integer inputs, and weights in any format that ``onnx_codes`` has.
 
 ::
 
@@ -6,10 +6,10 @@
                                                    MatMul -- y
     codes --------------------- DequantizeLinear --'
 
-MatMulNBits has neither such inputs nor FP8. Compilers for phones' NPUs read the pattern above, and onnxruntime runs
-it on the CPU: inputs and weights of 8 bits with one scale per row as one integer product, all others as values.
+MatMulNBits has neither such inputs nor floating-point weights. Compilers for phones' NPUs read the pattern above, and
+onnxruntime runs it on the CPU: inputs and weights of 8 bits with one scale per row as one integer product, all others
+as values.
 
-A weight of up to 4 bits is stored in 4, one of 5 to 8 bits in 8; symmetric ones as signed codes without a zero point.
 An input's codes are unsigned with a zero point, or signed without.
 """
 
@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from lowbit.exporters.fit import Misfit, no_kv, weight_misfit
+from lowbit.exporters.onnx_codes import Codes, kind_of
 from lowbit.exporters.onnx_names import renamed, source_rows
 from lowbit.exporters.run import Run, Subject
 from lowbit.models.families import architecture_of
-from lowbit.quant.elements import E4M3
-from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import QParams, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.static_activations import StaticInt
@@ -41,13 +40,13 @@ SESSION = {"session.qdq_matmulnbits_accuracy_level": "0", "session.x64quantpreci
 
 
 def in_standard_operators(subject: Subject) -> bool:
-    """Whether a subject has what MatMulNBits does not: static inputs, or floating-point weights."""
+    """Whether a subject has what MatMulNBits does not: static inputs, or weights in another format than integers."""
     modules = subject.formats.modules.values()
-    return any(isinstance(own.input, StaticInt) or isinstance(own.weight, FloatFormat) for own in modules)
+    return any(isinstance(own.input, StaticInt) or not isinstance(own.weight, IntFormat) for own in modules)
 
 
 def limits(subject: Subject) -> Misfit | None:
-    """Integers and E4M3 weights, inputs static or float; no groups of 8-bit codes behind 8-bit inputs."""
+    """Weights with a type of codes, inputs static or float; no groups of 8-bit integers behind 8-bit inputs."""
     architecture, vocabulary = architecture_of(subject.config), subject.config.vocab_size
     for name, (rows, _) in subject.shapes.items():
         if rows == vocabulary and name not in (architecture.embed, architecture.head):
@@ -59,52 +58,20 @@ def limits(subject: Subject) -> Misfit | None:
     for module, own in subject.formats.modules.items():
         if module == architecture.embed:
             return weight_misfit(subject, module, "quantized embeddings are not supported")
-        if isinstance(own.weight, FloatFormat) and own.weight.elements != E4M3:
-            return weight_misfit(subject, module, f"{own.weight.name}: onnxruntime's CPU operators have E4M3 only")
-        wide = isinstance(own.weight, IntFormat) and own.weight.bits > 4
-        if wide and own.weight.group and isinstance(own.input, StaticInt) and own.input.bits <= 8:
+        kind = kind_of(own.weight)
+        if kind is None:
+            why = "a minimum of each group, which is no integer zero point"
+            return weight_misfit(subject, module, f"{own.weight.name} has {why}")
+        if (
+            kind in ("INT8", "UINT8")
+            and own.weight.group
+            and isinstance(own.input, StaticInt)
+            and own.input.bits <= 8
+        ):
             return weight_misfit(
-                subject, module, "groups of more than 4 bits behind 8-bit inputs; onnxruntime fails on these"
+                subject, module, "groups of 8-bit codes behind 8-bit inputs; onnxruntime fails on these"
             )
     return no_kv(subject)
-
-
-@dataclass(frozen=True)
-class Codes:
-    """The inputs of a weight's DequantizeLinear.
-
-    Attributes:
-        kind: ONNX element type of codes and zero points: ``INT4``, ``UINT4``, ``INT8``, ``UINT8``, ``FLOAT8E4M3FN``.
-        codes: ``(in, out)`` uint8: unsigned codes, two's complement, or the bits of E4M3.
-        scale: ``(blocks, out)`` float32; one block: a scale for each output.
-        zero: ``(blocks, out)`` uint8; ``None``: 0.
-    """
-
-    kind: str
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-
-    @classmethod
-    def of(cls, q: QTensor) -> Codes:
-        """A quantized weight.
-
-        >>> q = QTensor(torch.tensor([[0, 3, 1]], dtype=torch.uint8), QParams(*torch.tensor([[[0.5]], [[2.0]]])),
-        ...     IntFormat(2))
-        >>> stored = Codes.of(q)
-        >>> stored.kind, stored.codes.T.tolist(), stored.zero
-        ('INT4', [[254, 1, 255]], None)
-        """
-        scale = q.qparams.scale.float().T.contiguous()
-        if isinstance(q.format, FloatFormat):
-            return cls("FLOAT8E4M3FN", q.format.elements.to_bits(q.codes).T.contiguous(), scale, None)
-        assert isinstance(q.format, IntFormat), f"{q.format.name} is refused before"
-        bits = 4 if q.format.bits <= 4 else 8
-        if q.format.symmetric:
-            signed = q.codes.to(torch.int16) - q.format.middle
-            return cls(f"INT{bits}", (signed & 0xFF).to(torch.uint8).T.contiguous(), scale, None)
-        zero = q.qparams.zero.to(torch.uint8).T.contiguous()
-        return cls(f"UINT{bits}", q.codes.T.contiguous(), scale, zero)
 
 
 def put_in(model: Any, run: Run) -> None:
@@ -147,14 +114,14 @@ def _dequantize_weight(graph: Any, name: str, weight: Codes) -> Any:
     from onnx import helper
 
     base = name.removesuffix(WEIGHT)
-    blocks, inputs = len(weight.scale), len(weight.codes)
+    blocks = len(weight.scale)
     shape = tuple(weight.scale.shape) if blocks > 1 else (weight.scale.shape[1],)
     parts = [tensor(f"{base}.codes", weight.kind, weight.codes.shape, weight.codes)]
     parts.append(tensor(f"{base}.scales", "FLOAT", shape, weight.scale))
     if weight.zero is not None:
         parts.append(tensor(f"{base}.zero_points", weight.kind, shape, weight.zero))
     graph.initializer.extend(parts)
-    where = {"axis": 0, "block_size": inputs // blocks} if blocks > 1 else {"axis": 1}
+    where = {"axis": 0, "block_size": weight.block} if blocks > 1 else {"axis": 1}
     return helper.make_node("DequantizeLinear", [t.name for t in parts], [name], f"/{base}/DequantizeLinear", **where)
 
 
@@ -198,6 +165,7 @@ class Linear:
     Attributes:
         name: the model's name of the weight, as the graph has it.
         codes, scale, zero: initializers of the weight's DequantizeLinear; no ``zero``: 0.
+        block: inputs that share a scale; 0: all.
         input_scale, input_zero: initializers of its input's, or ``None``.
     """
 
@@ -205,6 +173,7 @@ class Linear:
     codes: Any
     scale: Any
     zero: Any | None
+    block: int
     input_scale: Any | None
     input_zero: Any | None
 
@@ -225,18 +194,21 @@ def linears(model: Any) -> Iterator[Linear]:
         codes, scale, *zero = (stored[name] for name in weight.input)
         behind = dequantized.get(node.input[0])
         inputs = [stored[name] for name in behind.input[1:]] if behind is not None else [None, None]
-        yield Linear(renamed(weight.output[0]), codes, scale, zero[0] if zero else None, *inputs)
+        block = next((attribute.i for attribute in weight.attribute if attribute.name == "block_size"), 0)
+        yield Linear(renamed(weight.output[0]), codes, scale, zero[0] if zero else None, block, *inputs)
 
 
 def values(linear: Linear, folder: str) -> Iterator[tuple[str, Tensor]]:
     """The parameters of a linear in float32, its weight ``(out, in)``, by their names within the module."""
-    codes, scale = _floats(linear.codes, folder), _floats(linear.scale, folder)
-    blocks = 1 if scale.dim() == 1 else len(scale)
-    spread = [scale.reshape(blocks, -1).repeat_interleave(len(codes) // blocks, 0)]
-    if linear.zero is not None:
-        zero = _floats(linear.zero, folder).reshape(blocks, -1).repeat_interleave(len(codes) // blocks, 0)
-        codes = codes - zero
-    yield "weight", (codes * spread[0]).T.contiguous()
+    codes = _floats(linear.codes, folder)
+
+    def spread(part: Any) -> Tensor:
+        values = _floats(part, folder)
+        blocks = values[None] if values.dim() == 1 else values
+        return blocks.repeat_interleave(linear.block or len(codes), 0)[: len(codes)]
+
+    steps = codes if linear.zero is None else codes - spread(linear.zero)
+    yield "weight", (steps * spread(linear.scale)).T.contiguous()
     if linear.input_scale is not None:
         yield SCALE, _floats(linear.input_scale, folder).reshape(1)
     if linear.input_zero is not None and (middle := unsigned_middle(linear.input_zero)):

@@ -159,6 +159,11 @@ RUNTIMES = {
 }
 
 
+def simulates(runtime: str, weight: Format) -> bool:
+    """Whether a runtime's quantization of inputs is known for weights of a format."""
+    return isinstance(weight, IntFormat) or (runtime == "llama.cpp" and weight.name in LLAMA_CPP)
+
+
 @dataclass(frozen=True)
 class RuntimeInput(ActFormat):
     """A runtime's own quantization of a linear's input, where the scheme leaves inputs in float.
@@ -175,8 +180,7 @@ class RuntimeInput(ActFormat):
     weight: Format
 
     def __post_init__(self) -> None:
-        native = self.runtime == "llama.cpp" and self.weight.name in LLAMA_CPP
-        if not isinstance(self.weight, IntFormat) and not native:
+        if not simulates(self.runtime, self.weight):
             raise LowbitError(f"{self.runtime} with {self.weight.name} weights: its input quantization is not known")
 
     @property

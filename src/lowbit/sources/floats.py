@@ -62,14 +62,9 @@ def tiled(weight: Tensor, scale: Tensor, tile: tuple[int, int]) -> Decoded:
     high, wide = tile[0] or rows, tile[1] or columns
     by_row = scale.to(torch.float32).repeat_interleave(high, -2)[..., :rows, :]
     kind = TILED.get(tile)
-    if weight.ndim == 2 and kind is not None and columns % wide == 0:
+    if weight.ndim == 2 and kind is not None:
         format = replace(kind, scales=Plain(scale.dtype))
         return grouped(weight.view(torch.uint8), by_row.contiguous(), format)
     by_value = by_row.repeat_interleave(wide, -1)[..., :columns]
-    if weight.ndim != 2:
-        why = f"it has {weight.ndim} dimensions"
-    elif kind is None:
-        why = f"no format has tiles of {high} x {wide}"
-    else:
-        why = f"tiles of {wide} columns do not divide its width of {columns}"
+    why = f"no format has tiles of {high} x {wide}" if kind is None else f"it has {weight.ndim} dimensions"
     return FloatOnly(weight.to(torch.float32) * by_value, why)

@@ -1,7 +1,7 @@
-"""Codes and scales of a ``.gguf`` file's tensors, as the ``gguf`` package decodes them.
+"""Codes and scales of a ``.gguf`` file's tensors, as ``gguf_types.values_of`` decodes them.
 
 A block is decoded with some of its bytes replaced: with all scales 1 its values are its codes, with all codes 1 they
-are its scales, with all codes 0 its minima. So the package's own decoder says where each bit belongs, for every type
+are its scales, with all codes 0 its minima. So the decoder of values says where each bit belongs, for every type
 alike, and ``decoded`` compares the result with what it makes of the file's own bytes.
 """
 
@@ -14,18 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
-from gguf.quants import dequantize
 from torch import Tensor
 
 from lowbit.checkpoints.gguf_check import row_order
 from lowbit.checkpoints.gguf_file import GgufFile
+from lowbit.checkpoints.gguf_types import SIZES, AnyKind, OwnKind, values_of
 from lowbit.quant.floating import MXFP4, NVFP4
 from lowbit.quant.format import Format, QParams, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import KQuant, k_quant
-from lowbit.quant.tables import IQ4_NL, TableFormat
+from lowbit.quant.tables import IQ4_NL, Q2_0, TableFormat
 from lowbit.sources.layout import Decoded, FloatOnly
 
 Bytes = npt.NDArray[np.uint8]
@@ -55,7 +54,7 @@ class Block:
     code_zero: Patch = ()
 
 
-BLOCKS: Mapping[Kind, Block] = {
+BLOCKS: Mapping[AnyKind, Block] = {
     Kind.Q4_0: Block(IntFormat(4, 32), ((0, ONE),), ((2, b"\x99" * 16),)),
     Kind.Q5_0: Block(IntFormat(5, 32), ((0, ONE),), ((2, b"\xff" * 4 + b"\x11" * 16),)),
     Kind.Q8_0: Block(IntFormat(8, 32), ((0, ONE),), ((2, b"\x01" * 32),)),
@@ -83,6 +82,7 @@ BLOCKS: Mapping[Kind, Block] = {
     ),
     Kind.Q6_K: Block(k_quant("q6_k"), ((192, b"\x01" * 16 + ONE),), ((0, b"\x11" * 128 + b"\xaa" * 64),)),
     Kind.IQ4_NL: Block(IQ4_NL, ((0, ONE),), ((2, b"\x88" * 16),)),
+    OwnKind.Q2_0: Block(Q2_0, ((0, ONE),), ((2, b"\xaa" * 16),)),
     Kind.MXFP4: Block(MXFP4, ((0, b"\x7f"),), ((1, b"\x22" * 16),)),
     Kind.NVFP4: Block(NVFP4, ((0, b"\x38" * 4),), ((4, b"\x22" * 32),)),
 }
@@ -103,7 +103,7 @@ def decoded(file: GgufFile, name: str) -> Decoded:
     """A quantized weight by its name in the file, with rows in the model's order."""
     tensor = next(tensor for tensor in file.tensors if tensor.name == name)
     kind, scale = tensor.tensor_type, file.scales.get(name)
-    exact = torch.from_numpy(np.array(dequantize(tensor.data, kind)))
+    exact = torch.from_numpy(values_of(tensor.data, kind))
     exact = exact if scale is None else exact * torch.tensor(scale)
     rows = row_order(file.architecture, name, len(exact), file.model.config)
     order = torch.arange(len(exact)) if rows is None else torch.from_numpy(rows)
@@ -119,7 +119,7 @@ def decoded(file: GgufFile, name: str) -> Decoded:
     return q.select_rows(order)
 
 
-def unpack(data: Bytes, kind: Kind) -> QTensor:
+def unpack(data: Bytes, kind: AnyKind) -> QTensor:
     """Codes and scales of blocks ``(rows, bytes)`` of a type in ``BLOCKS``.
 
     >>> block = np.frombuffer(np.float16(0.5).tobytes() + bytes([0x9A] * 16), np.uint8)[None]
@@ -141,9 +141,9 @@ def unpack(data: Bytes, kind: Kind) -> QTensor:
     return QTensor(codes, QParams(scale.contiguous(), zero.contiguous()), format)
 
 
-def _values(data: Bytes, kind: Kind, patch: Patch) -> Tensor:
+def _values(data: Bytes, kind: AnyKind, patch: Patch) -> Tensor:
     """What blocks decode to with bytes replaced, float32 ``(rows, columns)``."""
-    blocks = np.array(data).reshape(len(data), -1, GGML_QUANT_SIZES[kind][1])
+    blocks = np.array(data).reshape(len(data), -1, SIZES[kind][1])
     for start, content in patch:
         blocks[..., start : start + len(content)] = np.frombuffer(content, np.uint8)
-    return torch.from_numpy(dequantize(blocks.reshape(data.shape), kind).astype(np.float32))
+    return torch.from_numpy(values_of(blocks.reshape(data.shape), kind))

@@ -75,6 +75,16 @@ def values_of(data: Bytes, kind: AnyKind) -> npt.NDArray[np.float32]:
     return (steps * scale).reshape(*data.shape[:-1], -1)
 
 
+def known_type(number: int) -> AnyKind:
+    """The type with llama.cpp's number; raises ``ValueError`` for one that is not known here."""
+    if number in list(OwnKind):
+        return OwnKind(number)
+    kind = GGMLQuantizationType(number)
+    if kind not in SIZES:
+        raise ValueError(f"{kind.name} has no blocks of a known size")
+    return kind
+
+
 class Reader(gguf.GGUFReader):  # type: ignore[misc]  # the package has no annotations
     """The package's reader, and tensors of ``OwnKind``; those first that the package knows."""
 
