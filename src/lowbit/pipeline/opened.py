@@ -10,6 +10,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_model, report_build_errors, settle_tied
+from lowbit.pipeline.experts import refuse_experts
 from lowbit.runs.manifest import manifest_of
 from lowbit.sources.checkpoint import open_checkpoint
 
@@ -45,4 +46,5 @@ def open_model(model: str, revision: str | None, allow_pickle: bool, trust_remot
     check_model(checkpoint, config, trust_remote_code=trust_remote_code)
     with report_build_errors(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
+    refuse_experts(config, skeleton.architecture)
     return Opened(source, config, checkpoint, skeleton)

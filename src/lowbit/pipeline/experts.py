@@ -1,0 +1,29 @@
+"""Mixtures of experts, whose experts no method quantizes: refused, so that none stays float without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowbit.errors import LowbitError
+from lowbit.models.architecture import Architecture
+from lowbit.models.discovery.known import discovered
+
+
+def refuse_experts(config: Any, architecture: Architecture) -> None:
+    """Refuse a model of which discovery finds layers with experts.
+
+    Args:
+        config: the model's Hugging Face config.
+        architecture: its architecture; declared ones have no experts.
+
+    Raises:
+        LowbitError: it has experts.
+    """
+    if architecture.origin != "discovered":
+        return
+    names = dict.fromkeys(name for own in discovered(config).record.experts for name in own)
+    if names:
+        raise LowbitError(
+            f"{config.architectures[0]} is a mixture of experts, and its experts ({', '.join(names)}) are not "
+            "quantized: give a dense model"
+        )
