@@ -2,8 +2,9 @@
 
     python benchmarks/architectures.py [--types llama,gpt2] [--again failed|all] [--page docs/architectures.md]
 
-A child process for each type, with limits on its memory and on the processor time of each stage. Rows are kept as they
-come, so that a run that was stopped goes on where it was; a row that other sources or versions made is made again.
+A child process for each type, with limits on its memory and on the processor time of each stage. Rows are kept as
+they come, so that a run that was stopped goes on where it was; a row that other sources or versions made is made
+again.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import architectures_page
 import torch
 import transformers
-from architectures_page import Row, summary
-from architectures_steps import RECIPES, went, whole_way
-from rows import ROOT, sources
 from transformers import CONFIG_MAPPING, GPT2LMHeadModel, LlamaForCausalLM, MixtralForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
+import architectures_page
+from architectures_page import Row, summary
+from architectures_steps import RECIPES, went, whole_way
 from lowbit.errors import one_line
 from lowbit.models.discovery import discover
+from rows import ROOT, sources
 
 ROWS = ROOT / "docs" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import transformers
-from architectures_steps import EQUAL, NO_EDGES, OK, RECIPES, ran, went
 
+from architectures_steps import EQUAL, NO_EDGES, OK, RECIPES, ran, went
 from lowbit.models.architecture import DeclaredEdge, LayerKind
 from lowbit.models.discovery import Discovery
 
@@ -155,8 +155,8 @@ default config. Edges:
   rotary embedding rotates together, and any matrix over those that it leaves alone; `qk diagonal`: scales of the
   gains of the norms on queries and keys. Widths are those of the default config.
 
-Steps run on the small model in float32, with every parameter random. The scheme is `w4a16g16-sym`, or the same with the
-largest smaller group that divides all widths; calibration has 8 windows of 32 tokens, and `affinequant` 2 epochs. `ok`: the run
-folder is written, and `lowbit.load` computes finite logits from it that differ from the float model's. *stock*: `equal`
-where `transformers` alone loads each recipe's folder and gives the same logits. A model goes the whole way with a
-recipe if both hold."""
+Steps run on the small model in float32, with every parameter random. The scheme is `w4a16g16-sym`, or the same with
+the largest smaller group that divides all widths; calibration has 8 windows of 32 tokens, and `affinequant` 2 epochs.
+`ok`: the run folder is written, and `lowbit.load` computes finite logits from it that differ from the float model's.
+*stock*: `equal` where `transformers` alone loads each recipe's folder and gives the same logits. A model goes the
+whole way with a recipe if both hold."""

@@ -11,7 +11,6 @@ import random
 import string
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,8 @@ def whole_way(config: Any, folder: Path, guard: Guard) -> Iterator[dict[str, Ste
         with guard():
             scheme, architecture = prepared(config, folder / "model")
     except Exception as error:  # of the model's own code
-        yield {recipe: {"run": reason(error)} for recipe in RECIPES}
+        why = reason(error, folder)
+        yield {recipe: {"run": why} for recipe in RECIPES}
         return
     for recipe in RECIPES:
         if recipe == "affinequant" and not any(kind.edges for kind in architecture.layers):
@@ -122,14 +122,14 @@ def step(model: Path, out: Path, scheme: str, recipe: str, guard: Guard) -> Step
             if relative_error(simulated, logits(from_stock(model))) == 0:
                 raise LowbitError("the quantized model's logits are those of the float model")
     except Exception as error:
-        return {"run": reason(error)}
+        return {"run": reason(error, out.parent)}
     if not stock.loads:
         return {"run": OK, "stock": stock.why_not or "it does not load"}
     try:
         with guard():
             gap = relative_error(logits(from_stock(out, stock.dtype)), simulated)
     except Exception as error:  # transformers raises what its classes raise
-        return {"run": OK, "stock": reason(error)}
+        return {"run": OK, "stock": reason(error, out.parent)}
     return {"run": OK, "stock": EQUAL if gap <= CLOSE else f"logits differ by {gap:.1e} of their spread"}
 
 
@@ -146,12 +146,13 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def reason(error: Exception) -> str:
-    """An error in one line; one that is no user's says its type and where it was raised."""
+def reason(error: Exception, folder: Path) -> str:
+    """An error in one line, without the folder's path; one that is no user's says its type and where it was raised."""
+    text = one_line(error).replace(f"{folder}/", "")
     if isinstance(error, LowbitError | TimeoutError):
-        return one_line(error)
+        return text
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {one_line(error)}"
+    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {text}"
 
 
 def went(row: dict[str, Any], *recipes: str) -> bool:
@@ -164,9 +165,3 @@ def ran(row: dict[str, Any], *recipes: str) -> bool:
     """Whether a row's model was quantized by these recipes and loaded again with ``lowbit.load``."""
     steps = row.get("steps", {})
     return all(steps.get(recipe, {}).get("run") == OK for recipe in recipes)
-
-
-@contextmanager
-def unlimited() -> Iterator[None]:
-    """A guard that ends nothing."""
-    yield
