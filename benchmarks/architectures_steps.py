@@ -147,7 +147,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def reason(error: Exception, folder: Path) -> str:
-    """An error in one line, without the folder's path; one that is no user's says its type and where it was raised."""
+    """An error in one line, without the folder's path; one that is a bug says its type and where it was raised."""
     text = one_line(error).replace(f"{folder}/", "")
     if isinstance(error, LowbitError | TimeoutError):
         return text
