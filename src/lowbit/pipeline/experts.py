@@ -5,21 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import Architecture
 from lowbit.models.discovery.known import discovered
+from lowbit.models.families import architecture_of
 
 
-def refuse_experts(config: Any, architecture: Architecture) -> None:
-    """Refuse a model of which discovery finds layers with experts.
-
-    Args:
-        config: the model's Hugging Face config.
-        architecture: its architecture; declared ones have no experts.
+def refuse_experts(config: Any) -> None:
+    """Refuse a model of which discovery finds layers with experts; declared families have none.
 
     Raises:
-        LowbitError: it has experts.
+        LowbitError: it has experts, or as ``architecture_of``.
     """
-    if architecture.origin != "discovered":
+    if architecture_of(config).origin != "discovered":
         return
     names = dict.fromkeys(name for own in discovered(config).record.experts for name in own)
     if names:

@@ -41,10 +41,10 @@ def open_model(model: str, revision: str | None, allow_pickle: bool, trust_remot
             "'compare', 'export', 'generate', 'inspect' and 'report' take a run folder"
         )
     config = load_config(source.folder, trust_remote_code)
+    refuse_experts(config)
     checkpoint = open_checkpoint(source.folder, config)
     settle_tied(checkpoint, config)
     check_model(checkpoint, config, trust_remote_code=trust_remote_code)
     with report_build_errors(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
-    refuse_experts(config, skeleton.architecture)
     return Opened(source, config, checkpoint, skeleton)

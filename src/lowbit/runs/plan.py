@@ -18,7 +18,7 @@ from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.architecture import Architecture
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
-from lowbit.quant.compressed_tensors import stock_loads
+from lowbit.quant.compressed_tensors import dequantizes_at_load, stock_loads
 from lowbit.quant.format import group_advice
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
@@ -116,7 +116,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
             int(count[name] * own.layout.bits_per_value(own.weight, shapes[name][1]) / 8)
             for name, own in model_formats.modules.items()
         ),
-        stock=_stock(architecture, model_formats),
+        stock=_stock(skeleton, model_formats),
     )
 
 
@@ -214,11 +214,31 @@ def _unlisted(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
     return out
 
 
-def _stock(architecture: Architecture, formats: ModelFormats) -> str | None:
+def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     """Why stock ``transformers`` cannot run the formats as simulated, or ``None`` if it can."""
+    architecture = skeleton.architecture
     if turned := architecture.transposed() & formats.modules.keys():
         name = min(turned)
         return f"{name} is stored as (in, out), and compressed-tensors quantizes linears that are stored as (out, in)"
     flat = {f"{architecture.blocks}.{i}.{name}" for i, kind in enumerate(architecture.layers) for name in kind.flat}
     two_d = any(formats.input(name) is not None for name in flat & formats.modules.keys())
+    if (own := _computes_itself(skeleton, formats)) is not None:
+        return (
+            f"{own} computes with code of its own, which compressed-tensors runs in models of one weight format only"
+        )
     return stock_loads(formats, architecture.embed, two_d_inputs=two_d)
+
+
+def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:
+    """A quantized linear whose class has another ``forward`` than ``nn.Linear``, as Falcon's, if that matters.
+
+    compressed-tensors replaces the ``forward`` of linears that it does not dequantize at load time.
+    """
+    if dequantizes_at_load(formats):
+        return None
+    for index, (layer, kind) in enumerate(zip(skeleton.layers, skeleton.architecture.layers, strict=True)):
+        for name in kind.linears:
+            full = f"{skeleton.architecture.blocks}.{index}.{name}"
+            if full in formats.modules and type(layer.get_submodule(name)).forward is not nn.Linear.forward:
+                return full
+    return None
