@@ -82,7 +82,7 @@ memory: $(DEV) ## show that peak memory does not grow with the number of layers
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/memory.py --model mixture
 
-architectures: $(DEV) ## discover and prove every causal language model of transformers, into docs/architectures.md (half an hour of one core; goes on where it stopped)
+architectures: $(DEV) ## every causal language model of transformers discovered, quantized, loaded again, into docs/architectures.md (two hours of one core; goes on where it stopped)
 	$(BIN)/python benchmarks/architectures.py
 
 fuzz: $(DEV) ## mutate model files at random and see that each is refused or read rightly (MUTATIONS=10000 SEED=0: an hour)

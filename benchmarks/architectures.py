@@ -1,23 +1,27 @@
-"""Every causal language model of the installed transformers: shrunk, its structure discovered and proven.
+"""Every causal language model of the installed transformers: discovered, proven, quantized, loaded again.
 
     python benchmarks/architectures.py [--types llama,gpt2] [--again failed|all] [--page docs/architectures.md]
 
-A child process for each type, with limits on its memory and processor time. Rows are kept as they come, so that a run
-that was stopped goes on where it was; a row of another version of transformers is made again.
+A child process for each type, with limits on its memory and on the processor time of each stage. Rows are kept as
+they come, so that a run that was stopped goes on where it was; a row that other sources or versions made is made
+again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import logging
 import os
 import resource
 import signal
+import tempfile
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +30,16 @@ import transformers
 from transformers import CONFIG_MAPPING, GPT2LMHeadModel, LlamaForCausalLM, MixtralForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
+import architectures_page
+from architectures_page import Row, summary
+from architectures_steps import RECIPES, went, whole_way
 from lowbit.errors import one_line
-from lowbit.models.architecture import DeclaredEdge, LayerKind
-from lowbit.models.discovery import Discovery, discover
+from lowbit.models.discovery import discover
+from rows import ROOT, sources
 
-ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "docs" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
-SECONDS = 45  # of processor time
+SECONDS = 60  # of processor time, for discovery and for each step
 WALL = 3600  # seconds on the clock: a child may wait for something, or share the machine
 ADDRESS_SPACE = 16 * 2**30
 REAL_BYTES = 2**28  # for the proof at real shape: small layers only, the table is about structure
@@ -45,10 +51,10 @@ DECODER: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
 }
-Row = dict[str, Any]
 
 
 def configured(type: str) -> Any:
@@ -56,71 +62,90 @@ def configured(type: str) -> Any:
     return CONFIG_MAPPING[type](**DECODER.get(type, {}))
 
 
-def measure(type: str) -> Row:
-    """One type, in this process."""
-    found = discover(configured(type), most_bytes=REAL_BYTES)
-    return {"ok": True, "seconds": found.record.seconds, **summary(found)}
+def measure(type: str, folder: Path) -> Iterator[Row]:
+    """One type, in this process: its row after discovery, and again after each step in an empty folder."""
+    config = configured(type)
+    with limited():
+        found = discover(config, most_bytes=REAL_BYTES)
+    row = {"ok": True, "seconds": found.record.seconds, **summary(found)}
+    yield row
+    os.environ["LOWBIT_CACHE"] = str(folder / "cache")  # what other sources have found is not read
+    for steps in whole_way(config, folder, limited):
+        yield row | {"steps": steps}
 
 
-def summary(found: Discovery) -> Row:
-    """What a row keeps: the edges of each kind of layers, and the candidates that the proofs refuted."""
-    own = found.architecture
-    return {
-        "kinds": [
-            {"layers": own.layers.count(kind), "linears": sum(map(len, kind.groups)), "edges": edges_of(kind)}
-            for kind in own.kinds()
-        ],
-        "refuted": [[one.edge, one.reason] for one in found.record.findings if one.offered and one.limit is None],
-        "notes": list(found.record.notes),
-    }
+@contextmanager
+def limited(seconds: float = SECONDS) -> Iterator[None]:
+    """Within the context, ``TimeoutError`` after so many seconds of processor time.
 
+    The signal comes once more a second later, should a library catch the first error.
+    """
 
-def edges_of(kind: LayerKind) -> list[str]:
-    """The edges in short, equal ones counted: ``norm 3``, ``heads matrix``, ``channels diagonal x 2``."""
-    counted = Counter(map(short, kind.edges))
-    return [text if count == 1 else f"{text} x {count}" for text, count in counted.items()]
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"stopped: longer than {seconds} s")
 
-
-def short(edge: DeclaredEdge) -> str:
-    """An edge in two or three words."""
-    if edge.kind == "norm":
-        return f"norm {len({ref if isinstance(ref, str) else ref.module for ref in edge.dst})}"
-    dims = [f"{len(edge.pairs)} pairs"][: bool(edge.pairs)] + [f"{len(edge.free)} free"][: bool(edge.free)]
-    power = [f"power {edge.power}"] if edge.power != 1 else []
-    return " ".join([edge.kind, edge.limit, *dims, *power])
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def in_a_child(type: str) -> Row:
     """One type in a process of its own; why there is no row of it, if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _forked(type, Path(folder))
+
+
+def _forked(type: str, folder: Path) -> Row:
     read, write = os.pipe()
     child = os.fork()
     if not child:
         os.close(read)
-        os.write(write, json.dumps(_limited(type)).encode())
+        _child(type, folder, write)
         os._exit(0)
     os.close(write)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
     signal.alarm(WALL)
     with os.fdopen(read, "rb") as stream:
-        said = stream.read()
+        said = [line for line in stream if line.endswith(b"\n")]
     signal.alarm(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if said:
-        row: Row = json.loads(said)
-        return row
-    return {"ok": False, "why": f"stopped by signal {-status}: longer than {SECONDS} s, or out of memory"}
+    row: Row = json.loads(said[-1]) if said else {"ok": False}
+    if status:
+        row |= _stopped(row, f"stopped by signal {-status}: out of memory, or longer than {WALL} s")
+    return row
 
 
-def _limited(type: str) -> Row:
+def _stopped(row: Row, why: str) -> Row:
+    """What a row lacks whose process ended: the reason for each step that is not there."""
+    if not row["ok"]:
+        return {"why": why}
+    return {"steps": {recipe: {"run": why} for recipe in RECIPES} | row.get("steps", {})}
+
+
+def _child(type: str, folder: Path, pipe: int) -> None:
+    """Write rows to the pipe, a line each; the last one counts."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # what a model's own code prints
         os.dup2(nowhere, stream)
-    try:
-        return measure(type)
-    except Exception as error:
-        return {"ok": False, "why": one_line(error)}
+    with os.fdopen(pipe, "w") as lines:
+        try:
+            for row in measure(type, folder):
+                print(json.dumps(row), file=lines, flush=True)
+        except Exception as error:
+            print(json.dumps({"ok": False, "why": one_line(error)}), file=lines, flush=True)
+
+
+@functools.cache
+def made_by() -> str:
+    """A digest of what a row depends on: the package, this program, and the libraries' versions."""
+    own = hashlib.sha256(repr((sources(), transformers.__version__, torch.__version__)).encode())
+    for name in ("architectures.py", "architectures_steps.py"):
+        own.update((Path(__file__).parent / name).read_bytes())
+    return own.hexdigest()[:16]
 
 
 def run(types: Iterable[str], kept: dict[str, Row], file: Path) -> None:
@@ -129,54 +154,39 @@ def run(types: Iterable[str], kept: dict[str, Row], file: Path) -> None:
         if type in kept:
             continue
         start = time.monotonic()
-        kept[type] = {"class": CLASSES[type], **in_a_child(type), "transformers": transformers.__version__}
+        kept[type] = {"class": CLASSES[type], **in_a_child(type), "made_by": made_by()}
         passing = file.with_suffix(".part")
         passing.write_text(json.dumps(kept, indent=1) + "\n")
         passing.replace(file)
-        row = kept[type]
-        said = "; ".join(", ".join(kind["edges"]) for kind in row["kinds"]) if row["ok"] else row["why"]
-        print(f"{type}: {said} ({time.monotonic() - start:.0f} s)", flush=True)
+        print(f"{type}: {said_of(kept[type])} ({time.monotonic() - start:.0f} s)", flush=True)
 
 
-def page(rows: Mapping[str, Row]) -> str:
-    """The table in Markdown."""
-    good = {type: row for type, row in sorted(rows.items()) if row["ok"]}
-    bad = {type: row for type, row in sorted(rows.items()) if not row["ok"]}
-    missing = sorted(set(CLASSES) - set(rows))
-    lines = [
-        "# Architectures",
-        "",
-        *_INTRODUCTION.format(good=len(good), all=len(rows), version=transformers.__version__).splitlines(),
-        "",
-        "| type | class | layers | edges |",
-        "|---|---|---:|---|",
-    ]
-    for type, row in good.items():
-        for at, kind in enumerate(row["kinds"]):
-            name = f"`{type}` | {row['class']}" if not at else " |"
-            lines.append(f"| {name} | {kind['layers']} | {', '.join(kind['edges']) or 'none'} |")
-    lines += ["", "## Not discovered", "", "| type | class | reason |", "|---|---|---|"]
-    lines += [f"| `{type}` | {row['class']} | {row['why'].replace('|', '/')} |" for type, row in bad.items()]
-    if missing:
-        names = ", ".join(f"`{type}`" for type in missing)
-        lines += ["", "## Without a row", "", f"`make architectures` goes on with {names}."]
-    return "\n".join(lines) + "\n"
+def said_of(row: Row) -> str:
+    """A row in one line."""
+    if not row["ok"]:
+        return str(row["why"])
+    edges = "; ".join(", ".join(kind["edges"]) or "no edge" for kind in row["kinds"])
+    steps = (f"{recipe} {' / '.join(step.values())}" for recipe, step in row.get("steps", {}).items())
+    return "; ".join([edges, *steps])
 
 
-_INTRODUCTION = """\
-Written by `make architectures`: every causal language model that transformers {version} names, with the default
-config of its type. {good} of {all} are discovered and proven.
+def page(rows: dict[str, Row]) -> str:
+    """The page on all types."""
+    return architectures_page.page(rows, CLASSES, DECODER)
 
-Each config is shrunk, a random model of it is built, its structure is read off its responses, and every edge is
-proven by a random map in the layer and in the model. Layers that differ have a row each; *layers* counts them in the
-default config. Edges:
 
-* `norm 3`: a norm's gain and its three readers
-* `heads matrix`: v to o, any matrix per key/value head (`rotation`: orthogonal ones, `diagonal`: scales)
-* `channels diagonal`: up to down, scales (`positive`: above 0; `power 2`: squared on the way)
-* `qk matrix 8 pairs 4 free`: between queries and keys, a scaled rotation of each pair of a head's dimensions that the
-  rotary embedding rotates together, and any matrix over those that it leaves alone; `qk diagonal`: scales of the
-  gains of the norms on queries and keys. Widths are those of the default config."""
+def kept_of(found: dict[str, Row], types: Iterable[str], again: str | None) -> dict[str, Row]:
+    """The rows to keep: of ``types`` those that these sources made, of others all."""
+
+    def stale(type: str, row: Row) -> bool:
+        return row["made_by"] != made_by() or again == "all" or (again == "failed" and not _good(row))
+
+    asked = set(types)
+    return {t: row for t, row in found.items() if t in CLASSES and not (t in asked and stale(t, row))}
+
+
+def _good(row: Row) -> bool:
+    return bool(row["ok"]) and went(row, "rtn", "gptq")
 
 
 def main() -> None:
@@ -187,11 +197,10 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
     types = options.types.split(",") if options.types else sorted(CLASSES)
-    kept: dict[str, Row] = json.loads(options.rows.read_text()) if options.rows.exists() else {}
-    stale = {type for type, row in kept.items() if row["transformers"] != transformers.__version__}
-    if options.again:
-        stale |= {type for type in types if type in kept and (options.again == "all" or not kept[type]["ok"])}
-    kept = {type: row for type, row in kept.items() if type not in stale and type in CLASSES}
+    if unknown := set(types) - set(CLASSES):
+        parser.error(f"no causal language model of transformers: {', '.join(sorted(unknown))}")
+    found: dict[str, Row] = json.loads(options.rows.read_text()) if options.rows.exists() else {}
+    kept = kept_of(found, types, options.again)
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The table of architectures: a child process for each type, rows that are kept, a page that says what failed."""
+"""The table of architectures: models the whole way, each type in a child process, rows that are kept, a page."""
 
 from __future__ import annotations
 
@@ -7,39 +7,104 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import CONFIG_MAPPING
 
+from lowbit.errors import LowbitError
 from lowbit.models.architecture import DeclaredEdge, LayerKind
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import architectures
+import architectures_page
+import architectures_steps
 
 KINDS = [{"layers": 2, "linears": 7, "edges": ["norm 3"]}]
-GOOD = {"ok": True, "seconds": 1.0, "kinds": KINDS, "refuted": [], "notes": []}
+WAY = {"run": "ok", "stock": "equal"}
+STEPS = {"rtn": WAY, "gptq": WAY, "affinequant": WAY}
+FOUND = {"ok": True, "seconds": 1.0, "kinds": KINDS, "refuted": [], "notes": []}
+GOOD = {**FOUND, "steps": STEPS}
+STOPPED = "stopped by signal 9: out of memory, or longer than 3600 s"
+FAST = ("olmo2", "stablelm")
+SAMPLE = ("llama",)
 
 
-def broken(type: str) -> architectures.Row:
+@pytest.mark.parametrize("type", FAST)
+def test_a_model_goes_the_whole_way(type):
+    assert architectures.in_a_child(type)["steps"] == STEPS
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("type", SAMPLE)
+def test_models_of_the_sample_go_the_whole_way(type):
+    row = architectures.in_a_child(type)
+    assert architectures_steps.went(row, "rtn", "gptq"), row
+    assert architectures_steps.went(row, "affinequant"), row
+
+
+def test_a_mixture_of_experts_says_so():
+    steps = architectures.in_a_child("mixtral")["steps"]
+    for recipe in architectures_steps.RECIPES:
+        assert "its experts (mlp.experts.gate_up_proj, mlp.experts.down_proj)" in steps[recipe]["run"]
+
+
+def good(type, folder):
+    yield FOUND
+    yield GOOD
+
+
+def broken(type, folder):
     raise ValueError(f"no {type}\nat all")
+    yield
 
 
-def killed(type: str) -> architectures.Row:
+def killed(type, folder):
     os.kill(os.getpid(), signal.SIGKILL)
-    return {}
+    yield
+
+
+def killed_in_a_step(type, folder):
+    yield FOUND
+    yield FOUND | {"steps": {"rtn": WAY}}
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
     ("measure", "row"),
     [
-        (lambda type: GOOD, GOOD),
+        (good, GOOD),
         (broken, {"ok": False, "why": "no llama at all"}),
-        (killed, {"ok": False, "why": "stopped by signal 9: longer than 45 s, or out of memory"}),
+        (killed, {"ok": False, "why": STOPPED}),
+        (
+            killed_in_a_step,
+            FOUND | {"steps": {"rtn": WAY, "gptq": {"run": STOPPED}, "affinequant": {"run": STOPPED}}},
+        ),
     ],
 )
 def test_a_child_ends_in_a_row(monkeypatch, measure, row):
     monkeypatch.setattr(architectures, "measure", measure)
     assert architectures.in_a_child("llama") == row
+
+
+def test_a_step_that_fails_hides_no_other(monkeypatch, tmp_path):
+    edgeless = SimpleNamespace(layers=[LayerKind((("a",),), ())])
+    monkeypatch.setattr(architectures_steps, "prepared", lambda config, folder: ("w4a16", edgeless))
+    monkeypatch.setattr(architectures_steps.lowbit, "quantize", spin)
+    rows = list(architectures_steps.whole_way(None, tmp_path, lambda: architectures.limited(0.05)))
+    assert [list(row) for row in rows] == [["rtn"], ["rtn", "gptq"], ["rtn", "gptq", "affinequant"]]
+    assert rows[-1] == {
+        "rtn": {"run": "stopped: longer than 0.05 s"},
+        "gptq": {"run": "not this one"},
+        "affinequant": {"run": "no edges"},
+    }
+
+
+def spin(model, out, *, recipe, **options):
+    """Takes for ever with ``rtn``, and refuses any other recipe."""
+    while recipe == "rtn":
+        pass
+    raise LowbitError("not this one")
 
 
 def test_a_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
@@ -60,12 +125,40 @@ def test_a_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
     assert list(json.loads(file.read_text())) == ["llama", "opt"]
 
 
-def test_the_page_has_rows_reasons_and_what_is_missing():
-    rows = {"llama": {**GOOD, "class": "LlamaForCausalLM"}, "opt": {"ok": False, "why": "a | b", "class": "X"}}
+def test_rows_of_other_sources_are_made_again(monkeypatch):
+    monkeypatch.setattr(architectures, "made_by", lambda: "new")
+    found = {
+        "llama": GOOD | {"made_by": "new"},
+        "opt": GOOD | {"made_by": "old"},
+        "phi": FOUND | {"made_by": "new"},
+        "mpt": GOOD | {"made_by": "old"},
+        "gone": GOOD | {"made_by": "new"},
+    }
+    asked = ["llama", "opt", "phi"]
+    assert list(architectures.kept_of(found, asked, None)) == ["llama", "phi", "mpt"]
+    assert list(architectures.kept_of(found, asked, "failed")) == ["llama", "mpt"]
+    assert list(architectures.kept_of(found, asked, "all")) == ["mpt"]
+
+
+def test_the_page_has_rows_counts_reasons_and_what_is_missing():
+    apart = {"run": "ok", "stock": "logits differ"}
+    rows = {
+        "llama": {**GOOD, "class": "LlamaForCausalLM"},
+        "bloom": {**GOOD, "class": "B", "steps": {**STEPS, "gptq": apart, "affinequant": {"run": "x | y"}}},
+        "mpt": {**GOOD, "class": "M", "kinds": [{**KINDS[0], "edges": []}], "steps": {}},
+        "opt": {"ok": False, "why": "a | b", "class": "X"},
+    }
     text = architectures.page(rows)
-    assert "1 of 2 are discovered and proven" in text
-    assert "| `llama` | LlamaForCausalLM | 2 | norm 3 |" in text
+    assert "* 3 of 4 are discovered and proven; 1 of them have no edge." in text
+    assert "* 2 are quantized by `rtn` and by `gptq`; 1 go the whole way with both." in text
+    assert "* 1 are quantized by `affinequant`; 1 go the whole way with it." in text
+    assert "| `llama` | LlamaForCausalLM | 2 | norm 3 | ok | ok | ok | equal |" in text
+    assert "| `bloom` | B | 2 | norm 3 | ok | ok | no | no |" in text
+    assert "| `mpt` | M | 2 | none |  |  |  |  |" in text
+    assert "| `bloom` | stock after gptq | logits differ |" in text
+    assert "| `bloom` | affinequant | x / y |" in text
     assert "| `opt` | X | a / b |" in text
+    assert "| `reformer` | `is_decoder=True`, `axial_pos_embds=False` |" in text
     assert "goes on with" in text
     assert "`gpt2`" in text
 
@@ -78,7 +171,7 @@ def test_edges_in_short():
         DeclaredEdge("qk", "b", ("c",), "matrix", pairs=((0, 1),), free=(2, 3)),
     )
     wanted = ["norm 2", "channels positive power 2 x 2", "qk matrix 1 pairs 2 free"]
-    assert architectures.edges_of(LayerKind((), edges)) == wanted
+    assert architectures_page.edges_of(LayerKind((), edges)) == wanted
 
 
 def test_every_type_has_a_config():

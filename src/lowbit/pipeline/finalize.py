@@ -42,7 +42,9 @@ def finish(
     write_folder_index(out, len(rows))
     trusted = bool(request["trust_remote_code"])
     config = _shipped_config(read_json(source / CONFIG), trusted)
-    config["quantization_config"] = quantization_config(plan.formats, plan.floats, plan.embed)
+    config["quantization_config"] = quantization_config(
+        plan.formats, plan.floats, plan.embed, weights_are_read=plan.architecture.origin == "discovered"
+    )
     ops = _runtime_ops(out, len(rows))
     if ops:
         # The weights belong to a graph with runtime ops, which a stock loader must not run. It ignores an unknown

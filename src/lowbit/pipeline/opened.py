@@ -10,6 +10,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_model, report_build_errors, settle_tied
+from lowbit.pipeline.experts import refuse_experts
 from lowbit.runs.manifest import manifest_of
 from lowbit.sources.checkpoint import open_checkpoint
 
@@ -40,6 +41,7 @@ def open_model(model: str, revision: str | None, allow_pickle: bool, trust_remot
             "'compare', 'export', 'generate', 'inspect' and 'report' take a run folder"
         )
     config = load_config(source.folder, trust_remote_code)
+    refuse_experts(config)
     checkpoint = open_checkpoint(source.folder, config)
     settle_tied(checkpoint, config)
     check_model(checkpoint, config, trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.architecture import Architecture
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
-from lowbit.quant.compressed_tensors import stock_loads, stock_loads_experts
+from lowbit.quant.compressed_tensors import dequantizes_at_load, stock_loads, stock_loads_experts
 from lowbit.quant.format import group_advice
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
@@ -245,6 +245,10 @@ def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
         return f"{name} is stored as (in, out), and compressed-tensors quantizes linears that are stored as (out, in)"
     flat = {f"{architecture.blocks}.{i}.{name}" for i, kind in enumerate(architecture.layers) for name in kind.flat}
     two_d = any(formats.input(name) is not None for name in flat & formats.modules.keys())
+    if (own := _computes_itself(skeleton, formats)) is not None:
+        return (
+            f"{own} computes with code of its own, which compressed-tensors runs in models of one weight format only"
+        )
     return stock_loads(formats, architecture.embed, two_d_inputs=two_d)
 
 
@@ -261,3 +265,16 @@ def _stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
             whole = f"{architecture.blocks}.{index}.{kind.experts.module}.{kind.experts.writes.parameter}"
             return f"transformers stores the experts of a layer together ({whole}) and reads no codes of one expert"
     return stock_loads_experts(formats, experts, architecture.embed) if experts else None
+def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:
+    """A quantized linear whose class has another ``forward`` than ``nn.Linear``, as Falcon's, if that matters.
+
+    compressed-tensors replaces the ``forward`` of linears that it does not dequantize at load time.
+    """
+    if dequantizes_at_load(formats):
+        return None
+    for index, (layer, kind) in enumerate(zip(skeleton.layers, skeleton.architecture.layers, strict=True)):
+        for name in kind.linears:
+            full = f"{skeleton.architecture.blocks}.{index}.{name}"
+            if full in formats.modules and type(layer.get_submodule(name)).forward is not nn.Linear.forward:
+                return full
+    return None

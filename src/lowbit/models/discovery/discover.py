@@ -20,12 +20,12 @@ from lowbit.models.discovery.properties import partner_of
 from lowbit.models.discovery.prove import Kind, found_in, prove
 from lowbit.models.discovery.real import RealLayers, bytes_needed, checked, empty_model
 from lowbit.models.discovery.result import Discovery, Finding, Record, label
-from lowbit.models.discovery.shrink import Layers, fewer_layers, shrunk
+from lowbit.models.discovery.shrink import fewer_layers, shrunk
 from lowbit.models.discovery.sites import owners_of
+from lowbit.models.discovery.small import small_of
 from lowbit.models.discovery.small_model import SmallModel
 
 MOST_BYTES = 6 * 2**30  # for the proof at real shape
-MOST_LAYERS = 12  # of a small model
 
 
 def discover(config: Any, trust_remote_code: bool = False, most_bytes: int = MOST_BYTES) -> Discovery:
@@ -73,30 +73,12 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.real = empty_model(self.config, self.trusted)
-        self._build()
+        found = small_of(self.config, self.real, self.trusted)
+        self.kept, self.small_config, self.small = found.kept, found.config, found.model
         self.kinds = found_in(self.small)
         prove(self.small, self.kinds)
         self.findings: list[Finding] = [one for kind in self.kinds for one in kind.findings]
         self.other = self._second_size()
-
-    def _build(self) -> None:
-        """The small model, with as many layers as it needs."""
-        self.kept = Layers()
-        try:
-            self._build_kept()
-        except LowbitError:  # a model may need two layers of a kind, of which one holds what both use
-            self.kept = Layers(each=2)
-            self._build_kept()
-        forms = [signature(layer, sizes=False) for layer in self.real.get_submodule(self.small.blocks)]
-        known = {signature(layer, sizes=False) for layer in self.small.layers}
-        wanted = max((forms.index(form) + 1 for form in set(forms)), default=0)
-        if not known.issuperset(forms) and len(known) < wanted <= MOST_LAYERS:
-            self.kept = Layers(first=wanted)
-            self._build_kept()
-
-    def _build_kept(self) -> None:
-        self.small_config = shrunk(self.config, 0, self.kept)
-        self.small = SmallModel(self.small_config, self.real, self.trusted)
 
     def _second_size(self) -> tuple[SmallModel, Any, Sequence[Kind]] | None:
         """The other small model and its candidates."""
