@@ -14,6 +14,7 @@ from lowbit.methods.clipping import LearnedClips, LearnedRatio, split_by_gradien
 from lowbit.methods.fit_state import Fitted
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.maps import Kind, LearnedMap
+from lowbit.methods.searched_clips import with_searched_clips
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import Site, apply, labelled, make_site, map_kind, site_name
 from lowbit.methods.smooth_start import smooth_start
@@ -58,20 +59,29 @@ class AffineFit:
             self.base, self.flipped = with_signs(moved, calib.x_fp, calib.batch, edges)
         # With float64 the weights are converted once, not at every step.
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
-        # Ratios of an earlier step are for other ranges once the smooth start has scaled the weights.
-        linears = block.quantized_linears() if clipping.clip else []
-        learned, searched = split_by_gradient(block, linears)
-        self.clips = {name: LearnedClips.of(block, name, papers=smooth) for name in learned}
-        self.kept_clips = {name: pair for name, pair in block.clips.items() if not smooth or name not in searched}
-        self.without_effect += [f"{name}.clip" for name in searched]
         given = {} if smooth else block.input_qparams
         start = replace(block, params=self.base, input_qparams=given)
         self.inputs = LearnedInputs.of(start, calib, clipping.clip)
+        linears = block.quantized_linears() if clipping.clip else []
+        if smooth and clipping.clip:
+            # Ratios of an earlier step are for other ranges: the smooth start has scaled the weights.
+            start = self._with_clips(start)
+        learned, searched = split_by_gradient(block, linears)
+        self.clips = {name: LearnedClips.of(start, name, papers=smooth) for name in learned}
+        self.kept_clips = start.clips
+        self.without_effect += [f"{name}.clip" for name in searched]
         self.act_ratios = self._act_ratios() if clipping.act_clip else {}
         self.unit = loss_unit(calib.y_fp, objective.loss, device, calib.batch)
         augmented = [run_all(block, calib.x_q, batch=calib.batch)] if objective.aug_loss else []
         self.rows = Rows(device, calib.x_q, calib.y_fp, self.unit, *augmented)
         self.shrunk = 0
+
+    @torch.no_grad()
+    def _with_clips(self, start: Block) -> Block:
+        """The starting point with the clipping ratios of a scale search, where these help."""
+        train, _ = self.schedule.split(len(self.calib.x_q))
+        start = replace(start, clips={}, input_qparams=self.inputs.qparams())
+        return with_searched_clips(start, self.calib, train)
 
     def _sites(self) -> list[Site]:
         maps, device = self.maps, self.block.device

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.models.block import Block
+from lowbit.quant.integer import IntFormat
 
 START = 4.0  # sigmoid(4) = 0.982: closer to 1 the sigmoid has hardly a slope
 LEAST = -7.0  # sigmoid(-7) = 0.001: the same at the other end
@@ -76,10 +77,13 @@ class LearnedClips:
 
     @classmethod
     def of(cls, block: Block, linear: str, papers: bool = False) -> Self:
-        """Ratios for a linear's groups that start at those of the block, 1 without any, or at the papers' 0.982."""
+        """Ratios for a linear's groups that start at those of the block, or without any at 1.
+
+        With ``papers``, those of integers start at the papers' 0.982 in place of 1.
+        """
         weight = block.weight(linear)
         shape = (weight.shape[0], block.weight_format(linear).groups(weight.shape[1]))
-        if papers:
+        if papers and linear not in block.clips and isinstance(block.weight_format(linear), IntFormat):
             return cls(*(LearnedRatio.papers(shape, weight.device) for _ in range(2)))
         one = torch.ones((), device=weight.device)
         current = block.clips.get(linear, (one, one))

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
 from lowbit.methods.input_ranges import with_input_ranges
-from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import NO_OPS, Method, Needs
-from lowbit.methods.statistics import input_statistics
+from lowbit.methods.statistics import column_importance
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
@@ -47,7 +44,7 @@ class RTN(Method):
     def __call__(self, block: Block, calib: Calib) -> Block:
         """Codes for every linear that has a format."""
         block = with_input_ranges(block, calib)
-        importance = column_importance(block, calib) if self.search else {}
+        importance = column_importance(block, calib, block.quantized_linears()) if self.search else {}
         qweights = dict(block.qweights)
         for linear in block.quantized_linears():
             weight, format, qparams = block.weight(linear), block.weight_format(linear), block.qparams(linear)
@@ -55,16 +52,3 @@ class RTN(Method):
                 qparams = search_scales(weight, format, qparams, importance[linear], block.tensor_peak(linear))
             qweights[linear] = format.quantize(weight, qparams)
         return replace(block, qweights=qweights)
-
-
-def column_importance(block: Block, calib: Calib) -> dict[str, Tensor]:
-    """Mean squares of the columns of each linear's quantized input ``(in,)``, by linear.
-
-    They are over tokens that are divided by their root mean square, so that a few massive ones do not dominate.
-    """
-    groups = input_groups(block)
-    if not groups:
-        return {}
-    readers = [group[0] for group in groups]
-    seen = input_statistics(block, calib.x_q, readers, ("normalized_square",), quantized=True, batch=calib.batch)
-    return {name: seen[group[0]]["normalized_square"] / seen[group[0]].count for group in groups for name in group}

@@ -6,12 +6,13 @@ partial values merge, so that sequences can be distributed over processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lowbit.methods.inputs import input_groups
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import observe
 from lowbit.models.offload import batches
@@ -154,3 +155,17 @@ def paired_statistics(quantized: Block, exact: Block, calib: Calib, linear: str,
         observe(exact, x_fp, {linear: inputs.append}, batch=calib.batch)
         seen.add(*inputs)
     return seen
+
+
+def column_importance(block: Block, calib: Calib, linears: Collection[str]) -> dict[str, Tensor]:
+    """Mean squares of the columns of each linear's quantized input ``(in,)``, by linear.
+
+    They are over tokens that are divided by their root mean square, so that a few massive ones do not dominate.
+    """
+    groups = [group for group in input_groups(block) if not set(group).isdisjoint(linears)]
+    if not groups:
+        return {}
+    readers = [group[0] for group in groups]
+    seen = input_statistics(block, calib.x_q, readers, ("normalized_square",), quantized=True, batch=calib.batch)
+    means = {group: seen[group[0]]["normalized_square"] / seen[group[0]].count for group in groups}
+    return {name: mean for group, mean in means.items() for name in group if name in linears}
