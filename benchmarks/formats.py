@@ -94,11 +94,12 @@ class Protocol:
 
 def table(protocol: Protocol, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """The measured rows as Markdown, one line for each scheme, empty cells where nothing is measured."""
+    exact = rows["", FLOAT]["perplexity"]
     lines = [
-        f"SmolLM2-135M-Instruct. Calibration: {SAMPLES} x {CALIBRATION_LENGTH} tokens of {_named(protocol.calibration)},",
-        f"seed {SEED}, `--effort {EFFORT}`. Perplexity on {TOKENS} tokens of {_named(protocol.evaluation)} in windows of",
-        f"{LENGTH}; float: {rows['', FLOAT]['perplexity']:.2f}. MB are those of the run folder's weights, embeddings and head in",
-        "float among them. Made by `make formats`.",
+        f"SmolLM2-135M-Instruct; `--effort {EFFORT}`. Calibration: {SAMPLES} x {CALIBRATION_LENGTH} tokens of",
+        f"{_named(protocol.calibration)}, seed {SEED}. Perplexity: {TOKENS} tokens of {_named(protocol.evaluation)}",
+        f"in windows of {LENGTH}; the float model has {exact:.2f}. MB are those of the run folder's weights, of which",
+        "embeddings and head stay in float. Made by `make formats`.",
         "",
         _line(["scheme", "bits per weight", "MB", *(f"`{name}`" for name in RECIPES)]),
         "|---|" + "---:|" * (len(RECIPES) + 2),
@@ -113,12 +114,16 @@ def table(protocol: Protocol, rows: Mapping[tuple[str, str], Mapping[str, Any]])
 
 
 def _named(text: str) -> str:
-    """A text without its folder."""
-    return f"`{Path(text).name}`" if Path(text).suffix else f"the {text} text"
+    """A text without its folder.
+
+    >>> _named("texts/wiki.test.raw"), _named("builtin")
+    ('`wiki.test.raw`', 'the built-in text')
+    """
+    return f"`{Path(text).name}`" if Path(text).suffix else f"the {text.replace('builtin', 'built-in')} text"
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
 def put(page: str, content: str) -> str:

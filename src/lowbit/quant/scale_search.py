@@ -49,13 +49,14 @@ def search_ratios(
     Arguments are those of ``search_scales``. Where no ratio gives the searched scale, the best that was found stays;
     a group that a search does not improve has the ratio 1, and so has every group of a weight whose error would rise.
 
-    NVFP4, a group whose largest value 5.1 becomes a 4 in place of a 6, with a scale of 1.25 in place of 0.875:
+    NVFP4, a group whose largest value 5.1 becomes a 4 in place of a 6, with a scale of 1.25 in place of 0.875; the
+    tensor has larger values:
 
     >>> from lowbit.quant.floating import NVFP4
-    >>> weight = torch.tensor([[5.1] + [2.55] * 15])
-    >>> low, high = search_ratios(weight, NVFP4)
-    >>> NVFP4.qparams(weight).scale.tolist(), NVFP4.qparams(weight, low, high).scale.tolist()
-    ([[0.875]], [[1.25]])
+    >>> weight, peak = torch.tensor([[5.1] + [2.55] * 15]), torch.tensor(20.0)
+    >>> ratios = search_ratios(weight, NVFP4, tensor_peak=peak)
+    >>> [NVFP4.qparams(weight, *pair, peak).scale.item() for pair in ((1.0, 1.0), ratios)]
+    [0.875, 1.25]
     """
     start = format.qparams(weight, tensor_peak=tensor_peak)
     found = search_scales(weight, format, start, importance, tensor_peak)
