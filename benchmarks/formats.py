@@ -98,7 +98,7 @@ def table(protocol: Protocol, rows: Mapping[tuple[str, str], Mapping[str, Any]])
     lines = [
         f"SmolLM2-135M-Instruct; `--effort {EFFORT}`. Calibration: {SAMPLES} x {CALIBRATION_LENGTH} tokens of",
         f"{_named(protocol.calibration)}, seed {SEED}. Perplexity: {TOKENS} tokens of {_named(protocol.evaluation)}",
-        f"in windows of {LENGTH}; the float model has {exact:.2f}. MB are those of the run folder's weights, of which",
+        f"in windows of {LENGTH}; the float model has {exact:.2f}. MB are those of the run folder's weight files;",
         "embeddings and head stay in float. Made by `make formats`.",
         "",
         _line(["scheme", "bits per weight", "MB", *(f"`{name}`" for name in RECIPES)]),

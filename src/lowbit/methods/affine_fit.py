@@ -89,7 +89,7 @@ class AffineFit:
         model = LearnedMap(kind, 0, 0, maps.condition, maps.mask, maps.stability, maps.block_size, self.dtype, device)
         named = [(edge, site_name(self.block, edge)) for edge in self.block.edges()]
         made = [
-            make_site(self.block, edge, name, choice, model, self.chosen.shift)
+            make_site(self.block, edge, name, choice, model, self.chosen.shift, maps.block == "group")
             for edge, name in named
             if (choice := getattr(self.chosen, name)) != "off"
         ]
