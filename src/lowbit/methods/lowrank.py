@@ -25,6 +25,7 @@ from lowbit.methods.fit_state import Fitted
 from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
+from lowbit.methods.searched_clips import with_searched_clips
 from lowbit.methods.training import Schedule, fit, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run
@@ -46,7 +47,8 @@ class LowRank(Method):
         share: ``input`` adds one pair over all linears that read one input, next to one per linear, each of half the
             rank.
         loss: ``token`` or ``mse``; see ``AffineQuant``.
-        clips: also train the weights' clipping ratios.
+        clips: also train the weights' clipping ratios; in formats other than integers, those that no earlier step has
+            set start from a scale search (``searched_clips.py``).
         norms: also train the norms' gains.
         lr, lr_clips, lr_norms: learning rates of the pairs, of the clipping ratios' logits, of the gains. The
             paper's 5e-4 assumes thousands of steps; a quick run has about 80.
@@ -90,7 +92,10 @@ class LowRank(Method):
         """The window with corrections merged; its float function changes, so that its quantized output improves."""
         if not block.formats:
             return block
-        correction = Correction(self, with_input_ranges(block, calib), calib)
+        start = with_input_ranges(block, calib)
+        if self.clips:
+            start = with_searched_clips(start, calib, self.schedule.split(len(calib.x_q))[0])
+        correction = Correction(self, start, calib)
         fitted = fit(
             correction.groups(),
             correction.loss,
