@@ -12,7 +12,7 @@ from lowbit.methods import RTN
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.options import with_options
-from lowbit.methods.searched_clips import with_searched_clips
+from lowbit.methods.searched_clips import SearchedClips, split_by_format, with_searched_clips
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all, run_quantized
@@ -65,25 +65,47 @@ def error(block, calib):
 @pytest.mark.parametrize("scheme", COARSE)
 def test_ratios_are_taken_where_the_layers_output_gains(scheme):
     block, calib = given(scheme)
-    done = with_searched_clips(block, calib, torch.arange(4))
+    done = with_searched_clips(block, calib, torch.arange(4), block.linears())
     assert done.clips
     assert error(done, calib) < error(block, calib)
     assert same({k: v for k, v in everything(done).items() if not k.startswith("clip")}, everything(block))
-    kept = {name: pair for name, pair in done.clips.items() if name.endswith("down_proj")}
-    again = with_searched_clips(replace(block, clips=kept), calib, torch.arange(4))
-    assert all(again.clips[name] is pair for name, pair in kept.items()), "ratios of an earlier step are replaced"
+    # Once more changes nothing: what helps is there already.
+    again = with_searched_clips(done, calib, torch.arange(4), block.linears())
+    assert error(again, calib) <= error(done, calib)
 
 
 def test_ratios_that_spoil_the_output_are_left_out():
     block, calib = given("mxfp4")
     rounded = run_quantized(RTN()(block, calib), calib.x_q)
-    done = with_searched_clips(block, replace(calib, y_fp=rounded), torch.arange(4))
+    done = with_searched_clips(block, replace(calib, y_fp=rounded), torch.arange(4), block.linears())
     assert not done.clips
 
 
-def test_integers_are_left_alone():
+def test_integers_learn_their_ratios_and_other_formats_search_them():
     block, calib = given("w4a8g16")
-    assert with_searched_clips(block, calib, torch.arange(4)) is block
+    assert split_by_format(block) == (block.linears(), [])
+    assert split_by_format(given("nvfp4a16")[0]) == ([], block.linears())
+    assert with_searched_clips(block, calib, torch.arange(4), []) is block
+
+
+def test_the_epoch_that_is_kept_keeps_its_own_ratios():
+    block, calib = given("nvfp4a16")
+    searched = SearchedClips(block.linears(), calib, torch.arange(4))
+    generator, found = torch.Generator().manual_seed(0), []
+    for epoch in range(3):
+        params = {
+            name: value * (1 + 0.1 * epoch * torch.randn(value.shape, generator=generator))
+            for name, value in block.params.items()
+        }
+        searched.begin(epoch)  # before its first search there is nothing to use
+        searched.search(replace(block, params=params))
+        found.append(searched.now)
+        searched.begin(epoch + 1)
+        assert searched.now is found[-1], "the next epoch trains with what was searched last"
+    for epoch in (1, 0, 2):
+        searched.begin(epoch)
+        assert searched.now is found[epoch]
+    assert not torch.equal(found[0]["1.mlp.up_proj"][0], found[2]["1.mlp.up_proj"][0])
 
 
 @pytest.mark.parametrize("method", [AffineQuant, LowRank])

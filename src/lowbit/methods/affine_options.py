@@ -103,7 +103,7 @@ class Clipping:
 
     Attributes:
         clip: learn clipping ratios for both ends of every weight group's range, and of every static input's. Those of
-            integers start at the papers' 0.982, others from a scale search where it helps (``searched_clips.py``).
+            formats other than integers are searched (``searched_clips.py``).
         act_clip: learn clipping ratios for the activations' per-token ranges; they stay online, and no stock runtime
             supports them.
         lr_clips: learning rate of the ratios' logits. The papers' 1e-2 assumes thousands of steps.

@@ -8,7 +8,6 @@ one: the slope of the sigmoid, and no change without training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lowbit.models.block import Block
-from lowbit.quant.integer import IntFormat
 
 START = 4.0  # sigmoid(4) = 0.982: closer to 1 the sigmoid has hardly a slope
 LEAST = -7.0  # sigmoid(-7) = 0.001: the same at the other end
@@ -56,18 +54,6 @@ class LearnedRatio:
         return (self.logit.sigmoid() + self.offset).clamp(min=0)
 
 
-def split_by_gradient(block: Block, linears: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Linears whose formats pass gradients to the ends of a range, and those whose scales can only be searched.
-
-    The latter's ratios are not learned: Adam would make full steps of rounding noise, and powers of two do not follow
-    a small step.
-    """
-    split: tuple[list[str], list[str]] = [], []
-    for name in linears:
-        split[0 if block.weight_format(name).learns_range else 1].append(name)
-    return split
-
-
 @dataclass(frozen=True)
 class LearnedClips:
     """Learned ratios of the lower and upper ends of a weight's ranges, ``(rows, groups)`` each."""
@@ -77,13 +63,10 @@ class LearnedClips:
 
     @classmethod
     def of(cls, block: Block, linear: str, papers: bool = False) -> Self:
-        """Ratios for a linear's groups that start at those of the block, or without any at 1.
-
-        With ``papers``, those of integers start at the papers' 0.982 in place of 1.
-        """
+        """Ratios for a linear's groups that start at those of the block, 1 without any, or at the papers' 0.982."""
         weight = block.weight(linear)
         shape = (weight.shape[0], block.weight_format(linear).groups(weight.shape[1]))
-        if papers and linear not in block.clips and isinstance(block.weight_format(linear), IntFormat):
+        if papers:
             return cls(*(LearnedRatio.papers(shape, weight.device) for _ in range(2)))
         one = torch.ones((), device=weight.device)
         current = block.clips.get(linear, (one, one))
