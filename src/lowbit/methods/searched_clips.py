@@ -3,14 +3,14 @@
 A rule that derives a scale from a group's largest value is far from the best one in floating-point formats, tables
 and superblocks. Gradient descent does not get there: a power of two does not follow a small step, and the best scale
 of NVFP4 is often larger than the rule's, where no clipping leads. A search gets there, but what it finds is the best
-for these very weights: on SmolLM2, transforms that change them by two per cent lose half of what the search gained.
-So scales are searched for the starting point and again behind each epoch, before its validation; the epoch that is
-kept keeps its own.
+for these very weights: in a block of SmolLM2 at NVFP4, entries of 0.02 at random in the maps from v to o raise the
+error by a sixth. So scales are searched for the starting point and again behind each epoch, before its validation; the
+epoch that is kept keeps its own.
 
 A search by the weights' own errors also overshoots: clipping makes every weight that it touches smaller, so that
 errors of columns add up which the search takes for independent. Its result is therefore taken for the linears of one
-input at a time, where it lowers the error of the block's output. It is held as ratios of ranges, so that scales follow
-the weights within an epoch.
+input at a time, where it lowers the error of the block's output. It is held as ratios of ranges: scales follow the
+weights within an epoch.
 """
 
 from __future__ import annotations
