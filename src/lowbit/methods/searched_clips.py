@@ -4,8 +4,8 @@ A rule that derives a scale from a group's largest value is far from the best on
 and superblocks. Gradient descent does not get there: a power of two does not follow a small step, and the best scale
 of NVFP4 is often larger than the rule's, where no clipping leads. A search gets there, but what it finds is the best
 for these very weights: in a block of SmolLM2 at NVFP4, entries of 0.02 at random in the maps from v to o raise the
-error by a sixth. So scales are searched for the starting point and again behind each epoch, before its validation; the
-epoch that is kept keeps its own.
+error by a sixth. So scales are searched for the starting point and again behind each epoch, before its validation;
+the epoch that is kept keeps its own.
 
 A search by the weights' own errors also overshoots: clipping makes every weight that it touches smaller, so that
 errors of columns add up which the search takes for independent. Its result is therefore taken for the linears of one
