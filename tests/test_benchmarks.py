@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lowbit.models.forward import run
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict, with_settings
+from lowbit.quant.scheme import parse_scheme
 from tiny import block_of, tiny_model, tiny_tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -26,6 +29,20 @@ import runtimes_page
 import small_llama
 import turns
 import widths
+
+
+def _module(name: str) -> Any:
+    """A benchmark whose name one of the tests' own modules has, too."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", Path(rows.__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their fields' types
+    spec.loader.exec_module(module)
+    return module
+
+
+formats = _module("formats")
 
 
 def test_every_row_of_the_ablations_is_a_recipe():
@@ -242,3 +259,63 @@ def test_the_small_llama_has_rows_of_256_and_is_trained_once(tmp_path, monkeypat
     assert widths_ == {256, 768}
     monkeypatch.setattr(small_llama, "calibration", None)
     assert small_llama.small_llama(folder) == folder
+
+
+def test_every_cell_of_the_formats_is_a_scheme_that_fits_and_a_recipe_with_its_settings():
+    for scheme in formats.SCHEMES:
+        found = parse_scheme(scheme)
+        for width in (576, 1536):
+            found.weight.groups(width)
+            if found.act is not None:
+                found.act.check_width(width)
+    for recipe, settings in formats.RECIPES.values():
+        with_settings(load_recipe(recipe), settings)
+
+
+def test_the_table_of_formats_has_the_measured_rows_and_leaves_the_rest_of_the_page():
+    protocol = formats.Protocol("texts/wiki.valid.raw", "builtin")
+    row = {"bits_per_weight": 4.5, "bytes": 1.5e8, "perplexity": 31.237}
+    rows = {("", "float"): {"perplexity": 20.0}, ("nvfp4", "rtn"): row, ("nvfp4", "gptq"): row | {"perplexity": 29.0}}
+    told = formats.table(protocol, rows)
+    assert "| `nvfp4` | 4.500 | 150 | 31.24 | | 29.00 | | |\n" in told
+    assert "mxfp4" not in told
+    assert "`wiki.valid.raw`, seed 0" in told
+    assert "the built-in text\nin windows of 512; the float model has 20.00." in told
+    page = f"before\n{formats.BEGIN}old\n{formats.END}\nafter\n"
+    put = formats.put(page, told)
+    assert put == f"before\n{formats.BEGIN}{told}{formats.END}\nafter\n"
+    assert formats.put(put, told) == put
+    with pytest.raises(SystemExit, match="are gone"):
+        formats.put("before\n", told)
+    assert formats.BEGIN in formats.PAGE.read_text()
+
+
+def test_an_interrupted_table_of_formats_goes_on(tmp_path, monkeypatch):
+    """The second command measures what the first left out, and nothing twice."""
+    page, asked = tmp_path / "formats.md", []
+    page.write_text(formats.BEGIN + formats.END)
+
+    def measure(self, scheme, recipe):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append((scheme, recipe))
+        return {"perplexity": 20.0 + len(asked), "bits_per_weight": 4.25, "bytes": 1e8}
+
+    monkeypatch.setattr(formats, "PAGE", page)
+    monkeypatch.setattr(formats, "BUILD", tmp_path / "kept")
+    monkeypatch.setattr(formats.Protocol, "measure", measure)
+    command = ["formats.py", "--only", "mxfp4", "--only", "fp8", "--recipe", "rtn", "--recipe", "gptq"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        formats.main()
+    assert asked == [("", "float"), ("mxfp4", "rtn"), ("fp8", "rtn")]
+    assert "| `fp8` | 4.250 | 100 | 23.00 | | | | |" in page.read_text()
+    asked[:] = []
+    formats.main()
+    assert asked == [("mxfp4", "gptq"), ("fp8", "gptq")]
+    assert "| `mxfp4` | 4.250 | 100 | 22.00 | | 21.00 | | |" in page.read_text()
+    asked[:] = []
+    monkeypatch.setattr(sys, "argv", command[:3])
+    formats.main()  # of mxfp4 the recipes that are missing
+    assert asked == [("mxfp4", "rtn+search"), ("mxfp4", "awq+gptq"), ("mxfp4", "affinequant+gptq")]
+    assert "| `fp8` | 4.250 | 100 | 23.00 | | 22.00 | | |" in page.read_text()

@@ -103,6 +103,22 @@ def test_power_of_two_rule() -> None:
     assert torch.equal(PowerOfTwo().from_bytes(PowerOfTwo().to_bytes(extremes)), extremes)
 
 
+def test_the_gradient_of_a_power_of_two_is_that_of_a_scale_in_proportion_to_the_largest_value() -> None:
+    peaks = torch.tensor([0.0, 4.0, 6.0, 7.0, 3e-30], requires_grad=True)
+    scale = PowerOfTwo().rule(peaks, E2M1)
+    scale.sum().backward()
+    assert torch.equal(scale.detach(), PowerOfTwo().rule(peaks.detach(), E2M1))
+    assert peaks.grad is not None
+    assert peaks.grad.tolist() == [0.0, *(scale / peaks)[1:].tolist()]
+    # On scale 1, 2.4 becomes 2: an error of -0.4, which grows with the scale, and so with the largest value.
+    w = torch.zeros(1, 32)
+    w[0, :2] = torch.tensor([6.9, 2.4])
+    w.requires_grad_()
+    MXFP4.fake_quant_clipped(w)[0, 1].backward()
+    assert w.grad is not None
+    assert w.grad[0, :3].tolist() == pytest.approx([(2 - 2.4) / 6.9, 1.0, 0.0])
+
+
 def test_scales_of_a_tensor_are_one_power_of_two_for_all_that_share_it() -> None:
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(8, 64, generator=generator) * size for size in (0.02, 1.0, 0.3)]

@@ -10,10 +10,12 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.methods.awq import AWQ, scaled_error
+from lowbit.methods.options import with_options
 from lowbit.methods.rtn import RTN
 from lowbit.methods.statistics import Statistics
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
+from lowbit.quant.floating import NVFP4
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
 from tiny import block_of, planned, tiny_model
@@ -189,3 +191,15 @@ def test_options_out_of_range(options):
     ((name, value),) = options.items()
     with pytest.raises(LowbitError, match=rf"awq\.{name} {value:g} given; it must be"):
         AWQ(**options)
+
+
+def test_formats_other_than_integers_try_wider_ranges_too():
+    """5.1 and 2.55 are near the elements 4 and 2 on a scale of 1.25, to which 1.4 * 5.1 / 6 = 1.19 is rounded."""
+    awq = AWQ(clip_grid=10)
+    assert awq._clip_ratios(IntFormat(4, 16)) == pytest.approx([1, 0.9, 0.8, 0.7, 0.6, 0.5])
+    assert awq._clip_ratios(NVFP4) == pytest.approx([1, 0.9, 0.8, 0.7, 0.6, 0.5, 1.1, 1.2, 1.3, 1.4, 1.5])
+    weight, gram, peak = torch.tensor([[5.1] + [2.55] * 15]), torch.eye(16), torch.tensor(20.0)
+    ratio = awq._best_clip(weight, gram, NVFP4, peak)
+    assert ratio.item() == pytest.approx(1.4)
+    assert NVFP4.qparams(weight, ratio, ratio, peak).scale.item() == 1.25
+    assert with_options(awq, clip_most=1.0)._best_clip(weight, gram, NVFP4, peak).item() <= 1.0

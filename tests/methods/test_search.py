@@ -11,7 +11,7 @@ from method_contract import check_seeds, everything, output_error, same
 
 from lowbit.methods import RTN
 from lowbit.methods.gptq import GPTQ
-from lowbit.methods.rtn import column_importance
+from lowbit.methods.statistics import column_importance
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
 from lowbit.pipeline.recipe import load_recipe, with_settings
@@ -47,7 +47,7 @@ def weighted_error(block, done, linear, importance):
 def test_the_weighted_error_of_no_linear_rises_and_that_of_the_layer_falls(scheme):
     block, calib = given(scheme)
     plain, searched = RTN()(block, calib), RTN(search=True)(block, calib)
-    importance, _ = column_importance(block, calib)
+    importance, _ = column_importance(block, calib, block.linears())
     shared = block.weight_format(block.linears()[0]).shares_rows
     before = after = 0.0
     for linear in block.linears():
@@ -61,7 +61,7 @@ def test_the_weighted_error_of_no_linear_rises_and_that_of_the_layer_falls(schem
 
 def test_a_column_counts_with_its_mean_square_over_tokens_of_unit_size():
     block, calib = given("w4a8")
-    found, _ = column_importance(block, calib)
+    found, _ = column_importance(block, calib, block.linears())
     seen = {}
     run_all(block, calib.x_q, quantized=True, taps={"1.mlp.up_proj": lambda x: seen.setdefault("x", []).append(x)})
     rows = torch.cat(seen["x"]).flatten(0, -2)
@@ -69,6 +69,7 @@ def test_a_column_counts_with_its_mean_square_over_tokens_of_unit_size():
     torch.testing.assert_close(found["1.mlp.up_proj"], wanted)
     assert set(found) == set(block.linears())
     assert float(wanted.mean()) == pytest.approx(1.0, rel=1e-4)
+    assert set(column_importance(block, calib, ["1.mlp.up_proj"])[0]) == {"1.mlp.up_proj"}
 
 
 def test_nvfp4_loses_a_fifth_of_its_error_on_gaussian_weights():
@@ -79,7 +80,7 @@ def test_nvfp4_loses_a_fifth_of_its_error_on_gaussian_weights():
         for name, value in block.params.items()
     }
     block = replace(block, params=params)
-    importance, _ = column_importance(block, calib)
+    importance, _ = column_importance(block, calib, block.linears())
     plain, searched = RTN()(block, calib), RTN(search=True)(block, calib)
     for linear in block.linears():
         one, two = (float(weighted_error(block, done, linear, importance).sum()) for done in (plain, searched))

@@ -241,3 +241,18 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(tmp_path):
     assert again == whole
     assert all(torch.equal(a, b) for a, b in zip(found, values, strict=True))
     assert attempt(file)[0] == whole  # finished: read, not trained
+
+
+def test_the_end_of_an_epoch_lies_between_its_steps_and_its_validation():
+    x, told = leaf(3.0), []
+
+    def loss(chosen):
+        told.append("step" if torch.is_grad_enabled() else "validation")
+        return x.square().sum()
+
+    def end():
+        assert not torch.is_grad_enabled()
+        told.append("end")
+
+    fit([([x], 0.1)], loss, 8, Schedule(2, batch=7), begin=lambda epoch: told.append(epoch), end=end)
+    assert told == ["validation", 1, "step", "end", "validation", 2, "step", "end", "validation", 2]

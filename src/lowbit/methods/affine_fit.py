@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lowbit.methods.affine_options import Clipping, Maps, Objective, Sites
-from lowbit.methods.clipping import LearnedClips, LearnedRatio, split_by_gradient
+from lowbit.methods.clipping import LearnedClips, LearnedRatio
 from lowbit.methods.fit_state import Fitted
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.maps import Kind, LearnedMap
+from lowbit.methods.searched_clips import SearchedClips, split_by_format
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import Site, apply, labelled, make_site, map_kind, site_name
 from lowbit.methods.smooth_start import smooth_start
@@ -24,6 +25,7 @@ from lowbit.models.block import Block, Calib
 from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.runtime_ops import Clip, Matrix, RuntimeOp
+from lowbit.quant.format import QParams
 
 
 class AffineFit:
@@ -59,20 +61,28 @@ class AffineFit:
             self.base, self.flipped = with_signs(moved, calib.x_fp, calib.batch, edges)
         # With float64 the weights are converted once, not at every step.
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
-        # Ratios of an earlier step are for other ranges once the smooth start has scaled the weights.
-        linears = block.quantized_linears() if clipping.clip else []
-        learned, searched = split_by_gradient(block, linears)
-        self.clips = {name: LearnedClips.of(block, name, papers=smooth) for name in learned}
-        self.kept_clips = {name: pair for name, pair in block.clips.items() if not smooth or name not in searched}
-        self.without_effect += [f"{name}.clip" for name in searched]
         given = {} if smooth else block.input_qparams
         start = replace(block, params=self.base, input_qparams=given)
         self.inputs = LearnedInputs.of(start, calib, clipping.clip)
+        learned, searched = split_by_format(block) if clipping.clip else ([], [])
+        self.clips = {name: LearnedClips.of(block, name, papers=smooth) for name in learned}
+        train, _ = schedule.split(len(calib.x_q))
+        self.searched = SearchedClips(searched, calib, train)
+        # Ratios of an earlier step are for other ranges once the smooth start has scaled the weights.
+        self.kept_clips = {name: pair for name, pair in block.clips.items() if not smooth or name not in searched}
+        if smooth:
+            self.searched.search(replace(start, clips={}, input_qparams=self._input_qparams()))
+        else:
+            self.searched.keep(block.clips)
         self.act_ratios = self._act_ratios() if clipping.act_clip else {}
         self.unit = loss_unit(calib.y_fp, objective.loss, device, calib.batch)
         augmented = [run_all(block, calib.x_q, batch=calib.batch)] if objective.aug_loss else []
         self.rows = Rows(device, calib.x_q, calib.y_fp, self.unit, *augmented)
         self.shrunk = 0
+
+    @torch.no_grad()
+    def _input_qparams(self) -> dict[str, QParams]:
+        return self.inputs.qparams()
 
     def _sites(self) -> list[Site]:
         maps, device = self.maps, self.block.device
@@ -80,7 +90,7 @@ class AffineFit:
         model = LearnedMap(kind, 0, 0, maps.condition, maps.mask, maps.stability, maps.block_size, self.dtype, device)
         named = [(edge, site_name(self.block, edge)) for edge in self.block.edges()]
         made = [
-            make_site(self.block, edge, name, choice, model, self.chosen.shift)
+            make_site(self.block, edge, name, choice, model, self.chosen.shift, maps.block == "group")
             for edge, name in named
             if (choice := getattr(self.chosen, name)) != "off"
         ]
@@ -110,9 +120,23 @@ class AffineFit:
         return [(maps, self.maps.lr_maps), ([*clips, *acts, *self.inputs.leaves()], self.clipping.lr_clips)]
 
     def begin(self, epoch: int) -> None:
-        """Set the masks for an epoch."""
+        """Set the masks and the searched scales for an epoch."""
         for site in self.sites:
             site.map.begin(epoch, max(self.schedule.epochs, 1))
+        self.searched.begin(epoch)
+
+    def end(self) -> None:
+        """After an epoch: search the scales that are not learned."""
+        params, ops = self.transformed()
+        self.searched.search(
+            replace(
+                self.block,
+                params=params,
+                clips=self.ratios(),
+                ops={**self.block.ops, **ops},
+                input_qparams=self.inputs.qparams(),
+            )
+        )
 
     def project(self) -> None:
         """Applied after each step: the condition bound, and diagonal dominance where it is enforced."""
@@ -139,8 +163,8 @@ class AffineFit:
         return self.block.fake_quant_clipped(params, self.ratios()), ops
 
     def ratios(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Clipping ratios by linear: the learned ones, and those of earlier steps."""
-        return {**self.kept_clips, **{name: pair.values() for name, pair in self.clips.items()}}
+        """Clipping ratios by linear: the learned ones, the searched ones, and those of earlier steps."""
+        return {**self.kept_clips, **self.searched.now, **{name: pair.values() for name, pair in self.clips.items()}}
 
     def loss(self, indices: Tensor) -> Tensor:
         """The block's output error on the sequences ``indices``, relative to the float output's mean square."""

@@ -49,6 +49,10 @@ class Maps:
     Attributes:
         parametrisation: of matrices: ``masked``, ``lu``, ``blocks`` or ``svd``; see ``maps.py``.
         block_size: of ``blocks``; replaced by the largest smaller divisor where it does not divide the width.
+        block: width of ``masked`` and ``blocks`` matrices where the linears that read them are quantized in groups:
+            ``head``: that of a head, or of a norm; ``group``: block-diagonal, a block for each group, so that values
+            are mixed only with those that share their scale. Sites whose width is no multiple of the group keep
+            ``head``.
         mask: schedule of the gradual mask: ``gradual`` (the paper's), ``released`` (its code's) or ``none``.
         stability: factor on all off-diagonal entries.
         dominance: ``enforce`` keeps every matrix strictly diagonally dominant after each step; ``report`` records the
@@ -62,6 +66,7 @@ class Maps:
 
     parametrisation: str = "masked"
     block_size: int = 16
+    block: str = "head"
     mask: str = "gradual"
     stability: float = 1.0
     dominance: str = "report"
@@ -72,6 +77,7 @@ class Maps:
     def __post_init__(self) -> None:
         choices = {
             "parametrisation": ("masked", "lu", "blocks", "svd"),
+            "block": ("head", "group"),
             "mask": ("gradual", "released", "none"),
             "dominance": ("enforce", "report", "off"),
             "precision": ("float", "double", "float-double"),
@@ -82,6 +88,11 @@ class Maps:
                 f"affinequant: dominance 'enforce' with parametrisation '{self.parametrisation}' given; it applies "
                 "to 'masked' and 'blocks' only: choose one of these, or dominance 'report'"
             )
+        if self.block == "group" and self.parametrisation not in ("masked", "blocks"):
+            raise LowbitError(
+                f"affinequant: block 'group' with parametrisation '{self.parametrisation}' given; it applies to "
+                "'masked' and 'blocks' only: choose one of these, or block 'head'"
+            )
         bounds = {"stability": "0 or more", "condition": "above 1", "block_size": "1 or more", "lr_maps": "0 or more"}
         check_bounds("affinequant", self, bounds)
 
@@ -91,7 +102,8 @@ class Clipping:
     """Learned clipping ratios (OmniQuant).
 
     Attributes:
-        clip: learn clipping ratios for both ends of every weight group's range, and of every static input's.
+        clip: learn clipping ratios for both ends of every weight group's range, and of every static input's. Those of
+            formats other than integers are searched (``searched_clips.py``).
         act_clip: learn clipping ratios for the activations' per-token ranges; they stay online, and no stock runtime
             supports them.
         lr_clips: learning rate of the ratios' logits. The papers' 1e-2 assumes thousands of steps.

@@ -90,6 +90,7 @@ class AffineQuant(Method):
             block.start,
             trainer.begin,
             trainer.project,
+            trainer.end,
             ahead=trainer.rows.prepare,
         )
         return trainer.fold(fitted)

@@ -32,6 +32,7 @@ from lowbit.models.equivalence import move
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format
+from lowbit.quant.integer import IntFormat
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,16 @@ class AWQ(Method):
         clip: also search clipping ratios.
         clip_grid: steps of the clipping ratio between 1 and 0.
         clip_least: smallest clipping ratio.
+        clip_most: largest clipping ratio of formats other than integers. Their steps widen away from 0, so a range
+            that is wider than the weights can fit them better: at 1.5 the largest weight of a group in E2M1 becomes a
+            4 in place of a 6, and steps around it are 1 in place of 2.
     """
 
     grid: int = 20
     clip: bool = True
     clip_grid: int = 20
     clip_least: float = 0.5
+    clip_most: float = 1.5
     rounds: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = True
     needs: ClassVar[Needs] = "x_fp"
@@ -59,6 +64,7 @@ class AWQ(Method):
 
     def __post_init__(self) -> None:
         bounds = {"grid": "1 or more", "clip_grid": "1 or more", "clip_least": "above 0 and at most 1"}
+        bounds["clip_most"] = "1 or more"
         check_bounds("awq", self, bounds)
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
@@ -123,17 +129,22 @@ class AWQ(Method):
                     clips[linear] = (best_ratio, best_ratio)
         return replace(block, clips=clips)
 
+    def _clip_ratios(self, format: Format) -> list[float]:
+        """Candidates for a clipping ratio: 1, smaller ones and, except for integers, larger ones."""
+        steps = int((1 - self.clip_least) * self.clip_grid + 1e-9)
+        smaller = [1 - step / self.clip_grid for step in range(1, steps + 1) if step < self.clip_grid]
+        if isinstance(format, IntFormat):
+            return [1.0, *smaller]
+        above = int((self.clip_most - 1) * self.clip_grid + 1e-9)
+        return [1.0, *smaller, *(1 + step / self.clip_grid for step in range(1, above + 1))]
+
     def _best_clip(self, weight: Tensor, gram: Tensor, format: Format, tensor_peak: Tensor | None = None) -> Tensor:
         """The clipping ratio ``(rows, groups)`` of least output error for each group; 1 is tried first."""
         groups = format.groups(weight.shape[1])
         blocks = torch.stack(_diagonal_blocks(gram, format.group or len(gram)))
         best_error = weight.new_full((weight.shape[0], groups), torch.inf)
         best_ratio = torch.ones_like(best_error)
-        steps = int((1 - self.clip_least) * self.clip_grid + 1e-9)
-        for step in range(steps + 1):
-            ratio = 1 - step / self.clip_grid
-            if ratio <= 0:
-                break
+        for ratio in self._clip_ratios(format):
             delta = format.fake_quant_clipped(weight, ratio, ratio, tensor_peak) - weight
             split = format.split(delta).transpose(0, 1)  # (groups, rows, size)
             error = format.over_shared_rows(((split @ blocks) * split).sum(-1).T)

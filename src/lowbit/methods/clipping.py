@@ -8,7 +8,6 @@ one: the slope of the sigmoid, and no change without training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -53,18 +52,6 @@ class LearnedRatio:
     def value(self) -> Tensor:
         """The ratio; differentiable in the logit."""
         return (self.logit.sigmoid() + self.offset).clamp(min=0)
-
-
-def split_by_gradient(block: Block, linears: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Linears whose formats pass gradients to the ends of a range, and those whose scales can only be searched.
-
-    The latter's ratios are not learned: Adam would make full steps of rounding noise, and powers of two do not follow
-    a small step.
-    """
-    split: tuple[list[str], list[str]] = [], []
-    for name in linears:
-        split[0 if block.weight_format(name).learns_range else 1].append(name)
-    return split
 
 
 @dataclass(frozen=True)

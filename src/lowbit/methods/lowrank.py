@@ -21,11 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.methods.clipping import LearnedClips, split_by_gradient
+from lowbit.methods.clipping import LearnedClips
 from lowbit.methods.fit_state import Fitted
 from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
+from lowbit.methods.searched_clips import SearchedClips, split_by_format
 from lowbit.methods.training import Schedule, fit, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run
@@ -47,7 +48,8 @@ class LowRank(Method):
         share: ``input`` adds one pair over all linears that read one input, next to one per linear, each of half the
             rank.
         loss: ``token`` or ``mse``; see ``AffineQuant``.
-        clips: also train the weights' clipping ratios.
+        clips: also train the weights' clipping ratios; those of formats other than integers are searched
+            (``searched_clips.py``).
         norms: also train the norms' gains.
         lr, lr_clips, lr_norms: learning rates of the pairs, of the clipping ratios' logits, of the gains. The
             paper's 5e-4 assumes thousands of steps; a quick run has about 80.
@@ -98,6 +100,8 @@ class LowRank(Method):
             len(calib.x_q),
             self.schedule,
             block.start,
+            correction.searched.begin,
+            end=correction.end,
             ahead=correction.rows.prepare,
         )
         return correction.fold(fitted)
@@ -132,8 +136,11 @@ class Correction:
                 readers = tuple(name for name in group if name in self.outputs)
                 if len(readers) > 1:
                     self.pairs.append(self._pair(readers, self._half(options.rank), generator))
-        learned, _ = split_by_gradient(block, self.linears if options.clips else [])
+        learned, searched = split_by_format(block) if options.clips else ([], [])
         self.ratios = {name: LearnedClips.of(block, name) for name in learned}
+        train, _ = options.schedule.split(len(calib.x_q))
+        self.searched = SearchedClips(searched, calib, train)
+        self.searched.search(block)
         self.gains = self._gains() if options.norms else {}
         self.power = {name: block.weight(name).square().sum() for name in self.linears}
         self.unit = loss_unit(calib.y_fp, options.loss, block.device, calib.batch)
@@ -183,7 +190,15 @@ class Correction:
 
     def clips(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Clipping ratios for the step that quantizes."""
-        return {**self.block.clips, **{name: pair.values() for name, pair in self.ratios.items()}}
+        return {
+            **self.block.clips,
+            **self.searched.now,
+            **{name: pair.values() for name, pair in self.ratios.items()},
+        }
+
+    def end(self) -> None:
+        """After an epoch: search the scales that are not learned."""
+        self.searched.search(replace(self.block, params=self.params(), clips=self.clips()))
 
     def quantized(self) -> Mapping[str, Tensor]:
         """Quantized parameters, as they are stored; differentiable."""

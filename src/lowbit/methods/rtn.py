@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
-from lowbit.methods.cold import is_cold, with_cold_note
+from lowbit.methods.cold import with_cold_note
 from lowbit.methods.input_ranges import with_input_ranges
-from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import NO_OPS, Method, Needs
-from lowbit.methods.statistics import input_statistics
+from lowbit.methods.statistics import column_importance
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
@@ -48,7 +45,8 @@ class RTN(Method):
     def __call__(self, block: Block, calib: Calib) -> Block:
         """Codes for every linear that has a format."""
         block = with_input_ranges(block, calib)
-        importance, cold = column_importance(block, calib) if self.search else ({}, {})
+        linears = block.quantized_linears() if self.search else []
+        importance, cold = column_importance(block, calib, linears)
         qweights = dict(block.qweights)
         for linear in block.quantized_linears():
             weight, format, qparams = block.weight(linear), block.weight_format(linear), block.qparams(linear)
@@ -57,21 +55,3 @@ class RTN(Method):
             qweights[linear] = format.quantize(weight, qparams)
         what = "scales searched without calibration data"
         return with_cold_note(replace(block, qweights=qweights), "rtn", cold, what)
-
-
-def column_importance(block: Block, calib: Calib) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Mean squares of the columns of each linear's quantized input ``(in,)``, by linear.
-
-    They are over tokens that are divided by their root mean square, so that a few massive ones do not dominate.
-
-    Returns:
-        The mean squares, and the tokens of linears that have none since too few reach their expert.
-    """
-    groups = input_groups(block)
-    if not groups:
-        return {}, {}
-    readers = [group[0] for group in groups]
-    seen = input_statistics(block, calib.x_q, readers, ("normalized_square",), quantized=True, batch=calib.batch)
-    cold = {name: seen[name].count for name in readers if is_cold(block, name, seen[name].count)}
-    warm = [(group, seen[group[0]]) for group in groups if group[0] not in cold]
-    return {name: stats["normalized_square"] / stats.count for group, stats in warm for name in group}, cold

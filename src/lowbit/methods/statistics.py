@@ -6,13 +6,15 @@ partial values merge, so that sequences can be distributed over processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from lowbit.methods.cold import is_cold
+from lowbit.methods.inputs import input_groups
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import observe, routing_of
 from lowbit.models.linear_input import Tap
@@ -187,3 +189,24 @@ def _router_tap(block: Block, linear: str) -> str:
     experts = block.kind_of(linear).experts
     assert experts is not None
     return routing_of(f"{linear.partition('.')[0]}.{experts.module}")
+
+
+def column_importance(
+    block: Block, calib: Calib, linears: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Mean squares of the columns of each linear's quantized input ``(in,)``, by linear.
+
+    They are over tokens that are divided by their root mean square, so that a few massive ones do not dominate.
+
+    Returns:
+        The mean squares, and the tokens of linears that have none since too few reach their expert.
+    """
+    groups = [group for group in input_groups(block) if not set(group).isdisjoint(linears)]
+    if not groups:
+        return {}, {}
+    readers = [group[0] for group in groups]
+    seen = input_statistics(block, calib.x_q, readers, ("normalized_square",), quantized=True, batch=calib.batch)
+    cold = {name: seen[name].count for name in readers if is_cold(block, name, seen[name].count)}
+    warm = [(group, seen[group[0]]) for group in groups if group[0] not in cold]
+    means = {group: stats["normalized_square"] / stats.count for group, stats in warm}
+    return {name: mean for group, mean in means.items() for name in group if name in linears}, cold

@@ -122,6 +122,7 @@ def fit(
     seed: int = 0,
     begin: Callable[[int], None] = lambda epoch: None,
     project: Callable[[], None] = lambda: None,
+    end: Callable[[], None] = lambda: None,
     keep: Path | None = None,
     ahead: Callable[[Tensor], None] = lambda chosen: None,
 ) -> Fitted:
@@ -135,6 +136,7 @@ def fit(
         seed: of the order of the training sequences.
         begin: called with the epoch (1, 2, ...) before it starts, to set masks; at the end with the best epoch.
         project: called after each step, without gradients, to apply constraints.
+        end: called after the steps of an epoch, without gradients, before its validation.
         keep: file for the state after each epoch. An existing file, which must be of the same fit, is resumed from.
         ahead: prefetch hook: receives the next batch's indices, once for each loss but the first.
     """
@@ -161,6 +163,8 @@ def fit(
             fitted.notes.append(f"stopped in epoch {epoch}: {PATIENCE} consecutive steps were not finite")
             state.epoch = schedule.epochs
         else:
+            with torch.no_grad():
+                end()
             now = _mean_loss(loss, validation, ahead, following)
             fitted.held_out.append(now)
             if not validation or now < state.least or (math.isfinite(now) and not math.isfinite(state.least)):

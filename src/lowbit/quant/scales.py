@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.quant.elements import E2M1, E2M3, E4M3, Float
+from lowbit.quant.elements import E2M1, E2M3, E4M3, Float, given
 
 E8M0_BIAS, E8M0_LARGEST = 127, 254  # byte 255 is NaN
 NVFP4_LARGEST = E4M3.largest * E2M1.largest  # of an element times its scale, in units of the tensor's scale
@@ -53,6 +53,9 @@ class PowerOfTwo:
         Rounds the exponent of ``peak`` up from a mantissa of 1.75 (E2M3: 1.9375), as compressed-tensors does: larger
         scales lose precision, smaller ones cut the largest values (OCP's rule cuts up to a quarter).
 
+        Its gradient is that of a scale in proportion to ``peak``, which a power of two is but for rounding: without
+        it, a transform that widens a group would seem to leave the group's rounding errors as they are.
+
         >>> PowerOfTwo().rule(torch.tensor([4.0, 6.9, 7.0]), E2M1).tolist()
         [1.0, 1.0, 2.0]
         """
@@ -62,7 +65,11 @@ class PowerOfTwo:
         exponent = exponent - 1 + (mantissa >= up_from / 2).int() - element.largest_exponent
         # Above, the largest element times the scale is no float32 number.
         exponent = exponent.clamp(max=E8M0_BIAS - element.largest_exponent)
-        return power_of_two(exponent.where(wide > 0, -E8M0_BIAS), peak.dtype)
+        scale = power_of_two(exponent.where(wide > 0, -E8M0_BIAS), peak.dtype)
+        if not peak.requires_grad:
+            return scale
+        share = (scale / peak.detach()).where(wide > 0, 0.0)
+        return given(peak * share, scale)
 
     def holds(self, scale: Tensor) -> bool:
         """Whether scales are powers of two of one byte."""

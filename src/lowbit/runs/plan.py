@@ -265,6 +265,8 @@ def _stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
             whole = f"{architecture.blocks}.{index}.{kind.experts.module}.{kind.experts.writes.parameter}"
             return f"transformers stores the experts of a layer together ({whole}) and reads no codes of one expert"
     return stock_loads_experts(formats, experts, architecture.embed) if experts else None
+
+
 def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     """A quantized linear whose class has another ``forward`` than ``nn.Linear``, as Falcon's, if that matters.
 
