@@ -10,10 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 from transformers import CONFIG_MAPPING
 
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import DeclaredEdge, LayerKind
+from lowbit.models.architecture import Architecture, DeclaredEdge, LayerKind
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import ModelFormats, ModuleFormats
+from lowbit.runs.plan import _stock
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import architectures
@@ -44,10 +48,30 @@ def test_models_of_the_sample_go_the_whole_way(type):
     assert architectures_steps.went(row, "affinequant"), row
 
 
+@pytest.mark.heavy
 def test_a_mixture_of_experts_says_so():
     steps = architectures.in_a_child("mixtral")["steps"]
     for recipe in architectures_steps.RECIPES:
         assert "its experts (mlp.experts.gate_up_proj, mlp.experts.down_proj)" in steps[recipe]["run"]
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize(
+    ("linear", "why"),
+    [
+        (nn.Linear, None),
+        (OwnLinear, "m.0.a multiplies with its weight in code of its own, and compressed-tensors packs that weight"),
+    ],
+)
+def test_the_plan_says_which_linears_stock_transformers_cannot_run(linear, why):
+    layer = nn.ModuleDict({"a": linear(16, 16)})
+    architecture = Architecture("x", "m", "head", "embed", (LayerKind((("a",),), ()),))
+    formats = ModelFormats({"m.0.a": ModuleFormats(IntFormat(4, 16))})
+    assert _stock(SimpleNamespace(layers=[layer], architecture=architecture), formats) == why
 
 
 def good(type, folder):
