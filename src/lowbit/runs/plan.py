@@ -272,6 +272,8 @@ def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     for index, (layer, kind) in enumerate(zip(skeleton.layers, skeleton.architecture.layers, strict=True)):
         for name in kind.linears:
             full = f"{skeleton.architecture.blocks}.{index}.{name}"
-            if full in formats.modules and type(layer.get_submodule(name)).forward is not nn.Linear.forward:
+            if full not in formats.modules or skeleton.architecture.is_experts(full):
+                continue
+            if type(layer.get_submodule(name)).forward is not nn.Linear.forward:
                 return full
     return None
