@@ -129,7 +129,12 @@ CASES: list[tuple[str, str, Break, list[str]]] = [
         ["names the architecture LlamaForCausalML", "is that of LlamaForCausalLM", "do not match"],
     ),
     ("no architecture", "one", config(architectures=None), ["names no architecture", "['LlamaForCausalLM']"]),
-    ("of another type", "one", config(architectures=["BloomForCausalLM"]), ["names the architecture BloomForCausalLM", "is that of LlamaForCausalLM"]),
+    (
+        "of another type",
+        "one",
+        config(architectures=["BloomForCausalLM"]),
+        ["names the architecture BloomForCausalLM", "is that of LlamaForCausalLM"],
+    ),
     ("layer norm after", "opt", lambda m: None, ["do_layer_norm_before: false", "not supported"]),
     ("config without JSON", "one", text("config.json", "{"), ["cannot read", "config.json"]),
     ("config of a list", "one", text("config.json", "[]"), ["config.json does not hold a JSON object"]),
