@@ -238,7 +238,7 @@ def test_what_is_stored_is_what_is_read(whole, tmp_path):
     for module, op in OPS.items():
         for name in op.fields():
             assert torch.equal(getattr(found[module], name), getattr(op, name))
-    assert read_ops(model.checkpoint, model.skeleton.architecture, layer, 0) == {}
+    assert read_ops(model.checkpoint, skeleton.architecture, shapes, 0) == {}
     assert model.block(1).ops.keys() == {f"1.{module}" for module in OPS}
     # Both readers run them, and the clip, which has no quantized input to clip here, does nothing.
     ids = tiny_ids()
