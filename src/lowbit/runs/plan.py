@@ -246,9 +246,7 @@ def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     flat = {f"{architecture.blocks}.{i}.{name}" for i, kind in enumerate(architecture.layers) for name in kind.flat}
     two_d = any(formats.input(name) is not None for name in flat & formats.modules.keys())
     if (own := _computes_itself(skeleton, formats)) is not None:
-        return (
-            f"{own} computes with code of its own, which compressed-tensors runs in models of one weight format only"
-        )
+        return f"{own} multiplies with its weight in code of its own, and compressed-tensors packs that weight"
     return stock_loads(formats, architecture.embed, two_d_inputs=two_d)
 
 
