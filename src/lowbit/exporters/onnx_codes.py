@@ -14,7 +14,7 @@ IQ4_NL, Q2_0              int8, int4: element     the format's, of either sign
 
 onnxruntime has no FP4 on the CPU; an element's integer multiple and a power of two less in the scale are the same
 product, so every value is equal in float32. K-quants with minima have none: a minimum is no integer zero point.
-Groups of int8 codes have explicit zero points of 0, if codes go beyond ``SHORT``.
+int8 codes have explicit zero points of 0, if they go beyond ``SHORT``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lowbit.quant.tables import TableFormat
 FP8 = "FLOAT8E4M3FN"
 FITS = {"INT4": (-8, 7), "INT8": (-128, 127)}
 # onnxruntime turns int8 beyond these into uint8 where it is told to keep sums exact on AVX2, and gives them a zero
-# point that only codes without blocks may have, unless they have one of their own.
+# point of a shape that DequantizeLinear refuses, unless they have one of their own.
 SHORT = (-64, 63)
 
 
@@ -128,6 +128,6 @@ class Codes:
         signed = torch.tensor(steps, dtype=torch.int16)[q.codes.long()]
         if isinstance(format, FloatFormat):
             scale = scale * unit_of(format.elements)
-        wide = len(scale) > 1 and not SHORT[0] <= min(steps) <= max(steps) <= SHORT[1]
+        wide = not SHORT[0] <= min(steps) <= max(steps) <= SHORT[1]
         zero = torch.zeros_like(scale, dtype=torch.uint8) if wide else None
         return cls(kind, (signed & 0xFF).to(torch.uint8).T.contiguous(), scale, zero, block)
