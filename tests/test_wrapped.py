@@ -118,7 +118,8 @@ def test_config_manifest_and_inspect_say_what_is_quantized(name, saved, runs):
     assert config["architectures"] == source["architectures"]
     assert (runs[name] / "preprocessor_config.json").is_file()
     note = json.loads((runs[name] / "lowbit.json").read_text())["carried"]
-    assert len(note) == 1 and "byte for byte" in note[0]
+    assert len(note) == 1
+    assert "byte for byte" in note[0]
     assert inspect_model(str(runs[name]), "w4a16", "rtn")["carried_over"] == note[0]
     assert inspect_model(str(saved[name][0]), "w8a16g32-sym", "rtn")["carried_over"] == note[0]
 

@@ -1,8 +1,8 @@
 """Copies tensors from one safetensors file to another by their bytes, whatever they hold.
 
 A safetensors file is a length in 8 bytes, a header in JSON, and the tensors' bytes; the header has each tensor's
-dtype, shape and place. Nothing is decoded: a dtype that torch lacks, NaN and anything else come out as they went in. A few
-megabytes are in memory at a time.
+dtype, shape and place. Nothing is decoded: a dtype that torch lacks, NaN and anything else come out as they went in.
+A few megabytes are in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowbit.checkpoints.partial import commit, partial_of
 from lowbit.errors import LowbitError
 
 CHUNK = 8 << 20  # bytes
-# By bytes of a value: the widest come first, as the library writes them, so that each tensor begins at a multiple of it.
+# By bytes of a value: the widest come first, as the library writes them, so that each begins at a multiple of them.
 _WIDTHS = {8: ("F64", "I64", "U64", "C64"), 4: ("F32", "I32", "U32"), 2: ("F16", "BF16", "I16", "U16")}
 _WIDE = {dtype: width for width, dtypes in _WIDTHS.items() for dtype in dtypes}
 
