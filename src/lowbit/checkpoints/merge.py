@@ -67,7 +67,7 @@ def merge(
     def write(work: Path) -> None:
         shards = ShardWriter(work)
         for name in track(checkpoint.names, f"merging {folder.name}"):
-            ours = stored.get(name)
+            ours = stored.get(name, "")
             if ours in content.replaced:
                 value = content.replaced[ours].to(checkpoint.read([name])[name].dtype).contiguous()
             else:
@@ -88,7 +88,7 @@ def merge(
 
 def _matched(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, str]:
     """The adapter's names by the base's; raises ``LowbitError`` for a weight that the base lacks or has otherwise."""
-    shapes = {name: change.shape for name, change in adapter.changes.items()}
+    shapes: dict[str, tuple[int, ...]] = {name: change.shape for name, change in adapter.changes.items()}
     shapes |= {name: tuple(value.shape) for name, value in adapter.replaced.items()}
     out = {}
     for name, shape in shapes.items():
