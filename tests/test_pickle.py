@@ -37,7 +37,7 @@ def test_a_run_from_pickled_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         save_tiny(tmp_path / name, "llama", shards=True)
     pickled(tmp_path / "pickled")
     assert len(list((tmp_path / "pickled").glob("*.bin"))) > 1
-    with pytest.raises(lowbit.LowbitError, match="only pickled weights .*pass --allow-pickle to convert them"):
+    with pytest.raises(lowbit.LowbitError, match=r"only pickled weights .*pass --allow-pickle to convert them"):
         quantize_tiny(tmp_path / "pickled", tmp_path / "run", "w8a16g32-sym")
     assert not (tmp_path / "run").exists()
     run = quantize_tiny(tmp_path / "pickled", tmp_path / "run", "w8a16g32-sym", allow_pickle=True).out

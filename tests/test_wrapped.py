@@ -151,6 +151,15 @@ def test_exports_are_refused(target, runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_class_that_holds_a_llama(tmp_path):
+    save_wrapped(tmp_path / "m", "llava")
+    run = quantize_tiny(tmp_path / "m", tmp_path / "run", "w8a16g32-sym", overrides={"lm_head": "w8"}).out
+    ids = {"input_ids": tiny_ids(2, 12)}
+    ours, model = lowbit.load(run), stock(run)
+    assert type(model) is type(ours)
+    assert torch.allclose(logits(model, ids), logits(ours, ids), atol=1e-5)
+
+
 def test_evaluation_and_comparison_are_by_text(saved, runs):
     text = str(saved["gemma3"][0] / "calib.txt")
     scores = [lowbit.evaluate(f, text, length=24, tokens=96).perplexity for f in (saved["gemma3"][0], runs["gemma3"])]

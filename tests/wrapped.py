@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, Gemma3Config, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import AutoModelForImageTextToText, Gemma3Config, LlavaConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from tiny import COMMON, VOCAB, tiny_ids, tiny_tokenizer
 
@@ -48,8 +48,16 @@ def _qwen2() -> Any:
     return Qwen2_5_VLConfig(text_config={**COMMON, "rope_parameters": _ROPE}, vision_config=see, **_TOKENS)
 
 
-CONFIGS = {"gemma3": _gemma3, "qwen3-vl": _qwen3, "qwen2.5-vl": _qwen2}
-NAMES = list(CONFIGS)
+def _llava() -> Any:
+    see = {**_SEE, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "projection_dim": 32}
+    text = {**COMMON, "model_type": "llama"}
+    return LlavaConfig(
+        text_config=text, vision_config={**see, "model_type": "clip_vision_model"}, image_token_id=IMAGE
+    )
+
+
+NAMES = ["gemma3", "qwen3-vl", "qwen2.5-vl"]
+CONFIGS = dict(zip([*NAMES, "llava"], (_gemma3, _qwen3, _qwen2, _llava), strict=True))
 # What the names of the text model's tensors begin with in files, and the list of its layers in the model.
 TEXT = {"gemma3": "language_model.model.", "qwen3-vl": "model.language_model.", "qwen2.5-vl": "model."}
 BLOCKS = "model.language_model.layers"
