@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from lowbit.errors import LowbitError, shown
+from lowbit.errors import LowbitError, one_line, shown
 
 MOST_LAYERS = 4096  # of a part of a model, an object each: a config may say anything
 AUTO = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
@@ -21,8 +21,16 @@ _COUNTS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers", "decode
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that describes the text model: the config itself, unless it is composite."""
-    return config.get_text_config()
+    """The part of a config that describes the text model: the config itself, unless it is composite.
+
+    Raises ``LowbitError`` for a config with several text models.
+    """
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise LowbitError(
+            f"a {config.model_type} has several text models ({one_line(error)}): choose another model"
+        ) from error
 
 
 def is_composite(config: Any) -> bool:

@@ -55,7 +55,7 @@ def carried(
             raise LowbitError(
                 f"'{name}' in {checkpoint.folder} is quantized and not of the text model: give the float model"
             )
-    shards, other = checkpoint.stored_names, sorted(unlisted)
+    shards, other = checkpoint.stored_names, sorted(set(unlisted) - _of_formats(checkpoint, architecture, unlisted))
     names = [stored for name in (*outside, *other) for stored in checkpoint.names_in_files(name)]
     parts = sorted({_part(name, architecture) for name in outside})
     notes = []
@@ -68,6 +68,15 @@ def carried(
             f"{', '.join(other[:_SHOWN])}{more}"
         )
     return Carried({name: shards[name] for name in names}, tuple(notes), _bytes(checkpoint, {*names}))
+
+
+def _of_formats(checkpoint: Checkpoint, architecture: Architecture, unlisted: Iterable[str]) -> set[str]:
+    """Tensors that belong to how the source is quantized, as ranges of inputs do; a run has formats of its own."""
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return set()
+    layers = tuple(f"{architecture.blocks}.{index}." for index in range(len(architecture.layers)))
+    dropped = {*checkpoint.layout.dropped_tensors}
+    return {name for name in unlisted if name.startswith(layers) or name.rpartition(".")[2] in dropped}
 
 
 def _part(name: str, architecture: Architecture) -> str:
