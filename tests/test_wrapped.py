@@ -98,7 +98,7 @@ def test_an_image_gives_the_float_model_s_logits_within_what_8_bits_explain(name
     for key, module in model.named_modules():
         if key.startswith(BLOCKS) and isinstance(module, torch.nn.Linear):
             weight = loaded.get_submodule(key).weight
-            assert float((weight - module.weight).std()) < 0.01 * float(module.weight.std())
+            assert float((weight - module.weight).std()) < 0.02 * float(module.weight.std())
             module.weight = weight
     assert torch.allclose(ours, logits(model, inputs), atol=1e-4)
     assert torch.allclose(ours, logits(loaded, inputs), atol=1e-4)
