@@ -19,7 +19,7 @@ def merge(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Merge a LoRA adapter into its base model: a folder for all other commands."""
+    """Merge a LoRA adapter into its base model."""
     from lowbit.checkpoints.merge import merge as run
 
     result = run(
