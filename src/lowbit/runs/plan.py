@@ -294,6 +294,8 @@ def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     for index, (layer, kind) in enumerate(zip(skeleton.layers, skeleton.architecture.layers, strict=True)):
         for name in kind.linears:
             full = f"{skeleton.architecture.blocks}.{index}.{name}"
+            if kind.expert_of(name) is not None:
+                continue  # no module of its own: the experts' code multiplies with its matrix
             if full in formats.modules and type(layer.get_submodule(name)).forward is not nn.Linear.forward:
                 return full
     return None
