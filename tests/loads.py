@@ -34,6 +34,7 @@ w4a8g32-sym-static float32    -      -          yes  -    -   -    -
 w4a16-static     float32      -      -          yes  -    -   -    -
 w4a16g32-static  float32      -      -          yes  -    -   -    -
 w4afp8           float32      -      -          -    -    -   -    -
+w4afp8g32        float32      -      -          -    -    -   -    -
 w4a16kv4-sym     -            -      -          -    -    -   -    -
 fp8              float32      -      -          -    -    -   -    -
 fp8a16           float32      F32    -          yes  -    -   -    -

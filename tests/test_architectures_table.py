@@ -10,10 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 from transformers import CONFIG_MAPPING
 
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import DeclaredEdge, LayerKind
+from lowbit.models.architecture import Architecture, DeclaredEdge, LayerKind
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import ModelFormats, ModuleFormats
+from lowbit.runs.plan import _stock
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import architectures
@@ -27,9 +31,10 @@ FOUND = {"ok": True, "seconds": 1.0, "kinds": KINDS, "refuted": [], "notes": []}
 GOOD = {**FOUND, "steps": STEPS}
 STOPPED = "stopped by signal 9: out of memory, or longer than 3600 s"
 FAST = ("olmo2", "stablelm")
-SAMPLE = ("llama",)
+SAMPLE = ("bloom", "cohere2", "gemma2", "glm4", "granite", "lfm2", "llama", "phi", "qwen3", "starcoder2")
 
 
+# With these the sample has twelve; olmo2 has norms behind its layers only, stablelm rotates a part of each head.
 @pytest.mark.parametrize("type", FAST)
 def test_a_model_goes_the_whole_way(type):
     assert architectures.in_a_child(type)["steps"] == STEPS
@@ -43,10 +48,30 @@ def test_models_of_the_sample_go_the_whole_way(type):
     assert architectures_steps.went(row, "affinequant"), row
 
 
+@pytest.mark.heavy
 def test_a_mixture_of_experts_says_so():
     steps = architectures.in_a_child("mixtral")["steps"]
     for recipe in architectures_steps.RECIPES:
         assert "its experts (mlp.experts.gate_up_proj, mlp.experts.down_proj)" in steps[recipe]["run"]
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize(
+    ("linear", "why"),
+    [
+        (nn.Linear, None),
+        (OwnLinear, "m.0.a multiplies with its weight in code of its own, and compressed-tensors packs that weight"),
+    ],
+)
+def test_the_plan_says_which_linears_stock_transformers_cannot_run(linear, why):
+    layer = nn.ModuleDict({"a": linear(16, 16)})
+    architecture = Architecture("x", "m", "head", "embed", (LayerKind((("a",),), ()),))
+    formats = ModelFormats({"m.0.a": ModuleFormats(IntFormat(4, 16))})
+    assert _stock(SimpleNamespace(layers=[layer], architecture=architecture), formats) == why
 
 
 def good(type, folder):

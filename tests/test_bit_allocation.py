@@ -11,6 +11,7 @@ import pytest
 from lowbit.analysis import bit_allocation as budgets
 from lowbit.analysis.bit_allocation import Linear, formats, fused, least_loss, with_formats, within_budget
 from lowbit.errors import LowbitError
+from lowbit.models.architecture import Architecture, LayerKind
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import parse_scheme, with_overrides
 
@@ -73,7 +74,8 @@ def test_linears_that_read_one_tensor_get_one_format():
     ]
     other = [linear("mlp.down_proj", sensitivity=1.0), linear("mlp.down_proj", 1, sensitivity=1.0)]
     names = (("self_attn.q_proj", "self_attn.k_proj"), ("mlp.down_proj",))
-    groups = fused([other[1], group[1], other[0], group[0]], names)
+    like = Architecture("llama", "model.layers", "lm_head", "model.embed_tokens", (LayerKind(names, ()),) * 2)
+    groups = fused([other[1], group[1], other[0], group[0]], like)
     assert [[one.name for one in some] for some in groups] == [
         [group[1].name, group[0].name],
         [other[0].name],

@@ -185,22 +185,6 @@ def test_the_config_names_formats_activations_and_what_stays_float():
     assert plain["config_groups"]["group_0"]["input_activations"] is None
 
 
-@pytest.mark.parametrize(
-    ("formats", "dequantized"),
-    [
-        (formats_of("w4a16g16-sym", "m.0.q", "m.0.k"), True),
-        (formats_of("w4a8g16-sym", "m.0.q", "m.0.k"), False),  # its inputs would not be quantized
-        (
-            formats_of("w4a16g16-sym", "m.0.q", **{"m.0.k": IntFormat(8)}),
-            False,
-        ),  # the library would mix the formats up
-    ],
-)
-def test_a_model_whose_layers_may_read_weights_is_dequantized_at_load_where_that_is_exact(formats, dequantized):
-    assert quantization_config(formats, [], "e", weights_are_read=True).get("dequantize", False) == dequantized
-    assert "dequantize" not in quantization_config(formats, [], "e")
-
-
 def test_an_embedding_has_a_group_of_its_own_and_no_format_of_inputs():
     formats = formats_of("w4a8", "m.0.q")
     formats = ModelFormats({**formats.modules, "m.embed": ModuleFormats(IntFormat(8), outside=True)})

@@ -40,7 +40,6 @@ MIXED = [
     ("q4_k", {"*.down_proj": "w8", "lm_head": "q6_k", "model.embed_tokens": "iq4_nl"}),
 ]
 MORE = [
-    ("w4afp8g32", {}),
     ("nvfp4a16", {"*.down_proj": "fp8"}),
     ("mxfp8", {"*.down_proj": "fp8-block"}),
     ("w4a16g32", {"*.down_proj": "fp8"}),

@@ -250,7 +250,7 @@ def test_a_type_that_cannot_be_dequantized(tmp_path: Path, monkeypatch: pytest.M
     def refuse(data: Any, kind: Any) -> Any:
         raise NotImplementedError
 
-    monkeypatch.setattr("lowbit.checkpoints.gguf_reader.dequantize", refuse)
+    monkeypatch.setattr("lowbit.checkpoints.gguf_types.dequantize", refuse)
     with pytest.raises(LowbitError, match="has the type F16, which the gguf package cannot dequantize"):
         convert(write_gguf(tmp_path / "m.gguf"), _folder(tmp_path))
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models
 OTHER = r"'lowbit verify RUN .*' compares it with its run; give the run folder or the float model"
 # By name: what a command that takes a model says of it, and what ``what_is`` calls it.
 THINGS = {
-    "gemma": (r"already quantized \(gemma\)", "an export or another tool's quantized model (gemma)"),
+    "gemma": (r"already quantized \('gemma'\)", "an export or another tool's quantized model (gemma)"),
     "onnx": (f"is an ONNX export: {OTHER}", "an ONNX export"),
     "executorch": (f"is an ExecuTorch export: {OTHER}", "an ExecuTorch export"),
     "x.pte": (f"is an ExecuTorch program: {OTHER}", "an ExecuTorch program"),

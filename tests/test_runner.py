@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,7 @@ def test_a_note_belongs_to_the_layer_that_it_names(tmp_path, monkeypatch):
         if linears == ["1.mlp.down_proj"]:
             gram = torch.eye(96)
             gram[0, 1] = gram[1, 0] = 1.5  # eigenvalues 2.5 and -0.5
-            return {linears[0]: dict.fromkeys(want, gram)}
+            return {linears[0]: replace(seen[linears[0]], values=dict.fromkeys(want, gram))}
         return seen
 
     monkeypatch.setattr(gptq, "input_statistics", indefinite)

@@ -123,7 +123,9 @@ def test_another_class_than_the_one_of_the_config_is_refused(tmp_path: Path):
     (tmp_path / "m/config.json").write_text(
         json.dumps({**content, "architectures": ["Qwen3VLForConditionalGeneration"]})
     )
-    with pytest.raises(lowbit.LowbitError, match=r"its model_type 'gemma3' is that of Gemma3For\w+: they do not match"):
+    with pytest.raises(
+        lowbit.LowbitError, match=r"its model_type 'gemma3' is that of Gemma3For\w+: they do not match"
+    ):
         lowbit.load(tmp_path / "m")
 
 

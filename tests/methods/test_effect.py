@@ -100,20 +100,21 @@ def test_the_record_names_what_is_left_out_and_it_stays_at_its_start():
 
 
 @pytest.mark.parametrize("start", ["smooth", "given"])
-def test_ratios_that_no_gradient_moves_are_listed_and_not_trained(start):
+def test_ratios_that_no_gradient_moves_are_searched_and_not_trained(start):
     block, x = block_of(tiny_model("llama"), 1)
     block = planned(block, with_overrides(parse_scheme("mxfp4a16"), {"*.down_proj": "w4g16"}))
     rows = len(block.weight("1.mlp.up_proj"))
     kept = torch.full((rows, 2), 0.9), torch.full((rows, 2), 0.8)
     block, calib = replace(block, clips={"1.mlp.up_proj": kept}), Calib(x, x, run_all(block, x))
-    done = with_options(AffineQuant(), epochs=2, held_out=0.0, start=start)(block, calib)
-    listed = done.record[1]["affinequant"]["without_effect"]
-    assert [name for name in listed if name.endswith(".clip")] == [
-        f"{name}.clip" for name in block.linears() if "down" not in name
-    ]
+    step = with_options(AffineQuant(), epochs=2, held_out=0.0, start=start)
+    fit = AffineFit(step.sites, step.maps, step.clipping, step.objective, step.schedule, block, calib)
+    assert set(fit.clips) == {"1.mlp.down_proj"}  # with leaves that are trained
+    done = step(block, calib)
+    assert not [name for name in done.record[1]["affinequant"]["without_effect"] if name.endswith(".clip")]
+    assert "1.mlp.down_proj" in done.clips
     # What an earlier step chose for a range goes with the range.
-    assert set(done.clips) == {"1.mlp.down_proj", *(["1.mlp.up_proj"] if start == "given" else [])}
-    assert all(done.clips.get("1.mlp.up_proj", kept)[i] is kept[i] for i in range(2))
+    found = done.clips.get("1.mlp.up_proj")
+    assert start == "given" or found is None or not torch.equal(found[0], kept[0])
 
 
 def test_a_matrix_behind_a_norm_stays_away_where_its_readers_are_float():

@@ -1,4 +1,4 @@
-"""Mixtures of experts, whose experts no method quantizes: refused, so that none stays float without a word."""
+"""Mixtures of experts that no family declares: refused, so that no expert stays float without a word."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowbit.models.families import architecture_of
 
 
 def refuse_experts(config: Any) -> None:
-    """Refuse a model of which discovery finds layers with experts; declared families have none.
+    """Refuse a model of which discovery finds layers with experts; declared families know theirs.
 
     Raises:
         LowbitError: it has experts, or as ``architecture_of``.
@@ -20,6 +20,6 @@ def refuse_experts(config: Any) -> None:
     names = dict.fromkeys(name for own in discovered(config).record.experts for name in own)
     if names:
         raise LowbitError(
-            f"{config.architectures[0]} is a mixture of experts, and its experts ({', '.join(names)}) are not "
-            "quantized: give a dense model"
+            f"{config.architectures[0]} is a mixture of experts of no declared family, and its experts "
+            f"({', '.join(names)}) are not quantized: give a dense model, or a mixture of a declared family"
         )

@@ -48,12 +48,7 @@ def finish(
     write_folder_index(out, len(rows))
     trusted = bool(request["trust_remote_code"])
     config = _shipped_config(read_json(source / CONFIG), trusted)
-    config["quantization_config"] = quantization_config(
-        plan.formats,
-        (*plan.floats, *plan.outside),
-        plan.embed,
-        weights_are_read=plan.architecture.origin == "discovered",
-    )
+    config["quantization_config"] = quantization_config(plan.formats, (*plan.floats, *plan.outside), plan.embed)
     ops = _runtime_ops(out, len(rows), opened.names)
     if ops:
         # The weights belong to a graph with runtime ops, which a stock loader must not run. It ignores an unknown

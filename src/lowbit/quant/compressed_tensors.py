@@ -3,7 +3,7 @@
 Every config group names the layout of its modules (``format``): without it the loader infers one, and takes packed
 integers with quantized inputs for plain ones. Weight-only asymmetric checkpoints load in ``transformers`` 5.23 and
 5.24 only if dequantized at load time (otherwise the packed zero points mismatch a placeholder of another shape), so
-their config requests that. So does that of models whose layers' code is not known to call every linear.
+their config requests that.
 """
 
 from __future__ import annotations
@@ -96,29 +96,18 @@ def _asymmetric(module: ModuleFormats) -> bool:
     return isinstance(module.weight, IntFormat) and not module.weight.symmetric
 
 
-def dequantizes_at_load(formats: ModelFormats) -> bool:
-    """Whether the library can do so without a change: one format for all, of packed integers with float inputs."""
-    modules = formats.modules.values()
-    return len({module.weight for module in modules}) == 1 and all(
-        module.layout is PACKED and module.stated_input is None for module in modules
-    )
-
-
 def _input_formats(formats: ModelFormats) -> set[ActFormat]:
     """The input formats that the checkpoint states."""
     return {inputs for module in formats.modules.values() if (inputs := module.stated_input) is not None}
 
 
-def quantization_config(
-    formats: ModelFormats, floats: Sequence[str], embed: str, weights_are_read: bool = False
-) -> dict[str, Any]:
+def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``.
 
     Args:
         formats: of every quantized module.
         floats: linears that stay float.
         embed: name of the embedding; its input is token ids, so it never has an input format.
-        weights_are_read: the layers' code may read a linear's ``weight`` without calling the linear.
     """
     config_groups: dict[str, Any] = {}
     for index, (module, names) in enumerate(_groups(formats, embed)):
@@ -136,9 +125,7 @@ def quantization_config(
         "ignore": list(floats),
     }
     modules = formats.modules.values()
-    asymmetric = any(_asymmetric(module) and module.layout.name == PACKED.name for module in modules)
-    # A packed linear has no weight before it is called; the library dequantizes models of one format only.
-    if asymmetric or (weights_are_read and dequantizes_at_load(formats)):
+    if any(_asymmetric(module) and module.layout.name == PACKED.name for module in modules):
         config["dequantize"] = True
     return config
 

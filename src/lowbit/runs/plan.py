@@ -19,7 +19,7 @@ from lowbit.models.architecture import Architecture
 from lowbit.models.build import empty_model, text_config
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
-from lowbit.quant.compressed_tensors import dequantizes_at_load, stock_loads, stock_loads_experts
+from lowbit.quant.compressed_tensors import stock_loads, stock_loads_experts
 from lowbit.quant.format import group_advice
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
@@ -285,17 +285,12 @@ def _stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
 
 
 def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:
-    """A quantized linear whose class has another ``forward`` than ``nn.Linear``, as Falcon's, if that matters.
-
-    compressed-tensors replaces the ``forward`` of linears that it does not dequantize at load time.
-    """
-    if dequantizes_at_load(formats):
-        return None
+    """A quantized linear whose class has another ``forward`` than ``nn.Linear``, as Falcon's."""
     for index, (layer, kind) in enumerate(zip(skeleton.layers, skeleton.architecture.layers, strict=True)):
         for name in kind.linears:
             full = f"{skeleton.architecture.blocks}.{index}.{name}"
-            if kind.expert_of(name) is not None:
-                continue  # no module of its own: the experts' code multiplies with its matrix
-            if full in formats.modules and type(layer.get_submodule(name)).forward is not nn.Linear.forward:
+            if full not in formats.modules or skeleton.architecture.is_experts(full):
+                continue
+            if type(layer.get_submodule(name)).forward is not nn.Linear.forward:
                 return full
     return None
