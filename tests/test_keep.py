@@ -247,7 +247,7 @@ def test_scales_that_only_float32_holds_stay_exact(tmp_path: Path) -> None:
         lowbit.export(made.out, "gguf", pre="gpt-2")
 
 
-def fp8_in_half_tiles(weight: Tensor, generator: torch.Generator) -> Any:
+def fp8_in_half_tiles(weight: torch.Tensor, generator: torch.Generator) -> Any:
     """Tiles of 64 x 128: those of 128 x 128, said twice."""
     packed, value = fp8(weight, generator)
     rows = -(-weight.shape[0] // 64)
