@@ -15,6 +15,7 @@ from lowbit.errors import LowbitError
 from lowbit.methods import RTN
 from lowbit.models.block import Calib
 from lowbit.models.edges import Projection
+from lowbit.models.experts import parameter_shapes
 from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.runtime_ops import Clip, Gather, Matrix, tensor_name
 from lowbit.quant.scheme import parse_scheme
@@ -230,13 +231,14 @@ def test_what_is_stored_is_what_is_read(whole, tmp_path):
     }
     folder = with_tensors(whole, tmp_path / "more", stored)
     model = StreamedModel(folder)
-    layer = model.skeleton.layers[1]
-    found = read_ops(model.checkpoint, model.skeleton.architecture, layer, 1)
+    skeleton = model.skeleton
+    shapes = parameter_shapes(skeleton.architecture.layers[1], skeleton.layers[1])
+    found = read_ops(model.checkpoint, skeleton.architecture, shapes, 1)
     assert {module: type(op) for module, op in found.items()} == {module: type(op) for module, op in OPS.items()}
     for module, op in OPS.items():
         for name in op.fields():
             assert torch.equal(getattr(found[module], name), getattr(op, name))
-    assert read_ops(model.checkpoint, model.skeleton.architecture, layer, 0) == {}
+    assert read_ops(model.checkpoint, skeleton.architecture, shapes, 0) == {}
     assert model.block(1).ops.keys() == {f"1.{module}" for module in OPS}
     # Both readers run them, and the clip, which has no quantized input to clip here, does nothing.
     ids = tiny_ids()

@@ -96,10 +96,11 @@ def test_sizes_that_the_checkpoint_does_not_have_take_no_memory(family, changes,
 @pytest.mark.parametrize("key", ["intermediate_size", "hidden_size", "vocab_size", "head_dim"])
 def test_sizes_that_a_run_folder_does_not_have_take_no_memory(run, key, models, tmp_path):
     m = copied(models, run, tmp_path, **{key: 2**40})
-    refused(lambda: lowbit.load(m), "match")
-    refused(lambda: streamed_logits(m, tiny_ids(1, 8)), "match")
-    refused(lambda: inspect_model(str(m), "w8a16", "rtn"), "match")
-    refused(lambda: lowbit.export(m, "gptq", out=tmp_path / "exported"), "match")
+    said = "match|a head.s width"
+    refused(lambda: lowbit.load(m), said)
+    refused(lambda: streamed_logits(m, tiny_ids(1, 8)), said)
+    refused(lambda: inspect_model(str(m), "w8a16", "rtn"), said)
+    refused(lambda: lowbit.export(m, "gptq", out=tmp_path / "exported"), said)
 
 
 COMPUTES_NOTHING = [
