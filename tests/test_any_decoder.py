@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lowbit
+from lowbit.checkpoints.resolve import load_config
 from lowbit.errors import LowbitError
 from lowbit.models.discovery import known
 from lowbit.models.families import architecture_of, family_of
+from lowbit.models.validate import open_weights
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.runs.manifest import manifest_of
 from runs import quantize_tiny
@@ -30,13 +33,15 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# Partial rotary embedding; factors on the residual; norms behind the halves; short convolutions; relu^2.
+# Partial rotary embedding; factors on the residual; norms behind the halves; short convolutions; relu^2; a head that
+# has another name in files.
 CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": SIZES,
     "granite": SIZES,
     "olmo2": SIZES,
     "lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
     "nemotron": SIZES,
+    "gpt_neox": SIZES,
 }
 IDS = torch.arange(3, 40)[None]
 
@@ -78,6 +83,14 @@ def test_stock_transformers_computes_what_a_run_simulates(name: str, tmp_path: P
     manifest = manifest_of(tmp_path / "run")
     assert manifest is not None
     assert manifest.architecture["origin"] == "discovered"
+
+
+def test_a_head_of_another_name_in_files_is_found(tmp_path: Path) -> None:
+    saved(tmp_path / "m", "gpt_neox")
+    stored = load_file(tmp_path / "m/model.safetensors")
+    assert "lm_head.weight" not in stored
+    checkpoint, _ = open_weights(tmp_path / "m", load_config(tmp_path / "m"))
+    assert torch.equal(checkpoint.read(["lm_head.weight"])["lm_head.weight"], stored["embed_out.weight"])
 
 
 def test_the_result_is_kept_and_a_broken_file_is_found_again(

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mixtures
-from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
+from lowbit.checkpoints.safetensors_folder import block_params
 from lowbit.models.equivalence import move
 from lowbit.models.experts import experts_of, gated_experts, put_together, taken_apart
 from lowbit.models.forward import routing_of, run, run_all
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.validate import check_model
+from lowbit.models.validate import check_model, open_weights
 from mixtures import tiny_mixture
 from test_equivalence import random_maps
 from tiny import block_of, params_of, planned, skeleton_of, tiny_ids
@@ -80,8 +80,9 @@ def test_a_checkpoint_is_read_however_its_experts_are_stored(name, stored, tmp_p
         names = load_file(tmp_path / "model.safetensors")
         assert any(".experts.3.w2." in n or ".experts.3.down_proj." in n for n in names)
         assert any("block_sparse_moe" in n for n in names) == (name == "mixtral")
-    checkpoint, skeleton = Checkpoint(tmp_path), Skeleton(model.config)
-    check_model(checkpoint, model.config)
+    checkpoint, _ = open_weights(tmp_path, model.config)
+    skeleton = Skeleton(model.config)
+    assert check_model(checkpoint, model.config) == ()
     got = block_params(checkpoint, skeleton.architecture.blocks, 2, skeleton.parameter_shapes(2))
     wanted = skeleton.block(2, params_of(model, skeleton, 2)).params
     assert got.keys() == wanted.keys()

@@ -31,7 +31,7 @@ THINGS = {
         "holds an unfinished run: repeat its 'lowbit quantize' command",
         "the folder of an unfinished run",
     ),
-    "adapter": (r"is a PEFT adapter of org/base: .*merge_and_unload\(\)", "a PEFT adapter"),
+    "adapter": (r"is a PEFT adapter of org/base: 'lowbit merge .*/adapter --base MODEL --out DIR'", "a PEFT adapter"),
     "diffusers": ("is a diffusers pipeline: give the folder of a causal language model", "a diffusers pipeline"),
     "sentences": ("is a sentence-transformers folder: .*one of its subfolders", "a sentence-transformers folder"),
     "author's": (

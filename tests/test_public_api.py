@@ -19,6 +19,7 @@ POSITIONAL = {
     lowbit.evaluate_tasks: ["model", "tasks"],
     lowbit.report: ["folders"],
     lowbit.load: ["folder"],
+    lowbit.merge: ["adapter"],
     inspect_model: ["model", "scheme", "recipe"],
 }
 

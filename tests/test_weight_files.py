@@ -134,7 +134,7 @@ def test_the_same_files_count_as_in_transformers(
         (lambda m: (m / SINGLE).unlink(), "has no weights: neither"),
         (
             lambda m: (m / "adapter_config.json").write_text("{}"),
-            "is a PEFT adapter of its base model: .*merge_and_unload",
+            "is a PEFT adapter of its base model: 'lowbit merge .*merge_and_unload",
         ),
     ],
     ids=["variant", "another name", "nothing", "adapter"],

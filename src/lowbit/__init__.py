@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowbit.analysis.diagnose import Diagnosis, diagnose
+    from lowbit.checkpoints.merge import Merged, merge
     from lowbit.errors import LowbitError
     from lowbit.evaluation.compare import Compared, compare
     from lowbit.evaluation.evaluate import Evaluated, evaluate
@@ -36,6 +37,7 @@ __all__ = [
     "Format",
     "IntFormat",
     "LowbitError",
+    "Merged",
     "QParams",
     "QTensor",
     "Quantized",
@@ -51,6 +53,7 @@ __all__ = [
     "export",
     "load",
     "load_recipe",
+    "merge",
     "parse_scheme",
     "quantize",
     "report",
@@ -59,6 +62,7 @@ __all__ = [
 
 _MODULES = {
     "analysis.diagnose": ("Diagnosis", "diagnose"),
+    "checkpoints.merge": ("Merged", "merge"),
     "errors": ("LowbitError",),
     "evaluation.compare": ("Compared", "compare"),
     "evaluation.evaluate": ("Evaluated", "evaluate"),

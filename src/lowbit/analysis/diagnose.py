@@ -24,7 +24,7 @@ from lowbit.analysis.bit_allocation import Linear
 from lowbit.analysis.mixed_precision import WIDTHS, Proposal, check_budget, propose
 from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
-from lowbit.checkpoints.safetensors_folder import Checkpoint, write_bytes
+from lowbit.checkpoints.safetensors_folder import write_bytes
 from lowbit.data.text import evaluation
 from lowbit.data.windows import Bos
 from lowbit.errors import LowbitError, check_least, check_seed
@@ -33,7 +33,7 @@ from lowbit.models.device import check_device
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.validate import check_ids, check_model
+from lowbit.models.validate import check_ids, check_model, open_weights
 from lowbit.paths import user_path
 from lowbit.quant.scheme import override_text
 from lowbit.runs.folder import run_formats, run_scheme
@@ -186,7 +186,8 @@ def _open_run(run: str | Path, trust_remote_code: bool) -> _Run:
         raise LowbitError(f"{run} has no recorded sensitivity: quantize again into another folder")
     config = load_config(source.folder, trust_remote_code)
     formats = run_formats(manifest, run_scheme(manifest), architecture_of(config))
-    check_model(Checkpoint(source.folder), config, formats.modules, trust_remote_code)
+    checkpoint, _ = open_weights(source.folder, config, True, trust_remote_code)
+    check_model(checkpoint, config, formats.modules, trust_remote_code)
     skeleton = Skeleton(config, trust_remote_code)
     shapes = linear_shapes(skeleton)
     linears = []

@@ -48,14 +48,22 @@ def without_neutral(content: dict[str, Any]) -> dict[str, Any]:
     {'hidden_size': 64}
     >>> without_neutral({"_attn_implementation": "eager"})
     {'attn_implementation': 'eager'}
+    >>> without_neutral({"text_config": {"hidden_size": 64, "torch_dtype": "bfloat16"}})
+    {'text_config': {'hidden_size': 64}}
     """
-    out = {key: value for key, value in content.items() if key not in _NEUTRAL}
+    out = {key: _part(key, value) for key, value in content.items() if key not in _NEUTRAL}
     if "eager" in (content.get("attn_implementation"), content.get("_attn_implementation")):
         out["attn_implementation"] = "eager"
     for key in _EMPTY_MEANS_NONE:
         if not out.get(key, True):
             del out[key]
     return out
+
+
+def _part(key: str, value: Any) -> Any:
+    """The config of a part of the model without such fields; any other value as it is."""
+    is_part = isinstance(value, dict) and key.endswith("_config") and key not in _EMPTY_MEANS_NONE
+    return without_neutral(value) if is_part else value
 
 
 def taken_names(kind: type) -> frozenset[str]:

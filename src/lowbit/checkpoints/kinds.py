@@ -27,7 +27,8 @@ _FILES = {
     ".bin": ("a file of weights", "give its folder, with config.json and tokenizer"),
     ".gguf": ("a .gguf file", "give it as a model"),
 }
-_CONFIG, _ADAPTER, _MANIFEST = "config.json", "adapter_config.json", "lowbit.json"
+ADAPTER = "adapter_config.json"
+_CONFIG, _MANIFEST = "config.json", "lowbit.json"
 _RESUME = "repeat its 'lowbit quantize' command to resume it"
 
 
@@ -39,7 +40,7 @@ def what_is(path: Path) -> str | None:
         return "a run folder"
     if (path / ".run" / "identity.json").is_file():
         return "the folder of an unfinished run"
-    if (path / _ADAPTER).is_file():
+    if (path / ADAPTER).is_file():
         return "a PEFT adapter"
     if (path / _CONFIG).is_file():
         quantization = read_json(path / _CONFIG).get("quantization_config")
@@ -65,14 +66,14 @@ def refuse_unfinished_run(folder: Path) -> None:
 
 def refuse_adapter(folder: Path) -> None:
     """Refuse a PEFT adapter, with or without weights beside it: its base model alone computes something else."""
-    path = folder / _ADAPTER
+    path = folder / ADAPTER
     if not path.is_file():
         return
     base = read_json(path).get("base_model_name_or_path") or "its base model"
     beside = "; if the weights beside it are the whole model, delete adapter_config.json"
     raise LowbitError(
-        f"{folder} is a PEFT adapter of {str(base)[:100]}: load it with peft, save merge_and_unload() and the "
-        f"tokenizer into a new folder, and give that{beside if (folder / _CONFIG).is_file() else ''}"
+        f"{folder} is a PEFT adapter of {str(base)[:100]}: 'lowbit merge {folder} --base MODEL --out DIR' makes a "
+        f"model of both (LoRA; others with peft's merge_and_unload()){beside if (folder / _CONFIG).is_file() else ''}"
     )
 
 

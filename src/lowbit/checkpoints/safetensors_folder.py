@@ -15,7 +15,7 @@ complete.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +151,31 @@ class Checkpoint:
         self.folder = folder
         self._stand_in: dict[str, str] = {}
         self._parts: dict[str, StoredPart] = {}
+        self._in_file: dict[str, str] = {}  # names in files of tensors that have another name here
         self._file_of = {name: file for file in files or weight_shards(folder) for name in self._names_in(file)}
+
+    def rename(self, rule: Callable[[str], str]) -> None:
+        """From now on a tensor has the name that ``rule`` makes of its name in a file.
+
+        Raises ``LowbitError`` if two tensors get one name.
+        """
+        files: dict[str, str] = {}
+        for stored, file in self._file_of.items():
+            name = rule(stored)
+            if name in files:
+                raise _two_names(self.folder, name, self.name_in_file(name) if name == stored else stored)
+            files[name] = file
+            if name != stored:
+                self._in_file[name] = stored
+        self._file_of = files
+
+    def name_in_file(self, name: str) -> str:
+        """What a tensor is called in its file."""
+        return self._in_file.get(name, name)
+
+    def names_in_files(self, name: str) -> list[str]:
+        """What the tensors are called in their files that hold a tensor: one, unless it is quantized."""
+        return [self.name_in_file(name)]
 
     def let_stand_in(self, stored: str, name: str) -> None:
         """From now on reads of ``name``, which the folder lacks, give ``stored``, the other name of one parameter."""
@@ -181,6 +205,11 @@ class Checkpoint:
         return sorted(self._file_of)
 
     @property
+    def stored_names(self) -> dict[str, str]:
+        """Names of all tensors in files, and the shard of each."""
+        return {self.name_in_file(name): file for name, file in self._file_of.items()}
+
+    @property
     def files(self) -> list[Path]:
         """The shards, sorted by name."""
         return [self.folder / file for file in sorted(set(self._file_of.values()))]
@@ -194,9 +223,7 @@ class Checkpoint:
         """
         found = [n for n in dict.fromkeys((name, name.removeprefix("model."))) if n in self._file_of]
         if len(found) > 1:
-            raise LowbitError(
-                f"{self.folder} has both '{found[0]}' and '{found[1]}', two names of one tensor: delete one of them"
-            )
+            raise _two_names(self.folder, *found)
         if not found and name in self._stand_in:
             return self.find(self._stand_in[name])
         if not found and name in self._parts:
@@ -212,14 +239,15 @@ class Checkpoint:
         if name not in self._file_of:
             raise LowbitError(f"{self.folder} has no tensor '{name}': the checkpoint does not match its config.json")
         with safe_open(self.folder / self._file_of[name], framework="pt") as shard:
-            return tuple(shard.get_slice(name).get_shape())
+            return tuple(shard.get_slice(self.name_in_file(name)).get_shape())
 
     def headers(self) -> dict[str, Header]:
         """Every tensor's header by its stored name."""
         out: dict[str, Header] = {}
+        ours = {stored: name for name, stored in self._in_file.items()}
         for file in self.files:
             with safe_open(file, framework="pt") as shard:
-                slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+                slices = {ours.get(name, name): shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
                 out |= {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         return out
 
@@ -241,9 +269,9 @@ class Checkpoint:
             try:
                 with safe_open(self.folder / file, framework="pt") as shard:
                     for name, stored in pairs:
-                        part = self._parts.get(name)
-                        whole = shard.get_tensor(stored) if part is None else part.taken(shard.get_slice(stored))
-                        out[name] = self._copied(whole, stored, file, dtype)
+                        part, in_file = self._parts.get(name), self.name_in_file(stored)
+                        whole = shard.get_tensor(in_file) if part is None else part.taken(shard.get_slice(in_file))
+                        out[name] = self._copied(whole, in_file, file, dtype)
             except (SafetensorError, OSError) as error:
                 raise LowbitError(f"cannot read {self.folder / file}: {one_line(error)}") from error
         return out
@@ -255,6 +283,10 @@ class Checkpoint:
         if not bool(torch.isfinite(value.float() if value.dtype.itemsize == 1 else value).all()):
             raise LowbitError(f"'{name}' in {self.folder / file} holds NaN or infinity: the checkpoint is broken")
         return value.to(dtype or value.dtype, copy=True)
+
+
+def _two_names(folder: Path, one: str, other: str) -> LowbitError:
+    return LowbitError(f"{folder} has both '{one}' and '{other}', two names of one tensor: delete one of them")
 
 
 def block_params(

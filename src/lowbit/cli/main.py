@@ -21,6 +21,7 @@ from lowbit.cli.demo import demo
 from lowbit.cli.export import export, verify
 from lowbit.cli.inspect import inspect
 from lowbit.cli.measure import compare, evaluate, report
+from lowbit.cli.merge import merge
 from lowbit.errors import LowbitError, check_least
 from lowbit.progress import say
 
@@ -219,6 +220,7 @@ def generate(
         print(text)
 
 
+app.command()(merge)
 app.command()(inspect)
 app.command()(recipes)
 app.command()(schemes)

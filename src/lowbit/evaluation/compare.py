@@ -18,6 +18,7 @@ from lowbit.data.windows import Bos, Tokens, special_before
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.evaluation.generate import generate_text
 from lowbit.metrics.kl import CONFIDENCE, RESAMPLES, listen, summary
+from lowbit.models.build import text_config
 from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
 from lowbit.runs.manifest import MANIFEST, manifest_of
@@ -176,7 +177,8 @@ def _texts(
 def _check_pair(exact: str, ours: StreamedModel, name: str, theirs: StreamedModel) -> None:
     """Refuse two models whose blocks or tokens do not correspond."""
     for field in ("architectures", "num_hidden_layers", "hidden_size", "vocab_size"):
-        expected, actual = getattr(ours.config, field, None), getattr(theirs.config, field, None)
+        parts = [m.config if field == "architectures" else text_config(m.config) for m in (ours, theirs)]
+        expected, actual = (getattr(part, field, None) for part in parts)
         if expected != actual:
             raise LowbitError(f"{name} has {field} {actual}, {exact} has {expected}: give runs of that float model")
 

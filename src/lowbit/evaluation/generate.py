@@ -13,6 +13,7 @@ from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.checkpoints.token_ids import token_ids
 from lowbit.data.tokenization import decode, encode
 from lowbit.errors import LowbitError
+from lowbit.models.build import text_config
 from lowbit.runs.load import load
 from lowbit.torch_state import own_torch_state
 
@@ -25,13 +26,14 @@ def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: boo
     ids = torch.tensor([encode(tokenizer, prompt, special_tokens=True)], dtype=torch.int64)
     if not ids.numel():
         raise LowbitError(f"the tokenizer in {folder} makes no token of the prompt {prompt!r}: give another one")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config = text_config(model.config)
+    limit = getattr(config, "max_position_embeddings", None)
     if limit and ids.shape[1] + tokens > limit:
         raise LowbitError(
             f"the prompt has {ids.shape[1]} tokens and --tokens is {tokens}: this model's positions end at {limit}"
         )
-    if int(ids.max()) >= model.config.vocab_size:
-        raise LowbitError(f"{folder}: the tokenizer has ids beyond the model's {model.config.vocab_size} embeddings")
+    if int(ids.max()) >= config.vocab_size:
+        raise LowbitError(f"{folder}: the tokenizer has ids beyond the model's {config.vocab_size} embeddings")
     return decode(tokenizer, greedy(model, ids, tokens)[0].tolist(), skip_special_tokens=True)
 
 
@@ -45,7 +47,8 @@ def greedy(model: Any, ids: Tensor, tokens: int) -> Tensor:
     none.
     """
     own = model.generation_config
-    ends = token_ids(own.eos_token_id if own.eos_token_id is not None else model.config.eos_token_id, "eos_token_id")
+    stated = own.eos_token_id if own.eos_token_id is not None else text_config(model.config).eos_token_id
+    ends = token_ids(stated, "eos_token_id")
     chosen = GenerationConfig(max_new_tokens=tokens, do_sample=False, num_beams=1, use_cache=True)
     chosen.eos_token_id = ends or None
     # Only says what a batch would be filled with; there is one sequence.

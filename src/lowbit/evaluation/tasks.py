@@ -27,6 +27,7 @@ from lowbit.data.windows import special_before
 from lowbit.errors import LowbitError, canonical, check_least, check_seed
 from lowbit.evaluation.evaluate import bits_of
 from lowbit.metrics.lm_eval import AVERAGES, CONFIGS, average, harness_model, harness_version, hub_set, measure
+from lowbit.models.build import text_config
 from lowbit.models.device import check_device
 from lowbit.progress import say
 from lowbit.quant.scheme import simulated_on
@@ -154,7 +155,9 @@ class _LazyModel:
         """One task's row of ``TaskScores.tasks``."""
         began = time.monotonic()
         self._model = self._model or self._open()
-        lm = harness_model(self._model, self._tokenizer, self._model.config.max_position_embeddings, task)
+        lm = harness_model(
+            self._model, self._tokenizer, text_config(self._model.config).max_position_embeddings, task
+        )
         scores = measure(task, documents.rows, lm)
         facts = {"total": documents.total, "source": documents.source, "data_hash": documents.hash}
         return {**asdict(scores), **facts, "seconds": time.monotonic() - began}

@@ -22,6 +22,8 @@ from lowbit.exporters.run import Run, open_run
 from lowbit.exporters.stock import verify_stock
 from lowbit.exporters.target import Options
 from lowbit.exporters.verify import Verified, run_one, verify_one
+from lowbit.models.build import text_config
+from lowbit.models.families import architecture_of
 from lowbit.paths import user_path
 from lowbit.quant.runtimes import RUNTIMES, simulates
 from lowbit.runs.load import load
@@ -87,6 +89,7 @@ def export(
     folder, target = user_path(folder), target_name(to)
     exporter = exporter_of(target)
     run = open_run(folder, trust_remote_code)
+    _refuse_parts(run, target)
     check(target, exporter.misfit, run.subject)
     name = folder.resolve().name
     default = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
@@ -112,6 +115,15 @@ def export(
         with suppress(OSError):
             remove(partial)
     return Exported(final, target, sum(file.stat().st_size for file in _files(final)), warnings)
+
+
+def _refuse_parts(run: Run, target: str) -> None:
+    """Refuse a model with other parts than its text model: targets have no place for them."""
+    if architecture_of(run.subject.config).text_model:
+        raise LowbitError(
+            f"{target} exports hold a text model alone, and {run.folder} is a {run.subject.config.architectures[0]} "
+            "with other parts: load the run folder itself, which transformers and vLLM read"
+        )
 
 
 def _refuse_existing(final: Path) -> None:
@@ -152,7 +164,7 @@ def verify(
 
 def _text_ids(run: Run, trust_remote_code: bool) -> Tensor:
     """Token ids of ``TEXT``, at least one and at most as many as the model has positions."""
-    config = run.subject.config
+    config = text_config(run.subject.config)
     ids = torch.tensor(encode(load_tokenizer(run.folder, trust_remote_code), TEXT, special_tokens=True))
     return ids[ids < config.vocab_size][: getattr(config, "max_position_embeddings", None)]
 

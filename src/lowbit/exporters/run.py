@@ -19,11 +19,12 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, shown, unknown
 from lowbit.models.families import architecture_of
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
-from lowbit.models.validate import check_model
+from lowbit.models.validate import check_model, open_weights
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme
+from lowbit.runs.carried import CARRIED
 from lowbit.runs.folder import first_missing, read_qtensors, run_formats, run_scheme, tensor_names
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 from lowbit.runs.static_inputs import input_names
@@ -83,10 +84,11 @@ class Run:
 
     @property
     def floats(self) -> list[str]:
-        """Names of all other tensors, sorted."""
+        """Names of all other tensors of the model, sorted; what the run carries over is not among them."""
         modules = self.subject.formats.modules.items()
         packed = {n for name, own in modules for n in tensor_names(name, own)} | set(self.inputs)
-        return [n for n in self.checkpoint.names if n not in packed and parse_tensor_name(n) is None]
+        own = (n for n in self.checkpoint.names if self.checkpoint.file_of(n) != CARRIED)
+        return [n for n in own if n not in packed and parse_tensor_name(n) is None]
 
     @property
     def inputs(self) -> list[str]:
@@ -120,8 +122,10 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
     config = load_config(folder, trust_remote_code)
     scheme = run_scheme(manifest)
     formats = run_formats(manifest, scheme, architecture_of(config))
-    checkpoint = Checkpoint(folder)
-    if trust_remote_code or not getattr(config, "auto_map", None):  # else only that code knows the shapes
+    if getattr(config, "auto_map", None) and not trust_remote_code:  # only that code knows names and shapes
+        checkpoint = Checkpoint(folder)
+    else:
+        checkpoint, _ = open_weights(folder, config, True, trust_remote_code)
         check_model(checkpoint, config, formats.modules, trust_remote_code)
     shapes = {name: _shape(checkpoint, name, own) for name, own in formats.modules.items()}
     floats = tuple(name for name in manifest.floats if name != "lm_head")

@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowbit.checkpoints.resolve import load_config
 from lowbit.errors import LowbitError
 from lowbit.exporters.known_faults import installed_faults
 from lowbit.exporters.run import Run
 from lowbit.exporters.verify import Verified, relative_error
+from lowbit.models.build import auto_class
 from lowbit.runs.load import load
 from lowbit.runs.versions import versions
 
@@ -32,11 +34,11 @@ _PROGRAM = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+import transformers
 
-folder, exchange, dtype, trusted = sys.argv[1:]
+folder, exchange, dtype, trusted, auto = sys.argv[1:]
 ids = load_file(f"{exchange}/ids.safetensors")["ids"]
-model = AutoModelForCausalLM.from_pretrained(
+model = getattr(transformers, auto).from_pretrained(
     folder, dtype=getattr(torch, dtype), trust_remote_code=trusted == "yes", local_files_only=True
 )
 with torch.no_grad():
@@ -101,7 +103,8 @@ def stock_logits(folder: Path, ids: Tensor, dtype: str, trust_remote_code: bool)
     """
     with tempfile.TemporaryDirectory() as exchange:
         save_file({"ids": ids}, f"{exchange}/ids.safetensors")
-        arguments = [str(folder.resolve()), exchange, dtype, "yes" if trust_remote_code else "no"]
+        auto = auto_class(load_config(folder, trust_remote_code)).__name__
+        arguments = [str(folder.resolve()), exchange, dtype, "yes" if trust_remote_code else "no", auto]
         done = subprocess.run(
             [sys.executable, "-c", _PROGRAM, *arguments], capture_output=True, text=True, check=False, cwd=exchange
         )

@@ -11,7 +11,7 @@ Layers of one model may differ: a ``LayerKind`` is the value of a layer's own li
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 EdgeKind = Literal["norm", "heads", "channels", "qk"]
@@ -250,6 +250,7 @@ class Architecture:
         embed: the token embedding.
         layers: one entry per decoder layer; entries repeat.
         origin: whether it is written down in ``families/`` or was found by experiment.
+        text_model: module path of the text model in a model that has other parts too; empty: it has none.
     """
 
     name: str
@@ -258,6 +259,26 @@ class Architecture:
     embed: str
     layers: tuple[LayerKind, ...]
     origin: Origin = "declared"
+    text_model: str = ""
+
+    def is_outside(self, name: str) -> bool:
+        """Whether a module or tensor is of another part than the text model and its head, as a vision encoder's are.
+
+        >>> wrapped = Architecture("llama", "m.text.layers", "lm_head", "m.text.embed", (), text_model="m.text")
+        >>> [wrapped.is_outside(name) for name in ("m.vision.proj.weight", "m.text.norm.weight", "lm_head.weight")]
+        [True, False, False]
+        """
+        inside = (f"{self.text_model}.", f"{self.head}.")
+        return bool(self.text_model) and not f"{name}.".startswith(inside)
+
+    def within(self, text_model: str, head: str) -> Architecture:
+        """The architecture of a model that holds this one's, ``model``, as its module ``text_model``.
+
+        >>> Architecture("llama", "model.layers", "lm_head", "model.embed", ()).within("m.text", "lm_head").blocks
+        'm.text.layers'
+        """
+        blocks, embed = (f"{text_model}.{path.partition('.')[2]}" for path in (self.blocks, self.embed))
+        return replace(self, blocks=blocks, head=head, embed=embed, text_model=text_model)
 
     def linears(self) -> list[str]:
         """Full names of the linears of all layers, in execution order."""

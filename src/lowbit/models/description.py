@@ -104,6 +104,7 @@ def to_dict(architecture: Architecture) -> dict[str, Any]:
         "blocks": architecture.blocks,
         "head": architecture.head,
         "embed": architecture.embed,
+        **({"text_model": architecture.text_model} if architecture.text_model else {}),
         "kinds": [{"layers": indices, **_kind(kind)} for kind, indices in architecture.kinds().items()],
     }
 

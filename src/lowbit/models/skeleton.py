@@ -1,5 +1,7 @@
 """The model without its blocks: embeddings, final norm and head, and the arguments that it passes to its layers.
 
+Of a model with other parts, such as a vision encoder, it is the text model: the others are taken out.
+
 The library's own model class is built without memory for its parameters; embeddings, norms and head are then
 filled in. Recorders (``recorder.py``) replace the decoder layers: one pass of the model's own ``forward`` yields the
 input of block 0 and the keyword arguments of each layer (masks and rotary embeddings differ between layers in some
@@ -10,17 +12,17 @@ layer's arguments only, and per-family code for embedding and head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
+from lowbit.models.build import from_config, text_config
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.recorder import Recorders, hidden_of
@@ -34,16 +36,19 @@ class Skeleton:
     Attributes:
         config: the Hugging Face config.
         architecture: where its layers are, and the structure of each.
+        trusted: whether code of the model's own is permitted.
         layers: the library's decoder layers, on ``meta``; they define how a block computes.
     """
 
     def __init__(self, config: Any, trust_remote_code: bool = False) -> None:
         """Build the model from a config; ``fill`` loads its parameters."""
-        self.config, self._trusted = config, trust_remote_code
+        self.config, self.trusted = config, trust_remote_code
         self.architecture = architecture_of(config)
         with init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            self.model: Any = from_config(config, trust_remote_code)
         self.model.eval()
+        if self.architecture.text_model:
+            remove_outside(self.model, (self.architecture.text_model, self.architecture.head))
         parent, _, attribute = self.architecture.blocks.rpartition(".")
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.architecture.blocks))
         self._recorders = Recorders.of(self.layers)
@@ -52,7 +57,12 @@ class Skeleton:
 
     def empty(self) -> Skeleton:
         """Another skeleton of the same model, without parameters."""
-        return Skeleton(self.config, self._trusted)
+        return Skeleton(self.config, self.trusted)
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that describes the text model."""
+        return text_config(self.config)
 
     @property
     def tied(self) -> bool:
@@ -174,3 +184,26 @@ class Skeleton:
     def _kwargs(self, start: int, count: int, length: int) -> tuple[Mapping[str, Any], ...]:
         layers = range(start, start + count)
         return tuple(self._recorders.arguments(index, length) if length else {} for index in layers)
+
+
+def remove_outside(model: nn.Module, kept: Sequence[str]) -> None:
+    """Take every module and parameter out of a model but some modules, and what leads to them.
+
+    A model computes texts without them. They have no parameters then, and take no memory.
+
+    Args:
+        model: changed in place.
+        kept: full names of modules.
+    """
+    for name in [*model._parameters]:
+        model._parameters[name] = None
+    for name in [*model._buffers]:
+        model._buffers[name] = None
+    for name, module in list(model.named_children()):
+        if name in kept:
+            continue
+        inner = [path.removeprefix(f"{name}.") for path in kept if path.startswith(f"{name}.")]
+        if inner:
+            remove_outside(module, inner)
+        else:
+            setattr(model, name, nn.Identity())

@@ -1,49 +1,108 @@
-"""The names that a model's tensors have in its checkpoint, by the library's own rules of conversion.
+"""The names that a model's tensors have in files, where they are not the model's own.
 
-Its loader renames tensors and puts each layer's experts together; its writer undoes that. A checkpoint may hold
-either side, and a model's tensors are found by the names that blocks use, whatever it holds:
-
-* another name of a tensor (Mixtral's ``block_sparse_moe.gate.weight`` for ``mlp.gate.weight``) stands in for it;
-* an expert's matrix that is only stored with all others is a part of the tensor that holds them.
+Checkpoints of models with several parts keep the names of the classes that they were first written for:
+``language_model.model.layers.0`` for ``model.language_model.layers.0``. The library renames tensors as it loads them,
+by rules that each class has, and adds or takes off the name of the base model. The same rules are used here, so a
+name means what it means there. A run folder keeps its source's names, which every loader of the source knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from lowbit.checkpoints.safetensors_folder import Checkpoint, StoredPart
+from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.models.architecture import Architecture
-from lowbit.models.experts import stored_in
+from lowbit.models.build import empty_model, is_composite
+from lowbit.models.experts import state_shapes
 
 
-def settle_names(checkpoint: Checkpoint, model: Any, architecture: Architecture, names: Iterable[str]) -> None:
-    """From now on ``checkpoint`` finds the tensors of ``model``, which may be empty, by the ``names`` of blocks."""
-    missing = {name for name in names if checkpoint.find(name) is None}
-    if missing:
-        _stand_ins(checkpoint, model, missing)
-        _parts(checkpoint, architecture, {name for name in missing if checkpoint.find(name) is None})
+def as_it_is(name: str) -> str:
+    """The rule of a model whose files have its own names."""
+    return name
 
 
-def _stand_ins(checkpoint: Checkpoint, model: Any, missing: set[str]) -> None:
+@dataclass(frozen=True)
+class StoredNames:
+    """How names in a model's files and names in the model correspond.
+
+    Attributes:
+        rename: from a name in a file to the model's.
+        modules: module paths of the model, and those in its files where they differ.
+    """
+
+    rename: Callable[[str], str] = as_it_is
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+    def stored(self, name: str) -> str:
+        """The name in a file of a tensor, by the model's name; what a module gets when it is quantized included.
+
+        >>> names = StoredNames(modules={"model.text": "text.model"})
+        >>> names.stored("model.text.layers.0.up_proj.weight_scale"), names.stored("lm_head.weight")
+        ('text.model.layers.0.up_proj.weight_scale', 'lm_head.weight')
+        """
+        path, rest = name, ""
+        while path:
+            if path in self.modules:
+                return self.modules[path] + rest
+            path, _, last = path.rpartition(".")
+            rest = f".{last}{rest}"
+        return name
+
+    def stored_all(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """A mapping by the model's names, by names in files."""
+        return {self.stored(name): value for name, value in tensors.items()}
+
+
+def use_model_names(
+    checkpoint: Checkpoint, config: Any, architecture: Architecture, trust_remote_code: bool = False
+) -> StoredNames:
+    """From now on ``checkpoint`` has the model's names for its tensors; those of experts are of blocks.
+
+    Args:
+        checkpoint: the model's files.
+        config: its config.
+        architecture: its architecture.
+        trust_remote_code: permit code of the model's own.
+
+    Raises:
+        LowbitError: two tensors of the checkpoint have one name in the model.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
+    model = empty_model(config, trust_remote_code)
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    for stored in checkpoint.names if rules else ():
-        name = apply_renamings(stored, rules)
-        if name in missing and name != stored:
-            checkpoint.let_stand_in(stored, name)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    listed, base = {*shapes, *state_shapes(architecture, shapes)}, f"{model.base_model_prefix}."
+
+    def rename(stored: str) -> str:
+        name: str = apply_renamings(stored, rules)
+        choices = (name, base + name, name.removeprefix(base))
+        return next((choice for choice in choices if choice in listed), name)
+
+    stored = checkpoint.names
+    checkpoint.rename(rename)
+    if not is_composite(config):
+        return StoredNames(rename)
+    renamed = {apply_renamings(name, rules): name for name in stored}
+    pairs = {name: file for name, file in renamed.items() if name in listed and name != file}
+    names = StoredNames(rename, _modules(pairs.items()))
+    exact = all(rename(names.stored(name)) == name for name in listed)
+    return names if exact else StoredNames(rename)
 
 
-def _parts(checkpoint: Checkpoint, architecture: Architecture, missing: set[str]) -> None:
-    for index, kind in enumerate(architecture.layers):
-        prefix = f"{architecture.blocks}.{index}."
-        if kind.experts is None:
-            continue
-        for name in missing:
-            if name.startswith(prefix) and (found := stored_in(kind.experts, name.removeprefix(prefix))) is not None:
-                parameter, number, linear = found
-                if (stored := checkpoint.find(f"{prefix}{parameter}")) is not None:
-                    part = StoredPart(stored, number, linear.rows, kind.experts.transposed)
-                    checkpoint.let_part_stand_in(part, name)
+def _modules(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Module paths that differ, from pairs of tensors' names: the shortest ones that the pairs agree on.
+
+    >>> _modules([("model.text.norm.weight", "text.model.norm.weight"), ("model.see.a.weight", "see.a.weight")])
+    {'model.text': 'text.model', 'model.see': 'see'}
+    """
+    out: dict[str, str] = {}
+    for name, file in pairs:
+        ours, theirs = name.split("."), file.split(".")
+        while len(ours) > 1 and len(theirs) > 1 and ours[-1] == theirs[-1]:
+            ours, theirs = ours[:-1], theirs[:-1]
+        out.setdefault(".".join(ours), ".".join(theirs))
+    return out

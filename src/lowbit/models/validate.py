@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from lowbit.checkpoints.safetensors_folder import Checkpoint, Header
 from lowbit.errors import LowbitError, one_line, shown
+from lowbit.models.architecture import Architecture
 from lowbit.models.block import Block
+from lowbit.models.build import empty_model, text_config
 from lowbit.models.experts import state_shapes
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import run
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.stored_names import settle_names
+from lowbit.models.stored_experts import settle_experts
+from lowbit.models.stored_names import StoredNames, use_model_names
 from lowbit.progress import say, track
 from lowbit.quant.scheme import ModuleFormats
+from lowbit.sources.checkpoint import open_checkpoint
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
+# Fields for layers behind the last one, which predict several tokens and which the library's classes do not have.
+PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 PROBE = 2  # tokens that show whether a model computes
 _DTYPES = {
     torch.int8: "I8",
@@ -60,48 +65,116 @@ def report_build_errors(folder: Path) -> Iterator[None]:
         raise LowbitError(f"no model can be built from {folder / 'config.json'} ({reason}): {advice}") from error
 
 
+def open_weights(
+    folder: Path, config: Any, run: bool = False, trust_remote_code: bool = False
+) -> tuple[Checkpoint, StoredNames]:
+    """A model's tensors by the model's names, as floats, and what they are called in its files.
+
+    Args:
+        folder: the folder.
+        config: its config; it loses ``quantization_config``, and is settled by ``settle_tied``.
+        run: it is a run folder, whose codes its manifest describes.
+        trust_remote_code: permit code of the model's own.
+
+    Raises:
+        LowbitError: the config is of no known architecture, or names, layers or weights do not match it.
+    """
+    checkpoint = open_checkpoint(folder, config, run=run)
+    architecture = architecture_of(config)
+    _check_count(checkpoint, config, architecture.blocks)
+    with report_build_errors(folder):
+        names = use_model_names(checkpoint, config, architecture, trust_remote_code)
+    settle_tied(checkpoint, config)
+    return checkpoint, names
+
+
 def check_model(
     checkpoint: Checkpoint,
     config: Any,
     modules: Mapping[str, ModuleFormats] | None = None,
     trust_remote_code: bool = False,
-) -> None:
+) -> tuple[str, ...]:
     """Refuse a checkpoint that does not match its config, before a size that the config states takes any memory.
 
     The model is built on ``meta``, where a parameter has a shape and no storage, and compared with the headers of the
     checkpoint's files. Layers are counted first, since each is an object even there.
 
     Args:
-        checkpoint: the model's files.
+        checkpoint: the model's files, see ``open_weights``.
         config: its config, settled by ``settle_tied``.
         modules: formats of a run folder's quantized modules by full name.
         trust_remote_code: permit code of the model's own.
+
+    Returns:
+        Names of the float checkpoint's tensors that the model's class does not have; of a run folder none.
     """
     architecture = architecture_of(config)
     _check_layers(checkpoint, config, architecture.blocks)
-    with report_build_errors(checkpoint.folder), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        tied = f"{architecture.head}.weight" if config.tie_word_embeddings else ""
-        shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
+    with report_build_errors(checkpoint.folder):
+        model = empty_model(config, trust_remote_code)
+    tied = f"{architecture.head}.weight" if config.tie_word_embeddings else ""
+    shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     shapes = state_shapes(architecture, shapes)
     modules = modules or {}
     if not modules:
-        settle_names(checkpoint, model, architecture, shapes)
+        settle_experts(checkpoint, architecture, shapes)
     for module in architecture.transposed() & modules.keys():
         shapes[f"{module}.weight"] = shapes[f"{module}.weight"][::-1]  # codes are (out, in)
-    check_tensors(checkpoint, shapes, architecture.blocks, modules)
+    used = check_tensors(checkpoint, shapes, architecture, modules)
+    if modules:
+        return ()
+    unlisted = tuple(name for name in checkpoint.names if name not in used and name != tied)
+    _refuse_in_layers(unlisted, checkpoint, config, model, architecture)
+    return unlisted
+
+
+def _check_count(checkpoint: Checkpoint, config: Any, blocks: str) -> None:
+    """Refuse a config with more layers than any list of layers in the checkpoint, whatever that is called there."""
+    stored: dict[str, set[int]] = {}
+    pattern = re.compile(rf"(|.*\.){re.escape(blocks.rpartition('.')[2])}\.([0-9]{{1,9}})\.")
+    for name in checkpoint.names:
+        if match := pattern.match(name):
+            stored.setdefault(match[1], set()).add(int(match[2]))
+    _compare_layers(checkpoint, config, max(map(len, stored.values()), default=0))
 
 
 def _check_layers(checkpoint: Checkpoint, config: Any, blocks: str) -> None:
     """Refuse a config with more layers than the checkpoint has tensors of."""
-    layers = config.num_hidden_layers
     pattern = re.compile(rf"(?:{re.escape(blocks)}|{re.escape(blocks.removeprefix('model.'))})\.([0-9]{{1,9}})\.")
-    stored = {int(match[1]) for name in checkpoint.names if (match := pattern.match(name))}
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= len(stored):
+    _compare_layers(checkpoint, config, len({int(m[1]) for name in checkpoint.names if (m := pattern.match(name))}))
+
+
+def _compare_layers(checkpoint: Checkpoint, config: Any, stored: int) -> None:
+    layers = text_config(config).num_hidden_layers
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= stored:
         raise LowbitError(
-            f"{checkpoint.folder} has tensors of {len(stored)} layers, its config.json says num_hidden_layers "
+            f"{checkpoint.folder} has tensors of {stored} layers, its config.json says num_hidden_layers "
             f"{shown(layers)}: they do not match"
         )
+
+
+def _refuse_in_layers(
+    unlisted: Iterable[str], checkpoint: Checkpoint, config: Any, model: Any, architecture: Architecture
+) -> None:
+    """Refuse a weight or bias in the list of layers that the model does not have: ignored, it would change the model.
+
+    Layers behind the last one are accepted where config or class says that they predict several tokens, and so is
+    what the class ignores.
+    """
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    text = text_config(config)
+    extra = [getattr(text, field, None) for field in PREDICTORS]
+    last = text.num_hidden_layers + max((n for n in extra if isinstance(n, int)), default=0)
+    predictors = {f"{architecture.blocks}.{index}." for index in range(text.num_hidden_layers, last)}
+    prefixes = (f"{architecture.blocks}.", f"{architecture.blocks.removeprefix('model.')}.")
+    for name in unlisted:
+        if not name.startswith(prefixes) or not name.endswith((".weight", ".bias")):
+            continue
+        if not name.startswith(tuple(predictors)) and not any(pattern.search(name) for pattern in ignored):
+            raise LowbitError(
+                f"{checkpoint.folder} has a tensor {shown(name)} that its config.json does not imply: they do not "
+                "match"
+            )
 
 
 def check_computes(skeleton: Skeleton, first_block: Callable[[], Block], folder: Path) -> None:
@@ -135,17 +208,16 @@ def shapes_of(skeleton: Skeleton) -> dict[str, torch.Size]:
 def check_tensors(
     checkpoint: Checkpoint,
     shapes: Mapping[str, torch.Size],
-    blocks: str,
+    architecture: Architecture,
     modules: Mapping[str, ModuleFormats],
-) -> None:
+) -> set[str]:
     """Refuse a checkpoint whose tensors do not match its config; only headers are read.
 
-    ``shapes`` are those of the float model; ``modules`` has the formats of the modules that are quantized. A block
-    weight or bias that is not in the model is refused, since it would be ignored silently (rotary buffers are
-    accepted).
+    ``shapes`` are those of the float model; ``modules`` has the formats of the modules that are quantized. Tensors of
+    other parts than the text model may be of any dtype. Returns the names that the checkpoint has for ``shapes``.
     """
     stored = checkpoint.headers()
-    used = set()
+    used: set[str] = set()
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if module in modules and name != module:
@@ -163,17 +235,11 @@ def check_tensors(
                 f"'{stored_name}' in {checkpoint.folder} has shape {header.shape}, config.json implies "
                 f"{tuple(shape)}: they do not match"
             )
-        if header.dtype not in FLOATS:
+        if header.dtype not in FLOATS and not architecture.is_outside(name):
             raise LowbitError(
                 f"'{stored_name}' in {checkpoint.folder} is {header.dtype}; allowed: {', '.join(FLOATS)}"
             )
-    prefixes = (f"{blocks}.", f"{blocks.removeprefix('model.')}.")
-    for name in () if modules else checkpoint.names:
-        if name not in used and name.startswith(prefixes) and name.endswith((".weight", ".bias")):
-            raise LowbitError(
-                f"{checkpoint.folder} has a tensor {shown(name)} that its config.json does not imply: they do not "
-                "match"
-            )
+    return used
 
 
 def _check_packed(

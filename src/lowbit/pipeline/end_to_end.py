@@ -205,7 +205,7 @@ class Tuning:
         """
         differentiate = torch.is_grad_enabled()
         leaf = hidden.detach().requires_grad_(differentiate)
-        tokens, vocabulary = ids.numel(), self.student.config.vocab_size
+        tokens, vocabulary = ids.numel(), self.student.text_config.vocab_size
         total = torch.zeros((), device=hidden.device)
         positions = torch.arange(ids.shape[1], device=hidden.device)
         for chunk in positions.split(max(1, LOGIT_BYTES // (4 * vocabulary * len(ids)))):

@@ -35,7 +35,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     layers = len(skeleton.layers)
     weights = [rows * columns for rows, columns in linear_shapes(skeleton).values()]
     block = sum(weights) // layers * recipe.window
-    tokens, hidden = samples * length, skeleton.config.hidden_size
+    tokens, hidden = samples * length, skeleton.text_config.hidden_size
     widest = max(columns for _, columns in linear_shapes(skeleton).values())
     shared = sum(p.numel() for n, p in skeleton.model.named_parameters() if n in skeleton.shared_names)
     # x_fp and x_q with their successors; a step that runs a window block by block has four more, one of them shared

@@ -13,13 +13,17 @@ from lowbit.checkpoints.companions import CONFIG, companions, copy_companion, wi
 from lowbit.checkpoints.config_fields import is_kernel_choice
 from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_bytes, write_json
+from lowbit.models.build import auto_class
 from lowbit.models.description import to_dict
 from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
+from lowbit.models.stored_names import StoredNames
+from lowbit.pipeline.opened import Opened
 from lowbit.progress import say
 from lowbit.quant.compressed_tensors import quantization_config, stock_dtype
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 from lowbit.quant.scheme import ModelFormats
 from lowbit.runs.activation_stats import OBSERVED
+from lowbit.runs.carried import CARRIED, write_carried
 from lowbit.runs.folder import REST, RUN, TIMING, block_file, notes_file, write_folder_index
 from lowbit.runs.manifest import MANIFEST, BlockRow, Identity, Manifest, StockLoading, manifest_of
 from lowbit.runs.plan import Plan
@@ -32,18 +36,20 @@ _MAY_NAME_CODE = ("tokenizer_config.json", "processor_config.json", "preprocesso
 
 def finish(
     out: Path,
-    source: Path,
+    opened: Opened,
     plan: Plan,
     identity: Identity,
     rows: list[BlockRow],
     request: Mapping[str, Any],
 ) -> Manifest:
-    """Write all files other than shards, the manifest last; return the manifest."""
+    """Write all files other than the blocks' shards, the manifest last; return the manifest."""
+    source = opened.source.folder
+    write_carried(opened.checkpoint, opened.others, out)
     write_folder_index(out, len(rows))
     trusted = bool(request["trust_remote_code"])
     config = _shipped_config(read_json(source / CONFIG), trusted)
-    config["quantization_config"] = quantization_config(plan.formats, plan.floats, plan.embed)
-    ops = _runtime_ops(out, len(rows))
+    config["quantization_config"] = quantization_config(plan.formats, (*plan.floats, *plan.outside), plan.embed)
+    ops = _runtime_ops(out, len(rows), opened.names)
     if ops:
         # The weights belong to a graph with runtime ops, which a stock loader must not run. It ignores an unknown
         # method and continues with random weights; an unreadable group makes it fail with the group's name.
@@ -51,21 +57,32 @@ def finish(
             STOP: {"targets": ["Linear"], "weights": {"num_bits": STOP}}
         }
     if not plan.tied:
-        config["tie_word_embeddings"] = False
+        _untie(config)
     write_json(out / CONFIG, config)
     copied = _copy_companions(source, out, trusted)
-    manifest = _manifest(plan, identity, rows, ops, request)
-    write_bytes(out / CARD, model_card(manifest).encode(errors="backslashreplace"))
+    manifest = _manifest(plan, identity, rows, ops, request, opened)
+    write_bytes(
+        out / CARD, model_card(manifest, auto_class(opened.config).__name__).encode(errors="backslashreplace")
+    )
     timing = [{"block": i, **_without_notes(read_json(out / notes_file(i)))} for i in range(len(rows))]
     write_json(out / TIMING, {"blocks": timing})
     # Digests cover what the run made and nothing else in the folder; the timing differs between identical runs.
-    shards = [*map(block_file, range(len(rows))), REST]
+    carried = [CARRIED] if opened.others.files else []
+    shards = [*map(block_file, range(len(rows))), REST, *carried]
     observed = [OBSERVED] if (out / OBSERVED).is_file() else []
     ours = sorted([*shards, INDEX, CONFIG, CARD, *observed, *copied])
     manifest = replace(manifest, files={name: sha256_of(out / name) for name in ours})
     write_json(out / MANIFEST, manifest.to_dict())
     shutil.rmtree(out / RUN, ignore_errors=True)
     return manifest
+
+
+def _untie(config: dict[str, Any]) -> None:
+    """Say that head and embedding are two tensors; some classes read that from the text model's own config."""
+    config["tie_word_embeddings"] = False
+    for part in config.values():
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
 
 
 def finished(out: Path) -> Manifest:
@@ -111,9 +128,10 @@ class _StoredOp:
     bits: int
 
 
-def _runtime_ops(out: Path, layers: int) -> dict[str, _StoredOp]:
+def _runtime_ops(out: Path, layers: int, names: StoredNames) -> dict[str, _StoredOp]:
     """Runtime ops by full module name."""
     shards = Checkpoint(out, [block_file(i) for i in range(layers)])
+    shards.rename(names.rename)
     ops: dict[str, _StoredOp] = {}
     for name in shards.names:
         if (parsed := parse_tensor_name(name)) is not None:
@@ -134,7 +152,12 @@ def _why_not(plan: Plan, ops: Mapping[str, _StoredOp]) -> str | None:
 
 
 def _manifest(
-    plan: Plan, identity: Identity, rows: list[BlockRow], ops: Mapping[str, _StoredOp], request: Mapping[str, Any]
+    plan: Plan,
+    identity: Identity,
+    rows: list[BlockRow],
+    ops: Mapping[str, _StoredOp],
+    request: Mapping[str, Any],
+    opened: Opened,
 ) -> Manifest:
     extra, why_not = sum(stored.bits for stored in ops.values()), _why_not(plan, ops)
     weights = plan.quantized_weights
@@ -151,6 +174,7 @@ def _manifest(
         versions=versions(),
         blocks=rows,
         architecture=to_dict(plan.architecture),
+        carried=list(opened.others.notes),
         files={},  # digests are added once all other files are written
     )
 
@@ -176,8 +200,11 @@ def _calibration(identity: Identity) -> list[str]:
     ]
 
 
-def model_card(manifest: Manifest) -> str:
-    """The README.md of a run folder: recipe, scheme, calibration, versions and how to load it."""
+def model_card(manifest: Manifest, auto: str = "AutoModelForCausalLM") -> str:
+    """The README.md of a run folder: recipe, scheme, calibration, versions and how to load it.
+
+    ``auto``: the automatic class of ``transformers`` that loads it.
+    """
     identity = manifest.identity
     steps = " -> ".join(identity.steps)
     overrides = [pair for override in identity.scheme["overrides"] for pair in override.items()]
@@ -200,6 +227,7 @@ def model_card(manifest: Manifest) -> str:
         f"{manifest.bits_per_weight:.3f} (codes, scales, zero points, runtime ops) |",
         f"| quantized modules | {len(manifest.quantized)} |",
         f"| left in float | {', '.join(manifest.floats) or 'nothing'}, embeddings unless quantized, norms |",
+        *[f"| carried over | {note} |" for note in manifest.carried],
         *_calibration(identity),
         f"| versions | {', '.join(f'{name} {v}' for name, v in manifest.versions.items())} |",
         "",
@@ -211,9 +239,9 @@ def model_card(manifest: Manifest) -> str:
             "With stock `transformers` and `compressed-tensors`:",
             "",
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {auto}, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("this/folder", dtype="{manifest.transformers.dtype}")',
+            f'model = {auto}.from_pretrained("this/folder", dtype="{manifest.transformers.dtype}")',
             'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
             "```",
         ]

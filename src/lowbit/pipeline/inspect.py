@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lowbit.checkpoints.resolve import load_config, resolve
+from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.models.architecture import Architecture
+from lowbit.models.build import empty_model, text_config
 from lowbit.models.description import described
 from lowbit.models.discovery.known import discovered
 from lowbit.models.families import architecture_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_model,
+    open_weights,
     report_build_errors,
-    settle_tied,
 )
 from lowbit.pipeline.estimate import estimate
 from lowbit.pipeline.recipe import load_recipe, with_effort
 from lowbit.pipeline.request import DEFAULTS
 from lowbit.quant.scheme import ModuleFormats, load_scheme
+from lowbit.runs.carried import carried
 from lowbit.runs.folder import run_formats, run_scheme
 from lowbit.runs.manifest import Manifest, manifest_of, require_trust
 from lowbit.runs.plan import check_length, check_sizes, make_plan
-from lowbit.sources.checkpoint import open_checkpoint
 from lowbit.sources.codes import codes_of
 from lowbit.torch_state import own_torch_state
 
@@ -49,9 +51,9 @@ def inspect_model(
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
     require_trust(source.folder, manifest, trust_remote_code)
-    checkpoint = open_checkpoint(source.folder, config, run=manifest is not None)
-    settle_tied(checkpoint, config)
-    check_model(checkpoint, config, _stored_formats(manifest, architecture_of(config)), trust_remote_code)
+    checkpoint, _ = open_weights(source.folder, config, manifest is not None, trust_remote_code)
+    formats = _stored_formats(manifest, architecture_of(config))
+    unlisted = check_model(checkpoint, config, formats, trust_remote_code)
     with report_build_errors(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
     architecture = skeleton.architecture
@@ -61,7 +63,7 @@ def inspect_model(
         "family": architecture.name,
         "origin": architecture.origin,
         "blocks": len(skeleton.layers),
-        "hidden": config.hidden_size,
+        "hidden": text_config(config).hidden_size,
         "tied_embeddings": skeleton.tied,
         "kinds": described(architecture),
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
@@ -72,6 +74,9 @@ def inspect_model(
         facts["quantized"] = codes.summary
         if codes.dropped is not None:
             facts["read_as_float"] = codes.dropped
+    listed = empty_model(config, trust_remote_code).state_dict()
+    if notes := _notes(manifest, checkpoint, architecture, listed, unlisted):
+        facts["carried_over"] = "; ".join(notes)
     if manifest is not None:
         steps = manifest.identity.steps
         return facts | {
@@ -81,15 +86,17 @@ def inspect_model(
             "loads_in_transformers": manifest.transformers.loads,
             "relative_error_of_last_block": manifest.blocks[-1].relative_error,
         }
-    chosen, formats = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
-    plan = make_plan(skeleton, formats)
+    chosen, wanted = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
+    plan = make_plan(skeleton, wanted)
     if length is None:
-        length = min(DEFAULTS["length"], getattr(config, "max_position_embeddings", None) or DEFAULTS["length"])
+        length = min(
+            DEFAULTS["length"], getattr(text_config(config), "max_position_embeddings", None) or DEFAULTS["length"]
+        )
     check_length(config, length)
     needs = estimate(skeleton, plan, chosen, samples, length)
     return facts | {
         "parameters": plan.quantized_weights + plan.float_weights,
-        "scheme": formats.name,
+        "scheme": wanted.name,
         "recipe": chosen.name,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "estimated_memory_bytes": needs.memory_bytes,
@@ -103,6 +110,17 @@ def _record(config: Any) -> dict[str, Any]:
     record = discovered(config).record
     refuted = [one for one in record.findings if one.offered and one.limit is None]
     return {"refuted": [f"{one.edge}: {one.reason}" for one in refuted], "notes": list(record.notes)}
+
+
+def _notes(
+    manifest: Manifest | None,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    listed: Iterable[str],
+    unlisted: Iterable[str],
+) -> Sequence[str]:
+    """What a run carries over as it is; of a float model what it would."""
+    return carried(checkpoint, architecture, listed, unlisted).notes if manifest is None else manifest.carried
 
 
 def _stored_formats(manifest: Manifest | None, architecture: Architecture) -> Mapping[str, ModuleFormats]:

@@ -92,11 +92,11 @@ def keep(request: Keep, out: Path) -> Manifest:
         if state == "finished":  # by another process, between the two looks
             return finished(out)
         check_finite(opened.checkpoint, [n for n in shapes_of(opened.skeleton) if n not in kept.codes.names])
-        check_space(out, kept.plan.size_bytes + 4 * kept.plan.float_weights)
+        check_space(out, kept.plan.size_bytes + 4 * kept.plan.float_weights + opened.others.size_bytes)
         begin(out, identity)
         say(f"keeping {kept.codes.summary}, as {kept.scheme.name}")
         rows = _write(kept, out)
-        return finish(out, opened.source.folder, kept.plan, identity, rows, request.to_dict())
+        return finish(out, opened, kept.plan, identity, rows, request.to_dict())
 
 
 def _settle(model: str, opened: Opened) -> _Kept:
@@ -165,20 +165,20 @@ def _identity(request: Keep, kept: _Kept) -> Identity:
 
 def _write(kept: _Kept, out: Path) -> list[BlockRow]:
     """Write every shard that is not there yet; returns the manifest's rows, whose errors are 0: values are equal."""
-    skeleton, plan = kept.opened.skeleton, kept.plan
+    skeleton, plan, names = kept.opened.skeleton, kept.plan, kept.opened.names
     shared = [*skeleton.shared_names, *([f"{plan.head}.weight"] if plan.untie else [])]
     if not (out / REST).exists():
-        write_tensors(out / REST, _tensors(kept, shared))
+        write_tensors(out / REST, names.stored_all(_tensors(kept, shared)))
     rows = []
     notes = [f"{KEEP}: {kept.codes.dropped}, as the source has it, is float here"] if kept.codes.dropped else []
     for index, layer in enumerate(track(skeleton.layers, "keeping")):
         began = time.monotonic()
         if not (out / block_file(index)).exists():
-            names = [f"{skeleton.architecture.blocks}.{index}.{name}" for name, _ in layer.named_parameters()]
-            tensors = _tensors(kept, names)
+            own = [f"{skeleton.architecture.blocks}.{index}.{name}" for name, _ in layer.named_parameters()]
+            tensors = _tensors(kept, own)
             record = {"seconds": time.monotonic() - began, "peak_memory_bytes": peak_memory_bytes()}
             write_json(out / notes_file(index), {"notes": [], "record": {}, **record})
-            write_tensors(out / block_file(index), tensors)
+            write_tensors(out / block_file(index), names.stored_all(tensors))
         rows.append(BlockRow(index, [] if index else notes, 0.0))
     return rows
 

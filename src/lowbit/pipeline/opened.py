@@ -8,11 +8,13 @@ from typing import Any
 from lowbit.checkpoints.resolve import Source, load_config, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
+from lowbit.models.build import empty_model
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.validate import check_model, report_build_errors, settle_tied
+from lowbit.models.stored_names import StoredNames
+from lowbit.models.validate import check_model, open_weights, report_build_errors
 from lowbit.pipeline.experts import refuse_experts
+from lowbit.runs.carried import Carried, carried
 from lowbit.runs.manifest import manifest_of
-from lowbit.sources.checkpoint import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,17 @@ class Opened:
         source: where it is.
         config: its transformers config.
         checkpoint: its weights, as floats.
-        skeleton: the model without parameters.
+        skeleton: the text model without parameters.
+        names: what its tensors are called in its files.
+        others: what a run carries over as it is.
     """
 
     source: Source
     config: Any
     checkpoint: Checkpoint
     skeleton: Skeleton
+    names: StoredNames
+    others: Carried
 
 
 def open_model(model: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Opened:
@@ -42,9 +48,10 @@ def open_model(model: str, revision: str | None, allow_pickle: bool, trust_remot
         )
     config = load_config(source.folder, trust_remote_code)
     refuse_experts(config)
-    checkpoint = open_checkpoint(source.folder, config)
-    settle_tied(checkpoint, config)
-    check_model(checkpoint, config, trust_remote_code=trust_remote_code)
+    checkpoint, names = open_weights(source.folder, config, trust_remote_code=trust_remote_code)
+    unlisted = check_model(checkpoint, config, trust_remote_code=trust_remote_code)
     with report_build_errors(source.folder):
         skeleton = Skeleton(config, trust_remote_code)
-    return Opened(source, config, checkpoint, skeleton)
+        listed = empty_model(config, trust_remote_code).state_dict()
+    others = carried(checkpoint, skeleton.architecture, listed, unlisted)
+    return Opened(source, config, checkpoint, skeleton, names, others)

@@ -37,7 +37,7 @@ from lowbit.pipeline.end_to_end import tune
 from lowbit.pipeline.finalize import finish, finished
 from lowbit.pipeline.keep import Keep
 from lowbit.pipeline.keep import keep as keep_codes
-from lowbit.pipeline.opened import open_model
+from lowbit.pipeline.opened import Opened, open_model
 from lowbit.pipeline.recipe import Recipe, recipe_to_dict
 from lowbit.pipeline.request import Request, make_request
 from lowbit.pipeline.runner import Walk, check_space, peak_memory_bytes
@@ -206,7 +206,7 @@ class Resolved:
 
     Attributes:
         request: the checked arguments.
-        source, checkpoint, skeleton: the model.
+        opened: the model.
         scheme: the scheme, adapted to the target runtime.
         plan: formats and layout of every module.
         shapes: shapes of the checkpoint's tensors, by name.
@@ -215,9 +215,7 @@ class Resolved:
     """
 
     request: Request
-    source: Source
-    checkpoint: Checkpoint
-    skeleton: Skeleton
+    opened: Opened
     scheme: Scheme
     plan: Plan
     shapes: Mapping[str, torch.Size]
@@ -229,7 +227,7 @@ class Resolved:
         request, tokens = self.request, self.tokens
         return Identity(
             model=request.model_name,
-            fingerprint=self.source.identity,
+            fingerprint=self.opened.source.identity,
             recipe=recipe_to_dict(request.recipe),
             recipe_name=request.recipe.name,
             scheme=scheme_to_dict(self.scheme),
@@ -242,7 +240,7 @@ class Resolved:
             input_range=None if request.input_range is None else request.input_range.name,
             expert_tokens=request.expert_tokens,
             all_experts=request.all_experts,
-            source_files=companions_digest(self.source.folder),
+            source_files=companions_digest(self.opened.source.folder),
         )
 
 
@@ -250,17 +248,17 @@ def _check(request: Request) -> Resolved:
     """Open the model and the calibration text, and check that model, scheme and text are compatible."""
     trusted = request.trust_remote_code
     opened = open_model(request.model, request.revision, request.allow_pickle, trusted)
-    source, config, checkpoint, skeleton = opened.source, opened.config, opened.checkpoint, opened.skeleton
+    source, skeleton = opened.source, opened.skeleton
     scheme = _scheme(request, skeleton)
     plan = make_plan(skeleton, scheme)
-    check_length(config, request.length)
+    check_length(opened.config, request.length)
     shapes = shapes_of(skeleton)
     tokenizer = load_tokenizer(source.folder, trusted)
     tokens = _calibration(request, source, tokenizer)
     check_ids(tokens.ids, skeleton, source.folder)
-    _check_computes(checkpoint, skeleton.empty())
+    _check_computes(opened.checkpoint, skeleton.empty())
     special = decode(tokenizer, tokens.prefix)
-    return Resolved(request, source, checkpoint, skeleton, scheme, plan, shapes, tokens, special)
+    return Resolved(request, opened, scheme, plan, shapes, tokens, special)
 
 
 def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
@@ -277,7 +275,7 @@ def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
 def _run(resolved: Resolved, out: Path) -> Manifest:
     """Run or resume the quantization; return the manifest."""
     request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
-    identity, skeleton, checkpoint = resolved.identity(), resolved.skeleton, resolved.checkpoint
+    identity, skeleton, checkpoint = resolved.identity(), resolved.opened.skeleton, resolved.opened.checkpoint
     if look(out, identity) == "finished":
         return finished(out)
     with claimed(out, identity) as state:
@@ -285,19 +283,29 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
             return finished(out)
         if state == "new":
             check_finite(checkpoint, resolved.shapes)
-        check_space(out, _size_on_disk(plan, request.recipe, skeleton))
+        check_space(out, _size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes)
         begin(out, identity)
         torch.manual_seed(request.seed)
         dtype = DTYPES[request.dtype]
-        run = Walk(checkpoint, skeleton, request.recipe, plan, out, request.device, dtype)
-        run.input_range = request.input_range or MSE
-        run.least_tokens, run.every_token = request.expert_tokens, request.all_experts
+        run = Walk(
+            checkpoint,
+            skeleton,
+            request.recipe,
+            plan,
+            out,
+            request.device,
+            dtype,
+            input_range=request.input_range or MSE,
+            least_tokens=request.expert_tokens,
+            every_token=request.all_experts,
+            names=resolved.opened.names,
+        )
         with fused() if request.compiled else nullcontext():
             if request.recipe.tune is not None:
                 tune(request.recipe.tune, run, ids)
             run.walk(ids)
         write_activation_stats(out, run.observed)
-        return finish(out, resolved.source.folder, plan, identity, run.rows, request.to_dict())
+        return finish(out, resolved.opened, plan, identity, run.rows, request.to_dict())
 
 
 def _scheme(request: Request, skeleton: Skeleton) -> Scheme:

@@ -29,6 +29,7 @@ from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
 from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
+from lowbit.models.stored_names import StoredNames
 from lowbit.pipeline.recipe import Recipe
 from lowbit.progress import say, track
 from lowbit.quant.range_estimators import MSE, RangeEstimator
@@ -99,6 +100,7 @@ class Walk:
         latents: store the latent weights for a later end-to-end step.
         input_range: how the ranges of static inputs are estimated.
         least_tokens, every_token: of each block, see ``Block``.
+        names: what the model's tensors are called in its files, and in the run's.
         rows: the manifest's rows, one per finished block.
         observed: activation statistics and learned maps for the report, by tensor name.
     """
@@ -115,6 +117,7 @@ class Walk:
     input_range: RangeEstimator = MSE
     least_tokens: int = LEAST_TOKENS
     every_token: bool = False
+    names: StoredNames = field(default_factory=StoredNames)
     rows: list[BlockRow] = field(default_factory=list)
     observed: dict[str, Tensor] = field(default_factory=dict)
 
@@ -163,7 +166,13 @@ class Walk:
         return exact, self.skeleton
 
     def _shipped_shared(self, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return read_dequantized(Checkpoint(self.out, [REST]), shared, self.plan.formats.modules)
+        return read_dequantized(self._shard(REST), shared, self.plan.formats.modules)
+
+    def _shard(self, file: str) -> Checkpoint:
+        """A file that the run wrote, by the model's names."""
+        shard = Checkpoint(self.out, [file])
+        shard.rename(self.names.rename)
+        return shard
 
     def _fill(self, shared: Mapping[str, Tensor], skeleton: Skeleton | None = None) -> None:
         skeleton = skeleton or self.skeleton
@@ -197,7 +206,7 @@ class Walk:
         del block
         notes: list[tuple[list[str], dict[str, Any]]] = []
         for index in range(start, start + count):
-            shard = Checkpoint(self.out, [block_file(index)])
+            shard = self._shard(block_file(index))
             shipped = read_block(shard, self.skeleton, index, self.plan.formats, self.device)
             with record_peaks(shipped) as seen:
                 x_q = run_quantized(shipped, x_q, self.batch)
@@ -300,7 +309,7 @@ class Walk:
             pictures = {name: value.cpu() for name, value in block.pictures.items() if name.startswith(prefix)}
             if pictures:
                 write_tensors(self.out / pictures_file(index), pictures)
-            write_tensors(self.out / block_file(index), tensors)
+            write_tensors(self.out / block_file(index), self.names.stored_all(tensors))
 
     def _write_shared(self, shared: Mapping[str, Tensor]) -> None:
         """Write embeddings, norms and head in their own dtype, or quantized (RTN) where an override says so."""
@@ -315,7 +324,7 @@ class Walk:
                 weight, format = tensors.pop(f"{module}.weight").float(), formats.weight
                 stored = formats.layout.pack(format.quantize(weight, format.qparams(weight)))
                 tensors |= {f"{module}.{key}": value for key, value in stored.items()}
-        write_tensors(self.out / REST, tensors)
+        write_tensors(self.out / REST, self.names.stored_all(tensors))
 
 
 def shared_exponent_of(block: Block, linear: str) -> int | None:

@@ -5,6 +5,7 @@ It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a man
 =============================== ================================================================================
 ``block-00007.safetensors``     decoder layer 7: packed linears, norms, biases, runtime ops
 ``model-rest.safetensors``      embeddings, final norm, head
+``model-carried.safetensors``   tensors that come along as they are, if there are any; see ``carried.py``
 ``model.safetensors.index.json`` the file of each tensor
 ``config.json``, tokenizer      as in the source, plus ``quantization_config``
 ``README.md``                   the model card
@@ -45,6 +46,7 @@ from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import QTensor
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
+from lowbit.runs.carried import CARRIED
 from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
 from lowbit.runs.static_inputs import read_input_qparams
 
@@ -218,7 +220,8 @@ def _short(value: Any) -> str:
 
 def write_folder_index(folder: Path, layers: int) -> None:
     """Write the index of all shards, from their actual content."""
-    files = [*(block_file(i) for i in range(layers)), REST]
+    others = [CARRIED] if (folder / CARRIED).is_file() else []
+    files = [*(block_file(i) for i in range(layers)), REST, *others]
     shards = {file: Checkpoint(folder, [file]).names for file in files}
     write_index(folder, shards)
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from lowbit.checkpoints.resolve import load_config
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Experts
 from lowbit.models.attention import attention_name
+from lowbit.models.build import from_config
 from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
 from lowbit.models.experts_function import run_experts_apart
 from lowbit.models.families import architecture_of
@@ -29,8 +30,8 @@ from lowbit.models.runtime_ops import PREFIX, RuntimeOp
 from lowbit.models.validate import (
     PROBE,
     check_model,
+    open_weights,
     report_build_errors,
-    settle_tied,
 )
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
@@ -41,7 +42,6 @@ from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_sche
 from lowbit.runs.manifest import manifest_of, require_trust
 from lowbit.runs.saving import refuse_saving
 from lowbit.runs.static_inputs import read_input_qparams
-from lowbit.sources.checkpoint import open_checkpoint
 from lowbit.torch_state import own_torch_state
 
 STATIC = ("lowbit_input_scale", "lowbit_input_zero")  # buffers of a linear with a static input
@@ -71,8 +71,7 @@ def load(
     manifest = manifest_of(folder)
     config: Any = load_config(folder, trust_remote_code)
     require_trust(folder, manifest, trust_remote_code)
-    checkpoint = open_checkpoint(folder, config, run=manifest is not None)
-    settle_tied(checkpoint, config)
+    checkpoint, _ = open_weights(folder, config, manifest is not None, trust_remote_code)
     architecture = architecture_of(config)
     scheme = simulated_on(run_scheme(manifest) if manifest else None, target)
     formats = ModelFormats()
@@ -80,7 +79,7 @@ def load(
         formats = run_formats(manifest, scheme, architecture)
     check_model(checkpoint, config, formats.modules, trust_remote_code)
     with report_build_errors(folder), init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: Any = from_config(config, trust_remote_code)
     tied = f"{architecture.head}.weight" if config.tie_word_embeddings else ""
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     shapes = state_shapes(architecture, shapes)

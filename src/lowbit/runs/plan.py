@@ -16,6 +16,7 @@ from torch import nn
 
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.architecture import Architecture
+from lowbit.models.build import empty_model, text_config
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.compressed_tensors import stock_loads, stock_loads_experts
@@ -34,6 +35,7 @@ class Plan:
         formats: formats of the quantized modules and of Q, K and V.
         shapes: ``(out, in)`` of all linears, head and embedding.
         floats: linears (the head included) that stay float.
+        outside: linears of other parts than the text model; they stay float.
         embed, head: their module names.
         tied: embedding and head are one tensor in the result.
         untie: they are one tensor in the source and two in the result, since either is quantized.
@@ -47,6 +49,7 @@ class Plan:
     formats: ModelFormats
     shapes: dict[str, tuple[int, int]]
     floats: tuple[str, ...]
+    outside: tuple[str, ...]
     embed: str
     head: str
     tied: bool
@@ -83,7 +86,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
         for name, formats in planned.items()
         if formats is not None
     }
-    outside = _formats_outside_blocks(scheme, architecture.head, architecture.embed)
+    embeddings = _formats_outside_blocks(scheme, architecture.head, architecture.embed)
     floats = [name for name in shapes if name not in linears]
     rows, columns = skeleton.model.get_input_embeddings().weight.shape
     shapes |= {architecture.head: (rows, columns), architecture.embed: (rows, columns)}
@@ -102,11 +105,12 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
             f"{scheme.name} quantizes Q, K and V, and no layer of this model has an attention function to do it in: "
             "choose a scheme without kv"
         )
-    model_formats = ModelFormats({**linears, **outside}, scheme.kv)
+    model_formats = ModelFormats({**linears, **embeddings}, scheme.kv)
     _check_inputs_of_experts(model_formats)
     _check_groups(scheme, model_formats, shapes)
-    count = {name: shape[0] * shape[1] for name, shape in shapes.items()}
-    untie = skeleton.tied and bool(outside)
+    outside = _outside(skeleton)
+    count = {name: shape[0] * shape[1] for name, shape in (shapes | outside).items()}
+    untie = skeleton.tied and bool(embeddings)
     if skeleton.tied and not untie:
         del count[architecture.head]
     weights = model_formats.weights
@@ -115,6 +119,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
         formats=model_formats,
         shapes=shapes,
         floats=tuple(name for name in [*floats, *unlisted, architecture.head] if name not in weights),
+        outside=tuple(outside),
         embed=architecture.embed,
         head=architecture.head,
         tied=skeleton.tied and not untie,
@@ -208,7 +213,7 @@ def check_sizes(samples: int, length: int, seed: int = 0) -> None:
 
 def check_length(config: Any, length: int) -> None:
     """Refuse windows that are longer than the model's positions."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(text_config(config), "max_position_embeddings", None)
     if limit and length > limit:
         raise LowbitError(f"--length is {length}; this model's positions end at {limit}: give {limit} or less")
 
@@ -233,6 +238,18 @@ def _unlisted(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
             if isinstance(module, nn.Linear) and name not in kind.linears:
                 out[f"{architecture.blocks}.{index}.{name}"] = (module.weight.shape[0], module.weight.shape[1])
     return out
+
+
+def _outside(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
+    """``(out, in)`` of the linears of the model's other parts."""
+    if not skeleton.architecture.text_model:
+        return {}
+    model = empty_model(skeleton.config, skeleton.trusted)
+    return {
+        name: (module.weight.shape[0], module.weight.shape[1])
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and skeleton.architecture.is_outside(name)
+    }
 
 
 def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:

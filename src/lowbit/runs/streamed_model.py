@@ -23,14 +23,13 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_computes,
     check_model,
+    open_weights,
     report_build_errors,
-    settle_tied,
 )
 from lowbit.progress import track
 from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
 from lowbit.runs.folder import read_block, read_dequantized, run_formats, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
-from lowbit.sources.checkpoint import open_checkpoint
 
 # Maximum bytes of hidden states held at once; longer texts take several passes over the blocks.
 HELD_BYTES = 1 << 30
@@ -62,8 +61,7 @@ class StreamedModel:
         require_trust(folder, manifest, trust_remote_code)
         self.device, self.dtype = device, dtype
         self.scheme: Scheme | None = simulated_on(run_scheme(manifest) if manifest else None, target)
-        self.checkpoint = open_checkpoint(folder, self.config, run=manifest is not None)
-        settle_tied(self.checkpoint, self.config)
+        self.checkpoint, _ = open_weights(folder, self.config, manifest is not None, trust_remote_code)
         self.formats = ModelFormats()
         if manifest is not None and self.scheme is not None:
             self.formats = run_formats(manifest, self.scheme, architecture_of(self.config))
@@ -88,7 +86,7 @@ class StreamedModel:
     @property
     def width(self) -> int:
         """Bytes of one token's hidden state."""
-        return int(self.config.hidden_size) * self.dtype.itemsize
+        return int(self.skeleton.text_config.hidden_size) * self.dtype.itemsize
 
     @property
     def blocks(self) -> int:
@@ -97,7 +95,7 @@ class StreamedModel:
 
     def check_length(self, length: int) -> None:
         """Refuse windows that are longer than the model's positions."""
-        limit = getattr(self.config, "max_position_embeddings", None)
+        limit = getattr(self.skeleton.text_config, "max_position_embeddings", None)
         if limit and length > limit:
             raise LowbitError(f"--length is {length}; this model's positions end at {limit}: give {limit} or less")
 

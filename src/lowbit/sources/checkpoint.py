@@ -7,7 +7,7 @@ the difference. The folder's identity stays the digest of its own bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,21 @@ class QuantizedCheckpoint(Checkpoint):
 
     def _broken(self, error: ValueError) -> LowbitError:
         return LowbitError(f"the weights of {self.folder} are broken ({one_line(error)}): fetch the folder again")
+
+    def rename(self, rule: Callable[[str], str]) -> None:
+        """See ``Checkpoint.rename``; layouts keep the names in files."""
+        super().rename(rule)
+        self._weights = {rule(name): weight for name, weight in self._weights.items()}
+        self._floats = {rule(name): header for name, header in self._floats.items()}
+
+    def names_in_files(self, name: str) -> list[str]:
+        """What the tensors are called in their files that hold a tensor."""
+        return [*self._weights[name].parts.values()] if name in self._weights else super().names_in_files(name)
+
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """Names of all tensors in files, and the shard of each."""
+        return self._stored.stored_names
 
     @property
     def files(self) -> list[Path]:

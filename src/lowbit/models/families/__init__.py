@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError, one_line, shown, unknown
 from lowbit.models.architecture import Architecture
+from lowbit.models.build import built_class, is_composite
 from lowbit.models.discovery.known import discovered
+from lowbit.models.families.composite import composite_architecture
 from lowbit.models.families.family import Family
 from lowbit.models.families.gemma import GEMMA2, GEMMA3
 from lowbit.models.families.llama import LLAMA
@@ -82,6 +84,8 @@ def architecture_of(config: Any) -> Architecture:
         LowbitError: the config is of no causal language model, says nothing sensible of its layers, or its structure
             is not found.
     """
+    if is_composite(config) and built_class(config) in (getattr(config, "architectures", None) or ()):
+        return composite_architecture(config, FAMILIES)
     family, layers = family_of(config), getattr(config, "num_hidden_layers", None)
     if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:
         raise LowbitError(

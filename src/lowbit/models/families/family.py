@@ -19,6 +19,8 @@ class Family:
     Attributes:
         name: the name in messages.
         architectures: the values of ``config.architectures`` that the family covers.
+        text_models: classes of text models with these layers, which classes with other parts hold. Their list of
+            layers and their embedding have the names of ``blocks`` and ``embed``, without ``model.``.
         blocks: module path of the list of decoder layers.
         kind: the structure of layer ``index`` of a model with a config: ``kind(config, index)``.
         head: the output head.
@@ -33,6 +35,7 @@ class Family:
     head: str = "lm_head"
     embed: str = "model.embed_tokens"
     refuse: Callable[[Any], str | None] = lambda config: None
+    text_models: tuple[str, ...] = ()
 
     def architecture(self, config: Any) -> Architecture:
         """The architecture of a model with ``config``."""

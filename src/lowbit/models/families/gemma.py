@@ -30,5 +30,9 @@ def gemma3_layer(config: Any, index: int) -> LayerKind:
     return LayerKind(LINEARS, (*NORMS, *heads_and_channels(heads), qk_norms(config, heads, offset=1.0)))
 
 
-GEMMA2 = replace(LLAMA, name="gemma2", architectures=("Gemma2ForCausalLM",), kind=gemma2_layer)
-GEMMA3 = replace(LLAMA, name="gemma3", architectures=("Gemma3ForCausalLM",), kind=gemma3_layer)
+GEMMA2 = replace(
+    LLAMA, name="gemma2", architectures=("Gemma2ForCausalLM",), kind=gemma2_layer, text_models=("Gemma2Model",)
+)
+GEMMA3 = replace(
+    LLAMA, name="gemma3", architectures=("Gemma3ForCausalLM",), kind=gemma3_layer, text_models=("Gemma3TextModel",)
+)

@@ -42,4 +42,5 @@ LLAMA = Family(
     architectures=("LlamaForCausalLM", "MistralForCausalLM"),
     blocks="model.layers",
     kind=llama_layer,
+    text_models=("LlamaModel", "MistralModel"),
 )

@@ -70,5 +70,7 @@ def qwen3_moe_layer(config: Any, index: int) -> LayerKind:
     return _mixture(experts, qk_norms(config, heads), heads)
 
 
-MIXTRAL = replace(LLAMA, name="mixtral", architectures=("MixtralForCausalLM",), kind=mixtral_layer)
-QWEN3_MOE = replace(LLAMA, name="qwen3-moe", architectures=("Qwen3MoeForCausalLM",), kind=qwen3_moe_layer)
+MIXTRAL = replace(LLAMA, name="mixtral", architectures=("MixtralForCausalLM",), kind=mixtral_layer, text_models=())
+QWEN3_MOE = replace(
+    LLAMA, name="qwen3-moe", architectures=("Qwen3MoeForCausalLM",), kind=qwen3_moe_layer, text_models=()
+)

@@ -30,4 +30,4 @@ def phi3_layer(config: Any, index: int) -> LayerKind:
     return LayerKind(((QKV,), (O,), (GATE_UP,), (DOWN,)), edges)
 
 
-PHI3 = replace(LLAMA, name="phi3", architectures=("Phi3ForCausalLM",), kind=phi3_layer)
+PHI3 = replace(LLAMA, name="phi3", architectures=("Phi3ForCausalLM",), kind=phi3_layer, text_models=("Phi3Model",))

@@ -1,4 +1,6 @@
-"""Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k, independent head width).
+"""Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k, independent head width), with their vision models' texts.
+
+Rotary embeddings of three positions (time, height, width) rotate the same pairs as those of one.
 
 A norm over a head cancels any scale of q_proj or k_proj, so the edge between q and k scales the norms' gains.
 
@@ -26,5 +28,16 @@ def qwen3_layer(config: Any, index: int) -> LayerKind:
     return LayerKind(LINEARS, (*norm_edges(), *heads_and_channels(heads), qk_norms(config, heads)))
 
 
-QWEN2 = replace(LLAMA, name="qwen2", architectures=("Qwen2ForCausalLM",))
-QWEN3 = replace(LLAMA, name="qwen3", architectures=("Qwen3ForCausalLM",), kind=qwen3_layer)
+QWEN2 = replace(
+    LLAMA,
+    name="qwen2",
+    architectures=("Qwen2ForCausalLM",),
+    text_models=("Qwen2Model", "Qwen2_5_VLTextModel"),
+)
+QWEN3 = replace(
+    LLAMA,
+    name="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    kind=qwen3_layer,
+    text_models=("Qwen3Model", "Qwen3VLTextModel"),
+)

@@ -20,4 +20,10 @@ def smollm3_layer(config: Any, index: int) -> LayerKind:
     return LayerKind(LINEARS, (*norm_edges(), *heads_and_channels(heads), qk_edge(Q, K, heads, rotary)))
 
 
-SMOLLM3 = replace(LLAMA, name="smollm3", architectures=("SmolLM3ForCausalLM",), kind=smollm3_layer)
+SMOLLM3 = replace(
+    LLAMA,
+    name="smollm3",
+    architectures=("SmolLM3ForCausalLM",),
+    kind=smollm3_layer,
+    text_models=("SmolLM3Model",),
+)
