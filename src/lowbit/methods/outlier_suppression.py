@@ -7,7 +7,8 @@ the float model's activations,
     s = max(1, max|x - z| / t)             scale (section 4.2): channels within the threshold are unchanged
 
 The threshold ``t`` of each norm is searched on a grid below the largest ``max|x - z|``, by the layer's output error
-with quantizers enabled; the unchanged layer is a candidate.
+with quantizers enabled; the unchanged layer is a candidate. Where no bias takes the shift (Llama's norms have none),
+``z`` is 0, and a note says so.
 
 Difference from the paper: each token's error is relative to its float output, so that a few tokens with massive
 activations do not dominate.
@@ -40,7 +41,7 @@ class OutlierSuppression(Method):
     Attributes:
         grid: thresholds per norm, equally spaced from the largest value downwards.
         sequences: calibration sequences that score a candidate.
-        shift: centre channels where biases can absorb the shift.
+        shift: centre channels where the norm and all its readers have a bias that takes the shift.
     """
 
     grid: int = 20
@@ -71,9 +72,15 @@ class OutlierSuppression(Method):
 
     def _layer(self, layer: Block, calib: Calib) -> Block:
         figures: dict[str, dict[str, float | int]] = {}
+        unshifted: list[str] = []
         for edge in first_edges(edge for edge in layer.edges() if edge.kind == "norm" and edge.scales):
             if any(dst.module in layer.formats for dst in edge.readers):
                 layer, figures[edge.src.module] = self._edge(layer, edge, calib)
+                if self.shift and not can_shift(layer, edge):
+                    unshifted.append(edge.src.module)
+        if unshifted:
+            text = f"no bias takes a shift at {', '.join(unshifted)}: channels are scaled around 0"
+            layer = layer.with_notes("outlier-suppression+", text)
         return layer.with_record("outlier-suppression+", figures)
 
     def _edge(self, block: Block, edge: Edge, calib: Calib) -> tuple[Block, dict[str, float | int]]:
@@ -93,6 +100,8 @@ class OutlierSuppression(Method):
             if error < best_error:
                 best, best_error = candidate, error
                 figures |= {"threshold": threshold, "scaled_channels": int((scale > 1).sum())}
+                if shift is not None:
+                    figures["largest_shift"] = float(shift.abs().max())
         return best, figures | {"error": best_error}
 
 
