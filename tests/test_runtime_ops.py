@@ -7,7 +7,10 @@ import torch
 
 from contracts import check_op
 from lowbit.errors import LowbitError
-from lowbit.models.runtime_ops import OPS, PREFIX, Clip, Gather, Matrix, RuntimeOp, parse_tensor_name, tensor_name
+from lowbit.models.ops import OPS
+from lowbit.models.outlier_columns import OutlierColumns
+from lowbit.models.reorder import Reorder
+from lowbit.models.runtime_ops import PREFIX, Clip, Gather, Matrix, RuntimeOp, parse_tensor_name, tensor_name
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.runtimes import RuntimeInput
@@ -27,6 +30,12 @@ CASES: dict[str, tuple[RuntimeOp, int, int]] = {
         Gather(torch.tensor([5, 1, 5, 3, 4, 5, 6, 7]), draw(WIDTH), torch.tensor([7, -1, 7, -1, -1, -1, -1, -1])),
         3 * 8 * 32,
         8,
+    ),
+    "reorder": (Reorder(torch.tensor([5, 1, 2, 7, 4, 3, 6, 0])), 8 * 32, 0),
+    "outlier columns": (
+        OutlierColumns(torch.tensor([0, 1, 0, 0, 1, 0, 0, 0], dtype=torch.uint8), draw(3, 2).half()),
+        8 * 8 + 3 * 2 * 16,
+        6,
     ),
     "clip": (Clip(torch.tensor([0.7, 0.9])), 2 * 32, 0),
     "clip with offsets": (Clip(torch.tensor([0.7, 0.9]), 0.3 * draw(WIDTH)), 10 * 32, 8),
@@ -57,7 +66,7 @@ def test_an_op_survives_its_tensors(op, bits, macs):
     assert torch.equal(back(x, format), op(x, format))
     for value in stored.values():
         assert value.is_contiguous()
-        assert value.dtype in (torch.float32, torch.int32)
+        assert value.dtype in (torch.float32, torch.float16, torch.int32, torch.uint8)
     assert torch.equal(op.to("cpu")(x, format), op(x, format))
 
 
@@ -98,6 +107,12 @@ def _literal(op: RuntimeOp, x: list[float]) -> list[float]:
             if new >= 0:
                 merged[new] += x[old]
         return [value * float(factor) for value, factor in zip(merged, op.factor, strict=True)]
+    if isinstance(op, Reorder):
+        return [x[int(i)] for i in op.idx]
+    if isinstance(op, OutlierColumns):
+        rest = [0.0 if kept else value for kept, value in zip(op.kept.tolist(), x, strict=True)]
+        rounded = _literal(Clip(torch.ones(2)), rest)
+        return [value if kept else near for kept, value, near in zip(op.kept.tolist(), x, rounded, strict=True)]
     assert isinstance(op, Clip)
     low, high = min(0.0, *x) * float(op.ratios[0]), max(0.0, *x) * float(op.ratios[1])
     scale = (high - low) / 15
@@ -111,6 +126,7 @@ def test_worked_values():
     x = torch.tensor([2.0, 4.0, 5.0, 8.0])
     assert Matrix(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))(torch.tensor([3.0, 5.0])).tolist() == [5.0, 6.0]
     assert Gather(torch.tensor([3, 3, 1, 0]), torch.tensor([0.5, 0.5, 1.0, 1.0]))(x).tolist() == [4.0, 4.0, 4.0, 2.0]
+    assert Reorder(torch.tensor([3, 1, 0, 2]))(x).tolist() == [8.0, 4.0, 2.0, 5.0]
     # Symmetric at 4 bits, absmax 8 clipped to 7.5: a step is 1, and 8 ends at code 7.
     clip, format = Clip(torch.tensor([1.0, 0.9375]), torch.tensor([0.0, 0.6, 0.0, 0.0])), IntTokens(4, symmetric=True)
     assert clip(x, format).tolist() == [2.0, 5.0, 5.0, 7.0]
@@ -150,6 +166,16 @@ def test_gradients_reach_what_is_learned(name):
         ("gather", {"idx": torch.full((8,), -1, dtype=torch.int32)}, "has channel indices out of range"),
         ("gather", {"into": torch.full((8,), 8, dtype=torch.int32)}, "has channel indices out of range"),
         ("gather", {"into": torch.full((8,), -2, dtype=torch.int32)}, "has channel indices out of range"),
+        ("reorder", {"idx": torch.zeros(8, dtype=torch.int32)}, "has a channel twice or none of it"),
+        ("reorder", {"idx": torch.arange(1, 9, dtype=torch.int32)}, "has a channel twice or none of it"),
+        ("reorder", {"idx": torch.arange(7, dtype=torch.int32)}, "is expected"),
+        ("outlier columns", {"kept": torch.ones(7, dtype=torch.uint8)}, "is expected"),
+        ("outlier columns", {"kept": torch.full((8,), 2, dtype=torch.uint8)}, "is expected"),
+        ("outlier columns", {"kept": torch.tensor([0, 2, 0, 0, 1, 0, 0, 0], dtype=torch.uint8)}, "other than 0 and 1"),
+        ("outlier columns", {"kept": torch.tensor([0.0, 1, 0, 0, 1, 0, 0, 0])}, "other than 0 and 1"),
+        ("outlier columns", {"columns": torch.ones(3, 1)}, "is expected"),
+        ("outlier columns", {"columns": torch.ones(6)}, "is expected"),
+        ("outlier columns", {"columns": None}, "is expected"),
         ("clip", {"ratios": torch.ones(3)}, "is expected"),
         ("clip", {"offset": torch.ones(7)}, "is expected"),
         ("clip", {"ratios": None}, "is expected"),
@@ -158,7 +184,7 @@ def test_gradients_reach_what_is_learned(name):
 def test_tensors_that_are_no_such_op_are_refused(kind, change, message):
     stored = {name: value for name, value in (CASES[kind][0].to_tensors() | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        OPS[kind].from_tensors(stored, WIDTH)
+        type(CASES[kind][0]).from_tensors(stored, WIDTH)
     with pytest.raises(ValueError, match="is expected"):
         OPS["matrix"].from_tensors(CASES["matrix"][0].to_tensors(), WIDTH + 1)
 
@@ -175,3 +201,26 @@ def test_names_in_files():
     assert parse_tensor_name(f"a.{PREFIX}.rotation.angles") == ("a", "rotation", "angles")
     for other in ("model.layers.3.mlp.up_proj.weight", "a.runtime", "a.runtime.gather", "runtime.gather.idx", ""):
         assert parse_tensor_name(other) is None
+
+
+def test_outlier_columns_take_their_place_in_the_weight_and_nowhere_else():
+    op = CASES["outlier columns"][0]
+    codes = draw(3, WIDTH, seed=2)
+    weight = op.weight(codes)
+    assert torch.equal(weight[:, [1, 4]], op.columns.float())
+    assert torch.equal(weight[:, [0, 2, 3, 5, 6, 7]], codes[:, [0, 2, 3, 5, 6, 7]])
+    others = [other for name, (other, _, _) in CASES.items() if name != "outlier columns"]
+    assert all(other.weight(codes) is codes for other in others)
+    x = draw(5, WIDTH, seed=1)
+    assert op(x) is x  # float inputs stay
+
+
+def test_outliers_do_not_widen_the_range_of_the_others():
+    op, format = CASES["outlier columns"][0], IntTokens(4, symmetric=False)
+    x = draw(5, WIDTH, seed=1)
+    x[:, 1] *= 1000
+    rest = x.clone()
+    rest[:, [1, 4]] = 0
+    wanted = format.fake_quant(rest)
+    wanted[:, [1, 4]] = x[:, [1, 4]]
+    assert torch.equal(op(x, format), wanted)

@@ -18,7 +18,8 @@ from lowbit.errors import LowbitError
 from lowbit.exporters import EXPORTERS, exporter_of
 from lowbit.exporters.fit import check
 from lowbit.exporters.run import Run, Subject, open_run
-from lowbit.models.runtime_ops import OPS, RuntimeOp
+from lowbit.models.ops import OPS
+from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, with_overrides
 

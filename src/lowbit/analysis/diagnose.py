@@ -246,7 +246,7 @@ def _measured(
         block, quantized = exact.block(index), ours.block(index)
         for full in names[index]:
             name = full.removeprefix(f"{block.blocks}.")
-            params = {**block.params, f"{name}.weight": quantized.qweights[name].dequantize()}
+            params = {**block.params, f"{name}.weight": quantized.dequantized(name)}
             alone = replace(block, formats={name: quantized.formats[name]}, ops=quantized.ops)
             yield run_all(alone, x, params, quantized=True, batch=len(x))
 

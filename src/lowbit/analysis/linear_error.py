@@ -93,7 +93,7 @@ def _alone(layer: Block, name: str, x: Tensor, y: Tensor, replay: ExpertsReplay)
 
     For an expert's linear that expert runs alone: the others' outputs are those of the float pass, ``replay``.
     """
-    params: Mapping[str, Tensor] = {**layer.params, f"{name}.weight": layer.qweights[name].dequantize()}
+    params: Mapping[str, Tensor] = {**layer.params, f"{name}.weight": layer.dequantized(name)}
     expert = layer.expert_of(name)
     again = None if expert is None else replay.alone(expert)
     if layer.input_format(name) is None:

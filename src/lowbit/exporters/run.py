@@ -18,7 +18,8 @@ from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, shown, unknown
 from lowbit.models.families import architecture_of
-from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
+from lowbit.models.ops import OPS
+from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name
 from lowbit.models.validate import check_model, open_weights
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QTensor

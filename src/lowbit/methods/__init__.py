@@ -8,6 +8,7 @@ from __future__ import annotations
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
+from lowbit.methods.llm_int8 import LLMInt8
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.method import Method
 from lowbit.methods.outlier_suppression import OutlierSuppression
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "smoothquant": SmoothQuant,
     "signs": Signs,
     "outlier-suppression+": OutlierSuppression,
+    "llm-int8": LLMInt8,
     "awq": AWQ,
     "gptq": GPTQ,
     "affinequant": AffineQuant,

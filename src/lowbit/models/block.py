@@ -218,7 +218,12 @@ class Block:
 
         Those of experts are dequantized whenever they are read: a layer may have hundreds, and runs one at a time.
         """
-        return self._computed(self.params, {name: q.dequantize for name, q in self.qweights.items()})
+        return self._computed(self.params, {name: partial(self.dequantized, name) for name in self.qweights})
+
+    def dequantized(self, linear: str) -> Tensor:
+        """The weight ``(out, in)`` that a quantized linear computes with: its codes', as its runtime op changes it."""
+        weight, op = self.qweights[linear].dequantize(), self.ops.get(linear)
+        return weight if op is None else op.weight(weight)
 
     def _computed(
         self, params: Mapping[str, Tensor], weights: Mapping[str, Callable[[], Tensor]]

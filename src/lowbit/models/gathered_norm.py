@@ -1,5 +1,7 @@
 """RMS norm and gather in one module: ``x[idx] * rstd * gamma[idx] / T``, with ``rstd`` of the original channels.
 
+A reorder is a gather whose factors are 1.
+
 Source: QLLM, Liu et al., arXiv 2310.08041, section 3.2: the gather of reassembled channels after a norm costs no
 extra pass where the norm reads its input in the new order. The products are taken in the order of the library's norm
 and of ``runtime_ops.Gather``, so that the result is theirs bit for bit; folding ``gamma / T`` into one number would
@@ -13,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lowbit.models.reorder import Reorder
 from lowbit.models.runtime_ops import Gather, RuntimeOp, take_channels
 
 
@@ -56,12 +59,14 @@ class GatheredRMSNorm(nn.Module):
 def gathered_norm(norm: nn.Module, norm_offset: float, op: RuntimeOp) -> GatheredRMSNorm | None:
     """The module that replaces ``norm`` and its gather, or ``None`` where they cannot be fused.
 
-    ``None`` for a LayerNorm (it subtracts the mean and has a bias) and for any op other than a gather.
+    ``None`` for a LayerNorm (it subtracts the mean and has a bias) and for any op other than a gather or a reorder.
     """
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     weight = norm.get_parameter("weight")
     if isinstance(norm, nn.LayerNorm) or eps is None or not isinstance(weight, nn.Parameter):
         return None
+    if isinstance(op, Reorder):
+        op = op.gather
     if not isinstance(op, Gather) or "RMSNorm" not in type(norm).__name__:
         return None
     return GatheredRMSNorm(weight, float(eps), norm_offset, op)

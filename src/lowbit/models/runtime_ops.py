@@ -4,11 +4,15 @@ Each kind is one class that defines where the op is attached, what it computes, 
 Loaders and exporters list the kinds that they support (``lowbit.load``: all; exporters: see ``Exporter.ops``) and
 refuse all others before any work.
 
-============ ================== ====================================================================================
-``Matrix``   after a norm       ``x P``
-``Gather``   after a norm       ``x[idx] * factor``, merged channels added first
-``Clip``     before a linear    clipping ratios for the ranges of its quantized input, and offsets before rounding
-============ ================== ====================================================================================
+================== ================== ==============================================================================
+``Matrix``         after a norm       ``x P``
+``Gather``         after a norm       ``x[idx] * factor``, merged channels added first
+``Reorder``        after a norm       ``x[idx]``, every channel once (``reorder.py``)
+``Clip``           before a linear    clipping ratios for the ranges of its quantized input, offsets before rounding
+``OutlierColumns`` before a linear    some channels and the weight's columns stay in float (``outlier_columns.py``)
+================== ================== ==============================================================================
+
+``ops.py`` lists them by name.
 """
 
 from __future__ import annotations
@@ -44,6 +48,10 @@ class RuntimeOp(ABC):
     @abstractmethod
     def __call__(self, x: Tensor, format: ActFormat | None = None) -> Tensor:
         """Apply the op to ``x`` ``(..., width)``; ``format``: of the linear's input, for ops before a linear."""
+
+    def weight(self, dequantized: Tensor) -> Tensor:
+        """The weight ``(out, in)`` of the linear that it stands before, from its dequantized codes: as they are."""
+        return dequantized
 
     @property
     @abstractmethod
@@ -250,9 +258,6 @@ class Clip(RuntimeOp):
         shapes: dict[str, tuple[int, ...]] = {"ratios": (2,)}
         expect_shapes(tensors, shapes | ({"offset": (width,)} if "offset" in tensors else {}))
         return cls(tensors["ratios"].float(), tensors["offset"].float() if "offset" in tensors else None)
-
-
-OPS: dict[str, type[RuntimeOp]] = {op.kind: op for op in (Matrix, Gather, Clip)}
 
 
 def expect_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -162,10 +162,10 @@ class Tuning:
     def _through(self, index: int, x: Tensor) -> Tensor:
         """Hidden states after a layer quantized with the current parameters."""
         block, latents = self._read(index)
-        quantized = {
-            f"{name}.weight": format.fake_quant(weight, qparams)
-            for name, (weight, qparams, format) in self._linears(block, latents).items()
-        }
+        quantized: dict[str, Tensor] = {}
+        for name, (weight, qparams, format) in self._linears(block, latents).items():
+            value, op = format.fake_quant(weight, qparams), block.ops.get(name)
+            quantized[f"{name}.weight"] = value if op is None else op.weight(value)
         return run(block, x, {**block.params, **self._own_gains(index), **quantized}, quantized=True)
 
     def _own_gains(self, index: int) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_bytes, write_json
 from lowbit.models.build import auto_class
 from lowbit.models.description import to_dict
-from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
+from lowbit.models.ops import OPS
+from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name
 from lowbit.models.stored_names import StoredNames
 from lowbit.pipeline.opened import Opened
 from lowbit.progress import say

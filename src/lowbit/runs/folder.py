@@ -42,7 +42,8 @@ from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Architecture
 from lowbit.models.block import Block
-from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name
+from lowbit.models.ops import OPS
+from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import QTensor
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict

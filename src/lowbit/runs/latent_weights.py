@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import write_tensors
 from lowbit.models.block import Block
-from lowbit.models.runtime_ops import OPS, RuntimeOp, parse_tensor_name, tensor_name
+from lowbit.models.ops import OPS
+from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name, tensor_name
 from lowbit.quant.format import Format, QParams, QTensor
 
 INPUT = "input"  # in the names of a static input's qparams
@@ -97,7 +98,7 @@ class Latents:
             if (parsed := parse_tensor_name(name)) is not None:
                 op_tensors.setdefault(parsed[:2], {})[parsed[2]] = value
         self.ops: dict[str, RuntimeOp] = {
-            module: OPS[kind].from_tensors(tensors, max(len(value) for value in tensors.values()))
+            module: OPS[kind].from_tensors(tensors, self._width(module, tensors))
             for (module, kind), tensors in op_tensors.items()
         }
         inputs = {n.removesuffix(f".{INPUT}.scale") for n in content if n.endswith(f".{INPUT}.scale")}
@@ -107,3 +108,7 @@ class Latents:
         known = {f"{name}.{key}" for name in self.places for key in ("places", "scale", "zero")}
         known |= {f"{name}.{INPUT}.{key}" for name in inputs for key in QParams._fields}
         self.params = {n: v for n, v in content.items() if n not in known and parse_tensor_name(n) is None}
+
+    def _width(self, module: str, tensors: Mapping[str, Tensor]) -> int:
+        """Channels of an op: inputs of the linear that it stands before, or the longest of its tensors."""
+        return self.places[module].shape[1] if module in self.places else max(len(value) for value in tensors.values())

@@ -6,7 +6,7 @@ quantizes the inputs of quantized linears, and a registered attention function q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from lowbit.checkpoints.resolve import load_config
+from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, one_line
-from lowbit.models.architecture import Experts
+from lowbit.models.architecture import Architecture, Experts
 from lowbit.models.attention import attention_name
 from lowbit.models.build import from_config
 from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
@@ -84,6 +85,13 @@ def load(
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
     shapes = state_shapes(architecture, shapes)
     state = read_dequantized(checkpoint, shapes, formats.modules)
+    layers = list(model.get_submodule(architecture.blocks))
+    layer_ops = _ops_of(checkpoint, architecture, layers)
+    for index, own_ops in enumerate(layer_ops):
+        for name, op in own_ops.items():
+            if op.place == "before a linear":
+                parameter = f"{architecture.blocks}.{index}.{name}.weight"
+                state[parameter] = op.weight(state[parameter])
     for module in architecture.transposed() & formats.modules.keys():
         state[f"{module}.weight"] = state[f"{module}.weight"].mT.contiguous()  # codes are (out, in)
     state = as_the_library_stores(architecture, {name: value.to(device, dtype) for name, value in state.items()})
@@ -93,17 +101,16 @@ def load(
     if missing:
         raise LowbitError(f"{folder} lacks {len(missing)} tensors of its model, including '{missing[0]}'")
     ops = []
-    for index, layer in enumerate(model.get_submodule(architecture.blocks)):
+    for index, (layer, own_ops) in enumerate(zip(layers, layer_ops, strict=True)):
         offsets = architecture.layers[index].norm_offsets
         own, prefix = architecture.layers[index].experts, f"{architecture.blocks}.{index}."
-        layer_ops = read_ops(checkpoint, architecture, parameter_shapes(architecture.layers[index], layer), index)
-        for name, op in layer_ops.items():
+        for name, op in own_ops.items():
             ops.append(op)
             if own is None or own.place(name) is None:
                 _attach(layer, name, op.to(device), offsets.get(name, 0.0))
         if own is not None:
             run_experts_apart(
-                layer.get_submodule(own.module), own, _expert_inputs(own, prefix, formats, layer_ops, device)
+                layer.get_submodule(own.module), own, _expert_inputs(own, prefix, formats, own_ops, device)
             )
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
     qparams = read_input_qparams(checkpoint, formats.modules, device)
@@ -118,6 +125,15 @@ def load(
     with report_build_errors(folder), torch.no_grad():  # as ``check_computes``; every layer is in memory already
         model(torch.zeros(1, PROBE, dtype=torch.int64, device=device), use_cache=False)
     return model
+
+
+def _ops_of(
+    checkpoint: Checkpoint, architecture: Architecture, layers: Sequence[nn.Module]
+) -> list[dict[str, RuntimeOp]]:
+    """The runtime ops of every layer, by module names within it."""
+    kinds = zip(architecture.layers, layers, strict=True)
+    shapes = [parameter_shapes(kind, layer) for kind, layer in kinds]
+    return [read_ops(checkpoint, architecture, own, index) for index, own in enumerate(shapes)]
 
 
 def _expert_inputs(
