@@ -9,6 +9,7 @@ from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.llm_int8 import LLMInt8
+from lowbit.methods.lkd import LayerDistillation
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.method import Method
 from lowbit.methods.outlier_suppression import OutlierSuppression
@@ -31,5 +32,6 @@ METHODS: dict[str, type[Method]] = {
     "reassemble": Reassemble,
     "refit": Refit,
     "lowrank": LowRank,
+    "lkd": LayerDistillation,
 }
 AFTER: dict[str, type[Tune]] = {"tune": Tune}
