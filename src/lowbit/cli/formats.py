@@ -23,6 +23,7 @@ from lowbit.quant.kquants import SUPERBLOCK
 from lowbit.quant.scales import Integers, Plain, PowerOfTwo
 from lowbit.quant.scheme import NAMED, WEIGHTS, parse_scheme
 from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
+from lowbit.quant.static_clusters import StaticClusters
 
 COLUMNS = 4096  # width of the weight for which bits per weight are shown
 
@@ -121,6 +122,8 @@ def inputs_text(format: ActFormat | None) -> str:
     """
     if isinstance(format, IntegerActs):
         static = ", static" if isinstance(format, StaticInt) else ""
+        if isinstance(format, StaticClusters):
+            static = f", static, {format.clusters} ranges"
         return f"{format.bits} bits {'sym' if format.symmetric else 'asym'}{static}"
     if isinstance(format, Nvfp4Acts):
         return f"{E2M1.name}, groups of {format.group}"

@@ -39,6 +39,7 @@ from lowbit.quant.format import QTensor
 from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.layouts import LAYOUTS
 from lowbit.quant.static_activations import StaticInt
+from lowbit.quant.static_clusters import StaticClusters
 from lowbit.runs.manifest import MANIFEST
 
 ACT_BITS = (4, 8)
@@ -54,7 +55,7 @@ def limits(subject: Subject) -> Misfit | None:
         if isinstance(format, FloatFormat):
             return Misfit("layout", f"{module} in {format.name} needs no export: vLLM reads the run folder itself")
     act = subject.act
-    if isinstance(act, StaticInt):
+    if isinstance(act, StaticInt | StaticClusters):
         return Misfit("act", f"inputs are quantized to {act.name}; this target writes dynamic ranges only")
     if act is not None and not isinstance(act, IntTokens):
         return Misfit("layout", f"inputs in {act.name} need no export: vLLM reads the run folder itself")

@@ -15,6 +15,7 @@ from lowbit.methods.method import Method
 from lowbit.methods.outlier_suppression import OutlierSuppression
 from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.refit import Refit
+from lowbit.methods.rptq import RPTQ
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import Signs
 from lowbit.methods.smoothquant import SmoothQuant
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "smoothquant": SmoothQuant,
     "signs": Signs,
     "outlier-suppression+": OutlierSuppression,
+    "rptq": RPTQ,
     "llm-int8": LLMInt8,
     "awq": AWQ,
     "gptq": GPTQ,

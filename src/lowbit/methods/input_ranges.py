@@ -7,14 +7,16 @@ Linears that read one tensor share its range.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lowbit.methods.inputs import input_groups
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import observe
 from lowbit.quant.format import QParams
-from lowbit.quant.range_estimators import ValueCounts, clipped_share
+from lowbit.quant.range_estimators import ClusterCounts, ValueCounts, clipped_share
 from lowbit.quant.static_activations import StaticActs
+from lowbit.quant.static_clusters import StaticClusters
 
 
 def static_groups(block: Block) -> list[tuple[tuple[str, ...], StaticActs]]:
@@ -23,27 +25,45 @@ def static_groups(block: Block) -> list[tuple[tuple[str, ...], StaticActs]]:
     return [(group, format) for group, format in groups if isinstance(format, StaticActs)]
 
 
-def with_input_ranges(block: Block, calib: Calib) -> Block:
+def with_input_ranges(block: Block, calib: Calib, sizes: Mapping[str, Sequence[int]] | None = None) -> Block:
     """The block with qparams for every static input that has none.
 
     The ends of each range and the share of values outside are in the record, under ``input_ranges``. Values are those
     of the float layers on ``calib.x_q``, and the estimator is ``calib.input_range``.
+
+    Args:
+        block: the block.
+        calib: the hidden states before it.
+        sizes: channels of each cluster by linear, for inputs with a range for each; equal parts for others.
     """
     missing = [(group, format) for group, format in static_groups(block) if group[0] not in block.input_qparams]
     if not missing:
         return block
-    seen = {group[0]: ValueCounts() for group, _ in missing}
+    seen = {group[0]: _counts(block, group[0], format, sizes or {}) for group, format in missing}
     observe(block, calib.x_q, {name: counts.add for name, counts in seen.items()}, batch=calib.batch)
     found: dict[str, QParams] = {}
     figures: dict[str, dict[str, float]] = {}
     for group, format in missing:
         counts = seen[group[0]]
-        low, high = calib.input_range.range(counts, format)
+        if isinstance(counts, ClusterCounts):
+            low, high, share = calib.input_range.of_clusters(counts, format)
+        else:
+            low, high = calib.input_range.range(counts, format)
+            share = clipped_share(counts, low, high)
         qparams = format.qparams(low.to(block.device), high.to(block.device))
         found |= dict.fromkeys(group, qparams)
-        share = clipped_share(counts, low, high)
-        figures |= {name: {"low": float(low), "high": float(high), "clipped": share} for name in group}
+        ends = {"low": float(low.min()), "high": float(high.max()), "clipped": share}
+        figures |= {name: ends for name in group}
     return replace(block, input_qparams={**block.input_qparams, **found}).with_record("input_ranges", figures)
+
+
+def _counts(
+    block: Block, linear: str, format: StaticActs, sizes: Mapping[str, Sequence[int]]
+) -> ValueCounts | ClusterCounts:
+    """Counts of all values of a linear's input, or of those of each cluster of its channels."""
+    if not isinstance(format, StaticClusters):
+        return ValueCounts()
+    return ClusterCounts(sizes.get(linear) or format.parts(block.weight(linear).shape[1]))
 
 
 def without_input_ranges(block: Block) -> Block:

@@ -234,9 +234,9 @@ def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor,
     params, clips, ops = dict(block.params), dict(block.clips), dict(block.ops)
     if isinstance(edge.src, Projection):
         assert into is None, "a mean of products does not fold"
-        _gather(params, clips, edge.src, idx, divisor)
+        gather_rows(params, clips, edge.src, idx, divisor)
         if edge.partner is not None:
-            _gather(params, clips, edge.partner, idx, torch.ones_like(divisor))
+            gather_rows(params, clips, edge.partner, idx, torch.ones_like(divisor))
     else:
         ops[edge.src.module] = gather_behind(ops.get(edge.src.module), idx, divisor, into)
     readers = [dst.module for dst in edge.readers]
@@ -258,7 +258,7 @@ def gather_behind(op: RuntimeOp | None, idx: Tensor, divisor: Tensor, into: Tens
     return Matrix(gather(op.matrix))
 
 
-def _gather(
+def gather_rows(
     params: dict[str, Tensor],
     clips: dict[str, tuple[Tensor, Tensor]],
     projection: Projection,

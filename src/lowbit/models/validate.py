@@ -23,6 +23,7 @@ from lowbit.models.stored_experts import settle_experts
 from lowbit.models.stored_names import StoredNames, use_model_names
 from lowbit.progress import say, track
 from lowbit.quant.scheme import ModuleFormats
+from lowbit.quant.static_clusters import SIZES
 from lowbit.sources.checkpoint import open_checkpoint
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
@@ -260,6 +261,11 @@ def _check_packed(
             raise LowbitError(
                 f"'{full}' in {checkpoint.folder} is {stored[full].dtype} {stored[full].shape}; config.json and "
                 f"lowbit.json imply {due.dtype} {due.shape}: they do not match"
+            )
+        if name == SIZES and (said := int(checkpoint.read([full])[full].sum())) != columns:
+            raise LowbitError(
+                f"'{full}' in {checkpoint.folder} has clusters of {said} channels, config.json implies {columns}: they "
+                "do not match"
             )
         if name == "weight_shape" and (said := checkpoint.read([full])[full].tolist()) != list(shape):
             raise LowbitError(

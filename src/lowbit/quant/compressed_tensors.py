@@ -23,6 +23,7 @@ from lowbit.quant.layouts import FP8, OWN, PACKED, PLAIN
 from lowbit.quant.scales import PowerOfTwo, TwoLevel
 from lowbit.quant.scheme import ModelFormats, ModuleFormats
 from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
+from lowbit.quant.static_clusters import StaticClusters
 
 MIXED = "mixed-precision"
 
@@ -39,6 +40,8 @@ def stock_loads(formats: ModelFormats, embed: str, two_d_inputs: bool) -> str | 
         return "Q, K and V quantized in the attention are not part of the compressed-tensors format"
     if (own := next((m.weight.name for m in modules.values() if m.layout is OWN), None)) is not None:
         return f"{own} is a format of llama.cpp, not part of the compressed-tensors format"
+    if (act := next((a for a in _input_formats(formats) if isinstance(a, StaticClusters)), None)) is not None:
+        return f"{act.name} inputs have a range for each cluster of channels, which compressed-tensors lacks"
     if embed in modules and modules[embed].layout not in (PLAIN, FP8):
         return f"embeddings in {modules[embed].weight.name} do not load"
     activations = _input_formats(formats)
@@ -207,6 +210,9 @@ def inputs_args(format: ActFormat | None) -> dict[str, Any] | None:
     if isinstance(format, Nvfp4Acts):
         shape = {"strategy": "tensor_group", "group_size": format.group, "scale_dtype": "torch.float8_e4m3fn"}
         return {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": "local", **shape}
+    if isinstance(format, StaticClusters):
+        # No loader knows these; a number of bits that is none makes one fail with the format's name.
+        return {"num_bits": format.name, "type": "int", "symmetric": format.symmetric, "dynamic": False}
     if not isinstance(format, IntegerActs):
         raise LowbitError(f"a compressed-tensors layout holds integer and float input formats; {format.name} given")
     static = isinstance(format, StaticInt)

@@ -11,6 +11,7 @@ any order. The ends themselves are kept exactly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -64,6 +65,27 @@ class ValueCounts:
         return middles.clamp(self.low, self.high), self.counts[bins[order]]
 
 
+@dataclass
+class ClusterCounts:
+    """Counts of the values of clusters of consecutive channels, each as ``ValueCounts``.
+
+    Attributes:
+        sizes: channels of each cluster.
+        parts: the counts of each.
+    """
+
+    sizes: Sequence[int]
+    parts: list[ValueCounts] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = [ValueCounts() for _ in self.sizes]
+
+    def add(self, x: Tensor) -> None:
+        """Count the values of ``(..., width)``."""
+        for part, values in zip(self.parts, x.split(list(self.sizes), -1), strict=True):
+            part.add(values)
+
+
 @dataclass(frozen=True)
 class RangeEstimator:
     """How a static range follows from the values seen.
@@ -113,6 +135,23 @@ class RangeEstimator:
         if self.kind == "mse" and format.learns_range:
             return _least_error(seen, format)
         return seen.low, seen.high
+
+
+    def of_clusters(self, seen: ClusterCounts, format: StaticActs) -> tuple[Tensor, Tensor, float]:
+        """Ends of the clusters' ranges, float32 ``(width,)`` each, and the share of values outside.
+
+        >>> from lowbit.quant.static_activations import StaticInt
+        >>> seen = ClusterCounts([2, 1])
+        >>> seen.add(torch.tensor([[1.0, 2.0, -9.0], [0.5, 0.0, 3.0]]))
+        >>> low, high, clipped = RangeEstimator("min-max").of_clusters(seen, StaticInt(8, symmetric=False))
+        >>> low.tolist(), high.tolist(), clipped
+        ([0.0, 0.0, -9.0], [2.0, 2.0, 3.0], 0.0)
+        """
+        ranges = [self.range(part, format) for part in seen.parts]
+        shares = [clipped_share(part, *found) * size for part, found, size in zip(seen.parts, ranges, seen.sizes, strict=True)]
+        low, high = (torch.cat([found[end] for found in ranges]) for end in (0, 1))
+        sizes = torch.tensor(list(seen.sizes))
+        return low.repeat_interleave(sizes), high.repeat_interleave(sizes), sum(shares) / sum(seen.sizes)
 
 
 MSE = RangeEstimator()

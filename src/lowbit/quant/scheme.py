@@ -1,6 +1,6 @@
 """Schemes: the formats of weights, activations, and keys and values, with overrides by module name.
 
-A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static]``:
+A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static[n]]``:
 
 ========= ==========================================================================================
 ``w4``    weights of the blocks' linears at 4 bits, one scale per output channel unless ``g`` is given
@@ -12,6 +12,7 @@ A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|
           ``-sym-asym``: symmetric weights, asymmetric activations
 ``-static`` one calibrated range per input tensor, stored with the weight; ``a16`` then is 16-bit integers.
           Weights are symmetric and inputs asymmetric unless ``-sym`` or ``-asym`` sets both
+``-static32`` up to 32 calibrated ranges per input tensor, each of consecutive channels; 4, 6 or 8 bits
 ========= ==========================================================================================
 
 Others are names of formats (``NAMED``): floating point with the same format for inputs (``mxfp4``, ``fp8``) or float
@@ -49,12 +50,14 @@ from lowbit.quant.layouts import layout_of
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 from lowbit.quant.scale_dtype import suffix_of, with_suffix
 from lowbit.quant.static_activations import NVFP4_ACTS, StaticActs, StaticInt
+from lowbit.quant.static_clusters import MOST_CLUSTERS, StaticClusters
 from lowbit.quant.tables import TABLES
 
-_NAME = re.compile(r"w(\d+)a(\d+|fp8)(?:kv(\d+))?(?:g(\d+))?(-sym-asym|-sym|-asym)?(-static)?")
+_NAME = re.compile(r"w(\d+)a(\d+|fp8)(?:kv(\d+))?(?:g(\d+))?(-sym-asym|-sym|-asym)?(?:-(static)(\d+)?)?")
 _SPEC = re.compile(r"w(\d+)(?:g(\d+))?(-sym|-asym)?")
 WEIGHT_BITS, ACT_BITS, KV_BITS = range(2, 9), (4, 6, 8, 16), (4, 8)
-GRAMMAR = "w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static]"
+CLUSTERED_BITS = ("4", "6", "8")
+GRAMMAR = "w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static[n]]"
 OVERRIDE_GRAMMAR = "w{2..8}[g{n}][-sym|-asym]"
 # Weight formats that have names of their own.
 WEIGHTS: dict[str, Format] = {**FLOATS, **K_QUANTS, **TABLES}
@@ -226,13 +229,13 @@ def parse_scheme(name: str) -> Scheme:
         raise LowbitError(
             f"unknown scheme '{name}': give {GRAMMAR}, for example w4a16g64-sym or w8a8, or one of {', '.join(NAMED)}"
         )
-    weight, act, kv, group, suffix, static = match.groups()
+    weight, act, kv, group, suffix, static, clusters = match.groups()
     _check_allowed(name, "weight bits", int(weight), WEIGHT_BITS)
     if act != "fp8":
         _check_allowed(name, "activation bits", int(act), ACT_BITS)
     if kv:
         _check_allowed(name, "kv bits", int(kv), KV_BITS)
-    symmetric, inputs = _inputs(name, act, suffix, static is not None)
+    symmetric, inputs = _inputs(name, act, suffix, static is not None, int(clusters) if clusters else None)
     return Scheme(
         name,
         IntFormat(int(weight), int(group) if group else None, symmetric),
@@ -241,8 +244,16 @@ def parse_scheme(name: str) -> Scheme:
     )
 
 
-def _inputs(name: str, act: str, suffix: str | None, static: bool) -> tuple[bool, ActFormat | None]:
+def _inputs(
+    name: str, act: str, suffix: str | None, static: bool, clusters: int | None
+) -> tuple[bool, ActFormat | None]:
     """Whether a scheme's weights are symmetric, and its inputs' format: what follows from the suffixes."""
+    if clusters is not None:
+        if act not in CLUSTERED_BITS:
+            raise LowbitError(f"scheme '{name}': a{act} given; static inputs in clusters are a4, a6 or a8")
+        if not 2 <= clusters <= MOST_CLUSTERS:
+            raise LowbitError(f"scheme '{name}': {clusters} clusters given; 2 to {MOST_CLUSTERS} are allowed")
+        return suffix != "-asym", StaticClusters(int(act), suffix == "-sym", clusters)
     if static:
         if act not in ("8", "16"):
             raise LowbitError(f"scheme '{name}': a{act} given; static inputs are a8 or a16")

@@ -27,7 +27,7 @@ def read_input_qparams(
         LowbitError: a number that no qparams have.
     """
     out: dict[str, QParams] = {}
-    shared: dict[tuple[float, ...], QParams] = {}
+    shared: dict[tuple[tuple[float, ...], ...], QParams] = {}
     for module, formats in modules.items():
         if not isinstance(formats.input, StaticActs):
             continue
@@ -39,5 +39,5 @@ def read_input_qparams(
                 f"'{module}' in {checkpoint.folder} is broken: {one_line(error)}: copy the folder again, or quantize "
                 "again"
             ) from error
-        out[module] = shared.setdefault(tuple(float(value) for value in qparams), qparams.to(device))
+        out[module] = shared.setdefault(tuple(tuple(value.tolist()) for value in qparams), qparams.to(device))
     return out
