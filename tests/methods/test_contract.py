@@ -53,6 +53,8 @@ from tiny import NAMES, block_of, planned, tiny_model
 FAMILIES = ["llama-odd", "qwen3", "gemma3", "phi3", "opt"]
 LEARNED = [name for name, method in METHODS.items() if method().schedule is not None]
 SEARCHING = ["outlier-suppression+", "reassemble"]
+# What it does needs inputs with a range for each cluster of channels; in other formats it says that it does nothing.
+CLUSTERED = "rptq"
 INPUTS = IntTokens(8, symmetric=False)
 # In every family, what takes long in the five above; with groups too.
 TRIED = [(m, f, "w4a8") for m in METHODS for f in (FAMILIES if m in (*LEARNED, *SEARCHING) else NAMES)]
@@ -60,7 +62,7 @@ TRIED += [(name, "llama-odd", "w4a8g16") for name in METHODS]
 # Half of the experts are reached by fewer tokens than statistics need.
 TRIED += [(name, "mixtral", "w4a8") for name in METHODS]
 # One of each kind of format; superblocks have 256 values, tiles 128, of which the last may be smaller.
-KINDS = ["nvfp4a16", "mxfp4", "fp8", "fp8-blocka16", "q4_k", "iq4_nl", "w8a8-static", "nvfp4"]
+KINDS = ["nvfp4a16", "mxfp4", "fp8", "fp8-blocka16", "q4_k", "iq4_nl", "w8a8-static", "w8a8-static8", "nvfp4"]
 WIDE = {"q4_k": {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}}
 WIDE["fp8-blocka16"] = {"hidden_size": 192, "intermediate_size": 160, "head_dim": 48}
 # Behind runtime ops; where the float function is to stay, with the biases of LayerNorms too.
@@ -168,7 +170,13 @@ def test_a_wrong_variant_fails_where_the_right_method_does_not(mutant):
 
 @pytest.mark.parametrize(("name", "family", "scheme"), TRIED)
 def test_a_step_keeps_its_word(name, family, scheme):
-    check_word(tried(usual(name), family, scheme))
+    check_word(tried(usual(name), family, scheme), does=name != CLUSTERED)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_channels_are_reordered_where_inputs_have_ranges_of_clusters(family):
+    check_word(tried(usual(CLUSTERED), family, "w4a8-static16"))
+    check_seeds(usual(CLUSTERED), *window(family, "w4a8-static16"))
 
 
 @pytest.mark.parametrize("step", VARIED.values(), ids=VARIED)
@@ -272,7 +280,7 @@ def test_a_method_without_one_of_its_functions_cannot_be_made(missing):
 def test_a_step_keeps_its_word_in_every_kind_of_format(name, scheme):
     block, calib = window("llama-odd", scheme, 1)
     # Sign flips act through zero points alone, and the search for a threshold starts from the layer as it is.
-    check_word(attempt(usual(name), block, calib), does=name not in ("signs", "outlier-suppression+"))
+    check_word(attempt(usual(name), block, calib), does=name not in ("signs", "outlier-suppression+", CLUSTERED))
     check_seeds(usual(name), block, calib)
     if name in LEARNED:
         check_schedule(usual(name), block, calib)
@@ -377,7 +385,7 @@ def learns(recipe):
 
 def about_inputs(recipe):
     """The recipe is for quantized activations alone."""
-    return bool({"smoothquant", "signs", "outlier-suppression+"} & {name_of(step) for step in steps_of(recipe)})
+    return bool({"smoothquant", "signs", "outlier-suppression+", "llm-int8", CLUSTERED} & {name_of(step) for step in steps_of(recipe)})
 
 
 @pytest.mark.parametrize("family", ["phi3", "opt"])

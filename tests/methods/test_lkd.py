@@ -56,6 +56,8 @@ def test_one_step_follows_the_literal_gradient(inputs, loss):
     error.mean().backward()
     checked = 0
     for name, leaf in leaves.items():
+        if name.endswith("k_proj.bias"):  # adds the same to all logits of a query: its gradient is rounding noise
+            continue
         moved = done.params[name] - block.params[name]
         rate = 1e-3 * float(block.params[f"{name.rpartition('.')[0]}.weight"].square().mean().sqrt())
         wanted = -rate * leaf.grad.sign()
@@ -74,7 +76,7 @@ def test_the_loss_is_that_of_the_quantized_layer():
     block, calib, _ = case()
     step = LayerDistillation(loss="mse")
     chosen = torch.tensor([1, 3])
-    got = float(Student(step, block, calib).loss(chosen))
+    got = float(Student(step, block, calib).loss(chosen).detach())
     rounded = RTN()(block, calib)
     y = run(rounded, calib.x_q[chosen], rounded.quantized_params(), quantized=True)
     wanted = (y - calib.y_fp[chosen]).square().mean() / calib.y_fp.square().mean()
