@@ -171,7 +171,11 @@ def test_gradients_reach_what_is_learned(name):
         ("reorder", {"idx": torch.arange(7, dtype=torch.int32)}, "is expected"),
         ("outlier columns", {"kept": torch.ones(7, dtype=torch.uint8)}, "is expected"),
         ("outlier columns", {"kept": torch.full((8,), 2, dtype=torch.uint8)}, "is expected"),
-        ("outlier columns", {"kept": torch.tensor([0, 2, 0, 0, 1, 0, 0, 0], dtype=torch.uint8)}, "other than 0 and 1"),
+        (
+            "outlier columns",
+            {"kept": torch.tensor([0, 2, 0, 0, 1, 0, 0, 0], dtype=torch.uint8)},
+            "other than 0 and 1",
+        ),
         ("outlier columns", {"kept": torch.tensor([0.0, 1, 0, 0, 1, 0, 0, 0])}, "other than 0 and 1"),
         ("outlier columns", {"columns": torch.ones(3, 1)}, "is expected"),
         ("outlier columns", {"columns": torch.ones(6)}, "is expected"),

@@ -212,7 +212,9 @@ def test_clusters_of_another_width_are_refused(run: Path, tmp_path: Path) -> Non
     tensors[name] = tensors[name].clone()
     tensors[name][0] += 1
     write_tensors(shard, tensors)
-    with pytest.raises(LowbitError, match=r"has clusters of \d+ channels, config.json implies \d+: they do not match"):
+    with pytest.raises(
+        LowbitError, match=r"has clusters of \d+ channels, config.json implies \d+: they do not match"
+    ):
         lowbit.load(broken)
 
 

@@ -131,7 +131,7 @@ CASES: dict[str, Case] = {
         "outlier channels behind norms", 0.001, 0.0003, scheme="w8a8", block=lambda b: outliers(b, times=300)
     ),
     # Round to nearest has as many ranges, of equal parts of the channels.
-    "rptq": Case("outlier channels behind norms", 0.65, 0.5, scheme="w8a4-static8", block=outliers),
+    "rptq": Case("outlier channels behind norms", 0.2, 0.105, scheme="w8a4-static8", block=outliers),
     # Scales alone leave 0.40, clips alone 0.68.
     "awq": Case("salient weights", 0.35, 0.24, family="opt", scheme="w3a8g16", block=salient),
     "gptq": Case("correlated inputs", 0.2, 0.10, hidden=correlated),
@@ -156,7 +156,7 @@ CASES: dict[str, Case] = {
     ),
     "refit": Case("correlated inputs that are off the float model's", 0.6, 0.40, hidden=correlated, drift=0.3),
     "lkd": Case(
-        "weights in groups of few bits", 0.8, 0.6, scheme="w3a8g16", options={"epochs": 6, "held_out": 0.0}
+        "weights in groups of few bits", 0.45, 0.29, scheme="w3a8g16", options={"epochs": 6, "held_out": 0.0}
     ),
     "lowrank": Case(
         "errors of a window that a change of few directions makes up for",

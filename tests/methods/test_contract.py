@@ -385,7 +385,10 @@ def learns(recipe):
 
 def about_inputs(recipe):
     """The recipe is for quantized activations alone."""
-    return bool({"smoothquant", "signs", "outlier-suppression+", "llm-int8", CLUSTERED} & {name_of(step) for step in steps_of(recipe)})
+    return bool(
+        {"smoothquant", "signs", "outlier-suppression+", "llm-int8", CLUSTERED}
+        & {name_of(step) for step in steps_of(recipe)}
+    )
 
 
 @pytest.mark.parametrize("family", ["phi3", "opt"])

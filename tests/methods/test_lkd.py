@@ -123,7 +123,9 @@ def test_what_is_trained_is_what_the_options_say():
         for norms in (True, False)
     }
     linears = {f"{name}.{kind}" for name in others for kind in ("weight", "bias")}
-    norms = {f"1.{norm}.{kind}" for norm in ("self_attn_layer_norm", "final_layer_norm") for kind in ("weight", "bias")}
+    norms = {
+        f"1.{norm}.{kind}" for norm in ("self_attn_layer_norm", "final_layer_norm") for kind in ("weight", "bias")
+    }
     # k's bias adds the same to all logits of a query: it has no gradient.
     assert moved[False] - {"1.self_attn.k_proj.bias"} == linears - {"1.self_attn.k_proj.bias"}
     assert moved[True] - moved[False] == norms

@@ -119,7 +119,10 @@ def folders(tmp_path_factory):
     with torch.no_grad():
         for layer in model.model.decoder.layers:
             for norm, readers in (
-                (layer.self_attn_layer_norm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                (
+                    layer.self_attn_layer_norm,
+                    (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                ),
                 (layer.final_layer_norm, (layer.fc1,)),
             ):
                 for parameter in (norm.weight, norm.bias):

@@ -119,5 +119,7 @@ def outlier_columns(block: Block, linear: str, outlier: Tensor) -> OutlierColumn
     """
     columns = block.weight(linear)[:, outlier].half()
     if not bool(columns.isfinite().all()):
-        raise LowbitError(f"llm-int8: {linear} has weights beyond float16 in its outlier columns; choose another recipe")
+        raise LowbitError(
+            f"llm-int8: {linear} has weights beyond float16 in its outlier columns; choose another recipe"
+        )
     return OutlierColumns(outlier.to(torch.uint8), columns)

@@ -74,7 +74,9 @@ class RPTQ(Method):
         """The block with reordered channels and calibrated ranges; its float function is unchanged."""
         clustered = [name for name in block.quantized_linears() if _format(block, name) is not None]
         if not clustered:
-            text = "no input has ranges of clusters, so no channel is reordered: choose a scheme such as w4a8-static32"
+            text = (
+                "no input has ranges of clusters, so no channel is reordered: choose a scheme such as w4a8-static32"
+            )
             return block.with_notes("rptq", text)
         edges = [edge for edge in block.edges() if edge.kind in SITES[self.sites] and _reorders(block, edge)]
         edges = first_edges(edges)

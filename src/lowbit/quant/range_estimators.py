@@ -136,7 +136,6 @@ class RangeEstimator:
             return _least_error(seen, format)
         return seen.low, seen.high
 
-
     def of_clusters(self, seen: ClusterCounts, format: StaticActs) -> tuple[Tensor, Tensor, float]:
         """Ends of the clusters' ranges, float32 ``(width,)`` each, and the share of values outside.
 
@@ -148,7 +147,10 @@ class RangeEstimator:
         ([0.0, 0.0, -9.0], [2.0, 2.0, 3.0], 0.0)
         """
         ranges = [self.range(part, format) for part in seen.parts]
-        shares = [clipped_share(part, *found) * size for part, found, size in zip(seen.parts, ranges, seen.sizes, strict=True)]
+        shares = [
+            clipped_share(part, *found) * size
+            for part, found, size in zip(seen.parts, ranges, seen.sizes, strict=True)
+        ]
         low, high = (torch.cat([found[end] for found in ranges]) for end in (0, 1))
         sizes = torch.tensor(list(seen.sizes))
         return low.repeat_interleave(sizes), high.repeat_interleave(sizes), sum(shares) / sum(seen.sizes)

@@ -111,4 +111,6 @@ class Latents:
 
     def _width(self, module: str, tensors: Mapping[str, Tensor]) -> int:
         """Channels of an op: inputs of the linear that it stands before, or the longest of its tensors."""
-        return self.places[module].shape[1] if module in self.places else max(len(value) for value in tensors.values())
+        return (
+            self.places[module].shape[1] if module in self.places else max(len(value) for value in tensors.values())
+        )
