@@ -1,4 +1,4 @@
-"""Static inputs with a range for each cluster of channels: arithmetic, calibration, what is stored, who refuses it."""
+"""Static inputs with a range for each cluster of channels: arithmetic, calibration, files, and who refuses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RPTQ: k-means by its own conditions, the reorder across each kind of edge, and what it gains over one static range."""
+"""RPTQ: k-means by its own conditions, the reorder across each kind of edge, and its gain over one static range."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def case(family="llama-odd", scheme="w4a8-static32"):
 
 
 def spread_within(points, labels):
-    return sum(float((points[labels == l] - points[labels == l].mean(0)).square().sum()) for l in labels.unique())
+    parts = [points[labels == label] for label in labels.unique()]
+    return sum(float((part - part.mean(0)).square().sum()) for part in parts)
 
 
 def test_clusters_are_a_fixed_point_of_lloyds_algorithm():

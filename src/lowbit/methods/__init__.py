@@ -8,8 +8,8 @@ from __future__ import annotations
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
-from lowbit.methods.llm_int8 import LLMInt8
 from lowbit.methods.lkd import LayerDistillation
+from lowbit.methods.llm_int8 import LLMInt8
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.method import Method
 from lowbit.methods.outlier_suppression import OutlierSuppression

@@ -1,7 +1,7 @@
 """Clusters of channels by their ranges: k-means over the points ``(min, max)``.
 
-Source: RPTQ, Yuan et al., 2023, arXiv 2304.01089, section 4.2. The start is k-means++ (Arthur and Vassilvitskii, 2007)
-with a seed of its own: equal inputs give equal clusters, whatever the global seed.
+Source: RPTQ, Yuan et al., 2023, arXiv 2304.01089, section 4.2. The start is k-means++ (Arthur and Vassilvitskii,
+2007) with a seed of its own: equal inputs give equal clusters, whatever the global seed.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def with_input_ranges(block: Block, calib: Calib, sizes: Mapping[str, Sequence[i
         qparams = format.qparams(low.to(block.device), high.to(block.device))
         found |= dict.fromkeys(group, qparams)
         ends = {"low": float(low.min()), "high": float(high.max()), "clipped": share}
-        figures |= {name: ends for name in group}
+        figures |= dict.fromkeys(group, ends)
     return replace(block, input_qparams={**block.input_qparams, **found}).with_record("input_ranges", figures)
 
 

@@ -1,26 +1,25 @@
 """RPTQ: channels reordered into clusters by their ranges, each of which has one static range.
 
 Source: Yuan et al., 2023, arXiv 2304.01089. Where ranges are fixed in advance and channels differ by orders of
-magnitude, one range for all of them rounds most to zero. k-means over each channel's ``(min, max)`` on the calibration
-data gives clusters (section 4.2); channels of a cluster become neighbours, and each cluster gets a range of its own.
+magnitude, one range for all of them rounds most to zero. k-means over each channel's ``(min, max)`` on the
+calibration data gives clusters (section 4.2); channels of a cluster become neighbours, with a range of their own.
 The reorder keeps the float function (section 4.3):
 
-================= =====================================================================================================
+================= ===================================================================================================
 up -> down        rows of up and gate, columns of down: nothing stays
 v -> o            within each KV head, rows of v and columns of o: nothing stays; each head has clusters of its own
 norm -> linears   columns of the linears; the norm writes its output in the new order (``Reorder``)
-================= =====================================================================================================
+================= ===================================================================================================
 
 Inputs elsewhere keep their order, and their ranges are of equal parts of it; a note names them.
 
 Differences from the paper: ranges follow from the values of a cluster by the run's estimator (``--input-range``),
-``min-max`` being the paper's; queries and keys are not reordered, since their quantization inside the attention has one
-dynamic range for a token and head.
+``min-max`` being the paper's; queries and keys are not reordered, since their quantization inside the attention has
+one dynamic range for a token and head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 

@@ -264,8 +264,8 @@ def _check_packed(
             )
         if name == SIZES and (said := int(checkpoint.read([full])[full].sum())) != columns:
             raise LowbitError(
-                f"'{full}' in {checkpoint.folder} has clusters of {said} channels, config.json implies {columns}: they "
-                "do not match"
+                f"'{full}' in {checkpoint.folder} has clusters of {said} channels, config.json implies {columns}: "
+                "they do not match"
             )
         if name == "weight_shape" and (said := checkpoint.read([full])[full].tolist()) != list(shape):
             raise LowbitError(
