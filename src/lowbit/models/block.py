@@ -221,7 +221,7 @@ class Block:
         return self._computed(self.params, {name: partial(self.dequantized, name) for name in self.qweights})
 
     def dequantized(self, linear: str) -> Tensor:
-        """The weight ``(out, in)`` that a quantized linear computes with: its codes' or, where an op keeps columns, theirs."""
+        """The weight ``(out, in)`` that a quantized linear computes with, runtime op included."""
         weight, op = self.qweights[linear].dequantize(), self.ops.get(linear)
         return weight if op is None else op.weight(weight)
 
