@@ -27,6 +27,7 @@ from typing import Any
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import integer
 from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.static_clusters import StaticClusters
 from lowbit.runs.folder import TIMING
 from rows import ROOT, kept, lowbit
 
@@ -41,7 +42,10 @@ ROWS = {
     "w8a16": ("rtn",),
     "w4a16g64-sym": ("rtn", "awq+gptq", "affinequant+gptq"),
     "w3a16g64-asym": ("rtn", "awq", "gptq"),
-    "w8a8": ("rtn", "smoothquant"),
+    "w8a8": ("rtn", "smoothquant", "outlier-suppression+"),
+    "w8a8-sym": ("rtn", "llm-int8"),
+    "w4a8g64-sym": ("rtn", "zeroquant", "zeroquant-lkd"),
+    "w4a8-static32": ("rtn", "gptq", "rptq"),
     "w4a4": ("rtn", "omniquant", "affinequant", "qllm", "affinequant+qllm"),
 }
 
@@ -138,6 +142,9 @@ def described(name: str) -> str:
     ):
         if isinstance(format, IntTokens):
             parts.append(f"{what} {format.bits} bits, {form[format.symmetric]}, per {per}")
+        elif isinstance(format, StaticClusters):
+            ranges = f"{format.clusters} calibrated ranges of consecutive channels"
+            parts.append(f"{what} {format.bits} bits, {form[format.symmetric]}, {ranges}")
         else:
             parts.append(f"{what} float")
     return "; ".join([*parts, "embeddings and head float"]) + "."
