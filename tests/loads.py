@@ -33,6 +33,7 @@ w8a8-sym-static  float32      -      -          yes  -    -   -    yes
 w4a8g32-sym-static float32    -      -          yes  -    -   -    -
 w4a16-static     float32      -      -          yes  -    -   -    -
 w4a16g32-static  float32      -      -          yes  -    -   -    -
+w8a8-static16    -            -      -          -    -    -   -    -
 w4afp8           float32      -      -          -    -    -   -    -
 w4afp8g32        float32      -      -          -    -    -   -    -
 w4a16kv4-sym     -            -      -          -    -    -   -    -

@@ -59,7 +59,7 @@ def test_every_row_of_the_results_is_a_recipe_and_says_its_scheme():
         for recipe in recipes:
             load_recipe(recipe)
         told = results.described(scheme)
-        assert ("asymmetric" in told) == (scheme not in ("w8a16", "w4a16g64-sym"))
+        assert ("asymmetric" in told) == (scheme not in ("w8a16", "w4a16g64-sym", "w8a8-sym", "w4a8g64-sym"))
         assert "queries, keys and values float" in told
     assert "queries, keys and values 4 bits, asymmetric, per token and head" in results.described("w4a8kv4")
     ranges = "inputs 8 bits, asymmetric, 32 calibrated ranges of consecutive channels"
