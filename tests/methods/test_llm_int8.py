@@ -65,7 +65,8 @@ def test_the_row_scales_are_those_of_the_rest():
     big = replace(block, params=params)
     done = LLMInt8()(big, replace(calib, y_fp=run_all(big, calib.x_fp)))
     plain = LLMInt8(threshold=1e9)(big, calib)
-    assert float(plain.qweights[name].qparams.scale.min()) > 2 * float(done.qweights[name].qparams.scale.max())
+    ratio = plain.qweights[name].qparams.scale / done.qweights[name].qparams.scale
+    assert float(ratio.median()) > 5
     rest = ~done.ops[name].kept.bool()
     wanted = block.weight(name)[:, rest].abs().amax(1, keepdim=True) / 127.5
     torch.testing.assert_close(done.qweights[name].qparams.scale, wanted, rtol=1e-3, atol=0)
