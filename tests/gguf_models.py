@@ -12,6 +12,12 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+import mixtures
+from lowbit.models import families
+from lowbit.models.architecture import LayerKind
+from lowbit.models.experts import gated_experts
+from lowbit.models.families.family import Family
+from lowbit.models.families.llama import K, O, Q, V
 from tiny import tiny_ids, tiny_tokenizer
 
 VOCAB = 128
@@ -26,6 +32,12 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
 }
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 # Name of a case: model type and what differs from SIZES.
@@ -42,7 +54,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmo2": ("olmo2", {}),
-    "olmo3": ("olmo3", {"sliding_window": 8, "layer_types": ALTERNATING}),
+    "olmo3": (
+        "olmo3",
+        {
+            "sliding_window": 8,
+            "layer_types": ALTERNATING,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "granite": (
         "granite",
         {
@@ -61,20 +83,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "ministral3",
         {
             "head_dim": 24,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 4.0,
-                "original_max_position_embeddings": 32,
+            "rope_parameters": YARN
+            | {
                 "beta_fast": 16.0,
                 "beta_slow": 2.0,
                 "mscale": 1.0,
-                "mscale_all_dim": 1.0,
+                "mscale_all_dim": 0.5,
                 "llama_4_scaling_beta": 0.1,
             },
         },
     ),
     "phi3": ("phi3", {}),
+    "phi3-long": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.0, 1.1, 1.5, 2.0, 3.0, 4.5, 5.0, 6.0],
+            },
+        },
+    ),
     "phi4-mini": (
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
@@ -88,10 +119,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 64,
         },
     ),
-    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm-12b": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
-    "gpt-neox": ("gpt_neox", {}),
+    "gpt-neox": ("gpt_neox", {"hidden_act": "gelu_pytorch_tanh"}),
     "smollm3": ("smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]}),
     "gpt-oss": (
         "gpt_oss",
@@ -100,7 +131,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "layer_types": ALTERNATING,
+            "rope_parameters": YARN | {"truncate": True},
         },
     ),
     "qwen3.5": (
@@ -115,19 +147,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
-    "gemma4": (
-        "gemma4_text",
-        {
-            "head_dim": 16,
-            "global_head_dim": 32,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-            "num_hidden_layers": 4,
-            "num_kv_shared_layers": 0,
-            "hidden_size_per_layer_input": 0,
-        },
-    ),
 }
+
+
+def olmoe_layer(config: Any, index: int) -> LayerKind:
+    """A layer of OLMoE, whose edges are left out."""
+    experts = gated_experts("mlp.experts", config.num_experts, config.intermediate_size, config.hidden_size)
+    return LayerKind(
+        ((Q, K, V), (O,), ("mlp.gate",), *experts.groups), (), experts=experts, routers=frozenset({"mlp.gate"})
+    )
+
+
+OLMOE = Family("olmoe", ("OlmoeForCausalLM",), "model.layers", olmoe_layer)
+
+
+def declare(monkeypatch: Any) -> None:
+    """Make the mixtures known to the package that it does not declare."""
+    mixtures.declare(monkeypatch)
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, OLMOE))
 
 
 def config_of(case: str, **changes: Any) -> Any:

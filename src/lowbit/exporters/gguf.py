@@ -1,8 +1,8 @@
 """A run as one ``.gguf`` file for llama.cpp and the tools built on it: the run's own codes, not quantized again.
 
 The usual route (dequantize, convert, quantize) quantizes a second time, in another format. Here codes are repacked
-into blocks, see ``gguf_blocks``. What an architecture's loader needs is in ``gguf_architectures``, names and places of
-tensors in ``gguf_tensors``, metadata in ``gguf_model`` and ``gguf_tokenizer``.
+into blocks, see ``gguf_blocks``. What an architecture's loader needs is in ``gguf_architectures``, where each
+parameter goes in ``gguf_tensors``, metadata in ``gguf_model`` and ``gguf_tokenizer``.
 
 Float matrices keep every bit: F16 if that is lossless, else BF16 if that is, else F32. Weights in formats without a
 type of llama.cpp's are such matrices too, see ``gguf_floats``. Routers, kernels of convolutions and everything of one
@@ -23,7 +23,6 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from lowbit.checkpoints.gguf_rope import TABLES
 from lowbit.checkpoints.gguf_types import AnyKind, OwnKind, Reader, bytes_of, values_of
 from lowbit.checkpoints.partial import final_name
 from lowbit.errors import LowbitError

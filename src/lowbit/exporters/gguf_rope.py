@@ -11,8 +11,8 @@ llama3    ``rope_freqs.weight``, by what each frequency is divided
 longrope  ``rope_factors_short.weight``, ``rope_factors_long.weight``; ``rope.scaling.attn_factor`` is the whole one
 ========= ========================================================================================================
 
-Which of them llama.cpp computes depends on the architecture; most take YaRN's ``beta_fast`` and ``beta_slow`` to be 32
-and 1. Its ramp between the two always begins and ends at whole pairs of dimensions, as ``truncate`` has it.
+Which of them llama.cpp computes depends on the architecture; most take YaRN's ``beta_fast`` and ``beta_slow`` to be
+32 and 1. Its ramp between the two always begins and ends at whole pairs of dimensions, as ``truncate`` has it.
 https://github.com/ggml-org/llama.cpp/blob/master/src/llama-context.cpp
 """
 
@@ -74,13 +74,13 @@ def ramp_warning(config: Any) -> list[str]:
     ours, theirs = (_yarn_frequencies(config, truncate) for truncate in (False, True))
     most = float(((theirs - ours) / ours).abs().max())
     return [
-        "rope_parameters.truncate False: llama.cpp's YaRN begins and ends at whole pairs of dimensions, which changes "
-        f"a rotary frequency by up to {most:.1%}"
+        "rope_parameters.truncate False: llama.cpp's YaRN begins and ends at whole pairs of dimensions, which "
+        f"changes a rotary frequency by up to {most:.1%}"
     ]
 
 
 def _yarn_frequencies(config: Any, truncate: bool) -> Tensor:
-    """Rotary frequencies under YaRN, float64 ``(dims / 2,)``: between the base's own and those divided by the factor."""
+    """Rotary frequencies under YaRN, float64 ``(dims / 2,)``: the base's own, those over the factor, and between."""
     rope, _ = ropes(config)
     base, length = float(rope["rope_theta"]), float(rope["original_max_position_embeddings"])
     dims = rotated(config)
@@ -127,7 +127,7 @@ def rope_metadata(config: Any, arch: Architecture) -> dict[str, Any]:
 
 
 def rope_tensors(config: Any) -> dict[str, Tensor]:
-    """Divisors of the rotary frequencies by the tensor's name, float32 ``(dims / 2,)``; empty where there are none."""
+    """Divisors of the rotary frequencies by the tensor's name, float32 ``(dims / 2,)``; empty if there are none."""
     full, _ = ropes(config)
     if _kind(full) == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -50,7 +50,7 @@ class Architecture:
         any_ramp: a ramp of YaRN's that ends between pairs is written, with a warning; elsewhere it is refused.
         activation: of the MLP, by transformers' name; empty: ``unlike`` says more of it.
         epsilon: the config's field, and the key, of the norms' epsilon.
-        adjacent: neighbouring dimensions of a head rotate together where transformers rotates two halves, so rows of q
+        adjacent: neighbouring dimensions of a head rotate together where transformers rotates two halves: rows of q
             and k are interleaved within each head.
         square: its loader takes the width of all heads together to be the hidden size.
         head: whether the output matrix may be the embedding (``either``), must be (``tied``), or must not (``own``).
@@ -132,7 +132,7 @@ def has_window(config: Any, name: str) -> str | None:
 
 
 def expected(config: Any, name: str, **fields: Any) -> str | None:
-    """A refusal for the first of ``fields`` whose value in the config is not the one that llama.cpp takes for granted.
+    """A refusal for the first of ``fields`` that is not in the config as llama.cpp takes it for granted.
 
     >>> from types import SimpleNamespace
     >>> expected(SimpleNamespace(norm_topk_prob=True), "olmoe", norm_topk_prob=False)
