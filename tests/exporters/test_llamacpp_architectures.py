@@ -13,9 +13,14 @@ from gguf_models import MODELS
 from tiny import tiny_ids
 
 pytest.importorskip("llama_cpp", reason="pip install 'lowbit[llamacpp]'")
-from lowbit.exporters.llamacpp import open_session
 from test_gguf_architectures import run_of
-from test_llamacpp import assert_explained, logits
+from test_llamacpp import assert_explained, logits, through_the_table
+
+from lowbit.exporters.llamacpp import open_session
+
+# Float32's order of sums, in units of the logits' spread; linear attention adds up in chunks here, token by token there.
+CLOSE = 2e-5
+CLOSE_IN_CHUNKS = 5e-4
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.heavy]
 
@@ -33,8 +38,9 @@ def test_float_matrices_give_the_models_own_logits(tmp_path: Path, case: str) ->
     file = lowbit.export(run, "gguf").out
     ids = tiny_ids(1, 48)
     with torch.no_grad(), open_session(file, 64, exact=True) as session:
-        theirs, ours = session.logits(ids[0].tolist()), lowbit.load(run)(ids).logits[0]
-    assert float((theirs - ours).abs().max()) < 2e-5 * float(ours.std())
+        theirs, ours = session.logits(ids[0].tolist()), through_the_table(lowbit.load(run))(ids).logits[0]
+    close = CLOSE_IN_CHUNKS if case == "qwen3.5" else CLOSE
+    assert float((theirs - ours).abs().max()) < close * float(ours.std())
 
 
 @pytest.mark.parametrize("case", MODELS)
