@@ -64,6 +64,7 @@ TENSORS: dict[str, tuple[str, str, str]] = {
         "",
     ),
 }
+TENSORS["qwen3.5-grouped"] = TENSORS["qwen3.5"]
 # By case: keys beyond the sizes that all have, as the loader reads them.
 KEYS: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
@@ -121,7 +122,7 @@ def expected_names(case: str) -> set[str]:
     names |= {f"{name}.weight" for name in shared}
     if case in ("stablelm", "stablelm-12b", "gpt-neox"):
         names.add("output_norm.bias")
-    return names | ({"blk.0.ssm_a"} if case == "qwen3.5" else set())
+    return names | ({"blk.0.ssm_a"} if case.startswith("qwen3.5") else set())
 
 
 def test_every_architecture_has_a_model_here() -> None:
@@ -199,7 +200,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"mlp_bias": True}, "mlp_bias; llama.cpp's smollm3 has no such biases"),
     ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0; llama.cpp's gpt-oss computes with 7.0"),
     ("gpt-oss", {"sliding_window": None}, "sliding_window None; llama.cpp's gpt-oss needs one"),
-    ("qwen3.5", {"linear_num_value_heads": 4}, "linear_num_value_heads 4 are not linear_num_key_heads 2"),
+    ("qwen3.5", {"linear_num_value_heads": 3}, "linear_num_value_heads 3 are no multiple of linear_num_key_heads 2"),
     ("qwen3.5", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05; llama.cpp's qwen35 computes with 1e-06"),
 ]
 
@@ -220,6 +221,14 @@ def test_one_stack_holds_one_format(tmp_path: Path) -> None:
     run = run_of(tmp_path, "mixtral", overrides={"*.experts.3.w2": "w8"})
     with pytest.raises(
         LowbitError, match=r"experts\.3\.w2: llama.cpp has one tensor for it and for .*experts\.0\.w2"
+    ):
+        lowbit.export(run, "gguf")
+
+
+def test_groups_wider_than_the_heads_that_move_are_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "qwen3.5-grouped", "w4a16g64-sym")
+    with pytest.raises(
+        LowbitError, match=r"pieces of 32 columns in another order, and groups of 64.*: w4a16g32-sym$"
     ):
         lowbit.export(run, "gguf")
 

@@ -32,7 +32,16 @@ from lowbit.exporters.gguf_floats import DTYPES, MATRIX_ORDER, cost, exact_type,
 from lowbit.exporters.gguf_model import architecture, model_metadata, unlike_llamacpp
 from lowbit.exporters.gguf_native import native_type, pack_native
 from lowbit.exporters.gguf_rope import rope_tensors
-from lowbit.exporters.gguf_tensors import FileTensor, file_tensors, row_order, stack_of, stored_value
+from lowbit.exporters.gguf_tensors import (
+    FileTensor,
+    column_order,
+    file_tensors,
+    row_order,
+    stack_of,
+    stored_value,
+    straddles,
+    with_columns,
+)
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
@@ -69,6 +78,8 @@ def limits(subject: Subject) -> Misfit | None:
         kind = type_of(format, subject.shapes[module][1])
         if isinstance(kind, str):
             return weight_misfit(subject, module, kind)
+        if (why := straddles(subject.config, module, format)) is not None:
+            return weight_misfit(subject, module, why)
         if kind == Kind.NVFP4 and not architecture(subject.config).tensor_scales:
             name = architecture(subject.config).name
             return weight_misfit(subject, module, f"llama.cpp's {name} does not apply the scale of an NVFP4 tensor")
@@ -232,13 +243,15 @@ def _data(run: Run, tensor: FileTensor, kind: Any) -> Any:
 
 
 def _part(run: Run, name: str, kind: Any) -> Any:
-    order, module = row_order(run.subject.config, name), _module(run, name)
-    if module is None:
+    rows, columns = row_order(run.subject.config, name), column_order(run.subject.config, name)
+    if (module := _module(run, name)) is None:
         value = expect(run, name)
-        return gguf.quants.quantize((value if order is None else value[order]).contiguous().numpy(), kind)
+        value = value if rows is None else value[rows]
+        value = value if columns is None else value[:, columns]
+        return gguf.quants.quantize(value.contiguous().numpy(), kind)
     q = run.qtensor(module)
-    if order is not None:
-        q = q.select_rows(order)
+    q = q if rows is None else q.select_rows(rows)
+    q = q if columns is None else with_columns(q, columns)
     if kind in DTYPES:
         return gguf.quants.quantize(q.dequantize().contiguous().numpy(), kind)
     if isinstance(q.format, IntFormat):
@@ -281,16 +294,17 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
                 break
             part = value[index] if own.stacked else value
             part = part if factors is None else part * factors[index if own.stacked else 0]
-            yield name, _in_order(torch.from_numpy(np.ascontiguousarray(part)), row_order(run.subject.config, name))
+            yield name, _in_order(run, name, torch.from_numpy(np.ascontiguousarray(part)))
 
 
-def _in_order(value: Tensor, order: Tensor | None) -> Tensor:
-    """Rows back in the model's order; as they are where their number is another, which the comparison then tells."""
-    if order is None or len(order) != len(value):
-        return value
-    out = torch.empty_like(value)
-    out[order] = value
-    return out
+def _in_order(run: Run, name: str, value: Tensor) -> Tensor:
+    """Rows and columns back in the model's order; as they are where their number is another, which shows by itself."""
+    rows, columns = row_order(run.subject.config, name), column_order(run.subject.config, name)
+    if rows is not None and len(rows) == len(value):
+        value = value[rows.argsort()]
+    if columns is not None and value.ndim == 2 and len(columns) == value.shape[1]:
+        value = value[:, columns.argsort()]
+    return value.contiguous()
 
 
 def other(run: Run, path: Path) -> Iterator[str]:

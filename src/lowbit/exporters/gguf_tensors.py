@@ -23,6 +23,8 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.exporters.gguf_architectures.architecture import Architecture, head_dim
 from lowbit.exporters.gguf_model import architecture
+from lowbit.quant.format import Format, QParams, QTensor
+from lowbit.quant.kquants import SUPERBLOCK, KQuant
 
 _LAYER = re.compile(r"^.*?\.(?:layers|h|blocks)\.(\d+)\.(.+)$")
 # Parameters that are stacked, by what follows the layer's number: number and end; their place within the layer.
@@ -115,3 +117,29 @@ def row_order(config: Any, name: str) -> Tensor | None:
         return arch.rows(config, name)
     count, dim = int(getattr(config, heads)), head_dim(config)
     return torch.arange(count * dim).reshape(count, 2, dim // 2).transpose(1, 2).flatten()
+
+
+def column_order(config: Any, name: str) -> Tensor | None:
+    """The order in which a matrix' columns are written; ``None`` if unchanged."""
+    return architecture(config).columns(config, name)
+
+
+def straddles(config: Any, module: str, format: Format) -> str | None:
+    """Why the columns of a quantized matrix cannot be put in the file's order, which only whole groups can."""
+    if column_order(config, f"{module}.weight") is None:
+        return None
+    piece, size = architecture(config).piece(config), SUPERBLOCK if isinstance(format, KQuant) else format.group
+    if not isinstance(size, int) or piece % size == 0:
+        return (
+            None if size is None or isinstance(size, int) else f"{format.name} has tiles, whose columns cannot move"
+        )
+    return f"llama.cpp has pieces of {piece} columns in another order, and groups of {size} are not within one"
+
+
+def with_columns(q: QTensor, order: Tensor) -> QTensor:
+    """A weight with its columns in another order, in which each group stays together, see ``straddles``."""
+    size = q.format.group
+    assert size is None or isinstance(size, int)
+    groups = None if size is None else order[::size] // size
+    qparams = q.qparams if groups is None else QParams(*(x[:, groups] for x in q.qparams))
+    return QTensor(q.codes[:, order], qparams, q.format)

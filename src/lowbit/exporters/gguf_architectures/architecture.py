@@ -18,6 +18,11 @@ PLAIN = ("default", "linear", "yarn")
 ANY_ROPE = ("default", "linear", "yarn", "llama3", "longrope")
 
 
+def head_dim(config: Any) -> int:
+    """Width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def no_facts(config: Any) -> Facts:
     """Nothing beyond what all architectures have."""
     return {}
@@ -34,7 +39,7 @@ def no_warnings(config: Any) -> list[str]:
 
 
 def as_they_are(config: Any, name: str) -> Tensor | None:
-    """Rows are in the file as they are in the model."""
+    """Rows, or columns, are in the file as they are in the model."""
     return None
 
 
@@ -62,6 +67,8 @@ class Architecture:
             ``gguf`` package's map has no name, or another one.
         values: what is stored in place of a parameter's value, by the end of its name; the first that fits.
         rows: the order of a parameter's rows in the file, by its name in the model.
+        columns: the same of a matrix' columns, which move in whole pieces of ``piece``; ``None``: they stay.
+        piece: how many columns move together.
     """
 
     name: str
@@ -81,14 +88,11 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     rows: Callable[[Any, str], Tensor | None] = as_they_are
+    columns: Callable[[Any, str], Tensor | None] = as_they_are
+    piece: Callable[[Any], int] = head_dim
 
 
 LAYER_NORM = ("layer_norm_eps", "attention.layer_norm_epsilon")
-
-
-def head_dim(config: Any) -> int:
-    """Width of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def plus_one(gain: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.exporters.gguf_architectures.architecture import (
@@ -103,11 +104,48 @@ def _qwen35_facts(config: Any) -> Facts:
     }
 
 
+def value_heads(config: Any, width: int) -> Tensor:
+    """The order of the value heads' entries, ``width`` for each: the first head of each key head, then the second, ...
+
+    >>> from types import SimpleNamespace
+    >>> value_heads(SimpleNamespace(linear_num_key_heads=2, linear_num_value_heads=4), 1).tolist()
+    [0, 2, 1, 3]
+    """
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    return torch.arange(values * width).reshape(keys, values // keys, width).transpose(0, 1).flatten()
+
+
+def _qwen35_rows(config: Any, name: str) -> Tensor | None:
+    """Value heads in the file's order, behind queries and keys where these are in one matrix with them."""
+    within, dim = name.rpartition("linear_attn.")[2], config.linear_value_head_dim
+    if config.linear_num_value_heads == config.linear_num_key_heads:
+        return None
+    if within in ("in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias"):
+        return value_heads(config, 1)
+    if within == "in_proj_z.weight":
+        return value_heads(config, dim)
+    if within in ("in_proj_qkv.weight", "conv1d.weight"):
+        before = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+        return torch.cat([torch.arange(before), before + value_heads(config, dim)])
+    return None
+
+
+def _qwen35_columns(config: Any, name: str) -> Tensor | None:
+    same = config.linear_num_value_heads == config.linear_num_key_heads
+    if same or not name.endswith("linear_attn.out_proj.weight"):
+        return None
+    return value_heads(config, config.linear_value_head_dim)
+
+
+def _qwen35_piece(config: Any) -> int:
+    return int(config.linear_value_head_dim)
+
+
 def _qwen35_unlike(config: Any) -> str | None:
-    if config.linear_num_value_heads != config.linear_num_key_heads:
+    if config.linear_num_value_heads % config.linear_num_key_heads:
         return (
-            f"linear_num_value_heads {config.linear_num_value_heads} are not linear_num_key_heads "
-            f"{config.linear_num_key_heads}; llama.cpp's qwen35 has their columns in another order"
+            f"linear_num_value_heads {config.linear_num_value_heads} are no multiple of linear_num_key_heads "
+            f"{config.linear_num_key_heads}, which llama.cpp's qwen35 needs"
         )
     if config.linear_value_head_dim != config.linear_key_head_dim:
         return f"linear_value_head_dim {config.linear_value_head_dim}; llama.cpp's qwen35 takes linear_key_head_dim"
@@ -143,4 +181,7 @@ QWEN35 = Architecture(
         "linear_attn.A_log": _decay,
         "conv1d.weight": without_channels,
     },
+    rows=_qwen35_rows,
+    columns=_qwen35_columns,
+    piece=_qwen35_piece,
 )
