@@ -14,13 +14,14 @@ from tiny import tiny_ids
 
 pytest.importorskip("llama_cpp", reason="pip install 'lowbit[llamacpp]'")
 from test_gguf_architectures import run_of
-from test_llamacpp import assert_explained, logits, through_the_table
+from test_llamacpp import assert_simulated, logits, through_the_table
 
 from lowbit.exporters.llamacpp import open_session
 
-# Float32's order of sums, in units of the logits' spread; linear attention is summed in chunks by one of the two.
+# Float32's order of sums, in units of the logits' spread, and what is larger: linear attention is summed in chunks by
+# one of the two, and an input of the table of GELU that is computed twice may fall on both sides of a step of float16.
 CLOSE = 2e-5
-CLOSE_IN_CHUNKS = 5e-4
+EXCEPT = {"qwen3.5": 5e-4, "qwen3.5-grouped": 5e-4, "gpt-neox": 1e-3}
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.heavy]
 
@@ -39,11 +40,12 @@ def test_float_matrices_give_the_models_own_logits(tmp_path: Path, case: str) ->
     ids = tiny_ids(1, 48)
     with torch.no_grad(), open_session(file, 64, exact=True) as session:
         theirs, ours = session.logits(ids[0].tolist()), through_the_table(lowbit.load(run))(ids).logits[0]
-    close = CLOSE_IN_CHUNKS if case.startswith("qwen3.5") else CLOSE
-    assert float((theirs - ours).abs().max()) < close * float(ours.std())
+    assert float((theirs - ours).abs().max()) < EXCEPT.get(case, CLOSE) * float(ours.std())
+    assert float((theirs - ours)[0].abs().max()) < CLOSE * float(ours.std())
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_rounded_inputs_are_the_only_difference(tmp_path: Path, case: str) -> None:
     run = run_of(tmp_path, case)
-    assert_explained(*logits(run, lowbit.export(run, "gguf").out))
+    # No bound on the difference itself: an expert chosen in place of another, or a state that lasts, makes it large.
+    assert_simulated(*logits(run, lowbit.export(run, "gguf").out))

@@ -298,7 +298,7 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _in_order(run: Run, name: str, value: Tensor) -> Tensor:
-    """Rows and columns back in the model's order; as they are where their number is another, which shows by itself."""
+    """Rows and columns back in the model's order; left alone where their number is another, which shows by itself."""
     rows, columns = row_order(run.subject.config, name), column_order(run.subject.config, name)
     if rows is not None and len(rows) == len(value):
         value = value[rows.argsort()]

@@ -105,7 +105,7 @@ def _qwen35_facts(config: Any) -> Facts:
 
 
 def value_heads(config: Any, width: int) -> Tensor:
-    """The order of the value heads' entries, ``width`` for each: the first head of each key head, then the second, ...
+    """Value heads in the file's order, ``width`` entries each: of each key head the first, then the second, ...
 
     >>> from types import SimpleNamespace
     >>> value_heads(SimpleNamespace(linear_num_key_heads=2, linear_num_value_heads=4), 1).tolist()
