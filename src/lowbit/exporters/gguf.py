@@ -1,15 +1,12 @@
 """A run as one ``.gguf`` file for llama.cpp and the tools built on it: the run's own codes, not quantized again.
 
 The usual route (dequantize, convert, quantize) quantizes a second time, in another format. Here codes are repacked
-into blocks, see ``gguf_blocks``; names come from the ``gguf`` package's own map, metadata from ``gguf_model`` and
-``gguf_tokenizer``. Two things are stored differently and compute the same:
-
-* Under the ``llama`` architecture rotary pairs are adjacent, so the rows of q and k (codes, scales, biases) are
-  interleaved within each head: ``(heads, 2, d / 2) -> (heads, d / 2, 2)``.
-* Gemma's norms multiply by ``1 + weight``, and that sum is stored; the library computes the same sum in float32.
+into blocks, see ``gguf_blocks``. What an architecture's loader needs is in ``gguf_architectures``, where each
+parameter goes in ``gguf_tensors``, metadata in ``gguf_model`` and ``gguf_tokenizer``.
 
 Float matrices keep every bit: F16 if that is lossless, else BF16 if that is, else F32. Weights in formats without a
-type of llama.cpp's are such matrices too, see ``gguf_floats``.
+type of llama.cpp's are such matrices too, see ``gguf_floats``. Routers, kernels of convolutions and everything of one
+dimension are F32, as llama.cpp's operations take them.
 """
 
 from __future__ import annotations
@@ -26,16 +23,25 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from lowbit.checkpoints.gguf_rope import TABLES
 from lowbit.checkpoints.gguf_types import AnyKind, OwnKind, Reader, bytes_of, values_of
 from lowbit.checkpoints.partial import final_name
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
 from lowbit.exporters.gguf_blocks import BLOCK, block_type, pack_blocks
 from lowbit.exporters.gguf_floats import DTYPES, MATRIX_ORDER, cost, exact_type, holds
-from lowbit.exporters.gguf_model import WINDOWS, architecture, head_dim, model_metadata, unlike_llamacpp
+from lowbit.exporters.gguf_model import architecture, model_metadata, unlike_llamacpp
 from lowbit.exporters.gguf_native import native_type, pack_native
 from lowbit.exporters.gguf_rope import rope_tensors
+from lowbit.exporters.gguf_tensors import (
+    FileTensor,
+    column_order,
+    file_tensors,
+    row_order,
+    stack_of,
+    stored_value,
+    straddles,
+    with_columns,
+)
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options, value_of
@@ -57,6 +63,8 @@ FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; for a K type the one without la
 # The simulation quantizes inputs as llama.cpp does; what remains are single inputs that fall on the other side of a
 # boundary between two codes: below 5% of the logits' spread in SmolLM2's thirty blocks.
 EXPLAINED = 0.1
+# Matrices that llama.cpp's operations take in F32 alone, or whose inputs it must not round: kernels, routers.
+IN_F32 = (".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "conv.weight", "conv1d.weight", "norm.weight")
 
 
 def limits(subject: Subject) -> Misfit | None:
@@ -70,6 +78,24 @@ def limits(subject: Subject) -> Misfit | None:
         kind = type_of(format, subject.shapes[module][1])
         if isinstance(kind, str):
             return weight_misfit(subject, module, kind)
+        if (why := straddles(subject.config, module, format)) is not None:
+            return weight_misfit(subject, module, why)
+        if kind == Kind.NVFP4 and not architecture(subject.config).tensor_scales:
+            name = architecture(subject.config).name
+            return weight_misfit(subject, module, f"llama.cpp's {name} does not apply the scale of an NVFP4 tensor")
+    return _mixed_stack(subject)
+
+
+def _mixed_stack(subject: Subject) -> Misfit | None:
+    """Experts' matrices that one tensor is to hold, in several formats."""
+    seen: dict[str, tuple[str, Format | None]] = {}
+    for module in (*subject.weights, *subject.floats):
+        if (place := stack_of(f"{module}.weight")) is None:
+            continue
+        first, format = seen.setdefault(place[0], (module, subject.weights.get(module)))
+        if format != subject.weights.get(module):
+            why = f"llama.cpp has one tensor for it and for {first}, whose format is another"
+            return weight_misfit(subject, module, why)
     return None
 
 
@@ -84,33 +110,44 @@ def type_of(format: Format, columns: int) -> AnyKind | str | None:
 
 def weight_types(run: Run) -> dict[str, Any]:
     """The types of all quantized modules; reads those that are stored as floats."""
-    out = {}
+    out, stacks = {}, dict[str, list[str]]()
     for module, format in run.subject.weights.items():
         kind = type_of(format, run.subject.shapes[module][1])
         out[module] = exact_type(run.qtensor(module).dequantize()) if kind is None else kind
+        if kind is None and (place := stack_of(f"{module}.weight")) is not None:
+            stacks.setdefault(place[0], []).append(module)
+    for modules in stacks.values():
+        if len({out[module] for module in modules}) > 1:  # one type for all: the one that holds everything
+            out |= dict.fromkeys(modules, Kind.F32)
     return out
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:
-    """Write the file with at most one tensor in memory."""
+    """Write the file with at most one tensor of it in memory."""
     if options.embeddings not in FLOATS:
         raise LowbitError(f"--embeddings {options.embeddings} given; allowed: {', '.join(FLOATS)}")
     types = weight_types(run)
     metadata, warnings = metadata_of(run, options.pre, types)
+    arch = architecture(run.subject.config)
+    warnings += arch.warnings(run.subject.config)
     if (line := cost(run, types)) is not None:
         say(line)
-    writer = gguf.GGUFWriter(path, architecture(run.subject.config) or "")
+    writer = gguf.GGUFWriter(path, arch.name)
     try:
         for key, value in metadata.items():
             _add(writer, key, value)
-        kinds = _kinds(run, options, types, warnings)
-        for name, (kind, shape) in kinds.items():
-            _declare(writer, gguf_name(run, name), kind, shape)
+        kinds = [(tensor, _kind(run, tensor, options, types, warnings)) for tensor in tensors_of(run)]
+        for tensor, kind in kinds:
+            _declare(writer, tensor.name, kind, _shape(run, tensor))
+            if kind == Kind.NVFP4:
+                _declare(writer, _scale_name(tensor), Kind.F32, (len(tensor.parts),))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, (kind, _) in track(list(kinds.items()), f"writing {final_name(path)}"):
-            writer.write_tensor_data(_data(run, name, kind))
+        for tensor, kind in track(kinds, f"writing {final_name(path)}"):
+            writer.write_tensor_data(_data(run, tensor, kind))
+            if kind == Kind.NVFP4:
+                writer.write_tensor_data(_scales(run, tensor))
     finally:
         writer.close()
     return warnings
@@ -139,63 +176,54 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def gguf_name(run: Run, name: str) -> str:
-    """A parameter's name in the file."""
-    if name in TABLES:
-        return name
-    arch = gguf.MODEL_ARCH_NAMES
-    kind = next(key for key, value in arch.items() if value == architecture(run.subject.config))
-    names = gguf.get_tensor_name_map(kind, run.subject.config.num_hidden_layers)
-    stored_name = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
-    if stored_name is None:
-        raise LowbitError(f"the installed gguf package has no name for '{name}' of {run.folder}: update gguf")
-    return str(stored_name)
-
-
-def names_of(run: Run) -> list[str]:
-    """The model's names of all parameters, and the file's of divisors of rotary frequencies, if there are any."""
-    return [*_rope(run), *run.floats, *(f"{module}.weight" for module in run.quantized)]
+def tensors_of(run: Run) -> list[FileTensor]:
+    """The file's tensors but for the scales beside NVFP4 weights."""
+    names = [*run.floats, *(f"{module}.weight" for module in run.quantized)]
+    return [*(FileTensor(name, (name,)) for name in _rope(run)), *file_tensors(run.subject.config, names)]
 
 
 def expect(run: Run, name: str) -> Tensor:
     """The value that the file must hold for a parameter, up to the order of rows."""
     if (divisors := _rope(run).get(name)) is not None:
         return divisors
-    value = value_of(run, name)
-    return value + 1.0 if _is_gain(run, name) else value
+    return stored_value(run.subject.config, name, value_of(run, name))
 
 
 def _rope(run: Run) -> dict[str, Tensor]:
-    return rope_tensors(run.subject.config, head_dim(run.subject.config))
+    return rope_tensors(run.subject.config)
 
 
-def _is_gain(run: Run, name: str) -> bool:
-    return architecture(run.subject.config) in WINDOWS and name.endswith("norm.weight")
+def _module(run: Run, name: str) -> str | None:
+    """The quantized module whose weight a parameter is."""
+    module = name.removesuffix(".weight")
+    return module if name.endswith(".weight") and module in run.subject.weights else None
 
 
-def _kinds(
-    run: Run, options: Options, types: Mapping[str, Any], warnings: list[str]
-) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Type and shape by the model's names."""
-    out: dict[str, tuple[Any, tuple[int, ...]]] = {}
-    for name in names_of(run):
-        module = name.removesuffix(".weight")
-        if module in run.subject.weights:
-            shape = run.subject.shapes[module]
-            out[name] = types[module], shape
-            if types[module] == Kind.NVFP4:
-                out[f"{module}.scale"] = Kind.F32, (1,)
-            continue
-        value = expect(run, name)
-        kind = Kind.F32 if value.ndim == 1 else (FLOATS[options.embeddings] or exact_type(value, MATRIX_ORDER))
-        if kind == Kind.Q8_0 and value.shape[1] % BLOCK:
-            raise LowbitError(
-                f"{name} has rows of {value.shape[1]}, not a multiple of {BLOCK}: use --embeddings auto"
-            )
-        if kind not in (Kind.F32, Kind.BF16) and (kind == Kind.Q8_0 or not holds(value, torch.float16)):
-            warnings.append(f"{name} is rounded to {kind.name}: the file is not what was evaluated")
-        out[name] = kind, tuple(value.shape)
-    return out
+def _kind(run: Run, tensor: FileTensor, options: Options, types: Mapping[str, Any], warnings: list[str]) -> Any:
+    """The type in which a tensor is written."""
+    name = tensor.parts[0]
+    if (module := _module(run, name)) is not None:
+        return types[module]
+    if tensor.name.endswith(IN_F32) or expect(run, name).ndim == 1:
+        return Kind.F32
+    values = [expect(run, part) for part in tensor.parts]
+    kind = FLOATS[options.embeddings] or next(
+        kind for kind in MATRIX_ORDER if all(holds(value, DTYPES[kind]) for value in values)
+    )
+    if kind == Kind.Q8_0 and values[0].shape[1] % BLOCK:
+        raise LowbitError(
+            f"{name} has rows of {values[0].shape[1]}, not a multiple of {BLOCK}: use --embeddings auto"
+        )
+    if kind not in (Kind.F32, Kind.BF16) and (kind == Kind.Q8_0 or not all(holds(v, torch.float16) for v in values)):
+        warnings.append(f"{name} is rounded to {kind.name}: the file is not what was evaluated")
+    return kind
+
+
+def _shape(run: Run, tensor: FileTensor) -> tuple[int, ...]:
+    name = tensor.parts[0]
+    module = _module(run, name)
+    own = tuple(expect(run, name).shape) if module is None else run.subject.shapes[module]
+    return (len(tensor.parts), *own) if tensor.stacked else own
 
 
 def _declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> None:
@@ -208,68 +236,75 @@ def _declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> N
     writer.add_tensor_info(name, shape, np.dtype(np.int8), bytes_of(shape, kind), raw_dtype=kind)
 
 
-def _data(run: Run, name: str, kind: Any) -> Any:
-    module = name.removesuffix(".weight")
-    order = _rows(run, name)
-    if module in run.subject.weights:
-        q = run.qtensor(module)
-        if order is not None:
-            q = q.select_rows(order)
-        if kind in DTYPES:
-            return gguf.quants.quantize(q.dequantize().contiguous().numpy(), kind)
-        if isinstance(q.format, IntFormat):
-            return pack_blocks(q, kind)
-        return pack_native(q, _divisor(run, module) or 0)
-    if name.endswith(".scale"):
-        exponent = _divisor(run, name.removesuffix(".scale"))
-        assert exponent is not None
-        return np.array([2.0**-exponent], dtype=np.float32)
-    value = expect(run, name)
-    value = value if order is None else value[order]
-    return gguf.quants.quantize(value.contiguous().numpy(), kind)
+def _data(run: Run, tensor: FileTensor, kind: Any) -> Any:
+    """The bytes, or float values, of a tensor; those of a stack one behind the other."""
+    parts = [_part(run, name, kind) for name in tensor.parts]
+    return np.stack(parts) if tensor.stacked else parts[0]
 
 
-def _divisor(run: Run, module: str) -> int | None:
-    """The exponent of the power of two that divides a tensor's scales, which the file holds beside the blocks."""
+def _part(run: Run, name: str, kind: Any) -> Any:
+    rows, columns = row_order(run.subject.config, name), column_order(run.subject.config, name)
+    if (module := _module(run, name)) is None:
+        value = expect(run, name)
+        value = value if rows is None else value[rows]
+        value = value if columns is None else value[:, columns]
+        return gguf.quants.quantize(value.contiguous().numpy(), kind)
+    q = run.qtensor(module)
+    q = q if rows is None else q.select_rows(rows)
+    q = q if columns is None else with_columns(q, columns)
+    if kind in DTYPES:
+        return gguf.quants.quantize(q.dequantize().contiguous().numpy(), kind)
+    if isinstance(q.format, IntFormat):
+        return pack_blocks(q, kind)
+    return pack_native(q, _exponent(run, module))
+
+
+def _scale_name(tensor: FileTensor) -> str:
+    """The name of the multipliers of NVFP4 weights."""
+    return f"{tensor.name.removesuffix('.weight')}.scale"
+
+
+def _scales(run: Run, tensor: FileTensor) -> Any:
+    """One multiplier for each part."""
+    modules = [name.removesuffix(".weight") for name in tensor.parts]
+    return np.array([2.0 ** -_exponent(run, module) for module in modules], dtype=np.float32)
+
+
+def _exponent(run: Run, module: str) -> int:
+    """Of the power of two that divides a weight's scales, and that the file holds beside the blocks; 0 without."""
     if not isinstance(run.subject.weights[module].scales, TwoLevel):
-        return None
+        return 0
     return shared_exponent([run.qtensor(module).qparams.scale])
 
 
-def _heads(run: Run, name: str) -> int:
-    """Number of heads whose rows the file interleaves, or 0."""
-    config = run.subject.config
-    if architecture(config) != "llama":
-        return 0
-    part = name.rpartition("self_attn.")[2].partition(".")[0]
-    return int({"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(part, 0))
-
-
-def _rows(run: Run, name: str) -> Tensor | None:
-    """The order in which a parameter's rows are written; ``None`` if unchanged."""
-    if not (heads := _heads(run, name)):
-        return None
-    dim = head_dim(run.subject.config)
-    return torch.arange(heads * dim).reshape(heads, 2, dim // 2).transpose(1, 2).flatten()
-
-
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the file through the package's reader, with the rows of q and k in the model's order."""
-    names = {gguf_name(run, name): name for name in names_of(run)}
-    tensors = Reader(path).tensors
-    scales = {tensor.name: tensor.data for tensor in tensors if tensor.name.endswith(".scale")}
-    for tensor in tensors:
-        name = names.get(tensor.name, tensor.name)
-        scale = scales.get(f"{tensor.name.removesuffix('.weight')}.scale")
+    """Every tensor of the file through the package's reader, as the model's parameters in the model's order."""
+    known = {tensor.name: tensor for tensor in tensors_of(run)}
+    stored = Reader(path).tensors
+    scales = {tensor.name: tensor.data for tensor in stored if tensor.name.endswith(".scale")}
+    for tensor in stored:
         if tensor.name in scales:  # part of the weight beside it
             continue
         value = values_of(tensor.data, tensor.tensor_type)
-        if scale is not None:
-            value *= scale[0]
-        if heads := _heads(run, name):
-            split = value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:])
-            value = np.ascontiguousarray(split.swapaxes(1, 2)).reshape(value.shape)
-        yield name, torch.from_numpy(value)
+        own = known.get(tensor.name, FileTensor(tensor.name, (tensor.name,)))
+        factors = scales.get(_scale_name(own))
+        for index, name in enumerate(own.parts):
+            # Of a stack with fewer parts than the model has, those that are missing are not yielded.
+            if own.stacked and index >= len(value):
+                break
+            part = value[index] if own.stacked else value
+            part = part if factors is None else part * factors[index if own.stacked else 0]
+            yield name, _in_order(run, name, torch.from_numpy(np.ascontiguousarray(part)))
+
+
+def _in_order(run: Run, name: str, value: Tensor) -> Tensor:
+    """Rows and columns back in the model's order; left alone where their number is another, which shows by itself."""
+    rows, columns = row_order(run.subject.config, name), column_order(run.subject.config, name)
+    if rows is not None and len(rows) == len(value):
+        value = value[rows.argsort()]
+    if columns is not None and value.ndim == 2 and len(columns) == value.shape[1]:
+        value = value[:, columns.argsort()]
+    return value.contiguous()
 
 
 def other(run: Run, path: Path) -> Iterator[str]:
@@ -281,7 +316,7 @@ def other(run: Run, path: Path) -> Iterator[str]:
         expected, _ = metadata_of(run, None, types)
     except LowbitError:
         expected, _ = metadata_of(run, str(stored.get("tokenizer.ggml.pre")), types)
-    expected["general.architecture"] = architecture(run.subject.config)
+    expected["general.architecture"] = architecture(run.subject.config).name
     for key in sorted({**expected, **stored}):
         ours, theirs = expected.get(key), stored.get(key)
         if isinstance(ours, float):
@@ -315,4 +350,5 @@ EXPORTER = Exporter(
     expect,
     execute,
     formats=(IntFormat, KQuant, TableFormat, FloatFormat),
+    experts=True,
 )

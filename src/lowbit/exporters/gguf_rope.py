@@ -11,7 +11,8 @@ llama3    ``rope_freqs.weight``, by what each frequency is divided
 longrope  ``rope_factors_short.weight``, ``rope_factors_long.weight``; ``rope.scaling.attn_factor`` is the whole one
 ========= ========================================================================================================
 
-Which of them llama.cpp computes depends on the architecture. Its YaRN has fixed ``beta_fast`` and ``beta_slow``.
+Which of them llama.cpp computes depends on the architecture; most take YaRN's ``beta_fast`` and ``beta_slow`` to be
+32 and 1. Its ramp between the two always begins and ends at whole pairs of dimensions, as ``truncate`` has it.
 https://github.com/ggml-org/llama.cpp/blob/master/src/llama-context.cpp
 """
 
@@ -19,20 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoints.gguf_rope import FREQS, LONG, SHORT, llama3_divisors
 
-KINDS = {
-    "llama": ("default", "linear", "yarn", "llama3", "longrope"),
-    "qwen2": ("default", "linear", "yarn"),
-    "qwen3": ("default", "linear", "yarn"),
-    "gemma2": ("default", "linear"),
-    "gemma3": ("default", "linear"),
-}
+if TYPE_CHECKING:
+    from lowbit.exporters.gguf_architectures.architecture import Architecture
+
 Rope = Mapping[str, Any]
 
 
@@ -44,34 +41,75 @@ def ropes(config: Any) -> tuple[Rope, Rope | None]:
     return rope, None
 
 
-def rope_unlike(config: Any, arch: str) -> str | None:
+def rope_unlike(config: Any, arch: Architecture) -> str | None:
     """What the rotary embeddings require and llama.cpp does not compute, by the field's name; else ``None``."""
     full, sliding = ropes(config)
     kind = _kind(full)
-    if kind not in KINDS[arch]:
-        return f"rope_parameters.rope_type '{kind}'; supported for {arch}: {', '.join(KINDS[arch])}"
+    if kind not in arch.ropes:
+        return f"rope_parameters.rope_type '{kind}'; supported for {arch.name}: {', '.join(arch.ropes)}"
     for rope in (full, sliding or {}):
-        if (part := rope.get("partial_rotary_factor") or 1.0) != 1.0:
-            return f"rope_parameters.partial_rotary_factor {part}; llama.cpp's {arch} rotates whole heads"
+        if not arch.partial_rope and (part := rope.get("partial_rotary_factor") or 1.0) != 1.0:
+            return f"rope_parameters.partial_rotary_factor {part}; llama.cpp's {arch.name} rotates whole heads"
     if sliding is not None and _kind(sliding) != "default":
         return (
             f"rope_parameters.sliding_attention of rope_type '{_kind(sliding)}'; llama.cpp scales full attention only"
         )
-    return _yarn_unlike(full) if kind == "yarn" else None
+    return _yarn_unlike(full, arch) if kind == "yarn" else None
 
 
-def _yarn_unlike(rope: Rope) -> str | None:
-    for field, fixed in (("beta_fast", 32.0), ("beta_slow", 1.0), ("truncate", True)):
-        if (value := rope.get(field)) is not None and value != fixed:
-            return f"rope_parameters.{field} {value}; llama.cpp computes with {fixed}"
+def _yarn_unlike(rope: Rope, arch: Architecture) -> str | None:
+    fixed: dict[str, Any] = {} if arch.yarn_betas else {"beta_fast": 32.0, "beta_slow": 1.0}
+    fixed |= {} if arch.any_ramp else {"truncate": True}
+    for field, value in fixed.items():
+        if (given := rope.get(field)) is not None and given != value:
+            return f"rope_parameters.{field} {given}; llama.cpp computes with {value}"
     return None
 
 
-def rope_metadata(config: Any, dim: int) -> dict[str, Any]:
-    """Keys without the architecture's name, and their values, for heads of ``dim``."""
+def ramp_warning(config: Any) -> list[str]:
+    """What it changes that YaRN's ramp begins and ends at whole pairs; nothing where the config has that, too."""
+    rope, _ = ropes(config)
+    if _kind(rope) != "yarn" or rope.get("truncate", True):
+        return []
+    ours, theirs = (_yarn_frequencies(config, truncate) for truncate in (False, True))
+    most = float(((theirs - ours) / ours).abs().max())
+    return [
+        "rope_parameters.truncate False: llama.cpp's YaRN begins and ends at whole pairs of dimensions, which "
+        f"changes a rotary frequency by up to {most:.1%}"
+    ]
+
+
+def _yarn_frequencies(config: Any, truncate: bool) -> Tensor:
+    """Rotary frequencies under YaRN, float64 ``(dims / 2,)``: the base's own, those over the factor, and between."""
+    rope, _ = ropes(config)
+    base, length = float(rope["rope_theta"]), float(rope["original_max_position_embeddings"])
+    dims = rotated(config)
+    ends = [
+        dims * math.log(length / (float(rope.get(key) or default) * 2 * math.pi)) / (2 * math.log(base))
+        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    ]
+    low, high = (math.floor(ends[0]), math.ceil(ends[1])) if truncate else (ends[0], ends[1])
+    low, high = max(low, 0), min(high, dims - 1)
+    pairs = torch.arange(dims // 2, dtype=torch.float64)
+    divided = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return base ** (-2 * pairs / dims) * (divided / float(rope["factor"]) + 1 - divided)
+
+
+def rotated(config: Any) -> int:
+    """Dimensions of a head that rotate."""
+    rope, _ = ropes(config)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(dim * (rope.get("partial_rotary_factor") or 1.0))
+
+
+def rope_metadata(config: Any, arch: Architecture) -> dict[str, Any]:
+    """Keys without the architecture's name, and their values."""
     full, sliding = ropes(config)
     kind = _kind(full)
-    out: dict[str, Any] = {"rope.dimension_count": dim, "rope.freq_base": float(full.get("rope_theta", 10000.0))}
+    out: dict[str, Any] = {
+        "rope.dimension_count": rotated(config),
+        "rope.freq_base": float(full.get("rope_theta", 10000.0)),
+    }
     if sliding is not None:
         out["rope.freq_base_swa"] = float(sliding["rope_theta"])
     if kind in ("linear", "yarn", "longrope"):
@@ -82,15 +120,18 @@ def rope_metadata(config: Any, dim: int) -> dict[str, Any]:
         out["rope.scaling.original_context_length"] = int(full["original_max_position_embeddings"])
         own = _mscale(float(full["factor"])) if kind == "yarn" else 1.0
         out["rope.scaling.attn_factor"] = attention_factor(config) / own
+    if kind == "yarn" and arch.yarn_betas:
+        out["rope.scaling.yarn_beta_fast"] = float(full.get("beta_fast") or 32.0)
+        out["rope.scaling.yarn_beta_slow"] = float(full.get("beta_slow") or 1.0)
     return out
 
 
-def rope_tensors(config: Any, dim: int) -> dict[str, Tensor]:
-    """Divisors of the rotary frequencies by the tensor's name, float32 ``(dim / 2,)``; empty where there are none."""
+def rope_tensors(config: Any) -> dict[str, Tensor]:
+    """Divisors of the rotary frequencies by the tensor's name, float32 ``(dims / 2,)``; empty if there are none."""
     full, _ = ropes(config)
     if _kind(full) == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        values = llama3_divisors(float(full["rope_theta"]), dim, *(float(full[key]) for key in keys))
+        values = llama3_divisors(float(full["rope_theta"]), rotated(config), *(float(full[key]) for key in keys))
         return {FREQS: torch.tensor(values, dtype=torch.float32)}
     if _kind(full) == "longrope":
         fields = {SHORT: "short_factor", LONG: "long_factor"}

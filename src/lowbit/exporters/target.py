@@ -80,6 +80,7 @@ class Exporter:
         execute: runs an export on token ids ``(tokens,)`` in its runtime; ``None`` where that is not installed.
         formats: the classes of weight formats that it supports; any other is refused.
         ops: the classes of runtime ops that its graph can hold; a run with any other is refused.
+        experts: it holds mixtures of experts.
     """
 
     suffix: str
@@ -92,10 +93,11 @@ class Exporter:
     execute: Callable[[Path, Tensor], Executed | None] = lambda path, ids: None
     formats: tuple[type[Format], ...] = (IntFormat,)
     ops: frozenset[type[RuntimeOp]] = frozenset()
+    experts: bool = False
 
     def misfit(self, subject: Subject) -> Misfit | None:
         """Why the target does not support a subject: experts, an op, a turned matrix, a format, its own limits."""
-        if any(kind.experts is not None for kind in architecture_of(subject.config).layers):
+        if not self.experts and any(kind.experts is not None for kind in architecture_of(subject.config).layers):
             return Misfit("architecture", "mixtures of experts are not exported; use the run folder itself")
         for op, origin in subject.ops.items():
             if op not in self.ops:

@@ -1,0 +1,51 @@
+"""The architectures that are written for llama.cpp: one value for each class of the library's models.
+
+A new one is a value in a file here, a line in ``ARCHITECTURES``, and a tiny model in ``tests/gguf_models.py``: the
+tests then load its file in llama.cpp and compare logits. What its loader and its graph need stands in llama.cpp's
+``src/models/NAME.cpp``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowbit.exporters.gguf_architectures.architecture import Architecture
+from lowbit.exporters.gguf_architectures.fused import GLM4, PHI3
+from lowbit.exporters.gguf_architectures.gemma import GEMMA2, GEMMA3
+from lowbit.exporters.gguf_architectures.gpt_oss import GPT_OSS
+from lowbit.exporters.gguf_architectures.lfm import LFM2
+from lowbit.exporters.gguf_architectures.llama import GRANITE, LLAMA, MINISTRAL3, MIXTRAL, SMOLLM3
+from lowbit.exporters.gguf_architectures.olmo import OLMO2, OLMO3, OLMOE
+from lowbit.exporters.gguf_architectures.parallel import COHERE2, GPT_NEOX, STABLELM
+from lowbit.exporters.gguf_architectures.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN35
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "MixtralForCausalLM": MIXTRAL,
+    "Ministral3ForCausalLM": MINISTRAL3,
+    "SmolLM3ForCausalLM": SMOLLM3,
+    "GraniteForCausalLM": GRANITE,
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
+    "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3_5ForCausalLM": QWEN35,
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
+    "Phi3ForCausalLM": PHI3,
+    "Glm4ForCausalLM": GLM4,
+    "Olmo2ForCausalLM": OLMO2,
+    "Olmo3ForCausalLM": OLMO3,
+    "OlmoeForCausalLM": OLMOE,
+    "Cohere2ForCausalLM": COHERE2,
+    "StableLmForCausalLM": STABLELM,
+    "GPTNeoXForCausalLM": GPT_NEOX,
+    "Lfm2ForCausalLM": LFM2,
+    "GptOssForCausalLM": GPT_OSS,
+}
+
+
+def architecture_of(config: Any) -> Architecture | None:
+    """The entry of a config's class, or ``None`` if it is not written for llama.cpp."""
+    return ARCHITECTURES.get((config.architectures or [""])[0])

@@ -1,0 +1,51 @@
+"""llama.cpp computes every architecture of the table as transformers does, float and quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import gguf_models
+import lowbit
+from gguf_models import MODELS
+from tiny import tiny_ids
+
+pytest.importorskip("llama_cpp", reason="pip install 'lowbit[llamacpp]'")
+from test_gguf_architectures import run_of
+from test_llamacpp import assert_simulated, logits, through_the_table
+
+from lowbit.exporters.llamacpp import open_session
+
+# Float32's order of sums, in units of the logits' spread, and what is larger: linear attention is summed in chunks by
+# one of the two, and an input of the table of GELU that is computed twice may fall on both sides of a step of float16.
+CLOSE = 2e-5
+EXCEPT = {"qwen3.5": 5e-4, "qwen3.5-grouped": 5e-4, "gpt-neox": 1e-3}
+
+pytestmark = [pytest.mark.runtimes, pytest.mark.heavy]
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mixtures that no family declares are known."""
+    gguf_models.declare(monkeypatch)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_float_matrices_give_the_models_own_logits(tmp_path: Path, case: str) -> None:
+    # FP8 with float32 scales: llama.cpp has no type for it, so the file's matrices are F32, whose inputs stay float.
+    run = run_of(tmp_path, case, "fp8-tensora16:f32")
+    file = lowbit.export(run, "gguf").out
+    ids = tiny_ids(1, 48)
+    with torch.no_grad(), open_session(file, 64, exact=True) as session:
+        theirs, ours = session.logits(ids[0].tolist()), through_the_table(lowbit.load(run))(ids).logits[0]
+    assert float((theirs - ours).abs().max()) < EXCEPT.get(case, CLOSE) * float(ours.std())
+    assert float((theirs - ours)[0].abs().max()) < CLOSE * float(ours.std())
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_rounded_inputs_are_the_only_difference(tmp_path: Path, case: str) -> None:
+    run = run_of(tmp_path, case)
+    # No bound on the difference itself: an expert chosen in place of another, or a state that lasts, makes it large.
+    assert_simulated(*logits(run, lowbit.export(run, "gguf").out))
