@@ -208,6 +208,7 @@ class LayerKind:
         transposed: linears that store their matrix as ``(in, out)``, as GPT-2 does.
         experts: the mixture of experts, whose linears are in ``groups``; ``None`` for a layer without one.
         routers: linears that stay float unless an override names them: those that choose the experts.
+        kept: parameters that hold experts and stay float, since code of the model's own computes with them.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -217,6 +218,7 @@ class LayerKind:
     transposed: frozenset[str] = frozenset()
     experts: Experts | None = None
     routers: frozenset[str] = frozenset()
+    kept: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -291,6 +293,10 @@ class Architecture:
     def routers(self) -> set[str]:
         """Full names of the linears that stay float unless an override names them."""
         return {f"{self.blocks}.{index}.{name}" for index, kind in enumerate(self.layers) for name in kind.routers}
+
+    def kept(self) -> list[str]:
+        """Full names of the parameters of experts that stay float."""
+        return [f"{self.blocks}.{index}.{name}" for index, kind in enumerate(self.layers) for name in kind.kept]
 
     def is_experts(self, name: str) -> bool:
         """Whether a linear, by its full name, belongs to one of a layer's experts."""

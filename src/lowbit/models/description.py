@@ -6,7 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from lowbit.models.architecture import Architecture, DeclaredEdge, Experts, Heads, Indices, LayerKind, Part, Ref
+from lowbit.models.architecture import (
+    Architecture,
+    DeclaredEdge,
+    ExpertLinear,
+    Experts,
+    Heads,
+    Indices,
+    LayerKind,
+    Part,
+    Ref,
+    compact,
+    module_of,
+)
 
 GROUPS = {
     "matrix": "any matrix",
@@ -24,6 +36,7 @@ def described(architecture: Architecture) -> list[dict[str, Any]]:
             "mixer": _mixer(kind),
             "linears": [" + ".join(group) for group in kind.groups],
             "edges": [edge_text(edge) for edge in kind.edges],
+            **({"experts that stay float": list(kind.kept)} if kind.kept else {}),
         }
         for kind, indices in ((_any_expert(kind), indices) for kind, indices in architecture.kinds().items())
     ]
@@ -40,16 +53,55 @@ def _any_expert(kind: LayerKind) -> LayerKind:
         return kind
 
     def pattern(ref: Ref) -> Ref:
-        place = None if isinstance(ref, Part) else experts.place(ref)
-        return ref if place is None else f"{experts.module}.*.{place[1].name}"
+        place = experts.place(module_of(ref))
+        return ref if place is None else _renamed(ref, f"{experts.module}.*.{place[1].name}")
 
     def alike(edge: DeclaredEdge) -> DeclaredEdge:
         dst = tuple(dict.fromkeys(map(pattern, edge.dst)))
         partner = None if edge.partner is None else pattern(edge.partner)
         return replace(edge, src=pattern(edge.src), dst=dst, partner=partner)
 
-    groups = tuple(dict.fromkeys(tuple(str(pattern(name)) for name in group) for group in kind.groups))
+    groups = tuple(dict.fromkeys(tuple(module_of(pattern(name)) for name in group) for group in kind.groups))
     return replace(kind, groups=groups, edges=tuple(dict.fromkeys(map(alike, kind.edges))))
+
+
+def _each_expert(kind: LayerKind) -> LayerKind:
+    """The kind with the numbers of experts in place of ``*``: what ``_any_expert`` was given."""
+    if (experts := kind.experts) is None:
+        return kind
+    mark = f"{experts.module}.*."
+
+    def numbered(ref: Ref, number: int) -> Ref:
+        return _renamed(ref, module_of(ref).replace(mark, f"{experts.module}.{number}."))
+
+    def readers(ends: tuple[Ref, ...]) -> tuple[Ref, ...]:
+        own = [end for end in ends if module_of(end).startswith(mark)]
+        each = [numbered(end, number) for number in range(experts.count) for end in own]
+        at = ends.index(own[0]) if own else len(ends)
+        return (*ends[:at], *each, *(end for end in ends[at:] if end not in own))
+
+    def edges(edge: DeclaredEdge) -> list[DeclaredEdge]:
+        if not module_of(edge.src).startswith(mark):
+            return [replace(edge, dst=readers(edge.dst))]
+        return [
+            replace(
+                edge,
+                src=numbered(edge.src, number),
+                dst=tuple(numbered(end, number) for end in edge.dst),
+                partner=None if edge.partner is None else numbered(edge.partner, number),
+            )
+            for number in range(experts.count)
+        ]
+
+    marked = [group for group in kind.groups if group[0].startswith(mark)]
+    at = kind.groups.index(marked[0]) if marked else len(kind.groups)
+    rest = tuple(group for group in kind.groups[at:] if group not in marked)
+    groups = (*kind.groups[:at], *(experts.groups if marked else ()), *rest)
+    return replace(kind, groups=groups, edges=tuple(own for edge in kind.edges for own in edges(edge)))
+
+
+def _renamed(ref: Ref, module: str) -> Ref:
+    return module if isinstance(ref, str) else replace(ref, module=module)
 
 
 def intervals(indices: Sequence[int]) -> str:
@@ -119,13 +171,29 @@ def from_dict(data: Mapping[str, Any]) -> Architecture:
 
 
 def _kind_of(data: Mapping[str, Any]) -> LayerKind:
-    return LayerKind(
-        groups=tuple(tuple(group) for group in data["groups"]),
-        edges=tuple(_edge_of(edge) for edge in data["edges"]),
-        attention=data["attention"],
-        flat=frozenset(data["flat"]),
-        transposed=frozenset(data["transposed"]),
+    return _each_expert(
+        LayerKind(
+            groups=tuple(tuple(group) for group in data["groups"]),
+            edges=tuple(_edge_of(edge) for edge in data["edges"]),
+            attention=data["attention"],
+            flat=frozenset(data["flat"]),
+            transposed=frozenset(data["transposed"]),
+            experts=_experts_of(data["experts"]) if "experts" in data else None,
+            routers=frozenset(data.get("routers", ())),
+            kept=tuple(data.get("kept", ())),
+        )
     )
+
+
+def _experts_of(data: Mapping[str, Any]) -> Experts:
+    said: dict[str, Any] = {**data}
+    linears = [ExpertLinear(**{**own, "rows": _rows_of(own["rows"])}) for own in said.pop("linears")]
+    return Experts(**said, reads=tuple(linears[:-1]), writes=linears[-1])
+
+
+def _rows_of(said: Mapping[str, int]) -> Indices:
+    stop = said["start"] + said["step"] * said["count"]
+    return compact(tuple(range(said["start"], stop, said["step"])))
 
 
 def _edge_of(data: Mapping[str, Any]) -> DeclaredEdge:
@@ -150,7 +218,9 @@ def _ref_of(data: str | Mapping[str, Any]) -> Ref:
 
 def _kind(kind: LayerKind) -> dict[str, Any]:
     kind = _any_expert(kind)
-    mixture = {} if kind.experts is None else {"experts": _experts(kind.experts), "routers": sorted(kind.routers)}
+    mixture: dict[str, Any] = {} if kind.experts is None else {"experts": _experts(kind.experts)}
+    mixture |= {"routers": sorted(kind.routers)} if kind.routers else {}
+    mixture |= {"kept": list(kind.kept)} if kind.kept else {}
     return {
         **mixture,
         "groups": [list(group) for group in kind.groups],
