@@ -36,7 +36,7 @@ def described(architecture: Architecture) -> list[dict[str, Any]]:
             "mixer": _mixer(kind),
             "linears": [" + ".join(group) for group in kind.groups],
             "edges": [edge_text(edge) for edge in kind.edges],
-            **({"experts that stay float": list(kind.kept)} if kind.kept else {}),
+            "kept": list(kind.kept),
         }
         for kind, indices in ((_any_expert(kind), indices) for kind, indices in architecture.kinds().items())
     ]
