@@ -1,0 +1,130 @@
+"""Mixtures that no family declares: found, proven, quantized, loaded by stock transformers, resumed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import any_mixtures
+import lowbit
+from any_mixtures import NAMES, TOGETHER, tiny_mixture
+from lowbit.models.equivalence import move
+from lowbit.models.families import architecture_of
+from lowbit.models.forward import relative_error, run, run_all
+from lowbit.pipeline.runner import Walk
+from lowbit.runs.manifest import MANIFEST
+from runs import folder_bytes, streamed_logits
+from test_equivalence import random_maps
+from tiny import block_of, params_of, save_tiny, skeleton_of, tiny_ids
+
+IDS = tiny_ids(2, 16)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch, tmp_path_factory):
+    """The types are known to the helpers; what is found in one test is known to the next."""
+    any_mixtures.declare(monkeypatch)
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def mixtures_of(model):
+    """Indices of the layers with experts."""
+    return [index for index, kind in enumerate(architecture_of(model.config).layers) if kind.experts is not None]
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_walk_is_the_model_bit_for_bit(name):
+    model = tiny_mixture(name)
+    skeleton = skeleton_of(model)
+    assert mixtures_of(model), "no experts are found"
+    assert not skeleton.architecture.kept()
+    x = skeleton.embed(IDS)
+    for index in range(len(skeleton.layers)):
+        x = run_all(skeleton.block(index, params_of(model, skeleton, index)), x)
+    assert torch.equal(skeleton.logits(IDS, x), logits_of(model))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_random_map_across_every_proven_edge_leaves_the_output(name):
+    model = tiny_mixture(name)
+    index = mixtures_of(model)[0]
+    block, x = block_of(model, start=index, dtype=torch.float64)
+    kind, wanted = block.kinds[0], run(block, x)
+    kinds = [edge.kind for edge in block.edges()]
+    ends = [tuple(dst.module for dst in edge.dst) for edge in block.edges() if edge.kind == "norm"]
+    inner = {f"{index}.{kind.experts.name(n, one)}" for n in range(kind.experts.count) for one in kind.experts.reads}
+    assert any(inner < set(own) for own in ends), "the norm's edge ends in the router and in all experts"
+    experts = [e for e in block.edges() if e.kind == "channels" and kind.expert_of(e.src.module.partition(".")[2]) is not None]
+    assert len(experts) == (0 if name == "gpt_oss" else kind.experts.count), kinds
+    generator = torch.Generator().manual_seed(0)
+    for edge in block.edges():
+        # Routers, norms and delta nets compute in float32, whatever they are given.
+        close = 1e-10 if edge in experts else 1e-5
+        for map in random_maps(edge, generator):
+            moved = move(block, edge, map)
+            assert float((run(block, x, moved) - wanted).abs().max() / wanted.abs().max()) < close, edge
+            half = {**moved, edge.src.parameter: block.params[edge.src.parameter]}
+            assert float((run(block, x, half) - wanted).abs().max() / wanted.abs().max()) > 1e-4, edge
+
+
+def run_of(folder, name, scheme="w4a16g16-sym", recipe="rtn", **more):
+    """A run of a tiny mixture."""
+    if not (folder / "model").exists():
+        save_tiny(folder / "model", name)
+    text = str(folder / "model" / "calib.txt")
+    given = {"data": text, "samples": 2, "length": 24, "expert_tokens": 4, **more}
+    lowbit.quantize(str(folder / "model"), folder / "run", scheme=scheme, recipe=recipe, **given)
+    return folder / "run"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", NAMES)
+def test_the_folder_computes_what_was_simulated(name, tmp_path):
+    folder = run_of(tmp_path, name, recipe="gptq")
+    told, simulated = json.loads((folder / MANIFEST).read_text()), streamed_logits(folder, IDS)
+    model = tiny_mixture(name)
+    assert 0 < relative_error(simulated, logits_of(model)) < 0.5
+    loaded = lowbit.load(folder)
+    assert torch.equal(logits_of(loaded), simulated)
+    experts = [one for one in told["quantized"] if ".experts." in one]
+    kind = architecture_of(model.config).layers[mixtures_of(model)[0]].experts
+    assert len(experts) == len(mixtures_of(model)) * kind.count * len(kind.linears)
+    assert [len(row["routing"]) for row in told["blocks"]].count(kind.count) == len(mixtures_of(model))
+    if name in TOGETHER:
+        assert not told["transformers"]["loads"]
+        assert "stores the experts of a layer together" in told["transformers"]["why_not"]
+        return
+    assert told["transformers"]["loads"], told["transformers"]["why_not"]
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stock.set_experts_implementation("eager")
+    assert torch.equal(logits_of(stock), simulated)
+
+
+class Killed(BaseException):
+    """Passes every handler of errors, as a kill does."""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", NAMES)
+def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(name, tmp_path, monkeypatch):
+    whole = run_of(tmp_path / "whole", name, "w4a8")
+    real = Walk.write
+
+    def write(self, block, *rest):
+        if block.start == 1:
+            raise Killed
+        return real(self, block, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "write", write)
+        with pytest.raises(Killed):
+            run_of(tmp_path / "killed", name, "w4a8")
+    assert folder_bytes(run_of(tmp_path / "killed", name, "w4a8")) == folder_bytes(whole)
