@@ -16,6 +16,7 @@ from lowbit.models.architecture import Architecture, DeclaredEdge, Experts, Laye
 from lowbit.models.discovery.carry import carried, matched
 from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.layout import Mismatch, Sizes, measures, numbers_of
+from lowbit.models.discovery.listed import at_real_size
 from lowbit.models.discovery.mixture import of_each_expert, stacks_of, with_each_expert
 from lowbit.models.discovery.properties import partner_of
 from lowbit.models.discovery.prove import Kind, found_in, prove
@@ -111,20 +112,22 @@ class _Search:
         """A layer that the small model has no like of: its linears, each alone."""
         self.notes.append(f"the small model has no layer like layer {index}: it has no edge")
         names = [name for name, one in owners_of(layer).items() if one.kind in ("linear", "conv1d")]
-        return LayerKind(tuple((name,) for name in names), (), kept=tuple(stacks_of(owners_of(layer))))
+        return LayerKind(tuple((name,) for name in names), (), kept=tuple(stacks_of(layer)))
 
     def _entry(self, kind: Kind, layer: nn.Module, most_bytes: int) -> LayerKind:
         own = kind.analysis
         edges = self._carried(kind, layer)
         proven = self._checked(kind, layer, edges, most_bytes)
         experts = self._experts(own.mixture, layer)
+        listed = None if own.listed is None else at_real_size(own.listed, layer)
         return LayerKind(
-            groups=with_each_expert(own.groups, experts),
+            groups=with_each_expert(own.groups, experts or listed),
             edges=self._of_each_expert(kind, proven, experts),
             attention=own.attention,
             flat=own.flat,
             transposed=own.transposed,
             experts=experts,
+            listed=listed,
             routers=own.routers,
             kept=own.kept,
         )

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from lowbit.models.architecture import DeclaredEdge, module_of
+from lowbit.models.architecture import DeclaredEdge, ListedExperts, module_of
 from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.heads import heads_edges
+from lowbit.models.discovery.listed import listed_in
 from lowbit.models.discovery.mixture import Mixture, mixture_in, routers_of, same_values, touches
 from lowbit.models.discovery.qk import qk_edges
 from lowbit.models.discovery.readers import channels_edges, norm_edge
 from lowbit.models.discovery.response import Response, Trace, respond, stays, trace
 from lowbit.models.discovery.result import label
+from lowbit.models.discovery.shrink import TOKENS
 from lowbit.models.discovery.sites import Owner, Sites
 
 _KINDS = ("norm", "heads", "channels", "qk")
@@ -28,9 +30,10 @@ class Analysis:
     Attributes:
         owners: its linears, norms and experts, by name.
         groups, attention, flat, transposed, routers: as of ``LayerKind``, but the experts of a mixture are a group
-            of one name: ``mixture``.
+            of one name: ``mixture``, or the list.
         mixture: the module of the registry of experts functions that holds experts; ``None``: there is none.
-        experts: its parameters, the input side first.
+        listed: experts that are modules of their own.
+        experts: the parameters of ``mixture``, the input side first.
         kept: parameters of three dimensions that code of the model's own computes with.
         unseen: linears that no pass calls as such.
         responses: by owner.
@@ -45,6 +48,7 @@ class Analysis:
     transposed: frozenset[str]
     routers: frozenset[str]
     mixture: str | None
+    listed: ListedExperts | None
     experts: tuple[str, ...]
     kept: tuple[str, ...]
     unseen: tuple[str, ...]
@@ -56,15 +60,20 @@ class Analysis:
 def analyse(layer: nn.Module, call: Call) -> Analysis:
     """Ask a layer for its structure; it stays as it is."""
     sites = Sites(layer)
-    found = trace(sites, call)
+    whole = trace(sites, call)
+    listed = listed_in(layer, whole.inputs, TOKENS)
+    found = whole if listed is None else whole.without([n for n in sites.owners if n.startswith(f"{listed.module}.")])
     order = list(dict.fromkeys(key[0] for key in found.order if key[1] == "out"))
     responses = {name: respond(sites, call, found, name) for name in order}
     results = list(_candidates(sites, call, found, order, responses))
-    read = [key[0] for key in found.order if key[1] == "in"]
-    mixture = mixture_in(layer, call, sites.owners)
+    read = [key[0] for key in whole.order if key[1] == "in"]
+    mixture = mixture_in(layer, call)
     experts = tuple(dict.fromkeys(name for name in read if mixture.is_own(name)))
-    routers = routers_of(found.inputs, sites.owners, (*experts[:1], *mixture.kept))
-    groups = _groups(found, sites.owners, mixture, routers)
+    stacks = {name: sites.owners[name].experts if name in sites.owners else 0 for name in (*experts, *mixture.kept)}
+    stacks |= {} if listed is None else {f"{listed.expert(0)}.": listed.count}
+    routers = routers_of(found.inputs, sites.owners, stacks)
+    own = mixture.module if listed is None else listed.module
+    groups = _groups(found, sites.owners, own, routers)
     grouped = {name for group in groups for name in group if name in sites.owners}
     results = [_without_kept(one, mixture) for one in results]
     edges = (_ordered(one, grouped, experts) for one in results if isinstance(one, DeclaredEdge))
@@ -76,6 +85,7 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
         transposed=frozenset(name for name in grouped if sites.owners[name].transposed),
         routers=routers,
         mixture=mixture.module,
+        listed=listed,
         experts=experts,
         kept=mixture.kept,
         unseen=tuple(
@@ -137,16 +147,17 @@ def _candidates(
 
 
 def _groups(
-    found: Trace, owners: Mapping[str, Owner], mixture: Mixture, routers: frozenset[str]
+    found: Trace, owners: Mapping[str, Owner], experts: str | None, routers: frozenset[str]
 ) -> tuple[tuple[str, ...], ...]:
     """Linears by equal input, compared by value: a view makes a new tensor of the same numbers.
 
-    A router is alone, and the experts of a mixture have the name of their module.
+    A router is alone, and the experts of a mixture, which ``experts`` holds, have its name.
     """
+    inside = {name for name in found.inputs if experts is not None and name.startswith(f"{experts}.")}
     place = {name: at for at, name in enumerate(found.inputs)}
     groups: list[tuple[Tensor, list[str]]] = []
     for name, value in found.inputs.items():
-        if owners[name].kind not in ("linear", "conv1d") or name in routers:
+        if owners[name].kind not in ("linear", "conv1d") or name in routers or name in inside:
             continue
         same = next((own for first, own in groups if same_values(first, value)), None)
         if same is None:
@@ -154,9 +165,9 @@ def _groups(
         else:
             same.append(name)
     alone = [name for name in found.inputs if name in routers]
-    own = next((at for at, name in enumerate(found.inputs) if mixture.is_own(name)), None)
+    first = next((place[name] for name in found.inputs if name in inside), None)
     placed = [(place[names[0]], tuple(names)) for _, names in groups] + [(place[name], (name,)) for name in alone]
-    placed += [] if own is None or mixture.module is None else [(own, (mixture.module,))]
+    placed += [] if first is None or experts is None else [(first, (experts,))]
     return tuple(group for _, group in sorted(placed))
 
 

@@ -16,8 +16,19 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
-from lowbit.models.architecture import DeclaredEdge, ExpertLinear, Experts, Part, Ref, compact, module_of
+from lowbit.models.architecture import (
+    DeclaredEdge,
+    ExpertLinear,
+    Experts,
+    ListedExperts,
+    Part,
+    Ref,
+    compact,
+    module_of,
+)
 from lowbit.models.discovery.capture import Call, output_of
 from lowbit.models.discovery.layout import Mismatch
 from lowbit.models.discovery.proof import SAME, relative
@@ -33,7 +44,7 @@ class Mixture:
 
     Attributes:
         module: the module that lowbit runs one expert after the other; ``None``: there is none.
-        kept: parameters of three dimensions that are not its own, and stay float.
+        kept: parameters that hold experts, are not its own, and stay float.
         why: by kept parameter of the registry's modules, why lowbit cannot run it.
     """
 
@@ -46,9 +57,9 @@ class Mixture:
         return self.module is not None and parameter.rpartition(".")[0] == self.module
 
 
-def mixture_in(layer: nn.Module, call: Call, owners: Owners) -> Mixture:
+def mixture_in(layer: nn.Module, call: Call) -> Mixture:
     """The mixture of a small layer; a layer runs one module of experts, others stay float."""
-    stacks = stacks_of(owners)
+    stacks = stacks_of(layer)
     found, why = None, {}
     for name, module in layer.named_modules():
         experts = experts_of(name, module, "")
@@ -63,9 +74,20 @@ def mixture_in(layer: nn.Module, call: Call, owners: Owners) -> Mixture:
     return Mixture(found, kept, why)
 
 
-def stacks_of(owners: Owners) -> list[str]:
-    """Parameters that hold several matrices."""
-    return [name for name, one in owners.items() if min(one.experts, one.rows, one.columns) > 1]
+def stacks_of(layer: nn.Module) -> list[str]:
+    """Parameters that hold several matrices: those of three dimensions, and those of modules called experts.
+
+    Weights of convolutions have three dimensions, too, and are none.
+    """
+    found = []
+    for path, module in layer.named_modules():
+        if isinstance(module, _ConvNd | nn.Linear | nn.Embedding | Conv1D):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            several = parameter.ndim == 3 or (parameter.ndim == 2 and "experts" in path.split("."))
+            if several and min(parameter.shape) > 1:
+                found.append(f"{path}.{key}".lstrip("."))
+    return found
 
 
 @torch.no_grad()
@@ -82,29 +104,41 @@ def _unlike(layer: nn.Module, call: Call, experts: Experts) -> str:
     return "" if left < SAME else f"its own code computes something else than expert after expert ({left:.0e})"
 
 
-def routers_of(inputs: Mapping[str, Tensor], owners: Owners, stacks: Iterable[str]) -> frozenset[str]:
+def routers_of(inputs: Mapping[str, Tensor], owners: Owners, stacks: Mapping[str, int]) -> frozenset[str]:
     """The matrices that choose experts or weigh their outputs.
 
-    They stand beside the experts and have an output for each, or read the experts' input and are no layer of width:
-    the gate of a shared expert has one output.
+    They stand beside the experts and have an output for each or the name of a router, or read the experts' input and
+    are no layer of width: the gate of a shared expert has one output.
 
     Args:
         inputs: by owner, what it read first.
         owners: of the layer.
-        stacks: parameters that hold experts.
+        stacks: number of experts by what holds them: a parameter, or a list's first expert. 0: it is not known.
     """
     found = set()
-    for stack in stacks:
-        beside = f"{stack}".rpartition(".")[0].rpartition(".")[0]
+    for stack, count in stacks.items():
+        beside = _beside(stack)
         for name, value in inputs.items():
             one = owners[name]
             if one.kind not in ("linear", "router"):
                 continue
-            near = name.startswith(f"{beside}.") or not beside
+            near = name.startswith(beside)
+            chooses = "router" in name.split(".") or one.rows == count
             reads = stack in inputs and same_values(value, inputs[stack])
-            if (near and one.rows == owners[stack].experts) or (reads and (one.kind == "router" or one.rows == 1)):
+            if (near and chooses) or (reads and (one.kind == "router" or one.rows == 1)):
                 found.add(name)
     return frozenset(found)
+
+
+def _beside(stack: str) -> str:
+    """What names of modules beside a module of experts begin with.
+
+    >>> _beside("mlp.experts.gate_up_proj"), _beside("ffn.experts.mlp.w1"), _beside("mlp.input_linear.weight")
+    ('mlp.', 'ffn.', 'mlp.')
+    """
+    path = stack.split(".")[:-1]
+    outer = path[: path.index("experts")] if "experts" in path else path[:-1]
+    return "".join(f"{part}." for part in outer)
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
@@ -114,7 +148,7 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 
 
 def with_each_expert(
-    groups: Iterable[tuple[str, ...]], experts: Experts | None
+    groups: Iterable[tuple[str, ...]], experts: Experts | ListedExperts | None
 ) -> tuple[tuple[str, ...], ...]:
     """Groups of linears with those of every expert in place of their module."""
     own = () if experts is None else (experts.module,)
