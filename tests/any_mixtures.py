@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import tiny
 from tiny import COMMON
@@ -150,6 +153,7 @@ def declare(monkeypatch: Any) -> None:
     """Make the types known to ``tiny_model``."""
     for name, fields in (FIELDS | OWN_CODE).items():
         monkeypatch.setitem(tiny.CONFIGS, name, lambda name=name, fields=fields: CONFIG_MAPPING[name](**fields))
+    monkeypatch.setitem(tiny.CONFIGS, "listed", lambda: ListedConfig(**LISTED))
 
 
 def tiny_mixture(name: str) -> Any:
@@ -157,3 +161,57 @@ def tiny_mixture(name: str) -> Any:
     model = tiny.tiny_model(name)
     model.set_experts_implementation("eager")
     return model
+
+
+class ListedConfig(MixtralConfig):
+    """Of a mixture with code of its own."""
+
+    model_type = "listed_mixture"
+
+
+class ListedExpert(nn.Module):
+    """An expert with linears."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+
+class ListedMixture(nn.Module):
+    """Experts in a list, of which each token is sent to two."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(ListedExpert(config) for _ in range(config.num_local_experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(tokens).softmax(-1).topk(2)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            at, rank = torch.where(chosen == number)
+            if len(at):
+                out.index_add_(0, at, expert(tokens[at]) * weights[at, rank, None])
+        return out.view_as(x)
+
+
+class ListedForCausalLM(MixtralForCausalLM):
+    """Mixtral's layers with such a mixture."""
+
+    config_class = ListedConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = ListedMixture(config)
+
+
+AutoConfig.register("listed_mixture", ListedConfig)
+AutoModelForCausalLM.register(ListedConfig, ListedForCausalLM)
+LISTED = {**SIZES, "intermediate_size": 32, "num_local_experts": 5, "num_experts_per_tok": 2}

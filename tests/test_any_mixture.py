@@ -10,7 +10,11 @@ from transformers import AutoModelForCausalLM
 
 import any_mixtures
 import lowbit
+import tiny
 from any_mixtures import NAMES, TOGETHER, tiny_mixture
+from lowbit.errors import LowbitError
+from lowbit.methods.statistics import input_statistics
+from lowbit.models.architecture import ListedExperts
 from lowbit.models.equivalence import move
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import relative_error, run, run_all
@@ -62,7 +66,11 @@ def test_a_random_map_across_every_proven_edge_leaves_the_output(name):
     ends = [tuple(dst.module for dst in edge.dst) for edge in block.edges() if edge.kind == "norm"]
     inner = {f"{index}.{kind.experts.name(n, one)}" for n in range(kind.experts.count) for one in kind.experts.reads}
     assert any(inner < set(own) for own in ends), "the norm's edge ends in the router and in all experts"
-    experts = [e for e in block.edges() if e.kind == "channels" and kind.expert_of(e.src.module.partition(".")[2]) is not None]
+    experts = [
+        e
+        for e in block.edges()
+        if e.kind == "channels" and kind.expert_of(e.src.module.partition(".")[2]) is not None
+    ]
     assert len(experts) == (0 if name == "gpt_oss" else kind.experts.count), kinds
     generator = torch.Generator().manual_seed(0)
     for edge in block.edges():
@@ -128,3 +136,53 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(name, tmp_pa
         with pytest.raises(Killed):
             run_of(tmp_path / "killed", name, "w4a8")
     assert folder_bytes(run_of(tmp_path / "killed", name, "w4a8")) == folder_bytes(whole)
+
+
+def shun_the_last(model):
+    """Rows of the routers are ``w, -w, u, -u, 0``: the last of five experts is never among the best two."""
+    for layer in model.model.layers:
+        weight = layer.mlp.gate.weight.data
+        weight[1], weight[3], weight[4] = -weight[0], -weight[2], 0
+
+
+def test_experts_in_a_list_are_seen_as_experts(tmp_path):
+    model = save_tiny(tmp_path / "model", "listed")
+    shun_the_last(model)
+    model.save_pretrained(tmp_path / "model")
+    kind = architecture_of(model.config).layers[0]
+    assert kind.listed == ListedExperts("mlp.experts", 5, (("w1", "w3"), ("w2",)))
+    assert kind.routers == {"mlp.gate"}
+    assert kind.expert_of("mlp.experts.3.w2") == 3
+    folder = run_of(tmp_path, "listed", recipe="gptq")
+    told, simulated = json.loads((folder / MANIFEST).read_text()), streamed_logits(folder, IDS)
+    assert told["transformers"]["loads"]
+    assert "model.layers.0.mlp.gate" in told["floats"]
+    for row in told["blocks"]:
+        assert len(row["routing"]) == 5
+        assert sum(row["routing"]) == 2 * 2 * 24
+        assert row["routing"][4] == 0
+        assert any("gptq: fewer than 4 calibration tokens" in note and "4 (0)" in note for note in row["notes"])
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits_of(stock), simulated)
+    assert torch.equal(logits_of(lowbit.load(folder)), simulated)
+    assert 0 < relative_error(simulated, logits_of(model)) < 0.5
+
+
+def test_statistics_of_listed_experts_are_of_the_tokens_that_reach_them(monkeypatch):
+    model = tiny.tiny_model("listed")
+    block, x = block_of(model, start=0)
+    seen = []
+    hook = model.model.layers[0].mlp.experts[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tiny_ids(), use_cache=False)
+    hook.remove()
+    own = input_statistics(block, x, ["0.mlp.experts.1.w1"], ("gram",))["0.mlp.experts.1.w1"]
+    assert 0 < own.count == len(seen[0]) < x.shape[0] * x.shape[1]
+    assert torch.allclose(own["gram"], seen[0].T @ seen[0], atol=1e-4)
+
+
+def test_what_needs_the_tokens_of_listed_experts_is_refused_in_one_line(tmp_path):
+    save_tiny(tmp_path / "model", "listed")
+    with pytest.raises(LowbitError, match="--all-experts"):
+        run_of(tmp_path, "listed", all_experts=True)
+    assert not (tmp_path / "run").exists()

@@ -10,10 +10,10 @@ from transformers import AutoConfig
 from lowbit.checkpoints.resolve import resolve
 from lowbit.models.discovery import Discovery, discover
 from lowbit.models.families import architecture_of
-from tiny import NAMES, tiny_model
+from tiny import MIXTURES, NAMES, tiny_model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *MIXTURES])
 def test_a_declared_family_is_discovered(name):
     config = tiny_model(name).config
     found, wanted = discover(config), architecture_of(config)

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lowbit.errors import LowbitError
 from lowbit.methods.cold import is_cold
 from lowbit.methods.inputs import input_groups
-from lowbit.errors import LowbitError
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import observe, routing_of
 from lowbit.models.linear_input import Tap
@@ -190,8 +190,8 @@ def _router_tap(block: Block, linear: str) -> str:
     experts = block.kind_of(linear).experts
     if experts is None:
         raise LowbitError(
-            f"{block.full_name(linear)} is an expert that code of the model's own calls, and its inputs in two models "
-            "cannot be paired token by token: choose a recipe without refit, and gptq.target=weights"
+            f"{block.full_name(linear)} is an expert that code of the model's own calls, and its inputs in two "
+            "models cannot be paired token by token: choose a recipe without refit, and gptq.target=weights"
         )
     return routing_of(f"{linear.partition('.')[0]}.{experts.module}")
 

@@ -14,6 +14,7 @@ from lowbit.models.architecture import (
     Heads,
     Indices,
     LayerKind,
+    ListedExperts,
     Part,
     Ref,
     compact,
@@ -44,17 +45,21 @@ def described(architecture: Architecture) -> list[dict[str, Any]]:
 
 def _mixer(kind: LayerKind) -> str:
     text = kind.attention or "no attention function: the library's code, Q, K and V are not seen"
-    return text if kind.experts is None else f"{text}; {kind.experts.count} experts in {kind.experts.module}"
+    own = kind.experts or kind.listed
+    return text if own is None else f"{text}; {own.count} experts in {own.module}"
 
 
 def _any_expert(kind: LayerKind) -> LayerKind:
     """The kind with ``*`` for the numbers of experts, which are alike: ``mlp.experts.*.up_proj``, each once."""
-    if (experts := kind.experts) is None:
+    if (experts := kind.experts or kind.listed) is None:
         return kind
 
     def pattern(ref: Ref) -> Ref:
         place = experts.place(module_of(ref))
-        return ref if place is None else _renamed(ref, f"{experts.module}.*.{place[1].name}")
+        if place is None:
+            return ref
+        own = place[1] if isinstance(place[1], str) else place[1].name
+        return _renamed(ref, f"{experts.module}.*.{own}")
 
     def alike(edge: DeclaredEdge) -> DeclaredEdge:
         dst = tuple(dict.fromkeys(map(pattern, edge.dst)))
@@ -67,7 +72,7 @@ def _any_expert(kind: LayerKind) -> LayerKind:
 
 def _each_expert(kind: LayerKind) -> LayerKind:
     """The kind with the numbers of experts in place of ``*``: what ``_any_expert`` was given."""
-    if (experts := kind.experts) is None:
+    if (experts := kind.experts or kind.listed) is None:
         return kind
     mark = f"{experts.module}.*."
 
@@ -179,6 +184,7 @@ def _kind_of(data: Mapping[str, Any]) -> LayerKind:
             flat=frozenset(data["flat"]),
             transposed=frozenset(data["transposed"]),
             experts=_experts_of(data["experts"]) if "experts" in data else None,
+            listed=_listed_of(data["listed"]) if "listed" in data else None,
             routers=frozenset(data.get("routers", ())),
             kept=tuple(data.get("kept", ())),
         )
@@ -189,6 +195,10 @@ def _experts_of(data: Mapping[str, Any]) -> Experts:
     said: dict[str, Any] = {**data}
     linears = [ExpertLinear(**{**own, "rows": _rows_of(own["rows"])}) for own in said.pop("linears")]
     return Experts(**said, reads=tuple(linears[:-1]), writes=linears[-1])
+
+
+def _listed_of(data: Mapping[str, Any]) -> ListedExperts:
+    return ListedExperts(**{**data, "own_groups": tuple(tuple(group) for group in data["own_groups"])})
 
 
 def _rows_of(said: Mapping[str, int]) -> Indices:
@@ -219,6 +229,7 @@ def _ref_of(data: str | Mapping[str, Any]) -> Ref:
 def _kind(kind: LayerKind) -> dict[str, Any]:
     kind = _any_expert(kind)
     mixture: dict[str, Any] = {} if kind.experts is None else {"experts": _experts(kind.experts)}
+    mixture |= {} if kind.listed is None else {"listed": _plain(kind.listed)}
     mixture |= {"routers": sorted(kind.routers)} if kind.routers else {}
     mixture |= {"kept": list(kind.kept)} if kind.kept else {}
     return {
@@ -229,6 +240,10 @@ def _kind(kind: LayerKind) -> dict[str, Any]:
         "transposed": sorted(kind.transposed),
         "edges": [_edge(edge) for edge in kind.edges],
     }
+
+
+def _plain(listed: ListedExperts) -> dict[str, Any]:
+    return {**asdict(listed), "own_groups": [list(group) for group in listed.own_groups]}
 
 
 def _experts(experts: Experts) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def signature(layer: nn.Module, sizes: bool = True) -> tuple[Any, ...]:
     found: list[Any] = []
     alike = () if sizes else _repeated(layer)
     for name, module in layer.named_modules():
-        if name.startswith(alike):
+        if f"{name}.".startswith(alike):
             continue
         found.append((name, type(module).__name__))
         for key, value in sorted(vars(module).items()):

@@ -70,7 +70,7 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
     mixture = mixture_in(layer, call)
     experts = tuple(dict.fromkeys(name for name in read if mixture.is_own(name)))
     stacks = {name: sites.owners[name].experts if name in sites.owners else 0 for name in (*experts, *mixture.kept)}
-    stacks |= {} if listed is None else {f"{listed.expert(0)}.": listed.count}
+    stacks |= {} if listed is None else {f"{listed.module}.": listed.count}
     routers = routers_of(found.inputs, sites.owners, stacks)
     own = mixture.module if listed is None else listed.module
     groups = _groups(found, sites.owners, own, routers)

@@ -113,7 +113,7 @@ def routers_of(inputs: Mapping[str, Tensor], owners: Owners, stacks: Mapping[str
     Args:
         inputs: by owner, what it read first.
         owners: of the layer.
-        stacks: number of experts by what holds them: a parameter, or a list's first expert. 0: it is not known.
+        stacks: number of experts by what holds them, a parameter or a list. 0: it is not known.
     """
     found = set()
     for stack, count in stacks.items():
