@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import any_mixtures
@@ -18,6 +19,7 @@ from lowbit.models.architecture import ListedExperts
 from lowbit.models.equivalence import move
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import relative_error, run, run_all
+from lowbit.pipeline.inspect import inspect_model
 from lowbit.pipeline.runner import Walk
 from lowbit.runs.manifest import MANIFEST
 from runs import folder_bytes, streamed_logits
@@ -186,3 +188,40 @@ def test_what_needs_the_tokens_of_listed_experts_is_refused_in_one_line(tmp_path
     with pytest.raises(LowbitError, match="--all-experts"):
         run_of(tmp_path, "listed", all_experts=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_experts_that_code_of_a_models_own_computes_stay_float_by_name(tmp_path):
+    model = save_tiny(tmp_path / "model", "llama4_text")
+    kept = tuple(f"feed_forward.experts.{name}_proj" for name in ("gate_up", "down"))
+    full = [f"model.layers.1.{name}" for name in kept]
+    architecture = architecture_of(model.config)
+    assert [kind.kept for kind in architecture.layers] == [(), kept]
+    assert architecture.layers[1].experts is None
+    assert architecture.layers[1].routers == {"feed_forward.router"}
+    assert "feed_forward.shared_expert.up_proj" in architecture.layers[1].linears
+    facts = inspect_model(str(tmp_path / "model"), samples=2, length=16)
+    assert facts["experts_in_float"] == full
+    assert facts["kinds"][1]["kept"] == list(kept)
+    folder = run_of(tmp_path, "llama4_text", recipe="gptq")
+    told = json.loads((folder / MANIFEST).read_text())
+    assert told["kept_experts"] == full
+    assert "model.layers.1.feed_forward.router" in told["floats"]
+    assert [any("experts: these experts stay float" in note for note in row["notes"]) for row in told["blocks"]] == [
+        False,
+        True,
+    ]
+    assert all(name in (folder / "README.md").read_text() for name in full)
+    lowbit.report([folder], out=tmp_path / "report.html")
+    assert full[0] in (tmp_path / "report.html").read_text()
+    floats = {name: model.get_parameter(name) for name in full}
+    shards = load_file(folder / "block-00001.safetensors")
+    assert all(torch.equal(shards[name], value) for name, value in floats.items())
+    stored = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1)
+    quantized = told["bits_per_weight"] * (count := sum(model.get_parameter(f"{n}.weight").numel() for n in told["quantized"]))
+    assert told["model_bits_per_weight"] == pytest.approx((quantized + 16 * (stored - count)) / stored)
+    assert told["transformers"]["loads"]
+    simulated = streamed_logits(folder, IDS)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits_of(stock), simulated)
+    with pytest.raises(LowbitError, match="mixtures of experts are not exported"):
+        lowbit.export(folder, "gguf", out=tmp_path / "out")
