@@ -268,7 +268,7 @@ def _outside(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
 def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     """Why stock ``transformers`` cannot run the formats as simulated, or ``None`` if it can."""
     architecture = skeleton.architecture
-    if (why := _stock_experts(skeleton, formats)) is not None:
+    if (why := _stock_experts(skeleton, formats) or _replaced_experts(skeleton)) is not None:
         return why
     if turned := architecture.transposed() & formats.modules.keys():
         name = min(turned)
@@ -293,6 +293,18 @@ def _stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
             whole = f"{architecture.blocks}.{index}.{kind.experts.module}.{kind.experts.writes.parameter}"
             return f"transformers stores the experts of a layer together ({whole}) and reads no codes of one expert"
     return stock_loads_experts(formats, experts, architecture.embed) if experts else None
+
+
+def _replaced_experts(skeleton: Skeleton) -> str | None:
+    """Experts that stay float, and that ``transformers`` replaces by other modules in a quantized model."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    for layer, kind in zip(skeleton.layers, skeleton.architecture.layers, strict=True):
+        for parameter in kind.kept:
+            own = type(layer.get_submodule(parameter.rpartition(".")[0])).__name__
+            if own in MODULES_TO_PATCH_FOR_QUANTIZATION:
+                return f"transformers replaces {own} in a quantized model by linears of each expert, which stay float here"
+    return None
 
 
 def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:
