@@ -25,6 +25,15 @@ def test_a_declared_family_is_discovered(name):
     assert Discovery.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
+def test_a_layer_of_many_experts_is_proven_with_few_of_them():
+    config = tiny_model("mixtral", num_local_experts=48, num_hidden_layers=1).config
+    found = discover(config, most_bytes=8 * 2**20)  # four experts take 6 MiB, 48 take 60
+    (layer,) = found.architecture.layers
+    assert found.record.checked == (0,)
+    assert layer.experts.count == 48
+    assert layer == architecture_of(config).layers[0]
+
+
 @pytest.mark.slow
 def test_a_real_model_is_discovered_at_its_own_sizes():
     config = AutoConfig.from_pretrained(resolve("demo").folder)

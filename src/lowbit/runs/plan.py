@@ -303,7 +303,7 @@ def _replaced_experts(skeleton: Skeleton) -> str | None:
         for parameter in kind.kept:
             own = type(layer.get_submodule(parameter.rpartition(".")[0])).__name__
             if own in MODULES_TO_PATCH_FOR_QUANTIZATION:
-                return f"transformers replaces {own} in a quantized model by linears of each expert, which stay float here"
+                return f"transformers replaces {own} in a quantized model by linears of each expert"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lowbit.models.discovery.properties import partner_of
 from lowbit.models.discovery.prove import Kind, found_in, prove
 from lowbit.models.discovery.real import RealLayers, bytes_needed, checked, empty_model
 from lowbit.models.discovery.result import Discovery, Finding, Record, label
-from lowbit.models.discovery.shrink import fewer_layers, shrunk
+from lowbit.models.discovery.shrink import fewer_experts, fewer_layers, shrunk
 from lowbit.models.discovery.sites import owners_of
 from lowbit.models.discovery.small import small_of
 from lowbit.models.discovery.small_model import SmallModel
@@ -104,7 +105,7 @@ class _Search:
             exact = signature(layer)
             if exact not in entries:
                 kind = by_form.get(signature(layer, sizes=False))
-                entries[exact] = self._entry(kind, layer, most_bytes) if kind else self._unknown(index, layer)
+                entries[exact] = self._entry(kind, index, layer, most_bytes) if kind else self._unknown(index, layer)
             out.append(entries[exact])
         return tuple(out)
 
@@ -114,10 +115,10 @@ class _Search:
         names = [name for name, one in owners_of(layer).items() if one.kind in ("linear", "conv1d")]
         return LayerKind(tuple((name,) for name in names), (), kept=tuple(stacks_of(layer)))
 
-    def _entry(self, kind: Kind, layer: nn.Module, most_bytes: int) -> LayerKind:
+    def _entry(self, kind: Kind, index: int, layer: nn.Module, most_bytes: int) -> LayerKind:
         own = kind.analysis
         edges = self._carried(kind, layer)
-        proven = self._checked(kind, layer, edges, most_bytes)
+        proven = self._checked(kind, self._with_few_experts(kind, index, layer), edges, most_bytes)
         experts = self._experts(own.mixture, layer)
         listed = None if own.listed is None else at_real_size(own.listed, layer)
         return LayerKind(
@@ -131,6 +132,17 @@ class _Search:
             routers=own.routers,
             kept=own.kept,
         )
+
+    def _with_few_experts(self, kind: Kind, index: int, layer: nn.Module) -> nn.Module:
+        """The layer with few experts if it has any: all are alike, and the proof holds several copies of a layer."""
+        own = kind.analysis
+        if own.mixture is None and own.listed is None and not own.kept:
+            return layer
+        return self._few_experts[index]
+
+    @cached_property
+    def _few_experts(self) -> list[nn.Module]:
+        return list(empty_model(fewer_experts(self.config), self.trusted).get_submodule(self.small.blocks))
 
     def _experts(self, module: str | None, layer: nn.Module) -> Experts | None:
         model_type = str(getattr(self.config, "model_type", ""))

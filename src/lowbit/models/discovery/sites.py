@@ -259,7 +259,7 @@ class _Mode(TorchFunctionMode):
         flat = self.listener.read(owner.name, x.transpose(0, 1).flatten(1))
         out = call(flat.unflatten(1, (experts, -1)).transpose(0, 1))
         written = self.listener.write(owner.name, out.transpose(0, 1).flatten(1))
-        return written.unflatten(1, (experts, -1)).transpose(0, 1).contiguous()  # which the product is, and code views
+        return written.unflatten(1, (experts, -1)).transpose(0, 1).contiguous()  # as the product is: code views it
 
     def _scores(self, x: Tensor, y: Tensor) -> None:
         if x.shape[-2] == TOKENS and y.shape[-1] == TOKENS and x.shape[-1] != TOKENS:
