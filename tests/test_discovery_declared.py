@@ -10,10 +10,10 @@ from transformers import AutoConfig
 from lowbit.checkpoints.resolve import resolve
 from lowbit.models.discovery import Discovery, discover
 from lowbit.models.families import architecture_of
-from tiny import NAMES, tiny_model
+from tiny import MIXTURES, NAMES, tiny_model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *MIXTURES])
 def test_a_declared_family_is_discovered(name):
     config = tiny_model(name).config
     found, wanted = discover(config), architecture_of(config)
@@ -23,6 +23,15 @@ def test_a_declared_family_is_discovered(name):
     assert own.origin == "discovered"
     assert found.record.checked == tuple(range(len(found.record.experts)))  # every kind is proven at its real shape
     assert Discovery.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_layer_of_many_experts_is_proven_with_few_of_them():
+    config = tiny_model("mixtral", num_local_experts=48, num_hidden_layers=1).config
+    found = discover(config, most_bytes=8 * 2**20)  # four experts take 6 MiB, 48 take 60
+    (layer,) = found.architecture.layers
+    assert found.record.checked == (0,)
+    assert layer.experts.count == 48
+    assert layer == architecture_of(config).layers[0]
 
 
 @pytest.mark.slow

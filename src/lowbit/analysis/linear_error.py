@@ -70,7 +70,7 @@ def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
         linears = {
             name.removeprefix(f"{index}."): _alone(layer, name, x, y, replay)
             | _rounded(layer.weight(name), inputs[name], q.format)
-            if name in inputs
+            if name in inputs and inputs[name].numel()
             else _unreached(layer.weight(name), q.format)
             for name, q in layer.qweights.items()
         }
@@ -94,7 +94,7 @@ def _alone(layer: Block, name: str, x: Tensor, y: Tensor, replay: ExpertsReplay)
     For an expert's linear that expert runs alone: the others' outputs are those of the float pass, ``replay``.
     """
     params: Mapping[str, Tensor] = {**layer.params, f"{name}.weight": layer.dequantized(name)}
-    expert = layer.expert_of(name)
+    expert = layer.expert_of(name) if layer.is_stacked(name) else None
     again = None if expert is None else replay.alone(expert)
     if layer.input_format(name) is None:
         return {"error": relative_errors(run(layer, x, params, replay=again), y), "input": 0.0}

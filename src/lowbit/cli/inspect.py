@@ -110,7 +110,8 @@ def _show_facts(facts: dict[str, Any]) -> None:
         if key != "kinds":
             rows.add_row(key, Text(f"{value:,}" if type(value) is int else str(value)))
     for kind in facts["kinds"]:
-        text = "\n".join([kind["mixer"], "", *kind["linears"], "", *(kind["edges"] or ["no edges"])])
+        kept = [f"experts in float: {', '.join(kind['kept'])}"] if kind["kept"] else []
+        text = "\n".join([kind["mixer"], "", *kind["linears"], *kept, "", *(kind["edges"] or ["no edges"])])
         rows.add_row(f"layers {kind['layers']}", Text(text))
     Console().print(rows)
 

@@ -51,10 +51,7 @@ def stages(block: Block, matrices: int = 1) -> Iterator[list[tuple[str, ...]]]:
 def _stage_of(block: Block, linear: str) -> tuple[str, str]:
     """What a linear and others that may be observed with it have in common."""
     index, _, name = linear.partition(".")
-    experts = block.kind_of(linear).experts
-    if experts is None or (place := experts.place(name)) is None:
-        return index, name
-    return index, "down" if place[1] == experts.writes else "up"
+    return index, block.kind_of(linear).stage_of(name)
 
 
 def held_together(

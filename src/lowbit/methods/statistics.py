@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lowbit.errors import LowbitError
 from lowbit.methods.cold import is_cold
 from lowbit.methods.inputs import input_groups
 from lowbit.models.block import Block, Calib
@@ -187,7 +188,11 @@ def paired_statistics(
 def _router_tap(block: Block, linear: str) -> str:
     """The name under which ``forward.run`` shows which experts each token of a layer is sent to."""
     experts = block.kind_of(linear).experts
-    assert experts is not None
+    if experts is None:
+        raise LowbitError(
+            f"{block.full_name(linear)} is an expert that code of the model's own calls, and its inputs in two "
+            "models cannot be paired token by token: choose a recipe without refit, and gptq.target=weights"
+        )
     return routing_of(f"{linear.partition('.')[0]}.{experts.module}")
 
 

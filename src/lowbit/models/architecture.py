@@ -196,6 +196,47 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class ListedExperts:
+    """Experts that are modules of their own in a list, each called with the tokens that reach it.
+
+    Their linears are ordinary ones for whoever loads the model; what they read is a part of the tokens.
+
+    Attributes:
+        module: the list's name within the layer: ``mlp.experts``.
+        count: number of experts.
+        own_groups: the linears of an expert, by name within it, grouped by shared input, in execution order.
+    """
+
+    module: str
+    count: int
+    own_groups: tuple[tuple[str, ...], ...]
+
+    def expert(self, number: int) -> str:
+        """An expert's module within the layer: ``mlp.experts.3``."""
+        return f"{self.module}.{number}"
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """All experts' linears grouped by shared input: the first group of every expert, then the next of each."""
+        numbers = range(self.count)
+        return tuple(
+            tuple(f"{self.expert(number)}.{name}" for name in own) for own in self.own_groups for number in numbers
+        )
+
+    def place(self, name: str) -> tuple[int, str] | None:
+        """The expert and the linear within it that a name means; ``None`` for the name of anything else.
+
+        >>> ListedExperts("mlp.experts", 8, (("w1", "w3"), ("w2",))).place("mlp.experts.3.w2")
+        (3, 'w2')
+        """
+        number, _, own = name.removeprefix(f"{self.module}.").partition(".")
+        known = any(own in group for group in self.own_groups)
+        if not name.startswith(f"{self.module}.") or not number.isdecimal() or not known:
+            return None
+        return int(number), own
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """The structure of one decoder layer; module names are relative to the layer.
 
@@ -207,7 +248,9 @@ class LayerKind:
         flat: linears that the layer calls with ``(tokens, hidden)`` in place of ``(sequences, length, hidden)``.
         transposed: linears that store their matrix as ``(in, out)``, as GPT-2 does.
         experts: the mixture of experts, whose linears are in ``groups``; ``None`` for a layer without one.
+        listed: the same for experts that are modules of their own.
         routers: linears that stay float unless an override names them: those that choose the experts.
+        kept: parameters that hold experts and stay float, since code of the model's own computes with them.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -216,7 +259,9 @@ class LayerKind:
     flat: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
     experts: Experts | None = None
+    listed: ListedExperts | None = None
     routers: frozenset[str] = frozenset()
+    kept: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -225,8 +270,21 @@ class LayerKind:
 
     def expert_of(self, name: str) -> int | None:
         """The number of the expert that a linear belongs to, if it belongs to one."""
-        place = None if self.experts is None else self.experts.place(name)
+        own = self.experts or self.listed
+        place = None if own is None else own.place(name)
         return None if place is None else place[0]
+
+    def is_stacked(self, name: str) -> bool:
+        """Whether a linear is a part of a parameter for all experts."""
+        return self.experts is not None and self.experts.place(name) is not None
+
+    def stage_of(self, name: str) -> str:
+        """What linears have in common that do not depend on each other: the same position in different experts."""
+        if self.experts is not None and (place := self.experts.place(name)) is not None:
+            return "down" if place[1] == self.experts.writes else "up"
+        if self.listed is not None and (own := self.listed.place(name)) is not None:
+            return next(str(at) for at, group in enumerate(self.listed.own_groups) if own[1] in group)
+        return name
 
     @property
     def norm_offsets(self) -> dict[str, float]:
@@ -292,11 +350,15 @@ class Architecture:
         """Full names of the linears that stay float unless an override names them."""
         return {f"{self.blocks}.{index}.{name}" for index, kind in enumerate(self.layers) for name in kind.routers}
 
+    def kept(self) -> list[str]:
+        """Full names of the parameters of experts that stay float."""
+        return [f"{self.blocks}.{index}.{name}" for index, kind in enumerate(self.layers) for name in kind.kept]
+
     def is_experts(self, name: str) -> bool:
-        """Whether a linear, by its full name, belongs to one of a layer's experts."""
+        """Whether a linear, by its full name, is a part of a parameter that holds a layer's experts."""
         index, _, own = name.removeprefix(f"{self.blocks}.").partition(".")
         inside = name.startswith(f"{self.blocks}.") and index.isdecimal()
-        return inside and self.layers[int(index)].expert_of(own) is not None
+        return inside and self.layers[int(index)].is_stacked(own)
 
     def kinds(self) -> dict[LayerKind, list[int]]:
         """The different kinds of layers, and the indices of the layers of each."""

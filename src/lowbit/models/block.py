@@ -142,6 +142,10 @@ class Block:
         """The number of the expert that a linear belongs to, if it belongs to one."""
         return self.kind_of(linear).expert_of(linear.partition(".")[2])
 
+    def is_stacked(self, linear: str) -> bool:
+        """Whether a linear is a part of a parameter that holds all experts of its layer."""
+        return self.kind_of(linear).is_stacked(linear.partition(".")[2])
+
     def is_router(self, linear: str) -> bool:
         """Whether a linear stays float unless an override names it."""
         return linear.partition(".")[2] in self.kind_of(linear).routers
@@ -229,7 +233,7 @@ class Block:
         self, params: Mapping[str, Tensor], weights: Mapping[str, Callable[[], Tensor]]
     ) -> Mapping[str, Tensor]:
         """``params`` with other weights by linear: computed now, or for experts whenever they are read."""
-        later = {f"{name}.weight": weight for name, weight in weights.items() if self.expert_of(name) is not None}
+        later = {f"{name}.weight": weight for name, weight in weights.items() if self.is_stacked(name)}
         now = {f"{n}.weight": weight() for n, weight in weights.items() if f"{n}.weight" not in later}
         return ComputedWhenRead({**params, **now}, later) if later else {**params, **now}
 

@@ -6,7 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from lowbit.models.architecture import Architecture, DeclaredEdge, Experts, Heads, Indices, LayerKind, Part, Ref
+from lowbit.models.architecture import (
+    Architecture,
+    DeclaredEdge,
+    ExpertLinear,
+    Experts,
+    Heads,
+    Indices,
+    LayerKind,
+    ListedExperts,
+    Part,
+    Ref,
+    compact,
+    module_of,
+)
 
 GROUPS = {
     "matrix": "any matrix",
@@ -24,6 +37,7 @@ def described(architecture: Architecture) -> list[dict[str, Any]]:
             "mixer": _mixer(kind),
             "linears": [" + ".join(group) for group in kind.groups],
             "edges": [edge_text(edge) for edge in kind.edges],
+            "kept": list(kind.kept),
         }
         for kind, indices in ((_any_expert(kind), indices) for kind, indices in architecture.kinds().items())
     ]
@@ -31,25 +45,68 @@ def described(architecture: Architecture) -> list[dict[str, Any]]:
 
 def _mixer(kind: LayerKind) -> str:
     text = kind.attention or "no attention function: the library's code, Q, K and V are not seen"
-    return text if kind.experts is None else f"{text}; {kind.experts.count} experts in {kind.experts.module}"
+    own = kind.experts or kind.listed
+    return text if own is None else f"{text}; {own.count} experts in {own.module}"
 
 
 def _any_expert(kind: LayerKind) -> LayerKind:
     """The kind with ``*`` for the numbers of experts, which are alike: ``mlp.experts.*.up_proj``, each once."""
-    if (experts := kind.experts) is None:
+    if (experts := kind.experts or kind.listed) is None:
         return kind
 
     def pattern(ref: Ref) -> Ref:
-        place = None if isinstance(ref, Part) else experts.place(ref)
-        return ref if place is None else f"{experts.module}.*.{place[1].name}"
+        place = experts.place(module_of(ref))
+        if place is None:
+            return ref
+        own = place[1] if isinstance(place[1], str) else place[1].name
+        return _renamed(ref, f"{experts.module}.*.{own}")
 
     def alike(edge: DeclaredEdge) -> DeclaredEdge:
         dst = tuple(dict.fromkeys(map(pattern, edge.dst)))
         partner = None if edge.partner is None else pattern(edge.partner)
         return replace(edge, src=pattern(edge.src), dst=dst, partner=partner)
 
-    groups = tuple(dict.fromkeys(tuple(str(pattern(name)) for name in group) for group in kind.groups))
+    groups = tuple(dict.fromkeys(tuple(module_of(pattern(name)) for name in group) for group in kind.groups))
     return replace(kind, groups=groups, edges=tuple(dict.fromkeys(map(alike, kind.edges))))
+
+
+def _each_expert(kind: LayerKind) -> LayerKind:
+    """The kind with the numbers of experts in place of ``*``: what ``_any_expert`` was given."""
+    if (experts := kind.experts or kind.listed) is None:
+        return kind
+    mark = f"{experts.module}.*."
+
+    def numbered(ref: Ref, number: int) -> Ref:
+        return _renamed(ref, module_of(ref).replace(mark, f"{experts.module}.{number}."))
+
+    def readers(ends: tuple[Ref, ...]) -> tuple[Ref, ...]:
+        own = [end for end in ends if module_of(end).startswith(mark)]
+        each = [numbered(end, number) for number in range(experts.count) for end in own]
+        at = ends.index(own[0]) if own else len(ends)
+        return (*ends[:at], *each, *(end for end in ends[at:] if end not in own))
+
+    def edges(edge: DeclaredEdge) -> list[DeclaredEdge]:
+        if not module_of(edge.src).startswith(mark):
+            return [replace(edge, dst=readers(edge.dst))]
+        return [
+            replace(
+                edge,
+                src=numbered(edge.src, number),
+                dst=tuple(numbered(end, number) for end in edge.dst),
+                partner=None if edge.partner is None else numbered(edge.partner, number),
+            )
+            for number in range(experts.count)
+        ]
+
+    marked = [group for group in kind.groups if group[0].startswith(mark)]
+    at = kind.groups.index(marked[0]) if marked else len(kind.groups)
+    rest = tuple(group for group in kind.groups[at:] if group not in marked)
+    groups = (*kind.groups[:at], *(experts.groups if marked else ()), *rest)
+    return replace(kind, groups=groups, edges=tuple(own for edge in kind.edges for own in edges(edge)))
+
+
+def _renamed(ref: Ref, module: str) -> Ref:
+    return module if isinstance(ref, str) else replace(ref, module=module)
 
 
 def intervals(indices: Sequence[int]) -> str:
@@ -119,13 +176,34 @@ def from_dict(data: Mapping[str, Any]) -> Architecture:
 
 
 def _kind_of(data: Mapping[str, Any]) -> LayerKind:
-    return LayerKind(
-        groups=tuple(tuple(group) for group in data["groups"]),
-        edges=tuple(_edge_of(edge) for edge in data["edges"]),
-        attention=data["attention"],
-        flat=frozenset(data["flat"]),
-        transposed=frozenset(data["transposed"]),
+    return _each_expert(
+        LayerKind(
+            groups=tuple(tuple(group) for group in data["groups"]),
+            edges=tuple(_edge_of(edge) for edge in data["edges"]),
+            attention=data["attention"],
+            flat=frozenset(data["flat"]),
+            transposed=frozenset(data["transposed"]),
+            experts=_experts_of(data["experts"]) if "experts" in data else None,
+            listed=_listed_of(data["listed"]) if "listed" in data else None,
+            routers=frozenset(data.get("routers", ())),
+            kept=tuple(data.get("kept", ())),
+        )
     )
+
+
+def _experts_of(data: Mapping[str, Any]) -> Experts:
+    said: dict[str, Any] = {**data}
+    linears = [ExpertLinear(**{**own, "rows": _rows_of(own["rows"])}) for own in said.pop("linears")]
+    return Experts(**said, reads=tuple(linears[:-1]), writes=linears[-1])
+
+
+def _listed_of(data: Mapping[str, Any]) -> ListedExperts:
+    return ListedExperts(**{**data, "own_groups": tuple(tuple(group) for group in data["own_groups"])})
+
+
+def _rows_of(said: Mapping[str, int]) -> Indices:
+    stop = said["start"] + said["step"] * said["count"]
+    return compact(tuple(range(said["start"], stop, said["step"])))
 
 
 def _edge_of(data: Mapping[str, Any]) -> DeclaredEdge:
@@ -150,7 +228,10 @@ def _ref_of(data: str | Mapping[str, Any]) -> Ref:
 
 def _kind(kind: LayerKind) -> dict[str, Any]:
     kind = _any_expert(kind)
-    mixture = {} if kind.experts is None else {"experts": _experts(kind.experts), "routers": sorted(kind.routers)}
+    mixture: dict[str, Any] = {} if kind.experts is None else {"experts": _experts(kind.experts)}
+    mixture |= {} if kind.listed is None else {"listed": _plain(kind.listed)}
+    mixture |= {"routers": sorted(kind.routers)} if kind.routers else {}
+    mixture |= {"kept": list(kind.kept)} if kind.kept else {}
     return {
         **mixture,
         "groups": [list(group) for group in kind.groups],
@@ -159,6 +240,10 @@ def _kind(kind: LayerKind) -> dict[str, Any]:
         "transposed": sorted(kind.transposed),
         "edges": [_edge(edge) for edge in kind.edges],
     }
+
+
+def _plain(listed: ListedExperts) -> dict[str, Any]:
+    return {**asdict(listed), "own_groups": [list(group) for group in listed.own_groups]}
 
 
 def _experts(experts: Experts) -> dict[str, Any]:

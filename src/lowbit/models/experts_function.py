@@ -186,11 +186,11 @@ class _Kept:
     inputs: Mapping[str, LinearInput]
 
     def call(self, module: Any) -> ExpertsCall:
-        return ExpertsCall(self.experts, _Parts(self.experts, module), self.inputs)
+        return ExpertsCall(self.experts, ExpertParts(self.experts, module), self.inputs)
 
 
-class _Parts(Mapping[str, Tensor]):
-    """Each expert's parameters as parts of its module's, by name within the layer."""
+class ExpertParts(Mapping[str, Tensor]):
+    """Each expert's parameters as parts of those of an experts module, by name within the layer."""
 
     def __init__(self, experts: Experts, module: nn.Module) -> None:
         self.experts, self.module = experts, module

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.models.architecture import Experts, LayerKind
+from lowbit.models.architecture import Experts, LayerKind, ListedExperts
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
 from lowbit.models.experts_function import ExpertsCall, ExpertsReplay, experts_computed_by
@@ -60,7 +60,7 @@ def _state(block: Block, index: int, kind: LayerKind, params: Mapping[str, Tenso
     prefix = f"{index}."
     names = [name for name in params if name.startswith(prefix)]
     if kind.experts is not None:
-        names = [n for n in names if kind.expert_of(n.removeprefix(prefix).rpartition(".")[0]) is None]
+        names = [n for n in names if not kind.is_stacked(n.removeprefix(prefix).rpartition(".")[0])]
     own = block.as_stored({name: _like(params[name], x) for name in names})
     return {name.removeprefix(prefix): value for name, value in own.items()}
 
@@ -85,7 +85,9 @@ def _prepare(
         call = _experts_call(kind.experts, params, inputs, index, taps, block.every_token)
         module = layer.get_submodule(kind.experts.module)
         stack.enter_context(experts_computed_by(module, replace(call, replay=replay)))
-        inputs = [{n: own for n, own in group.items() if kind.expert_of(n) is None} for group in inputs]
+        inputs = [{n: own for n, own in group.items() if not kind.is_stacked(n)} for group in inputs]
+    if kind.listed is not None and (tap := taps.get(routing_of(f"{index}.{kind.listed.module}"))) is not None:
+        _show_routing(stack, layer, kind.listed, tap)
     for name, hook in _hooks(inputs):
         handle = layer.get_submodule(name).register_forward_pre_hook(hook)
         stack.callback(handle.remove)
@@ -108,8 +110,21 @@ def _experts_call(
     return ExpertsCall(experts, params, own, taps.get(name), taps.get(routing_of(name)), every_token, f"{index}.")
 
 
+def _show_routing(stack: ExitStack, layer: nn.Module, listed: ListedExperts, tap: Tap) -> None:
+    """Pass the number of an expert to ``tap`` once for each token that reaches it, ``(tokens, 1)``."""
+    for number in range(listed.count):
+
+        def hook(module: nn.Module, args: tuple[Any, ...], number: int = number) -> None:
+            tap(torch.full((args[0].shape[:-1].numel(), 1), number))
+
+        stack.callback(layer.get_submodule(listed.expert(number)).register_forward_pre_hook(hook).remove)
+
+
 def routing_of(experts: str) -> str:
-    """The name of an experts module's tap that receives the experts of each token ``(tokens, k)``."""
+    """The name of an experts module's tap that receives the experts of each token ``(tokens, k)``.
+
+    Listed experts show the number of each expert that is called, for its own tokens.
+    """
     return f"{experts}:routing"
 
 

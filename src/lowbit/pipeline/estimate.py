@@ -42,7 +42,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     # with the window.
     states = (7 if recipe.window > 1 else 4) * tokens * hidden * 4
     experts = max(
-        (kind.experts.count for kind in skeleton.architecture.layers if kind.experts is not None), default=0
+        (own.count for kind in skeleton.architecture.layers if (own := kind.experts or kind.listed)), default=0
     )
     moments = max(2 * widest * widest * 8, min(experts * widest * widest * 4, HELD))
     activations = 4 * length * widest * 4 * 6

@@ -66,6 +66,7 @@ def inspect_model(
         "hidden": text_config(config).hidden_size,
         "tied_embeddings": skeleton.tied,
         "kinds": described(architecture),
+        **({"experts_in_float": architecture.kept()} if architecture.kept() else {}),
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
     }
     if architecture.origin == "discovered":

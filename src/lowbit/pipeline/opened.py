@@ -12,7 +12,6 @@ from lowbit.models.build import empty_model
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_names import StoredNames
 from lowbit.models.validate import check_model, open_weights, report_build_errors
-from lowbit.pipeline.experts import refuse_experts
 from lowbit.runs.carried import Carried, carried
 from lowbit.runs.manifest import manifest_of
 
@@ -47,7 +46,6 @@ def open_model(model: str, revision: str | None, allow_pickle: bool, trust_remot
             "'compare', 'export', 'generate', 'inspect' and 'report' take a run folder"
         )
     config = load_config(source.folder, trust_remote_code)
-    refuse_experts(config)
     checkpoint, names = open_weights(source.folder, config, trust_remote_code=trust_remote_code)
     unlisted = check_model(checkpoint, config, trust_remote_code=trust_remote_code)
     with report_build_errors(source.folder):

@@ -249,6 +249,11 @@ def _check(request: Request) -> Resolved:
     trusted = request.trust_remote_code
     opened = open_model(request.model, request.revision, request.allow_pickle, trusted)
     source, skeleton = opened.source, opened.skeleton
+    if request.all_experts and (listed := next(filter(None, (k.listed for k in skeleton.architecture.layers)), None)):
+        raise LowbitError(
+            f"--all-experts given, and the experts of {listed.module} are modules that code of the model's own calls "
+            "with the tokens that reach them: leave it out; --expert-tokens sets when one goes without data"
+        )
     scheme = _scheme(request, skeleton)
     plan = make_plan(skeleton, scheme)
     check_length(opened.config, request.length)

@@ -86,6 +86,15 @@ def _with_kv_notes(block: Block) -> Block:
     return block
 
 
+def _with_kept_notes(block: Block) -> Block:
+    """The block with a note on each layer some of whose experts stay float."""
+    for index, kind in zip(block.indices, block.kinds, strict=True):
+        if kind.kept:
+            text = f"these experts stay float, as code of the model's own computes them: {', '.join(kind.kept)}"
+            block = block.with_notes("experts", text, layer=index)
+    return block
+
+
 @dataclass
 class Walk:
     """One run's pass over a model.
@@ -194,7 +203,7 @@ class Walk:
             )
         if not all((self.out / block_file(i)).exists() for i in block.indices):
             calib = Calib(x_fp, x_q, y_fp, self.batch, self.input_range)
-            quantized = _with_kv_notes(block)
+            quantized = _with_kept_notes(_with_kv_notes(block))
             for position, (_, step) in enumerate(self.recipe.block_steps):
                 if step.keeps_function and step.schedule is None:
                     # It moves maps, and ranges of inputs that an earlier step left do not fit what it makes of them.

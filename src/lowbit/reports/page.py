@@ -67,6 +67,8 @@ def warnings(manifest: Manifest) -> list[tuple[str, str]]:
     out = [(f"block {row.block}", note) for row in manifest.blocks for note in row.notes]
     if manifest.floats:
         out.append(("left in float", ", ".join(manifest.floats)))
+    if manifest.kept_experts:
+        out.append(("experts left in float", ", ".join(manifest.kept_experts)))
     if reason := manifest.transformers.why_not:
         out.append(("loading", f"stock transformers does not run this folder ({reason}): use lowbit.load"))
     if inputs := manifest.transformers.inputs:

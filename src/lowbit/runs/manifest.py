@@ -140,6 +140,7 @@ class Manifest:
         blocks: one row per layer.
         files: SHA-256 of every other file by name.
         architecture: where the model's layers are, and the structure of each kind; see ``models/description.py``.
+        kept_experts: parameters of experts that stay float, since code of the model's own computes with them.
         carried: what the run took over from its source as it is, a sentence for each kind.
         format: version of the manifest's format.
     """
@@ -157,6 +158,7 @@ class Manifest:
     blocks: list[BlockRow]
     files: dict[str, str]
     architecture: dict[str, Any] = field(default_factory=dict)
+    kept_experts: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     format: int = FORMAT
 

@@ -36,6 +36,7 @@ class Plan:
         shapes: ``(out, in)`` of all linears, head and embedding.
         floats: linears (the head included) that stay float.
         outside: linears of other parts than the text model; they stay float.
+        kept: parameters of experts that stay float.
         embed, head: their module names.
         tied: embedding and head are one tensor in the result.
         untie: they are one tensor in the source and two in the result, since either is quantized.
@@ -50,6 +51,7 @@ class Plan:
     shapes: dict[str, tuple[int, int]]
     floats: tuple[str, ...]
     outside: tuple[str, ...]
+    kept: tuple[str, ...]
     embed: str
     head: str
     tied: bool
@@ -108,7 +110,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
     model_formats = ModelFormats({**linears, **embeddings}, scheme.kv)
     _check_inputs_of_experts(model_formats)
     _check_groups(scheme, model_formats, shapes)
-    outside = _outside(skeleton)
+    outside, kept = _outside(skeleton), _kept(skeleton)
     count = {name: shape[0] * shape[1] for name, shape in (shapes | outside).items()}
     untie = skeleton.tied and bool(embeddings)
     if skeleton.tied and not untie:
@@ -120,12 +122,13 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
         shapes=shapes,
         floats=tuple(name for name in [*floats, *unlisted, architecture.head] if name not in weights),
         outside=tuple(outside),
+        kept=tuple(kept),
         embed=architecture.embed,
         head=architecture.head,
         tied=skeleton.tied and not untie,
         untie=untie,
         quantized_weights=sum(count[name] for name in weights),
-        float_weights=sum(n for name, n in count.items() if name not in weights),
+        float_weights=sum(n for name, n in count.items() if name not in weights) + sum(kept.values()),
         stored_bits=sum(count[n] * format.bits_per_value(shapes[n][1]) for n, format in weights.items()),
         size_bytes=sum(
             int(count[name] * own.layout.bits_per_value(own.weight, shapes[name][1]) / 8)
@@ -240,6 +243,16 @@ def _unlisted(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
     return out
 
 
+def _kept(skeleton: Skeleton) -> dict[str, int]:
+    """Number of weights in each parameter of experts that stays float."""
+    architecture = skeleton.architecture
+    return {
+        f"{architecture.blocks}.{index}.{name}": layer.get_parameter(name).numel()
+        for index, (layer, kind) in enumerate(zip(skeleton.layers, architecture.layers, strict=True))
+        for name in kind.kept
+    }
+
+
 def _outside(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
     """``(out, in)`` of the linears of the model's other parts."""
     if not skeleton.architecture.text_model:
@@ -255,7 +268,7 @@ def _outside(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
 def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     """Why stock ``transformers`` cannot run the formats as simulated, or ``None`` if it can."""
     architecture = skeleton.architecture
-    if (why := _stock_experts(skeleton, formats)) is not None:
+    if (why := _stock_experts(skeleton, formats) or _replaced_experts(skeleton)) is not None:
         return why
     if turned := architecture.transposed() & formats.modules.keys():
         name = min(turned)
@@ -280,6 +293,18 @@ def _stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
             whole = f"{architecture.blocks}.{index}.{kind.experts.module}.{kind.experts.writes.parameter}"
             return f"transformers stores the experts of a layer together ({whole}) and reads no codes of one expert"
     return stock_loads_experts(formats, experts, architecture.embed) if experts else None
+
+
+def _replaced_experts(skeleton: Skeleton) -> str | None:
+    """Experts that stay float, and that ``transformers`` replaces by other modules in a quantized model."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    for layer, kind in zip(skeleton.layers, skeleton.architecture.layers, strict=True):
+        for parameter in kind.kept:
+            own = type(layer.get_submodule(parameter.rpartition(".")[0])).__name__
+            if own in MODULES_TO_PATCH_FOR_QUANTIZATION:
+                return f"transformers replaces {own} in a quantized model by linears of each expert"
+    return None
 
 
 def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:

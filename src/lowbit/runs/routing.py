@@ -22,9 +22,9 @@ class Routing:
     def __init__(self, block: Block) -> None:
         self._counts: dict[int, Tensor] = {}
         self.taps: Mapping[str, Tap] = {
-            routing_of(f"{index}.{kind.experts.module}"): self._counter(index, kind.experts.count)
+            routing_of(f"{index}.{own.module}"): self._counter(index, own.count)
             for index, kind in zip(block.indices, block.kinds, strict=True)
-            if kind.experts is not None
+            if (own := kind.experts or kind.listed) is not None
         }
 
     def _counter(self, index: int, experts: int) -> Tap:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,18 +13,21 @@ import transformers
 from torch import nn
 
 from lowbit.errors import LowbitError, one_line
-from lowbit.models.architecture import Architecture, DeclaredEdge, LayerKind
+from lowbit.models.architecture import Architecture, DeclaredEdge, Experts, LayerKind
 from lowbit.models.discovery.carry import carried, matched
 from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.layout import Mismatch, Sizes, measures, numbers_of
+from lowbit.models.discovery.listed import at_real_size
+from lowbit.models.discovery.mixture import of_each_expert, stacks_of, with_each_expert
 from lowbit.models.discovery.properties import partner_of
 from lowbit.models.discovery.prove import Kind, found_in, prove
 from lowbit.models.discovery.real import RealLayers, bytes_needed, checked, empty_model
 from lowbit.models.discovery.result import Discovery, Finding, Record, label
-from lowbit.models.discovery.shrink import fewer_layers, shrunk
+from lowbit.models.discovery.shrink import fewer_experts, fewer_layers, shrunk
 from lowbit.models.discovery.sites import owners_of
 from lowbit.models.discovery.small import small_of
 from lowbit.models.discovery.small_model import SmallModel
+from lowbit.models.experts import experts_of
 
 MOST_BYTES = 6 * 2**30  # for the proof at real shape
 
@@ -54,6 +58,7 @@ def discover(config: Any, trust_remote_code: bool = False, most_bytes: int = MOS
         notes=tuple(dict.fromkeys(search.notes)),
         checked=tuple(sorted(search.checked)),
         experts=tuple(kind.analysis.experts for kind in search.kinds),
+        kept=tuple(kind.analysis.kept for kind in search.kinds),
         unseen=tuple(kind.analysis.unseen for kind in search.kinds),
         seconds=round(time.monotonic() - start, 1),
         versions={"transformers": transformers.__version__, "torch": torch.__version__},
@@ -100,7 +105,7 @@ class _Search:
             exact = signature(layer)
             if exact not in entries:
                 kind = by_form.get(signature(layer, sizes=False))
-                entries[exact] = self._entry(kind, layer, most_bytes) if kind else self._unknown(index, layer)
+                entries[exact] = self._entry(kind, index, layer, most_bytes) if kind else self._unknown(index, layer)
             out.append(entries[exact])
         return tuple(out)
 
@@ -108,13 +113,51 @@ class _Search:
         """A layer that the small model has no like of: its linears, each alone."""
         self.notes.append(f"the small model has no layer like layer {index}: it has no edge")
         names = [name for name, one in owners_of(layer).items() if one.kind in ("linear", "conv1d")]
-        return LayerKind(tuple((name,) for name in names), ())
+        return LayerKind(tuple((name,) for name in names), (), kept=tuple(stacks_of(layer)))
 
-    def _entry(self, kind: Kind, layer: nn.Module, most_bytes: int) -> LayerKind:
+    def _entry(self, kind: Kind, index: int, layer: nn.Module, most_bytes: int) -> LayerKind:
         own = kind.analysis
         edges = self._carried(kind, layer)
-        proven = self._checked(kind, layer, edges, most_bytes)
-        return LayerKind(own.groups, tuple(proven), own.attention, own.flat, own.transposed)
+        proven = self._checked(kind, self._with_few_experts(kind, index, layer), edges, most_bytes)
+        experts = self._experts(own.mixture, layer)
+        listed = None if own.listed is None else at_real_size(own.listed, layer)
+        return LayerKind(
+            groups=with_each_expert(own.groups, experts or listed),
+            edges=self._of_each_expert(kind, proven, experts),
+            attention=own.attention,
+            flat=own.flat,
+            transposed=own.transposed,
+            experts=experts,
+            listed=listed,
+            routers=own.routers,
+            kept=own.kept,
+        )
+
+    def _with_few_experts(self, kind: Kind, index: int, layer: nn.Module) -> nn.Module:
+        """The layer with few experts if it has any: all are alike, and the proof holds several copies of a layer."""
+        own = kind.analysis
+        if own.mixture is None and own.listed is None and not own.kept:
+            return layer
+        return self._few_experts[index]
+
+    @cached_property
+    def _few_experts(self) -> list[nn.Module]:
+        return list(empty_model(fewer_experts(self.config), self.trusted).get_submodule(self.small.blocks))
+
+    def _experts(self, module: str | None, layer: nn.Module) -> Experts | None:
+        model_type = str(getattr(self.config, "model_type", ""))
+        return None if module is None else experts_of(module, layer.get_submodule(module), model_type)
+
+    def _of_each_expert(
+        self, kind: Kind, edges: list[DeclaredEdge], experts: Experts | None
+    ) -> tuple[DeclaredEdge, ...]:
+        found: list[DeclaredEdge] = []
+        for edge in edges:
+            try:
+                found += (edge,) if experts is None else of_each_expert(edge, experts)
+            except Mismatch as error:
+                self._refute(self.kinds.index(kind), edge, one_line(error))
+        return tuple(found)
 
     def _carried(self, kind: Kind, layer: nn.Module) -> list[DeclaredEdge]:
         number = self.kinds.index(kind)

@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from lowbit.models.architecture import DeclaredEdge, module_of
+from lowbit.models.architecture import DeclaredEdge, ListedExperts, module_of
 from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.heads import heads_edges
+from lowbit.models.discovery.listed import listed_in
+from lowbit.models.discovery.mixture import Mixture, mixture_in, routers_of, same_values, touches
 from lowbit.models.discovery.qk import qk_edges
 from lowbit.models.discovery.readers import channels_edges, norm_edge
 from lowbit.models.discovery.response import Response, Trace, respond, stays, trace
+from lowbit.models.discovery.result import label
+from lowbit.models.discovery.shrink import TOKENS
 from lowbit.models.discovery.sites import Owner, Sites
 
 _KINDS = ("norm", "heads", "channels", "qk")
@@ -25,7 +29,13 @@ class Analysis:
 
     Attributes:
         owners: its linears, norms and experts, by name.
-        groups, attention, flat, transposed, experts, unseen: as of ``LayerKind``.
+        groups, attention, flat, transposed, routers: as of ``LayerKind``, but the experts of a mixture are a group
+            of one name: ``mixture``, or the list.
+        mixture: the module of the registry of experts functions that holds experts; ``None``: there is none.
+        listed: experts that are modules of their own.
+        experts: the parameters of ``mixture``, the input side first.
+        kept: parameters of three dimensions that code of the model's own computes with.
+        unseen: linears that no pass calls as such.
         responses: by owner.
         candidates: edges that responses suggest: norms, heads, channels, qk, each in their sources' execution order.
         refuted: other pairs, and why they are none.
@@ -36,7 +46,11 @@ class Analysis:
     attention: str | None
     flat: frozenset[str]
     transposed: frozenset[str]
+    routers: frozenset[str]
+    mixture: str | None
+    listed: ListedExperts | None
     experts: tuple[str, ...]
+    kept: tuple[str, ...]
     unseen: tuple[str, ...]
     responses: Mapping[str, Response]
     candidates: tuple[DeclaredEdge, ...]
@@ -46,14 +60,22 @@ class Analysis:
 def analyse(layer: nn.Module, call: Call) -> Analysis:
     """Ask a layer for its structure; it stays as it is."""
     sites = Sites(layer)
-    found = trace(sites, call)
+    whole = trace(sites, call)
+    listed = listed_in(layer, whole.inputs, TOKENS)
+    found = whole if listed is None else whole.without([n for n in sites.owners if n.startswith(f"{listed.module}.")])
     order = list(dict.fromkeys(key[0] for key in found.order if key[1] == "out"))
     responses = {name: respond(sites, call, found, name) for name in order}
     results = list(_candidates(sites, call, found, order, responses))
-    read = [key[0] for key in found.order if key[1] == "in"]
-    experts = tuple(dict.fromkeys(name for name in read if sites.owners[name].experts))
-    groups = _groups(found, sites.owners, experts)
-    grouped = {name for group in groups for name in group}
+    read = [key[0] for key in whole.order if key[1] == "in"]
+    mixture = mixture_in(layer, call)
+    experts = tuple(dict.fromkeys(name for name in read if mixture.is_own(name)))
+    stacks = {name: sites.owners[name].experts if name in sites.owners else 0 for name in (*experts, *mixture.kept)}
+    stacks |= {} if listed is None else {f"{listed.module}.": listed.count}
+    routers = routers_of(found.inputs, sites.owners, stacks)
+    own = mixture.module if listed is None else listed.module
+    groups = _groups(found, sites.owners, own, routers)
+    grouped = {name for group in groups for name in group if name in sites.owners}
+    results = [_without_kept(one, mixture) for one in results]
     edges = (_ordered(one, grouped, experts) for one in results if isinstance(one, DeclaredEdge))
     return Analysis(
         owners=sites.owners,
@@ -61,14 +83,25 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
         attention=_attention(layer, found),
         flat=frozenset(name for name in found.flat & grouped if sites.owners[name].kind == "linear"),
         transposed=frozenset(name for name in grouped if sites.owners[name].transposed),
+        routers=routers,
+        mixture=mixture.module,
+        listed=listed,
         experts=experts,
+        kept=mixture.kept,
         unseen=tuple(
             name for name, one in sites.owners.items() if one.kind in ("linear", "conv1d") and name not in read
         ),
         responses=responses,
         candidates=tuple(sorted(edges, key=lambda edge: _KINDS.index(edge.kind))),
-        refuted=tuple(one for one in results if isinstance(one, tuple)),
+        refuted=(*(one for one in results if isinstance(one, tuple)), *mixture.why.items()),
     )
+
+
+def _without_kept(one: DeclaredEdge | tuple[str, str], mixture: Mixture) -> DeclaredEdge | tuple[str, str]:
+    """A candidate, or why it is none if one of its ends is a parameter that stays as it is."""
+    if isinstance(one, DeclaredEdge) and (end := touches(one, mixture.kept)):
+        return label(one), f"{end} stays float"
+    return one
 
 
 def _ordered(edge: DeclaredEdge, grouped: set[str], experts: tuple[str, ...]) -> DeclaredEdge:
@@ -113,26 +146,29 @@ def _candidates(
             )
 
 
-def _groups(found: Trace, owners: Mapping[str, Owner], experts: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def _groups(
+    found: Trace, owners: Mapping[str, Owner], experts: str | None, routers: frozenset[str]
+) -> tuple[tuple[str, ...], ...]:
     """Linears by equal input, compared by value: a view makes a new tensor of the same numbers.
 
-    A router is left out: a linear that reads what experts read and has an output for each.
+    A router is alone, and the experts of a mixture, which ``experts`` holds, have its name.
     """
+    inside = {name for name in found.inputs if experts is not None and name.startswith(f"{experts}.")}
+    place = {name: at for at, name in enumerate(found.inputs)}
     groups: list[tuple[Tensor, list[str]]] = []
     for name, value in found.inputs.items():
-        flat = value.reshape(-1, value.shape[-1])
-        same = next((own for first, own in groups if first.shape == flat.shape and bool((first == flat).all())), None)
+        if owners[name].kind not in ("linear", "conv1d") or name in routers or name in inside:
+            continue
+        same = next((own for first, own in groups if same_values(first, value)), None)
         if same is None:
-            groups.append((flat, [name]))
+            groups.append((value, [name]))
         else:
             same.append(name)
-    sizes = {owners[name].experts for name in experts}
-    kept = []
-    for _, names in groups:
-        linears = [name for name in names if owners[name].kind in ("linear", "conv1d")]
-        linears = [name for name in linears if not (experts and owners[name].rows in sizes)]
-        kept.append(tuple(linears))
-    return tuple(group for group in kept if group)
+    alone = [name for name in found.inputs if name in routers]
+    first = next((place[name] for name in found.inputs if name in inside), None)
+    placed = [(place[names[0]], tuple(names)) for _, names in groups] + [(place[name], (name,)) for name in alone]
+    placed += [] if first is None or experts is None else [(first, (experts,))]
+    return tuple(group for _, group in sorted(placed))
 
 
 def _attention(layer: nn.Module, found: Trace) -> str | None:

@@ -12,8 +12,8 @@ nothing else; ``gate`` changes it by a factor that depends on the token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,11 @@ class Trace:
         call = sum(key[:2] == (name, side) for key in self.order)
         self.order.append((name, side, call))
         self.shapes[name, side, call] = value.shape
+
+    def without(self, owners: Collection[str]) -> Trace:
+        """The trace without the sites of some owners; what they read stays."""
+        order = [key for key in self.order if key[0] not in owners]
+        return replace(self, order=order, axes={key: self.axes[key] for key in order})
 
     @property
     def flat(self) -> frozenset[str]:

@@ -43,7 +43,8 @@ class Record:
         findings: every candidate.
         notes: what was left out and why, such as a proof at real shape that needs too much memory.
         checked: kinds of layers whose edges are proven at real shape too.
-        experts: of each kind of layer, the 3-D parameters of experts, the input side first.
+        experts: of each kind of layer, the parameters of its experts, the input side first.
+        kept: of each kind of layer, parameters of experts that stay float.
         unseen: of each kind of layer, linears that no forward pass calls as such.
         seconds: time it took.
         versions: of transformers and torch.
@@ -53,6 +54,7 @@ class Record:
     notes: tuple[str, ...]
     checked: tuple[int, ...]
     experts: tuple[tuple[str, ...], ...]
+    kept: tuple[tuple[str, ...], ...]
     unseen: tuple[tuple[str, ...], ...]
     seconds: float
     versions: Mapping[str, str]
@@ -75,5 +77,5 @@ class Discovery:
         record = dict(data["record"])
         record["findings"] = tuple(Finding(**finding) for finding in record["findings"])
         record |= {key: tuple(record[key]) for key in ("notes", "checked")}
-        record |= {key: tuple(tuple(own) for own in record[key]) for key in ("experts", "unseen")}
+        record |= {key: tuple(tuple(own) for own in record[key]) for key in ("experts", "kept", "unseen")}
         return cls(from_dict(data["architecture"]), Record(**record))

@@ -29,6 +29,11 @@ _HEADS = (
 )
 _KV = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 # Values for both sizes by what a field measures, then the fields' names.
+_OF_EXPERTS: tuple[tuple[tuple[int, int], str], ...] = (
+    ((4, 4), "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    ((2, 2), "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts num_selected_experts moe_top_k"),
+    ((1, 1), "n_group num_expert_group topk_group zero_expert_num"),
+)
 _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((64, 96), "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width"),
     ((64, 96), "backbone_hidden_size hidden_size_global out_hidden_size input_embedding_size output_embedding_size"),
@@ -40,9 +45,7 @@ _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((24, 40), "moe_intermediate_size expert_ffn_hidden_size"),
     ((40, 24), "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size"),
     ((40, 24), "moe_shared_expert_intermediate_size"),
-    ((4, 4), "num_experts num_local_experts n_routed_experts moe_num_experts"),
-    ((2, 2), "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts num_selected_experts moe_top_k"),
-    ((1, 1), "n_group num_expert_group topk_group zero_expert_num"),
+    *_OF_EXPERTS,
     ((1, 1), "first_k_dense_replace num_dense_layers moe_layer_start_index"),
     ((32, 40), "q_lora_rank"),
     ((24, 32), "kv_lora_rank o_lora_rank"),
@@ -72,6 +75,7 @@ _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((2, 2), "depth split_ngram_parts num_quantizers"),
 )
 _VALUES = {name: values for values, names in _FIELDS for name in names.split()}
+_EXPERTS = frozenset(name for _, names in _OF_EXPERTS for name in names.split())
 # Read in place of 0 and None: what a library derives from them at the small size could break.
 _ALSO_NONE = ("head_dim", *_KV, "num_experts_per_tok")
 _DROPPED = ("model_type", "transformers_version", "per_layer_config", "auto_map", "quantization_config")
@@ -127,12 +131,13 @@ def lower(fields: Mapping[str, Any], size: Size, layers: Layers = Layers()) -> d
     _wide_attention(fields, out)
     _special_tokens(out)
     _layers(fields, out, layers)
+    _fewer_experts(out)
     _overrides_by_layer(fields, out, size)
     return out
 
 
 def fewer_layers(config: Any, layers: Layers = Layers()) -> Any:
-    """A config of the model's own widths, with a small vocabulary and the layers that ``lower`` keeps.
+    """A config of the model's own widths, with a small vocabulary, few experts and the layers that ``lower`` keeps.
 
     Raises:
         LowbitError: the class does not take it.
@@ -141,11 +146,37 @@ def fewer_layers(config: Any, layers: Layers = Layers()) -> Any:
     out = {name: value for name, value in fields.items() if name not in _DROPPED}
     _special_tokens(out)
     _layers(fields, out, layers)
+    _fewer_experts(out)
     _overrides_by_layer(fields, out)
     try:
         return type(config)(**out)
     except Exception as error:
         raise LowbitError(f"{type(config).__name__} takes no fewer layers: {one_line(error)}") from error
+
+
+def fewer_experts(config: Any) -> Any:
+    """A config of the model's own with few experts and all else as it is: a layer of a mixture that fits memory.
+
+    Raises:
+        LowbitError: the class does not take it.
+    """
+    out = {name: value for name, value in config.to_dict().items() if name not in _DROPPED}
+    _fewer_experts(out)
+    _overrides_by_layer(config.to_dict(), out)
+    try:
+        return type(config)(**out)
+    except Exception as error:
+        raise LowbitError(f"{type(config).__name__} takes no fewer experts: {one_line(error)}") from error
+
+
+def _fewer_experts(out: dict[str, Any]) -> None:
+    """Four experts, two for a token, in one group; a list has a number for each layer."""
+    for name in _EXPERTS & out.keys():
+        value, small = out[name], _VALUES[name][0]
+        if _is_size(value):
+            out[name] = min(value, small)
+        elif isinstance(value, list) and all(map(_is_size, value)):
+            out[name] = [min(one, small) for one in value]
 
 
 def _is_size(value: Any) -> bool:

@@ -142,7 +142,9 @@ class Sites:
         owner = self.owners.get(name)
         if owner is not None and _has_forward_of_its_own(module):
             yield module.register_forward_pre_hook(lambda m, args: (listener.read(name, args[0]), *args[1:]))
-            yield module.register_forward_hook(lambda m, args, out: listener.write(name, out))
+            yield module.register_forward_hook(
+                lambda m, args, out: listener.write(name, out) if isinstance(out, Tensor) else None
+            )
         if owner is not None and owner.kind == "norm":
 
             def written(m: nn.Module, args: Any, out: Any) -> Any:
@@ -257,7 +259,7 @@ class _Mode(TorchFunctionMode):
         flat = self.listener.read(owner.name, x.transpose(0, 1).flatten(1))
         out = call(flat.unflatten(1, (experts, -1)).transpose(0, 1))
         written = self.listener.write(owner.name, out.transpose(0, 1).flatten(1))
-        return written.unflatten(1, (experts, -1)).transpose(0, 1)
+        return written.unflatten(1, (experts, -1)).transpose(0, 1).contiguous()  # as the product is: code views it
 
     def _scores(self, x: Tensor, y: Tensor) -> None:
         if x.shape[-2] == TOKENS and y.shape[-1] == TOKENS and x.shape[-1] != TOKENS:

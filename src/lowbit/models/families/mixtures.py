@@ -42,10 +42,12 @@ def expert_edges(experts: Experts, norm: str, readers: tuple[Ref, ...]) -> tuple
 
 
 def _mixture(experts: Experts, qk: DeclaredEdge, heads: Any) -> LayerKind:
+    norm, *products = expert_edges(experts, NORMS[1], (ROUTER,))
     edges = (
         DeclaredEdge("norm", NORMS[0], (Q, K, V), gathers=True, shift=True),
+        norm,
         DeclaredEdge("heads", V, (O,), "matrix", heads, shift=True),
-        *expert_edges(experts, NORMS[1], (ROUTER,)),
+        *products,
         qk,
     )
     groups = ((Q, K, V), (O,), (ROUTER,), *experts.groups)
