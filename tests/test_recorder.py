@@ -65,8 +65,16 @@ def test_arguments_are_recorded_by_name_however_they_are_given():
 
 
 def test_layers_that_return_tuples_are_told_from_those_that_return_tensors():
-    assert Model(lambda layer, x, ids, index: layer(x)[0], 1).learn().now.tuples
-    assert not Model(lambda layer, x, ids, index: layer(x)).learn().now.tuples
+    assert Model(lambda layer, x, ids, index: layer(x)[0], 1).learn().now.outputs == 1
+    assert Model(lambda layer, x, ids, index: layer(x)).learn().now.outputs == 0
+
+
+def test_layers_that_return_more_than_hidden_states_are_told_by_how_many_values_the_model_takes():
+    def call(layer, x, ids, index):
+        hidden, _ = layer(x)
+        return hidden
+
+    assert Model(call).learn().now.outputs == 2
 
 
 def test_an_argument_with_rows_for_each_sequence_grows_with_the_batch_and_a_mask_does_not():

@@ -3,7 +3,7 @@
 That a model is its layers, one after the other, is assumed nowhere: ``Recorders.learn`` makes the model's own
 ``forward`` show it on two sequences, and refuses a model that does anything else. What it finds:
 
-* whether layers return a tensor, or a tuple with the hidden states in front (Bloom, Falcon);
+* whether layers return a tensor, or a tuple with the hidden states in front (Bloom, Falcon, Bamba);
 * which of their arguments have rows for each sequence (Bloom's ``alibi``), rather than one that broadcasts (masks);
 * that no argument depends on the text, since a block is run with the arguments of one sequence for all of them.
 """
@@ -52,11 +52,23 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
+def as_returned(hidden: Tensor, outputs: int) -> Any:
+    """Hidden states as a layer returns them: in front of a tuple of ``outputs`` values, or alone for 0.
+
+    >>> as_returned(torch.ones(1), 2)
+    (tensor([1.]), None)
+    """
+    return (hidden, *[None] * (outputs - 1)) if outputs else hidden
+
+
+MOST_OUTPUTS = 3  # values in the tuple that a layer returns
+
+
 @dataclass
 class _Pass:
-    """How the recorders behave: whether they return tuples, and where they list their calls."""
+    """How the recorders behave: how many values they return in a tuple (0: none), and where they list their calls."""
 
-    tuples: bool = False
+    outputs: int = 0
     calls: list[_Call] | None = None
 
 
@@ -99,7 +111,7 @@ class _Recorder(nn.Module):
         if self.now.calls is not None:
             self._compare(hidden)
             self.now.calls.append(_Call(self.index, out, arguments))
-        return (out,) if self.now.tuples else out
+        return as_returned(out, self.now.outputs)
 
     def _compare(self, hidden: Tensor) -> None:
         """Refuse an input that is not what the layer before gave."""
@@ -172,24 +184,24 @@ class Recorders:
             LowbitError: the model does something else between its layers, or gives them what depends on the text.
         """
         pair = torch.cat([ids, (ids + 1) % vocabulary])
-        problems: list[str] = []
-        for tuples in (False, True):
-            self.now.tuples = tuples
-            try:
-                calls = self._calls(forward, pair)
-                break
-            except _Unlike as error:
-                problems.append(str(error))
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                if not tuples:
-                    raise  # of a config that computes nothing
-                problems.append(one_line(error))
-        else:
-            raise LowbitError(f"{problems[0]}: {ADVICE}")
+        calls = self._first_that_runs(forward, pair)
         forward(ids)
         for call, recorder, rows in zip(calls, self.modules, self.rows, strict=True):
             rows |= _names_with_rows(recorder.arguments[ids.shape[1]], call.arguments, call.index)
         self.learned = True
+
+    def _first_that_runs(self, forward: Callable[[Tensor], Tensor], ids: Tensor) -> list[_Call]:
+        """The calls of a pass in which the recorders return what the model takes: a tensor, or some tuple."""
+        problems: list[Exception] = []
+        for outputs in range(MOST_OUTPUTS + 1):
+            self.now.outputs = outputs
+            try:
+                return self._calls(forward, ids)
+            except (AttributeError, IndexError, LowbitError, RuntimeError, TypeError, ValueError) as error:
+                problems.append(error)
+        if isinstance(problems[0], _Unlike):
+            raise LowbitError(f"{problems[0]}: {ADVICE}")
+        raise problems[0]  # of a config that computes nothing
 
     def _calls(self, forward: Callable[[Tensor], Tensor], ids: Tensor) -> list[_Call]:
         """The calls of the layers in a pass: one after the other, each with what the one before gave."""

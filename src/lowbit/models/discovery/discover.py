@@ -76,6 +76,13 @@ class _Search:
         found = small_of(self.config, self.real, self.trusted)
         self.kept, self.small_config, self.small = found.kept, found.config, found.model
         self.kinds = found_in(self.small)
+        self.notes += [
+            f"{name} of layer {kind.layers[0]} and its like stays float: its model's code reads the weight itself, "
+            "which a packed linear does not have"
+            for kind in self.kinds
+            for name in kind.analysis.direct
+            if name not in kind.analysis.unseen
+        ]
         prove(self.small, self.kinds)
         self.findings: list[Finding] = [one for kind in self.kinds for one in kind.findings]
         self.other = self._second_size()
@@ -166,7 +173,7 @@ class _Search:
             self._alone: RealLayers | str
             try:
                 self._alone = RealLayers(
-                    fewer_layers(self.config, self.kept), self.small.blocks, self.small.as_tuple, self.trusted
+                    fewer_layers(self.config, self.kept), self.small.blocks, self.small.outputs, self.trusted
                 )
             except LowbitError as error:
                 self._alone = one_line(error)

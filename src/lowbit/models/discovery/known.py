@@ -22,7 +22,7 @@ from lowbit.models.discovery.discover import discover
 from lowbit.models.discovery.result import Discovery
 from lowbit.progress import say
 
-VERSION = 1  # of discovery: raise it when the same config gives another result
+VERSION = 2  # of discovery: raise it when the same config gives another result
 NOT_STRUCTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 _FOUND: dict[str, Discovery] = {}  # by what determines them
 
@@ -54,6 +54,8 @@ def _find(config: Any, path: Path | None) -> Discovery:
     own = not type(config).__module__.startswith("transformers.")
     say(f"{config.architectures[0]} is not declared: finding its structure on a small model of its class")
     found = discover(config, trust_remote_code=own)
+    for note in found.record.notes:
+        say(note)
     if path is not None:
         with suppress(OSError):  # a folder that cannot be written costs the time again, nothing else
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ class Analysis:
     Attributes:
         owners: its linears, norms and experts, by name.
         groups, attention, flat, transposed, experts, unseen: as of ``LayerKind``.
+        direct: linears whose weight other code reads; they stay float.
         responses: by owner.
         candidates: edges that responses suggest: norms, heads, channels, qk, each in their sources' execution order.
         refuted: other pairs, and why they are none.
@@ -38,13 +39,20 @@ class Analysis:
     transposed: frozenset[str]
     experts: tuple[str, ...]
     unseen: tuple[str, ...]
+    direct: tuple[str, ...]
     responses: Mapping[str, Response]
     candidates: tuple[DeclaredEdge, ...]
     refuted: tuple[tuple[str, str], ...]
 
 
-def analyse(layer: nn.Module, call: Call) -> Analysis:
-    """Ask a layer for its structure; it stays as it is."""
+def analyse(layer: nn.Module, call: Call, direct: frozenset[str] = frozenset()) -> Analysis:
+    """Ask a layer for its structure; it stays as it is.
+
+    Args:
+        layer: the layer.
+        call: what the model calls it with.
+        direct: linears that are not to be quantized, see ``direct_reads``.
+    """
     sites = Sites(layer)
     found = trace(sites, call)
     order = list(dict.fromkeys(key[0] for key in found.order if key[1] == "out"))
@@ -52,9 +60,10 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
     results = list(_candidates(sites, call, found, order, responses))
     read = [key[0] for key in found.order if key[1] == "in"]
     experts = tuple(dict.fromkeys(name for name in read if sites.owners[name].experts))
-    groups = _groups(found, sites.owners, experts)
+    groups = _without(_groups(found, sites.owners, experts), direct)
     grouped = {name for group in groups for name in group}
-    edges = (_ordered(one, grouped, experts) for one in results if isinstance(one, DeclaredEdge))
+    edges = [_ordered(one, grouped, experts) for one in results if isinstance(one, DeclaredEdge)]
+    edges = [edge for edge in edges if not direct.intersection(map(module_of, edge.dst[:1]))]
     return Analysis(
         owners=sites.owners,
         groups=groups,
@@ -65,10 +74,21 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
         unseen=tuple(
             name for name, one in sites.owners.items() if one.kind in ("linear", "conv1d") and name not in read
         ),
+        direct=tuple(name for name in sites.owners if name in direct),
         responses=responses,
         candidates=tuple(sorted(edges, key=lambda edge: _KINDS.index(edge.kind))),
         refuted=tuple(one for one in results if isinstance(one, tuple)),
     )
+
+
+def _without(groups: tuple[tuple[str, ...], ...], names: frozenset[str]) -> tuple[tuple[str, ...], ...]:
+    """The groups without some linears.
+
+    >>> _without((("q", "k"), ("o",)), frozenset({"o", "k"}))
+    (('q',),)
+    """
+    kept = (tuple(name for name in group if name not in names) for group in groups)
+    return tuple(group for group in kept if group)
 
 
 def _ordered(edge: DeclaredEdge, grouped: set[str], experts: tuple[str, ...]) -> DeclaredEdge:

@@ -25,6 +25,7 @@ from lowbit.models.discovery.proof import LayerProof
 from lowbit.models.discovery.properties import properties
 from lowbit.models.discovery.sites import InFloat64, owners_of
 from lowbit.models.discovery.small_model import redraw, run_eager_experts, token_ids
+from lowbit.models.recorder import as_returned
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 _LARGE = 2**22  # entries
@@ -62,15 +63,15 @@ def _entries(shape: Sequence[Any]) -> int:
 
 
 class _PassesOn(nn.Module):
-    """Takes a layer's place: returns its input, in a tuple if the layer does."""
+    """Takes a layer's place: returns its input, in a tuple of as many values if the layer does."""
 
-    def __init__(self, as_tuple: bool) -> None:
+    def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.as_tuple = as_tuple
+        self.outputs = outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self.as_tuple else hidden
+        return as_returned(hidden, self.outputs)
 
 
 class RealLayers:
@@ -81,13 +82,13 @@ class RealLayers:
         calls: by index in ``layers``.
     """
 
-    def __init__(self, config: Any, blocks: str, as_tuple: bool, trust_remote_code: bool = False) -> None:
+    def __init__(self, config: Any, blocks: str, outputs: int, trust_remote_code: bool = False) -> None:
         """Build everything but the layers.
 
         Args:
             config: of the model's widths, with a small vocabulary and few layers.
             blocks: module path of the layers.
-            as_tuple: whether a layer returns a tuple.
+            outputs: how many values a layer returns in a tuple; 0: the hidden states as they are.
             trust_remote_code: run the model's own code.
 
         Raises:
@@ -97,7 +98,7 @@ class RealLayers:
             model = empty_model(config, trust_remote_code)
             parent, _, attribute = blocks.rpartition(".")
             self.layers: list[nn.Module] = list(model.get_submodule(blocks))
-            stand_ins = nn.ModuleList(_PassesOn(as_tuple) for _ in self.layers)
+            stand_ins = nn.ModuleList(_PassesOn(outputs) for _ in self.layers)
             setattr(model.get_submodule(parent), attribute, stand_ins)
             materialize(model)
             with InFloat64():

@@ -184,6 +184,9 @@ def _state_space(out: dict[str, Any], size: Size) -> None:
             out[width], out[heads] = 16, inner // 16
     if "mamba_d_ssm" in out:
         out["mamba_d_ssm"] = 16 * out["mamba_n_heads"]
+    for groups in ("n_groups", "mamba_n_groups"):  # they divide the heads: 8 or 12
+        if _is_size(out.get(groups)):
+            out[groups] = min(4, out[groups])
 
 
 def _wide_attention(fields: Mapping[str, Any], out: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ class SmallModel:
         model: the library's class.
         blocks: module path of the decoder layers.
         layers: the decoder layers.
-        as_tuple: whether a layer returns a tuple.
+        outputs: how many values a layer returns in a tuple; 0: the hidden states as they are.
         embed: module path of the token embedding.
         head: module path of the output head; empty if there is none.
     """
@@ -42,7 +42,7 @@ class SmallModel:
         Raises:
             LowbitError: the class cannot be built or run at these sizes, or calls no list of layers.
         """
-        with _deterministic(seed):
+        with with_seed(seed):
             try:
                 self.model: Any = AutoModelForCausalLM.from_config(
                     config, trust_remote_code=trust_remote_code, attn_implementation="eager"
@@ -74,7 +74,7 @@ class SmallModel:
     def _called_lists(self, real: nn.Module) -> list[str]:
         """Module lists with called members, the largest of the real model first; a list within a member is none."""
         calls: dict[str, int] = {}
-        tuples: dict[str, bool] = {}
+        tuples: dict[str, int] = {}
         found: list[str] = []
         handles = []
         for name, module in self.model.named_modules():
@@ -92,7 +92,7 @@ class SmallModel:
             for handle in handles:
                 handle.remove()
         names = sorted(calls, key=lambda name: -sum(p.numel() for p in real.get_submodule(name).parameters()))
-        self.as_tuple = bool(names) and tuples[names[0]]
+        self.outputs = tuples[names[0]] if names else 0
         return names
 
 
@@ -110,17 +110,17 @@ def run_eager_experts(module: nn.Module) -> None:
             config._experts_implementation = "eager"
 
 
-def _counter(calls: dict[str, int], tuples: dict[str, bool], name: str) -> Any:
+def _counter(calls: dict[str, int], tuples: dict[str, int], name: str) -> Any:
     def count(module: nn.Module, args: Any, out: Any) -> None:
         calls[name] = calls.get(name, 0) + 1
-        tuples[name] = isinstance(out, tuple)
+        tuples[name] = len(out) if isinstance(out, tuple) else 0
 
     return count
 
 
 @contextmanager
-def _deterministic(seed: int) -> Iterator[None]:
-    """Leave the global random state as it was."""
+def with_seed(seed: int) -> Iterator[None]:
+    """Within the context, random numbers start from ``seed``; the global random state is as before after it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
