@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LowbitError, one_line
+from lowbit.errors import LowbitError
 
 ADVICE = "lowbit runs a model's layers one after the other, each with the arguments of one text: choose another model"
 CLOSE = 1e-5  # of arguments: batched products round differently

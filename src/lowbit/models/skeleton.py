@@ -12,7 +12,7 @@ layer's arguments only, and per-family code for embedding and head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
-from lowbit.models.build import from_config, text_config
+from lowbit.models.build import from_config, text_config, tied_tensors
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.recorder import Recorders, hidden_of
+from lowbit.models.text_part import remove_outside
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats
 
@@ -71,9 +72,9 @@ class Skeleton:
 
     @property
     def shared_names(self) -> list[str]:
-        """Names of the shared (non-block) parameters and stored buffers, without a tied head."""
-        tied = f"{self.architecture.head}.weight" if self.tied else ""
-        return [name for name in self.model.state_dict() if name != tied]
+        """Names of the shared (non-block) parameters and stored buffers, without those tied to others."""
+        tied = tied_tensors(self.model, self.config, self.architecture.head)
+        return [name for name in self.model.state_dict() if name not in tied]
 
     def fill(self, shared: Mapping[str, Tensor]) -> None:
         """Load parameters for some or all of ``shared_names``; afterwards none may be missing."""
@@ -184,26 +185,3 @@ class Skeleton:
     def _kwargs(self, start: int, count: int, length: int) -> tuple[Mapping[str, Any], ...]:
         layers = range(start, start + count)
         return tuple(self._recorders.arguments(index, length) if length else {} for index in layers)
-
-
-def remove_outside(model: nn.Module, kept: Sequence[str]) -> None:
-    """Take every module and parameter out of a model but some modules, and what leads to them.
-
-    A model computes texts without them. They have no parameters then, and take no memory.
-
-    Args:
-        model: changed in place.
-        kept: full names of modules.
-    """
-    for name in [*model._parameters]:
-        model._parameters[name] = None
-    for name in [*model._buffers]:
-        model._buffers[name] = None
-    for name, module in list(model.named_children()):
-        if name in kept:
-            continue
-        inner = [path.removeprefix(f"{name}.") for path in kept if path.startswith(f"{name}.")]
-        if inner:
-            remove_outside(module, inner)
-        else:
-            setattr(model, name, nn.Identity())

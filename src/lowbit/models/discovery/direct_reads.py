@@ -70,7 +70,7 @@ def _initialize(model: Any, layer: nn.Module, found: set[str]) -> None:
             before = name in found
             try:
                 model._init_weights(module)
-            except Exception:  # noqa: S112  # code that wants the whole model draws nothing of a layer alone
+            except Exception:  # code that wants the whole model draws nothing of a layer alone
                 continue
             if isinstance(module, nn.Linear) and not before:
                 found.discard(name)

@@ -7,11 +7,12 @@ widths are equal, so that none is taken for another, and no product of heads and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowbit.errors import LowbitError, one_line
+from lowbit.models.build import text_config
 
 Size = Literal[0, 1]
 TOKENS = 18  # of a sequence; no width of a head or a layer equals it
@@ -102,7 +103,7 @@ def shrunk(config: Any, size: Size = 0, layers: Layers = Layers()) -> Any:
     Raises:
         LowbitError: the class does not take the lowered values.
     """
-    lowered = lower(config.to_dict(), size, layers)
+    lowered = _text_changed(config, lambda fields: lower(fields, size, layers))
     try:
         return type(config)(**lowered)
     except Exception as error:  # a config class validates by any exception
@@ -137,15 +138,30 @@ def fewer_layers(config: Any, layers: Layers = Layers()) -> Any:
     Raises:
         LowbitError: the class does not take it.
     """
-    fields = config.to_dict()
-    out = {name: value for name, value in fields.items() if name not in _DROPPED}
-    _special_tokens(out)
-    _layers(fields, out, layers)
-    _overrides_by_layer(fields, out)
+
+    def shortened(fields: Mapping[str, Any]) -> dict[str, Any]:
+        out = {name: value for name, value in fields.items() if name not in _DROPPED}
+        _special_tokens(out)
+        _layers(fields, out, layers)
+        _overrides_by_layer(fields, out)
+        return out
+
+    out = _text_changed(config, shortened)
     try:
         return type(config)(**out)
     except Exception as error:
         raise LowbitError(f"{type(config).__name__} takes no fewer layers: {one_line(error)}") from error
+
+
+def _text_changed(config: Any, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a config, changed; of one with other parts than a text model, the text model's alone."""
+    fields, text = config.to_dict(), text_config(config)
+    name = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
+    if name is None:
+        return change(fields)
+    out = {key: value for key, value in fields.items() if key not in _DROPPED}
+    _special_tokens(out)
+    return out | {name: change(fields[name]) | {k: v for k, v in fields[name].items() if k == "model_type"}}
 
 
 def _is_size(value: Any) -> bool:

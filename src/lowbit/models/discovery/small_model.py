@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError, one_line
+from lowbit.models.build import from_config, is_composite
+from lowbit.models.discovery.empty import empty_model
 from lowbit.models.discovery.shrink import TOKENS
 from lowbit.models.discovery.sites import InFloat64
 
@@ -43,12 +44,7 @@ class SmallModel:
             LowbitError: the class cannot be built or run at these sizes, or calls no list of layers.
         """
         with with_seed(seed):
-            try:
-                self.model: Any = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code, attn_implementation="eager"
-                )
-            except Exception as error:  # a model's own code
-                raise LowbitError(f"no small model of {type(config).__name__}: {one_line(error)}") from error
+            self.model: Any = _built(config, trust_remote_code, seed)
         self.model.eval().double().requires_grad_(False)
         run_eager_experts(self.model)
         redraw(self.model, seed)
@@ -96,6 +92,18 @@ class SmallModel:
         return names
 
 
+def _built(config: Any, trust_remote_code: bool, seed: int) -> Any:
+    """A model with memory; of one with other parts the text model, since those may have their real sizes."""
+    if is_composite(config):
+        model = empty_model(config, trust_remote_code)
+        materialize(model, seed)
+        return model
+    try:
+        return from_config(config, trust_remote_code, attn_implementation="eager")
+    except Exception as error:  # a model's own code
+        raise LowbitError(f"no small model of {type(config).__name__}: {one_line(error)}") from error
+
+
 def token_ids(sequences: int) -> Tensor:
     """Random token ids ``(sequences, TOKENS)``, the same ones in each sequence."""
     generator = torch.Generator().manual_seed(1)
@@ -124,6 +132,17 @@ def with_seed(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def materialize(module: nn.Module, seed: int) -> None:
+    """Give a module without memory random parameters in float64; buffers keep their values."""
+    for own in module.modules():
+        for name, parameter in list(own.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                start = torch.ones if parameter.ndim < 2 and "norm" in type(own).__name__.lower() else torch.zeros
+                own._parameters[name] = nn.Parameter(start(parameter.shape, dtype=torch.float64), requires_grad=False)
+    module.double()
+    redraw(module, seed)
 
 
 @torch.no_grad()
