@@ -10,7 +10,8 @@ from lowbit.errors import LowbitError
 from lowbit.models.architecture import LayerKind
 from lowbit.models.block import Block
 from lowbit.models.forward import run
-from lowbit.models.recorder import PerSequence, Recorders, for_batch
+from lowbit.models.recorder import PerSequence, PerText, Recorders, for_batch
+from lowbit.models.stream import Stream
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 VOCABULARY, HIDDEN, HEADS = 8, 4, 2
@@ -87,10 +88,40 @@ def test_an_argument_with_rows_for_each_sequence_grows_with_the_batch_and_a_mask
     assert isinstance(arguments["bias"], PerSequence)
     for sequences in (1, 3):
         x = torch.zeros(sequences, 5, HIDDEN, dtype=torch.float64)
-        given = for_batch(arguments, x)
+        given = for_batch(arguments, x, x[..., :0])
         assert torch.equal(given["bias"], biases(torch.zeros(sequences, 5)).double())
         assert torch.equal(given["mask"], mask)
         assert torch.equal(given["order"], torch.arange(5))
+
+
+def test_an_argument_of_the_text_is_made_anew_of_the_ids_of_the_sequences_that_run():
+    def call(layer, x, ids, index):
+        return layer(x, looked_up=index + ids[..., None] ** 2.0)
+
+    recorders = Model(call).learn()
+    assert recorders.stream == Stream(ids=True)
+    arguments = recorders.arguments(1, 5)
+    assert isinstance(arguments["looked_up"], PerText)
+    ids = torch.tensor([[2, 7, 1, 6, 0], [3, 1, 4, 1, 5], [5, 5, 2, 0, 7]])
+    x = recorders.stream.pack(torch.zeros(3, 5, HIDDEN), ids)
+    chosen = x[torch.tensor([2, 0])].half()  # sequences in another order, in another dtype
+    given = for_batch(arguments, chosen, recorders.stream.unpack(chosen)[1])["looked_up"]
+    assert torch.equal(given, 1 + ids[[2, 0], :, None].half() ** 2)
+
+
+def test_hidden_states_that_are_stacked_in_front_of_the_sequences_are_one_tensor_by_sequence():
+    def call(layer, x, ids, index):
+        x = torch.stack([x, 2 * x, 3 * x]) if not index else x
+        x = layer(x)
+        return x.sum(0) if index else x
+
+    stream = Model(call).learn().stream
+    assert stream == Stream(sequences=1, tokens=2, shape=(3,))
+    hidden = torch.randn(3, 2, 5, HIDDEN)
+    packed = stream.pack(hidden, torch.zeros(2, 5))
+    assert packed.shape == (2, 5, 3 * HIDDEN)
+    assert torch.equal(packed[1, 4, HIDDEN : 2 * HIDDEN], hidden[1, 1, 4])
+    assert torch.equal(stream.unpack(packed)[0], hidden)
 
 
 REFUSED = {

@@ -33,11 +33,11 @@ def run(
     taps: Mapping[str, Tap] | None = None,
     replay: ExpertsReplay | None = None,
 ) -> Tensor:
-    """The block's output for hidden states ``x`` ``(sequences, length, hidden)``; differentiable in ``params``.
+    """The block's output for a stream ``x`` ``(sequences, length, width)``; differentiable in ``params``.
 
     Args:
         block: the block.
-        x: hidden states; their dtype is the compute dtype.
+        x: hidden states, as ``block.stream`` lays them out; their dtype is the compute dtype.
         params: parameters to run with; by default the block's float parameters (``quantized_params()`` gives the
             quantized ones).
         quantized: quantize the linears' inputs and Q, K, V according to ``block.formats`` and ``block.kv``.
@@ -47,12 +47,13 @@ def run(
         replay: of one layer's experts: keeps the pass, or runs one expert and takes all others from it.
     """
     params = block.params if params is None else params
+    hidden, digits = block.stream.unpack(x)
     for layer, index, kind, kwargs in zip(block.layers, block.indices, block.kinds, block.kwargs, strict=True):
         state = _state(block, index, kind, params, x)
         with ExitStack() as stack:
             _prepare(stack, block, layer, index, kind, params, quantized, taps or {}, replay)
-            x = _called(layer, index, state, x, for_batch(kwargs, x))
-    return x
+            hidden = _called(layer, index, state, hidden, for_batch(kwargs, x, digits))
+    return block.stream.pack(hidden, digits)
 
 
 def _state(block: Block, index: int, kind: LayerKind, params: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:

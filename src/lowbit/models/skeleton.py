@@ -12,6 +12,7 @@ layer's arguments only, and per-family code for embedding and head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from lowbit.models.build import from_config, text_config, tied_tensors
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.recorder import Recorders, hidden_of
+from lowbit.models.stream import BYTES
 from lowbit.models.text_part import remove_outside
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats
@@ -71,6 +73,17 @@ class Skeleton:
         return bool(self.config.tie_word_embeddings)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether layers are given what depends on the text, which ``embed`` finds out the first time."""
+        return self._recorders.stream.ids
+
+    @property
+    def width(self) -> int:
+        """Channels of what goes from layer to layer, once ``embed`` has run."""
+        stream = self._recorders.stream
+        return int(self.text_config.hidden_size) * math.prod(stream.shape) + BYTES * stream.ids
+
+    @property
     def shared_names(self) -> list[str]:
         """Names of the shared (non-block) parameters and stored buffers, without those tied to others."""
         tied = tied_tensors(self.model, self.config, self.architecture.head)
@@ -92,7 +105,7 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """The input of block 0, ``(sequences, length, hidden)``, for token ids ``(sequences, length)``."""
+        """The input of block 0, ``(sequences, length, width)``, for token ids ``(sequences, length)``."""
         first, last = self._recorders.modules[0], self._recorders.modules[-1]
         last.answer = None
         self._length = ids.shape[1]
@@ -108,7 +121,8 @@ class Skeleton:
                 self._last_logits(part)
         finally:
             handle.remove()
-        return torch.cat(inputs)
+        parts = zip(inputs, ids.split(64), strict=True)
+        return torch.cat([self._recorders.stream.pack(hidden, part) for hidden, part in parts])
 
     def _last_logits(self, ids: Tensor) -> Tensor:
         """Logits of the last position alone ``(sequences, 1, vocabulary)``."""
@@ -120,7 +134,7 @@ class Skeleton:
         ``keep`` restricts them to these positions: logits over a large vocabulary take much memory per token.
         Differentiable in ``hidden``.
         """
-        self._recorders.modules[-1].answer = hidden
+        self._recorders.modules[-1].answer = self._recorders.stream.unpack(hidden)[0]
         try:
             return self._logits(ids, slice(None) if keep is None else keep)
         finally:
@@ -164,6 +178,7 @@ class Skeleton:
             kinds=kinds,
             blocks=blocks,
             params=own,
+            stream=self._recorders.stream,
             formats={name: module for name, module in modules.items() if module is not None},
             kv=formats.kv,
         )

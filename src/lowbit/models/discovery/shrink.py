@@ -122,10 +122,13 @@ def lower(fields: Mapping[str, Any], size: Size, layers: Layers = Layers()) -> d
             out[name] = lower(value, size, layers) | {k: v for k, v in value.items() if k == "model_type"}
         elif name in _VALUES and (_is_size(value) or (value is None and name in _ALSO_NONE)):
             out[name] = _VALUES[name][size]
+        elif name in _VALUES and isinstance(value, list) and value and all(map(_is_size, value)):
+            out[name] = [_VALUES[name][size]] * len(value)  # one for each layer
     _key_value_heads(fields, out, size)
     _latent_attention(fields, out, size)
     _state_space(out, size)
     _wide_attention(fields, out)
+    _rotary_sections(fields, out)
     _special_tokens(out)
     _layers(fields, out, layers)
     _overrides_by_layer(fields, out, size)
@@ -212,6 +215,32 @@ def _wide_attention(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
         out["attention_head_dim"] = out["attention_hidden_size"] // out["num_attention_heads"]
 
 
+def _rotary_sections(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
+    """Rotary dimensions that count time, height and width, in as many parts as a smaller head has."""
+    rope, before, after = fields.get("rope_parameters"), _head_dim(fields), _head_dim(out)
+    if isinstance(rope, dict) and isinstance(sections := rope.get("mrope_section"), list) and before and after:
+        out["rope_parameters"] = {**rope, "mrope_section": _smaller(sections, after, before)}
+
+
+def _head_dim(fields: Mapping[str, Any]) -> int:
+    heads = next((fields[name] for name in _HEADS if _is_size(fields.get(name))), 0)
+    hidden = fields.get("hidden_size")
+    own = fields.get("head_dim") or (hidden // heads if _is_size(hidden) and heads else 0)
+    return own if _is_size(own) else 0
+
+
+def _smaller(parts: Sequence[int], numerator: int, denominator: int) -> list[int]:
+    """Parts whose sum is a share of what it was.
+
+    >>> _smaller([16, 24, 24], 16, 128)
+    [2, 3, 3]
+    >>> _smaller([8, 12, 12], 8, 128)
+    [0, 1, 1]
+    """
+    ends = [round(sum(parts[: at + 1]) * numerator / denominator) for at in range(len(parts))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def _special_tokens(out: dict[str, Any]) -> None:
     """Ids below the small vocabulary."""
     for name, value in out.items():
@@ -239,7 +268,7 @@ def _layers(fields: Mapping[str, Any], out: dict[str, Any], kept: Layers) -> Non
     if kept.first is not None:
         chosen = list(range(min(kept.first, count)))
     for name in lists:
-        out[name] = [fields[name][index] for index in chosen]
+        out[name] = [out.get(name, fields[name])[index] for index in chosen]
     for name in _INDICES:
         if isinstance(fields.get(name), list | tuple):
             out[name] = [at for at, index in enumerate(chosen) if index in fields[name]]
