@@ -86,7 +86,15 @@ NAMED: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.5, 0.0],
         "intermediate_size": [96, 96],
     },
-    "gemma4_text": {**WINDOWS, **PER_LAYER, "head_dim": 16, "global_head_dim": 32},
+    "gemma4_text": {  # the last two layers read the keys and values of the first two
+        **WINDOWS,
+        **PER_LAYER,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
 }
 
 

@@ -66,7 +66,8 @@ class Block:
         kwargs: the keyword arguments that the model passes to each layer (masks, rotary embeddings).
         kinds: the structure of each layer.
         blocks: module path of the model's list of layers.
-        stream: how what goes from layer to layer is laid out in one tensor.
+        streams: how what goes into each layer, and out of the last, is laid out in one tensor; none for a block of
+            plain hidden states.
         params: float parameters and stored buffers by name, with the transforms so far folded in; matrices are
             ``(out, in)``, also those that the library stores transposed.
         formats: formats of the linears to be quantized, as resolved by the plan.
@@ -90,7 +91,7 @@ class Block:
     kinds: tuple[LayerKind, ...]
     blocks: str
     params: Mapping[str, Tensor]
-    stream: Stream = PLAIN
+    streams: tuple[Stream, ...] = ()
     formats: Mapping[str, ModuleFormats] = field(default_factory=dict)
     kv: ActFormat | None = None
     clips: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -107,6 +108,16 @@ class Block:
     def device(self) -> torch.device:
         """The device that holds all of the block's parameters."""
         return next(iter(self.params.values())).device
+
+    @property
+    def enters(self) -> Stream:
+        """How the block's input is laid out."""
+        return self.streams[0] if self.streams else PLAIN
+
+    @property
+    def leaves(self) -> Stream:
+        """How its output is laid out."""
+        return self.streams[-1] if self.streams else PLAIN
 
     @property
     def indices(self) -> range:
@@ -263,6 +274,7 @@ class Block:
             start=self.start + start,
             kwargs=self.kwargs[start:stop],
             kinds=self.kinds[start:stop],
+            streams=self.streams[start : stop + 1],
             params=select(self.params),
             formats=select(self.formats),
             clips=select(self.clips),

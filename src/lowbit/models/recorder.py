@@ -4,7 +4,8 @@ That a model is its layers, one after the other, is assumed nowhere: ``Recorders
 ``forward`` show it on two sequences, and refuses a model that does anything else. What it finds:
 
 * whether layers return a tensor, or a tuple with the hidden states in front (Bloom, Falcon, Bamba);
-* which dimensions of their hidden states count sequences and tokens (``Stream``);
+* which dimensions of their hidden states count sequences and tokens, and what a layer hands to later ones beside
+  these (``Stream``);
 * which of their arguments have rows for each sequence (Bloom's ``alibi``), rather than one that broadcasts (masks);
 * which depend on the text (Gemma 4's ``per_layer_input``): a block is run with the arguments of one sequence for all
   of them, but for these, which the model's own code makes of the ids of the sequences that are run.
@@ -13,7 +14,7 @@ That a model is its layers, one after the other, is assumed nowhere: ``Recorders
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.models.stream import Stream, ids_of, stream_of
+from lowbit.models.handed_on import handed_on
+from lowbit.models.stream import PLAIN, Form, Handed, Stream, form_of, ids_of
 
 ADVICE = "lowbit runs a model's layers one after the other, each with the arguments of one text: choose another model"
 CLOSE = 1e-5  # of arguments: batched products round differently
@@ -62,7 +64,7 @@ def for_batch(arguments: Mapping[str, Any], x: Tensor, digits: Tensor) -> dict[s
     Args:
         arguments: as recorded.
         x: ``(sequences, length, width)``.
-        digits: of its token ids, see ``Stream.unpack``.
+        digits: of its token ids, see ``State``.
     """
     out = dict(arguments)
     for name, value in arguments.items():
@@ -97,12 +99,12 @@ class _Pass:
 
     Attributes:
         outputs: how many values they return in a tuple; 0: the hidden states alone.
-        stream: the form of hidden states.
+        form: of hidden states.
         calls: where they list their calls; ``None``: nowhere.
     """
 
     outputs: int = 0
-    stream: Stream = field(default_factory=Stream)
+    form: Form = Form()
     calls: list[_Call] | None = None
 
 
@@ -140,9 +142,9 @@ class _Recorder(nn.Module):
         """The hidden states, as the layer would return them."""
         hidden, arguments = self._bound(args, kwargs)
         # Masks for one sequence broadcast over any batch; those of a batch fit that batch only.
-        stream = self.now.stream
-        if stream.count(hidden) == 1:
-            self.arguments[stream.length(hidden)] = arguments
+        form = self.now.form
+        if hidden.shape[form.sequences] == 1:
+            self.arguments[hidden.shape[form.tokens]] = arguments
         out = hidden if self.answer is None else self.answer
         if self.now.calls is not None:
             self._compare(hidden)
@@ -185,12 +187,14 @@ class Recorders:
         modules: one for each layer.
         rows: names of the arguments that have rows for each sequence, by layer.
         texts: names of those that depend on the text, by layer.
+        streams: what goes into each layer and, at the end, out of the last one.
         learned: whether ``learn`` has run.
     """
 
     modules: list[_Recorder] = field(default_factory=list)
     rows: list[set[str]] = field(default_factory=list)
     texts: list[set[str]] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
     learned: bool = False
     now: _Pass = field(default_factory=_Pass)
     _forward: Callable[[Tensor], Tensor] = field(default=lambda ids: ids)  # the model's, once ``learn`` has run
@@ -200,12 +204,7 @@ class Recorders:
         """A recorder for each layer."""
         now = _Pass()
         modules = [_Recorder(layer, index, now) for index, layer in enumerate(layers)]
-        return cls(modules, [set() for _ in layers], [set() for _ in layers], now=now)
-
-    @property
-    def stream(self) -> Stream:
-        """The form of what goes from layer to layer."""
-        return self.now.stream
+        return cls(modules, [set() for _ in layers], [set() for _ in layers], [PLAIN] * (len(layers) + 1), now=now)
 
     def arguments(self, index: int, length: int) -> dict[str, Any]:
         """What layer ``index`` is called with, for sequences of a ``length`` that the model has seen."""
@@ -243,16 +242,26 @@ class Recorders:
             rows |= found[0]
             texts |= found[1]
         other = ids[:, :-1] if ids.shape[1] > 1 else torch.cat([ids, ids], 1)
-        states = (calls[0].hidden for calls in (one, two, self._calls(forward, other)))
-        stream = stream_of(*states, ids=any(self.texts))
-        if stream is None:
+        passes = one, two, self._calls(forward, other)
+        form = form_of(*(calls[0].hidden for calls in passes))
+        if form is None:
             raise LowbitError(
                 f"layer 0 gets an input of shape {tuple(two[0].hidden.shape)} for 2 sequences of {ids.shape[1]} "
                 f"tokens, not (sequences, length, hidden): {ADVICE}"
             )
-        self.now.stream = stream
+        self.now.form = form
+        handed = self._handed_on(passes)
+        self.streams = [Stream(form, any(self.texts), tuple(own)) for own in handed]
         forward(ids)  # recorded by length, which only a stream tells
         self.learned = True
+
+    def _handed_on(self, passes: Sequence[Sequence[_Call]]) -> list[list[Handed]]:
+        """What the layers hand on, given the calls for one sequence, for two, and for a shorter one."""
+        try:
+            given = ([(call.hidden, call.arguments) for call in calls] for calls in passes)
+            return handed_on([recorder.layer for recorder in self.modules], *given)
+        except LowbitError as error:
+            raise LowbitError(f"{error}: {ADVICE}") from error
 
     def _first_that_runs(self, forward: Callable[[Tensor], Tensor], ids: Tensor) -> list[_Call]:
         """The calls of a pass in which the recorders return what the model takes: a tensor, or some tuple."""

@@ -12,7 +12,6 @@ layer's arguments only, and per-family code for embedding and head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,7 @@ from lowbit.models.build import from_config, text_config, tied_tensors
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.recorder import Recorders, hidden_of
-from lowbit.models.stream import BYTES
+from lowbit.models.stream import State, digits_of
 from lowbit.models.text_part import remove_outside
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats
@@ -75,13 +74,12 @@ class Skeleton:
     @property
     def reads_text(self) -> bool:
         """Whether layers are given what depends on the text, which ``embed`` finds out the first time."""
-        return self._recorders.stream.ids
+        return self._recorders.streams[0].ids
 
     @property
     def width(self) -> int:
-        """Channels of what goes from layer to layer, once ``embed`` has run."""
-        stream = self._recorders.stream
-        return int(self.text_config.hidden_size) * math.prod(stream.shape) + BYTES * stream.ids
+        """Most channels of what goes from layer to layer, once ``embed`` has run."""
+        return max(stream.width(int(self.text_config.hidden_size)) for stream in self._recorders.streams)
 
     @property
     def shared_names(self) -> list[str]:
@@ -122,7 +120,8 @@ class Skeleton:
         finally:
             handle.remove()
         parts = zip(inputs, ids.split(64), strict=True)
-        return torch.cat([self._recorders.stream.pack(hidden, part) for hidden, part in parts])
+        stream = self._recorders.streams[0]
+        return torch.cat([stream.pack(State(hidden, digits_of(part))) for hidden, part in parts])
 
     def _last_logits(self, ids: Tensor) -> Tensor:
         """Logits of the last position alone ``(sequences, 1, vocabulary)``."""
@@ -134,7 +133,7 @@ class Skeleton:
         ``keep`` restricts them to these positions: logits over a large vocabulary take much memory per token.
         Differentiable in ``hidden``.
         """
-        self._recorders.modules[-1].answer = self._recorders.stream.unpack(hidden)[0]
+        self._recorders.modules[-1].answer = self._recorders.streams[-1].unpack(hidden).hidden
         try:
             return self._logits(ids, slice(None) if keep is None else keep)
         finally:
@@ -178,7 +177,7 @@ class Skeleton:
             kinds=kinds,
             blocks=blocks,
             params=own,
-            stream=self._recorders.stream,
+            streams=tuple(self._recorders.streams[start : start + count + 1]),
             formats={name: module for name, module in modules.items() if module is not None},
             kv=formats.kv,
         )
