@@ -166,7 +166,8 @@ class Hands(nn.Module):
     def forward(self, x: Tensor, shared: dict[str, tuple[Tensor, ...]] | None = None) -> Tensor:
         assert shared is not None
         if self.reads:
-            return x * self.gain + shared["full"][0].transpose(1, 2).flatten(2)
+            (other,) = shared["full"]
+            return x * self.gain + (other.transpose(1, 2).flatten(2) if other.ndim == 4 else other.sum())
         heads = (x * self.gain).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         shared["full"] = (heads,) if self.form == "heads" else (heads.sum((1, 2)),)
         shared["unread"] = (heads,)
@@ -215,5 +216,5 @@ class Layer3(nn.Module):
 
 
 def test_what_has_no_sequences_and_tokens_cannot_be_handed_on():
-    with pytest.raises(LowbitError, match="layer 0 hands 'shared' to later layers in a form that has no sequences"):
+    with pytest.raises(LowbitError, match="layer 0 hands 'shared' to later layers in a form without sequences"):
         HandingModel(Hands(form="sum"), Hands(reads=True)).learn()

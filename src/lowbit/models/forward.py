@@ -132,7 +132,8 @@ def _called(
     """The layer's hidden states; what it hands on is added to ``handed``, and what earlier ones do is there."""
     shared = {name: copy.copy(arguments[name]) for name in mappings_in(arguments)}
     for (name, key), value in handed.items():
-        shared[name][key] = value
+        if name in shared:
+            shared[name][key] = value
     out = hidden_of(torch.func.functional_call(layer, state, args=(x,), kwargs={**arguments, **shared}))
     handed |= {(name, key): value for name, own in shared.items() for key, value in own.items()}
     return out

@@ -49,7 +49,7 @@ def handed_on(layers: Sequence[nn.Module], one: Arguments, two: Arguments, short
         return [[] for _ in range(len(layers) + 1)]
     try:
         passes = [_pass(layers, arguments, names) for arguments in (one, two, shorter)]
-    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise LowbitError(f"the layers use '{names[0]}' in a way that is not seen ({one_line(error)})") from error
     out: list[list[Handed]] = []
     for place in range(len(layers) + 1):
@@ -95,8 +95,6 @@ def _described(argument: str, key: str, values: Sequence[Any], layer: int) -> Ha
         forms = [form_of(*parts) for parts in zip(*values, strict=True)]
     found = tuple(form for form in forms if form is not None)
     if not found or len(found) < len(forms):
-        raise LowbitError(
-            f"layer {layer} hands '{argument}' to later layers in a form that has no sequences and tokens"
-        )
+        raise LowbitError(f"layer {layer} hands '{argument}' to later layers in a form without sequences and tokens")
     widths = tuple(form.flat(value).shape[-1] for form, value in zip(found, values[0], strict=True))
     return Handed(argument, key, found, widths)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.models.handed_on import handed_on
-from lowbit.models.stream import PLAIN, Form, Handed, Stream, form_of, ids_of
+from lowbit.models.stream import ONE_STATE, PLAIN, Form, Handed, Stream, form_of, ids_of
 
 ADVICE = "lowbit runs a model's layers one after the other, each with the arguments of one text: choose another model"
 CLOSE = 1e-5  # of arguments: batched products round differently
@@ -104,7 +104,7 @@ class _Pass:
     """
 
     outputs: int = 0
-    form: Form = Form()
+    form: Form = ONE_STATE
     calls: list[_Call] | None = None
 
 

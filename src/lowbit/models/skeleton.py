@@ -26,7 +26,7 @@ from lowbit.models.build import from_config, text_config, tied_tensors
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.recorder import Recorders, hidden_of
-from lowbit.models.stream import State, digits_of
+from lowbit.models.stream import State, Stream, digits_of
 from lowbit.models.text_part import remove_outside
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats
@@ -75,6 +75,11 @@ class Skeleton:
     def reads_text(self) -> bool:
         """Whether layers are given what depends on the text, which ``embed`` finds out the first time."""
         return self._recorders.streams[0].ids
+
+    @property
+    def leaves(self) -> Stream:
+        """What comes out of the last layer, once ``embed`` has run."""
+        return self._recorders.streams[-1]
 
     @property
     def width(self) -> int:
@@ -133,7 +138,7 @@ class Skeleton:
         ``keep`` restricts them to these positions: logits over a large vocabulary take much memory per token.
         Differentiable in ``hidden``.
         """
-        self._recorders.modules[-1].answer = self._recorders.streams[-1].unpack(hidden).hidden
+        self._recorders.modules[-1].answer = self.leaves.unpack(hidden).hidden
         try:
             return self._logits(ids, slice(None) if keep is None else keep)
         finally:

@@ -7,7 +7,8 @@ For most models these are the hidden states. Three more things may be in it:
   with what the model's own code makes of the ids of the sequences that are run. Batches are taken from the stream by
   sequence everywhere, and so their ids are always at hand. Rejected: to carry what the layers get, which is several
   times as wide as the hidden states.
-* What a layer hands to later ones beside its output: the keys and values that the last layers of Gemma 3n and 4 share.
+* What a layer hands to later ones beside its output: the keys and values that the last layers of Gemma 3n and 4 use
+  once more.
 
 Ids are three channels of eight bits each behind the hidden states, in units of ``UNIT``: exact in every floating
 dtype, and so small that they count nothing in an error of hidden states.
@@ -117,6 +118,9 @@ class State:
     handed: HandedOn = field(default_factory=dict)
 
 
+ONE_STATE = Form()  # (sequences, length, hidden)
+
+
 @dataclass(frozen=True)
 class Stream:
     """How what goes into a layer becomes one tensor.
@@ -127,7 +131,7 @@ class Stream:
         handed: what is behind these, in order.
     """
 
-    form: Form = Form()
+    form: Form = ONE_STATE
     ids: bool = False
     handed: tuple[Handed, ...] = ()
 
@@ -199,7 +203,7 @@ class Noted(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of a dict."""
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401  # it is ``get`` itself
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.written.add(key)

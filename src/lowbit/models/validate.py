@@ -192,7 +192,8 @@ def check_computes(skeleton: Skeleton, first_block: Callable[[], Block], folder:
     with report_build_errors(folder), torch.no_grad():
         hidden = skeleton.embed(ids)
         block = first_block()
-        skeleton.logits(ids, run(block, hidden, block.quantized_params(), quantized=bool(block.qweights)))
+        out = run(block, hidden, block.quantized_params(), quantized=bool(block.qweights))
+        skeleton.logits(ids, skeleton.leaves.pack(block.leaves.unpack(out)))  # as if it were the last layer
     skeleton.forget()
 
 
