@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lowbit
+from decoders import CONFIGS, config_of, saved
 from lowbit.checkpoints.resolve import load_config
 from lowbit.errors import LowbitError
 from lowbit.models.discovery import known
@@ -19,30 +20,7 @@ from lowbit.models.validate import open_weights
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.runs.manifest import manifest_of
 from runs import quantize_tiny
-from tiny import tiny_ids, tiny_tokenizer
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Partial rotary embedding; factors on the residual; norms behind the halves; short convolutions; relu^2; a head that
-# has another name in files.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "stablelm": SIZES,
-    "granite": SIZES,
-    "olmo2": SIZES,
-    "lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
-    "nemotron": SIZES,
-    "gpt_neox": SIZES,
-}
 IDS = torch.arange(3, 40)[None]
 
 
@@ -54,24 +32,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "architectures"
 
 
-def config_of(name: str, **changes: Any) -> Any:
-    config = CONFIG_MAPPING[name](**CONFIGS[name] | changes)
-    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
-    return config
-
-
-def saved(folder: Path, name: str) -> Path:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config_of(name)).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    (folder / "calib.txt").write_text("".join(chr(30 + i) for i in tiny_ids(1, 3000, seed=5)[0].tolist()))
-    return folder
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stock_transformers_computes_what_a_run_simulates(name: str, tmp_path: Path) -> None:
-    model = saved(tmp_path / "m", name)
+    model = tmp_path / "m"
+    saved(model, config_of(name))
     made = quantize_tiny(model, tmp_path / "run", "w4a16g16-sym", recipe="awq+gptq")
     assert made.manifest.transformers.loads
     with torch.no_grad():
@@ -86,7 +51,7 @@ def test_stock_transformers_computes_what_a_run_simulates(name: str, tmp_path: P
 
 
 def test_a_head_of_another_name_in_files_is_found(tmp_path: Path) -> None:
-    saved(tmp_path / "m", "gpt_neox")
+    saved(tmp_path / "m", config_of("gpt_neox"))
     stored = load_file(tmp_path / "m/model.safetensors")
     assert "lm_head.weight" not in stored
     checkpoint, _ = open_weights(tmp_path / "m", load_config(tmp_path / "m"))
@@ -134,7 +99,8 @@ def test_another_config_is_another_result(cache: Path) -> None:
 
 
 def test_inspect_tells_what_was_refuted(tmp_path: Path) -> None:
-    facts = inspect_model(str(saved(tmp_path / "m", "nemotron")), "w4a16g16-sym", "rtn", samples=2, length=16)
+    saved(tmp_path / "m", config_of("nemotron"))
+    facts = inspect_model(str(tmp_path / "m"), "w4a16g16-sym", "rtn", samples=2, length=16)
     assert facts["origin"] == "discovered"
     assert isinstance(facts["refuted"], list)
     assert isinstance(facts["notes"], list)

@@ -22,6 +22,7 @@ from lowbit.models.architecture import LayerKind
 from lowbit.models.edges import Edge, resolve
 from lowbit.models.experts import parameter_shapes
 from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.models.stream import PLAIN, Stream
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
 from lowbit.quant.range_estimators import MSE, RangeEstimator
@@ -65,6 +66,8 @@ class Block:
         kwargs: the keyword arguments that the model passes to each layer (masks, rotary embeddings).
         kinds: the structure of each layer.
         blocks: module path of the model's list of layers.
+        streams: how what goes into each layer, and out of the last, is laid out in one tensor; none for a block of
+            plain hidden states.
         params: float parameters and stored buffers by name, with the transforms so far folded in; matrices are
             ``(out, in)``, also those that the library stores transposed.
         formats: formats of the linears to be quantized, as resolved by the plan.
@@ -88,6 +91,7 @@ class Block:
     kinds: tuple[LayerKind, ...]
     blocks: str
     params: Mapping[str, Tensor]
+    streams: tuple[Stream, ...] = ()
     formats: Mapping[str, ModuleFormats] = field(default_factory=dict)
     kv: ActFormat | None = None
     clips: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -104,6 +108,16 @@ class Block:
     def device(self) -> torch.device:
         """The device that holds all of the block's parameters."""
         return next(iter(self.params.values())).device
+
+    @property
+    def enters(self) -> Stream:
+        """How the block's input is laid out."""
+        return self.streams[0] if self.streams else PLAIN
+
+    @property
+    def leaves(self) -> Stream:
+        """How its output is laid out."""
+        return self.streams[-1] if self.streams else PLAIN
 
     @property
     def indices(self) -> range:
@@ -269,6 +283,7 @@ class Block:
             start=self.start + start,
             kwargs=self.kwargs[start:stop],
             kinds=self.kinds[start:stop],
+            streams=self.streams[start : stop + 1],
             params=select(self.params),
             formats=select(self.formats),
             clips=select(self.clips),
@@ -303,7 +318,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Calib:
-    """A block's calibration data: hidden states ``(sequences, length, hidden)`` in the compute dtype.
+    """A block's calibration data: streams ``(sequences, length, width)`` in the compute dtype.
 
     They are stored on ``offload.storage_device``, which is the host for a block on a GPU: ``offload.batches`` and
     ``offload.Rows`` copy the sequences in use to the block's device.

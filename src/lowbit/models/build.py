@@ -44,7 +44,7 @@ def is_composite(config: Any) -> bool:
 
 
 def auto_class(config: Any) -> Any:
-    """The automatic class that builds what ``config.architectures`` names; that of causal models if none does.
+    """The automatic class that builds what ``config.architectures`` names; if nothing is named, the first that does.
 
     >>> from transformers import LlamaConfig, Qwen3VLConfig
     >>> auto_class(LlamaConfig(architectures=["LlamaForCausalLM"])).__name__
@@ -54,7 +54,9 @@ def auto_class(config: Any) -> Any:
     """
     names = getattr(config, "architectures", None)
     name = names[0] if isinstance(names, list) and names else None
-    return next((auto for auto in AUTO if _built(auto, config) == name), AutoModelForCausalLM)
+    built = ((auto, _built(auto, config)) for auto in AUTO)
+    found = (auto for auto, own in built if own is not None and name in (None, own))
+    return next(found, AutoModelForCausalLM)
 
 
 def built_class(config: Any) -> str | None:
@@ -72,9 +74,9 @@ def _built(auto: Any, config: Any) -> str | None:
     return str(found.__name__)
 
 
-def from_config(config: Any, trust_remote_code: bool = False) -> Any:
-    """A model with random parameters of the class that the config names."""
-    return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+def from_config(config: Any, trust_remote_code: bool = False, **more: Any) -> Any:
+    """A model with random parameters of the class that the config names; ``more`` goes to ``from_config`` there."""
+    return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **more)
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
@@ -89,6 +91,20 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
             if isinstance(count, int) and count > MOST_LAYERS:
                 raise LowbitError(f"config.json is invalid: {field} is {shown(count)}; allowed: 1 to {MOST_LAYERS}")
     return _empty(_Key(config, trust_remote_code))
+
+
+def tied_tensors(model: Any, config: Any, head: str) -> dict[str, str]:
+    """Tensors of a model that are other ones of it by a second name, and these; files have one of the two.
+
+    Args:
+        model: the library's model of ``config``.
+        config: its config, which says whether tensors are tied.
+        head: module path of the output head, whose weight is then the embedding's; ``""`` stands for that.
+    """
+    if not config.tie_word_embeddings:
+        return {}
+    listed: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {f"{head}.weight": "", **listed}
 
 
 class _Key:

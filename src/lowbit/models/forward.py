@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,10 +17,12 @@ from lowbit.models.architecture import Experts, LayerKind, ListedExperts
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
 from lowbit.models.experts_function import ExpertsCall, ExpertsReplay, experts_computed_by
+from lowbit.models.handed_on import mappings_in
 from lowbit.models.linear_input import Cache, LinearInput, Tap
 from lowbit.models.offload import batches, concatenate
 from lowbit.models.recorder import for_batch, hidden_of
 from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.models.stream import State
 
 Inputs = list[dict[str, LinearInput]]
 
@@ -33,11 +36,11 @@ def run(
     taps: Mapping[str, Tap] | None = None,
     replay: ExpertsReplay | None = None,
 ) -> Tensor:
-    """The block's output for hidden states ``x`` ``(sequences, length, hidden)``; differentiable in ``params``.
+    """The block's output for a stream ``x`` ``(sequences, length, width)``; differentiable in ``params``.
 
     Args:
         block: the block.
-        x: hidden states; their dtype is the compute dtype.
+        x: hidden states, as ``block.stream`` lays them out; their dtype is the compute dtype.
         params: parameters to run with; by default the block's float parameters (``quantized_params()`` gives the
             quantized ones).
         quantized: quantize the linears' inputs and Q, K, V according to ``block.formats`` and ``block.kv``.
@@ -47,12 +50,14 @@ def run(
         replay: of one layer's experts: keeps the pass, or runs one expert and takes all others from it.
     """
     params = block.params if params is None else params
+    stream = block.enters.unpack(x)
+    hidden, handed = stream.hidden, dict(stream.handed)
     for layer, index, kind, kwargs in zip(block.layers, block.indices, block.kinds, block.kwargs, strict=True):
         state = _state(block, index, kind, params, x)
         with ExitStack() as stack:
             _prepare(stack, block, layer, index, kind, params, quantized, taps or {}, replay)
-            x = _called(layer, index, state, x, for_batch(kwargs, x))
-    return x
+            hidden = _called(layer, state, hidden, for_batch(kwargs, x, stream.digits), handed)
+    return block.leaves.pack(State(hidden, stream.digits, handed))
 
 
 def _state(block: Block, index: int, kind: LayerKind, params: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
@@ -133,17 +138,20 @@ def _like(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.to(x.dtype) if parameter.is_floating_point() else parameter
 
 
-def _called(layer: nn.Module, index: int, state: dict[str, Tensor], x: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The layer's hidden states; a layer that hands something to later ones in an argument is refused."""
-    empty = {name: value for name, value in arguments.items() if isinstance(value, MutableMapping) and not value}
-    out = hidden_of(torch.func.functional_call(layer, state, args=(x,), kwargs=arguments))
-    for name, value in empty.items():
-        if value:
-            value.clear()
-            raise LowbitError(
-                f"layer {index} hands '{name}' to later layers, and lowbit gives a layer the hidden states of the "
-                "one before and nothing else: choose another model"
-            )
+def _called(
+    layer: nn.Module,
+    state: dict[str, Tensor],
+    x: Tensor,
+    arguments: dict[str, Any],
+    handed: dict[tuple[str, str], tuple[Tensor, ...]],
+) -> Tensor:
+    """The layer's hidden states; what it hands on is added to ``handed``, and what earlier ones do is there."""
+    shared = {name: copy.copy(arguments[name]) for name in mappings_in(arguments)}
+    for (name, key), value in handed.items():
+        if name in shared:
+            shared[name][key] = value
+    out = hidden_of(torch.func.functional_call(layer, state, args=(x,), kwargs={**arguments, **shared}))
+    handed |= {(name, key): value for name, own in shared.items() for key, value in own.items()}
     return out
 
 

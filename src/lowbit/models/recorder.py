@@ -3,22 +3,28 @@
 That a model is its layers, one after the other, is assumed nowhere: ``Recorders.learn`` makes the model's own
 ``forward`` show it on two sequences, and refuses a model that does anything else. What it finds:
 
-* whether layers return a tensor, or a tuple with the hidden states in front (Bloom, Falcon);
+* whether layers return a tensor, or a tuple with the hidden states in front (Bloom, Falcon, Bamba);
+* which dimensions of their hidden states count sequences and tokens, and what a layer hands to later ones beside
+  these (``Stream``);
 * which of their arguments have rows for each sequence (Bloom's ``alibi``), rather than one that broadcasts (masks);
-* that no argument depends on the text, since a block is run with the arguments of one sequence for all of them.
+* which depend on the text (Gemma 4's ``per_layer_input``): a block is run with the arguments of one sequence for all
+  of them, but for these, which the model's own code makes of the ids of the sequences that are run.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LowbitError, one_line
+from lowbit.errors import LowbitError
+from lowbit.models.handed_on import handed_on
+from lowbit.models.stream import ONE_STATE, PLAIN, Form, Handed, Stream, form_of, ids_of
 
 ADVICE = "lowbit runs a model's layers one after the other, each with the arguments of one text: choose another model"
 CLOSE = 1e-5  # of arguments: batched products round differently
@@ -31,7 +37,7 @@ class PerSequence:
     value: Tensor
 
     def for_batch(self, x: Tensor) -> Tensor:
-        """``(sequences * rows, ...)`` for hidden states ``x`` ``(sequences, length, hidden)``, in their dtype.
+        """``(sequences * rows, ...)`` for a stream ``x`` ``(sequences, length, width)``, in its dtype.
 
         >>> PerSequence(torch.tensor([1, 2])).for_batch(torch.zeros(2, 3, 4)).tolist()
         [1, 2, 1, 2]
@@ -40,10 +46,33 @@ class PerSequence:
         return rows.to(x.dtype) if rows.is_floating_point() else rows
 
 
-def for_batch(arguments: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
-    """A layer's keyword arguments for hidden states ``x`` ``(sequences, length, hidden)``."""
-    rows = {name: value.for_batch(x) for name, value in arguments.items() if isinstance(value, PerSequence)}
-    return {**arguments, **rows}
+@dataclass(frozen=True)
+class PerText:
+    """An argument that depends on the text: ``compute`` makes ``(sequences, ...)`` of ids ``(sequences, length)``."""
+
+    compute: Callable[[Tensor], Tensor]
+
+    def for_batch(self, x: Tensor, digits: Tensor) -> Tensor:
+        """That of the sequences whose ids' digits are given, in the dtype of ``x``."""
+        value = self.compute(ids_of(digits))
+        return value.to(x.dtype) if value.is_floating_point() else value
+
+
+def for_batch(arguments: Mapping[str, Any], x: Tensor, digits: Tensor) -> dict[str, Any]:
+    """A layer's keyword arguments for a stream.
+
+    Args:
+        arguments: as recorded.
+        x: ``(sequences, length, width)``.
+        digits: of its token ids, see ``State``.
+    """
+    out = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, PerSequence):
+            out[name] = value.for_batch(x)
+        elif isinstance(value, PerText):
+            out[name] = value.for_batch(x, digits)
+    return out
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -52,19 +81,39 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
+def as_returned(hidden: Tensor, outputs: int) -> Any:
+    """Hidden states as a layer returns them: in front of a tuple of ``outputs`` values, or alone for 0.
+
+    >>> as_returned(torch.ones(1), 2)
+    (tensor([1.]), None)
+    """
+    return (hidden, *[None] * (outputs - 1)) if outputs else hidden
+
+
+MOST_OUTPUTS = 3  # values in the tuple that a layer returns
+
+
 @dataclass
 class _Pass:
-    """How the recorders behave: whether they return tuples, and where they list their calls."""
+    """How the recorders behave.
 
-    tuples: bool = False
+    Attributes:
+        outputs: how many values they return in a tuple; 0: the hidden states alone.
+        form: of hidden states.
+        calls: where they list their calls; ``None``: nowhere.
+    """
+
+    outputs: int = 0
+    form: Form = ONE_STATE
     calls: list[_Call] | None = None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a layer: its index, its output and its keyword arguments."""
+    """One call of a layer: its index, its input, its output and its keyword arguments."""
 
     index: int
+    hidden: Tensor
     out: Tensor
     arguments: Mapping[str, Any]
 
@@ -93,18 +142,19 @@ class _Recorder(nn.Module):
         """The hidden states, as the layer would return them."""
         hidden, arguments = self._bound(args, kwargs)
         # Masks for one sequence broadcast over any batch; those of a batch fit that batch only.
-        if hidden.shape[0] == 1:
-            self.arguments[hidden.shape[1]] = arguments
+        form = self.now.form
+        if hidden.shape[form.sequences] == 1:
+            self.arguments[hidden.shape[form.tokens]] = arguments
         out = hidden if self.answer is None else self.answer
         if self.now.calls is not None:
             self._compare(hidden)
-            self.now.calls.append(_Call(self.index, out, arguments))
-        return (out,) if self.now.tuples else out
+            self.now.calls.append(_Call(self.index, hidden, out, arguments))
+        return as_returned(out, self.now.outputs)
 
     def _compare(self, hidden: Tensor) -> None:
         """Refuse an input that is not what the layer before gave."""
         assert self.now.calls is not None
-        if hidden.ndim != 3:
+        if hidden.ndim < 3:
             raise _Unlike(
                 f"layer {self.index} gets an input of shape {tuple(hidden.shape)}, not (sequences, length, hidden)"
             )
@@ -136,24 +186,37 @@ class Recorders:
     Attributes:
         modules: one for each layer.
         rows: names of the arguments that have rows for each sequence, by layer.
+        texts: names of those that depend on the text, by layer.
+        streams: what goes into each layer and, at the end, out of the last one.
         learned: whether ``learn`` has run.
     """
 
     modules: list[_Recorder] = field(default_factory=list)
     rows: list[set[str]] = field(default_factory=list)
+    texts: list[set[str]] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
     learned: bool = False
     now: _Pass = field(default_factory=_Pass)
+    _forward: Callable[[Tensor], Tensor] = field(default=lambda ids: ids)  # the model's, once ``learn`` has run
 
     @classmethod
     def of(cls, layers: list[nn.Module]) -> Recorders:
         """A recorder for each layer."""
         now = _Pass()
-        return cls([_Recorder(layer, i, now) for i, layer in enumerate(layers)], [set() for _ in layers], now=now)
+        modules = [_Recorder(layer, index, now) for index, layer in enumerate(layers)]
+        return cls(modules, [set() for _ in layers], [set() for _ in layers], [PLAIN] * (len(layers) + 1), now=now)
 
     def arguments(self, index: int, length: int) -> dict[str, Any]:
         """What layer ``index`` is called with, for sequences of a ``length`` that the model has seen."""
         recorded, rows = self.modules[index].arguments[length], self.rows[index]
-        return {name: PerSequence(value) if name in rows else value for name, value in recorded.items()}
+        out = {name: PerSequence(value) if name in rows else value for name, value in recorded.items()}
+        return out | {name: PerText(partial(self._given, index, name)) for name in self.texts[index]}
+
+    @torch.no_grad()
+    def _given(self, index: int, name: str, ids: Tensor) -> Tensor:
+        """What the model gives layer ``index`` under a name for token ids ``(sequences, length)``."""
+        value: Tensor = self._calls(self._forward, ids)[index].arguments[name]
+        return value
 
     def forget(self) -> None:
         """Drop the recorded arguments."""
@@ -171,25 +234,47 @@ class Recorders:
         Raises:
             LowbitError: the model does something else between its layers, or gives them what depends on the text.
         """
-        pair = torch.cat([ids, (ids + 1) % vocabulary])
-        problems: list[str] = []
-        for tuples in (False, True):
-            self.now.tuples = tuples
-            try:
-                calls = self._calls(forward, pair)
-                break
-            except _Unlike as error:
-                problems.append(str(error))
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                if not tuples:
-                    raise  # of a config that computes nothing
-                problems.append(one_line(error))
-        else:
-            raise LowbitError(f"{problems[0]}: {ADVICE}")
-        forward(ids)
-        for call, recorder, rows in zip(calls, self.modules, self.rows, strict=True):
-            rows |= _names_with_rows(recorder.arguments[ids.shape[1]], call.arguments, call.index)
+        self._forward = forward
+        two = self._first_that_runs(forward, torch.cat([ids, (ids + 1) % vocabulary]))
+        one = self._calls(forward, ids)
+        for first, second, rows, texts in zip(one, two, self.rows, self.texts, strict=True):
+            found = _names_by_text(first.arguments, second.arguments, first.index)
+            rows |= found[0]
+            texts |= found[1]
+        other = ids[:, :-1] if ids.shape[1] > 1 else torch.cat([ids, ids], 1)
+        passes = one, two, self._calls(forward, other)
+        form = form_of(*(calls[0].hidden for calls in passes))
+        if form is None:
+            raise LowbitError(
+                f"layer 0 gets an input of shape {tuple(two[0].hidden.shape)} for 2 sequences of {ids.shape[1]} "
+                f"tokens, not (sequences, length, hidden): {ADVICE}"
+            )
+        self.now.form = form
+        handed = self._handed_on(passes)
+        self.streams = [Stream(form, any(self.texts), tuple(own)) for own in handed]
+        forward(ids)  # recorded by length, which only a stream tells
         self.learned = True
+
+    def _handed_on(self, passes: Sequence[Sequence[_Call]]) -> list[list[Handed]]:
+        """What the layers hand on, given the calls for one sequence, for two, and for a shorter one."""
+        try:
+            given = ([(call.hidden, call.arguments) for call in calls] for calls in passes)
+            return handed_on([recorder.layer for recorder in self.modules], *given)
+        except LowbitError as error:
+            raise LowbitError(f"{error}: {ADVICE}") from error
+
+    def _first_that_runs(self, forward: Callable[[Tensor], Tensor], ids: Tensor) -> list[_Call]:
+        """The calls of a pass in which the recorders return what the model takes: a tensor, or some tuple."""
+        problems: list[Exception] = []
+        for outputs in range(MOST_OUTPUTS + 1):
+            self.now.outputs = outputs
+            try:
+                return self._calls(forward, ids)
+            except (AttributeError, IndexError, LowbitError, RuntimeError, TypeError, ValueError) as error:
+                problems.append(error)
+        if isinstance(problems[0], _Unlike):
+            raise LowbitError(f"{problems[0]}: {ADVICE}")
+        raise problems[0]  # of a config that computes nothing
 
     def _calls(self, forward: Callable[[Tensor], Tensor], ids: Tensor) -> list[_Call]:
         """The calls of the layers in a pass: one after the other, each with what the one before gave."""
@@ -210,8 +295,8 @@ class _Unlike(LowbitError):
     """A model does something else than calling its layers one after the other."""
 
 
-def _names_with_rows(one: Mapping[str, Any], two: Mapping[str, Any], layer: int) -> set[str]:
-    """Names of the arguments of ``layer`` that have rows for each sequence and do not broadcast.
+def _names_by_text(one: Mapping[str, Any], two: Mapping[str, Any], layer: int) -> tuple[set[str], set[str]]:
+    """Names of the arguments of ``layer`` with rows for each sequence, not broadcast, and names of those of the text.
 
     Args:
         one: the arguments for a sequence.
@@ -219,11 +304,15 @@ def _names_with_rows(one: Mapping[str, Any], two: Mapping[str, Any], layer: int)
         layer: its index.
 
     Raises:
-        LowbitError: an argument depends on the text, or does not have the sequences in front.
+        LowbitError: an argument within a tuple or mapping depends on the text, or one does not have the sequences in
+            front.
     """
-    names = set()
+    names, texts = set(), set()
     for name, value in one.items():
         pairs = list(zip(_tensors(value), _tensors(two.get(name)), strict=False))
+        if isinstance(value, Tensor) and pairs and _is_of_text(*pairs[0]):
+            texts.add(name)
+            continue
         if any(not _same(a, b) and not _doubled(a, b) for a, b in pairs):
             raise LowbitError(
                 f"the model gives layer {layer} the argument '{name}', which depends on the text or does not have "
@@ -233,7 +322,13 @@ def _names_with_rows(one: Mapping[str, Any], two: Mapping[str, Any], layer: int)
             if not isinstance(value, Tensor):
                 raise LowbitError(f"the argument '{name}' of layer {layer} holds tensors with sequences: {ADVICE}")
             names.add(name)
-    return names
+    return names, texts
+
+
+def _is_of_text(one: Tensor, two: Tensor) -> bool:
+    """Whether an argument has one row for each sequence, and another for another text."""
+    fits = one.ndim > 0 and len(one) == 1 and len(two) == 2
+    return fits and _same(one, two[:1]) and one.shape == two[1:].shape and not _same(one, two[1:])
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ layer's arguments only, and per-family code for embedding and head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
-from lowbit.models.build import from_config, text_config
+from lowbit.models.build import from_config, text_config, tied_tensors
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.recorder import Recorders, hidden_of
+from lowbit.models.stream import State, Stream, digits_of
+from lowbit.models.text_part import remove_outside
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scheme import ModelFormats
 
@@ -70,10 +72,25 @@ class Skeleton:
         return bool(self.config.tie_word_embeddings)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether layers are given what depends on the text, which ``embed`` finds out the first time."""
+        return self._recorders.streams[0].ids
+
+    @property
+    def leaves(self) -> Stream:
+        """What comes out of the last layer, once ``embed`` has run."""
+        return self._recorders.streams[-1]
+
+    @property
+    def width(self) -> int:
+        """Most channels of what goes from layer to layer, once ``embed`` has run."""
+        return max(stream.width(int(self.text_config.hidden_size)) for stream in self._recorders.streams)
+
+    @property
     def shared_names(self) -> list[str]:
-        """Names of the shared (non-block) parameters and stored buffers, without a tied head."""
-        tied = f"{self.architecture.head}.weight" if self.tied else ""
-        return [name for name in self.model.state_dict() if name != tied]
+        """Names of the shared (non-block) parameters and stored buffers, without those tied to others."""
+        tied = tied_tensors(self.model, self.config, self.architecture.head)
+        return [name for name in self.model.state_dict() if name not in tied]
 
     def fill(self, shared: Mapping[str, Tensor]) -> None:
         """Load parameters for some or all of ``shared_names``; afterwards none may be missing."""
@@ -91,7 +108,7 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """The input of block 0, ``(sequences, length, hidden)``, for token ids ``(sequences, length)``."""
+        """The input of block 0, ``(sequences, length, width)``, for token ids ``(sequences, length)``."""
         first, last = self._recorders.modules[0], self._recorders.modules[-1]
         last.answer = None
         self._length = ids.shape[1]
@@ -107,7 +124,9 @@ class Skeleton:
                 self._last_logits(part)
         finally:
             handle.remove()
-        return torch.cat(inputs)
+        parts = zip(inputs, ids.split(64), strict=True)
+        stream = self._recorders.streams[0]
+        return torch.cat([stream.pack(State(hidden, digits_of(part))) for hidden, part in parts])
 
     def _last_logits(self, ids: Tensor) -> Tensor:
         """Logits of the last position alone ``(sequences, 1, vocabulary)``."""
@@ -119,7 +138,7 @@ class Skeleton:
         ``keep`` restricts them to these positions: logits over a large vocabulary take much memory per token.
         Differentiable in ``hidden``.
         """
-        self._recorders.modules[-1].answer = hidden
+        self._recorders.modules[-1].answer = self.leaves.unpack(hidden).hidden
         try:
             return self._logits(ids, slice(None) if keep is None else keep)
         finally:
@@ -163,6 +182,7 @@ class Skeleton:
             kinds=kinds,
             blocks=blocks,
             params=own,
+            streams=tuple(self._recorders.streams[start : start + count + 1]),
             formats={name: module for name, module in modules.items() if module is not None},
             kv=formats.kv,
         )
@@ -184,26 +204,3 @@ class Skeleton:
     def _kwargs(self, start: int, count: int, length: int) -> tuple[Mapping[str, Any], ...]:
         layers = range(start, start + count)
         return tuple(self._recorders.arguments(index, length) if length else {} for index in layers)
-
-
-def remove_outside(model: nn.Module, kept: Sequence[str]) -> None:
-    """Take every module and parameter out of a model but some modules, and what leads to them.
-
-    A model computes texts without them. They have no parameters then, and take no memory.
-
-    Args:
-        model: changed in place.
-        kept: full names of modules.
-    """
-    for name in [*model._parameters]:
-        model._parameters[name] = None
-    for name in [*model._buffers]:
-        model._buffers[name] = None
-    for name, module in list(model.named_children()):
-        if name in kept:
-            continue
-        inner = [path.removeprefix(f"{name}.") for path in kept if path.startswith(f"{name}.")]
-        if inner:
-            remove_outside(module, inner)
-        else:
-            setattr(model, name, nn.Identity())

@@ -14,7 +14,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint, Header
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.models.architecture import Architecture
 from lowbit.models.block import Block
-from lowbit.models.build import empty_model, text_config
+from lowbit.models.build import empty_model, text_config, tied_tensors
 from lowbit.models.experts import state_shapes
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import run
@@ -113,8 +113,8 @@ def check_model(
     _check_layers(checkpoint, config, architecture.blocks)
     with report_build_errors(checkpoint.folder):
         model = empty_model(config, trust_remote_code)
-    tied = f"{architecture.head}.weight" if config.tie_word_embeddings else ""
-    shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
+    tied = tied_tensors(model, config, architecture.head)
+    shapes = {name: value.shape for name, value in model.state_dict().items() if name not in tied}
     shapes = state_shapes(architecture, shapes)
     modules = modules or {}
     if not modules:
@@ -124,7 +124,7 @@ def check_model(
     used = check_tensors(checkpoint, shapes, architecture, modules)
     if modules:
         return ()
-    unlisted = tuple(name for name in checkpoint.names if name not in used and name != tied)
+    unlisted = tuple(name for name in checkpoint.names if name not in used and name not in tied)
     _refuse_in_layers(unlisted, checkpoint, config, model, architecture)
     return unlisted
 
@@ -193,7 +193,8 @@ def check_computes(skeleton: Skeleton, first_block: Callable[[], Block], folder:
     with report_build_errors(folder), torch.no_grad():
         hidden = skeleton.embed(ids)
         block = first_block()
-        skeleton.logits(ids, run(block, hidden, block.quantized_params(), quantized=bool(block.qweights)))
+        out = run(block, hidden, block.quantized_params(), quantized=bool(block.qweights))
+        skeleton.logits(ids, skeleton.leaves.pack(block.leaves.unpack(out)))  # as if it were the last layer
     skeleton.forget()
 
 

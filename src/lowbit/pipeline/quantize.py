@@ -261,7 +261,12 @@ def _check(request: Request) -> Resolved:
     tokenizer = load_tokenizer(source.folder, trusted)
     tokens = _calibration(request, source, tokenizer)
     check_ids(tokens.ids, skeleton, source.folder)
-    _check_computes(opened.checkpoint, skeleton.empty())
+    _check_computes(opened.checkpoint, probe := skeleton.empty())
+    if probe.reads_text and plan.embed in plan.formats.modules:
+        raise LowbitError(
+            f"a format for {plan.embed} given: the layers of this model read more than their input of it; leave the "
+            "embedding out of the overrides"
+        )
     special = decode(tokenizer, tokens.prefix)
     return Resolved(request, opened, scheme, plan, shapes, tokens, special)
 

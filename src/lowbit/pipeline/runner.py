@@ -25,6 +25,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read
 from lowbit.errors import LowbitError
 from lowbit.methods.input_ranges import without_input_ranges
 from lowbit.models.block import LEAST_TOKENS, Block, Calib
+from lowbit.models.build import tied_tensors
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
 from lowbit.models.runtime_ops import tensor_name
@@ -328,6 +329,8 @@ class Walk:
         head = f"{self.plan.head}.weight"
         if self.plan.untie:
             tensors[head] = tensors[f"{self.plan.embed}.weight"].clone()
+            tied = tied_tensors(self.skeleton.model, self.skeleton.config, self.plan.head)
+            tensors |= {name: tensors[other].clone() for name, other in tied.items() if other in shared}
         for module in (self.plan.embed, self.plan.head):
             if (formats := self.plan.formats.modules.get(module)) is not None:
                 weight, format = tensors.pop(f"{module}.weight").float(), formats.weight

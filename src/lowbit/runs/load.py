@@ -21,7 +21,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Architecture, Experts
 from lowbit.models.attention import attention_name
-from lowbit.models.build import from_config
+from lowbit.models.build import from_config, tied_tensors
 from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
 from lowbit.models.experts_function import run_experts_apart
 from lowbit.models.families import architecture_of
@@ -81,8 +81,8 @@ def load(
     check_model(checkpoint, config, formats.modules, trust_remote_code)
     with report_build_errors(folder), init_empty_weights(include_buffers=False):
         model: Any = from_config(config, trust_remote_code)
-    tied = f"{architecture.head}.weight" if config.tie_word_embeddings else ""
-    shapes = {name: value.shape for name, value in model.state_dict().items() if name != tied}
+    tied = tied_tensors(model, config, architecture.head)
+    shapes = {name: value.shape for name, value in model.state_dict().items() if name not in tied}
     shapes = state_shapes(architecture, shapes)
     state = read_dequantized(checkpoint, shapes, formats.modules)
     layers = list(model.get_submodule(architecture.blocks))

@@ -85,8 +85,8 @@ class StreamedModel:
 
     @property
     def width(self) -> int:
-        """Bytes of one token's hidden state."""
-        return int(self.skeleton.text_config.hidden_size) * self.dtype.itemsize
+        """Bytes of what one token hands from layer to layer."""
+        return self.skeleton.width * self.dtype.itemsize
 
     @property
     def blocks(self) -> int:

@@ -14,20 +14,23 @@ from torch import nn
 
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Architecture, DeclaredEdge, Experts, LayerKind
+from lowbit.models.build import is_composite, text_config
 from lowbit.models.discovery.carry import carried, matched
+from lowbit.models.discovery.empty import empty_model
 from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.layout import Mismatch, Sizes, measures, numbers_of
 from lowbit.models.discovery.listed import at_real_size
 from lowbit.models.discovery.mixture import of_each_expert, stacks_of, with_each_expert
 from lowbit.models.discovery.properties import partner_of
 from lowbit.models.discovery.prove import Kind, found_in, prove
-from lowbit.models.discovery.real import RealLayers, bytes_needed, checked, empty_model
+from lowbit.models.discovery.real import RealLayers, bytes_needed, checked
 from lowbit.models.discovery.result import Discovery, Finding, Record, label
 from lowbit.models.discovery.shrink import fewer_experts, fewer_layers, shrunk
 from lowbit.models.discovery.sites import owners_of
 from lowbit.models.discovery.small import small_of
 from lowbit.models.discovery.small_model import SmallModel
 from lowbit.models.experts import experts_of
+from lowbit.models.text_part import text_part
 
 MOST_BYTES = 6 * 2**30  # for the proof at real shape
 
@@ -64,7 +67,9 @@ def discover(config: Any, trust_remote_code: bool = False, most_bytes: int = MOS
         versions={"transformers": transformers.__version__, "torch": torch.__version__},
     )
     name = str(getattr(config, "model_type", "") or type(config).__name__)
-    return Discovery(Architecture(name, small.blocks, small.head, small.embed, layers, "discovered"), record)
+    part = text_part(search.real) if is_composite(config) else None
+    found = Architecture(name, small.blocks, small.head, small.embed, layers, "discovered", part[0] if part else "")
+    return Discovery(found, record)
 
 
 @dataclass
@@ -81,6 +86,13 @@ class _Search:
         found = small_of(self.config, self.real, self.trusted)
         self.kept, self.small_config, self.small = found.kept, found.config, found.model
         self.kinds = found_in(self.small)
+        self.notes += [
+            f"{name} of layer {kind.layers[0]} and its like stays float: its model's code reads the weight itself, "
+            "which a packed linear does not have"
+            for kind in self.kinds
+            for name in kind.analysis.direct
+            if name not in kind.analysis.unseen
+        ]
         prove(self.small, self.kinds)
         self.findings: list[Finding] = [one for kind in self.kinds for one in kind.findings]
         self.other = self._second_size()
@@ -167,7 +179,7 @@ class _Search:
         second, config, kinds = self.other
         theirs = kinds[number].analysis
         layers = (self.small.layers[kind.layers[0]], second.layers[kind.layers[0]], layer)
-        configs = (self.small_config, config, self.config)
+        configs = map(text_config, (self.small_config, config, self.config))
         numbers = (numbers_of(one, own) for one, own in zip(layers, configs, strict=True))
         sizes = Sizes(far=measures(*numbers))
         owners = (kind.analysis.owners, theirs.owners, owners_of(layer))
@@ -209,7 +221,7 @@ class _Search:
             self._alone: RealLayers | str
             try:
                 self._alone = RealLayers(
-                    fewer_layers(self.config, self.kept), self.small.blocks, self.small.as_tuple, self.trusted
+                    fewer_layers(self.config, self.kept), self.small.blocks, self.small.outputs, self.trusted
                 )
             except LowbitError as error:
                 self._alone = one_line(error)

@@ -54,6 +54,8 @@ def _find(config: Any, path: Path | None) -> Discovery:
     own = not type(config).__module__.startswith("transformers.")
     say(f"{config.architectures[0]} is not declared: finding its structure on a small model of its class")
     found = discover(config, trust_remote_code=own)
+    for note in found.record.notes:
+        say(note)
     if path is not None:
         with suppress(OSError):  # a folder that cannot be written costs the time again, nothing else
             path.parent.mkdir(parents=True, exist_ok=True)

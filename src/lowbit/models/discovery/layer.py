@@ -36,6 +36,7 @@ class Analysis:
         experts: the parameters of ``mixture``, the input side first.
         kept: parameters of three dimensions that code of the model's own computes with.
         unseen: linears that no pass calls as such.
+        direct: linears whose weight other code reads; they stay float.
         responses: by owner.
         candidates: edges that responses suggest: norms, heads, channels, qk, each in their sources' execution order.
         refuted: other pairs, and why they are none.
@@ -52,13 +53,20 @@ class Analysis:
     experts: tuple[str, ...]
     kept: tuple[str, ...]
     unseen: tuple[str, ...]
+    direct: tuple[str, ...]
     responses: Mapping[str, Response]
     candidates: tuple[DeclaredEdge, ...]
     refuted: tuple[tuple[str, str], ...]
 
 
-def analyse(layer: nn.Module, call: Call) -> Analysis:
-    """Ask a layer for its structure; it stays as it is."""
+def analyse(layer: nn.Module, call: Call, direct: frozenset[str] = frozenset()) -> Analysis:
+    """Ask a layer for its structure; it stays as it is.
+
+    Args:
+        layer: the layer.
+        call: what the model calls it with.
+        direct: linears that are not to be quantized, see ``direct_reads``.
+    """
     sites = Sites(layer)
     whole = trace(sites, call)
     listed = listed_in(layer, whole.inputs, TOKENS)
@@ -73,10 +81,11 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
     stacks |= {} if listed is None else {f"{listed.module}.": listed.count}
     routers = routers_of(found.inputs, sites.owners, stacks)
     own = mixture.module if listed is None else listed.module
-    groups = _groups(found, sites.owners, own, routers)
+    groups = _without(_groups(found, sites.owners, own, routers), direct)
     grouped = {name for group in groups for name in group if name in sites.owners}
     results = [_without_kept(one, mixture) for one in results]
-    edges = (_ordered(one, grouped, experts) for one in results if isinstance(one, DeclaredEdge))
+    edges = [_ordered(one, grouped, experts) for one in results if isinstance(one, DeclaredEdge)]
+    edges = [edge for edge in edges if not direct.intersection(map(module_of, edge.dst[:1]))]
     return Analysis(
         owners=sites.owners,
         groups=groups,
@@ -91,6 +100,7 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
         unseen=tuple(
             name for name, one in sites.owners.items() if one.kind in ("linear", "conv1d") and name not in read
         ),
+        direct=tuple(name for name in sites.owners if name in direct),
         responses=responses,
         candidates=tuple(sorted(edges, key=lambda edge: _KINDS.index(edge.kind))),
         refuted=(*(one for one in results if isinstance(one, tuple)), *mixture.why.items()),
@@ -102,6 +112,16 @@ def _without_kept(one: DeclaredEdge | tuple[str, str], mixture: Mixture) -> Decl
     if isinstance(one, DeclaredEdge) and (end := touches(one, mixture.kept)):
         return label(one), f"{end} stays float"
     return one
+
+
+def _without(groups: tuple[tuple[str, ...], ...], names: frozenset[str]) -> tuple[tuple[str, ...], ...]:
+    """The groups without some linears.
+
+    >>> _without((("q", "k"), ("o",)), frozenset({"o", "k"}))
+    (('q',),)
+    """
+    kept = (tuple(name for name in group if name not in names) for group in groups)
+    return tuple(group for group in kept if group)
 
 
 def _ordered(edge: DeclaredEdge, grouped: set[str], experts: tuple[str, ...]) -> DeclaredEdge:

@@ -10,6 +10,7 @@ import torch
 
 from lowbit.models.architecture import DeclaredEdge
 from lowbit.models.discovery.capture import capture
+from lowbit.models.discovery.direct_reads import read_directly
 from lowbit.models.discovery.kinds import kinds_of
 from lowbit.models.discovery.layer import Analysis, analyse
 from lowbit.models.discovery.proof import LayerProof, ModelProof, attempts, random_moves
@@ -46,7 +47,11 @@ def found_in(small: SmallModel, firsts: Sequence[int] | None = None) -> list[Kin
     with InFloat64():
         calls = [call.redrawn(0) for call in capture(small)]
     kinds = kinds_of(small.layers) if firsts is None else [[index] for index in firsts]
-    return [Kind(own, analyse(small.layers[own[0]], calls[own[0]]), {}, []) for own in kinds]
+    found = []
+    for own in kinds:
+        layer, call = small.layers[own[0]], calls[own[0]]
+        found.append(Kind(own, analyse(layer, call, read_directly(small, own[0], call)), {}, []))
+    return found
 
 
 def prove(small: SmallModel, kinds: Sequence[Kind]) -> None:

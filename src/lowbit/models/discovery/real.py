@@ -6,71 +6,37 @@ its layers comes from the same config with a small vocabulary and as few layers 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import DeclaredEdge
 from lowbit.models.discovery.capture import Call, first_calls
+from lowbit.models.discovery.empty import empty_model
 from lowbit.models.discovery.fold import draw
 from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.proof import LayerProof
 from lowbit.models.discovery.properties import properties
 from lowbit.models.discovery.sites import InFloat64, owners_of
-from lowbit.models.discovery.small_model import redraw, run_eager_experts, token_ids
+from lowbit.models.discovery.small_model import materialize, redraw, run_eager_experts, token_ids
+from lowbit.models.recorder import as_returned
 
-_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
-_LARGE = 2**22  # entries
 _COPIES = 4  # of a layer's parameters: its own, and those that a map changes on both sides
 
 
-def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """The model's class without memory for its parameters.
-
-    Raises:
-        LowbitError: the class cannot be built.
-    """
-    try:
-        with init_empty_weights(include_buffers=False), _WithoutMemory():
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
-            ).eval()
-    except Exception as error:  # a model's own code
-        raise LowbitError(f"no model of {type(config).__name__}: {one_line(error)}") from error
-
-
-class _WithoutMemory(TorchFunctionMode):
-    """Large tensors have no memory from the start: a stack of experts may be larger than the machine."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _FACTORIES and "device" not in kwargs and _entries(args) > _LARGE:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def _entries(shape: Sequence[Any]) -> int:
-    sizes = shape[0] if shape and isinstance(shape[0], tuple | list) else shape
-    return math.prod(size for size in sizes if isinstance(size, int))
-
-
 class _PassesOn(nn.Module):
-    """Takes a layer's place: returns its input, in a tuple if the layer does."""
+    """Takes a layer's place: returns its input, in a tuple of as many values if the layer does."""
 
-    def __init__(self, as_tuple: bool) -> None:
+    def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.as_tuple = as_tuple
+        self.outputs = outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self.as_tuple else hidden
+        return as_returned(hidden, self.outputs)
 
 
 class RealLayers:
@@ -81,13 +47,13 @@ class RealLayers:
         calls: by index in ``layers``.
     """
 
-    def __init__(self, config: Any, blocks: str, as_tuple: bool, trust_remote_code: bool = False) -> None:
+    def __init__(self, config: Any, blocks: str, outputs: int, trust_remote_code: bool = False) -> None:
         """Build everything but the layers.
 
         Args:
             config: of the model's widths, with a small vocabulary and few layers.
             blocks: module path of the layers.
-            as_tuple: whether a layer returns a tuple.
+            outputs: how many values a layer returns in a tuple; 0: the hidden states as they are.
             trust_remote_code: run the model's own code.
 
         Raises:
@@ -97,26 +63,15 @@ class RealLayers:
             model = empty_model(config, trust_remote_code)
             parent, _, attribute = blocks.rpartition(".")
             self.layers: list[nn.Module] = list(model.get_submodule(blocks))
-            stand_ins = nn.ModuleList(_PassesOn(as_tuple) for _ in self.layers)
+            stand_ins = nn.ModuleList(_PassesOn(outputs) for _ in self.layers)
             setattr(model.get_submodule(parent), attribute, stand_ins)
-            materialize(model)
+            materialize(model, seed=2)
             with InFloat64():
                 self.calls: list[Call] = first_calls(model, list(stand_ins), token_ids)
         except LowbitError:
             raise
         except Exception as error:  # a model's own code
             raise LowbitError(f"the model does not run without its layers: {one_line(error)}") from error
-
-
-def materialize(module: nn.Module) -> None:
-    """Give a module without memory random parameters in float64; buffers keep their values."""
-    for own in module.modules():
-        for name, parameter in list(own.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                start = torch.ones if parameter.ndim < 2 and "norm" in type(own).__name__.lower() else torch.zeros
-                own._parameters[name] = nn.Parameter(start(parameter.shape, dtype=torch.float64), requires_grad=False)
-    module.double()
-    redraw(module, seed=2)
 
 
 def bytes_needed(layer: nn.Module) -> int:

@@ -7,11 +7,12 @@ widths are equal, so that none is taken for another, and no product of heads and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowbit.errors import LowbitError, one_line
+from lowbit.models.build import text_config
 
 Size = Literal[0, 1]
 TOKENS = 18  # of a sequence; no width of a head or a layer equals it
@@ -106,7 +107,7 @@ def shrunk(config: Any, size: Size = 0, layers: Layers = Layers()) -> Any:
     Raises:
         LowbitError: the class does not take the lowered values.
     """
-    lowered = lower(config.to_dict(), size, layers)
+    lowered = _text_changed(config, lambda fields: lower(fields, size, layers))
     try:
         return type(config)(**lowered)
     except Exception as error:  # a config class validates by any exception
@@ -125,10 +126,13 @@ def lower(fields: Mapping[str, Any], size: Size, layers: Layers = Layers()) -> d
             out[name] = lower(value, size, layers) | {k: v for k, v in value.items() if k == "model_type"}
         elif name in _VALUES and (_is_size(value) or (value is None and name in _ALSO_NONE)):
             out[name] = _VALUES[name][size]
+        elif name in _VALUES and isinstance(value, list) and value and all(map(_is_size, value)):
+            out[name] = [_VALUES[name][size]] * len(value)  # one for each layer
     _key_value_heads(fields, out, size)
     _latent_attention(fields, out, size)
     _state_space(out, size)
     _wide_attention(fields, out)
+    _rotary_sections(fields, out)
     _special_tokens(out)
     _layers(fields, out, layers)
     _fewer_experts(out)
@@ -142,12 +146,16 @@ def fewer_layers(config: Any, layers: Layers = Layers()) -> Any:
     Raises:
         LowbitError: the class does not take it.
     """
-    fields = config.to_dict()
-    out = {name: value for name, value in fields.items() if name not in _DROPPED}
-    _special_tokens(out)
-    _layers(fields, out, layers)
-    _fewer_experts(out)
-    _overrides_by_layer(fields, out)
+
+    def shortened(fields: Mapping[str, Any]) -> dict[str, Any]:
+        out = {name: value for name, value in fields.items() if name not in _DROPPED}
+        _special_tokens(out)
+        _layers(fields, out, layers)
+        _fewer_experts(out)
+        _overrides_by_layer(fields, out)
+        return out
+
+    out = _text_changed(config, shortened)
     try:
         return type(config)(**out)
     except Exception as error:
@@ -160,9 +168,14 @@ def fewer_experts(config: Any) -> Any:
     Raises:
         LowbitError: the class does not take it.
     """
-    out = {name: value for name, value in config.to_dict().items() if name not in _DROPPED}
-    _fewer_experts(out)
-    _overrides_by_layer(config.to_dict(), out)
+
+    def reduced(fields: Mapping[str, Any]) -> dict[str, Any]:
+        out = {name: value for name, value in fields.items() if name not in _DROPPED}
+        _fewer_experts(out)
+        _overrides_by_layer(fields, out)
+        return out
+
+    out = _text_changed(config, reduced)
     try:
         return type(config)(**out)
     except Exception as error:
@@ -177,6 +190,17 @@ def _fewer_experts(out: dict[str, Any]) -> None:
             out[name] = min(value, small)
         elif isinstance(value, list) and all(map(_is_size, value)):
             out[name] = [min(one, small) for one in value]
+
+
+def _text_changed(config: Any, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a config, changed; of one with other parts than a text model, the text model's alone."""
+    fields, text = config.to_dict(), text_config(config)
+    name = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
+    if name is None:
+        return change(fields)
+    out = {key: value for key, value in fields.items() if key not in _DROPPED}
+    _special_tokens(out)
+    return out | {name: change(fields[name]) | {k: v for k, v in fields[name].items() if k == "model_type"}}
 
 
 def _is_size(value: Any) -> bool:
@@ -215,6 +239,9 @@ def _state_space(out: dict[str, Any], size: Size) -> None:
             out[width], out[heads] = 16, inner // 16
     if "mamba_d_ssm" in out:
         out["mamba_d_ssm"] = 16 * out["mamba_n_heads"]
+    for groups in ("n_groups", "mamba_n_groups"):  # they divide the heads: 8 or 12
+        if _is_size(out.get(groups)):
+            out[groups] = min(4, out[groups])
 
 
 def _wide_attention(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
@@ -222,6 +249,32 @@ def _wide_attention(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
     if _is_size(fields.get("attention_hidden_size")):
         out["attention_hidden_size"] = out["hidden_size"] * fields["attention_hidden_size"] // fields["hidden_size"]
         out["attention_head_dim"] = out["attention_hidden_size"] // out["num_attention_heads"]
+
+
+def _rotary_sections(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
+    """Rotary dimensions that count time, height and width, in as many parts as a smaller head has."""
+    rope, before, after = fields.get("rope_parameters"), _head_dim(fields), _head_dim(out)
+    if isinstance(rope, dict) and isinstance(sections := rope.get("mrope_section"), list) and before and after:
+        out["rope_parameters"] = {**rope, "mrope_section": _smaller(sections, after, before)}
+
+
+def _head_dim(fields: Mapping[str, Any]) -> int:
+    heads = next((fields[name] for name in _HEADS if _is_size(fields.get(name))), 0)
+    hidden = fields.get("hidden_size")
+    own = fields.get("head_dim") or (hidden // heads if _is_size(hidden) and heads else 0)
+    return own if _is_size(own) else 0
+
+
+def _smaller(parts: Sequence[int], numerator: int, denominator: int) -> list[int]:
+    """Parts whose sum is a share of what it was.
+
+    >>> _smaller([16, 24, 24], 16, 128)
+    [2, 3, 3]
+    >>> _smaller([8, 12, 12], 8, 128)
+    [0, 1, 1]
+    """
+    ends = [round(sum(parts[: at + 1]) * numerator / denominator) for at in range(len(parts))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _special_tokens(out: dict[str, Any]) -> None:
@@ -251,7 +304,7 @@ def _layers(fields: Mapping[str, Any], out: dict[str, Any], kept: Layers) -> Non
     if kept.first is not None:
         chosen = list(range(min(kept.first, count)))
     for name in lists:
-        out[name] = [fields[name][index] for index in chosen]
+        out[name] = [out.get(name, fields[name])[index] for index in chosen]
     for name in _INDICES:
         if isinstance(fields.get(name), list | tuple):
             out[name] = [at for at, index in enumerate(chosen) if index in fields[name]]

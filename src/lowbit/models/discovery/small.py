@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from lowbit.errors import LowbitError
+from lowbit.models.discovery.empty import empty_model
 from lowbit.models.discovery.kinds import signature
-from lowbit.models.discovery.real import empty_model
 from lowbit.models.discovery.shrink import Layers, shrunk
 from lowbit.models.discovery.small_model import SmallModel
 

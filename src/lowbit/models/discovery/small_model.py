@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from lowbit.errors import LowbitError, one_line
+from lowbit.models.build import from_config, is_composite
+from lowbit.models.discovery.empty import empty_model
 from lowbit.models.discovery.shrink import TOKENS
 from lowbit.models.discovery.sites import InFloat64
 
@@ -24,7 +25,7 @@ class SmallModel:
         model: the library's class.
         blocks: module path of the decoder layers.
         layers: the decoder layers.
-        as_tuple: whether a layer returns a tuple.
+        outputs: how many values a layer returns in a tuple; 0: the hidden states as they are.
         embed: module path of the token embedding.
         head: module path of the output head; empty if there is none.
     """
@@ -42,13 +43,8 @@ class SmallModel:
         Raises:
             LowbitError: the class cannot be built or run at these sizes, or calls no list of layers.
         """
-        with _deterministic(seed):
-            try:
-                self.model: Any = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code, attn_implementation="eager"
-                )
-            except Exception as error:  # a model's own code
-                raise LowbitError(f"no small model of {type(config).__name__}: {one_line(error)}") from error
+        with with_seed(seed):
+            self.model: Any = _built(config, trust_remote_code, seed)
         self.model.eval().double().requires_grad_(False)
         run_eager_experts(self.model)
         redraw(self.model, seed)
@@ -74,7 +70,7 @@ class SmallModel:
     def _called_lists(self, real: nn.Module) -> list[str]:
         """Module lists with called members, the largest of the real model first; a list within a member is none."""
         calls: dict[str, int] = {}
-        tuples: dict[str, bool] = {}
+        tuples: dict[str, int] = {}
         found: list[str] = []
         handles = []
         for name, module in self.model.named_modules():
@@ -92,8 +88,20 @@ class SmallModel:
             for handle in handles:
                 handle.remove()
         names = sorted(calls, key=lambda name: -sum(p.numel() for p in real.get_submodule(name).parameters()))
-        self.as_tuple = bool(names) and tuples[names[0]]
+        self.outputs = tuples[names[0]] if names else 0
         return names
+
+
+def _built(config: Any, trust_remote_code: bool, seed: int) -> Any:
+    """A model with memory; of one with other parts the text model, since those may have their real sizes."""
+    if is_composite(config):
+        model = empty_model(config, trust_remote_code)
+        materialize(model, seed)
+        return model
+    try:
+        return from_config(config, trust_remote_code, attn_implementation="eager")
+    except Exception as error:  # a model's own code
+        raise LowbitError(f"no small model of {type(config).__name__}: {one_line(error)}") from error
 
 
 def token_ids(sequences: int) -> Tensor:
@@ -110,20 +118,31 @@ def run_eager_experts(module: nn.Module) -> None:
             config._experts_implementation = "eager"
 
 
-def _counter(calls: dict[str, int], tuples: dict[str, bool], name: str) -> Any:
+def _counter(calls: dict[str, int], tuples: dict[str, int], name: str) -> Any:
     def count(module: nn.Module, args: Any, out: Any) -> None:
         calls[name] = calls.get(name, 0) + 1
-        tuples[name] = isinstance(out, tuple)
+        tuples[name] = len(out) if isinstance(out, tuple) else 0
 
     return count
 
 
 @contextmanager
-def _deterministic(seed: int) -> Iterator[None]:
-    """Leave the global random state as it was."""
+def with_seed(seed: int) -> Iterator[None]:
+    """Within the context, random numbers start from ``seed``; the global random state is as before after it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def materialize(module: nn.Module, seed: int) -> None:
+    """Give a module without memory random parameters in float64; buffers keep their values."""
+    for own in module.modules():
+        for name, parameter in list(own.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                start = torch.ones if parameter.ndim < 2 and "norm" in type(own).__name__.lower() else torch.zeros
+                own._parameters[name] = nn.Parameter(start(parameter.shape, dtype=torch.float64), requires_grad=False)
+    module.double()
+    redraw(module, seed)
 
 
 @torch.no_grad()

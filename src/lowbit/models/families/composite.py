@@ -1,4 +1,4 @@
-"""The architecture of a model with other parts: that of its text model, which a declared family describes."""
+"""The architecture of a model with other parts: that of its text model, declared by a family or discovered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.models.architecture import Architecture
 from lowbit.models.build import MOST_LAYERS, empty_model, text_config
+from lowbit.models.discovery.known import discovered
 from lowbit.models.families.family import Family
+from lowbit.models.text_part import text_part
 
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _UNBUILDABLE = (*_UNREADABLE, AssertionError, ImportError, NameError, OSError, RuntimeError)
@@ -22,7 +24,8 @@ def composite_architecture(config: Any, families: Sequence[Family]) -> Architect
         families: those that its text model may be of.
 
     Raises:
-        LowbitError: the text model is of no family, or the config says nothing sensible of it.
+        LowbitError: there is no text model with a head, its structure is not found, or the config says nothing
+            sensible of it.
     """
     name, text = config.architectures[0], text_config(config)
     layers = getattr(text, "num_hidden_layers", None)
@@ -32,18 +35,17 @@ def composite_architecture(config: Any, families: Sequence[Family]) -> Architect
         )
     try:
         model = empty_model(config)
-        text_model, head = model.get_decoder(), model.get_output_embeddings()
+        part = text_part(model)
     except _UNBUILDABLE as error:
         raise LowbitError(
             f"no model can be built from config.json ({type(error).__name__}: {one_line(error)}): fetch it again"
         ) from error
-    known = {kind: family for family in families for kind in family.text_models}
-    kind, paths = type(text_model).__name__, {id(module): path for path, module in model.named_modules()}
-    if kind not in known:
-        raise LowbitError(f"the text model of {name} is a {kind}; known are {', '.join(known)}: choose another model")
-    if id(head) not in paths or not paths.get(id(text_model)):
+    if part is None:
         raise LowbitError(f"{name} has no text model with a head: choose another model")
-    family = known[kind]
+    known = {kind: family for family in families for kind in family.text_models}
+    family = known.get(type(model.get_decoder()).__name__)
+    if family is None:
+        return discovered(config).architecture
     try:
         reason = family.refuse(text)
         architecture = family.architecture(text)
@@ -53,4 +55,4 @@ def composite_architecture(config: Any, families: Sequence[Family]) -> Architect
         ) from error
     if reason:
         raise LowbitError(reason)
-    return architecture.within(paths[id(text_model)], paths[id(head)])
+    return architecture.within(*part)
