@@ -13,6 +13,7 @@ from lowbit.methods.method import Method
 from lowbit.methods.outlier_suppression import OutlierSuppression
 from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.refit import Refit
+from lowbit.methods.rounding import Rounding
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import Signs
 from lowbit.methods.smoothquant import SmoothQuant
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "outlier-suppression+": OutlierSuppression,
     "awq": AWQ,
     "gptq": GPTQ,
+    "rounding": Rounding,
     "affinequant": AffineQuant,
     "reassemble": Reassemble,
     "refit": Refit,
