@@ -247,7 +247,7 @@ def check_schedule(step: Method, block: Block, calib: Calib) -> None:
 
 
 def check_shipped(step: Method, block: Block, calib: Calib) -> None:
-    """A learned step ships what it trains: the loss that it kept is that of its codes, or of the nearest behind it."""
+    """A learned step ships what it trains: the loss that it kept is that of its codes, or the nearest behind it."""
     done = step(block, calib)
     key = block.record_key(name_of(step))
     (figures,) = (steps[key] for steps in done.record.values() if key in steps)

@@ -40,14 +40,14 @@ class Rounding(Method):
     Attributes:
         parametrisation: ``sign``, ``sigmoid`` or ``gumbel``; see ``learned_codes.py``.
         start: the codes to start from: the ``nearest``, or those of ``gptq`` on the training sequences.
-        bound: how far a code may be from its weight, in codes, beyond the half that rounding takes: 0.5 leaves the two
-            neighbours, 1 three codes, 1.5 four. ``sigmoid`` takes 0.5 alone.
+        bound: how far a code may be from its weight, in codes, beyond the half that rounding takes: 0.5 leaves the
+            two neighbours, 1 three codes, 1.5 four. ``sigmoid`` takes 0.5 alone.
         scales: also learn the scales: ratios of both ends of a range with ``sign``, of the scale with the others; in
             formats other than integers, search them first (``searched_clips.py``).
         loss: ``token`` or ``mse``; see ``AffineQuant``.
         lr: learning rate of the codes: 1 is the parametrisation's own, 1 / steps for ``sign``.
         lr_scales: of the ratios, times the number of steps.
-        regularization: weight of AdaRound's regulariser, as a mean over the weights.
+        regularization: weight of AdaRound's regulariser, a mean over the weights, in units of the start's loss.
         schedule: epochs, batches, validation split and learning-rate decay.
     """
 
@@ -58,7 +58,7 @@ class Rounding(Method):
     loss: str = "token"
     lr: float = 1.0
     lr_scales: float = 1.0
-    regularization: float = 0.1
+    regularization: float = 1.0
     schedule: Schedule = Schedule(epochs=30, decay="linear")
     rounds: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = False

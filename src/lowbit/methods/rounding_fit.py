@@ -61,6 +61,13 @@ class RoundingFit:
         self.weights = sum(block.weight(name).numel() for name in self.codes)
         self.unit = loss_unit(calib.y_fp, options.loss, block.device, calib.batch)
         self.rows = Rows(block.device, calib.x_q, calib.y_fp, self.unit)
+        self.start_loss = self._loss_of_the_start(len(calib.x_q)) if options.parametrisation == "sigmoid" else 0.0
+
+    @torch.no_grad()
+    def _loss_of_the_start(self, sequences: int) -> float:
+        """The error of the start's codes on up to four training sequences."""
+        train, _ = self.options.schedule.split(sequences)
+        return float(self.loss(train[:4]))
 
     def groups(self) -> Groups:
         """Learned tensors with their learning rates."""
@@ -120,7 +127,8 @@ class RoundingFit:
     def _penalty(self) -> Tensor | float:
         """The parametrisation's regulariser: its mean over all weights, in units of the start's loss."""
         parts = [part for own in self.codes.values() if (part := own.penalty(self._progress)) is not None]
-        return self.options.regularization * torch.stack(parts).sum() / self.weights if parts else 0.0
+        weight = self.options.regularization * self.start_loss / self.weights
+        return weight * torch.stack(parts).sum() if parts else 0.0
 
     @torch.no_grad()
     def fold(self, fitted: Fitted) -> Block:
