@@ -81,6 +81,17 @@ class Rounding(Method):
         """Those of the start, then forward and backward in each epoch."""
         return STARTS[self.start]().passes + 1 + 4 * self.schedule.epochs
 
+    @property
+    def copies(self) -> int:
+        """Float32 values that are held for each weight: leaves with gradients, best values and moments, and others.
+
+        >>> Rounding().copies, Rounding(parametrisation="gumbel").copies
+        (8, 15)
+        """
+        leaves = round(2 * self.bound) + 1 if self.parametrisation == "gumbel" else 1
+        moments = {"sign": 0, "sigmoid": 3, "gumbel": 1}[self.parametrisation]
+        return 5 + leaves * (3 + 2 * moments)
+
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: only codes and scales change."""
         return NO_OPS
