@@ -27,6 +27,7 @@ RECIPES = {
     "rtn": ("w4a16g16-sym", "steps: [rtn]"),
     "smoothquant+gptq": ("w4a8", "steps: [smoothquant, gptq]"),
     "affinequant": ("w4a16g16-sym", "steps: [affinequant: {epochs: 1}, rtn]"),
+    "rounding": ("w4a16g16-sym", "steps: [rounding: {epochs: 1, start: gptq}]"),
     "tune": ("w4a16g16-sym", "steps: [gptq, tune: {epochs: 2, rank: 2, held_out: 0}]"),
 }
 

@@ -247,13 +247,13 @@ def check_schedule(step: Method, block: Block, calib: Calib) -> None:
 
 
 def check_shipped(step: Method, block: Block, calib: Calib) -> None:
-    """A learned step ships what it trains: the loss that it kept is that of the block, quantized to nearest."""
+    """A learned step ships what it trains: the loss that it kept is that of its codes, or the nearest behind it."""
     done = step(block, calib)
     key = block.record_key(name_of(step))
     (figures,) = (steps[key] for steps in done.record.values() if key in steps)
     assert step.schedule is not None
     _, held = step.schedule.split(len(calib.x_q))
-    got = run_quantized(RTN()(done, calib), calib.x_q[held])
+    got = run_quantized(done if step.rounds else RTN()(done, calib), calib.x_q[held])
     wanted = calib.y_fp[held]
     error, kept = float(relative_loss(got, wanted, loss_unit(wanted, "token"))), min(figures["held_out"])
     assert kept == figures["held_out"][figures["best_epoch"]]

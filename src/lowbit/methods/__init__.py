@@ -15,6 +15,7 @@ from lowbit.methods.method import Method
 from lowbit.methods.outlier_suppression import OutlierSuppression
 from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.refit import Refit
+from lowbit.methods.rounding import Rounding
 from lowbit.methods.rptq import RPTQ
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import Signs
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "llm-int8": LLMInt8,
     "awq": AWQ,
     "gptq": GPTQ,
+    "rounding": Rounding,
     "affinequant": AffineQuant,
     "reassemble": Reassemble,
     "refit": Refit,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import Checkpoint, write_tensors
-from lowbit.methods.adam import Adam, Moments
+from lowbit.methods.optimizer import Optimizer
 
 FACTS = ("least", "epoch", "factor", "failures")
 
@@ -40,7 +40,7 @@ class FitState:
     """Parameters and moments now and at the best epoch, and counters.
 
     Attributes:
-        adam: the optimizer, with the trained tensors.
+        optimizer: with the trained tensors.
         best: for each tensor its value at the best epoch, then its moments there.
         least: validation loss at the best epoch; NaN without a validation split.
         epoch: epochs that are complete.
@@ -49,7 +49,7 @@ class FitState:
         fitted: the result so far.
     """
 
-    adam: Adam
+    optimizer: Optimizer
     best: list[tuple[Tensor, ...]] = field(default_factory=list)
     least: float = math.nan
     epoch: int = 0
@@ -61,7 +61,7 @@ class FitState:
         self.keep()
 
     def _now(self) -> list[tuple[Tensor, ...]]:
-        return [(t, *moments) for t, moments in zip(self.adam.tensors, self.adam.moments, strict=True)]
+        return [(t, *own) for t, own in zip(self.optimizer.tensors, self.optimizer.moments, strict=True)]
 
     def keep(self) -> None:
         """Make the present parameters and moments the best."""
@@ -98,10 +98,10 @@ class FitState:
             setattr(self.fitted, name, facts[name])
 
     def _named(self) -> dict[str, Tensor]:
-        fields = ("value", *Moments._fields)
+        fields = [("value", *own._fields) for own in self.optimizer.moments]
         return {
             f"{index}.{when}.{name}": value
             for when, parts in (("now", self._now()), ("best", self.best))
             for index, values in enumerate(parts)
-            for name, value in zip(fields, values, strict=True)
+            for name, value in zip(fields[index], values, strict=True)
         }

@@ -2,7 +2,7 @@
 
 Choices:
 
-* The optimiser is AdamW without weight decay, as in the papers; see ``adam.py``.
+* The optimiser is AdamW without weight decay, as in the papers (``adam.py``), unless a method brings its own.
 * The result has the parameters of the epoch with the lowest validation loss.
 * A non-finite loss or gradient never reaches a parameter: the step is skipped, the best parameters are restored with
   the optimizer's moments of that time, the learning rate is halved, and a note records it.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lowbit.methods.adam import Adam
 from lowbit.methods.fit_state import FitState, Fitted
+from lowbit.methods.optimizer import OptimizerOf
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.models.offload import batches
 
@@ -37,7 +38,7 @@ class Schedule:
         batch: sequences per step.
         held_out: share of the sequences in the validation split; with 0, the last epoch is kept, not the best.
         grad_clip: largest global gradient norm; 0 disables clipping.
-        decay: ``none`` for a constant learning rate, ``cosine`` for a decay to a tenth.
+        decay: ``none`` for a constant learning rate, ``cosine`` for a decay to a tenth, ``linear`` for one to 0.
     """
 
     epochs: int = 20
@@ -54,7 +55,15 @@ class Schedule:
             "held_out": "from 0 to below 1",
         }
         check_bounds("schedule", self, bounds)
-        check_choices("schedule", self, {"decay": ("none", "cosine")})
+        check_choices("schedule", self, {"decay": ("none", "cosine", "linear")})
+
+    def steps(self, sequences: int) -> int:
+        """Steps of all epochs, with a number of sequences to be split.
+
+        >>> Schedule(3, batch=4).steps(16)  # 14 sequences are trained on
+        12
+        """
+        return self.epochs * -(-len(self.split(sequences)[0]) // self.batch)
 
     def scaled(self, share: float) -> Schedule:
         """The schedule with a share of its epochs, at least one unless it has none.
@@ -82,11 +91,13 @@ class Schedule:
     def rate(self, step: int, steps: int) -> float:
         """Factor on the learning rates at ``step`` of ``steps``.
 
-        >>> Schedule(1).rate(0, 10), Schedule(1, decay="none").rate(9, 10)
-        (1.0, 1.0)
+        >>> Schedule(1).rate(0, 10), Schedule(1, decay="none").rate(9, 10), Schedule(1, decay="linear").rate(5, 10)
+        (1.0, 1.0, 0.5)
         """
         if self.decay == "none":
             return 1.0
+        if self.decay == "linear":
+            return 1 - step / max(steps, 1)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
 
@@ -125,6 +136,7 @@ def fit(
     end: Callable[[], None] = lambda: None,
     keep: Path | None = None,
     ahead: Callable[[Tensor], None] = lambda chosen: None,
+    optimizer: OptimizerOf = Adam,
 ) -> Fitted:
     """Train the tensors of ``groups`` in place and leave them at the best epoch.
 
@@ -139,12 +151,13 @@ def fit(
         end: called after the steps of an epoch, without gradients, before its validation.
         keep: file for the state after each epoch. An existing file, which must be of the same fit, is resumed from.
         ahead: prefetch hook: receives the next batch's indices, once for each loss but the first.
+        optimizer: makes the optimizer of ``groups``.
     """
     train, held_out = schedule.split(sequences)
     minibatches = _batches(train, schedule, seed)
     validation = list(held_out.split(max(schedule.batch, 4))) if len(held_out) else []
-    state = FitState(Adam(groups))
-    tensors, fitted = state.adam.tensors, state.fitted
+    state = FitState(optimizer(groups))
+    tensors, fitted = state.optimizer.tensors, state.fitted
     if keep is not None and keep.exists():
         state.load(keep)
     else:
@@ -196,7 +209,7 @@ def _train(
     """One epoch, from step ``first`` of ``steps``; it ends early after ``PATIENCE`` non-finite steps in a row."""
     losses = []
     for step, indices in enumerate(order, first):
-        value = _backward(state.adam.tensors, loss, indices, schedule.grad_clip)
+        value = _backward(state.optimizer.tensors, loss, indices, schedule.grad_clip)
         if value is None:
             state.fitted.skipped += 1
             state.failures += 1
@@ -204,7 +217,7 @@ def _train(
             state.restore()
         else:
             losses.append(value)
-            state.adam.step(state.factor * schedule.rate(step, steps))
+            state.optimizer.step(state.factor * schedule.rate(step, steps))
             with torch.no_grad():
                 project()
             state.failures = 0

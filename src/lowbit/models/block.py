@@ -229,21 +229,21 @@ class Block:
             low, high = clips.get(name, (1.0, 1.0))
             format, peak = self.weight_format(name), self.tensor_peak(name, weights)
             quantized[name] = partial(format.fake_quant_clipped, weight, low, high, peak)
-        return self._computed(params, quantized)
+        return self.with_weights(params, quantized)
 
     def quantized_params(self) -> Mapping[str, Tensor]:
         """``params`` with the dequantized values of the quantized weights.
 
         Those of experts are dequantized whenever they are read: a layer may have hundreds, and runs one at a time.
         """
-        return self._computed(self.params, {name: partial(self.dequantized, name) for name in self.qweights})
+        return self.with_weights(self.params, {name: partial(self.dequantized, name) for name in self.qweights})
 
     def dequantized(self, linear: str) -> Tensor:
         """The weight ``(out, in)`` that a quantized linear computes with, runtime op included."""
         weight, op = self.qweights[linear].dequantize(), self.ops.get(linear)
         return weight if op is None else op.weight(weight)
 
-    def _computed(
+    def with_weights(
         self, params: Mapping[str, Tensor], weights: Mapping[str, Callable[[], Tensor]]
     ) -> Mapping[str, Tensor]:
         """``params`` with other weights by linear: computed now, or for experts whenever they are read."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LowbitError
 from lowbit.models.architecture import Experts, LayerKind, ListedExperts
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block

@@ -1,8 +1,8 @@
 """Estimates of a run's memory, disk space and time, from shapes and a short measurement.
 
 Memory covers embeddings and head, one window of blocks (float weights, a working copy, second moments, those of as
-many experts as one pass collects) and the hidden states; for ``tune`` also its learned parameters with gradients and
-Adam's moments. Time is the floating-point operations of the forward passes over the measured matrix-product
+many experts as one pass collects) and the hidden states; for ``rounding`` and ``tune`` also what they learn, with
+gradients, best values and the optimizer's moments. Time is the floating-point operations of the forward passes over the measured matrix-product
 throughput; searches and factorizations are not counted, so it is a lower bound.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.methods.inputs import HELD
+from lowbit.methods.rounding import Rounding
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
 from lowbit.runs.plan import Plan, linear_shapes
@@ -49,6 +50,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     memory = 400_000_000 + 2 * shared * 4 + 3 * block * 4 + states + moments + activations
     if recipe.tune is not None:
         memory += 4 * recipe.tune.parameter_count(linear_shapes(skeleton).values()) * LEAF_COPIES
+    memory += 4 * block * max((step.copies for _, step in recipe.steps if isinstance(step, Rounding)), default=0)
     disk = plan.size_bytes + 4 * plan.float_weights
     passes = 2 + sum(method.passes for _, method in recipe.steps)
     return Estimate(memory, disk, 2.0 * sum(weights) * tokens * passes / matmul_speed())

@@ -248,6 +248,32 @@ class Format(ABC):
         bottom, top = inductor.compiled(_ends, self)(weight)
         return self.fake_quant(weight, self.from_range(bottom * low, top * high, tensor_peak))
 
+    def shifted(self, x: Tensor, offset: Tensor, qparams: QParams) -> Tensor:
+        """``x`` moved by ``offset`` codes, ``x`` itself where that is 0; qparams broadcast against ``x``.
+
+        Differentiable in all three.
+        """
+        position = self.position(x, qparams)
+        return x + (self.value(position + offset, qparams) - self.value(position, qparams))
+
+    def fake_quant_shifted(self, weight: Tensor, offset: Tensor, qparams: QParams) -> Tensor:
+        """``weight`` moved by ``offset`` codes and rounded to nearest, ``(rows, columns)`` each.
+
+        Differentiable in all three (straight-through rounding), except that a format may leave the weight out.
+
+        >>> from lowbit.quant.floating import MXFP4
+        >>> weight = torch.tensor([[4.5, 2.4]]).repeat(1, 16)
+        >>> offset = torch.tensor([[0.3, 0.3]]).repeat(1, 16)
+        >>> qparams = MXFP4.qparams(weight)
+        >>> MXFP4.fake_quant(weight, qparams)[0, :2].tolist()
+        [4.0, 2.0]
+        >>> MXFP4.fake_quant_shifted(weight, offset, qparams)[0, :2].tolist()  # 5.1 between 4 and 6, 2.7 of 2 and 3
+        [6.0, 3.0]
+        """
+        per_group = _per_group(qparams)
+        moved = self.shifted(self.split(weight), self.split(offset), per_group)
+        return self.join(self.nearest(moved, per_group), weight.shape[-1])
+
     def quantize(self, weight: Tensor, qparams: QParams) -> QTensor:
         """``weight`` ``(rows, columns)`` rounded to the nearest codes.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.quant.elements import Int
 from lowbit.quant.format import Format, QParams, Zero, round_ste
+from lowbit.quant.integer_offsets import rounded_with_offset
 from lowbit.quant.scales import Plain, stored_scale
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -156,6 +157,15 @@ class IntFormat(Format):
     def value(self, codes: Tensor, qparams: QParams) -> Tensor:
         """``(code - zero) * scale``."""
         return (codes - qparams.zero) * qparams.scale
+
+    def fake_quant_shifted(self, weight: Tensor, offset: Tensor, qparams: QParams) -> Tensor:
+        """``(clamp(round(weight / scale + offset) + zero) - zero) * scale``; differentiable in all but the weight.
+
+        In one piece: learned rounding does it for every weight at every step.
+        """
+        scale, zero = qparams.scale[..., None], qparams.zero[..., None]
+        grouped = rounded_with_offset(self.split(weight), self.split(offset), scale, zero, self.levels)
+        return self.join(grouped, weight.shape[-1])
 
     def neighbours(self, qparams: QParams, tensor_peak: Tensor | None = None) -> list[QParams]:
         """Ranges scaled by ``SEARCHED``."""
