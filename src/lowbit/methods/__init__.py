@@ -11,6 +11,7 @@ from lowbit.methods.gptq import GPTQ
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.method import Method
 from lowbit.methods.outlier_suppression import OutlierSuppression
+from lowbit.methods.qronos import Qronos
 from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.refit import Refit
 from lowbit.methods.rtn import RTN
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "outlier-suppression+": OutlierSuppression,
     "awq": AWQ,
     "gptq": GPTQ,
+    "qronos": Qronos,
     "affinequant": AffineQuant,
     "reassemble": Reassemble,
     "refit": Refit,
