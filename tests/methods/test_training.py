@@ -293,7 +293,7 @@ def test_a_fit_ends_when_its_validation_loss_has_stopped_falling(held_out, tmp_p
 
 
 def test_an_epoch_of_some_sequences_takes_new_ones_before_any_comes_again():
-    """Of 14 training sequences, 4 an epoch: three epochs of new ones, then two that are left and two of the next order."""
+    """Of 14 training sequences, 4 an epoch: three epochs of new ones, then the two left and two of the next order."""
     x, seen = leaf(0.0), []
     schedule = Schedule(7, batch=2, held_out=0.125, sequences=4)
 
@@ -304,7 +304,7 @@ def test_an_epoch_of_some_sequences_takes_new_ones_before_any_comes_again():
 
     fit([([x], 0.01)], loss, 16, schedule)
     assert [len(chosen) for chosen in seen] == [2] * 14
-    order = sum(seen, [])
+    order = [index for chosen in seen for index in chosen]
     assert sorted(order[:14]) == sorted(order[14:]) == schedule.split(16)[0].tolist()
     assert order[:14] != order[14:]
     whole = Schedule(2, held_out=0.125, sequences=99)

@@ -26,7 +26,9 @@ def inspect(
     recipe: Annotated[str, typer.Option(help="A MODEL: the recipe to estimate for.")] = "gptq",
     samples: Annotated[
         int | None,
-        typer.Option(help="Windows of calibration, or of the measurement.", show_default="quantize's; 2 with --float"),
+        typer.Option(
+            help="Windows of calibration, or of the measurement.", show_default="quantize's; 2 with --float"
+        ),
     ] = None,
     length: Annotated[
         int | None,

@@ -86,7 +86,9 @@ def quantize(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Calibration windows; 128 for a recipe that learns, unless --effort paper.", show_default="32"),
+        typer.Option(
+            help="Calibration windows; 128 for a recipe that learns, unless --effort paper.", show_default="32"
+        ),
     ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.", show_default="512")] = None,
     seed: Annotated[
@@ -96,7 +98,7 @@ def quantize(
     effort: Annotated[
         str | None,
         typer.Option(
-            help="Training budget: quick or normal, 0.3 or 0.5 of a recipe's epochs of 28 windows each, or paper, all.",
+            help="Training budget: quick or normal, 0.3 or 0.5 of a recipe's epochs at 28 windows, or paper, all.",
             show_default="normal",
         ),
     ] = None,

@@ -17,6 +17,7 @@ from lowbit.methods.refit import Refit
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import Signs
 from lowbit.methods.smoothquant import SmoothQuant
+from lowbit.methods.sparsegpt import SparseGPT
 from lowbit.methods.tune import Tune
 
 METHODS: dict[str, type[Method]] = {
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "awq": AWQ,
     "gptq": GPTQ,
     "qronos": Qronos,
+    "sparsegpt": SparseGPT,
     "affinequant": AffineQuant,
     "reassemble": Reassemble,
     "refit": Refit,

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-BUCKET = 1 << 18  # values of a bucket, unless a tensor alone has more: what is computed beside the moments stays small
+BUCKET = (
+    1 << 18
+)  # values of a bucket, unless a tensor alone has more: what is computed beside the moments stays small
 
 
 class Moments(NamedTuple):

@@ -29,6 +29,7 @@ from lowbit.methods.in_order import quantized_in_order
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.refit import output_target
+from lowbit.methods.sparsity import Pattern
 from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
@@ -96,8 +97,7 @@ class GPTQ(Method):
         """``_figures`` of the linears' inputs, ``(in, in)`` each."""
         if self.target == "output":
             return paired_statistics(block, block, calib, linears, self._figures)
-        params = block.quantized_params()
-        return input_statistics(block, calib.x_q, linears, self._figures, params, quantized=True, batch=calib.batch)
+        return quantized_input_statistics(block, calib, linears, self._figures)
 
     def _round(self, block: Block, linears: Sequence[str], gram: Tensor, cross: Tensor | None = None) -> Block:
         """Quantize linears that share an input, with its ``_figures``."""
@@ -106,6 +106,14 @@ class GPTQ(Method):
             weights = {name: output_target(weight, gram, cross, self.ridge) for name, weight in weights.items()}
         columns = Columns("gptq", self.damping, self.act_order, self.block_size, self.search)
         return with_codes(block, weights, gram, columns)
+
+
+def quantized_input_statistics(
+    block: Block, calib: Calib, linears: Sequence[str], figures: tuple[str, ...]
+) -> dict[str, Statistics]:
+    """Figures of linears' inputs in the block with its codes so far."""
+    params = block.quantized_params()
+    return input_statistics(block, calib.x_q, linears, figures, params, quantized=True, batch=calib.batch)
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,7 @@ def with_codes(
     gram: Tensor,
     columns: Columns,
     first: Mapping[str, Tensor] | None = None,
+    pattern: Pattern | None = None,
 ) -> Block:
     """The block with codes of linears that share an input.
 
@@ -145,6 +154,7 @@ def with_codes(
         gram: second moments of the input ``(in, in)``.
         columns: how.
         first: by linear, the values ``(out,)`` that are quantized in place of those of the first column.
+        pattern: which weights become 0.
     """
     linears, strength = list(weights), gram.diagonal()
     order = columns.order(strength)
@@ -153,14 +163,16 @@ def with_codes(
         raised = f"damping raised from {columns.damping:g} to {damping:g} for {', '.join(linears)}"
         block = block.with_notes(columns.step, raised, layer=int(linears[0].partition(".")[0]))
     qweights = dict(block.qweights)
-    for format, names in _by_format(block, linears).items():
-        # Linears with the same input and format are quantized as one stacked matrix: a third of the steps.
+    # Linears with the same input and format are quantized as one stacked matrix: a third of the steps. A pattern's
+    # share of zeros is one of each linear's.
+    stacks = _by_format(block, linears) if pattern is None else [(block.weight_format(n), [n]) for n in linears]
+    for format, names in stacks:
         qparams = [_qparams(block, name, weights, strength if columns.search else None) for name in names]
         stacked = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
         weight = torch.cat([weights[name] for name in names])
         start = None if first is None else torch.cat([first[name] for name in names])
         with _one_thread():
-            codes = gptq_codes(weight, upper, order, stacked, format, columns.block_size, start)
+            codes = gptq_codes(weight, upper, order, stacked, format, columns.block_size, start, pattern)
         parts = codes.split([weights[name].shape[0] for name in names])
         for name, own, part in zip(names, qparams, parts, strict=True):
             qweights[name] = QTensor(part.contiguous(), own, format)
@@ -189,11 +201,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _by_format(block: Block, linears: Sequence[str]) -> dict[Format, list[str]]:
+def _by_format(block: Block, linears: Sequence[str]) -> list[tuple[Format, list[str]]]:
     out: dict[Format, list[str]] = {}
     for name in linears:
         out.setdefault(block.weight_format(name), []).append(name)
-    return out
+    return list(out.items())
 
 
 def inverse_factor(gram: Tensor, damping: float, step: str = "gptq") -> tuple[Tensor, float]:
@@ -236,6 +248,7 @@ def gptq_codes(
     format: Format,
     block_size: int,
     first: Tensor | None = None,
+    pattern: Pattern | None = None,
 ) -> Tensor:
     """Codes ``uint8 (out, in)`` for ``weight``, each column's error compensated by the columns after it.
 
@@ -247,17 +260,23 @@ def gptq_codes(
         format: the weight format.
         block_size: columns per update of the remaining weight.
         first: values ``(out,)`` whose codes the first column gets; its error remains that of ``weight``.
+        pattern: which weights become 0, decided as columns are reached; ``block_size`` is a multiple of its own.
     """
     columns = weight.T[order].contiguous()  # (in, out): a column of the weight is a row here
     per_column = format.per_column(qparams, weight.shape[1])
     scale, zero = (x.T[order].contiguous() for x in per_column)
-    codes = torch.empty_like(columns, dtype=torch.uint8)
+    codes, kept = torch.empty_like(columns, dtype=torch.uint8), torch.empty(0)
     for start in range(0, len(order), block_size):
         stop = min(start + block_size, len(order))
         part, errors = columns[start:stop], torch.empty_like(columns[start:stop])
         for i in range(start, stop):
             row, own = part[i - start], QParams(scale[i], zero[i])
             code = format.round(first if first is not None and i == 0 else row, own)
+            if pattern is not None:
+                if (at := (i - start) % pattern.columns) == 0:
+                    end = min(i + pattern.columns, stop)
+                    kept = pattern.kept(part[i - start : end - start], upper.diagonal()[i:end])
+                code = code.where(kept[at], format.round(torch.zeros_like(row), own))
             codes[i] = code.to(torch.uint8)
             error = (row - format.value(code, own)) / upper[i, i]
             part[i - start + 1 :].addr_(upper[i, i + 1 : stop], error, alpha=-1)

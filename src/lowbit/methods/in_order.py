@@ -23,6 +23,7 @@ def quantized_in_order(
     figures: Sequence[str],
     observe: Observe,
     quantize: Callable[..., Block],
+    without_data: Callable[[Block, Sequence[str]], Block] | None = None,
 ) -> Block:
     """The block with codes for every linear that has a format.
 
@@ -33,6 +34,7 @@ def quantized_in_order(
         figures: names of the ``(in, in)`` figures of ``statistics.py`` that ``quantize`` takes.
         observe: these figures of linears' inputs in the block with the codes so far.
         quantize: the block with codes for linears that share an input, ``(block, linears, *figures)``.
+        without_data: the same without figures; by default codes of the scales that suit the weights best.
 
     Linears of experts that too few tokens reach are quantized without calibration data, and a note says so.
     """
@@ -43,10 +45,13 @@ def quantized_in_order(
         for linears in groups:
             moments = seen.pop(linears[0])
             if is_cold(block, linears[0], moments.count):
-                codes = quantized_without_data(block, linears)
-                block = replace(block, qweights={**block.qweights, **codes})
+                block = (without_data or _without_data)(block, linears)
                 cold[linears[0]] = moments.count
             else:
                 second: list[Tensor] = [moments[figure] for figure in figures]
                 block = quantize(block, linears, *second)
     return with_cold_note(block, step, cold, "quantized without calibration data")
+
+
+def _without_data(block: Block, linears: Sequence[str]) -> Block:
+    return replace(block, qweights={**block.qweights, **quantized_without_data(block, linears)})

@@ -125,9 +125,8 @@ class LearnedMap:
         """The maps and, for matrices, their inverses: ``(count, size)`` or ``(count, size, size)``; rotations
         and turns ``(count, size, 2)``.
 
-        A training step needs them twice: for the loss, and after it for the condition number, which is that of the
-        next step's loss. ``exceeding`` keeps what it computes for that; a graph is handed out once, since a backward
-        pass frees it.
+        What ``exceeding`` has computed behind a training step serves the next one's loss, once: a backward pass
+        frees the graph.
         """
         if self._ahead is not None:
             version, found = self._ahead
@@ -195,7 +194,7 @@ class LearnedMap:
         return bound.nan_to_num(torch.inf, torch.inf)
 
     def exceeding(self) -> Tensor | None:
-        """Whether each map's condition number may exceed the bound ``(count,)``; ``None``: none can by construction."""
+        """Whether each map's condition number may exceed the bound ``(count,)``; ``None``: none can, by its kind."""
         if self.kind in ("diagonal", "rotation", "turn", "orthogonal", "svd"):
             return None
         with torch.enable_grad():

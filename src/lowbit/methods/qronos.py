@@ -13,13 +13,13 @@ With ``H = Y Y^T`` and ``G = X Y^T`` this has a closed form (the paper's theorem
 
     w_1 + (W (G - H))_1 / H_11,
 
-since all others still have their original values. From then on what is free solves the least-squares problem, so that
-correction is rounding to nearest, and diffusion is GPTQ's: behind any choice of ``q_1`` the columns after it are those
-of GPTQ on the weight ``V = W + W (G - H) H^-1``, the solution for all columns, with the error ``V_1 - q_1``.
+since all others still have their original values. From then on what is free solves the least-squares problem, so
+that correction is rounding to nearest, and diffusion is GPTQ's: behind any choice of ``q_1`` the columns after it are
+those of GPTQ on the weight ``V = W + W (G - H) H^-1``, the solution for all columns, with the error ``V_1 - q_1``.
 
 So it differs from ``gptq`` with ``target: output``, which quantizes the same ``V``, in the first column alone, and in
 that one ``ridge`` holds the weights and damps the Hessian: every step minimises the error plus ``ridge`` times the
-squared distance from ``W``. The paper's is 1e-6 of the largest eigenvalue, for more tokens than a short calibration has.
+squared distance from ``W``. The paper's is 1e-6 of the largest eigenvalue, for more tokens than a short calibration.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def corrected(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float, at: int
     [2.0, 2.0, 3.0]
     """
     hessian = gram.double()
-    # Inputs that are always 0 in the quantized model have zeros in both moments: any positive value keeps their weights.
+    # Inputs that are always 0 in the quantized model have zeros in both moments; any positive value keeps weights.
     hessian = hessian + torch.diag(ridge * live_mean(hessian) + (hessian.diagonal() == 0).double())
     pull = weight.double() @ (cross.double() - gram.double())
     solved = weight.double() + torch.linalg.solve(hessian, pull, left=False)

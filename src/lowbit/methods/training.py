@@ -3,8 +3,8 @@
 Choices:
 
 * The optimiser is AdamW without weight decay, as in the papers; see ``adam.py``.
-* The result has the parameters of the epoch with the lowest validation loss. A fit ends when ``STALE`` epochs in a row
-  have not lowered it, which a schedule without a validation split never does.
+* The result has the parameters of the epoch with the lowest validation loss. With a validation split, a fit ends when
+  ``STALE`` epochs in a row have not lowered it.
 * A non-finite loss or gradient never reaches a parameter: the step is skipped, the best parameters are restored with
   the optimizer's moments of that time, the learning rate is halved, and a note records it.
 * A long fit saves its state after each epoch and resumes bit for bit: the file and the schedule determine everything
@@ -169,9 +169,8 @@ def fit(
     steps = schedule.epochs * len(minibatches[0])
     for epoch in range(state.epoch + 1, schedule.epochs + 1):
         if validation and epoch - 1 - fitted.best >= STALE:
-            fitted.notes.append(
-                f"stopped after epoch {epoch - 1} of {schedule.epochs}: {STALE} in a row without a lower validation loss"
-            )
+            after = f"epoch {epoch - 1} of {schedule.epochs}"
+            fitted.notes.append(f"stopped after {after}: {STALE} in a row without a lower validation loss")
             break
         begin(epoch)
         following = minibatches[epoch][:1] if epoch < schedule.epochs else []
