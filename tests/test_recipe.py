@@ -217,6 +217,9 @@ def epochs(recipe):
 def test_effort_scales_the_epochs_of_learned_steps(effort, wanted):
     recipe = with_effort(load_recipe("affinequant"), effort)
     assert epochs(recipe) == [wanted]
+    assert [step.schedule.sequences for _, step in recipe.steps[:1]] == [0 if effort == "paper" else 28]
+    mine = with_effort(with_settings(load_recipe("affinequant"), ["affinequant.sequences=5"]), effort)
+    assert mine.steps[0][1].schedule.sequences == 5
     assert recipe.steps[1] == load_recipe("affinequant").steps[1]
     assert with_effort(load_recipe("gptq"), effort) == load_recipe("gptq")
     for few in (0, 1):

@@ -38,6 +38,22 @@ def test_an_option_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path
     assert [told[key] for key in ("scheme", "seed", "samples", "length")] == ["w8a8", 5, 7, DEFAULTS["length"]]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "effort", "settings", "wanted"),
+    [
+        ("gptq", None, (), 32),
+        ("affinequant+gptq", None, (), 128),
+        ("affinequant", "quick", (), 128),
+        ("affinequant", "paper", (), 32),
+        ("affinequant", "quick", ("affinequant.epochs=0",), 32),
+        ("affinequant", "paper", ("affinequant.sequences=9",), 128),
+    ],
+)
+def test_a_budget_that_is_spent_on_parts_of_the_text_draws_more_of_it(recipe, effort, settings, wanted):
+    assert request(recipe=recipe, effort=effort, settings=settings).samples == wanted
+    assert request(recipe=recipe, effort=effort, settings=settings, samples=7).samples == 7
+
+
 def test_effort_and_settings_make_the_recipe_and_are_kept_beside_it():
     made = request(recipe="affinequant", effort="quick", settings=["affinequant.batch=4"])
     told = made.to_dict()

@@ -171,3 +171,41 @@ def test_a_map_that_cannot_be_pulled_in_starts_again(kind):
         assert learned.keep_condition()
     assert float(learned.conditions().max()) <= 10.0
     assert torch.equal(learned.value()[0][1], torch.eye(8))
+
+
+@pytest.mark.parametrize("kind", ["masked", "lu", "blocks"])
+def test_what_the_condition_was_computed_from_serves_the_next_loss_once(kind, monkeypatch):
+    """One inverse a step, with its gradient; anything that changes in between makes it anew."""
+    learned = LearnedMap(kind, 2, 8, block_size=4, dtype=torch.float64)
+    learned.begin(1, 1)
+    with torch.no_grad():
+        for leaf in learned.leaves.values():
+            leaf.add_(0.1 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    made = []
+    compute = LearnedMap._value
+    monkeypatch.setattr(LearnedMap, "_value", lambda self: made.append(0) or compute(self))
+    wanted = [value.detach() for value in learned.value()]
+
+    def gradient():
+        for leaf in learned.leaves.values():
+            leaf.grad = None
+        value, inverse = learned.value()
+        (value.square().sum() + inverse.pow(3).sum()).backward()
+        return [leaf.grad.clone() for leaf in learned.leaves.values()], [value.detach(), inverse.detach()]
+
+    exact, _ = gradient()
+    made.clear()
+    assert not bool(learned.exceeding().any())
+    found, values = gradient()
+    assert len(made) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(values, wanted, strict=True))
+    gradient()  # the graph is gone: it computes again
+    assert len(made) == 2
+    learned.exceeding()
+    with torch.no_grad():
+        next(iter(learned.leaves.values())).mul_(1.5)
+    assert not torch.equal(gradient()[1][0], wanted[0])
+    learned.exceeding()
+    learned.begin(0, 1)
+    assert not torch.equal(learned.value()[1].detach(), wanted[1])

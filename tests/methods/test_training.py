@@ -9,7 +9,7 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.methods.adam import Adam
-from lowbit.methods.training import PATIENCE, Schedule, fit
+from lowbit.methods.training import PATIENCE, STALE, Schedule, fit
 
 
 def leaf(*values):
@@ -81,13 +81,13 @@ def test_fit_finds_a_minimum_and_reports_each_epoch():
     x = leaf(3.0)
     seen = []
     fitted = fit(
-        [([x], 0.1)], lambda i: (x - 1).square().sum(), 8, Schedule(40, batch=2, decay="none"), begin=seen.append
+        [([x], 0.1)], lambda i: (x - 1).square().sum(), 8, Schedule(8, batch=2, decay="none"), begin=seen.append
     )
     assert abs(float(x.detach()) - 1) < 0.05
-    assert len(fitted.train) == 40
-    assert len(fitted.held_out) == 41
+    assert len(fitted.train) == 8
+    assert len(fitted.held_out) == 9
     assert fitted.held_out[0] == 4.0
-    assert seen[:40] == list(range(1, 41))
+    assert seen[:8] == list(range(1, 9))
     assert seen[-1] == fitted.best
     assert fitted.held_out[fitted.best] == min(fitted.held_out)
 
@@ -188,7 +188,7 @@ def test_gradients_are_clipped_together():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"epochs": -1}, {"batch": 0}, {"held_out": 1.0}, {"grad_clip": -1.0}, {"decay": "?"}]
+    "bad", [{"epochs": -1}, {"batch": 0}, {"held_out": 1.0}, {"grad_clip": -1.0}, {"decay": "?"}, {"sequences": -1}]
 )
 def test_schedules_that_make_no_sense_are_refused(bad):
     with pytest.raises(LowbitError, match=next(iter(bad))):
@@ -256,3 +256,82 @@ def test_the_end_of_an_epoch_lies_between_its_steps_and_its_validation():
 
     fit([([x], 0.1)], loss, 8, Schedule(2, batch=7), begin=lambda epoch: told.append(epoch), end=end)
     assert told == ["validation", 1, "step", "end", "validation", 2, "step", "end", "validation", 2]
+
+
+@pytest.mark.parametrize("held_out", [0.25, 0.0])
+def test_a_fit_ends_when_its_validation_loss_has_stopped_falling(held_out, tmp_path):
+    """Training pulls to 5, validation wants 1; without a validation split nothing says when to stop."""
+
+    def attempt(keep=None, stop=None):
+        x, calls = leaf(0.0), []
+        schedule = Schedule(30, held_out=held_out, decay="none")
+        held = set(schedule.split(8)[1].tolist())
+
+        def loss(chosen):
+            calls.append(0)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return (x - (1.0 if set(chosen.tolist()) <= held else 5.0)).square().sum()
+
+        return fit([([x], 0.1)], loss, 8, schedule, keep=keep), x
+
+    whole, x = attempt()
+    assert len(whole.train) == (whole.best + STALE if held_out else 30)
+    assert len(whole.notes) == (1 if held_out else 0)
+    if held_out:
+        assert 0 < whole.best < 30 - STALE
+        assert whole.notes == [
+            f"stopped after epoch {whole.best + STALE} of 30: {STALE} in a row without a lower validation loss"
+        ]
+        file = tmp_path / "state.safetensors"
+        with pytest.raises(KeyboardInterrupt):
+            attempt(file, 20)
+        again, y = attempt(file)
+        assert again == whole
+        assert torch.equal(x, y)
+        assert attempt(file)[0] == whole
+
+
+def test_an_epoch_of_some_sequences_takes_new_ones_before_any_comes_again():
+    """Of 14 training sequences, 4 an epoch: three epochs of new ones, then the two left and two of the next order."""
+    x, seen = leaf(0.0), []
+    schedule = Schedule(7, batch=2, held_out=0.125, sequences=4)
+
+    def loss(chosen):
+        if torch.is_grad_enabled():
+            seen.append(chosen.tolist())
+        return (x - 1).square().sum()
+
+    fit([([x], 0.01)], loss, 16, schedule)
+    assert [len(chosen) for chosen in seen] == [2] * 14
+    order = [index for chosen in seen for index in chosen]
+    assert sorted(order[:14]) == sorted(order[14:]) == schedule.split(16)[0].tolist()
+    assert order[:14] != order[14:]
+    whole = Schedule(2, held_out=0.125, sequences=99)
+    assert (whole.per_epoch(14), schedule.per_epoch(3)) == (14, 3)
+
+
+def test_many_small_tensors_are_updated_as_each_would_be_alone():
+    """Buckets hold several tensors, some without a gradient or a rate at times; the largest has one of its own."""
+    shapes = [(3, 5), (2,), (7, 7, 2), (1,), (600, 500), (4, 4)]
+
+    def made():
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+    together, alone = made(), made()
+    rates = [0.1, 0.1, 0.0, 0.3, 0.01, 0.2]
+    adam, each = Adam([([t], r) for t, r in zip(together, rates, strict=True)]), []
+    each = [Adam([([t], r)]) for t, r in zip(alone, rates, strict=True)]
+    start = [t.detach().clone() for t in together]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(8):
+        for index, (one, other) in enumerate(zip(together, alone, strict=True)):
+            grad = torch.randn(one.shape, generator=generator) * (torch.rand(one.shape, generator=generator) > 0.5)
+            one.grad = other.grad = None if (step + index) % 4 == 0 else grad
+        adam.step(0.5)
+        for own in each:
+            own.step(0.5)
+    for one, other, before, rate in zip(together, alone, start, rates, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, before) == (rate == 0)

@@ -57,6 +57,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     """
     from lowbit.checkpoints.resolve import resolve
     from lowbit.pipeline.quantize import quantize
+    from lowbit.pipeline.recipe import SAMPLES_LEARNING
     from lowbit.pipeline.request import DEFAULTS
 
     out, source = user_path(out), resolve("demo")
@@ -83,7 +84,7 @@ def run_demo(out: Path) -> dict[str, Any]:
         f"SmolLM2-135M-Instruct; perplexity on {EVALUATED:,} tokens of Wikipedia text in windows of {WINDOW}; "
         f"calibration on {SAMPLES} windows of {LENGTH} tokens, AffineQuant for {EPOCHS} epochs. "
         "This is a short run for a first look; by default, 'lowbit quantize' uses "
-        f"{DEFAULTS['samples']} windows of {DEFAULTS['length']} tokens and more epochs"
+        f"{SAMPLES_LEARNING} windows of {DEFAULTS['length']} tokens and more epochs"
     )
     return {"out": str(out), "prompt": PROMPT, "protocol": protocol, "rows": [asdict(row) for row in rows]}
 

@@ -26,7 +26,9 @@ def inspect(
     recipe: Annotated[str, typer.Option(help="A MODEL: the recipe to estimate for.")] = "gptq",
     samples: Annotated[
         int | None,
-        typer.Option(help="Windows of calibration, or of the measurement.", show_default="32; 2 with --float"),
+        typer.Option(
+            help="Windows of calibration, or of the measurement.", show_default="quantize's; 2 with --float"
+        ),
     ] = None,
     length: Annotated[
         int | None,
@@ -65,7 +67,7 @@ def inspect(
         model,
         scheme,
         recipe,
-        samples=32 if samples is None else samples,
+        samples=samples,
         length=length,
         revision=revision,
         allow_pickle=allow_pickle,

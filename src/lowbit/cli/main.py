@@ -84,7 +84,12 @@ def quantize(
             show_default="builtin",
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows.", show_default="32")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Calibration windows; 128 for a recipe that learns, unless --effort paper.", show_default="32"
+        ),
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.", show_default="512")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the windows and of the methods.", show_default="0")
@@ -93,7 +98,7 @@ def quantize(
     effort: Annotated[
         str | None,
         typer.Option(
-            help="Training budget: quick, normal or paper, 0.3, 0.5 or all of a recipe's epochs.",
+            help="Training budget: quick or normal, 0.3 or 0.5 of a recipe's epochs at 28 windows, or paper, all.",
             show_default="normal",
         ),
     ] = None,

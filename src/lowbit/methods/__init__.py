@@ -13,6 +13,7 @@ from lowbit.methods.llm_int8 import LLMInt8
 from lowbit.methods.lowrank import LowRank
 from lowbit.methods.method import Method
 from lowbit.methods.outlier_suppression import OutlierSuppression
+from lowbit.methods.qronos import Qronos
 from lowbit.methods.reassemble import Reassemble
 from lowbit.methods.refit import Refit
 from lowbit.methods.rounding import Rounding
@@ -20,6 +21,7 @@ from lowbit.methods.rptq import RPTQ
 from lowbit.methods.rtn import RTN
 from lowbit.methods.signs import Signs
 from lowbit.methods.smoothquant import SmoothQuant
+from lowbit.methods.sparsegpt import SparseGPT
 from lowbit.methods.tune import Tune
 
 METHODS: dict[str, type[Method]] = {
@@ -32,6 +34,8 @@ METHODS: dict[str, type[Method]] = {
     "awq": AWQ,
     "gptq": GPTQ,
     "rounding": Rounding,
+    "qronos": Qronos,
+    "sparsegpt": SparseGPT,
     "affinequant": AffineQuant,
     "reassemble": Reassemble,
     "refit": Refit,

@@ -143,7 +143,14 @@ class AffineFit:
         for site in self.sites:
             if site.map.kind in ("masked", "blocks") and self.maps.dominance == "enforce":
                 site.map.keep_dominant()
-            self.shrunk += site.map.keep_condition()
+        found = [(site.map, exceeding) for site in self.sites if (exceeding := site.map.exceeding()) is not None]
+        if not found:
+            return
+        # One read of the device for all maps.
+        any_exceeds = torch.stack([exceeding.any() for _, exceeding in found]).tolist()
+        for (learned, _), exceeds in zip(found, any_exceeds, strict=True):
+            if exceeds:
+                self.shrunk += learned.keep_condition()
 
     def transformed(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
         """Float parameters with maps folded in, and the runtime ops; differentiable."""

@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.methods.cold import is_cold, quantized_without_data, with_cold_note
-from lowbit.methods.input_ranges import with_input_ranges
-from lowbit.methods.inputs import stages
+from lowbit.methods.in_order import quantized_in_order
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.refit import output_target
+from lowbit.methods.sparsity import Pattern
 from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
@@ -86,20 +85,7 @@ class GPTQ(Method):
 
     def __call__(self, block: Block, calib: Calib) -> Block:
         """Codes for every linear that has a format, computed on the quantized hidden states."""
-        block = with_input_ranges(block, calib)
-        cold: dict[str, int] = {}
-        for groups in stages(block, len(self._figures)):
-            seen = self._statistics(block, calib, [linears[0] for linears in groups])
-            for linears in groups:
-                moments = seen.pop(linears[0])
-                if is_cold(block, linears[0], moments.count):
-                    codes = quantized_without_data(block, linears)
-                    block = replace(block, qweights={**block.qweights, **codes})
-                    cold[linears[0]] = moments.count
-                else:
-                    gram, *cross = (moments[figure] for figure in self._figures)
-                    block = self._round(block, linears, gram, *cross)
-        return with_cold_note(block, "gptq", cold, "quantized without calibration data")
+        return quantized_in_order(block, calib, "gptq", self._figures, self._statistics, self._round)
 
     @property
     def _figures(self) -> tuple[str, ...]:
@@ -111,40 +97,94 @@ class GPTQ(Method):
         """``_figures`` of the linears' inputs, ``(in, in)`` each."""
         if self.target == "output":
             return paired_statistics(block, block, calib, linears, self._figures)
-        params = block.quantized_params()
-        return input_statistics(block, calib.x_q, linears, self._figures, params, quantized=True, batch=calib.batch)
+        return quantized_input_statistics(block, calib, linears, self._figures)
 
     def _round(self, block: Block, linears: Sequence[str], gram: Tensor, cross: Tensor | None = None) -> Block:
         """Quantize linears that share an input, with its ``_figures``."""
         weights = {name: block.weight(name) for name in linears}
         if cross is not None:
             weights = {name: output_target(weight, gram, cross, self.ridge) for name, weight in weights.items()}
-        strength = gram.diagonal()
-        natural = torch.arange(gram.shape[0], device=gram.device)
-        order = torch.argsort(strength, descending=True, stable=True) if self.act_order else natural
-        upper, damping = inverse_factor(gram[order][:, order], self.damping)
-        if damping != self.damping:
-            raised = f"damping raised from {self.damping:g} to {damping:g} for {', '.join(linears)}"
-            block = block.with_notes("gptq", raised, layer=int(linears[0].partition(".")[0]))
-        qweights = dict(block.qweights)
-        for format, names in _by_format(block, linears).items():
-            # Linears with the same input and format are quantized as one stacked matrix: a third of the steps.
-            qparams = [self._qparams(block, name, weights, strength) for name in names]
-            stacked = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
-            weight = torch.cat([weights[name] for name in names])
-            with _one_thread():
-                codes = gptq_codes(weight, upper, order, stacked, format, self.block_size)
-            parts = codes.split([weights[name].shape[0] for name in names])
-            for name, own, part in zip(names, qparams, parts, strict=True):
-                qweights[name] = QTensor(part.contiguous(), own, format)
-        return replace(block, qweights=qweights)
+        columns = Columns("gptq", self.damping, self.act_order, self.block_size, self.search)
+        return with_codes(block, weights, gram, columns)
 
-    def _qparams(self, block: Block, name: str, weights: Mapping[str, Tensor], strength: Tensor) -> QParams:
-        """The qparams of a linear, of which ``weights`` has the weight; ``strength`` is the Hessian's diagonal."""
-        format, weight, peak = block.weight_format(name), weights[name], block.tensor_peak(name, weights)
-        low, high = block.clips.get(name, (1.0, 1.0))
-        qparams = format.qparams(weight, low, high, peak)
-        return search_scales(weight, format, qparams, strength, peak) if self.search else qparams
+
+def quantized_input_statistics(
+    block: Block, calib: Calib, linears: Sequence[str], figures: tuple[str, ...]
+) -> dict[str, Statistics]:
+    """Figures of linears' inputs in the block with its codes so far."""
+    params = block.quantized_params()
+    return input_statistics(block, calib.x_q, linears, figures, params, quantized=True, batch=calib.batch)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How ``with_codes`` goes over the columns of a weight.
+
+    Attributes:
+        step: the method's name, for notes and errors.
+        damping, act_order, block_size, search: see ``GPTQ``.
+    """
+
+    step: str
+    damping: float
+    act_order: bool
+    block_size: int
+    search: bool
+
+    def order(self, strength: Tensor) -> Tensor:
+        """The order in which columns are quantized ``(in,)``; ``strength`` is the Hessian's diagonal."""
+        if self.act_order:
+            return torch.argsort(strength, descending=True, stable=True)
+        return torch.arange(len(strength), device=strength.device)
+
+
+def with_codes(
+    block: Block,
+    weights: Mapping[str, Tensor],
+    gram: Tensor,
+    columns: Columns,
+    first: Mapping[str, Tensor] | None = None,
+    pattern: Pattern | None = None,
+) -> Block:
+    """The block with codes of linears that share an input.
+
+    Args:
+        block: the block.
+        weights: what is quantized, by linear: ``(out, in)`` each.
+        gram: second moments of the input ``(in, in)``.
+        columns: how.
+        first: by linear, the values ``(out,)`` that are quantized in place of those of the first column.
+        pattern: which weights become 0.
+    """
+    linears, strength = list(weights), gram.diagonal()
+    order = columns.order(strength)
+    upper, damping = inverse_factor(gram[order][:, order], columns.damping, columns.step)
+    if damping != columns.damping:
+        raised = f"damping raised from {columns.damping:g} to {damping:g} for {', '.join(linears)}"
+        block = block.with_notes(columns.step, raised, layer=int(linears[0].partition(".")[0]))
+    qweights = dict(block.qweights)
+    # Linears with the same input and format are quantized as one stacked matrix: a third of the steps. A pattern's
+    # share of zeros is one of each linear's.
+    stacks = _by_format(block, linears) if pattern is None else [(block.weight_format(n), [n]) for n in linears]
+    for format, names in stacks:
+        qparams = [_qparams(block, name, weights, strength if columns.search else None) for name in names]
+        stacked = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
+        weight = torch.cat([weights[name] for name in names])
+        start = None if first is None else torch.cat([first[name] for name in names])
+        with _one_thread():
+            codes = gptq_codes(weight, upper, order, stacked, format, columns.block_size, start, pattern)
+        parts = codes.split([weights[name].shape[0] for name in names])
+        for name, own, part in zip(names, qparams, parts, strict=True):
+            qweights[name] = QTensor(part.contiguous(), own, format)
+    return replace(block, qweights=qweights)
+
+
+def _qparams(block: Block, name: str, weights: Mapping[str, Tensor], strength: Tensor | None) -> QParams:
+    """The qparams of a linear, of which ``weights`` has the weight; with ``strength`` scales are searched."""
+    format, weight, peak = block.weight_format(name), weights[name], block.tensor_peak(name, weights)
+    low, high = block.clips.get(name, (1.0, 1.0))
+    qparams = format.qparams(weight, low, high, peak)
+    return qparams if strength is None else search_scales(weight, format, qparams, strength, peak)
 
 
 @contextmanager
@@ -161,14 +201,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _by_format(block: Block, linears: Sequence[str]) -> dict[Format, list[str]]:
+def _by_format(block: Block, linears: Sequence[str]) -> list[tuple[Format, list[str]]]:
     out: dict[Format, list[str]] = {}
     for name in linears:
         out.setdefault(block.weight_format(name), []).append(name)
-    return out
+    return list(out.items())
 
 
-def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(gram: Tensor, damping: float, step: str = "gptq") -> tuple[Tensor, float]:
     """The upper Cholesky factor of the damped ``gram``'s inverse ``(in, in)``, and the damping used.
 
     ``damping`` is a share of the diagonal's mean; it is multiplied by ten until the factorisation succeeds. The
@@ -176,10 +216,9 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     ``H^-1 = R^-T R^-1`` and the factor is ``R^-1``: one factorisation and one triangular inverse, without the inverse
     of ``H``.
     """
-    hessian = gram.double()
+    hessian, mean = gram.double(), live_mean(gram.double())
     dead = hessian.diagonal() == 0
     hessian = hessian + torch.diag(dead.double())  # uncorrelated with all others; any positive value
-    mean = gram.diagonal().double().sum() / (~dead).sum().clamp(min=1)
     eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     while damping < 1e6:
         lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * eye).flip(0, 1))
@@ -188,11 +227,28 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
             if bool(torch.isfinite(upper).all()):
                 return upper.to(gram.dtype), damping
         damping *= 10
-    raise LowbitError("gptq: the second moments of a linear's input contain NaN or infinity; check the model")
+    raise LowbitError(f"{step}: the second moments of a linear's input contain NaN or infinity; check the model")
+
+
+def live_mean(gram: Tensor) -> Tensor:
+    """The mean of the diagonal over inputs that are not always 0, of which damping is a share.
+
+    >>> float(live_mean(torch.diag(torch.tensor([2.0, 0.0, 4.0]))))
+    3.0
+    """
+    diagonal = gram.diagonal()
+    return diagonal.sum() / (diagonal != 0).sum().clamp(min=1)
 
 
 def gptq_codes(
-    weight: Tensor, upper: Tensor, order: Tensor, qparams: QParams, format: Format, block_size: int
+    weight: Tensor,
+    upper: Tensor,
+    order: Tensor,
+    qparams: QParams,
+    format: Format,
+    block_size: int,
+    first: Tensor | None = None,
+    pattern: Pattern | None = None,
 ) -> Tensor:
     """Codes ``uint8 (out, in)`` for ``weight``, each column's error compensated by the columns after it.
 
@@ -203,17 +259,24 @@ def gptq_codes(
         qparams: ``(out, groups)`` each, for columns in natural order.
         format: the weight format.
         block_size: columns per update of the remaining weight.
+        first: values ``(out,)`` whose codes the first column gets; its error remains that of ``weight``.
+        pattern: which weights become 0, decided as columns are reached; ``block_size`` is a multiple of its own.
     """
     columns = weight.T[order].contiguous()  # (in, out): a column of the weight is a row here
     per_column = format.per_column(qparams, weight.shape[1])
     scale, zero = (x.T[order].contiguous() for x in per_column)
-    codes = torch.empty_like(columns, dtype=torch.uint8)
+    codes, kept = torch.empty_like(columns, dtype=torch.uint8), torch.empty(0)
     for start in range(0, len(order), block_size):
         stop = min(start + block_size, len(order))
         part, errors = columns[start:stop], torch.empty_like(columns[start:stop])
         for i in range(start, stop):
             row, own = part[i - start], QParams(scale[i], zero[i])
-            code = format.round(row, own)
+            code = format.round(first if first is not None and i == 0 else row, own)
+            if pattern is not None:
+                if (at := (i - start) % pattern.columns) == 0:
+                    end = min(i + pattern.columns, stop)
+                    kept = pattern.kept(part[i - start : end - start], upper.diagonal()[i:end])
+                code = code.where(kept[at], format.round(torch.zeros_like(row), own))
             codes[i] = code.to(torch.uint8)
             error = (row - format.value(code, own)) / upper[i, i]
             part[i - start + 1 :].addr_(upper[i, i + 1 : stop], error, alpha=-1)

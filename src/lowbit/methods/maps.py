@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ class LearnedMap:
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     leaves: dict[str, Tensor] = field(default_factory=dict)
+    _ahead: tuple[Any, tuple[Tensor, Tensor | None]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shapes: dict[str, dict[str, tuple[int, ...]]] = {
@@ -118,10 +119,31 @@ class LearnedMap:
     def begin(self, epoch: int, epochs: int) -> None:
         """Set the mask for an epoch; in epoch 0, the start, only the diagonal is used."""
         self._mask = self._band(open_share(self.mask, epoch, epochs, self._mask.shape[-1]))
+        self._ahead = None
 
     def value(self) -> tuple[Tensor, Tensor | None]:
         """The maps and, for matrices, their inverses: ``(count, size)`` or ``(count, size, size)``; rotations
-        and turns ``(count, size, 2)``."""
+        and turns ``(count, size, 2)``.
+
+        What ``exceeding`` has computed behind a training step serves the next one's loss, once: a backward pass
+        frees the graph.
+        """
+        if self._ahead is not None:
+            version, found = self._ahead
+            if version != self._version():
+                self._ahead = None
+            elif torch.is_grad_enabled():
+                self._ahead = None
+                return found
+            else:
+                return found[0].detach(), None if found[1] is None else found[1].detach()
+        return self._value()
+
+    def _version(self) -> tuple[Any, ...]:
+        """What tells whether anything that a value depends on has changed."""
+        return tuple((id(leaf), leaf._version) for leaf in self.leaves.values())
+
+    def _value(self) -> tuple[Tensor, Tensor | None]:
         limit = math.log(self.condition) / 2
         if self.kind == "diagonal":
             return self.leaves["log"].clamp(-limit, limit).exp(), None
@@ -171,6 +193,15 @@ class LearnedMap:
         bound = (norms[0] * norms[1] * norms[2] * norms[3]).sqrt()
         return bound.nan_to_num(torch.inf, torch.inf)
 
+    def exceeding(self) -> Tensor | None:
+        """Whether each map's condition number may exceed the bound ``(count,)``; ``None``: none can, by its kind."""
+        if self.kind in ("diagonal", "rotation", "turn", "orthogonal", "svd"):
+            return None
+        with torch.enable_grad():
+            found = self._value()
+        self._ahead = self._version(), found
+        return self.conditions() > self.condition
+
     @torch.no_grad()
     def margins(self) -> Tensor:
         """The least ``(|a_ii| - sum_j |a_ij|) / |a_ii|`` over each value's rows ``(count,)``; dominant above 0."""
@@ -209,10 +240,8 @@ class LearnedMap:
         stays so, with its margin. With ``condition`` 16 the diagonal of ``(8, 4; 0, 1)`` is limited to 2, then taken
         to the power 0.9, 1.87; the entry 4 shrinks in the diagonal's proportion and by another tenth, to 0.84.
         """
-        if self.kind in ("diagonal", "rotation", "turn", "orthogonal", "svd"):
-            return False  # bounded by construction
-        exceeding = self.conditions() > self.condition
-        if not bool(exceeding.any()):
+        exceeding = self.exceeding()
+        if exceeding is None or not bool(exceeding.any()):
             return False
         for _ in range(60):
             self._pull_in(exceeding)

@@ -3,7 +3,8 @@
 Choices:
 
 * The optimiser is AdamW without weight decay, as in the papers (``adam.py``), unless a method brings its own.
-* The result has the parameters of the epoch with the lowest validation loss.
+* The result has the parameters of the epoch with the lowest validation loss. With a validation split, a fit ends when
+  ``STALE`` epochs in a row have not lowered it.
 * A non-finite loss or gradient never reaches a parameter: the step is skipped, the best parameters are restored with
   the optimizer's moments of that time, the learning rate is halved, and a note records it.
 * A long fit saves its state after each epoch and resumes bit for bit: the file and the schedule determine everything
@@ -27,6 +28,7 @@ from lowbit.methods.options import check_bounds, check_choices
 from lowbit.models.offload import batches
 
 PATIENCE = 8  # consecutive non-finite steps that end the fit
+STALE = 5  # consecutive epochs without a lower validation loss that end the fit
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class Schedule:
     """Training schedule of a fit.
 
     Attributes:
-        epochs: passes over the training split; 0 disables training.
+        epochs: passes over the training split, or as many sequences of it as ``sequences`` says; 0 disables training.
         batch: sequences per step.
         held_out: share of the sequences in the validation split; with 0, the last epoch is kept, not the best.
         grad_clip: largest global gradient norm; 0 disables clipping.
         decay: ``none`` for a constant learning rate, ``cosine`` for a decay to a tenth, ``linear`` for one to 0.
+        sequences: training sequences per epoch, the next of a random order of all, so that every one is used before
+            any is used again; 0: all.
     """
 
     epochs: int = 20
@@ -46,10 +50,12 @@ class Schedule:
     held_out: float = 0.125
     grad_clip: float = 0.0
     decay: str = "cosine"
+    sequences: int = 0
 
     def __post_init__(self) -> None:
         bounds = {
             "epochs": "0 or more",
+            "sequences": "0 or more",
             "batch": "1 or more",
             "grad_clip": "0 or more",
             "held_out": "from 0 to below 1",
@@ -87,6 +93,14 @@ class Schedule:
         order = torch.randperm(sequences, generator=torch.Generator().manual_seed(0))
         count = min(max(1, round(self.held_out * sequences)), sequences - 1) if self.held_out else 0
         return order[count:].sort().values, order[:count].sort().values
+
+    def per_epoch(self, train: int) -> int:
+        """Sequences that an epoch takes of ``train`` training sequences.
+
+        >>> Schedule(sequences=28).per_epoch(112), Schedule(sequences=28).per_epoch(14), Schedule().per_epoch(14)
+        (28, 14, 14)
+        """
+        return min(self.sequences, train) if self.sequences else train
 
     def rate(self, step: int, steps: int) -> float:
         """Factor on the learning rates at ``step`` of ``steps``.
@@ -167,6 +181,10 @@ def fit(
         return fitted
     steps = schedule.epochs * len(minibatches[0])
     for epoch in range(state.epoch + 1, schedule.epochs + 1):
+        if validation and epoch - 1 - fitted.best >= STALE:
+            after = f"epoch {epoch - 1} of {schedule.epochs}"
+            fitted.notes.append(f"stopped after {after}: {STALE} in a row without a lower validation loss")
+            break
         begin(epoch)
         following = minibatches[epoch][:1] if epoch < schedule.epochs else []
         order = _with_prefetch(minibatches[epoch - 1], validation[:1] or following, ahead)
@@ -228,10 +246,14 @@ def _train(
 
 
 def _batches(train: Tensor, schedule: Schedule, seed: int) -> list[list[Tensor]]:
-    """Sequence indices of every step, by epoch."""
+    """Sequence indices of every step, by epoch: parts of one order after the other of all training sequences."""
+    if not schedule.epochs:
+        return []
     generator = torch.Generator().manual_seed(seed)
-    orders = (train[torch.randperm(len(train), generator=generator)] for _ in range(schedule.epochs))
-    return [list(order.split(schedule.batch)) for order in orders]
+    count = schedule.per_epoch(len(train))
+    orders = [train[torch.randperm(len(train), generator=generator)] for _ in range(schedule.epochs)]
+    drawn = torch.cat(orders)[: schedule.epochs * count]
+    return [list(part.split(schedule.batch)) for part in drawn.split(count)]
 
 
 def _with_prefetch(
@@ -251,17 +273,16 @@ def _backward(
     for tensor in tensors:
         tensor.grad = None
     value = loss(indices)
-    if not bool(torch.isfinite(value)):
-        return None
     value.backward()
     grads = [t.grad for t in tensors if t.grad is not None]
-    norm = torch.stack([g.norm() for g in grads]).norm()
-    if not bool(torch.isfinite(norm)):
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    # One read of the device for both. A loss that is not finite costs its backward pass, and it is rare.
+    found, size = torch.stack([value.detach().double(), norm.double()]).tolist()
+    if not (math.isfinite(found) and math.isfinite(size)):
         return None
-    if grad_clip and float(norm) > grad_clip:
-        for grad in grads:
-            grad.mul_(grad_clip / norm)
-    return float(value.detach())
+    if grad_clip and size > grad_clip:
+        torch._foreach_mul_(grads, grad_clip / norm)
+    return float(found)
 
 
 @torch.no_grad()

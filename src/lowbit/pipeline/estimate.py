@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.methods.inputs import HELD
+from lowbit.methods.options import with_options
 from lowbit.methods.rounding import Rounding
 from lowbit.models.skeleton import Skeleton
-from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.recipe import Recipe, Step
 from lowbit.runs.plan import Plan, linear_shapes
 
 LEAF_COPIES = 6  # of a learned parameter: value, best value, gradient, Adam's two moments and step counts
@@ -52,8 +53,16 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
         memory += 4 * recipe.tune.parameter_count(linear_shapes(skeleton).values()) * LEAF_COPIES
     memory += 4 * block * max((step.copies for _, step in recipe.steps if isinstance(step, Rounding)), default=0)
     disk = plan.size_bytes + 4 * plan.float_weights
-    passes = 2 + sum(method.passes for _, method in recipe.steps)
+    passes = 2 + sum(_passes(step, samples) for _, step in recipe.steps)
     return Estimate(memory, disk, 2.0 * sum(weights) * tokens * passes / matmul_speed())
+
+
+def _passes(step: Step, samples: int) -> float:
+    """A step's forward passes over all windows; its epochs may take a part of them."""
+    if step.schedule is None:
+        return step.passes
+    rest = with_options(step, epochs=0).passes
+    return rest + (step.passes - rest) * step.schedule.per_epoch(samples) / samples
 
 
 def matmul_speed() -> float:

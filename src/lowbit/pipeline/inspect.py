@@ -19,7 +19,7 @@ from lowbit.models.validate import (
     report_build_errors,
 )
 from lowbit.pipeline.estimate import estimate
-from lowbit.pipeline.recipe import load_recipe, with_effort
+from lowbit.pipeline.recipe import SAMPLES, default_samples, load_recipe, with_effort
 from lowbit.pipeline.request import DEFAULTS
 from lowbit.quant.scheme import ModuleFormats, load_scheme
 from lowbit.runs.carried import carried
@@ -36,7 +36,7 @@ def inspect_model(
     scheme: str,
     recipe: str,
     *,
-    samples: int = DEFAULTS["samples"],
+    samples: int | None = None,
     length: int | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -44,9 +44,10 @@ def inspect_model(
 ) -> dict[str, Any]:
     """Facts and estimates as plain data; for a run folder, its manifest's facts instead of estimates.
 
-    Without a ``length`` windows have ``quantize``'s default, or all positions of a model that has fewer.
+    Without ``samples`` there are as many windows as ``quantize`` takes for the recipe; without a ``length`` they have
+    its default, or all positions of a model that has fewer.
     """
-    check_sizes(samples, DEFAULTS["length"] if length is None else length)
+    check_sizes(SAMPLES if samples is None else samples, DEFAULTS["length"] if length is None else length)
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
@@ -88,6 +89,7 @@ def inspect_model(
             "relative_error_of_last_block": manifest.blocks[-1].relative_error,
         }
     chosen, wanted = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
+    samples = default_samples(chosen) if samples is None else samples
     plan = make_plan(skeleton, wanted)
     if length is None:
         length = min(

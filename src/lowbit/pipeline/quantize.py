@@ -124,8 +124,9 @@ def quantize(
         overrides: ``{glob: format}`` over module names, such as ``{"*.down_proj": "q6_k"}`` or ``{"lm_head": "w8"}``.
         revision: revision of a hub model.
         allow_pickle, trust_remote_code: permit pickle checkpoints and model code from the hub.
-        effort: ``quick``, ``normal`` or ``paper``: the training budget, a share of a recipe's epochs. A ``Recipe``
-            object keeps its epochs unless this is set; epochs in ``settings`` are not scaled.
+        effort: ``quick``, ``normal`` or ``paper``: the training budget, a share of a recipe's epochs, and with
+            ``quick`` and ``normal`` 28 windows for each. A ``Recipe`` object keeps its epochs unless this is set;
+            epochs in ``settings`` are not scaled.
         target: the target runtime: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It determines the
             default scheme; schemes and recipes that it does not support are refused, and its own quantization of the
             linears' inputs is simulated in calibration and evaluation.

@@ -42,8 +42,10 @@ from lowbit.quant.activations import ActFormat
 
 Step = Method | Tune
 Named = tuple[str, Step]
-# Training budgets: shares of the epochs in a recipe.
-EFFORTS = {"quick": 0.3, "normal": 0.5, "paper": 1.0}
+# Training budgets: shares of the epochs in a recipe, and how many training sequences an epoch takes (0: all). More
+# calibration text then makes no more steps, but steps on other sequences.
+EFFORTS = {"quick": (0.3, 28), "normal": (0.5, 28), "paper": (1.0, 0)}
+SAMPLES, SAMPLES_LEARNING = 32, 128  # default number of calibration windows; where epochs take a part of them
 PROTOCOL: dict[str, type] = {
     "scheme": str,
     "data": str,
@@ -157,16 +159,32 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def with_effort(recipe: Recipe, effort: str) -> Recipe:
-    """``recipe`` with the epochs of its learned steps scaled; a learned step keeps at least one epoch.
+    """``recipe`` with the budget of its learned steps scaled; a learned step keeps at least one epoch.
 
-    ``quick`` is 0.3 of the recipe's epochs, ``normal`` 0.5, ``paper`` all of them.
+    ``quick`` is 0.3 of the recipe's epochs, ``normal`` 0.5, both of 28 sequences each (what 32 windows leave for
+    training) unless the recipe says how many; ``paper`` is all epochs, of all sequences.
     """
-    share = EFFORTS[canonical("effort", effort, EFFORTS)]
-    steps = tuple(
-        (name, step if step.schedule is None else with_options(step, epochs=step.schedule.scaled(share).epochs))
-        for name, step in recipe.steps
-    )
-    return replace(recipe, steps=steps)
+    share, sequences = EFFORTS[canonical("effort", effort, EFFORTS)]
+    return replace(recipe, steps=tuple((name, _budgeted(step, share, sequences)) for name, step in recipe.steps))
+
+
+def _budgeted(step: Step, share: float, sequences: int) -> Step:
+    if step.schedule is None:
+        return step
+    sequences = step.schedule.sequences or sequences
+    return with_options(step, epochs=step.schedule.scaled(share).epochs, sequences=sequences)
+
+
+def default_samples(recipe: Recipe) -> int:
+    """Calibration windows where none are asked for: more where a learned step's epochs take a part of them.
+
+    >>> [default_samples(with_effort(load_recipe(name), "quick")) for name in ("gptq", "affinequant")]
+    [32, 128]
+    >>> default_samples(with_effort(load_recipe("affinequant"), "paper"))
+    32
+    """
+    learned = (step.schedule for _, step in recipe.steps if step.schedule is not None)
+    return SAMPLES_LEARNING if any(s.epochs and s.sequences for s in learned) else SAMPLES
 
 
 def recipe_from_dict(content: Any, name: str) -> Recipe:

@@ -20,7 +20,9 @@ from lowbit.models.device import check_device
 from lowbit.paths import user_path
 from lowbit.pipeline.recipe import (
     EFFORTS,
+    SAMPLES,
     Recipe,
+    default_samples,
     load_recipe,
     recipe_names,
     recipe_to_dict,
@@ -37,7 +39,7 @@ from lowbit.runs.plan import check_sizes
 DEFAULTS: dict[str, Any] = {
     "scheme": "w4a16g64-sym",
     "data": "builtin",
-    "samples": 32,
+    "samples": SAMPLES,
     "length": 512,
     "seed": 0,
     "bos": "auto",
@@ -169,13 +171,15 @@ def make_request(
         check_compiler(machine["device"])
     base = load_recipe(recipe) if isinstance(recipe, str) else recipe
     chosen = {**DEFAULTS, **base.run, **{key: value for key, value in protocol.items() if value is not None}}
-    check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
     check_least("--expert-tokens", expert_tokens, 0, "give the calibration tokens below which an expert goes without")
     chosen["bos"] = canonical("--bos", str(chosen["bos"]), BOS)
     # A ``Recipe`` object keeps its epochs unless ``effort`` is set.
     effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
     effort = canonical("effort", effort, EFFORTS)
     steps = with_settings(with_effort(base, effort), settings := tuple(settings))
+    if protocol["samples"] is None and "samples" not in base.run:
+        chosen["samples"] = default_samples(steps)
+    check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
     target = None if target is None else canonical("runtime", target, RUNTIMES)
     if scheme is None and (target is None or "scheme" in base.run):
         scheme = chosen["scheme"]
