@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from lowbit.models.architecture import DeclaredEdge, ListedExperts, module_of
+from lowbit.models.architecture import DeclaredEdge, module_of
 from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.heads import heads_edges
 from lowbit.models.discovery.listed import listed_in
@@ -19,6 +19,7 @@ from lowbit.models.discovery.response import Response, Trace, respond, stays, tr
 from lowbit.models.discovery.result import label
 from lowbit.models.discovery.shrink import TOKENS
 from lowbit.models.discovery.sites import Owner, Sites
+from lowbit.models.listed_experts import ListedExperts
 
 _KINDS = ("norm", "heads", "channels", "qk")
 

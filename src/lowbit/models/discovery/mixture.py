@@ -23,7 +23,6 @@ from lowbit.models.architecture import (
     DeclaredEdge,
     ExpertLinear,
     Experts,
-    ListedExperts,
     Part,
     Ref,
     compact,
@@ -36,6 +35,7 @@ from lowbit.models.discovery.readers import Owners
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.experts import experts_of
 from lowbit.models.experts_function import ExpertParts, ExpertsCall, experts_computed_by
+from lowbit.models.listed_experts import ListedExperts
 
 
 @dataclass(frozen=True)
