@@ -70,11 +70,8 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
     read = [key[0] for key in whole.order if key[1] == "in"]
     mixture = mixture_in(layer, call)
     experts = tuple(dict.fromkeys(name for name in read if mixture.is_own(name)))
-    stacks = {name: sites.owners[name].experts if name in sites.owners else 0 for name in (*experts, *mixture.kept)}
-    stacks |= {} if listed is None else {f"{listed.module}.": listed.count}
-    routers = routers_of(found.inputs, sites.owners, stacks)
-    own = mixture.module if listed is None else listed.module
-    groups = _groups(found, sites.owners, own, routers)
+    routers = routers_of(found.inputs, sites.owners, _counts(sites.owners, (*experts, *mixture.kept), listed))
+    groups = _groups(found, sites.owners, mixture.module if listed is None else listed.module, routers)
     grouped = {name for group in groups for name in group if name in sites.owners}
     results = [_without_kept(one, mixture) for one in results]
     edges = (_ordered(one, grouped, experts) for one in results if isinstance(one, DeclaredEdge))
@@ -96,6 +93,12 @@ def analyse(layer: nn.Module, call: Call) -> Analysis:
         candidates=tuple(sorted(edges, key=lambda edge: _KINDS.index(edge.kind))),
         refuted=(*(one for one in results if isinstance(one, tuple)), *mixture.why.items()),
     )
+
+
+def _counts(owners: Mapping[str, Owner], stacks: tuple[str, ...], listed: ListedExperts | None) -> dict[str, int]:
+    """Number of experts by what holds them, a parameter or a list; 0: it is not known."""
+    found = {name: owners[name].experts if name in owners else 0 for name in stacks}
+    return found if listed is None else found | {f"{listed.module}.": listed.count}
 
 
 def _without_kept(one: DeclaredEdge | tuple[str, str], mixture: Mixture) -> DeclaredEdge | tuple[str, str]:

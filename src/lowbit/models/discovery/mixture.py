@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from lowbit.errors import one_line
 from lowbit.models.architecture import (
     DeclaredEdge,
     ExpertLinear,
@@ -94,12 +95,14 @@ def stacks_of(layer: nn.Module) -> list[str]:
 def _unlike(layer: nn.Module, call: Call, experts: Experts) -> str:
     """Why one expert after the other is not what the module computes; empty if it is, in float64."""
     module = layer.get_submodule(experts.module)
-    alone = experts_computed_by(module, ExpertsCall(experts, ExpertParts(experts, module)))
     outputs = []
-    for computed in (nullcontext(), alone):
+    for computed in (nullcontext(), experts_computed_by(module, ExpertsCall(experts, ExpertParts(experts, module)))):
         args, kwargs = call.arguments(1)
-        with InFloat64(), computed:
-            outputs.append(output_of(layer(*args, **kwargs)))
+        try:
+            with InFloat64(), computed:
+                outputs.append(output_of(layer(*args, **kwargs)))
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of code of any form
+            return f"its experts do not run one after the other: {one_line(error)}"
     left = relative(outputs[1], outputs[0])
     return "" if left < SAME else f"its own code computes something else than expert after expert ({left:.0e})"
 
