@@ -139,7 +139,7 @@ def test_an_edge_of_a_norm_ends_in_every_expert():
     ],
 )
 def test_an_edge_that_is_not_of_one_linear_of_an_expert_is_none(edge):
-    with pytest.raises(Mismatch, match="experts|several linears"):
+    with pytest.raises(Mismatch, match=r"experts|several linears"):
         of_each_expert(edge, EXPERTS)
 
 

@@ -61,7 +61,8 @@ class Mixture:
 def mixture_in(layer: nn.Module, call: Call) -> Mixture:
     """The mixture of a small layer; a layer runs one module of experts, others stay float."""
     stacks = stacks_of(layer)
-    found, why = None, {}
+    found: str | None = None
+    why: dict[str, str] = {}
     for name, module in layer.named_modules():
         experts = experts_of(name, module, "")
         if experts is None:
