@@ -136,6 +136,7 @@ def test_an_edge_of_a_norm_ends_in_every_expert():
         DeclaredEdge("channels", "mlp.experts.gate_up_proj", ("mlp.experts.down_proj",)),
         DeclaredEdge("channels", "mlp.experts.down_proj", ("other",)),
         DeclaredEdge("norm", "norm", ("mlp.experts.down_proj",)),
+        DeclaredEdge("norm", "norm", ("mlp.experts.gate_up_proj",)),
     ],
 )
 def test_an_edge_that_is_not_of_one_linear_of_an_expert_is_none(edge):

@@ -95,7 +95,7 @@ class Exporter:
 
     def misfit(self, subject: Subject) -> Misfit | None:
         """Why the target does not support a subject: experts, an op, a turned matrix, a format, its own limits."""
-        if any(kind.experts is not None or kind.kept for kind in architecture_of(subject.config).layers):
+        if any(kind.experts or kind.listed or kind.kept for kind in architecture_of(subject.config).layers):
             return Misfit("architecture", "mixtures of experts are not exported; use the run folder itself")
         for op, origin in subject.ops.items():
             if op not in self.ops:

@@ -178,6 +178,8 @@ def of_each_expert(edge: DeclaredEdge, experts: Experts) -> tuple[DeclaredEdge, 
         return tuple(_up_and_down(plain, experts, number) for number in range(experts.count))
     if module_of(edge.src) in (first, last) or last in ends:
         raise Mismatch("it crosses experts")
+    if set(ends) == {first}:  # methods take a norm's statistics from one of its readers
+        raise Mismatch("only experts read it, and none of them sees all tokens")
     return (replace(plain, partner=None, dst=_readers(edge.dst, experts, first)),)
 
 
