@@ -18,7 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-QUIET = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+# An expert's matrix takes 256 KiB. Below the threshold it would come from the heap, whose freed blocks stay with the
+# process wherever a longer-lived one lies above them: the peak would grow with what a run keeps of each layer.
+QUIET = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072"}
 WORK = """
 import json, sys
 from lowbit.pipeline.runner import peak_memory_bytes

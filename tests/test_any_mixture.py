@@ -15,10 +15,10 @@ import tiny
 from any_mixtures import NAMES, TOGETHER, tiny_mixture
 from lowbit.errors import LowbitError
 from lowbit.methods.statistics import input_statistics
-from lowbit.models.architecture import ListedExperts
 from lowbit.models.equivalence import move
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import relative_error, run, run_all
+from lowbit.models.listed_experts import ListedExperts
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.pipeline.runner import Walk
 from lowbit.runs.manifest import MANIFEST

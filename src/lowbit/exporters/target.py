@@ -98,7 +98,7 @@ class Exporter:
     def misfit(self, subject: Subject) -> Misfit | None:
         """Why the target does not support a subject: experts, an op, a turned matrix, a format, its own limits."""
         kinds = architecture_of(subject.config).layers
-        if any(kind.kept or (kind.experts is not None and not self.experts) for kind in kinds):
+        if any(kind.kept or kind.listed or (kind.experts and not self.experts) for kind in kinds):
             return Misfit("architecture", "mixtures of experts are not exported; use the run folder itself")
         for op, origin in subject.ops.items():
             if op not in self.ops:

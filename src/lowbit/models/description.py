@@ -14,12 +14,12 @@ from lowbit.models.architecture import (
     Heads,
     Indices,
     LayerKind,
-    ListedExperts,
     Part,
     Ref,
     compact,
     module_of,
 )
+from lowbit.models.listed_experts import ListedExperts
 
 GROUPS = {
     "matrix": "any matrix",

@@ -174,7 +174,10 @@ _KEPT = "lowbit_experts"  # attribute of a loaded model's experts modules
 
 def _experts_function(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     kept: _Kept | None = getattr(module, _KEPT, None)
-    call = _running.get()[module] if kept is None else kept.call(module)
+    call = _running.get().get(module) if kept is None else kept.call(module)
+    if call is None:  # of a second mixture with the same config, which stays float: the library's own loop
+        out: Tensor = type(module).forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights)
+        return out
     return call(module, hidden_states, top_k_index, top_k_weights)
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.models.architecture import Experts, LayerKind, ListedExperts
+from lowbit.models.architecture import Experts, LayerKind
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
 from lowbit.models.experts_function import ExpertsCall, ExpertsReplay, experts_computed_by
 from lowbit.models.handed_on import mappings_in
 from lowbit.models.linear_input import Cache, LinearInput, Tap
+from lowbit.models.listed_experts import ListedExperts
 from lowbit.models.offload import batches, concatenate
 from lowbit.models.recorder import for_batch, hidden_of
 from lowbit.models.runtime_ops import RuntimeOp

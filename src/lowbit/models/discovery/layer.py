@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from lowbit.models.architecture import DeclaredEdge, ListedExperts, module_of
+from lowbit.models.architecture import DeclaredEdge, module_of
 from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.heads import heads_edges
 from lowbit.models.discovery.listed import listed_in
@@ -19,6 +19,7 @@ from lowbit.models.discovery.response import Response, Trace, respond, stays, tr
 from lowbit.models.discovery.result import label
 from lowbit.models.discovery.shrink import TOKENS
 from lowbit.models.discovery.sites import Owner, Sites
+from lowbit.models.listed_experts import ListedExperts
 
 _KINDS = ("norm", "heads", "channels", "qk")
 
@@ -77,9 +78,7 @@ def analyse(layer: nn.Module, call: Call, direct: frozenset[str] = frozenset()) 
     read = [key[0] for key in whole.order if key[1] == "in"]
     mixture = mixture_in(layer, call)
     experts = tuple(dict.fromkeys(name for name in read if mixture.is_own(name)))
-    stacks = {name: sites.owners[name].experts if name in sites.owners else 0 for name in (*experts, *mixture.kept)}
-    stacks |= {} if listed is None else {f"{listed.module}.": listed.count}
-    routers = routers_of(found.inputs, sites.owners, stacks)
+    routers = routers_of(found.inputs, sites.owners, _counts(sites.owners, (*experts, *mixture.kept), listed))
     own = mixture.module if listed is None else listed.module
     groups = _without(_groups(found, sites.owners, own, routers), direct)
     grouped = {name for group in groups for name in group if name in sites.owners}
@@ -105,6 +104,12 @@ def analyse(layer: nn.Module, call: Call, direct: frozenset[str] = frozenset()) 
         candidates=tuple(sorted(edges, key=lambda edge: _KINDS.index(edge.kind))),
         refuted=(*(one for one in results if isinstance(one, tuple)), *mixture.why.items()),
     )
+
+
+def _counts(owners: Mapping[str, Owner], stacks: tuple[str, ...], listed: ListedExperts | None) -> dict[str, int]:
+    """Number of experts by what holds them, a parameter or a list; 0: it is not known."""
+    found = {name: owners[name].experts if name in owners else 0 for name in stacks}
+    return found if listed is None else found | {f"{listed.module}.": listed.count}
 
 
 def _without_kept(one: DeclaredEdge | tuple[str, str], mixture: Mixture) -> DeclaredEdge | tuple[str, str]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit.models.architecture import ListedExperts
 from lowbit.models.discovery.mixture import same_values
+from lowbit.models.listed_experts import ListedExperts
 
 
 def expert_lists(layer: nn.Module) -> dict[str, nn.ModuleList]:

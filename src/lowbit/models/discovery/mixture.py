@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from lowbit.errors import one_line
 from lowbit.models.architecture import (
     DeclaredEdge,
     ExpertLinear,
     Experts,
-    ListedExperts,
     Part,
     Ref,
     compact,
@@ -36,6 +36,7 @@ from lowbit.models.discovery.readers import Owners
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.experts import experts_of
 from lowbit.models.experts_function import ExpertParts, ExpertsCall, experts_computed_by
+from lowbit.models.listed_experts import ListedExperts
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Mixture:
 def mixture_in(layer: nn.Module, call: Call) -> Mixture:
     """The mixture of a small layer; a layer runs one module of experts, others stay float."""
     stacks = stacks_of(layer)
-    found, why = None, {}
+    found: str | None = None
+    why: dict[str, str] = {}
     for name, module in layer.named_modules():
         experts = experts_of(name, module, "")
         if experts is None:
@@ -94,12 +96,14 @@ def stacks_of(layer: nn.Module) -> list[str]:
 def _unlike(layer: nn.Module, call: Call, experts: Experts) -> str:
     """Why one expert after the other is not what the module computes; empty if it is, in float64."""
     module = layer.get_submodule(experts.module)
-    alone = experts_computed_by(module, ExpertsCall(experts, ExpertParts(experts, module)))
     outputs = []
-    for computed in (nullcontext(), alone):
+    for computed in (nullcontext(), experts_computed_by(module, ExpertsCall(experts, ExpertParts(experts, module)))):
         args, kwargs = call.arguments(1)
-        with InFloat64(), computed:
-            outputs.append(output_of(layer(*args, **kwargs)))
+        try:
+            with InFloat64(), computed:
+                outputs.append(output_of(layer(*args, **kwargs)))
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of code of any form
+            return f"its experts do not run one after the other: {one_line(error)}"
     left = relative(outputs[1], outputs[0])
     return "" if left < SAME else f"its own code computes something else than expert after expert ({left:.0e})"
 
@@ -174,6 +178,8 @@ def of_each_expert(edge: DeclaredEdge, experts: Experts) -> tuple[DeclaredEdge, 
         return tuple(_up_and_down(plain, experts, number) for number in range(experts.count))
     if module_of(edge.src) in (first, last) or last in ends:
         raise Mismatch("it crosses experts")
+    if set(ends) == {first}:  # methods take a norm's statistics from one of its readers
+        raise Mismatch("only experts read it, and none of them sees all tokens")
     return (replace(plain, partner=None, dst=_readers(edge.dst, experts, first)),)
 
 
