@@ -82,7 +82,7 @@ NAMED: dict[str, dict[str, Any]] = {
         **WINDOWS,
         **PER_LAYER,
         "head_dim": 16,
-        "laurel_rank": 8,
+        "laurel_rank": 16,
         "activation_sparsity_pattern": [0.5, 0.0],
         "intermediate_size": [96, 96],
     },

@@ -42,7 +42,12 @@ class PerSequence:
         >>> PerSequence(torch.tensor([1, 2])).for_batch(torch.zeros(2, 3, 4)).tolist()
         [1, 2, 1, 2]
         """
-        rows = self.value.repeat(len(x), *[1] * (self.value.ndim - 1))
+        ones = [1] * (self.value.ndim - 1)
+        rows = (
+            self.value.expand(len(x), *self.value.shape[1:])
+            if len(self.value) == 1
+            else self.value.repeat(len(x), *ones)
+        )
         return rows.to(x.dtype) if rows.is_floating_point() else rows
 
 
@@ -318,10 +323,10 @@ def _names_by_text(one: Mapping[str, Any], two: Mapping[str, Any], layer: int) -
                 f"the model gives layer {layer} the argument '{name}', which depends on the text or does not have "
                 f"the sequences in front: {ADVICE}"
             )
-        if any(not _same(a, b) and len(a) > 1 for a, b in pairs):
-            if not isinstance(value, Tensor):
-                raise LowbitError(f"the argument '{name}' of layer {layer} holds tensors with sequences: {ADVICE}")
+        if isinstance(value, Tensor) and any(not _same(a, b) for a, b in pairs):
             names.add(name)
+        elif any(not _same(a, b) and len(a) > 1 for a, b in pairs):
+            raise LowbitError(f"the argument '{name}' of layer {layer} holds tensors with sequences: {ADVICE}")
     return names, texts
 
 
