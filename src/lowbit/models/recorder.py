@@ -42,12 +42,11 @@ class PerSequence:
         >>> PerSequence(torch.tensor([1, 2])).for_batch(torch.zeros(2, 3, 4)).tolist()
         [1, 2, 1, 2]
         """
-        ones = [1] * (self.value.ndim - 1)
-        rows = (
-            self.value.expand(len(x), *self.value.shape[1:])
-            if len(self.value) == 1
-            else self.value.repeat(len(x), *ones)
-        )
+        value = self.value
+        if len(value) == 1:
+            rows = value.expand(len(x), *value.shape[1:])
+        else:
+            rows = value.repeat(len(x), *[1] * (value.ndim - 1))
         return rows.to(x.dtype) if rows.is_floating_point() else rows
 
 
@@ -82,7 +81,7 @@ def for_batch(arguments: Mapping[str, Any], x: Tensor, digits: Tensor) -> dict[s
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states that a layer returns: its output, or the first of a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 

@@ -214,7 +214,7 @@ def check_sizes(samples: int, length: int, seed: int = 0) -> None:
 def check_length(config: Any, length: int) -> None:
     """Refuse windows that are longer than the model's positions."""
     limit = getattr(text_config(config), "max_position_embeddings", None)
-    if limit and length > limit:
+    if limit and 0 < limit < length:  # -1: no end
         raise LowbitError(f"--length is {length}; this model's positions end at {limit}: give {limit} or less")
 
 
