@@ -32,6 +32,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
     "nemotron": SIZES,
     "gpt_neox": SIZES,
+    # Layers that return more than hidden states, with two kinds of them; a head whose bias has two names; masks that
+    # have to be for as many sequences as there are; norms without parameters; code that reads a linear's weight.
+    "bamba": {
+        **SIZES,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
+    "bert": {**SIZES, "is_decoder": True},
+    "xglm": {**SIZES, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4},
+    "olmo": SIZES,
+    "mamba2": {
+        **SIZES,
+        "num_heads": 8,
+        "head_dim": 16,
+        "expand": 2,
+        "state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 8,
+    },
 }
 WINDOWS = {**SIZES, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 PER_LAYER = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0}
@@ -82,7 +105,7 @@ NAMED: dict[str, dict[str, Any]] = {
         **WINDOWS,
         **PER_LAYER,
         "head_dim": 16,
-        "laurel_rank": 8,
+        "laurel_rank": 16,
         "activation_sparsity_pattern": [0.5, 0.0],
         "intermediate_size": [96, 96],
     },

@@ -44,7 +44,7 @@ def test_stock_transformers_computes_what_a_run_simulates(name: str, tmp_path: P
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)(IDS).logits
         float_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(IDS).logits
     assert torch.equal(ours, stock)
-    assert 0 < (ours - float_model).norm() < 0.5 * float_model.norm()
+    assert 0 < (ours - float_model).norm() < 0.7 * float_model.norm()
     manifest = manifest_of(tmp_path / "run")
     assert manifest is not None
     assert manifest.architecture["origin"] == "discovered"

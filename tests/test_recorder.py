@@ -90,7 +90,7 @@ def test_an_argument_with_rows_for_each_sequence_grows_with_the_batch_and_a_mask
         x = torch.zeros(sequences, 5, HIDDEN, dtype=torch.float64)
         given = for_batch(arguments, x, x[..., :0])
         assert torch.equal(given["bias"], biases(torch.zeros(sequences, 5)).double())
-        assert torch.equal(given["mask"], mask)
+        assert torch.equal(given["mask"], mask.double().expand(sequences, -1, -1, -1))
         assert torch.equal(given["order"], torch.arange(5))
 
 

@@ -13,12 +13,14 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 import lowbit
+from lowbit.checkpoints.resolve import load_config
 from lowbit.evaluation.generate import generate_text
+from lowbit.models.discovery import known
 from lowbit.models.families import architecture_of
 from lowbit.pipeline.inspect import inspect_model
 from runs import folder_bytes, quantize_tiny, streamed_logits
 from tiny import tiny_ids
-from wrapped import BLOCKS, CONFIGS, NAMES, TEXT, image_inputs, save_wrapped
+from wrapped import BLOCKS, CONFIGS, DISCOVERED, NAMES, TEXT, image_inputs, save_wrapped
 
 pytestmark = pytest.mark.heavy  # makes whole runs
 
@@ -188,6 +190,28 @@ def test_a_class_that_holds_a_llama(tmp_path):
     ours, model = lowbit.load(run), stock(run)
     assert type(model) is type(ours)
     assert torch.allclose(logits(model, ids), logits(ours, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISCOVERED)
+def test_a_text_model_that_no_family_declares_is_discovered_where_it_is(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(known, "_FOUND", {})
+    model = save_wrapped(tmp_path / "m", name)
+    found = architecture_of(load_config(tmp_path / "m"))
+    assert (found.origin, found.blocks, found.text_model) == ("discovered", BLOCKS, BLOCKS.removesuffix(".layers"))
+    assert all(kind.edges for kind in found.layers)
+    ids = tiny_ids(2, 12)
+    right = logits(model, {"input_ids": ids})
+    assert torch.equal(streamed_logits(tmp_path / "m", ids), right)
+    run = quantize_tiny(tmp_path / "m", tmp_path / "run", "w8a16g16-sym", "awq+gptq").out
+    ours = logits(lowbit.load(run), {"input_ids": ids})
+    assert type(stock(run)) is type(model)
+    assert torch.allclose(logits(stock(run), {"input_ids": ids}), ours, atol=1e-5)
+    assert 0 < float((ours - right).std()) < 0.05 * float(right.std())
+    before, after = stored(tmp_path / "m"), stored(run)
+    others = [key for key in before if "vis" in key]
+    assert others
+    assert all(torch.equal(before[key], after[key]) for key in others)
 
 
 def test_evaluation_and_comparison_are_by_text(saved, runs):

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, Gemma3Config, LlavaConfig, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Glm4vConfig,
+    Lfm2VlConfig,
+    LlavaConfig,
+    Qwen2_5_VLConfig,
+    Qwen3_5Config,
+    Qwen3VLConfig,
+)
 
 from tiny import COMMON, VOCAB, tiny_ids, tiny_tokenizer
 
@@ -56,8 +65,34 @@ def _llava() -> Any:
     )
 
 
+def _qwen3_5() -> Any:
+    see = {**_SEE, **_QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    rope = {**_ROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    types = ["linear_attention", "full_attention", "linear_attention"]
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    widths = {"head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    text = {**COMMON, **sizes, **widths, "layer_types": types, "rope_parameters": rope}
+    return Qwen3_5Config(text_config=text, vision_config=see, **_TOKENS)
+
+
+def _lfm2() -> Any:
+    see = {**_SEE, "num_hidden_layers": 2, "num_attention_heads": 2, "num_patches": 16}
+    text = {**COMMON, "model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv"]}
+    return Lfm2VlConfig(
+        text_config=text, vision_config={**see, "model_type": "siglip2_vision_model"}, image_token_id=IMAGE
+    )
+
+
+def _glm4v() -> Any:
+    see = {**_SEE, **_QWEN, "num_hidden_layers": 2, "image_size": 16}
+    rope = {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    return Glm4vConfig(text_config={**COMMON, "rope_parameters": rope}, vision_config=see, **_TOKENS)
+
+
+# Text models that no family declares; the last one has no class of its own for text alone.
+DISCOVERED = {"qwen3.5": _qwen3_5, "lfm2-vl": _lfm2, "glm4v": _glm4v}
 NAMES = ["gemma3", "qwen3-vl", "qwen2.5-vl"]
-CONFIGS = dict(zip([*NAMES, "llava"], (_gemma3, _qwen3, _qwen2, _llava), strict=True))
+CONFIGS = DISCOVERED | dict(zip([*NAMES, "llava"], (_gemma3, _qwen3, _qwen2, _llava), strict=True))
 # What the names of the text model's tensors begin with in files, and the list of its layers in the model.
 TEXT = {"gemma3": "language_model.model.", "qwen3-vl": "model.language_model.", "qwen2.5-vl": "model."}
 BLOCKS = "model.language_model.layers"

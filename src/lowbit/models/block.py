@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -107,7 +107,8 @@ class Block:
     @property
     def device(self) -> torch.device:
         """The device that holds all of the block's parameters."""
-        return next(iter(self.params.values())).device
+        codes = (own.codes for own in self.qweights.values())  # of a layer with nothing but quantized linears
+        return next(chain(self.params.values(), codes)).device
 
     @property
     def enters(self) -> Stream:

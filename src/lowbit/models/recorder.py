@@ -42,7 +42,11 @@ class PerSequence:
         >>> PerSequence(torch.tensor([1, 2])).for_batch(torch.zeros(2, 3, 4)).tolist()
         [1, 2, 1, 2]
         """
-        rows = self.value.repeat(len(x), *[1] * (self.value.ndim - 1))
+        value = self.value
+        if len(value) == 1:
+            rows = value.expand(len(x), *value.shape[1:])
+        else:
+            rows = value.repeat(len(x), *[1] * (value.ndim - 1))
         return rows.to(x.dtype) if rows.is_floating_point() else rows
 
 
@@ -77,7 +81,7 @@ def for_batch(arguments: Mapping[str, Any], x: Tensor, digits: Tensor) -> dict[s
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states that a layer returns: its output, or the first of a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 
@@ -318,10 +322,10 @@ def _names_by_text(one: Mapping[str, Any], two: Mapping[str, Any], layer: int) -
                 f"the model gives layer {layer} the argument '{name}', which depends on the text or does not have "
                 f"the sequences in front: {ADVICE}"
             )
-        if any(not _same(a, b) and len(a) > 1 for a, b in pairs):
-            if not isinstance(value, Tensor):
-                raise LowbitError(f"the argument '{name}' of layer {layer} holds tensors with sequences: {ADVICE}")
+        if isinstance(value, Tensor) and any(not _same(a, b) for a, b in pairs):
             names.add(name)
+        elif any(not _same(a, b) and len(a) > 1 for a, b in pairs):
+            raise LowbitError(f"the argument '{name}' of layer {layer} holds tensors with sequences: {ADVICE}")
     return names, texts
 
 

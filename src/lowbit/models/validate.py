@@ -82,7 +82,7 @@ def open_weights(
     """
     checkpoint = open_checkpoint(folder, config, run=run)
     architecture = architecture_of(config)
-    _check_count(checkpoint, config, architecture.blocks)
+    _check_count(checkpoint, config, architecture)
     with report_build_errors(folder):
         names = use_model_names(checkpoint, config, architecture, trust_remote_code)
     settle_tied(checkpoint, config)
@@ -110,7 +110,7 @@ def check_model(
         Names of the float checkpoint's tensors that the model's class does not have; of a run folder none.
     """
     architecture = architecture_of(config)
-    _check_layers(checkpoint, config, architecture.blocks)
+    _check_layers(checkpoint, config, architecture)
     with report_build_errors(checkpoint.folder):
         model = empty_model(config, trust_remote_code)
     tied = tied_tensors(model, config, architecture.head)
@@ -129,25 +129,28 @@ def check_model(
     return unlisted
 
 
-def _check_count(checkpoint: Checkpoint, config: Any, blocks: str) -> None:
+def _check_count(checkpoint: Checkpoint, config: Any, architecture: Architecture) -> None:
     """Refuse a config with more layers than any list of layers in the checkpoint, whatever that is called there."""
     stored: dict[str, set[int]] = {}
-    pattern = re.compile(rf"(|.*\.){re.escape(blocks.rpartition('.')[2])}\.([0-9]{{1,9}})\.")
+    pattern = re.compile(r"(.*?)\.([0-9]{1,9})\.")
     for name in checkpoint.names:
         if match := pattern.match(name):
             stored.setdefault(match[1], set()).add(int(match[2]))
-    _compare_layers(checkpoint, config, max(map(len, stored.values()), default=0))
+    _compare_layers(checkpoint, config, architecture, max(map(len, stored.values()), default=0))
 
 
-def _check_layers(checkpoint: Checkpoint, config: Any, blocks: str) -> None:
+def _check_layers(checkpoint: Checkpoint, config: Any, architecture: Architecture) -> None:
     """Refuse a config with more layers than the checkpoint has tensors of."""
+    blocks = architecture.blocks
     pattern = re.compile(rf"(?:{re.escape(blocks)}|{re.escape(blocks.removeprefix('model.'))})\.([0-9]{{1,9}})\.")
-    _compare_layers(checkpoint, config, len({int(m[1]) for name in checkpoint.names if (m := pattern.match(name))}))
+    stored = len({int(m[1]) for name in checkpoint.names if (m := pattern.match(name))})
+    _compare_layers(checkpoint, config, architecture, stored)
 
 
-def _compare_layers(checkpoint: Checkpoint, config: Any, stored: int) -> None:
+def _compare_layers(checkpoint: Checkpoint, config: Any, architecture: Architecture, stored: int) -> None:
+    """The config's own number may count halves of layers, as LongCat's does."""
     layers = text_config(config).num_hidden_layers
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= stored:
+    if not 1 <= len(architecture.layers) <= stored:
         raise LowbitError(
             f"{checkpoint.folder} has tensors of {stored} layers, its config.json says num_hidden_layers "
             f"{shown(layers)}: they do not match"

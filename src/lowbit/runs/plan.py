@@ -217,7 +217,7 @@ def check_sizes(samples: int, length: int, seed: int = 0) -> None:
 def check_length(config: Any, length: int) -> None:
     """Refuse windows that are longer than the model's positions."""
     limit = getattr(text_config(config), "max_position_embeddings", None)
-    if limit and length > limit:
+    if limit and 0 < limit < length:  # -1: no end
         raise LowbitError(f"--length is {length}; this model's positions end at {limit}: give {limit} or less")
 
 
@@ -234,8 +234,13 @@ def linear_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
 
 
 def _unlisted(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
-    """``(out, in)`` of the layers' linears that the architecture does not list and that stay float, as routers do."""
-    architecture, out = skeleton.architecture, {}
+    """``(out, in)`` of linears that stay float: of layers those that the architecture does not list, and all outside.
+
+    Outside the layers are, but for the head, such as Gemma 4's, which projects what its layers read of the text.
+    """
+    architecture = skeleton.architecture
+    outside = {n: m for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and n != architecture.head}
+    out = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in outside.items()}
     for index, (layer, kind) in enumerate(zip(skeleton.layers, architecture.layers, strict=True)):
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and name not in kind.linears:

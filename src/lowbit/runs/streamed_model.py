@@ -96,7 +96,7 @@ class StreamedModel:
     def check_length(self, length: int) -> None:
         """Refuse windows that are longer than the model's positions."""
         limit = getattr(self.skeleton.text_config, "max_position_embeddings", None)
-        if limit and length > limit:
+        if limit and 0 < limit < length:  # -1: no end
             raise LowbitError(f"--length is {length}; this model's positions end at {limit}: give {limit} or less")
 
     def enter(self, ids: Tensor) -> Tensor:

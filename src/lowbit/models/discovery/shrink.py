@@ -38,7 +38,7 @@ _OF_EXPERTS: tuple[tuple[tuple[int, int], str], ...] = (
 _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((64, 96), "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width"),
     ((64, 96), "backbone_hidden_size hidden_size_global out_hidden_size input_embedding_size output_embedding_size"),
-    ((64, 96), "adapter_in_dim"),
+    ((64, 96), "adapter_in_dim adapter_input_size attention_hidden_size"),
     ((4, 12), " ".join(_HEADS)),
     ((16, 8), "head_dim dim_head d_head attention_head_size kv_channels"),
     ((48, 56), "intermediate_size ffn_dim n_inner dff dim_ff ffn_hidden_size d_inner feed_forward_size block_ff_dim"),
@@ -246,7 +246,7 @@ def _state_space(out: dict[str, Any], size: Size) -> None:
 
 def _wide_attention(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
     """Attention on twice the hidden size, as of a layer that reads the embedding too."""
-    if _is_size(fields.get("attention_hidden_size")):
+    if _is_size(fields.get("attention_hidden_size")) and "num_attention_heads" in out:
         out["attention_hidden_size"] = out["hidden_size"] * fields["attention_hidden_size"] // fields["hidden_size"]
         out["attention_head_dim"] = out["attention_hidden_size"] // out["num_attention_heads"]
 

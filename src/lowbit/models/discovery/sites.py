@@ -142,7 +142,7 @@ class Sites:
         owner = self.owners.get(name)
         if owner is not None and _has_forward_of_its_own(module):
             yield module.register_forward_pre_hook(lambda m, args: (listener.read(name, args[0]), *args[1:]))
-            yield module.register_forward_hook(
+            yield module.register_forward_hook(  # a router may return its scores and what it chose
                 lambda m, args, out: listener.write(name, out) if isinstance(out, Tensor) else None
             )
         if owner is not None and owner.kind == "norm":

@@ -121,7 +121,7 @@ def run_eager_experts(module: nn.Module) -> None:
 def _counter(calls: dict[str, int], tuples: dict[str, int], name: str) -> Any:
     def count(module: nn.Module, args: Any, out: Any) -> None:
         calls[name] = calls.get(name, 0) + 1
-        tuples[name] = len(out) if isinstance(out, tuple) else 0
+        tuples[name] = len(out) if isinstance(out, tuple | list) else 0
 
     return count
 
