@@ -18,8 +18,8 @@ from test_llamacpp import assert_simulated, logits, through_the_table
 
 from lowbit.exporters.llamacpp import open_session
 
-# Float32's order of sums, in units of the logits' spread, and what is larger: linear attention is summed in chunks by
-# one of the two, and an input of the table of GELU that is computed twice may fall on both sides of a step of float16.
+# Float32's order of sums, in units of the logits' spread, and what is larger: linear attention is summed in chunks
+# by one of the two, and an input of the table of GELU that is computed twice may be on both sides of a float16 step.
 CLOSE = 2e-5
 EXCEPT = {"qwen3.5": 5e-4, "qwen3.5-grouped": 5e-4, "gpt-neox": 1e-3}
 
