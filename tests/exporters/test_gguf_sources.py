@@ -79,7 +79,7 @@ HONOURED: list[tuple[str, dict[str, Any]]] = [
     ("granite", {"attention.scale": 0.5, "embedding_scale": 1.0, "residual_scale": 0.0, "logit_scale": 1.0}),
     ("ministral3", {"attention.temperature_scale": 0.0}),
     ("ministral3", {"rope.scaling.yarn_log_multiplier": 1.0}),
-    ("cohere2", {"attention.sliding_window_pattern": 2}),
+    ("cohere2", {"attention.sliding_window_pattern": 3}),
     ("glm4", {"rope.dimension_count": 16}),
 ]
 

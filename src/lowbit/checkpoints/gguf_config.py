@@ -1,7 +1,7 @@
 """The transformers config of a ``.gguf`` file, from its metadata and the names of its tensors.
 
-Every architecture that can be read is one entry of ``gguf_sources.ARCHITECTURES``; llama.cpp knows more, and those are
-refused by name. What the keys become:
+Every architecture that can be read is one entry of ``gguf_sources.ARCHITECTURES``; llama.cpp knows more, and those
+are refused by name. What the keys become:
 
 ======================================= ====================================================================
 key, behind the architecture's name     in the config
