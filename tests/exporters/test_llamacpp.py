@@ -60,7 +60,9 @@ def through_the_table(model: Any) -> Any:
     """The model with GELU as llama.cpp's CPU code has it: looked up in a table, float16 to float16."""
     half = torch.float16
     for name, module in model.named_modules():
-        if name.endswith(("act_fn", ".act")) and model.config.model_type.startswith(("gemma", "gpt_neox")):
+        if name.endswith(("act_fn", ".act")) and model.config.model_type.startswith(
+            ("gemma", "gpt_neox", "starcoder2")
+        ):
             module.register_forward_pre_hook(lambda _, args: (args[0].to(half).to(args[0].dtype),))
             module.register_forward_hook(lambda _, args, out: out.to(half).to(out.dtype))
     return model
