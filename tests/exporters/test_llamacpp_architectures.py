@@ -48,4 +48,6 @@ def test_float_matrices_give_the_models_own_logits(tmp_path: Path, case: str) ->
 def test_rounded_inputs_are_the_only_difference(tmp_path: Path, case: str) -> None:
     run = run_of(tmp_path, case)
     # No bound on the difference itself: an expert chosen in place of another, or a state that lasts, makes it large.
-    assert_simulated(*logits(run, lowbit.export(run, "gguf").out))
+    # Steps of GELU's table are wider than those of float32, and move more inputs over an edge between codes.
+    most = 0.5 if case == "starcoder2" else 0.2
+    assert_simulated(*logits(run, lowbit.export(run, "gguf").out), most=most)
