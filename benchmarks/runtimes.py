@@ -36,6 +36,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.cli.main import guarded
 from lowbit.errors import LowbitError
 from lowbit.exporters import gguf as exporter
+from lowbit.exporters.gguf_tensors import file_tensors
 from lowbit.exporters.llamacpp import F32, Session, open_session, quiet
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Options
@@ -80,7 +81,7 @@ def importance(source: Run, ids: Tensor) -> dict[str, Tensor]:
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.register_forward_pre_hook(watch(exporter.gguf_name(source, f"{name}.weight")))
+            module.register_forward_pre_hook(watch(file_tensors(source.subject.config, [f"{name}.weight"])[0].name))
     with torch.no_grad():
         for window in ids:
             model.model(window[None])

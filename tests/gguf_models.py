@@ -159,6 +159,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "seed-oss": ("seed_oss", {"head_dim": 16}),
+    "ernie4.5": ("ernie4_5", {"head_dim": 16}),
+    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "arcee": ("arcee", {}),
+    "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "starcoder2": ("starcoder2", {}),
 }
 
 

@@ -17,10 +17,12 @@ from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
 from gguf_files import architecture_of, keys_of, logits, random_model, save, tensors_of
 from lowbit.checkpoints.gguf_check import check_values, transformers_rows
-from lowbit.checkpoints.gguf_config import ARCHITECTURES, Content, config_of
+from lowbit.checkpoints.gguf_config import config_of
+from lowbit.checkpoints.gguf_content import Content
 from lowbit.checkpoints.gguf_file import WithoutParts
 from lowbit.checkpoints.gguf_reader import convert
 from lowbit.checkpoints.gguf_rope import fraction, llama3_divisors, recover_llama3
+from lowbit.checkpoints.gguf_sources import ARCHITECTURES
 from lowbit.errors import LowbitError
 
 pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models

@@ -65,6 +65,14 @@ TENSORS: dict[str, tuple[str, str, str]] = {
     ),
 }
 TENSORS["qwen3.5-grouped"] = TENSORS["qwen3.5"]
+TENSORS |= {
+    "seed-oss": (f"{QKV} {DENSE} attn_norm post_attention_norm", "attn_q attn_k attn_v", ""),
+    "ernie4.5": (f"{QKV} {DENSE} {PRE}", "", "-output"),
+    "exaone4": (f"{QKV} {DENSE} {POST} {QK_NORMS}", "", ""),
+    "arcee": (f"{QKV} {PRE} ffn_up ffn_down", "", ""),
+    "nemotron": (f"{QKV} {PRE} ffn_up ffn_down", f"{QKV} {PRE} ffn_up ffn_down", ""),
+    "starcoder2": (f"{QKV} {PRE} ffn_up ffn_down", f"{QKV} {PRE} ffn_up ffn_down", "-output"),
+}
 # By case: keys beyond the sizes that all have, as the loader reads them.
 KEYS: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
@@ -120,7 +128,7 @@ def expected_names(case: str) -> set[str]:
     if "token_embd_norm" in other:
         shared.remove("output_norm")
     names |= {f"{name}.weight" for name in shared}
-    if case in ("stablelm", "stablelm-12b", "gpt-neox"):
+    if case in ("stablelm", "stablelm-12b", "gpt-neox", "nemotron", "starcoder2"):
         names.add("output_norm.bias")
     return names | ({"blk.0.ssm_a"} if case.startswith("qwen3.5") else set())
 
@@ -201,6 +209,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0; llama.cpp's gpt-oss computes with 7.0"),
     ("gpt-oss", {"sliding_window": None}, "sliding_window None; llama.cpp's gpt-oss needs one"),
     ("qwen3.5", {"linear_num_value_heads": 3}, "linear_num_value_heads 3 are no multiple of linear_num_key_heads 2"),
+    ("seed-oss", {"attention_out_bias": True}, "attention_out_bias; llama.cpp's seed_oss has no such biases"),
+    ("ernie4.5", {"use_bias": True}, "use_bias; llama.cpp's ernie4_5 has no such biases"),
+    ("exaone4", {"sliding_window": 8}, "sliding_window 8 with num_hidden_layers 3"),
+    ("exaone4", {"num_hidden_layers": 64}, "sliding_window None with num_hidden_layers 64"),
+    ("arcee", {"hidden_act": "silu"}, "hidden_act 'silu'; llama.cpp computes relu2 for arcee"),
+    ("nemotron", {"tie_word_embeddings": True}, "llama.cpp's nemotron needs one of its own"),
+    ("starcoder2", {"use_bias": False}, "use_bias False; llama.cpp's starcoder2 computes with True"),
+    ("starcoder2", {"sliding_window": 8}, "sliding_window 8; llama.cpp's starcoder2 computes with None"),
     ("qwen3.5", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05; llama.cpp's qwen35 computes with 1e-06"),
 ]
 

@@ -60,7 +60,9 @@ def through_the_table(model: Any) -> Any:
     """The model with GELU as llama.cpp's CPU code has it: looked up in a table, float16 to float16."""
     half = torch.float16
     for name, module in model.named_modules():
-        if name.endswith(("act_fn", ".act")) and model.config.model_type.startswith(("gemma", "gpt_neox")):
+        if name.endswith(("act_fn", ".act")) and model.config.model_type.startswith(
+            ("gemma", "gpt_neox", "starcoder2")
+        ):
             module.register_forward_pre_hook(lambda _, args: (args[0].to(half).to(args[0].dtype),))
             module.register_forward_hook(lambda _, args, out: out.to(half).to(out.dtype))
     return model
@@ -72,12 +74,12 @@ def assert_explained(theirs: torch.Tensor, plain: torch.Tensor, rounding: torch.
     assert_simulated(theirs, plain, rounding)
 
 
-def assert_simulated(theirs: torch.Tensor, plain: torch.Tensor, rounding: torch.Tensor) -> None:
+def assert_simulated(theirs: torch.Tensor, plain: torch.Tensor, rounding: torch.Tensor, most: float = 0.2) -> None:
     """With rounded inputs float32's order of sums is left, and where a value computed twice stands on both sides of
     an edge between codes, now and then a step of one input, which later tokens then see."""
     left = (theirs - rounding).abs()
     assert float(left[0].max()) < 1e-5 * float(plain.std())
-    assert float(left.mean()) < 0.2 * float((theirs - plain).abs().mean())
+    assert float(left.mean()) < most * float((theirs - plain).abs().mean())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,10 +18,10 @@ from test_llamacpp import assert_simulated, logits, through_the_table
 
 from lowbit.exporters.llamacpp import open_session
 
-# Float32's order of sums, in units of the logits' spread, and what is larger: linear attention is summed in chunks by
-# one of the two, and an input of the table of GELU that is computed twice may fall on both sides of a step of float16.
+# Float32's order of sums, in units of the logits' spread, and what is larger: linear attention is summed in chunks
+# by one of the two, and an input of the table of GELU that is computed twice may be on both sides of a float16 step.
 CLOSE = 2e-5
-EXCEPT = {"qwen3.5": 5e-4, "qwen3.5-grouped": 5e-4, "gpt-neox": 1e-3}
+EXCEPT = {"qwen3.5": 5e-4, "qwen3.5-grouped": 5e-4, "gpt-neox": 1e-3, "starcoder2": 1e-3}
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.heavy]
 
@@ -48,4 +48,6 @@ def test_float_matrices_give_the_models_own_logits(tmp_path: Path, case: str) ->
 def test_rounded_inputs_are_the_only_difference(tmp_path: Path, case: str) -> None:
     run = run_of(tmp_path, case)
     # No bound on the difference itself: an expert chosen in place of another, or a state that lasts, makes it large.
-    assert_simulated(*logits(run, lowbit.export(run, "gguf").out))
+    # Steps of GELU's table are wider than those of float32, and move more inputs over an edge between codes.
+    most = 0.5 if case == "starcoder2" else 0.2
+    assert_simulated(*logits(run, lowbit.export(run, "gguf").out), most=most)

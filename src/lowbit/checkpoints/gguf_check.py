@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lowbit.errors import LowbitError
 
 Values = npt.NDArray[Any]  # float32, of any shape
-ADJACENT = frozenset({"llama", "smollm3"})
+ADJACENT = frozenset({"llama", "smollm3", "granite", "mistral3"})
 GAINS_PLUS_ONE = frozenset({"gemma2", "gemma3"})
 
 

@@ -1,7 +1,7 @@
 """The transformers config of a ``.gguf`` file, from its metadata and the names of its tensors.
 
-Every architecture that can be read is one entry of ``ARCHITECTURES``; llama.cpp knows more, and those are refused by
-name. What the keys become:
+Every architecture that can be read is one entry of ``gguf_sources.ARCHITECTURES``; llama.cpp knows more, and those
+are refused by name. What the keys become:
 
 ======================================= ====================================================================
 key, behind the architecture's name     in the config
@@ -15,8 +15,9 @@ key, behind the architecture's name     in the config
 ``attention.head_count_kv``             ``num_key_value_heads``
 ``attention.key_length``                ``head_dim``; ``attention.value_length`` and those of layers with a window
                                         (``_swa``) must be the same
-``attention.layer_norm_rms_epsilon``    ``rms_norm_eps``
-``attention.scale``                     must be what the model computes with, ``query_pre_attn_scalar`` for Gemma
+``attention.layer_norm_rms_epsilon``    ``rms_norm_eps``; ``attention.layer_norm_epsilon`` ``layer_norm_eps``
+``attention.scale``                     must be what the model computes with, ``query_pre_attn_scalar`` for Gemma;
+                                        ``attention_multiplier`` for Granite
 ``attention.sliding_window``            ``sliding_window`` (Gemma, Phi-3; for others it must be 0)
 ``attention.sliding_window_pattern``    ``layer_types`` (Gemma)
 ``attn_logit_softcapping``,             the same (Gemma)
@@ -37,159 +38,18 @@ https://github.com/ggml-org/llama.cpp/tree/master/src/models (what is computed)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING
-from transformers.modeling_gguf_pytorch_utils import Gemma2TensorProcessor, LlamaTensorProcessor, TensorProcessor
 
+from lowbit.checkpoints.gguf_content import Architecture, Content, Fields
 from lowbit.checkpoints.gguf_metadata import Metadata
-from lowbit.checkpoints.gguf_rope import FREQS, LONG, SHORT, Rope, rope_parameters
+from lowbit.checkpoints.gguf_sources import ARCHITECTURES
 from lowbit.errors import LowbitError, shown
 
-ATTENTION, MLP = ("attn_q", "attn_k", "attn_v", "attn_output"), ("ffn_gate", "ffn_up", "ffn_down")
-# Layers at which llama.cpp takes a Gemma to be the 27B one, whose attention scale follows from the hidden size.
-GEMMA_27B = {"gemma2": 46, "gemma3": 62}
-PERIODS = {"gemma2": 2, "gemma3": 6}
 ARCHITECTURE = "general.architecture"
 NO_TOKEN = (1 << 32) - 1  # llama.h, LLAMA_TOKEN_NULL, as the unsigned integer that files have
-
-
-@dataclass(frozen=True)
-class Content:
-    """What the config is made of.
-
-    Attributes:
-        path: the file, for messages.
-        values: metadata by key, without lists of tokens.
-        shapes: shapes of all tensors by name, outermost dimension first.
-        tables: values of the tensors of rotary divisors, by name.
-        tokens: length of the token list, or ``None``.
-    """
-
-    path: Path
-    values: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]
-    tables: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    tokens: int | None = None
-
-
-Fields = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How an architecture of llama.cpp becomes a transformers config.
-
-    Attributes:
-        model_type: transformers' name.
-        rope: see ``gguf_rope``.
-        own: adds the fields that only this architecture has to those that all have.
-        processor: transformers' class that knows the order of rows and what is added to values.
-        head_dim: whether converters always write the width of heads.
-        biases: names in the file of linears that may all have biases, by the config's field.
-    """
-
-    model_type: str
-    rope: Rope
-    own: Callable[[Metadata, Content, Fields], Fields]
-    processor: type[Any] = TensorProcessor
-    head_dim: bool = False
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-def _plain(meta: Metadata, content: Content, fields: Fields) -> Fields:
-    """Rotary parameters and nothing else."""
-    rope = ARCHITECTURES[meta.architecture].rope
-    context, width = fields["max_position_embeddings"], fields["head_dim"]
-    return {"rope_parameters": rope_parameters(meta, rope, width, context, content.tables)}
-
-
-def _smollm3(meta: Metadata, content: Content, fields: Fields) -> Fields:
-    """Every fourth layer has no rotary embedding; GGUF has no key for it."""
-    layers = range(fields["num_hidden_layers"])
-    return _plain(meta, content, fields) | {"no_rope_layers": [int((i + 1) % 4 != 0) for i in layers]}
-
-
-def _phi3(meta: Metadata, content: Content, fields: Fields) -> Fields:
-    """A window in all layers (0 for none), and the original length outside of ``rope_parameters``, too."""
-    out = _plain(meta, content, fields)
-    rope = out["rope_parameters"]
-    original = rope.get("original_max_position_embeddings") or fields["max_position_embeddings"]
-    window = meta.count("attention.sliding_window", least=0) or None
-    return out | {
-        "rope_parameters": {"partial_rotary_factor": 1.0} | rope,
-        "original_max_position_embeddings": original,
-        "sliding_window": window,
-    }
-
-
-def _gemma2(meta: Metadata, content: Content, fields: Fields) -> Fields:
-    """Every other layer has a window; attention and logits are capped."""
-    out = _plain(meta, content, fields)
-    meta.must_equal("rope.freq_base_swa", out["rope_parameters"]["rope_theta"], "transformers' Gemma2")
-    caps = {key: meta.number(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
-    window = {"sliding_window": meta.count("attention.sliding_window"), "layer_types": _layer_types(meta, fields)}
-    return out | caps | window | _gemma_scale(meta, fields)
-
-
-def _gemma3(meta: Metadata, content: Content, fields: Fields) -> Fields:
-    """Five of six layers have a window, and rotary frequencies without scaling; 0 stands for no window."""
-    full = _plain(meta, content, fields)["rope_parameters"]
-    local = {"rope_type": "default", "rope_theta": meta.number("rope.freq_base_swa", 10000.0)}
-    cap = meta.number("final_logit_softcapping", 0.0, lambda x: x >= 0) or None
-    window = meta.count("attention.sliding_window", least=0)
-    types = _layer_types(meta, fields) if window else ["full_attention"] * fields["num_hidden_layers"]
-    return {
-        "rope_parameters": {"full_attention": full, "sliding_attention": local},
-        "final_logit_softcapping": cap,
-        "sliding_window": window or fields["max_position_embeddings"],
-        "layer_types": types,
-        **_gemma_scale(meta, fields),
-    }
-
-
-def _layer_types(meta: Metadata, fields: Fields) -> list[str]:
-    """Whether each layer has a window: an array, or a period of which the last layer has none."""
-    key, layers = "attention.sliding_window_pattern", fields["num_hidden_layers"]
-    if meta.is_array(key):
-        windowed = meta.array(key, bool, layers)
-    else:
-        period = meta.count(key, PERIODS[meta.architecture], least=0)
-        windowed = [period == 0 or (i + 1) % period != 0 for i in range(layers)]
-    return ["sliding_attention" if value else "full_attention" for value in windowed]
-
-
-def _gemma_scale(meta: Metadata, fields: Fields) -> Fields:
-    if fields["num_hidden_layers"] == GEMMA_27B[meta.architecture]:
-        return {"query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]}
-    return {"query_pre_attn_scalar": fields["head_dim"]}
-
-
-_BIASES = {"attention_bias": ATTENTION}
-ARCHITECTURES = {
-    "llama": Architecture(
-        "llama",
-        Rope(base=10000.0, tables=frozenset({FREQS, SHORT, LONG})),
-        _plain,
-        LlamaTensorProcessor,
-        biases=_BIASES | {"mlp_bias": MLP},
-    ),
-    "smollm3": Architecture("smollm3", Rope(), _smollm3, LlamaTensorProcessor, biases=_BIASES | {"mlp_bias": MLP}),
-    "qwen2": Architecture("qwen2", Rope(), _plain),
-    "qwen3": Architecture("qwen3", Rope(), _plain, biases=_BIASES),
-    "phi3": Architecture(
-        "phi3",
-        Rope(frozenset({"default", "longrope"}), partial=True, tables=frozenset({SHORT, LONG})),
-        _phi3,
-    ),
-    "gemma2": Architecture("gemma2", Rope(base=10000.0), _gemma2, Gemma2TensorProcessor, True, _BIASES),
-    "gemma3": Architecture(
-        "gemma3_text", Rope(frozenset({"default", "linear"})), _gemma3, Gemma2TensorProcessor, True, _BIASES
-    ),
-}
 
 
 def architecture_of(content: Content) -> str:
@@ -220,8 +80,9 @@ def config_of(content: Content) -> Any:
     for key, linears in architecture.biases.items():
         fields[key] = _has_biases(content, linears, fields["num_hidden_layers"])
     fields |= architecture.own(meta, content, fields)
-    divisor = fields["query_pre_attn_scalar" if "query_pre_attn_scalar" in fields else "head_dim"]
-    meta.must_equal("attention.scale", 1 / math.sqrt(divisor), "this model", unset=0.0)
+    if "attention_multiplier" not in fields:
+        divisor = fields["query_pre_attn_scalar" if "query_pre_attn_scalar" in fields else "head_dim"]
+        meta.must_equal("attention.scale", 1 / math.sqrt(divisor), "this model", unset=0.0)
     meta.refuse_unread()
     kind = CONFIG_MAPPING[architecture.model_type]
     if not hasattr(kind, "head_dim") and fields["head_dim"] * fields["num_attention_heads"] == fields["hidden_size"]:
@@ -241,6 +102,7 @@ def _sizes(meta: Metadata, architecture: Architecture, content: Content) -> Fiel
     width = meta.count("attention.key_length", default)
     for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
         meta.must_equal(key, width, "transformers")
+    field, epsilon = architecture.epsilon
     out = {
         "vocab_size": _vocabulary(meta, content),
         "hidden_size": hidden,
@@ -250,7 +112,7 @@ def _sizes(meta: Metadata, architecture: Architecture, content: Content) -> Fiel
         "num_key_value_heads": meta.count("attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": meta.count("context_length"),
-        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon", accepts=lambda x: 0 < x < 1),
+        field: meta.number(epsilon, accepts=lambda x: 0 < x < 1),
     }
     if heads % out["num_key_value_heads"]:
         raise meta.refusal("attention.head_count_kv", f"{heads} heads cannot share that many evenly")

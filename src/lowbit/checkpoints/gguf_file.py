@@ -19,9 +19,11 @@ from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-from lowbit.checkpoints.gguf_config import ARCHITECTURES, Content, architecture_of, config_of
+from lowbit.checkpoints.gguf_config import architecture_of, config_of
+from lowbit.checkpoints.gguf_content import Content
 from lowbit.checkpoints.gguf_layout import check_layout
 from lowbit.checkpoints.gguf_rope import TABLES
+from lowbit.checkpoints.gguf_sources import ARCHITECTURES
 from lowbit.checkpoints.gguf_types import Reader, values_of
 from lowbit.errors import LowbitError, one_line, shown
 
@@ -66,7 +68,7 @@ def open_gguf(path: Path) -> GgufFile:
     model = _meta_model(_config(content), path)
     processor = ARCHITECTURES[architecture].processor(config=model.config.to_dict())
     try:
-        names = get_gguf_hf_weights_map(WithoutParts(model), processor)
+        names = get_gguf_hf_weights_map(WithoutParts(model), processor, architecture)
     except NotImplementedError as error:
         raise LowbitError(f"the installed gguf package does not know the tensors of {path}: {error}") from error
     scales = _scales(reader)

@@ -102,6 +102,13 @@ class Metadata:
             raise self.refusal(key, f"allowed are {', '.join(allowed)}")
         return value
 
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean. Raises as ``count`` does."""
+        value = self._read(key, default)
+        if not isinstance(value, bool):
+            raise self.refusal(key, "allowed are true and false")
+        return value
+
     def array(self, key: str, kind: type, length: int) -> list[Any]:
         """An array of ``length`` values of a type. Raises as ``count`` does."""
         value = self._read(key, None)

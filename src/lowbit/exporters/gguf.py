@@ -274,7 +274,7 @@ def _exponent(run: Run, module: str) -> int:
     """Of the power of two that divides a weight's scales, and that the file holds beside the blocks; 0 without."""
     if not isinstance(run.subject.weights[module].scales, TwoLevel):
         return 0
-    return shared_exponent([run.qtensor(module).qparams.scale])
+    return shared_exponent([run.qtensor(module).qparams.scale]) or 0
 
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.exporters.gguf_architectures.architecture import Architecture
+from lowbit.exporters.gguf_architectures.exaone import EXAONE4
 from lowbit.exporters.gguf_architectures.fused import GLM4, PHI3
 from lowbit.exporters.gguf_architectures.gemma import GEMMA2, GEMMA3
 from lowbit.exporters.gguf_architectures.gpt_oss import GPT_OSS
 from lowbit.exporters.gguf_architectures.lfm import LFM2
-from lowbit.exporters.gguf_architectures.llama import GRANITE, LLAMA, MINISTRAL3, MIXTRAL, SMOLLM3
+from lowbit.exporters.gguf_architectures.llama import ERNIE, GRANITE, LLAMA, MINISTRAL3, MIXTRAL, SEED_OSS, SMOLLM3
+from lowbit.exporters.gguf_architectures.no_gate import ARCEE, NEMOTRON, STARCODER2
 from lowbit.exporters.gguf_architectures.olmo import OLMO2, OLMO3, OLMOE
 from lowbit.exporters.gguf_architectures.parallel import COHERE2, GPT_NEOX, STABLELM
 from lowbit.exporters.gguf_architectures.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN35
@@ -43,6 +45,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GPTNeoXForCausalLM": GPT_NEOX,
     "Lfm2ForCausalLM": LFM2,
     "GptOssForCausalLM": GPT_OSS,
+    "SeedOssForCausalLM": SEED_OSS,
+    "Ernie4_5ForCausalLM": ERNIE,
+    "Exaone4ForCausalLM": EXAONE4,
+    "ArceeForCausalLM": ARCEE,
+    "NemotronForCausalLM": NEMOTRON,
+    "Starcoder2ForCausalLM": STARCODER2,
 }
 
 

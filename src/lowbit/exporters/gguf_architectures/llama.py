@@ -1,6 +1,6 @@
-"""Llama, Mistral, Mixtral, SmolLM3, Ministral 3 and Granite: llama.cpp's ``llama`` and what is close to it.
+"""Llama, Mistral, Mixtral, SmolLM3, Ministral 3, Granite, Seed-OSS, ERNIE 4.5: ``llama`` and what is close to it.
 
-https://github.com/ggml-org/llama.cpp/tree/master/src/models (llama, smollm3, mistral3, granite)
+https://github.com/ggml-org/llama.cpp/tree/master/src/models (llama, smollm3, mistral3, granite, seed-oss, ernie4-5)
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ def _granite_unlike(config: Any) -> str | None:
     return f"{zero} 0; llama.cpp's granite takes 0 for a factor that is not there" if zero else None
 
 
+def _seed_oss_unlike(config: Any) -> str | None:
+    return has_biases(config, "seed_oss", "attention_out_bias", "mlp_bias")
+
+
+def _ernie_unlike(config: Any) -> str | None:
+    return has_biases(config, "ernie4_5", "use_bias")
+
+
 LLAMA = Architecture("llama", ANY_ROPE, adjacent=True, tensor_scales=True, unlike=_llama_unlike)
 MIXTRAL = Architecture(
     "llama", ANY_ROPE, adjacent=True, tensor_scales=True, facts=_mixtral_facts, unlike=_llama_unlike
@@ -80,3 +88,6 @@ MINISTRAL3 = Architecture(
     unlike=_ministral3_unlike,
 )
 GRANITE = Architecture("granite", ANY_ROPE, adjacent=True, facts=_granite_facts, unlike=_granite_unlike)
+SEED_OSS = Architecture("seed_oss", unlike=_seed_oss_unlike)
+# Neighbouring dimensions rotate together in the library, too.
+ERNIE = Architecture("ernie4_5", unlike=_ernie_unlike)
