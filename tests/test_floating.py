@@ -23,6 +23,18 @@ TABLES = {
 
 
 @pytest.mark.parametrize("element", TABLES, ids=lambda element: element.name)
+def test_gradients_between_codes_are_the_steps_of_the_table(element: Float) -> None:
+    table = torch.tensor(TABLES[element], dtype=torch.float64)
+    between = (torch.arange(len(table) - 1) + 0.5 + element.middle).double().requires_grad_()
+    values = element.value(between)
+    (steps,) = torch.autograd.grad(values.sum(), between)
+    assert torch.equal(steps, table.diff())
+    at = values.detach().requires_grad_()
+    (inverse,) = torch.autograd.grad(element.code(at).sum(), at)
+    assert torch.equal(inverse, 1 / table.diff())
+
+
+@pytest.mark.parametrize("element", TABLES, ids=lambda element: element.name)
 def test_codes_are_the_table_in_order(element: Float) -> None:
     positive = torch.tensor(TABLES[element], dtype=torch.float64)
     values = torch.cat([-positive.flip(0)[:-1], positive])

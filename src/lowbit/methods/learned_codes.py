@@ -1,4 +1,4 @@
-"""Three ways to learn the codes of a weight: an offset before rounding, a gate between two codes, a choice of several.
+"""Three ways to learn the codes of a weight: an offset before rounding, a gate between two codes, a choice.
 
 Each starts at given codes, from *latent* weights whose nearest codes these are; ``position`` is theirs in units of
 codes, for any format. ``values`` are what training differentiates, ``chosen`` the values of the codes that ship.
@@ -127,7 +127,8 @@ class LearnedCodes(ABC):
         return None
 
     def project(self) -> None:
-        """After each step, without gradients: the leaves' constraints."""
+        """After each step, without gradients: the leaves' constraints, by default none."""
+        return
 
 
 class SignOffsets(LearnedCodes):

@@ -89,8 +89,9 @@ class RoundingFit:
 
     def project(self) -> None:
         """After each step: bounds, and one more step taken."""
-        for own in (*self.codes.values(), *self.scales.values()):
-            own.project()
+        for codes, scales in zip(self.codes.values(), self.scales.values(), strict=True):
+            codes.project()
+            scales.project()
         self.taken += 1
 
     def loss(self, indices: Tensor) -> Tensor:

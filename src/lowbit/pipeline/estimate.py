@@ -2,8 +2,8 @@
 
 Memory covers embeddings and head, one window of blocks (float weights, a working copy, second moments, those of as
 many experts as one pass collects) and the hidden states; for ``rounding`` and ``tune`` also what they learn, with
-gradients, best values and the optimizer's moments. Time is the floating-point operations of the forward passes over the measured matrix-product
-throughput; searches and factorizations are not counted, so it is a lower bound.
+gradients, best values and the optimizer's moments. Time is the floating-point operations of the forward passes over
+the measured matrix-product throughput; searches and factorizations are not counted, so it is a lower bound.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Float:
         size, unit = steps.abs(), 2**self.mantissa
         above = (size / unit).floor().clamp(min=1) - 1  # binades above the smallest normal one
         exponent = (above + (self.smallest_exponent - self.mantissa)).int()
-        return torch.copysign(torch.ldexp(size - above * unit, exponent), steps)
+        return torch.copysign(_times_power(size - above * unit, exponent), steps)
 
     def to_bits(self, codes: Tensor) -> Tensor:
         """Codes as bit patterns, sign in the highest bit; ``uint8``. There is no negative zero.
@@ -107,7 +107,7 @@ class Float:
         """Number of codes between 0 and a positive value."""
         exponent = self._exponent(magnitude)
         above = (exponent - self.smallest_exponent) * 2**self.mantissa
-        return torch.ldexp(magnitude, self.mantissa - exponent) + above
+        return _times_power(magnitude, self.mantissa - exponent) + above
 
 
 E2M1, E2M3, E4M3 = Float(2, 1, 6.0), Float(2, 3, 7.5), Float(4, 3, 448.0)
@@ -166,6 +166,11 @@ class _Identity(torch.autograd.Function):
 def given(x: Tensor, value: Tensor) -> Tensor:
     """``value`` with the gradient of ``x``: a straight-through estimator (Bengio et al. 2013)."""
     return _Identity.apply(x, value) if x.requires_grad else value
+
+
+def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """``x * 2 ** exponent``, exact and differentiable: the gradient of ``ldexp`` itself is 0 below 2 ** 0."""
+    return x * torch.ldexp(torch.ones_like(x), exponent)
 
 
 def _round_to(x: Tensor, step: Tensor) -> Tensor:
