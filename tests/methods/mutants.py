@@ -10,13 +10,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lowbit.methods import METHODS, RTN, lowrank, outlier_suppression, reassemble, smoothquant
+from lowbit.methods import METHODS, RTN, llm_int8, lowrank, outlier_suppression, reassemble, rptq, smoothquant
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.method import DECLARED, Method
 from lowbit.methods.options import with_options
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run, run_all, run_quantized
+from lowbit.models.outlier_columns import OutlierColumns
 from lowbit.models.runtime_ops import Matrix
 
 Call = Callable[[Any, Block, Calib], Block]
@@ -56,7 +57,7 @@ def patched(module: Any, function: str, wrong: Any) -> Call:
 
 
 right_scale, right_move = smoothquant.smooth_scale, outlier_suppression.move
-right_suppression = outlier_suppression.suppression_scale
+right_suppression, right_columns = outlier_suppression.suppression_scale, llm_int8.outlier_columns
 
 
 def smooth_inverted(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -125,6 +126,20 @@ def shift_with_wrong_sign(*args: Any, shift: Tensor | None = None, **kwargs: Any
     return right_move(*args, shift=None if shift is None else -shift, **kwargs)
 
 
+def columns_of_zeros(block: Block, linear: str, outlier: Tensor) -> OutlierColumns:
+    op = right_columns(block, linear, outlier)
+    return OutlierColumns(op.kept, torch.zeros_like(op.columns))
+
+
+def clusters_at_random(low: Tensor, high: Tensor, count: int) -> Tensor:
+    labels = torch.arange(len(low)) % count
+    return labels[torch.randperm(len(low), generator=torch.Generator().manual_seed(0))]
+
+
+def distilled_at_rest(self: Any, block: Block, calib: Calib) -> Block:
+    return METHODS["lkd"].__call__(with_options(self, lr=0.0), block, calib)
+
+
 SMOOTH, SUPPRESSION = "smoothquant", "outlier-suppression+"
 MUTANTS = [
     mutant(SMOOTH, "factor", "scale inverted", patched(smoothquant, "smooth_scale", smooth_inverted)),
@@ -143,6 +158,9 @@ MUTANTS = [
     mutant(SMOOTH, "input", "writes into the given block", smooth_in_place),
     mutant(SMOOTH, "input", "drops the notes of earlier steps", smooth_and_clipped_notes),
     mutant(SMOOTH, "ops", "leaves a runtime op that it does not declare", smooth_with_matrix),
+    mutant("llm-int8", "factor", "columns forgotten", patched(llm_int8, "outlier_columns", columns_of_zeros)),
+    mutant("rptq", "factor", "clusters at random", patched(rptq, "cluster_ranges", clusters_at_random)),
+    mutant("lkd", "factor", "nothing is learned", distilled_at_rest),
     mutant("rtn", "codes", "the last linear is left out", rtn_without_last),
     mutant(
         SUPPRESSION,

@@ -125,11 +125,12 @@ def _order(block: Block, edge: Edge, low: Tensor, high: Tensor) -> tuple[Tensor,
         idx, sizes = reordered(cluster_ranges(low, high, format.clusters))
         return idx.to(low.device), sizes
     heads = edge.layout
-    ends = (edge.pooled(low, "amin"), edge.pooled(high, "amax"))
+    lows = edge.pooled(low, "amin").unflatten(0, (heads.kv, heads.dim))
+    highs = edge.pooled(high, "amax").unflatten(0, (heads.kv, heads.dim))
     order: list[Tensor] = []
     sizes = []
-    for head, own in enumerate(zip(*(end.unflatten(0, (heads.kv, heads.dim)) for end in ends), strict=True)):
-        idx, parts = reordered(cluster_ranges(*own, format.clusters // heads.query))
+    for head in range(heads.kv):
+        idx, parts = reordered(cluster_ranges(lows[head], highs[head], format.clusters // heads.query))
         order.append(idx + head * heads.dim)
         sizes += parts * heads.group
     return torch.cat(order).to(low.device), sizes

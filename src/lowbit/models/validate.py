@@ -266,9 +266,9 @@ def _check_packed(
                 f"'{full}' in {checkpoint.folder} is {stored[full].dtype} {stored[full].shape}; config.json and "
                 f"lowbit.json imply {due.dtype} {due.shape}: they do not match"
             )
-        if name == SIZES and (said := int(checkpoint.read([full])[full].sum())) != columns:
+        if name == SIZES and (covered := int(checkpoint.read([full])[full].sum())) != columns:
             raise LowbitError(
-                f"'{full}' in {checkpoint.folder} has clusters of {said} channels, config.json implies {columns}: "
+                f"'{full}' in {checkpoint.folder} has clusters of {covered} channels, config.json implies {columns}: "
                 "they do not match"
             )
         if name == "weight_shape" and (said := checkpoint.read([full])[full].tolist()) != list(shape):
