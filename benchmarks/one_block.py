@@ -38,7 +38,6 @@ ROWS: Mapping[str, tuple[Method, ...]] = {
     "qronos": (Qronos(),),
     "qronos, ridge 0.01": (Qronos(ridge=0.01),),
     "qronos, ridge 0.1": (Qronos(ridge=0.1),),
-    "qronos, ridge 1": (Qronos(ridge=1.0),),
 }
 
 
