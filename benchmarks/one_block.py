@@ -37,7 +37,7 @@ ROWS: Mapping[str, tuple[Method, ...]] = {
     "refit, gptq": (Refit(), GPTQ()),
     "qronos": (Qronos(),),
     "qronos, ridge 0.01": (Qronos(ridge=0.01),),
-    "qronos, ridge 0.3": (Qronos(ridge=0.3),),
+    "qronos, ridge 0.1": (Qronos(ridge=0.1),),
 }
 
 

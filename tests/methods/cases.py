@@ -139,6 +139,10 @@ CASES: dict[str, Case] = {
     "rounding": Case("correlated inputs", 0.4, 0.26, options={"epochs": 10, "held_out": 0.0}, hidden=correlated),
     # GPTQ, which approximates the weights' output on the input as it is, leaves 0.92.
     "qronos": Case("correlated inputs that are off the float model's", 0.2, 0.11, hidden=correlated, drift=0.3),
+    # Half of the weights are 0: the rest makes up for them where inputs have few directions.
+    "sparsegpt": Case(
+        "inputs in a few directions, at few bits", 0.45, 0.28, scheme="w3a8", hidden=lambda x: correlated(x, 2)
+    ),
     # The start without learning leaves 0.52, diagonals alone 0.27.
     "affinequant": Case(
         "outlier channels, and heads mixed by matrices",
@@ -177,6 +181,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "rtn": ({"search": True},),
     "gptq": ({"target": "output"}, {"search": True}),
     "rounding": ({"start": "gptq"}, {"parametrisation": "sigmoid"}, {"parametrisation": "gumbel", "bound": 1.0}),
+    "qronos": ({"act_order": False, "search": True},),
+    "sparsegpt": ({"pattern": "unstructured"}, {"pattern": "4:8", "search": True}),
     "affinequant": ({"qkv": "matrix", "mlp": "matrix"}, {"act_clip": True}),
     "reassemble": (
         {"sites": "all", "theta": "most", "most": 0.2},

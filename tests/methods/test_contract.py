@@ -34,6 +34,7 @@ from method_contract import (
 )
 from mutants import MUTANTS
 
+from lowbit.errors import LowbitError
 from lowbit.methods import METHODS, RTN
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.lowrank import LowRank
@@ -62,6 +63,10 @@ TRIED += [(name, "llama-odd", "w4a8g16") for name in METHODS]
 # Half of the experts are reached by fewer tokens than statistics need.
 TRIED += [(name, "mixtral", "w4a8") for name in METHODS]
 # One of each kind of format; superblocks have 256 values, tiles 128, of which the last may be smaller.
+# Half of the weights become 0, whose error rounding to nearest does not have.
+PRUNING = ["sparsegpt"]
+# Formats in which no code stands for 0, which pruning needs.
+WITHOUT_ZERO = ["q4_k", "iq4_nl"]
 KINDS = ["nvfp4a16", "mxfp4", "fp8", "fp8-blocka16", "q4_k", "iq4_nl", "w8a8-static", "w8a8-static8", "nvfp4"]
 WIDE = {"q4_k": {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}}
 WIDE["fp8-blocka16"] = {"hidden_size": 192, "intermediate_size": 160, "head_dim": 48}
@@ -279,6 +284,10 @@ def test_a_method_without_one_of_its_functions_cannot_be_made(missing):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_keeps_its_word_in_every_kind_of_format(name, scheme):
     block, calib = window("llama-odd", scheme, 1)
+    if name in PRUNING and scheme in WITHOUT_ZERO:
+        with pytest.raises(LowbitError, match="has no code for 0"):
+            usual(name)(block, calib)
+        return
     # Sign flips act through zero points alone, and the search for a threshold starts from the layer as it is.
     check_word(attempt(usual(name), block, calib), does=name not in ("signs", "outlier-suppression+", CLUSTERED))
     check_seeds(usual(name), block, calib)
@@ -288,7 +297,7 @@ def test_a_step_keeps_its_word_in_every_kind_of_format(name, scheme):
 
 
 @pytest.mark.parametrize("scheme", KINDS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in PRUNING])
 def test_in_every_kind_of_format_a_step_stays_near_round_to_nearest(name, scheme):
     block, calib = window("llama-odd", scheme, 1)
     check_factor(usual(name), replace(block, clips={}), replace(calib, x_q=calib.x_fp), 1.1)
@@ -475,7 +484,7 @@ def test_the_output_is_closer_to_the_float_blocks_than_with_round_to_nearest(rec
     assert 0 < output_error(recipe, name, scheme) <= slack * baseline < 1
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in PRUNING])
 def test_every_recipe_stays_near_round_to_nearest_where_nothing_is_promised(recipe):
     scheme = "w4a8" if about_inputs(recipe) else "w4a16"
     assert output_error(recipe, "llama-odd", scheme) <= 1.1 * output_error("rtn", "llama-odd", scheme)

@@ -156,8 +156,9 @@ def test_each_linear_reads_both_streams_behind_the_linears_quantized_before_it(t
     x, x_q = rows_of(torch.cat(wanted), torch.cat(got), tokens)
     gram, cross = x_q.T @ x_q, x.T @ x_q
     order = order_of(x_q, True)
-    solved, first = corrected(block.weight(name).double(), gram, cross, 0.1, int(order[0]))
-    upper, _ = inverse_factor(gram[order][:, order], 0.1)
+    ridge = Qronos().ridge
+    solved, first = corrected(block.weight(name).double(), gram, cross, ridge, int(order[0]))
+    upper, _ = inverse_factor(gram[order][:, order], ridge)
     format = block.weight_format(name)
     qparams = format.qparams(solved.float())
     expected = gptq_codes(solved, upper, order, type(qparams)(*(p.double() for p in qparams)), format, 128, first)

@@ -174,7 +174,7 @@ def test_stock_transformers_loads_the_zeros_and_computes_the_simulated_logits(tm
 
     import lowbit
 
-    save_tiny("llama", tmp_path / "m")
+    save_tiny(tmp_path / "m", "llama")
     (tmp_path / "sparse.yaml").write_text("steps: [sparsegpt]\n")
     made = quantize_tiny(tmp_path / "m", tmp_path / "out", "w4a16g16-sym", str(tmp_path / "sparse.yaml"))
     assert made.manifest.blocks[0].steps["sparsegpt"]["stored"] == "dense"

@@ -59,6 +59,11 @@ class Bucket:
         return [tensor.numel() for tensor in self.tensors]
 
     @cached_property
+    def repeats(self) -> Tensor:
+        """``sizes`` on the tensors' device."""
+        return torch.tensor(self.sizes, device=self.moments.mean.device)
+
+    @cached_property
     def places(self) -> list[Tensor]:
         """The tensors' memory; in one dimension, as moments have, where they are contiguous."""
         return [t.detach().view(-1) if t.is_contiguous() else t.detach() for t in self.tensors]
@@ -84,15 +89,13 @@ class Bucket:
         counts = torch.arange(most + 1, dtype=mean.dtype, device=mean.device)
         power = square / (1 - BETAS[1] ** counts).index_select(0, steps)
         unbiased = mean / (1 - BETAS[0] ** counts).index_select(0, steps)
-        sizes = self.sizes
-        sizes_there = torch.tensor(sizes, device=mean.device)
-        powers = power.split(sizes)
-        means = torch.stack([part.mean() for part in powers])
+        powers = power.split(self.sizes)
+        sizes_of_gradients = torch.stack([part.mean() for part in powers]).sqrt()
         # The smallest number keeps 0 / 0 out where no entry has had a gradient.
-        epsilon = (EPS * means.sqrt()).clamp(min=torch.finfo(power.dtype).tiny)
-        power.sqrt_().add_(epsilon.repeat_interleave(sizes_there, output_size=len(power)))
-        steps_of = (self._like_places(parts) for parts in (unbiased.split(sizes), powers))
-        torch._foreach_addcdiv_(self.places, *steps_of, [-rate * factor for rate in self.rates])
+        epsilon = (EPS * sizes_of_gradients).clamp(min=torch.finfo(power.dtype).tiny)
+        power.sqrt_().add_(epsilon.repeat_interleave(self.repeats, output_size=len(power)))
+        means, roots = self._like_places(unbiased.split(self.sizes)), self._like_places(powers)
+        torch._foreach_addcdiv_(self.places, means, roots, [-rate * factor for rate in self.rates])
 
     def _like_places(self, parts: Iterable[Tensor]) -> list[Tensor]:
         pairs = zip(parts, self.places, strict=True)

@@ -51,7 +51,7 @@ class Qronos(Method):
         act_order, block_size, tokens, search: see ``GPTQ``.
     """
 
-    ridge: float = 0.1
+    ridge: float = 0.3
     act_order: bool = True
     block_size: int = 128
     tokens: str = "normalized"
