@@ -31,14 +31,15 @@ class OverTexts:
 def over_texts(run: RunFacts, floats: Sequence[FloatFacts]) -> list[OverTexts]:
     """A run's ratios for each protocol under which it and a float model were measured on two texts or more.
 
-    Of a text that was measured on several numbers of tokens, the largest counts.
+    Of a text that was measured on several numbers of tokens, the largest counts; ``builtin`` is ``builtin:wiki``.
     """
     exact = {question(result): result["value"] for model in floats for result in model.scores}
     groups: dict[str, dict[str, tuple[Entry, float]]] = {}
     for result in _perplexities(run.scores):
         if (unit := exact.get(question(result))) is None:
             continue
-        group, name = groups.setdefault(_protocol(result), {}), result["on"]
+        group = groups.setdefault(_protocol(result), {})
+        name = "builtin:wiki" if result["on"] == "builtin" else result["on"]
         if name not in group or _tokens(group[name][0]) < _tokens(result):
             group[name] = result, unit
     return [
