@@ -44,8 +44,8 @@ class Compared:
         texts: by data name: ``corpus``, ``kind`` (of text), ``tokens``, ``windows``, ``data_hash``, the float
             model's ``perplexity`` and in ``runs``, in the runs' order, ``perplexity``, its ``ratio`` to the float
             model's with the interval ``ratio_low`` to ``ratio_high`` (``None`` for a single window), ``kl_mean`` and
-            ``kl_p99`` in nats, ``top1_agreement`` (0 to 1) and ``block_error``: for each block the mean over tokens of
-            ``||y - y_float||^2 / ||y_float||^2``, each model running from its own embeddings.
+            ``kl_p99`` in nats, ``top1_agreement`` (0 to 1) and ``block_error``: for each block the mean over tokens
+            of ``||y - y_float||^2 / ||y_float||^2``, each model running from its own embeddings.
         ratios: for each run the ratios of its perplexities, their mean and the worst; see ``Ratios``.
         calibrated: for each run, by data name, whether it was calibrated on this kind of text; ``None``: not known.
         generations: ``prompt``, ``float`` and ``runs``: greedy continuations; ``None`` without a prompt.
