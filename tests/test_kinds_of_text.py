@@ -67,12 +67,9 @@ def test_the_manifest_and_the_card_have_the_kinds(places):
     data = manifest_of(places / "mixture").identity.data
     assert data.corpus == "builtin:wiki+c4+code+multilingual (first 80 %)"
     assert data.kinds == {"wiki": 4, "c4": 2, "code": 1, "multilingual": 1}
-    assert list(data.kinds)[:2] == ["wiki", "c4"]  # the largest first
     assert data.held_out == "code"
     told = "4 windows of wiki, 2 of c4, 1 of code, 1 of multilingual; learned steps validate on code alone"
-    assert f"| kinds of text | {told} |" in (places / "mixture/README.md").read_text().replace(
-        "1 of multilingual, 1 of code", "1 of code, 1 of multilingual"
-    )
+    assert f"| kinds of text | {told} |" in (places / "mixture/README.md").read_text()
 
 
 def test_a_single_text_has_no_mixture(places):
@@ -146,7 +143,8 @@ def test_the_reference_is_measured_on_the_same_tokens(places, capsys):
     assert found.ratios.by_text[found.ratios.worst] == max(wanted)
     out, err = printed(capsys, "evaluate", run, "--length", "16", "--reference", places / "m")
     assert ratio_line(found.ratios) in " ".join(out.split())
-    assert "kind calibrated on" in out
+    for part in ("calibrated", " yes ", " no "):
+        assert part in out
     assert "warning" not in err
     shown = json.loads(printed(capsys, "evaluate", run, "--length", "16", "--reference", places / "m", "--json")[0])
     assert shown["ratios"]["by_text"] == found.ratios.by_text
@@ -165,9 +163,9 @@ def test_texts_that_part_are_told(places, capsys, monkeypatch):
 
 
 def test_from_which_ratio_on_texts_part():
-    exact = {"a": 10.0, "b": 20.0}
-    assert not ratios_of({"a": 12.0, "b": 36.0}, exact).parted  # 1.2 and 1.8: just 1.5 times
-    parted = ratios_of({"a": 12.0, "b": 36.1}, exact)
+    exact = {"a": 8.0, "b": 8.0}
+    assert not ratios_of({"a": 12.0, "b": 18.0}, exact).parted  # 1.5 and 2.25: just 1.5 times
+    parted = ratios_of({"a": 12.0, "b": 18.01}, exact)
     assert (parted.parted, parted.best, parted.worst) == (True, "a", "b")
     for broken in (math.inf, math.nan):
         lost = ratios_of({"a": 12.0, "b": broken}, exact)

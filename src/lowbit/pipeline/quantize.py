@@ -246,9 +246,8 @@ class Resolved:
 
 
 def _recorded(tokens: Tokens, special: str) -> Calibration:
-    """Calibration tokens as the manifest records them; kinds by their number of windows, the largest first."""
-    samples, length = tokens.ids.shape
-    kinds = dict(Counter(tokens.kinds).most_common())
+    """Calibration tokens as the manifest records them."""
+    (samples, length), kinds = tokens.ids.shape, dict(Counter(tokens.kinds))
     return Calibration(tokens.corpus, samples, length, tokens.bos, special, tokens.hash, kinds, tokens.held_out)
 
 

@@ -47,14 +47,14 @@ class Calibration:
     held_out: str | None = None
 
     def mixture(self) -> str:
-        """The kinds of text in words; empty for a single one.
+        """The kinds of text in words, the largest first; empty for a single one.
 
         >>> Calibration("a", 8, 64, "auto", "", "0f", {"wiki": 7, "code": 1}, "code").mixture()
         '7 windows of wiki, 1 of code; learned steps validate on code alone'
         """
         if len(self.kinds) < 2:
             return ""
-        (first, count), *others = self.kinds.items()
+        (first, count), *others = sorted(self.kinds.items(), key=lambda item: (-item[1], item[0]))
         parts = [f"{count} windows of {first}", *(f"{count} of {kind}" for kind, count in others)]
         validated = "on a share of every kind" if self.held_out is None else f"on {self.held_out} alone"
         return f"{', '.join(parts)}; learned steps validate {validated}"
