@@ -3,10 +3,11 @@
     python benchmarks/results.py [--wikitext2 FOLDER] [--seeds 3] [--limit 1000] [--scheme NAME ...] [--out FILE]
 
 Each scheme is a table of its own, since rows of different protocols do not compare: the float model first, then the
-recipes. All are measured on the built-in texts, by perplexity and token by token against the float model;
-``--wikitext2`` names a folder with the raw texts ``wiki.valid.raw`` (then the calibration text) and ``wiki.test.raw``
-(one more text). ``--limit`` adds zero-shot tasks with that many documents of each. Finished rows are kept in
-``build/results`` by what they measured, so that an interrupted command goes on; ``--fresh`` measures all again.
+recipes. All are measured on the built-in texts, by perplexity and token by token against the float model, always with
+one of a kind that was not calibrated on; ``--wikitext2`` names a folder with the raw texts ``wiki.valid.raw`` (then
+the calibration text) and ``wiki.test.raw`` (one more text). ``--limit`` adds zero-shot tasks with that many documents
+of each. Finished rows are kept in ``build/results`` by what they measured, so that an interrupted command goes on;
+``--fresh`` measures all again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.data.builtin import MIXTURE, unseen_kind
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import integer
 from lowbit.quant.scheme import parse_scheme
@@ -94,6 +96,22 @@ class Protocol:
         return row
 
 
+def protocol_of(wikitext2: Path | None, tokens: int, limit: int) -> Protocol:
+    """The texts of a document: those that show what calibration knows, and last one of a kind that it lacks.
+
+    Calibration on WikiText-2 has seen neither code nor other languages: the multilingual text is held back. The
+    built-in mixture has, so that the technical text follows.
+    """
+    calibration, texts = "builtin", [("Wikipedia", "builtin:wiki"), ("C4", "builtin:c4")]
+    texts.append(("Multilingual", "builtin:multilingual"))
+    if wikitext2 is None:
+        texts.append((unseen_kind(MIXTURE).capitalize(), f"builtin:{unseen_kind(MIXTURE)}"))
+    else:
+        calibration, test = (str(wikitext2 / f"wiki.{part}.raw") for part in ("valid", "test"))
+        texts.insert(0, ("WikiText-2", test))
+    return Protocol(calibration, tuple(texts), tokens, limit)
+
+
 def cpu_seconds(command: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
     """What a command that starts processes returns, and the CPU seconds that these took."""
 
@@ -155,7 +173,8 @@ def table(protocol: Protocol, scheme: str, rows: Mapping[str, Sequence[Figures]]
     heads = ["recipe", "bits/weight"]
     for label, _ in protocol.texts:
         heads += [f"{label}, perplexity", "KL", "same token"]
-    lines = [f"## {scheme}", "", described(scheme), "", *_head([*heads, "worst x float", "CPU", "peak memory"])]
+    heads += ["mean x float", "worst x float", "CPU", "peak memory"]
+    lines = [f"## {scheme}", "", described(scheme), "", *_head(heads)]
     unit = next(_cpu(seeds) for recipe, seeds in rows.items() if recipe != "float")
     for recipe, seeds in rows.items():
         cells = [recipe, "32" if recipe == "float" else f"{seeds[0]['bits_per_weight']:.3f}"]
@@ -164,8 +183,9 @@ def table(protocol: Protocol, scheme: str, rows: Mapping[str, Sequence[Figures]]
             cells.append(spread([one["perplexity"] for one in found], 3))
             cells.append(spread([one["kl_mean"] for one in found], 4))
             cells.append(f"{100 * statistics.fmean(one['top1_agreement'] for one in found):.1f} %")
-        worst = [max(text["runs"][0]["ratio"] for text in measured["texts"].values()) for measured in seeds]
-        cells.append(spread(worst, 3))
+        ratios = [[text["runs"][0]["ratio"] for text in measured["texts"].values()] for measured in seeds]
+        cells.append(spread([statistics.geometric_mean(over_texts) for over_texts in ratios], 3))
+        cells.append(spread([max(over_texts) for over_texts in ratios], 3))
         if recipe == "float":
             cells += ["-", "-"]
         else:
@@ -203,7 +223,7 @@ def _line(cells: list[str]) -> str:
 def intro(protocol: Protocol, exact: Figures, versions: Mapping[str, str], seeds: int) -> list[str]:
     """What holds for all tables: model, texts, tasks, seeds, versions."""
     texts = exact["texts"]
-    count = next(iter(texts.values()))["tokens"]
+    sizes = ", ".join(f"{label} {texts[text]['tokens']}" for label, text in protocol.texts)
     hashes = ", ".join(f"{label} `{texts[text]['data_hash'][:12]}`" for label, text in protocol.texts)
     special = exact["protocol"]["special"] or "none"
     calibration = "the validation split of WikiText-2" if Path(protocol.calibration).suffix else protocol.calibration
@@ -217,11 +237,12 @@ def intro(protocol: Protocol, exact: Figures, versions: Mapping[str, str], seeds
         "",
         "## Protocol",
         "",
-        f"* **Texts**: {count} tokens of each in {count // LENGTH} consecutive windows of {LENGTH}, each scored on",
-        f"  its own; special tokens (BOS) before a window: {special}. Hashes of the tokens: {hashes}.",
+        f"* **Texts**: consecutive windows of {LENGTH} tokens, each scored on its own; tokens of {sizes};",
+        f"  special tokens (BOS) before a window: {special}. Hashes of the tokens: {hashes}.",
         "* **Columns**: KL is the mean divergence from the float model's next-token distribution in nats, *same",
-        "  token* the share of positions at which both models predict the same token, *worst x float* the",
-        "  largest ratio of perplexities over the texts.",
+        "  token* the share of positions at which both models predict the same token, *mean x float* and *worst",
+        "  x float* the geometric mean and the largest ratio of perplexities over the texts.",
+        f"* **Not calibrated on**: no row saw text of the kind *{protocol.texts[-1][0]}*.",
         f"* **Calibration**: {SAMPLES} x {CALIBRATION_LENGTH} tokens of {calibration}, {drawn}; learned steps with",
         f"  `--effort {EFFORT}`.",
         "* **Cost**: CPU seconds of the whole `lowbit quantize` on one thread, as a multiple of the table's first",
@@ -279,11 +300,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the commands: CPU seconds of several threads include their waiting
-    calibration, texts = "builtin", [("Wikipedia", "builtin:wiki"), ("C4", "builtin:c4")]
-    if options.wikitext2:
-        calibration, test = (str(options.wikitext2 / f"wiki.{part}.raw") for part in ("valid", "test"))
-        texts.insert(0, ("WikiText-2", test))
-    protocol = Protocol(calibration, tuple(texts), options.tokens, options.limit)
+    protocol = protocol_of(options.wikitext2, options.tokens, options.limit)
     exact = row(protocol, "-", "float", 0, options.fresh)
     lines: list[str] = []
     versions: Mapping[str, str] = {}

@@ -67,8 +67,10 @@ def test_every_row_of_the_results_is_a_recipe_and_says_its_scheme():
 
 
 def _measured(perplexity, kl, exact=20.0, **more):
+    """Figures on two texts: on ``b`` the ratio to the float model is four times that on ``a``, or 1 with it."""
     run = {"perplexity": perplexity, "kl_mean": kl, "top1_agreement": 0.75, "ratio": perplexity / exact}
-    return {"texts": {"a": {"runs": [run]}}, **more}
+    other = {**run, "ratio": run["ratio"] * (1 if perplexity == exact else 4)}
+    return {"texts": {"a": {"runs": [run]}, "b": {"runs": [other]}}, **more}
 
 
 def test_a_scheme_of_the_results_has_its_own_table_with_float_in_the_first_row():
@@ -85,10 +87,18 @@ def test_a_scheme_of_the_results_has_its_own_table_with_float_in_the_first_row()
     }
     lines = results.table(protocol, "w4a16g64-sym", rows_)
     assert lines[0] == "## w4a16g64-sym"
-    assert "| float | 32 | 20.000 | 0.0000 | 75.0 % | 1.000 | - | - |" in lines
-    expected = "| rtn | 4.250 | 31.000 ± 1.414 | 0.6000 ± 0.1414 | 75.0 % | 1.550 ± 0.071 | 1.0 | 0.80 GB |"
-    assert expected in lines
-    assert "| gptq | 4.250 | 25.000 | 0.2500 | 75.0 % | 1.250 | 3.0 | 0.80 GB |" in lines
+    assert "| float | 32 | 20.000 | 0.0000 | 75.0 % | 1.000 | 1.000 | - | - |" in lines
+    measured = "31.000 ± 1.414 | 0.6000 ± 0.1414 | 75.0 %"
+    assert f"| rtn | 4.250 | {measured} | 3.100 ± 0.141 | 6.200 ± 0.283 | 1.0 | 0.80 GB |" in lines
+    assert "| gptq | 4.250 | 25.000 | 0.2500 | 75.0 % | 2.500 | 5.000 | 3.0 | 0.80 GB |" in lines
+
+
+@pytest.mark.parametrize(("wikitext2", "held_back"), [(None, "Technical"), (Path("texts"), "Multilingual")])
+def test_the_last_text_of_the_results_is_one_that_no_row_was_calibrated_on(wikitext2, held_back):
+    protocol = results.protocol_of(wikitext2, 1024, 0)
+    assert protocol.texts[-1] == (held_back, f"builtin:{held_back.lower()}")
+    assert dict(protocol.texts).keys() >= {"Wikipedia", "C4", "Multilingual"}
+    assert (wikitext2 is None) == (protocol.calibration == "builtin")
 
 
 def test_the_tasks_of_the_results_are_a_table_of_their_own():

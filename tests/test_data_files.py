@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lowbit.data import text, tokenization
 from lowbit.data.files import row_file, text_file
+from lowbit.data.mixture import validation_order
 from lowbit.errors import LowbitError
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -162,7 +163,10 @@ def test_windows_come_from_several_corpora_in_turn(tmp_path: Path) -> None:
     tok = byte_level()
     paths = [written(tmp_path, f"{c}.txt", c * 50) for c in "xyz"]
     drawn = text.calibration(paths, tok, 6, 5, 0)
-    assert [tok.decode(row) for row in drawn.ids] == ["xxxxx", "yyyyy", "zzzzz"] * 2
+    assert [f"{tok.decode(row)[0]}.txt" for row in drawn.ids] == list(drawn.kinds)
+    # Position 2 is the first of validation: see ``mixture.validation_order``; the windows are placed along it.
+    order = validation_order(6).tolist()
+    assert [tok.decode(drawn.ids[position]) for position in order] == ["xxxxx", "yyyyy", "zzzzz"] * 2
     assert drawn.corpus == "x.txt + y.txt + z.txt"
 
 

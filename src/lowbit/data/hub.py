@@ -11,8 +11,12 @@ from lowbit.errors import LowbitError, MissingExtra
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set on the hub; pairs are for (calibration, evaluation); ``joint`` joins documents if given."""
+    """A data set on the hub; pairs are for (calibration, evaluation); ``joint`` joins documents if given.
 
+    ``kind`` is its kind of text: data sets and built-in texts of one kind count as the same.
+    """
+
+    kind: str
     repo: str
     column: str
     joint: str | None
@@ -25,9 +29,13 @@ class HubText:
 _PTB = ("penn_treebank/train/0000.parquet", "penn_treebank/test/0000.parquet")  # the main revision is a script
 _C4 = ("en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
 HUB = {
-    "wikitext2": HubText("Salesforce/wikitext", "text", "\n\n", ("train", "test"), config="wikitext-2-raw-v1"),
-    "ptb": HubText("ptb-text-only/ptb_text_only", "sentence", " ", ("train", "test"), _PTB, "refs/convert/parquet"),
-    "c4": HubText("allenai/c4", "text", None, ("train", "validation"), _C4),
+    "wikitext2": HubText(
+        "wiki", "Salesforce/wikitext", "text", "\n\n", ("train", "test"), config="wikitext-2-raw-v1"
+    ),
+    "ptb": HubText(
+        "ptb", "ptb-text-only/ptb_text_only", "sentence", " ", ("train", "test"), _PTB, "refs/convert/parquet"
+    ),
+    "c4": HubText("c4", "allenai/c4", "text", None, ("train", "validation"), _C4),
 }
 
 

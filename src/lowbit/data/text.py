@@ -3,12 +3,13 @@
 * Calibration windows start at ``randint(0, tokens - length - 1)`` and may overlap, evaluation windows are
   consecutive, as in the papers (GPTQ, OmniQuant, AffineQuant, QLLM); ``windows.py`` says what a window starts with.
   Rejected: padding and attention masks; every window is full.
-* ``builtin`` comes from a published package, for machines without access to a hub; it is not WikiText-2. The first
-  80 % is for calibration, the last 20 % for evaluation, without its long lines that occur in both (one C4 page).
-  Calibration alternates Wikipedia and C4, so that consecutive windows contain both; evaluation uses Wikipedia alone,
-  because a mean over two kinds of text says less than either.
+* ``builtin`` comes from a published package, for machines without access to a hub; it is not WikiText-2. Calibration
+  draws from a mixture of its kinds of text (``builtin.py``), evaluation uses Wikipedia alone, because a mean over
+  several kinds of text says less than each.
 * A path gives the same text to both functions; to keep them separate, give two files.
-* Several corpora are drawn from in turn for calibration, and measured one by one for evaluation.
+* Several corpora are drawn from in turn for calibration, and measured one by one for evaluation. Every window carries
+  its kind of text; where windows of several kinds lie decides which of them learned steps validate on
+  (``mixture.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,11 +26,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints import pypi
 from lowbit.data import hub
+from lowbit.data.builtin import BUILTIN, MIXTURE, builtin_text
 from lowbit.data.chat import FIELDS, Document, documents
 from lowbit.data.files import PATHS, PLAIN, SUFFIXES, row_file, text_file
 from lowbit.data.hub import HUB
+from lowbit.data.mixture import arranged, held_out_kind, turns
 from lowbit.data.sources import WHOLE, Conversations, Pages, RunningText, Source
 from lowbit.data.windows import Bos, Tokens, WindowShape, window_shape
 from lowbit.errors import LowbitError, check_least, unknown
@@ -39,12 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 C4_WINDOWS = 256  # the papers' number of evaluation windows on C4
-REPEATED = 100  # characters from which a line that occurs in both parts counts as repeated text
 JOINT = "\n\n"  # between documents
-BUILTIN = {  # text: SHA-256 of its file
-    "wiki": "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
-    "c4": "baf09e746b3fa464c7cb20d4f206969657ce632283bf1d43b0b8d421ddb14505",
-}
 NAMES = ("builtin", *(f"builtin:{name}" for name in BUILTIN), *HUB)
 SELF = "self"
 
@@ -58,6 +56,21 @@ class Texts:
     def __str__(self) -> str:
         digest = hashlib.sha256("\0".join(self.texts).encode("utf-8", "surrogatepass")).hexdigest()
         return f"{len(self.texts)} given texts {digest[:8]}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a corpus, and its share of the windows drawn from the corpus.
+
+    Attributes:
+        kind: its kind of text: ``wiki``, ``c4`` and so on for the built-in texts and those of the hub, else its name.
+        source: gives its windows.
+        share: 1 for a corpus of one kind.
+    """
+
+    kind: str
+    source: Source
+    share: Fraction = Fraction(1)
 
 
 Corpus = str | Texts
@@ -114,10 +127,10 @@ def calibration(
         cache: the folder for the built-in text; hub data sets are in the hub's own cache.
         sampler: samples text from the model.
 
-    Several corpora give windows in turn; ``builtin`` alternates its two texts; ``c4`` draws a document, then an
-    offset in it; a window of conversations starts where one starts. Raises ``LowbitError`` for an unknown name, an
-    unreadable file, a text shorter than one window and sizes below 1 (``length``: 2), ``MissingExtra`` for a missing
-    package.
+    Several corpora give windows in turn, ``builtin`` those of its kinds in the shares of its mixture; windows of
+    several kinds lie where ``mixture.arranged`` puts them. ``c4`` draws a document, then an offset in it; a window of
+    conversations starts where one starts. Raises ``LowbitError`` for an unknown name, an unreadable file, a text
+    shorter than one window and sizes below 1 (``length``: 2), ``MissingExtra`` for a missing package.
     Ten tokens 0..9 with ``n=2, length=3, seed=0``: the offsets are drawn as 6 and 3: ``[[6, 7, 8], [3, 4, 5]]``.
     """
     check_least("n", n, 1, "give the number of windows")
@@ -127,13 +140,16 @@ def calibration(
         if sampler is None or len(given) > 1:
             raise LowbitError("data 'self' is sampled from a model, and is given alone: give a text")
         ids = sampler(n, shape, seed).to("cpu", torch.int64).view(n, length)
-        return Tokens(ids, SELF, bos, shape.prefix, seed)
+        return Tokens(ids, SELF, bos, shape.prefix, seed, (SELF,) * n)
     opened = [_open(corpus, 0, tokenizer, shape, cache) for corpus in given]
-    sources = [source for _, parts in opened for source in parts]
+    parts = [part for _, corpus_parts in opened for part in corpus_parts]
+    drawn = [parts[i] for i in turns([part.share / len(opened) for part in parts], n)]
+    kinds = [part.kind for part in drawn]
     rng = random.Random(seed)
     label = " + ".join(label for label, _ in opened)
-    windows = [sources[i % len(sources)].draw(rng) for i in track(range(n), f"drawing from {label}")]
-    return Tokens(torch.stack(windows), label, bos, shape.prefix, seed)
+    windows = torch.stack([part.source.draw(rng) for part in track(drawn, f"drawing from {label}")])
+    placed = arranged(kinds, held_out := held_out_kind(kinds, seed))
+    return Tokens(windows[placed], label, bos, shape.prefix, seed, tuple(kinds[i] for i in placed), held_out)
 
 
 def evaluation(
@@ -159,28 +175,35 @@ def evaluation(
         corpus = corpus_name(str(corpus))
     if corpus == SELF:
         raise LowbitError("data 'self' is for calibration only: evaluate on a text, for example 'builtin'")
-    label, sources = _open(corpus, 1, tokenizer, shape, cache)
-    return Tokens(sources[0].cut(None if tokens is None else tokens // length), label, bos, shape.prefix)
+    label, (part,) = _open(corpus, 1, tokenizer, shape, cache)
+    ids = part.source.cut(None if tokens is None else tokens // length)
+    return Tokens(ids, label, bos, shape.prefix, kinds=(part.kind,) * len(ids))
 
 
 def _open(
     corpus: Corpus, part: int, tokenizer: Tokenizer, shape: WindowShape, cache: Path | None
-) -> tuple[str, list[Source]]:
-    """Label and sources of a corpus; ``part`` 0 is for calibration, 1 for evaluation."""
+) -> tuple[str, list[Part]]:
+    """Label and parts of a corpus; ``part`` 0 is for calibration, 1 for evaluation, where there is one."""
     if isinstance(corpus, Texts):
-        return str(corpus), [_in_memory(str(corpus), tokenizer, shape, JOINT.join(corpus.texts))]
+        name = str(corpus)
+        return name, [Part(name, _in_memory(name, tokenizer, shape, JOINT.join(corpus.texts)))]
     if corpus in NAMES and corpus.startswith("builtin"):
-        names = [corpus[8:]] if ":" in corpus else (["wiki", "c4"], ["wiki"])[part]
-        label = f"builtin:{'+'.join(names)} ({('first 80', 'last 20')[part]} %)"
-        return label, [_in_memory(label, tokenizer, shape, _builtin(name, cache)[part]) for name in names]
+        kind = corpus[8:] or ("" if part == 0 else "wiki")
+        shares = {kind: Fraction(1)} if kind else MIXTURE
+        label = f"builtin:{'+'.join(shares)} ({('first 80', 'last 20')[part]} %)"
+        texts = {kind: builtin_text(kind, cache)[part] for kind in shares}
+        return label, [
+            Part(kind, _in_memory(f"builtin:{kind}", tokenizer, shape, text), shares[kind])
+            for kind, text in texts.items()
+        ]
     if corpus in HUB:
         pages, label = hub.hub_documents(HUB[corpus], part), f"{corpus}/{HUB[corpus].splits[part]}"
         joint = HUB[corpus].joint
         if joint is None:
-            return label, [Pages(label, tokenizer, shape, pages, C4_WINDOWS)]
-        return label, [_in_memory(label, tokenizer, shape, joint.join(pages))]
+            return label, [Part(HUB[corpus].kind, Pages(label, tokenizer, shape, pages, C4_WINDOWS))]
+        return label, [Part(HUB[corpus].kind, _in_memory(label, tokenizer, shape, joint.join(pages)))]
     if Path(corpus).suffix or Path(corpus).name != corpus:
-        return Path(corpus).name, [_from_file(user_path(corpus), tokenizer, shape)]
+        return Path(corpus).name, [Part(Path(corpus).name, _from_file(user_path(corpus), tokenizer, shape))]
     raise LowbitError(f"{unknown('data', corpus, NAMES if part else (*NAMES, SELF))}; or {PATHS}")
 
 
@@ -213,14 +236,3 @@ def _joined(pages: Iterator[Document]) -> Iterator[str]:
     """The text of documents with an empty line between them."""
     texts = (page.text for page in pages)
     return chain(islice(texts, 1), (JOINT + text for text in texts))
-
-
-def _builtin(name: str, cache: Path | None) -> tuple[str, str]:
-    """The first 80 % and the last 20 % of a built-in text, cut after a line."""
-    raw = pypi.read_member(pypi.TEXTS, f"exllamav2/conversion/standard_cal_data/{name}.utf8", cache)
-    if (digest := hashlib.sha256(raw).hexdigest()) != BUILTIN[name]:
-        raise LowbitError(f"{name}.utf8 has SHA-256 {digest}, expected {BUILTIN[name]}: empty the wheel cache")
-    text = "\n".join(line for line in raw.decode().split("\n") if not line.startswith(("<doc ", "</doc>")))
-    cut = text.index("\n", len(text) * 4 // 5) + 1
-    seen = {line for line in text[:cut].split("\n") if len(line) >= REPEATED}
-    return text[:cut], "\n".join(line for line in text[cut:].split("\n") if line not in seen)

@@ -38,6 +38,9 @@ class Tokens:
         bos: the protocol: ``auto``, ``never`` or ``stream``.
         prefix: the special tokens that every window starts with; they are not scored.
         seed: of the draw of windows; ``None`` for evaluation.
+        kinds: each window's kind of text, such as ``wiki`` or a file's name; the same for all in evaluation.
+        held_out: the kind whose windows are all in the validation split of learned steps; ``None``: that split has a
+            share of every kind. See ``mixture.py``.
     """
 
     ids: Tensor
@@ -45,6 +48,8 @@ class Tokens:
     bos: Bos = "auto"
     prefix: tuple[int, ...] = ()
     seed: int | None = None
+    kinds: tuple[str, ...] = ()
+    held_out: str | None = None
 
     @property
     def first(self) -> int:

@@ -17,6 +17,8 @@ from lowbit.data.text import Data, corpora, evaluation
 from lowbit.data.windows import Bos, Tokens, special_before
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.evaluation.generate import generate_text
+from lowbit.evaluation.ratios import Ratios, ratios_of
+from lowbit.evaluation.texts import calibrated_on, default_texts
 from lowbit.metrics.kl import CONFIDENCE, RESAMPLES, listen, summary
 from lowbit.models.build import text_config
 from lowbit.models.device import check_device
@@ -39,11 +41,13 @@ class Compared:
             folder is not a run).
         protocol: evaluation settings: ``length`` of a window, ``bos`` and ``special`` as in ``Evaluated``, ``seed``,
             ``resamples`` and ``confidence`` of the interval, ``device``, ``dtype``.
-        texts: by data name: ``corpus``, ``tokens``, ``windows``, ``data_hash``, the float model's ``perplexity`` and
-            in ``runs``, in the runs' order, ``perplexity``, its ``ratio`` to the float model's with the interval
-            ``ratio_low`` to ``ratio_high`` (``None`` for a single window), ``kl_mean`` and ``kl_p99`` in nats,
-            ``top1_agreement`` (0 to 1) and ``block_error``: for each block the mean over tokens of
-            ``||y - y_float||^2 / ||y_float||^2``, each model running from its own embeddings.
+        texts: by data name: ``corpus``, ``kind`` (of text), ``tokens``, ``windows``, ``data_hash``, the float
+            model's ``perplexity`` and in ``runs``, in the runs' order, ``perplexity``, its ``ratio`` to the float
+            model's with the interval ``ratio_low`` to ``ratio_high`` (``None`` for a single window), ``kl_mean`` and
+            ``kl_p99`` in nats, ``top1_agreement`` (0 to 1) and ``block_error``: for each block the mean over tokens
+            of ``||y - y_float||^2 / ||y_float||^2``, each model running from its own embeddings.
+        ratios: for each run the ratios of its perplexities, their mean and the worst; see ``Ratios``.
+        calibrated: for each run, by data name, whether it was calibrated on this kind of text; ``None``: not known.
         generations: ``prompt``, ``float`` and ``runs``: greedy continuations; ``None`` without a prompt.
         seconds: wall time.
     """
@@ -53,6 +57,8 @@ class Compared:
     runs: list[dict[str, Any]]
     protocol: dict[str, Any]
     texts: dict[str, dict[str, Any]]
+    ratios: list[Ratios]
+    calibrated: list[dict[str, bool | None]]
     generations: dict[str, Any] | None
     seconds: float
 
@@ -66,7 +72,7 @@ def compare(
     exact: str | Path,
     runs: str | Path | Sequence[str | Path],
     *,
-    data: Data = "builtin",
+    data: Data | None = None,
     length: int = 2048,
     tokens: int | None = None,
     bos: Bos = "auto",
@@ -87,7 +93,8 @@ def compare(
     Args:
         exact: the float model, as for ``quantize``.
         runs: run folders (or other checkpoints of the same architecture and tokenizer).
-        data, length, tokens, bos: as for ``evaluate``.
+        data, length, tokens, bos: as for ``evaluate``; by default Wikipedia, and a built-in kind of text that none of
+            the runs was calibrated on.
         seed: seed of the bootstrap.
         prompt: text that all models continue greedily by up to ``new_tokens`` tokens.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
@@ -105,7 +112,9 @@ def compare(
     opened = _open_models(exact, source, folders, sources, device, torch_dtype, trust_remote_code)
     opened[0].check_length(length)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    windows = {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in corpora(data)}
+    drawn = [manifest.identity.data if (manifest := manifest_of(run.folder)) else None for run in sources]
+    given = default_texts(filter(None, drawn)) if data is None else corpora(data)
+    windows = {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in given}
     texts = _texts(opened, source, windows, seed, [exact, *folders])
     del opened
     model_folders = [source.folder, *(run_source.folder for run_source in sources)]
@@ -113,7 +122,16 @@ def compare(
     facts = [_facts(name, run_source) for name, run_source in zip(folders, sources, strict=True)]
     protocol = {"resamples": RESAMPLES, "confidence": CONFIDENCE, "device": device, "dtype": dtype}
     protocol = {"length": length, "bos": bos, "special": special_before(tokenizer), "seed": seed, **protocol}
-    return Compared(exact, source.identity, facts, protocol, texts, generations, time.monotonic() - began)
+    ratios = [
+        ratios_of(
+            {name: text["runs"][position]["perplexity"] for name, text in texts.items()},
+            {name: text["perplexity"] for name, text in texts.items()},
+        )
+        for position in range(len(folders))
+    ]
+    calibrated = [{name: calibrated_on(text.kinds[0], own) for name, text in windows.items()} for own in drawn]
+    seconds = time.monotonic() - began
+    return Compared(exact, source.identity, facts, protocol, texts, ratios, calibrated, generations, seconds)
 
 
 def _check_arguments(folders: Sequence[str], seed: int, prompt: str | None, new_tokens: int) -> None:
@@ -166,6 +184,7 @@ def _texts(
     return {
         name: {
             "corpus": text.corpus,
+            "kind": text.kinds[0],
             "tokens": text.ids.numel(),
             "data_hash": text.hash,
             **summary(text_records, seed, names),

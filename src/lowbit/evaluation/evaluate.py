@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from lowbit.checkpoints.resolve import load_tokenizer, resolve
+from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.data.text import Data, corpora, evaluation
-from lowbit.data.windows import Bos, special_before
+from lowbit.data.windows import Bos, Tokens, special_before
+from lowbit.errors import LowbitError
+from lowbit.evaluation.ratios import Ratios, ratios_of
+from lowbit.evaluation.texts import calibrated_on, default_texts
 from lowbit.metrics.perplexity import perplexity
 from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
 from lowbit.runs.manifest import manifest_of
 from lowbit.runs.streamed_model import StreamedModel
 from lowbit.torch_state import own_torch_state
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The float model beside which a run was measured.
+
+    Attributes:
+        model: its name.
+        fingerprint: digest of its weights, as in the identity of its runs.
+        perplexity: by data name.
+    """
+
+    model: str
+    fingerprint: str
+    perplexity: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,10 @@ class Evaluated:
             of each window, ``stream`` in front of the first one.
         scheme, bits_per_weight: of a run; ``None`` for a float model.
         fingerprint: digest of the model's weights, as in the identity of its runs.
+        calibrated: by data name, whether the run was calibrated on this kind of text; ``None``: not known, or a float
+            model.
+        reference: the float model, where it was given.
+        ratios: of the perplexities to the reference's.
     """
 
     perplexity: dict[str, float]
@@ -49,12 +72,15 @@ class Evaluated:
     scheme: str | None = None
     bits_per_weight: float | None = None
     fingerprint: str = ""
+    calibrated: dict[str, bool | None] = field(default_factory=dict)
+    reference: Reference | None = None
+    ratios: Ratios | None = None
 
 
 @own_torch_state
 def evaluate(
     model: str | Path,
-    data: Data = "builtin",
+    data: Data | None = None,
     *,
     length: int = 2048,
     tokens: int | None = None,
@@ -65,33 +91,46 @@ def evaluate(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     target: str | None = None,
+    reference: str | Path | None = None,
 ) -> Evaluated:
     """Perplexity of a float model or of a run folder, read block by block; several texts share one pass.
 
     Args:
         model: as for ``quantize``, or a run folder.
-        data: one or several of ``builtin``, ``wikitext2``, ``ptb``, ``c4`` or a file; or a list of texts.
+        data: one or several of ``builtin`` (its Wikipedia text) or ``builtin:`` with a kind of text, ``wikitext2``,
+            ``ptb``, ``c4`` or a file; or a list of texts. By default Wikipedia, and a built-in kind of text that a
+            run was not calibrated on.
         length: tokens per window. Perplexities at different lengths are not comparable.
         tokens: maximum number of tokens of each text; all by default.
         bos: what a window starts with: ``auto``, the special tokens that the tokenizer puts before a text; ``never``,
             none; ``stream``, the papers' protocol, where the text has them once. See ``docs/data.md``.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
         target: runtime whose quantization of inputs is simulated, or ``float``; by default the run's target.
+        reference: the float model, measured on the same tokens: gives the ratios of the perplexities.
+
+    Raises:
+        LowbitError: a model or a text that cannot be read, or a reference with another tokenizer or with a manifest.
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
     source = resolve(str(model), revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    windows = {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in corpora(data)}
-    names = list(windows)
+    exact = None
+    if reference is not None:
+        exact = resolve(str(reference), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        _check_reference(str(model), tokenizer.get_vocab(), str(reference), exact, trust_remote_code)
+    manifest = manifest_of(source.folder)
+    calibration = manifest.identity.data if manifest else None
+    given = default_texts([calibration] if calibration else []) if data is None else corpora(data)
+    windows = {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in given}
     streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target)
-    for text in windows.values():
-        check_ids(text.ids, streamed.skeleton, source.folder)
-    batches = streamed.logits_of([text.ids for text in windows.values()])
-    results = {
-        names[which]: perplexity(((ids, logits) for _, ids, logits in group), windows[names[which]].first)
-        for which, group in groupby(batches, key=lambda batch: batch[0])
-    }
+    results = _perplexities(streamed, windows, source.folder)
+    beside = None
+    if exact is not None:
+        there = _perplexities(
+            StreamedModel(exact.folder, device, torch_dtype, trust_remote_code), windows, exact.folder
+        )
+        beside = Reference(str(reference), exact.identity, there)
     return Evaluated(
         results,
         {name: text.ids.numel() for name, text in windows.items()},
@@ -103,9 +142,37 @@ def evaluate(
         bos,
         special_before(tokenizer),
         streamed.scheme.name if streamed.scheme else None,
-        bits_of(source.folder),
+        manifest.bits_per_weight if manifest else None,
         source.identity,
+        {name: calibrated_on(text.kinds[0], calibration) for name, text in windows.items()},
+        beside,
+        ratios_of(results, beside.perplexity) if beside else None,
     )
+
+
+def _check_reference(
+    model: str, vocabulary: Mapping[str, int], reference: str, exact: Source, trust_remote_code: bool
+) -> None:
+    """Refuse a reference whose perplexities say nothing about the model's."""
+    if manifest_of(exact.folder) is not None:
+        raise LowbitError(f"--reference {reference} is a run folder: give the float model that the run was made from")
+    if load_tokenizer(exact.folder, trust_remote_code).get_vocab() != vocabulary:
+        raise LowbitError(
+            f"--reference {reference} and {model} have different tokenizers: give the float model that the run was "
+            "made from"
+        )
+
+
+def _perplexities(streamed: StreamedModel, windows: Mapping[str, Tokens], folder: Path) -> dict[str, float]:
+    """A model's perplexity on each text, in one pass over its blocks."""
+    names = list(windows)
+    for text in windows.values():
+        check_ids(text.ids, streamed.skeleton, folder)
+    batches = streamed.logits_of([text.ids for text in windows.values()])
+    return {
+        names[which]: perplexity(((ids, logits) for _, ids, logits in group), windows[names[which]].first)
+        for which, group in groupby(batches, key=lambda batch: batch[0])
+    }
 
 
 def bits_of(folder: Path) -> float | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.data.mixture import HELD_OUT, held_count, validation_order
 from lowbit.methods.adam import Adam
 from lowbit.methods.fit_state import FitState, Fitted
 from lowbit.methods.optimizer import OptimizerOf
@@ -47,7 +48,7 @@ class Schedule:
 
     epochs: int = 20
     batch: int = 1
-    held_out: float = 0.125
+    held_out: float = HELD_OUT
     grad_clip: float = 0.0
     decay: str = "cosine"
     sequences: int = 0
@@ -84,14 +85,14 @@ class Schedule:
 
         The draw depends on the number of sequences alone, so that all blocks and steps of a run share one split. With
         a split of its own, a later step would validate on sequences that earlier steps were trained on; its starting
-        point already fits those, and no epoch would improve on it.
+        point already fits those, and no epoch would improve on it. Which kind of text lies where it is drawn is for
+        ``data.mixture`` to arrange: a kind that is left out of training, or a share of every kind.
 
         >>> train, held = Schedule(1, held_out=0.25).split(8)
         >>> len(train), len(held)
         (6, 2)
         """
-        order = torch.randperm(sequences, generator=torch.Generator().manual_seed(0))
-        count = min(max(1, round(self.held_out * sequences)), sequences - 1) if self.held_out else 0
+        order, count = validation_order(sequences), held_count(sequences, self.held_out)
         return order[count:].sort().values, order[:count].sort().values
 
     def per_epoch(self, train: int) -> int:

@@ -197,6 +197,7 @@ def _calibration(identity: Identity) -> list[str]:
         return ["| calibration | none: codes, scales and zero points are the source's |"]
     return [
         f"| calibration | {data.corpus}, {data.samples} x {data.length} tokens, seed {identity.seed} |",
+        *([f"| kinds of text | {mixture} |"] if (mixture := data.mixture()) else []),
         f"| special tokens | `--bos {data.bos}`: {f'`{data.special}`' if data.special else 'none'} before a window |",
         f"| calibration hash | `{data.hash[:16]}` |",
     ]

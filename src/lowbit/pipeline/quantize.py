@@ -7,6 +7,7 @@ written. Invalid requests are refused before any work starts.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -114,8 +115,8 @@ def quantize(
         out: the run folder; new, empty, or left by an interrupted run of the same request.
         scheme: a name such as ``w4a16g64-sym``, ``mxfp4`` or ``q4_k``, a YAML file, or a ``Scheme``.
         recipe: a name such as ``gptq``, a YAML file, or a ``Recipe``.
-        data: calibration text: ``builtin``, ``wikitext2``, ``ptb``, ``c4``, ``self``, a file, several of these, or a
-            list of texts.
+        data: calibration text: ``builtin``, a mixture of several kinds of text, or one of them, such as
+            ``builtin:wiki``; ``wikitext2``, ``ptb``, ``c4``, ``self``, a file, several of these, or a list of texts.
         samples, length, seed: number of windows, tokens per window, and the seed that draws them.
         bos: what a window starts with: ``auto``, the special tokens that the tokenizer puts before a text; ``never``,
             none; ``stream``, the papers' protocol, where a corpus has them once. See ``docs/data.md``.
@@ -232,7 +233,7 @@ class Resolved:
             recipe=recipe_to_dict(request.recipe),
             recipe_name=request.recipe.name,
             scheme=scheme_to_dict(self.scheme),
-            data=Calibration(tokens.corpus, request.samples, request.length, tokens.bos, self.special, tokens.hash),
+            data=_recorded(tokens, self.special),
             seed=request.seed,
             device=request.device,
             dtype=request.dtype,
@@ -243,6 +244,12 @@ class Resolved:
             all_experts=request.all_experts,
             source_files=companions_digest(self.opened.source.folder),
         )
+
+
+def _recorded(tokens: Tokens, special: str) -> Calibration:
+    """Calibration tokens as the manifest records them."""
+    (samples, length), kinds = tokens.ids.shape, dict(Counter(tokens.kinds))
+    return Calibration(tokens.corpus, samples, length, tokens.bos, special, tokens.hash, kinds, tokens.held_out)
 
 
 def _check(request: Request) -> Resolved:

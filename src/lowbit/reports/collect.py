@@ -72,6 +72,9 @@ class _Pool:
 
     def _evaluated(self, content: Mapping[str, Any]) -> bool:
         whose, entries = results_of(content)
+        if reference := content.get("reference"):
+            beside = {**content, "perplexity": reference["perplexity"], "target": None, "zero_shot": None}
+            self._float(*results_of({**beside, "fingerprint": reference["fingerprint"]}))
         for run, own in zip(self.runs, self.prints, strict=True):
             if own == whose:
                 run.scores = merge_entries(run.scores, entries)

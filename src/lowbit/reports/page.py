@@ -17,6 +17,7 @@ from lowbit.reports.charts import Series, bars, cells, lines
 from lowbit.reports.facts import FloatFacts, RunFacts, place_of
 from lowbit.reports.scores import score_table
 from lowbit.reports.svg import short
+from lowbit.reports.texts import over_texts
 from lowbit.runs.manifest import Manifest
 
 
@@ -32,9 +33,10 @@ def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
     environment.filters |= {"short": short, "megabytes": megabytes, "duration": duration}
     page = environment.get_template("page.html")
     return page.render(
-        runs=[_Shown(run, index) for index, run in enumerate(runs)],
+        runs=[_Shown(run, index, floats) for index, run in enumerate(runs)],
         models=list(dict.fromkeys(run.manifest.identity.model for run in runs)),
         scores=score_table(runs, floats),
+        over_texts=[one for run in runs for one in over_texts(run, floats)],
         quality=quality_charts(runs),
         sensitivity=sensitivity_charts(runs),
         routing=routing_charts(runs),
@@ -46,7 +48,7 @@ def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
 class _Shown:
     """A run as the template reads it; ``style`` is the index of its colour."""
 
-    def __init__(self, facts: RunFacts, style: int) -> None:
+    def __init__(self, facts: RunFacts, style: int, floats: Sequence[FloatFacts]) -> None:
         self.facts, self.style = facts, style
         self.manifest, self.identity = facts.manifest, facts.manifest.identity
         self.runtime = self.identity.scheme.get("target")
@@ -59,7 +61,8 @@ class _Shown:
         self.legend = learned.legend(facts)
         self.reassemblies = learned.reassemblies(facts, style)
         self.sites = outliers.sites(facts, style)
-        self.warnings = warnings(facts.manifest)
+        told = [("texts", found) for one in over_texts(facts, floats) if (found := one.ratios.warning())]
+        self.warnings = [*warnings(facts.manifest), *told]
 
 
 def warnings(manifest: Manifest) -> list[tuple[str, str]]:

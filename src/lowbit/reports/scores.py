@@ -41,21 +41,19 @@ def score_table(runs: Sequence[RunFacts], floats: Sequence[FloatFacts]) -> Table
 
     Each simulated runtime has its own row; the float model's value is repeated in all of them.
     """
-    exact = [{_question(result): result for result in model.scores} for model in floats]
-    ours = [{(_question(result), result["runtime"] or ""): result for result in run.scores} for run in runs]
-    questions = {key for results in ours for key in results}
-    questions |= {
-        (question, "") for results in exact for question in results if question not in {q for q, _ in questions}
-    }
+    exact = [{question(result): result for result in model.scores} for model in floats]
+    ours = [{(question(result), result["runtime"] or ""): result for result in run.scores} for run in runs]
+    asked = {key for results in ours for key in results}
+    asked |= {(key, "") for results in exact for key in results if key not in {q for q, _ in asked}}
     rows = [
-        _row([model.get(question) for model in exact], [run.get((question, runtime)) for run in ours], runtime)
-        for question, runtime in sorted(questions)
+        _row([model.get(key) for model in exact], [run.get((key, runtime)) for run in ours], runtime)
+        for key, runtime in sorted(asked)
     ]
     return Table([f"float: {model.name}" for model in floats] + [run.name for run in runs], rows) if rows else None
 
 
-def _question(result: Mapping[str, Any]) -> str:
-    """A key that is equal for comparable entries."""
+def question(result: Mapping[str, Any]) -> str:
+    """A key that is equal for comparable entries: text or task, measure and protocol."""
     return json.dumps([result["on"], result["measure"], result["protocol"]], sort_keys=True)
 
 

@@ -32,6 +32,9 @@ class Calibration:
         bos: what a window starts with: ``auto``, ``never`` or ``stream``.
         special: the special tokens in front of each window, as text.
         hash: digest of the tokens.
+        kinds: number of windows of each kind of text; empty in manifests of versions that did not record it.
+        held_out: the kind that learned steps do not train on: its windows are their validation split. ``None``: that
+            split has a share of every kind.
     """
 
     corpus: str
@@ -40,6 +43,21 @@ class Calibration:
     bos: Bos
     special: str
     hash: str
+    kinds: dict[str, int] = field(default_factory=dict)
+    held_out: str | None = None
+
+    def mixture(self) -> str:
+        """The kinds of text in words, the largest first; empty for a single one.
+
+        >>> Calibration("a", 8, 64, "auto", "", "0f", {"wiki": 7, "code": 1}, "code").mixture()
+        '7 windows of wiki, 1 of code; learned steps validate on code alone'
+        """
+        if len(self.kinds) < 2:
+            return ""
+        (first, count), *others = sorted(self.kinds.items(), key=lambda item: (-item[1], item[0]))
+        parts = [f"{count} windows of {first}", *(f"{count} of {kind}" for kind, count in others)]
+        validated = "on a share of every kind" if self.held_out is None else f"on {self.held_out} alone"
+        return f"{', '.join(parts)}; learned steps validate {validated}"
 
 
 @dataclass(frozen=True)

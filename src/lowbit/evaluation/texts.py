@@ -1,0 +1,40 @@
+"""Which texts a model is measured on by default, and whether their kinds were calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lowbit.data.builtin import BUILTIN, unseen_kind
+from lowbit.data.hub import HUB
+from lowbit.runs.manifest import Calibration
+
+KNOWN = frozenset(BUILTIN) | {text.kind for text in HUB.values()}
+
+
+def default_texts(calibrations: Iterable[Calibration]) -> tuple[str, str]:
+    """Wikipedia, and a kind of text that none of the runs was calibrated on.
+
+    Args:
+        calibrations: of the runs that are measured; none for a float model.
+
+    >>> default_texts([])
+    ('builtin:wiki', 'builtin:multilingual')
+    """
+    kinds = {kind for calibration in calibrations for kind in calibration.kinds}
+    return "builtin:wiki", f"builtin:{unseen_kind(kinds)}"
+
+
+def calibrated_on(kind: str, calibration: Calibration | None) -> bool | None:
+    """Whether a run was calibrated on a kind of text; ``None`` if its manifest does not tell.
+
+    A file may hold any kind of text. After calibration on one, no kind but its own name is known.
+
+    >>> drawn = Calibration("builtin:wiki+c4", 32, 512, "auto", "", "0f", {"wiki": 16, "c4": 16})
+    >>> calibrated_on("c4", drawn), calibrated_on("code", drawn), calibrated_on("code", None)
+    (True, False, None)
+    """
+    if calibration is None or not calibration.kinds:
+        return None
+    if kind in calibration.kinds:
+        return True
+    return False if kind in KNOWN and KNOWN.issuperset(calibration.kinds) else None
