@@ -92,7 +92,7 @@ class FitState:
         facts = json.loads(bytes(checkpoint.read(["facts"])["facts"].tolist()))
         for name, value in self._named().items():
             value.copy_(checkpoint.read([name])[name])
-        self.adam.counted()
+        self.optimizer.counted()
         for name in FACTS:
             setattr(self, name, facts[name])
         for name in asdict(self.fitted):

@@ -24,6 +24,9 @@ class Optimizer(Protocol):
     def moments(self) -> Sequence[Any]:
         """For each tensor a named tuple of tensors."""
 
+    def counted(self) -> None:
+        """Take note of moments that were written from outside, by a fit that is resumed."""
+
     def step(self, factor: float) -> None:
         """One update from the tensors' gradients, with learning rates times ``factor``."""
 

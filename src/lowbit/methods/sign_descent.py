@@ -48,6 +48,9 @@ class SignDescent:
             Momentum(torch.zeros_like(tensor)) if momentum else NoMoments() for tensor in self.tensors
         ]
 
+    def counted(self) -> None:
+        """Nothing: a step depends on no counter."""
+
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """One update from the tensors' gradients, with learning rates times ``factor``."""
