@@ -27,6 +27,8 @@ from test_equivalence import random_maps
 from tiny import block_of, params_of, save_tiny, skeleton_of, tiny_ids
 
 IDS = tiny_ids(2, 16)
+FAST = ("gpt_oss", "nemotron_h", "qwen2_moe")  # stored together, without a gate, beside a shared expert
+EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.heavy) for name in NAMES]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def logits_of(model):
         return model(IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_the_walk_is_the_model_bit_for_bit(name):
     model = tiny_mixture(name)
     skeleton = skeleton_of(model)
@@ -58,7 +60,7 @@ def test_the_walk_is_the_model_bit_for_bit(name):
     assert torch.equal(skeleton.logits(IDS, x), logits_of(model))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_random_map_across_every_proven_edge_leaves_the_output(name):
     model = tiny_mixture(name)
     index = mixtures_of(model)[0]
@@ -147,6 +149,7 @@ def shun_the_last(model):
         weight[1], weight[3], weight[4] = -weight[0], -weight[2], 0
 
 
+@pytest.mark.heavy
 def test_experts_in_a_list_are_seen_as_experts(tmp_path):
     model = save_tiny(tmp_path / "model", "listed")
     shun_the_last(model)
@@ -190,6 +193,7 @@ def test_what_needs_the_tokens_of_listed_experts_is_refused_in_one_line(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.heavy
 def test_experts_that_code_of_a_models_own_computes_stay_float_by_name(tmp_path):
     model = save_tiny(tmp_path / "model", "llama4_text")
     kept = tuple(f"feed_forward.experts.{name}_proj" for name in ("gate_up", "down"))

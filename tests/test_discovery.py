@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -144,17 +145,16 @@ WANTED: dict[str, dict[int, list[str]]] = {
     "qwen3_moe": {
         0: [
             "norm input_layernorm > self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: diagonal, gathers, shift",
-            "norm post_attention_layernorm > mlp.experts.gate_up_proj, mlp.gate: diagonal, gathers, shift",
+            "norm post_attention_layernorm > mlp.gate, mlp.experts.*.gate_proj, mlp.experts.*.up_proj: diagonal",
             "heads self_attn.v_proj > self_attn.o_proj: matrix, 6/2 x 24, shift",
-            "channels mlp.experts.gate_up_proj 40+40 > mlp.experts.down_proj: "
-            "diagonal, with mlp.experts.gate_up_proj 0+40, gathers",
+            "channels mlp.experts.*.up_proj > mlp.experts.*.down_proj: diagonal, with mlp.experts.*.gate_proj",
             "qk self_attn.q_norm > self_attn.k_norm: diagonal, 6/2 x 24, 12 pairs (0, 12)",
         ]
     },
     "gpt_oss": {  # sinks: attention's weights do not sum to 1; a clamp between up and down
         0: [
             "norm input_layernorm > self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: diagonal, gathers, shift",
-            "norm post_attention_layernorm > mlp.experts.gate_up_proj, mlp.router: diagonal, gathers, shift",
+            "norm post_attention_layernorm > mlp.router, mlp.experts.*.gate_proj, mlp.experts.*.up_proj: diagonal",
             "heads self_attn.v_proj > self_attn.o_proj: matrix, 6/2 x 32",
             "qk self_attn.q_proj > self_attn.k_proj: matrix, 6/2 x 32, 16 pairs (0, 16)",
         ]
@@ -176,12 +176,11 @@ WANTED: dict[str, dict[int, list[str]]] = {
             "norm input_layernorm > self_attn.q_a_proj, self_attn.kv_a_proj_with_mqa: diagonal, gathers, shift",
             "norm self_attn.q_a_layernorm > self_attn.q_b_proj: diagonal, gathers, shift",
             "norm self_attn.kv_a_layernorm > self_attn.kv_b_proj: diagonal, gathers, shift",
-            "norm post_attention_layernorm > mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj, "
-            "mlp.experts.gate_up_proj, mlp.gate: diagonal, gathers, shift",
+            "norm post_attention_layernorm > mlp.gate, mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj, "
+            "mlp.experts.*.gate_proj, mlp.experts.*.up_proj: diagonal",
             "heads self_attn.kv_b_proj 24+32 80+32 136+32 192+32 248+32 304+32 > self_attn.o_proj: "
             "matrix, 6/6 x 32, shift",
-            "channels mlp.experts.gate_up_proj 40+40 > mlp.experts.down_proj: "
-            "diagonal, with mlp.experts.gate_up_proj 0+40, gathers",
+            "channels mlp.experts.*.up_proj > mlp.experts.*.down_proj: diagonal, with mlp.experts.*.gate_proj",
             "channels mlp.shared_experts.up_proj > mlp.shared_experts.down_proj: "
             "diagonal, with mlp.shared_experts.gate_proj, gathers",
             "qk self_attn.q_b_proj 0+24 40+24 80+24 120+24 160+24 200+24 > "
@@ -208,14 +207,15 @@ def told(edge: DeclaredEdge) -> str:
         edge.shift and "shift",
     ]
     return (
-        f"{edge.kind} {end(edge.src)} > {', '.join(map(end, edge.dst))}: {', '.join(fact for fact in facts if fact)}"
+        f"{edge.kind} {end(edge.src)} > {', '.join(dict.fromkeys(map(end, edge.dst)))}: "
+        f"{', '.join(fact for fact in facts if fact)}"
     )
 
 
 def end(ref: Ref) -> str:
-    """A module, with ``first+count`` of each stretch of its rows or columns."""
+    """A module, ``*`` for an expert's number, with ``first+count`` of each stretch of its rows or columns."""
     if isinstance(ref, str):
-        return ref
+        return re.sub(r"\.experts\.[0-9]+\.", ".experts.*.", ref)
     numbers = list(ref.rows if ref.rows is not None else ref.columns or ())
     starts = [i for i, number in enumerate(numbers) if not i or number != numbers[i - 1] + 1]
     counts = [after - at for at, after in zip(starts, [*starts[1:], len(numbers)], strict=True)]
@@ -230,7 +230,7 @@ def found(type: str) -> Discovery:
 @pytest.mark.parametrize("type", WANTED)
 def test_structure(type):
     for layer, wanted in WANTED[type].items():
-        assert list(map(told, found(type).architecture.layers[layer].edges)) == wanted
+        assert list(dict.fromkeys(map(told, found(type).architecture.layers[layer].edges))) == wanted
 
 
 def test_what_is_no_edge_has_its_reason():
@@ -251,7 +251,8 @@ def test_a_layer_that_does_not_run_alone_is_said():
 def test_groups_experts_and_storage():
     layer = found("deepseek_v3").architecture.layers[1]
     assert layer.groups[0] == ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
-    assert not any("gate" in name and "gate_proj" not in name for group in layer.groups for name in group)
+    assert [group for group in layer.groups if any("_proj" not in name for name in group)] == [("mlp.gate",)]
+    assert layer.routers == {"mlp.gate"}
     assert found("deepseek_v3").record.experts == ((), ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
     assert found("gpt2").architecture.layers[0].transposed == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     assert found("lfm2").architecture.layers[0].attention is None
