@@ -17,9 +17,9 @@ def draws_into_weights(model: Any) -> bool:
     Args:
         model: of a class of the library; it stays as it is.
     """
-    bare = nn.Linear(1, 1)
-    del bare.weight
     with torch.random.fork_rng(devices=[]), torch.no_grad():
+        bare = nn.Linear(1, 1)
+        del bare.weight
         try:
             model._init_weights(bare)
         except AttributeError:
