@@ -179,7 +179,12 @@ def check_kind(kind: Any, block: Any, x: torch.Tensor, random_maps: Any, in_floa
     assert sorted(listed) == sorted(name for name, m in modules if isinstance(m, torch.nn.Linear | Conv1D))
     order: list[str] = []
     run(block, x, taps={name: lambda value, name=name: order.append(name) for name in block.linears()})
-    assert list(dict.fromkeys(order)) == block.linears()  # one may be called twice
+    order = list(dict.fromkeys(order))  # one may be called twice
+    places = [[order.index(name) for name in group] for group in block.linear_groups()]
+    assert sorted(order) == sorted(block.linears())
+    assert all(own == sorted(own) for own in places)
+    # A group is where its first linear is: o of a parallel block runs between up and q, which read one tensor.
+    assert [own[0] for own in places] == sorted(own[0] for own in places)
     wanted = run(block, x)
     generator = torch.Generator().manual_seed(0)
     assert {edge.kind for edge in kind.edges} == {edge.kind for edge in block.edges()}

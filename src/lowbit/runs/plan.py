@@ -17,6 +17,7 @@ from torch import nn
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.architecture import Architecture
 from lowbit.models.build import empty_model, text_config
+from lowbit.models.packed import draws_into_weights
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.compressed_tensors import stock_loads, stock_loads_experts
@@ -282,6 +283,8 @@ def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     two_d = any(formats.input(name) is not None for name in flat & formats.modules.keys())
     if (own := _computes_itself(skeleton, formats)) is not None:
         return f"{own} multiplies with its weight in code of its own, and compressed-tensors packs that weight"
+    if draws_into_weights(skeleton.model):
+        return f"{type(skeleton.model).__name__} draws initial values into weights that packed linears do not have"
     return stock_loads(formats, architecture.embed, two_d_inputs=two_d)
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.discovery.small_model import SmallModel, with_seed
+from lowbit.models.packed import draws_into_weights
 
 
 class _Watched(nn.Linear):
@@ -52,7 +53,9 @@ def read_directly(small: SmallModel, index: int, call: Call) -> frozenset[str]:
     with _watched(layer, found), torch.no_grad(), InFloat64():
         args, kwargs = call.arguments(1)
         layer(*args, **kwargs)
-    _initialize(_owner_of(small), layer, found)
+    owner = _owner_of(small)
+    if not draws_into_weights(owner):  # else no linear of it is loaded packed, whoever reads the weight
+        _initialize(owner, layer, found)
     return frozenset(found)
 
 

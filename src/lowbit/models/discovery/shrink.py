@@ -260,9 +260,10 @@ def _rotary_sections(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
 
 def _head_dim(fields: Mapping[str, Any]) -> int:
     heads = next((fields[name] for name in _HEADS if _is_size(fields.get(name))), 0)
-    hidden: Any = fields.get("hidden_size")
-    own: Any = fields.get("head_dim") or (hidden // heads if _is_size(hidden) and heads else 0)
-    return int(own) if _is_size(own) else 0
+    hidden, own = fields.get("hidden_size"), fields.get("head_dim")
+    if isinstance(own, int) and own > 0:
+        return own
+    return hidden // heads if isinstance(hidden, int) and heads else 0
 
 
 def _smaller(parts: Sequence[int], numerator: int, denominator: int) -> list[int]:
