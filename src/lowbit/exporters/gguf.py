@@ -64,7 +64,16 @@ FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; for a K type the one without la
 # boundary between two codes: below 5% of the logits' spread in SmolLM2's thirty blocks.
 EXPLAINED = 0.1
 # Matrices that llama.cpp's operations take in F32 alone, or whose inputs it must not round: kernels, routers.
-IN_F32 = (".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "conv.weight", "conv1d.weight", "norm.weight")
+IN_F32 = (
+    ".bias",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "conv.weight",
+    "conv1d.weight",
+    "norm.weight",
+    ".ssm_a",
+    ".ssm_d",
+)
 
 
 def limits(subject: Subject) -> Misfit | None:
@@ -222,7 +231,8 @@ def _kind(run: Run, tensor: FileTensor, options: Options, types: Mapping[str, An
 def _shape(run: Run, tensor: FileTensor) -> tuple[int, ...]:
     name = tensor.parts[0]
     module = _module(run, name)
-    own = tuple(expect(run, name).shape) if module is None else run.subject.shapes[module]
+    rows, *rest = expect(run, name).shape if module is None else run.subject.shapes[module]
+    own = (rows // tensor.share[1], *rest)
     return (len(tensor.parts), *own) if tensor.stacked else own
 
 
@@ -239,7 +249,8 @@ def _declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> N
 def _data(run: Run, tensor: FileTensor, kind: Any) -> Any:
     """The bytes, or float values, of a tensor; those of a stack one behind the other."""
     parts = [_part(run, name, kind) for name in tensor.parts]
-    return np.stack(parts) if tensor.stacked else parts[0]
+    index, count = tensor.share
+    return np.stack(parts) if tensor.stacked else np.split(parts[0], count)[index]
 
 
 def _part(run: Run, name: str, kind: Any) -> Any:
@@ -282,12 +293,17 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     known = {tensor.name: tensor for tensor in tensors_of(run)}
     stored = Reader(path).tensors
     scales = {tensor.name: tensor.data for tensor in stored if tensor.name.endswith(".scale")}
+    shares: dict[str, dict[int, Any]] = {}
     for tensor in stored:
         if tensor.name in scales:  # part of the weight beside it
             continue
         value = values_of(tensor.data, tensor.tensor_type)
         own = known.get(tensor.name, FileTensor(tensor.name, (tensor.name,)))
         factors = scales.get(_scale_name(own))
+        if own.share[1] > 1:
+            value = _joined(value, own, shares)
+            if value is None:
+                continue
         for index, name in enumerate(own.parts):
             # Of a stack with fewer parts than the model has, those that are missing are not yielded.
             if own.stacked and index >= len(value):
@@ -295,6 +311,14 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
             part = value[index] if own.stacked else value
             part = part if factors is None else part * factors[index if own.stacked else 0]
             yield name, _in_order(run, name, torch.from_numpy(np.ascontiguousarray(part)))
+
+
+def _joined(value: Any, tensor: FileTensor, shares: dict[str, dict[int, Any]]) -> Any:
+    """A parameter of whose shares this is the last one; ``None`` for the ones before, which ``shares`` keeps."""
+    index, count = tensor.share
+    held = shares.setdefault(tensor.parts[0], {})
+    held[index] = value
+    return np.concatenate([held[i] for i in range(count)]) if len(held) == count else None
 
 
 def _in_order(run: Run, name: str, value: Tensor) -> Tensor:
