@@ -93,12 +93,13 @@ def _attention_only(config: Any) -> Architecture | None:
     return GRANITE_DENSE if set(config.layer_types) == {"full_attention"} else None
 
 
+_OUTPUT = {"shared_mlp.output_linear.weight": "ffn_down.weight"}
 GRANITE = Architecture("granite", ANY_ROPE, adjacent=True, facts=_granite_facts, unlike=_granite_unlike)
 GRANITE_DENSE = replace(
     GRANITE,
     facts=_dense_facts,
     unlike=_dense_unlike,
-    names={"shared_mlp.output_linear.weight": "ffn_down.weight"},
+    names=_OUTPUT,
     splits={"shared_mlp.input_linear.weight": ("ffn_gate.weight", "ffn_up.weight")},
 )
 GRANITE_HYBRID = replace(
@@ -106,7 +107,7 @@ GRANITE_HYBRID = replace(
     name="granitehybrid",
     facts=_hybrid_facts,
     unlike=_hybrid_unlike,
-    names=GRANITE_DENSE.names | {"mamba.A_log": "ssm_a", "mamba.D": "ssm_d", "mamba.dt_bias": "ssm_dt.bias"},
+    names=_OUTPUT | {"mamba.A_log": "ssm_a", "mamba.D": "ssm_d", "mamba.dt_bias": "ssm_dt.bias"},
     values={
         "mamba.A_log": _decay,
         "mamba.D": _column,
