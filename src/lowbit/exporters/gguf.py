@@ -159,9 +159,9 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor, kind in track(kinds, f"writing {final_name(path)}"):
-            writer.write_tensordata_of(data_of(run, tensor, kind))
+            writer.write_tensor_data(data_of(run, tensor, kind))
             if kind == Kind.NVFP4:
-                writer.write_tensordata_of(scales_of(run, tensor))
+                writer.write_tensor_data(scales_of(run, tensor))
     finally:
         writer.close()
     return warnings
