@@ -39,6 +39,15 @@ YARN: dict[str, Any] = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GRANITE4: dict[str, Any] = {
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 96,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 # Name of a case: model type and what differs from SIZES.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -157,6 +166,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 32,
             "tie_word_embeddings": False,
+        },
+    ),
+    "granite4": (
+        "granitemoehybrid",
+        GRANITE4 | {"layer_types": ["full_attention"] * 3, "position_embedding_type": "rope"},
+    ),
+    "granite4-hybrid": (
+        "granitemoehybrid",
+        GRANITE4
+        | {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "position_embedding_type": "nope",
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 16,
         },
     ),
     "seed-oss": ("seed_oss", {"head_dim": 16}),

@@ -18,7 +18,7 @@ from lowbit.errors import LowbitError
 from lowbit.exporters.gguf_architectures import ARCHITECTURES
 from lowbit.exporters.gguf_architectures.gpt_oss import GPT_OSS
 from lowbit.exporters.gguf_architectures.parallel import GPT_NEOX
-from lowbit.exporters.gguf_model import unlike_llamacpp
+from lowbit.exporters.gguf_model import architecture, unlike_llamacpp
 
 DOCS = Path(__file__).parents[2] / "docs"
 QKV, DENSE = "attn_q attn_k attn_v attn_output", "ffn_gate ffn_up ffn_down"
@@ -66,6 +66,8 @@ TENSORS: dict[str, tuple[str, str, str]] = {
 }
 TENSORS["qwen3.5-grouped"] = TENSORS["qwen3.5"]
 TENSORS |= {
+    "granite4": (f"{QKV} {DENSE} {PRE}", "", ""),
+    "granite4-hybrid": (f"{DENSE} {PRE} ssm_in ssm_conv1d ssm_norm ssm_out", "ssm_conv1d ssm_dt", ""),
     "seed-oss": (f"{QKV} {DENSE} attn_norm post_attention_norm", "attn_q attn_k attn_v", ""),
     "ernie4.5": (f"{QKV} {DENSE} {PRE}", "", "-output"),
     "exaone4": (f"{QKV} {DENSE} {POST} {QK_NORMS}", "", ""),
@@ -83,6 +85,8 @@ KEYS: dict[str, dict[str, Any]] = {
         "rope.scaling.type": "yarn",
     },
     "granite": {"logit_scale": 2.0, "embedding_scale": 3.0},
+    "granite4": {"feed_forward_length": 96, "rope.scaling.finetuned": True},
+    "granite4-hybrid": {"attention.head_count_kv": [0, 2, 0], "ssm.inner_size": 128, "rope.scaling.finetuned": False},
     "glm4": {"rope.dimension_count": 8},
     "lfm2": {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3},
     "cohere2": {"logit_scale": 0.5, "attention.layer_norm_epsilon": pytest.approx(1e-5)},
@@ -130,7 +134,8 @@ def expected_names(case: str) -> set[str]:
     names |= {f"{name}.weight" for name in shared}
     if case in ("stablelm", "stablelm-12b", "gpt-neox", "nemotron", "starcoder2"):
         names.add("output_norm.bias")
-    return names | ({"blk.0.ssm_a"} if case.startswith("qwen3.5") else set())
+    bare = {"qwen3.5": ["ssm_a"], "qwen3.5-grouped": ["ssm_a"], "granite4-hybrid": ["ssm_a", "ssm_d"]}
+    return names | {f"blk.0.{name}" for name in bare.get(case, ())}
 
 
 def test_every_architecture_has_a_model_here() -> None:
@@ -157,7 +162,7 @@ def test_a_file_has_what_the_loader_asks_for(tmp_path: Path, case: str) -> None:
     reader = gguf.GGUFReader(made.out)
     first = {t.name for t in reader.tensors if not re.match(r"blk\.[1-9]", t.name)}
     assert first == expected_names(case)
-    arch = ARCHITECTURES[config_of(case).architectures[0]].name
+    arch = architecture(config_of(case)).name
     assert reader.fields["general.architecture"].contents() == arch
     stored = {key: reader.fields[f"{arch}.{key}"].contents() for key in KEYS.get(case, {})}
     assert stored == KEYS.get(case, {})
@@ -184,6 +189,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "rope_parameters.rope_theta differs between kinds of layers",
     ),
     ("granite", {"residual_multiplier": 0.0}, "residual_multiplier 0; llama.cpp's granite"),
+    ("granite4", {"num_local_experts": 4}, "num_local_experts 4; llama.cpp's granite computes with 0"),
+    ("granite4-hybrid", {"mamba_n_groups": 2}, "mamba_n_groups 2; llama.cpp's granitehybrid computes with 1"),
+    ("granite4-hybrid", {"mamba_d_head": 16}, "takes them to be twice as wide as hidden_size"),
     ("glm4", {"hidden_act": "gelu"}, "hidden_act 'gelu'; llama.cpp computes silu for glm4"),
     ("lfm2", {"conv_bias": True}, "conv_bias; llama.cpp's lfm2 has no such biases"),
     ("cohere2", {"tie_word_embeddings": False}, "llama.cpp's cohere2 uses the embedding"),
@@ -242,7 +250,7 @@ def test_one_stack_holds_one_format(tmp_path: Path) -> None:
 
 
 def test_groups_wider_than_the_heads_that_move_are_refused(tmp_path: Path) -> None:
-    run = run_of(tmp_path, "qwen3.5-grouped", "w4a16g64-sym")
+    run = run_of(tmp_path, "qwen3.5-grouped", "w4a16g64-sym", {"intermediate_size": 128})
     with pytest.raises(
         LowbitError, match=r"pieces of 32 columns in another order, and groups of 64.*: w4a16g32-sym$"
     ):

@@ -27,30 +27,35 @@ from lowbit.checkpoints.gguf_types import AnyKind, OwnKind, Reader, bytes_of, va
 from lowbit.checkpoints.partial import final_name
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
-from lowbit.exporters.gguf_blocks import BLOCK, block_type, pack_blocks
+from lowbit.exporters.gguf_blocks import BLOCK, block_type
+from lowbit.exporters.gguf_data import (
+    data_of,
+    divisors,
+    expect,
+    module_of,
+    scale_name,
+    scales_of,
+    shape_of,
+)
 from lowbit.exporters.gguf_floats import DTYPES, MATRIX_ORDER, cost, exact_type, holds
 from lowbit.exporters.gguf_model import architecture, model_metadata, unlike_llamacpp
-from lowbit.exporters.gguf_native import native_type, pack_native
-from lowbit.exporters.gguf_rope import rope_tensors
+from lowbit.exporters.gguf_native import native_type
 from lowbit.exporters.gguf_tensors import (
     FileTensor,
     column_order,
     file_tensors,
     row_order,
     stack_of,
-    stored_value,
     straddles,
-    with_columns,
 )
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
 from lowbit.exporters.run import Run, Subject
-from lowbit.exporters.target import Executed, Exporter, Options, value_of
+from lowbit.exporters.target import Executed, Exporter, Options
 from lowbit.progress import say, track
 from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import KQuant
-from lowbit.quant.scales import TwoLevel, shared_exponent
 from lowbit.quant.tables import TableFormat
 
 FLOATS = {"auto": None, "f32": Kind.F32, "f16": Kind.F16, "q8_0": Kind.Q8_0}
@@ -64,7 +69,16 @@ FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; for a K type the one without la
 # boundary between two codes: below 5% of the logits' spread in SmolLM2's thirty blocks.
 EXPLAINED = 0.1
 # Matrices that llama.cpp's operations take in F32 alone, or whose inputs it must not round: kernels, routers.
-IN_F32 = (".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "conv.weight", "conv1d.weight", "norm.weight")
+IN_F32 = (
+    ".bias",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "conv.weight",
+    "conv1d.weight",
+    "norm.weight",
+    ".ssm_a",
+    ".ssm_d",
+)
 
 
 def limits(subject: Subject) -> Misfit | None:
@@ -138,16 +152,16 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
             _add(writer, key, value)
         kinds = [(tensor, _kind(run, tensor, options, types, warnings)) for tensor in tensors_of(run)]
         for tensor, kind in kinds:
-            _declare(writer, tensor.name, kind, _shape(run, tensor))
+            _declare(writer, tensor.name, kind, shape_of(run, tensor))
             if kind == Kind.NVFP4:
-                _declare(writer, _scale_name(tensor), Kind.F32, (len(tensor.parts),))
+                _declare(writer, scale_name(tensor), Kind.F32, (len(tensor.parts),))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor, kind in track(kinds, f"writing {final_name(path)}"):
-            writer.write_tensor_data(_data(run, tensor, kind))
+            writer.write_tensor_data(data_of(run, tensor, kind))
             if kind == Kind.NVFP4:
-                writer.write_tensor_data(_scales(run, tensor))
+                writer.write_tensor_data(scales_of(run, tensor))
     finally:
         writer.close()
     return warnings
@@ -179,30 +193,13 @@ def _add(writer: Any, key: str, value: Any) -> None:
 def tensors_of(run: Run) -> list[FileTensor]:
     """The file's tensors but for the scales beside NVFP4 weights."""
     names = [*run.floats, *(f"{module}.weight" for module in run.quantized)]
-    return [*(FileTensor(name, (name,)) for name in _rope(run)), *file_tensors(run.subject.config, names)]
-
-
-def expect(run: Run, name: str) -> Tensor:
-    """The value that the file must hold for a parameter, up to the order of rows."""
-    if (divisors := _rope(run).get(name)) is not None:
-        return divisors
-    return stored_value(run.subject.config, name, value_of(run, name))
-
-
-def _rope(run: Run) -> dict[str, Tensor]:
-    return rope_tensors(run.subject.config)
-
-
-def _module(run: Run, name: str) -> str | None:
-    """The quantized module whose weight a parameter is."""
-    module = name.removesuffix(".weight")
-    return module if name.endswith(".weight") and module in run.subject.weights else None
+    return [*(FileTensor(name, (name,)) for name in divisors(run)), *file_tensors(run.subject.config, names)]
 
 
 def _kind(run: Run, tensor: FileTensor, options: Options, types: Mapping[str, Any], warnings: list[str]) -> Any:
     """The type in which a tensor is written."""
     name = tensor.parts[0]
-    if (module := _module(run, name)) is not None:
+    if (module := module_of(run, name)) is not None:
         return types[module]
     if tensor.name.endswith(IN_F32) or expect(run, name).ndim == 1:
         return Kind.F32
@@ -219,13 +216,6 @@ def _kind(run: Run, tensor: FileTensor, options: Options, types: Mapping[str, An
     return kind
 
 
-def _shape(run: Run, tensor: FileTensor) -> tuple[int, ...]:
-    name = tensor.parts[0]
-    module = _module(run, name)
-    own = tuple(expect(run, name).shape) if module is None else run.subject.shapes[module]
-    return (len(tensor.parts), *own) if tensor.stacked else own
-
-
 def _declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> None:
     """Declare a tensor; data follow once all tensors are declared."""
     if kind in (Kind.F32, Kind.F16):
@@ -236,58 +226,22 @@ def _declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> N
     writer.add_tensor_info(name, shape, np.dtype(np.int8), bytes_of(shape, kind), raw_dtype=kind)
 
 
-def _data(run: Run, tensor: FileTensor, kind: Any) -> Any:
-    """The bytes, or float values, of a tensor; those of a stack one behind the other."""
-    parts = [_part(run, name, kind) for name in tensor.parts]
-    return np.stack(parts) if tensor.stacked else parts[0]
-
-
-def _part(run: Run, name: str, kind: Any) -> Any:
-    rows, columns = row_order(run.subject.config, name), column_order(run.subject.config, name)
-    if (module := _module(run, name)) is None:
-        value = expect(run, name)
-        value = value if rows is None else value[rows]
-        value = value if columns is None else value[:, columns]
-        return gguf.quants.quantize(value.contiguous().numpy(), kind)
-    q = run.qtensor(module)
-    q = q if rows is None else q.select_rows(rows)
-    q = q if columns is None else with_columns(q, columns)
-    if kind in DTYPES:
-        return gguf.quants.quantize(q.dequantize().contiguous().numpy(), kind)
-    if isinstance(q.format, IntFormat):
-        return pack_blocks(q, kind)
-    return pack_native(q, _exponent(run, module))
-
-
-def _scale_name(tensor: FileTensor) -> str:
-    """The name of the multipliers of NVFP4 weights."""
-    return f"{tensor.name.removesuffix('.weight')}.scale"
-
-
-def _scales(run: Run, tensor: FileTensor) -> Any:
-    """One multiplier for each part."""
-    modules = [name.removesuffix(".weight") for name in tensor.parts]
-    return np.array([2.0 ** -_exponent(run, module) for module in modules], dtype=np.float32)
-
-
-def _exponent(run: Run, module: str) -> int:
-    """Of the power of two that divides a weight's scales, and that the file holds beside the blocks; 0 without."""
-    if not isinstance(run.subject.weights[module].scales, TwoLevel):
-        return 0
-    return shared_exponent([run.qtensor(module).qparams.scale]) or 0
-
-
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file through the package's reader, as the model's parameters in the model's order."""
     known = {tensor.name: tensor for tensor in tensors_of(run)}
     stored = Reader(path).tensors
     scales = {tensor.name: tensor.data for tensor in stored if tensor.name.endswith(".scale")}
+    shares: dict[str, dict[int, Any]] = {}
     for tensor in stored:
         if tensor.name in scales:  # part of the weight beside it
             continue
         value = values_of(tensor.data, tensor.tensor_type)
         own = known.get(tensor.name, FileTensor(tensor.name, (tensor.name,)))
-        factors = scales.get(_scale_name(own))
+        factors = scales.get(scale_name(own))
+        if own.share[1] > 1:
+            value = _joined(value, own, shares)
+            if value is None:
+                continue
         for index, name in enumerate(own.parts):
             # Of a stack with fewer parts than the model has, those that are missing are not yielded.
             if own.stacked and index >= len(value):
@@ -295,6 +249,14 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
             part = value[index] if own.stacked else value
             part = part if factors is None else part * factors[index if own.stacked else 0]
             yield name, _in_order(run, name, torch.from_numpy(np.ascontiguousarray(part)))
+
+
+def _joined(value: Any, tensor: FileTensor, shares: dict[str, dict[int, Any]]) -> Any:
+    """A parameter of whose shares this is the last one; ``None`` for the ones before, which ``shares`` keeps."""
+    index, count = tensor.share
+    held = shares.setdefault(tensor.parts[0], {})
+    held[index] = value
+    return np.concatenate([held[i] for i in range(count)]) if len(held) == count else None
 
 
 def _in_order(run: Run, name: str, value: Tensor) -> Tensor:

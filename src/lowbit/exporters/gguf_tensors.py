@@ -41,11 +41,13 @@ class FileTensor:
         name: in the file.
         parts: names of the model's parameters that it holds.
         stacked: the parts are along a first dimension; else there is one.
+        share: of a parameter whose rows several tensors have: which of how many equal shares this one is.
     """
 
     name: str
     parts: tuple[str, ...]
     stacked: bool = False
+    share: tuple[int, int] = (0, 1)
 
 
 def stack_of(name: str) -> tuple[str, int] | None:
@@ -75,6 +77,8 @@ def file_tensors(config: Any, names: Iterable[str]) -> list[FileTensor]:
     for name in names:
         if (place := stack_of(name)) is not None:
             stacks.setdefault(place[0], {})[place[1]] = name
+        elif shares := _shares(arch, name):
+            out += [FileTensor(own, (name,), share=(i, len(shares))) for i, own in enumerate(shares)]
         else:
             out.append(FileTensor(_renamed(arch, table, name), (name,)))
     for stored, parts in stacks.items():
@@ -82,6 +86,12 @@ def file_tensors(config: Any, names: Iterable[str]) -> list[FileTensor]:
             raise LowbitError(f"the model lacks some of the {max(parts) + 1} parts of {stored}: make the run again")
         out.append(FileTensor(stored, tuple(parts[i] for i in range(len(parts))), True))
     return out
+
+
+def _shares(arch: Architecture, name: str) -> list[str]:
+    """The tensors that share a parameter's rows, or none."""
+    layer = _LAYER.match(name)
+    return [] if layer is None else [f"blk.{layer[1]}.{own}" for own in arch.splits.get(layer[2], ())]
 
 
 def _table(arch: Architecture, layers: int) -> Any:

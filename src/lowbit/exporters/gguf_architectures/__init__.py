@@ -14,8 +14,9 @@ from lowbit.exporters.gguf_architectures.exaone import EXAONE4
 from lowbit.exporters.gguf_architectures.fused import GLM4, PHI3
 from lowbit.exporters.gguf_architectures.gemma import GEMMA2, GEMMA3
 from lowbit.exporters.gguf_architectures.gpt_oss import GPT_OSS
+from lowbit.exporters.gguf_architectures.granite import GRANITE, GRANITE_HYBRID
 from lowbit.exporters.gguf_architectures.lfm import LFM2
-from lowbit.exporters.gguf_architectures.llama import ERNIE, GRANITE, LLAMA, MINISTRAL3, MIXTRAL, SEED_OSS, SMOLLM3
+from lowbit.exporters.gguf_architectures.llama import ERNIE, LLAMA, MINISTRAL3, MIXTRAL, SEED_OSS, SMOLLM3
 from lowbit.exporters.gguf_architectures.no_gate import ARCEE, NEMOTRON, STARCODER2
 from lowbit.exporters.gguf_architectures.olmo import OLMO2, OLMO3, OLMOE
 from lowbit.exporters.gguf_architectures.parallel import COHERE2, GPT_NEOX, STABLELM
@@ -28,6 +29,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Ministral3ForCausalLM": MINISTRAL3,
     "SmolLM3ForCausalLM": SMOLLM3,
     "GraniteForCausalLM": GRANITE,
+    "GraniteMoeHybridForCausalLM": GRANITE_HYBRID,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3ForCausalLM": QWEN3,
@@ -56,4 +58,5 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_of(config: Any) -> Architecture | None:
     """The entry of a config's class, or ``None`` if it is not written for llama.cpp."""
-    return ARCHITECTURES.get((config.architectures or [""])[0])
+    found = ARCHITECTURES.get((config.architectures or [""])[0])
+    return found and (found.variant(config) or found)

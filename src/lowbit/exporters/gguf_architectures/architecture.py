@@ -28,6 +28,11 @@ def no_facts(config: Any) -> Facts:
     return {}
 
 
+def no_variant(config: Any) -> Architecture | None:
+    """One entry for all configs of the class."""
+    return None
+
+
 def nothing(config: Any) -> str | None:
     """No refusal beyond those that the fields of ``Architecture`` imply."""
     return None
@@ -67,6 +72,9 @@ class Architecture:
             ``gguf`` package's map has no name, or another one.
         values: what is stored in place of a parameter's value, by the end of its name; the first that fits.
         rows: the order of a parameter's rows in the file, by its name in the model.
+        splits: the file's tensors, behind ``blk.N.``, that share a parameter's rows evenly, by what follows the
+            layer's number in the model.
+        variant: another entry for some configs of the class.
         columns: the same of a matrix' columns, which move in whole pieces of ``piece``; ``None``: they stay.
         piece: how many columns move together.
     """
@@ -88,6 +96,8 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     rows: Callable[[Any, str], Tensor | None] = as_they_are
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    variant: Callable[[Any], Architecture | None] = no_variant
     columns: Callable[[Any, str], Tensor | None] = as_they_are
     piece: Callable[[Any], int] = head_dim
 

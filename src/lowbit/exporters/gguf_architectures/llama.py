@@ -1,6 +1,6 @@
-"""Llama, Mistral, Mixtral, SmolLM3, Ministral 3, Granite, Seed-OSS, ERNIE 4.5: ``llama`` and what is close to it.
+"""Llama, Mistral, Mixtral, SmolLM3, Ministral 3, Seed-OSS, ERNIE 4.5: ``llama`` and what is close to it.
 
-https://github.com/ggml-org/llama.cpp/tree/master/src/models (llama, smollm3, mistral3, granite, seed-oss, ernie4-5)
+https://github.com/ggml-org/llama.cpp/tree/master/src/models (llama, smollm3, mistral3, seed-oss, ernie4-5)
 """
 
 from __future__ import annotations
@@ -50,21 +50,6 @@ def _ministral3_unlike(config: Any) -> str | None:
     return f"sliding_window {window}; llama.cpp's mistral3 has none" if window is not None else None
 
 
-def _granite_facts(config: Any) -> Facts:
-    return {
-        "attention.scale": float(config.attention_multiplier),
-        "embedding_scale": float(config.embedding_multiplier),
-        "residual_scale": float(config.residual_multiplier),
-        "logit_scale": float(config.logits_scaling),
-    }
-
-
-def _granite_unlike(config: Any) -> str | None:
-    fields = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
-    zero = next((field for field in fields if not getattr(config, field)), None)
-    return f"{zero} 0; llama.cpp's granite takes 0 for a factor that is not there" if zero else None
-
-
 def _seed_oss_unlike(config: Any) -> str | None:
     return has_biases(config, "seed_oss", "attention_out_bias", "mlp_bias")
 
@@ -87,7 +72,6 @@ MINISTRAL3 = Architecture(
     facts=_ministral3_facts,
     unlike=_ministral3_unlike,
 )
-GRANITE = Architecture("granite", ANY_ROPE, adjacent=True, facts=_granite_facts, unlike=_granite_unlike)
 SEED_OSS = Architecture("seed_oss", unlike=_seed_oss_unlike)
 # Neighbouring dimensions rotate together in the library, too.
 ERNIE = Architecture("ernie4_5", unlike=_ernie_unlike)

@@ -1,0 +1,118 @@
+"""Granite, and Granite 4: layers with attention, or some of them with Mamba 2, and no experts.
+
+Granite 4 has gate and up of the MLP in one matrix, and no rotary embedding beside layers with Mamba.
+https://github.com/ggml-org/llama.cpp/tree/master/src/models (granite, granite-hybrid)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lowbit.exporters.gguf_architectures.architecture import (
+    ANY_ROPE,
+    Architecture,
+    Facts,
+    expected,
+    has_biases,
+    without_channels,
+)
+
+
+def _granite_facts(config: Any) -> Facts:
+    return {
+        "attention.scale": float(config.attention_multiplier),
+        "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "logit_scale": float(config.logits_scaling),
+    }
+
+
+def _granite_unlike(config: Any) -> str | None:
+    fields = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+    zero = next((field for field in fields if not getattr(config, field)), None)
+    return f"{zero} 0; llama.cpp's granite takes 0 for a factor that is not there" if zero else None
+
+
+def _dense_facts(config: Any) -> Facts:
+    rotates = config.position_embedding_type == "rope"
+    return _granite_facts(config) | {
+        "feed_forward_length": config.shared_intermediate_size,
+        "rope.scaling.finetuned": rotates,  # llama.cpp's switch of the rotary embedding
+    }
+
+
+def _hybrid_facts(config: Any) -> Facts:
+    attention = [kind == "full_attention" for kind in config.layer_types]
+    return _dense_facts(config) | {
+        "attention.head_count_kv": [config.num_key_value_heads if own else 0 for own in attention],
+        "ssm.conv_kernel": config.mamba_d_conv,
+        "ssm.state_size": config.mamba_d_state,
+        "ssm.group_count": config.mamba_n_groups,
+        "ssm.inner_size": config.mamba_n_heads * config.mamba_d_head,
+        "ssm.time_step_rank": config.mamba_n_heads,
+    }
+
+
+def _dense_unlike(config: Any) -> str | None:
+    return expected(config, "granite", num_local_experts=0) or _granite_unlike(config)
+
+
+def _hybrid_unlike(config: Any) -> str | None:
+    if config.mamba_n_heads * config.mamba_d_head != 2 * config.hidden_size:
+        return (
+            f"mamba_n_heads {config.mamba_n_heads} of mamba_d_head {config.mamba_d_head}; llama.cpp's granitehybrid "
+            "takes them to be twice as wide as hidden_size"
+        )
+    if tuple(config.time_step_limit) != (0.0, float("inf")):
+        return f"time_step_limit {config.time_step_limit}; llama.cpp's granitehybrid has none"
+    return (
+        expected(config, "granitehybrid", mamba_n_groups=1, mamba_conv_bias=True)
+        or has_biases(config, "granitehybrid", "mamba_proj_bias")
+        or _dense_unlike(config)
+    )
+
+
+def _decay(logarithm: Tensor) -> Tensor:
+    """What multiplies the step of each head, from the logarithm of its magnitude, as a column."""
+    return -logarithm.exp()[:, None]
+
+
+def _column(vector: Tensor) -> Tensor:
+    return vector[:, None]
+
+
+def _row(vector: Tensor) -> Tensor:
+    """The gain of a norm over one group."""
+    return vector[None]
+
+
+def _attention_only(config: Any) -> Architecture | None:
+    return GRANITE_DENSE if set(config.layer_types) == {"full_attention"} else None
+
+
+_OUTPUT = {"shared_mlp.output_linear.weight": "ffn_down.weight"}
+GRANITE = Architecture("granite", ANY_ROPE, adjacent=True, facts=_granite_facts, unlike=_granite_unlike)
+GRANITE_DENSE = replace(
+    GRANITE,
+    facts=_dense_facts,
+    unlike=_dense_unlike,
+    names=_OUTPUT,
+    splits={"shared_mlp.input_linear.weight": ("ffn_gate.weight", "ffn_up.weight")},
+)
+GRANITE_HYBRID = replace(
+    GRANITE_DENSE,
+    name="granitehybrid",
+    facts=_hybrid_facts,
+    unlike=_hybrid_unlike,
+    names=_OUTPUT | {"mamba.A_log": "ssm_a", "mamba.D": "ssm_d", "mamba.dt_bias": "ssm_dt.bias"},
+    values={
+        "mamba.A_log": _decay,
+        "mamba.D": _column,
+        "mamba.norm.weight": _row,
+        "conv1d.weight": without_channels,
+    },
+    variant=_attention_only,
+)
