@@ -308,7 +308,7 @@ def test_the_start_sees_nothing_of_the_validation_split():
     _, held = options.schedule.split(len(calib.x_q))
     spoilt = replace(calib, x_q=calib.x_q.clone())
     spoilt.x_q[held] = torch.nan
-    one, other = (started(options, block, given)[0].qweights for given in (calib, spoilt))
+    one, other = (started(options.options, options.schedule, block, given)[0].qweights for given in (calib, spoilt))
     assert all(torch.equal(one[name].codes, other[name].codes) for name in one)
 
 
@@ -343,7 +343,7 @@ def test_a_fit_that_is_resumed_ends_with_the_same_bytes(kind, tmp_path):
     options = rounding(parametrisation=kind, epochs=3)
 
     def learned(keep=None, stop_at=None):
-        trainer = RoundingFit(options, block, calib)
+        trainer = RoundingFit(options.options, options.schedule, block, calib)
 
         def begin(epoch):
             if epoch == stop_at:

@@ -20,45 +20,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowbit.errors import LowbitError
-from lowbit.methods.learned_codes import PARAMETRISATIONS
 from lowbit.methods.method import NO_OPS, Method, Needs
-from lowbit.methods.options import check_bounds, check_choices
-from lowbit.methods.rounding_fit import STARTS, RoundingFit
+from lowbit.methods.rounding_fit import RoundingFit
+from lowbit.methods.rounding_options import STARTS, RoundingOptions
 from lowbit.methods.training import Schedule, fit
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 
-CHOICES = {"parametrisation": tuple(PARAMETRISATIONS), "start": tuple(STARTS), "loss": ("token", "mse")}
-
 
 @dataclass(frozen=True)
 class Rounding(Method):
-    """Learned codes.
+    """Learned codes; recipes use the option names without their group.
 
     Attributes:
-        parametrisation: ``sign``, ``sigmoid`` or ``gumbel``; see ``learned_codes.py``.
-        start: the codes to start from: the ``nearest``, or those of ``gptq`` on the training sequences.
-        bound: how far a code may be from its weight, in codes, beyond the half that rounding takes: 0.5 leaves the
-            two neighbours, 1 three codes, 1.5 four. ``sigmoid`` takes 0.5 alone.
-        scales: also learn the scales: ratios of both ends of a range with ``sign``, of the scale with the others; in
-            formats other than integers, search them first (``searched_clips.py``).
-        loss: ``token`` or ``mse``; see ``AffineQuant``.
-        lr: learning rate of the codes: 1 is the parametrisation's own, 1 / steps for ``sign``.
-        lr_scales: of the ratios, times the number of steps.
-        regularization: weight of AdaRound's regulariser, a mean over the weights, in units of the start's loss.
+        options: what is learned, and from where; see ``RoundingOptions``.
         schedule: epochs, batches, validation split and learning-rate decay.
     """
 
-    parametrisation: str = "sign"
-    start: str = "nearest"
-    bound: float = 0.5
-    scales: bool = True
-    loss: str = "token"
-    lr: float = 1.0
-    lr_scales: float = 1.0
-    regularization: float = 1.0
+    options: RoundingOptions = RoundingOptions()
     schedule: Schedule = Schedule(epochs=30, decay="linear")
     rounds: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = False
@@ -66,31 +46,10 @@ class Rounding(Method):
     closed_form: ClassVar[bool] = False
     moves_norms: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_choices("rounding", self, CHOICES)
-        rates = dict.fromkeys(("lr", "lr_scales", "regularization"), "0 or more")
-        check_bounds("rounding", self, {"bound": "above 0", **rates})
-        if self.parametrisation == "sigmoid" and self.bound != 0.5:
-            raise LowbitError(
-                f"rounding.bound {self.bound:g} given; sigmoid decides between two codes: set 0.5, or another "
-                "rounding.parametrisation"
-            )
-
     @property
     def passes(self) -> int:
         """Those of the start, then forward and backward in each epoch."""
-        return STARTS[self.start]().passes + 1 + 4 * self.schedule.epochs
-
-    @property
-    def copies(self) -> int:
-        """Float32 values that are held for each weight: leaves with gradients, best values and moments, and others.
-
-        >>> Rounding().copies, Rounding(parametrisation="gumbel").copies
-        (8, 15)
-        """
-        leaves = round(2 * self.bound) + 1 if self.parametrisation == "gumbel" else 1
-        moments = {"sign": 0, "sigmoid": 3, "gumbel": 1}[self.parametrisation]
-        return 5 + leaves * (3 + 2 * moments)
+        return STARTS[self.options.start]().passes + 1 + 4 * self.schedule.epochs
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: only codes and scales change."""
@@ -100,7 +59,7 @@ class Rounding(Method):
         """Codes for every linear that has a format; all layers of a window are learned together."""
         if not block.formats:
             return block
-        trainer = RoundingFit(self, block, calib)
+        trainer = RoundingFit(self.options, self.schedule, block, calib)
         fitted = fit(
             trainer.groups(),
             trainer.loss,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,26 +13,20 @@ from torch import Tensor
 from lowbit.methods.adam import Adam
 from lowbit.methods.cold import quantized_without_data, with_cold_note
 from lowbit.methods.fit_state import Fitted
-from lowbit.methods.gptq import GPTQ
 from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.learned_codes import PARAMETRISATIONS, LearnedCodes, Start, latent_weight
 from lowbit.methods.learned_scales import LearnedScales
-from lowbit.methods.method import Method
 from lowbit.methods.optimizer import Groups, Optimizer
-from lowbit.methods.rtn import RTN
+from lowbit.methods.rounding_options import STARTS, RoundingOptions
 from lowbit.methods.searched_clips import split_by_format, with_searched_clips
 from lowbit.methods.sign_descent import SignDescent
 from lowbit.methods.statistics import column_importance
-from lowbit.methods.training import loss_unit, relative_loss
+from lowbit.methods.training import Schedule, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run
 from lowbit.models.offload import Rows, select_sequences
 from lowbit.quant.format import QTensor
 
-if TYPE_CHECKING:
-    from lowbit.methods.rounding import Rounding
-
-STARTS: dict[str, Callable[[], Method]] = {"nearest": RTN, "gptq": GPTQ}
 MOMENTUM = 0.9  # of the sign steps where noise is drawn
 
 
@@ -45,11 +38,11 @@ class RoundingFit:
         codes, scales: what is learned, by linear.
     """
 
-    def __init__(self, options: Rounding, block: Block, calib: Calib) -> None:
-        self.options = options
-        self.steps = options.schedule.steps(len(calib.x_q))
+    def __init__(self, options: RoundingOptions, schedule: Schedule, block: Block, calib: Calib) -> None:
+        self.options, self.schedule = options, schedule
+        self.steps = schedule.steps(len(calib.x_q))
         self.taken = 0
-        self.block, cold = started(options, block, calib)
+        self.block, cold = started(options, schedule, block, calib)
         ends = options.parametrisation == "sign"
         self.codes: dict[str, LearnedCodes] = {}
         self.scales: dict[str, LearnedScales] = {}
@@ -66,7 +59,7 @@ class RoundingFit:
     @torch.no_grad()
     def _loss_of_the_start(self, sequences: int) -> float:
         """The error of the start's codes on up to four training sequences."""
-        train, _ = self.options.schedule.split(sequences)
+        train, _ = self.schedule.split(sequences)
         return float(self.loss(train[:4]))
 
     def groups(self) -> Groups:
@@ -85,7 +78,7 @@ class RoundingFit:
 
     def begin(self, epoch: int) -> None:
         """Count steps from the epoch's first: what is annealed and drawn depends on their number alone."""
-        self.taken = (epoch - 1) * self.steps // max(self.options.schedule.epochs, 1)
+        self.taken = (epoch - 1) * self.steps // max(self.schedule.epochs, 1)
 
     def project(self) -> None:
         """After each step: bounds, and one more step taken."""
@@ -144,7 +137,7 @@ class RoundingFit:
             "changed_codes": changed / max(self.weights, 1),
         }
         notes = list(fitted.notes)
-        if self.options.schedule.epochs and self.codes and not fitted.best:
+        if self.schedule.epochs and self.codes and not fitted.best:
             notes.append("no epoch improves the validation loss; the codes of the start are kept")
         done = replace(self.block, qweights={**self.block.qweights, **learned})
         return done.with_notes("rounding", *notes).with_record("rounding", record)
@@ -155,14 +148,14 @@ class RoundingFit:
         return self.block.weight_format(name).quantize(self.codes[name].chosen(qparams), qparams)
 
 
-def started(options: Rounding, block: Block, calib: Calib) -> tuple[Block, dict[str, int]]:
+def started(options: RoundingOptions, schedule: Schedule, block: Block, calib: Calib) -> tuple[Block, dict[str, int]]:
     """The block with the start's codes, and experts' linears that too few tokens reach, with the tokens.
 
     Whatever is fitted or counted here sees the training sequences alone: the validation error of the start is that
     of sequences that it does not know.
     """
     block = with_input_ranges(block, calib)
-    train, _ = options.schedule.split(len(calib.x_q))
+    train, _ = schedule.split(len(calib.x_q))
     x_fp, x_q, y_fp = (select_sequences(states, train) for states in (calib.x_fp, calib.x_q, calib.y_fp))
     visible = replace(calib, x_fp=x_fp, x_q=x_q, y_fp=y_fp)
     _, searched = split_by_format(block)

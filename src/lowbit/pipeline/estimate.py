@@ -51,7 +51,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     memory = 400_000_000 + 2 * shared * 4 + 3 * block * 4 + states + moments + activations
     if recipe.tune is not None:
         memory += 4 * recipe.tune.parameter_count(linear_shapes(skeleton).values()) * LEAF_COPIES
-    memory += 4 * block * max((step.copies for _, step in recipe.steps if isinstance(step, Rounding)), default=0)
+    memory += 4 * block * _rounding_copies(recipe)
     disk = plan.size_bytes + 4 * plan.float_weights
     passes = 2 + sum(_passes(step, samples) for _, step in recipe.steps)
     return Estimate(memory, disk, 2.0 * sum(weights) * tokens * passes / matmul_speed())
@@ -63,6 +63,11 @@ def _passes(step: Step, samples: int) -> float:
         return step.passes
     rest = with_options(step, epochs=0).passes
     return rest + (step.passes - rest) * step.schedule.per_epoch(samples) / samples
+
+
+def _rounding_copies(recipe: Recipe) -> int:
+    """Values for each weight of a window that learned rounding holds."""
+    return max((step.options.copies for _, step in recipe.steps if isinstance(step, Rounding)), default=0)
 
 
 def matmul_speed() -> float:
