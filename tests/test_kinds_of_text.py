@@ -13,7 +13,6 @@ import pytest
 import lowbit
 from lowbit.checkpoints import pypi
 from lowbit.cli.main import call
-from lowbit.cli.measure import ratio_line
 from lowbit.data import builtin
 from lowbit.evaluation.ratios import ratios_of
 from lowbit.evaluation.texts import calibrated_on, default_texts
@@ -142,7 +141,7 @@ def test_the_reference_is_measured_on_the_same_tokens(places, capsys):
     assert found.ratios.mean == pytest.approx(math.sqrt(wanted[0] * wanted[1]), rel=1e-12)
     assert found.ratios.by_text[found.ratios.worst] == max(wanted)
     out, err = printed(capsys, "evaluate", run, "--length", "16", "--reference", places / "m")
-    assert ratio_line(found.ratios) in " ".join(out.split())
+    assert found.ratios.line() in " ".join(out.split())
     for part in ("calibrated", " yes ", " no "):
         assert part in out
     assert "warning" not in err
