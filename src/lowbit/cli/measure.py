@@ -120,7 +120,7 @@ def _show_perplexity(evaluated: Evaluated) -> None:
     rows = table("data", "tokens", "windows", "perplexity", *against, *(["kind calibrated on"] if known else []))
     for name, value in evaluated.perplexity.items():
         count = evaluated.tokens[name]
-        cells = [
+        cells: list[Text | str] = [
             Text(Path(name).name),
             str(count),
             f"{count // evaluated.length} x {evaluated.length}",
