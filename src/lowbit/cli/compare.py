@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from lowbit.cli.console import (
+    STAR,
+    STARRED,
     BosOption,
     Device,
     DType,
@@ -112,8 +114,8 @@ def _show_ratios(compared: Compared) -> None:
     """Print each run's ratios over all texts; a text of a kind that it was calibrated on has a star."""
     rows = table("ratio to float", "mean", "worst", *(escape(Path(name).name) for name in compared.texts))
     for one, ratios, seen in zip(compared.runs, compared.ratios, compared.calibrated, strict=True):
-        cells = [f"{ratio:.4f}{' *' if seen[name] else ''}" for name, ratio in ratios.by_text.items()]
+        cells = [f"{ratio:.4f}{STAR if seen[name] else ''}" for name, ratio in ratios.by_text.items()]
         rows.add_row(Text(one["run"]), f"{ratios.mean:.4f}", f"{ratios.by_text[ratios.worst]:.4f}", *cells)
     Console().print(rows)
     if any(any(seen.values()) for seen in compared.calibrated):
-        print("* calibrated on this kind of text")
+        print(STARRED)

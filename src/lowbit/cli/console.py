@@ -42,6 +42,8 @@ Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the model's repository.")]
 
+STAR, STARRED = " *", "* the run was calibrated on this kind of text"
+
 
 class Place(TypedDict):
     """Arguments of every function that opens a model: where it computes, and what it may load."""

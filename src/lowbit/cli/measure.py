@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lowbit.cli.console import (
+    STAR,
+    STARRED,
     BosOption,
     Device,
     DType,
@@ -33,8 +35,6 @@ from lowbit.progress import say
 if TYPE_CHECKING:
     from lowbit.evaluation.evaluate import Evaluated
     from lowbit.evaluation.tasks import TaskScores
-
-SEEN = {True: "yes", False: "no", None: "-"}
 
 
 def evaluate(
@@ -116,20 +116,21 @@ def _show_perplexity(evaluated: Evaluated) -> None:
     """Print a row for each text, then the mean and the worst ratio, then what holds for all."""
     reference, ratios = evaluated.reference, evaluated.ratios
     against = ["float", "ratio"] if reference else []
-    known = any(seen is not None for seen in evaluated.calibrated.values())
-    rows = table("data", "tokens", "windows", "perplexity", *against, *(["kind calibrated on"] if known else []))
+    rows = table("data", "tokens", "windows", "perplexity", *against)
     for name, value in evaluated.perplexity.items():
         count = evaluated.tokens[name]
         cells: list[Text | str] = [
-            Text(Path(name).name),
+            Text(Path(name).name + (STAR if evaluated.calibrated.get(name) else "")),
             str(count),
             f"{count // evaluated.length} x {evaluated.length}",
             f"{value:.4f}",
         ]
         if reference and ratios:
             cells += [f"{reference.perplexity[name]:.4f}", f"{ratios.by_text[name]:.4f}"]
-        rows.add_row(*cells, *([SEEN[evaluated.calibrated.get(name)]] if known else []))
+        rows.add_row(*cells)
     Console().print(rows)
+    if any(evaluated.calibrated.values()):
+        print(STARRED)
     if ratios and len(ratios.by_text) > 1:
         print(ratios.line())
     facts = _run_facts(evaluated.scheme, evaluated.bits_per_weight, evaluated.target)
