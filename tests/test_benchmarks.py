@@ -99,6 +99,10 @@ def test_the_last_text_of_the_results_is_one_that_no_row_was_calibrated_on(wikit
     assert protocol.texts[-1] == (held_back, f"builtin:{held_back.lower()}")
     assert dict(protocol.texts).keys() >= {"Wikipedia", "C4", "Multilingual"}
     assert (wikitext2 is None) == (protocol.calibration == "builtin")
+    texts = {text: {"tokens": 1024 - i, "data_hash": "0f"} for i, (_, text) in enumerate(protocol.texts)}
+    told = "\n".join(results.intro(protocol, {"texts": texts, "protocol": {"special": ""}}, {"torch": "2"}, 3))
+    assert f"no row saw text of the kind *{held_back}*" in told
+    assert f"{held_back} {1025 - len(texts)}" in told
 
 
 def test_the_tasks_of_the_results_are_a_table_of_their_own():

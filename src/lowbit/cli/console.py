@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 import typer
 from rich.table import Table
 
+from lowbit.progress import say
+
 if TYPE_CHECKING:
     from lowbit.data.windows import Bos
 
@@ -39,6 +41,8 @@ TextOption = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code of the model's repository.")]
+
+STAR, STARRED = " *", "* the run was calibrated on this kind of text"
 
 
 class Place(TypedDict):
@@ -87,3 +91,9 @@ def _as_json(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_as_json(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def warn(what: str | None, whose: str = "") -> None:
+    """Print a warning on standard error; ``None``: there is nothing to tell."""
+    if what is not None:
+        say(f"warning: {f'{whose}: ' if whose else ''}{what}")

@@ -16,11 +16,12 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli.catalog import recipes, schemes
+from lowbit.cli.compare import compare
 from lowbit.cli.console import BosOption, Device, DType, Json, Model, Pickle, Remote, Revision, bos_of, print_json
 from lowbit.cli.demo import demo
 from lowbit.cli.export import export, verify
 from lowbit.cli.inspect import inspect
-from lowbit.cli.measure import compare, evaluate, report
+from lowbit.cli.measure import evaluate, report
 from lowbit.cli.merge import merge
 from lowbit.errors import LowbitError, check_least
 from lowbit.progress import say

@@ -1,4 +1,4 @@
-"""``lowbit evaluate``, ``lowbit compare`` and ``lowbit report``: measure runs and report on them."""
+"""``lowbit evaluate`` and ``lowbit report``: measure runs and report on them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from lowbit.cli.console import (
+    STAR,
+    STARRED,
     BosOption,
     Device,
     DType,
@@ -25,18 +26,15 @@ from lowbit.cli.console import (
     place_of,
     print_json,
     table,
+    warn,
 )
 from lowbit.errors import LowbitError
 from lowbit.paths import user_path
 from lowbit.progress import say
 
 if TYPE_CHECKING:
-    from lowbit.evaluation.compare import Compared
     from lowbit.evaluation.evaluate import Evaluated
-    from lowbit.evaluation.ratios import Ratios
     from lowbit.evaluation.tasks import TaskScores
-
-SEEN = {True: "yes", False: "no", None: "-"}
 
 
 def evaluate(
@@ -103,7 +101,7 @@ def evaluate(
     if evaluated:
         result |= asdict(evaluated)
         if evaluated.ratios:
-            _warn(evaluated.ratios)
+            warn(evaluated.ratios.warning())
     _store(model, result)
     if as_json:
         print_json(result)
@@ -118,42 +116,25 @@ def _show_perplexity(evaluated: Evaluated) -> None:
     """Print a row for each text, then the mean and the worst ratio, then what holds for all."""
     reference, ratios = evaluated.reference, evaluated.ratios
     against = ["float", "ratio"] if reference else []
-    known = any(seen is not None for seen in evaluated.calibrated.values())
-    rows = table("data", "tokens", "windows", "perplexity", *against, *(["kind calibrated on"] if known else []))
+    rows = table("data", "tokens", "windows", "perplexity", *against)
     for name, value in evaluated.perplexity.items():
         count = evaluated.tokens[name]
         cells: list[Text | str] = [
-            Text(Path(name).name),
+            Text(Path(name).name + (STAR if evaluated.calibrated.get(name) else "")),
             str(count),
             f"{count // evaluated.length} x {evaluated.length}",
             f"{value:.4f}",
         ]
         if reference and ratios:
             cells += [f"{reference.perplexity[name]:.4f}", f"{ratios.by_text[name]:.4f}"]
-        rows.add_row(*cells, *([SEEN[evaluated.calibrated.get(name)]] if known else []))
+        rows.add_row(*cells)
     Console().print(rows)
+    if any(evaluated.calibrated.values()):
+        print(STARRED)
     if ratios and len(ratios.by_text) > 1:
-        print(ratio_line(ratios))
+        print(ratios.line())
     facts = _run_facts(evaluated.scheme, evaluated.bits_per_weight, evaluated.target)
     print(f"{special_line(evaluated.bos, evaluated.special)}; {facts}")
-
-
-def ratio_line(ratios: Ratios) -> str:
-    """The mean and the worst ratio of perplexities over the texts.
-
-    >>> from lowbit.evaluation.ratios import ratios_of
-    >>> ratio_line(ratios_of({"wiki": 30.0, "code": 5.4}, {"wiki": 25.0, "code": 4.0}))
-    'perplexity over 2 texts: 1.2728 times the float model in the mean, 1.3500 times on code, the worst'
-    """
-    worst = f"{ratios.by_text[ratios.worst]:.4f} times on {Path(ratios.worst).name}, the worst"
-    return (
-        f"perplexity over {len(ratios.by_text)} texts: {ratios.mean:.4f} times the float model in the mean, {worst}"
-    )
-
-
-def _warn(ratios: Ratios, run: str = "") -> None:
-    if warning := ratios.warning():
-        say(f"warning: {f'{run}: ' if run else ''}{warning}")
 
 
 def special_line(bos: str, special: str) -> str:
@@ -208,95 +189,6 @@ def _store(model: str, result: dict[str, Any]) -> None:
         keep(folder, *results_of(result))
     except LowbitError as error:
         say(f"the result is not stored in the run folder: {error}")
-
-
-def compare(
-    exact: Annotated[str, typer.Argument(metavar="FLOAT", help="The float model, as for quantize.")],
-    runs: Annotated[list[str], typer.Argument(metavar="DIR", help="Run folders of that model.")],
-    data: TextOption = None,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
-    bos: BosOption = None,
-    seed: Annotated[int, typer.Option(help="Draws the windows of the bootstrap.")] = 0,
-    prompt: Annotated[str | None, typer.Option(help="Text for all models to continue.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="At most this many tokens after the prompt.")] = 64,
-    blocks: Annotated[bool, typer.Option("--blocks", help="Show each block's error; --json has it anyway.")] = False,
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    revision: Revision = None,
-    allow_pickle: Pickle = False,
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
-) -> None:
-    """Compare runs with their float model, token by token.
-
-    KL divergence, top-1 agreement, perplexity ratio and each block's error against FLOAT.
-    """
-    from lowbit.evaluation.compare import compare as run
-
-    compared = run(
-        exact,
-        runs,
-        data=data or None,
-        length=length,
-        tokens=tokens,
-        bos=bos_of(bos),
-        seed=seed,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        **place_of(device, dtype, revision, allow_pickle, trust_remote_code),
-    )
-    for one, ratios in zip(compared.runs, compared.ratios, strict=True):
-        _warn(ratios, one["run"])
-    if as_json:
-        print_json(compared.to_dict())
-        return
-    _show(exact, compared, length, blocks)
-
-
-def _show(exact: str, compared: Compared, length: int, blocks: bool) -> None:
-    """Print one table per text, each block's error on request, then the continuations side by side."""
-    heads = [escape(one["run"]) for one in compared.runs]
-    for name, text in compared.texts.items():
-        rows = table("", "perplexity", "ratio", "95 % interval", "KL mean", "KL 99 %", "same top-1", "worst block")
-        rows.title = f"{Path(name).name}: {text['tokens']:,} tokens in windows of {length}"
-        rows.add_row(Text(exact), f"{text['perplexity']:.4f}", *["-"] * 6)
-        for one, row in zip(compared.runs, text["runs"], strict=True):
-            worst = max(range(len(row["block_error"])), key=row["block_error"].__getitem__)
-            interval = f"{row['ratio_low']:.4f} - {row['ratio_high']:.4f}" if row["ratio_low"] is not None else "-"
-            rows.add_row(
-                Text(one["run"]),
-                f"{row['perplexity']:.4f}",
-                f"{row['ratio']:.4f}",
-                interval,
-                f"{row['kl_mean']:.4f}",
-                f"{row['kl_p99']:.4f}",
-                f"{100 * row['top1_agreement']:.2f} %",
-                f"{worst} ({row['block_error'][worst]:.3f})",
-            )
-        Console().print(rows)
-        if blocks:
-            errors = table("block error", *heads)
-            for block, row in enumerate(zip(*(row["block_error"] for row in text["runs"]), strict=True)):
-                errors.add_row(str(block), *(f"{error:.4f}" for error in row))
-            Console().print(errors)
-    if len(compared.texts) > 1:
-        _show_ratios(compared)
-    if compared.generations:
-        texts = table(escape(exact), *heads)
-        texts.add_row(*map(Text, [compared.generations["float"], *compared.generations["runs"]]))
-        Console().print(texts)
-
-
-def _show_ratios(compared: Compared) -> None:
-    """Print each run's ratios over all texts; a text of a kind that it was calibrated on has a star."""
-    rows = table("ratio to float", "mean", "worst", *(escape(Path(name).name) for name in compared.texts))
-    for one, ratios, seen in zip(compared.runs, compared.ratios, compared.calibrated, strict=True):
-        cells = [f"{ratio:.4f}{' *' if seen[name] else ''}" for name, ratio in ratios.by_text.items()]
-        rows.add_row(Text(one["run"]), f"{ratios.mean:.4f}", f"{ratios.by_text[ratios.worst]:.4f}", *cells)
-    Console().print(rows)
-    if any(any(seen.values()) for seen in compared.calibrated):
-        print("* calibrated on this kind of text")
 
 
 def report(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 PARTED = 1.5  # the worst ratio, as a multiple of the best, from which texts part
 
@@ -31,19 +32,28 @@ class Ratios:
     worst: str
     parted: bool
 
+    def line(self) -> str:
+        """The mean and the worst ratio in words.
+
+        >>> ratios_of({"wiki": 30.0, "code": 5.4}, {"wiki": 25.0, "code": 4.0}).line()
+        'perplexity over 2 texts: 1.2728 times the float model in the mean, 1.3500 times on code, the worst'
+        """
+        worst = f"{self.by_text[self.worst]:.4f} times on {Path(self.worst).name}, the worst"
+        return (
+            f"perplexity over {len(self.by_text)} texts: {self.mean:.4f} times the float model in the mean, {worst}"
+        )
+
     def warning(self) -> str | None:
         """A line on texts that part; ``None`` if they do not.
 
         >>> ratios_of({"wiki": 30.0, "code": 8.0}, {"wiki": 25.0, "code": 4.0}).warning()
-        'code has 2 times the float perplexity, wiki 1.2 times: calibrate on text like code too (--data)'
+        'code has 2 times the float perplexity, wiki 1.2 times: calibrate on text like code too'
         """
         if not self.parted:
             return None
         worst, best = (f"{self.by_text[name]:.3g}" for name in (self.worst, self.best))
-        return (
-            f"{self.worst} has {worst} times the float perplexity, {self.best} {best} times: calibrate on text like "
-            f"{self.worst} too (--data)"
-        )
+        low, high = Path(self.best).name, Path(self.worst).name
+        return f"{high} has {worst} times the float perplexity, {low} {best} times: calibrate on text like {high} too"
 
 
 def ratios_of(run: Mapping[str, float], exact: Mapping[str, float]) -> Ratios:
