@@ -26,7 +26,7 @@ def random_maps(edge, generator):
 
     if edge.limit != "rotation":
         yield positive(*edge.diagonal_shape)
-    if edge.kind != "qk" and not edge.positive:
+    if edge.kind != "qk" and edge.scales and not edge.positive:
         yield -positive(*edge.diagonal_shape)
     if edge.kind == "heads" or edge.free:
         whole = matrix(*edge.diagonal_shape, edge.size)
