@@ -98,7 +98,9 @@ class Exporter:
     def misfit(self, subject: Subject) -> Misfit | None:
         """Why the target does not support a subject: experts, an op, a turned matrix, a format, its own limits."""
         if not self.experts and any(kind.experts is not None for kind in architecture_of(subject.config).layers):
-            return Misfit("architecture", "mixtures of experts are not exported; use the run folder itself")
+            return Misfit(
+                "architecture", "mixtures of experts are exported to gguf alone; else use the run folder itself"
+            )
         for op, origin in subject.ops.items():
             if op not in self.ops:
                 advice = "use diagonal transforms after norms (qkv and mlp), sites=down, and no act_clip"
