@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiny import tiny_ids
 
 pytest.importorskip("llama_cpp", reason="pip install 'lowbit[llamacpp]'")
 from test_gguf_architectures import run_of
-from test_llamacpp import logits, through_the_table
+from test_llamacpp import through_the_table
 
 from lowbit.exporters.llamacpp import open_session
 
@@ -49,13 +50,19 @@ def test_float_matrices_give_the_models_own_logits(tmp_path: Path, case: str) ->
 def test_rounded_inputs_are_the_only_difference(tmp_path: Path, case: str) -> None:
     run = run_of(tmp_path, case)
     file = lowbit.export(run, "gguf").out
-    theirs, plain, rounding = logits(run, file)
+    plain = lowbit.load(run)
     model = through_the_table(lowbit.load(run, target="llama.cpp"))
-    with torch.no_grad(), open_session(file, 8, exact=True) as session:
-        gaps = [(session.logits([t]) - model(torch.tensor([[t]])).logits[0]).abs().max() for t in ALONE]
-    # Of one token, a value that stands on an edge between codes; in a text, what later tokens see of such ones. No
+    gaps, shares = list[float](), list[float]()
+    with torch.no_grad(), open_session(file, 64, exact=True) as session:
+        for token in ALONE:
+            theirs, ours = session.logits([token]), model(torch.tensor([[token]])).logits[0]
+            gaps.append(float((theirs - ours).abs().max() / ours.std()))
+        for seed in range(5):
+            ids = tiny_ids(1, 48, seed)
+            theirs = session.logits(ids[0].tolist())
+            left, all_of_it = (theirs - model(ids).logits[0]).abs(), (theirs - plain(ids).logits[0]).abs()
+            shares.append(float(left.mean() / all_of_it.mean()))
+    # Of eight tokens one may have a value on an edge between codes; of a text, all that follows sees such a one. No
     # bound on what rounding itself does: an expert chosen in place of another, or a state that lasts, makes it large.
-    assert sum(float(gap) > 1e-5 * float(plain.std()) for gap in gaps) <= 1
-    # Steps of GELU's table are wider than those of float32, and move more inputs over an edge.
-    most = 0.5 if case == "starcoder2" else 0.2
-    assert float((theirs - rounding).abs().mean()) < most * float((theirs - plain).abs().mean())
+    assert sum(gap > 1e-5 for gap in gaps) <= 1
+    assert median(shares) < 0.2

@@ -98,8 +98,11 @@ class Exporter:
     def misfit(self, subject: Subject) -> Misfit | None:
         """Why the target does not support a subject: experts, an op, a turned matrix, a format, its own limits."""
         kinds = architecture_of(subject.config).layers
-        if any(kind.kept or kind.listed or (kind.experts and not self.experts) for kind in kinds):
-            return Misfit("architecture", "mixtures of experts are not exported; use the run folder itself")
+        if any(kind.kept or kind.listed for kind in kinds):
+            return Misfit("architecture", "experts that stay float are not exported; use the run folder itself")
+        if not self.experts and any(kind.experts for kind in kinds):
+            why = "mixtures of experts are exported to gguf alone; else use the run folder itself"
+            return Misfit("architecture", why)
         for op, origin in subject.ops.items():
             if op not in self.ops:
                 advice = "use diagonal transforms after norms (qkv and mlp), sites=down, and no act_clip"

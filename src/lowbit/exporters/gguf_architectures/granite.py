@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.exporters.gguf_architectures.architecture import (
     ANY_ROPE,
+    PLAIN,
     Architecture,
     Facts,
     expected,
@@ -105,6 +106,7 @@ GRANITE_DENSE = replace(
 GRANITE_HYBRID = replace(
     GRANITE_DENSE,
     name="granitehybrid",
+    ropes=PLAIN,
     facts=_hybrid_facts,
     unlike=_hybrid_unlike,
     names=_OUTPUT | {"mamba.A_log": "ssm_a", "mamba.D": "ssm_d", "mamba.dt_bias": "ssm_dt.bias"},
