@@ -17,6 +17,7 @@ from lowbit.methods.rtn import RTN
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all, run_quantized
 from lowbit.models.outlier_columns import OutlierColumns
+from lowbit.pipeline.recipe import recipe_from_dict
 from lowbit.runs.manifest import manifest_of
 from runs import quantize_tiny, streamed_logits
 from tiny import block_of, planned, save_tiny, tiny_ids, tiny_model
@@ -186,3 +187,14 @@ def test_the_op_in_the_run_is_the_op_of_the_method(folders):
     ops = [module for name, module in model.named_modules() if name.endswith(".runtime")]
     assert ops
     assert all(module.kind is OutlierColumns for module in ops)
+
+
+def test_end_to_end_tuning_behind_it_ships_what_it_trains(folders, tmp_path):
+    model, _ = folders
+    steps = {"steps": [{"llm-int8": {}}, {"tune": {"epochs": 2}}]}
+    out = quantize_tiny(model, tmp_path / "tuned", "w8a8-sym", recipe_from_dict(steps, "both"), effort="paper").out
+    ids = tiny_ids(2, 16, seed=3)
+    with torch.no_grad():
+        ours = lowbit.load(out)(ids).logits
+    torch.testing.assert_close(ours, streamed_logits(out, ids), rtol=1e-4, atol=1e-4)
+    assert set(manifest_of(out).runtime_ops.values()) == {"outlier-columns"}
