@@ -99,7 +99,9 @@ class Exporter:
         """Why the target does not support a subject: experts, an op, a turned matrix, a format, its own limits."""
         kinds = architecture_of(subject.config).layers
         if any(kind.kept or kind.listed for kind in kinds):
-            return Misfit("architecture", "experts outside transformers' registry are not exported; use the run folder itself")
+            return Misfit(
+                "architecture", "experts outside transformers' registry are not exported; use the run folder itself"
+            )
         if not self.experts and any(kind.experts for kind in kinds):
             why = "mixtures of experts are exported to gguf alone; else use the run folder itself"
             return Misfit("architecture", why)
