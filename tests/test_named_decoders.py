@@ -66,7 +66,7 @@ def test_every_edge_holds_in_float64(name, made):
             block, x = block_of(model, start=layers[-1], dtype=torch.float64)
             check_kind(kind, block, x, random_maps, in_float32=False)
             edges += len(kind.edges)
-    assert edges >= 3
+    assert edges
 
 
 # Linears of four inputs, which no group divides.

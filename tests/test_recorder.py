@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.models.architecture import LayerKind
+from lowbit.models.arguments import PerSequence, PerText, for_batch
 from lowbit.models.block import Block
 from lowbit.models.forward import run
-from lowbit.models.recorder import PerSequence, PerText, Recorders, for_batch
+from lowbit.models.recorder import Recorders
 from lowbit.models.stream import Form, Handed, State, Stream, digits_of
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.models.architecture import Experts, LayerKind
+from lowbit.models.arguments import for_batch
 from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
 from lowbit.models.experts_function import ExpertsCall, ExpertsReplay, experts_computed_by
@@ -20,7 +21,7 @@ from lowbit.models.handed_on import mappings_in
 from lowbit.models.linear_input import Cache, LinearInput, Tap
 from lowbit.models.listed_experts import ListedExperts
 from lowbit.models.offload import batches, concatenate
-from lowbit.models.recorder import for_batch, hidden_of
+from lowbit.models.recorder import hidden_of
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.models.stream import State
 
