@@ -135,8 +135,14 @@ CASES: dict[str, Case] = {
     # Scales alone leave 0.40, clips alone 0.68.
     "awq": Case("salient weights", 0.35, 0.24, family="opt", scheme="w3a8g16", block=salient),
     "gptq": Case("correlated inputs", 0.2, 0.10, hidden=correlated),
-    # The nearest codes with learned scales leave 0.60.
-    "rounding": Case("correlated inputs", 0.4, 0.26, options={"epochs": 10, "held_out": 0.0}, hidden=correlated),
+    # Learned scales with the nearest codes leave 0.60; the few steps here are too few for both.
+    "rounding": Case(
+        "correlated inputs",
+        0.35,
+        0.20,
+        options={"epochs": 10, "held_out": 0.0, "scales": False},
+        hidden=correlated,
+    ),
     # GPTQ, which approximates the weights' output on the input as it is, leaves 0.92.
     "qronos": Case("correlated inputs that are off the float model's", 0.2, 0.11, hidden=correlated, drift=0.3),
     # Half of the weights are 0: the rest makes up for them where inputs have few directions.

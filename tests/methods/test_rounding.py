@@ -290,7 +290,7 @@ def test_the_error_falls_below_that_of_the_start(kind, start):
 @pytest.mark.parametrize("kind", PARAMETRISATIONS)
 def test_without_a_better_epoch_the_codes_of_the_start_are_kept(kind, start):
     block, calib = case("w4a8")
-    options = rounding(parametrisation=kind, start=start, lr=1e4, lr_scales=1e4, epochs=2)
+    options = rounding(parametrisation=kind, start=start, lr=1e4, epochs=2)
     done = options(block, calib)
     assert figures(done)["best_epoch"] == 0
     assert "the codes of the start are kept" in done.notes[-1].text

@@ -27,6 +27,7 @@ from lowbit.models.forward import run
 from lowbit.models.offload import Rows, select_sequences
 from lowbit.quant.format import QTensor
 
+LARGEST = 0.01  # step of a ratio: with few steps, larger ones move every code of a group at once
 MOMENTUM = 0.9  # of the sign steps where noise is drawn
 
 
@@ -68,7 +69,7 @@ class RoundingFit:
         ratios = [ratio for own in self.scales.values() for ratio in own.ratios]
         options, steps = self.options, max(self.steps, 1)
         unit = PARAMETRISATIONS[options.parametrisation].unit
-        return [(codes, unit * options.lr / steps), (ratios, options.lr_scales / steps)]
+        return [(codes, unit * options.lr / steps), (ratios, min(options.lr_scales / steps, LARGEST))]
 
     def optimizer(self, groups: Groups) -> Optimizer:
         """Adam for gates, whose gradients have sizes that count; signs for the others."""

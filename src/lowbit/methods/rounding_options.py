@@ -30,7 +30,7 @@ class RoundingOptions:
             formats other than integers, search them first (``searched_clips.py``).
         loss: ``token`` or ``mse``; see ``AffineQuant``.
         lr: learning rate of the codes: 1 is the parametrisation's own, 1 / steps for ``sign``.
-        lr_scales: of the ratios, times the number of steps.
+        lr_scales: of the ratios, times the number of steps; AutoRound's is 1.
         regularization: weight of AdaRound's regulariser, a mean over the weights, in units of the start's loss.
     """
 
@@ -40,7 +40,7 @@ class RoundingOptions:
     scales: bool = True
     loss: str = "token"
     lr: float = 1.0
-    lr_scales: float = 1.0
+    lr_scales: float = 2.0
     regularization: float = 1.0
 
     def __post_init__(self) -> None:
