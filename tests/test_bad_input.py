@@ -79,7 +79,7 @@ OPTIONS = [
         "no rounding",
         {"r.yaml": "steps: [awq]"},
         ["--recipe", "{m}/r.yaml"],
-        ["exactly one step quantizes", "rtn, gptq"],
+        ["exactly one step quantizes", "rtn, llm-int8, gptq, rounding"],
     ),
     ("window", {"r.yaml": "steps: [rtn]\nwindow: 0"}, ["--recipe", "{m}/r.yaml"], ["window 0 given", "1 or more"]),
     ("set without field", {}, ["--set", "rtn"], ["--set rtn", "step.field=value", "gptq.damping=0.05"]),
