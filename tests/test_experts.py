@@ -141,7 +141,7 @@ def test_gradients_are_the_librarys(name):
     leaves = {n: value.clone().requires_grad_() for n, value in block.params.items()}
     run(block, x, leaves).square().mean().backward()
     state = {n: v.detach().clone().requires_grad_() for n, v in layer.named_parameters()}
-    out = torch.func.functional_call(layer, state, (x,), dict(block.kwargs[0]))
+    out = torch.func.functional_call(layer, state, (x,), for_batch(block.kwargs[0], x, x[..., :0]))
     out.square().mean().backward()
     got = put_together(experts, {n.removeprefix("0."): leaf.grad for n, leaf in leaves.items()})
     for parameter, grad in got.items():
