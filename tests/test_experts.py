@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import mixtures
 from lowbit.checkpoints.safetensors_folder import block_params
+from lowbit.models.arguments import for_batch
 from lowbit.models.equivalence import move
 from lowbit.models.experts import experts_of, gated_experts, put_together, taken_apart
 from lowbit.models.forward import routing_of, run, run_all
