@@ -14,6 +14,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
 from lowbit.errors import LowbitError
 from lowbit.paths import user_path
 from lowbit.progress import track
+from lowbit.torch_state import own_torch_state
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Merged:
     replaced: int
 
 
+@own_torch_state
 def merge(
     adapter: str | Path,
     *,
