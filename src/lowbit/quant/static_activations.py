@@ -91,7 +91,35 @@ def quantize_input(x: Tensor, format: ActFormat, qparams: QParams | None) -> Ten
 
 
 @dataclass(frozen=True)
-class StaticInt(IntegerActs, StaticActs):
+class StaticIntegers(IntegerActs, StaticActs):
+    """Integers whose ranges are the same for all tokens; subclasses say how many ranges and how they are stored."""
+
+    @property
+    def learns_range(self) -> bool:
+        """Both ends, or the larger one."""
+        return True
+
+    def qparams(self, low: Tensor, high: Tensor) -> QParams:
+        """See ``StaticActs``; of ends ``(1,)``, of one for each channel, or of any other shape."""
+        scale, zero = self.from_range(low.clamp(max=0), high.clamp(min=0))
+        return QParams(scale, torch.zeros_like(scale) if zero is None else zero)
+
+    def range_of(self, qparams: QParams) -> tuple[Tensor, Tensor]:
+        """See ``StaticActs``."""
+        low_code, high_code = self.codes
+        if self.symmetric:
+            peak = qparams.scale * ((2**self.bits - 1) / 2)
+            return -peak, peak
+        return (low_code - qparams.zero) * qparams.scale, (high_code - qparams.zero) * qparams.scale
+
+    def on_qparams(self, x: Tensor, qparams: QParams) -> Tensor:
+        """See ``StaticActs``; qparams of each channel apply to it alone."""
+        scale, zero = (value.to(x.dtype) for value in qparams)
+        return self.on_range(x, scale, None if self.symmetric else zero)
+
+
+@dataclass(frozen=True)
+class StaticInt(StaticIntegers):
     """Integers of 2 to 16 bits with one range for all tokens.
 
     >>> format = StaticInt(8, symmetric=False)
@@ -110,11 +138,6 @@ class StaticInt(IntegerActs, StaticActs):
         return f"{super().name}-static"
 
     @property
-    def learns_range(self) -> bool:
-        """Both ends, or the larger one."""
-        return True
-
-    @property
     def tensors(self) -> Mapping[str, Stored]:
         """``input_scale`` and, unless symmetric, ``input_zero_point``, a signed code."""
         scale = {"input_scale": Stored(torch.float32, (1,))}
@@ -123,24 +146,6 @@ class StaticInt(IntegerActs, StaticActs):
     @property
     def _code_dtype(self) -> torch.dtype:
         return torch.int8 if self.bits <= 8 else torch.int16
-
-    def qparams(self, low: Tensor, high: Tensor) -> QParams:
-        """See ``StaticActs``."""
-        scale, zero = self.from_range(low.clamp(max=0), high.clamp(min=0))
-        return QParams(scale, torch.zeros_like(scale) if zero is None else zero)
-
-    def range_of(self, qparams: QParams) -> tuple[Tensor, Tensor]:
-        """See ``StaticActs``."""
-        low_code, high_code = self.codes
-        if self.symmetric:
-            peak = qparams.scale * ((2**self.bits - 1) / 2)
-            return -peak, peak
-        return (low_code - qparams.zero) * qparams.scale, (high_code - qparams.zero) * qparams.scale
-
-    def on_qparams(self, x: Tensor, qparams: QParams) -> Tensor:
-        """See ``StaticActs``."""
-        scale, zero = (value.to(x.dtype) for value in qparams)
-        return self.on_range(x, scale, None if self.symmetric else zero)
 
     def pack(self, qparams: QParams) -> dict[str, Tensor]:
         """See ``StaticActs``."""

@@ -23,17 +23,16 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.quant.activations import IntegerActs
 from lowbit.quant.format import QParams
 from lowbit.quant.layout import Stored
-from lowbit.quant.static_activations import StaticActs
+from lowbit.quant.static_activations import StaticIntegers
 
 SIZES = "input_cluster_size"
 MOST_CLUSTERS = 1024
 
 
 @dataclass(frozen=True)
-class StaticClusters(IntegerActs, StaticActs):
+class StaticClusters(StaticIntegers):
     """Integers of 2 to 8 bits with at most ``clusters`` ranges, each of consecutive channels, for all tokens.
 
     Attributes:
@@ -62,11 +61,6 @@ class StaticClusters(IntegerActs, StaticActs):
         return f"{super().name}-static{self.clusters}"
 
     @property
-    def learns_range(self) -> bool:
-        """Both ends, or the larger one."""
-        return True
-
-    @property
     def tensors(self) -> Mapping[str, Stored]:
         """See the module docstring."""
         shape = (self.clusters,)
@@ -81,24 +75,6 @@ class StaticClusters(IntegerActs, StaticActs):
         """
         count = min(self.clusters, width)
         return [width // count + (index < width % count) for index in range(count)]
-
-    def qparams(self, low: Tensor, high: Tensor) -> QParams:
-        """See ``StaticActs``; of ends ``(channels,)``, those of one range, or any other shape."""
-        scale, zero = self.from_range(low.clamp(max=0), high.clamp(min=0))
-        return QParams(scale, torch.zeros_like(scale) if zero is None else zero)
-
-    def range_of(self, qparams: QParams) -> tuple[Tensor, Tensor]:
-        """See ``StaticActs``."""
-        low_code, high_code = self.codes
-        if self.symmetric:
-            peak = qparams.scale * ((2**self.bits - 1) / 2)
-            return -peak, peak
-        return (low_code - qparams.zero) * qparams.scale, (high_code - qparams.zero) * qparams.scale
-
-    def on_qparams(self, x: Tensor, qparams: QParams) -> Tensor:
-        """See ``StaticActs``; every channel on its cluster's range."""
-        scale, zero = (value.to(x.dtype) for value in qparams)
-        return self.on_range(x, scale, None if self.symmetric else zero)
 
     def fake_quant(self, x: Tensor) -> Tensor:
         """``x`` ``(..., width)`` with equal parts of its channels in the ranges of their own values."""
