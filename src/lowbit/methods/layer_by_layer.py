@@ -16,8 +16,8 @@ def layer_by_layer(step: Step, block: Block, calib: Calib, size: int = 1) -> Blo
     """The block with ``step`` applied to ``size`` of its layers at a time.
 
     The quantized hidden states pass through the transformed layers, rounded to nearest; the float ones through the
-    layers as they are given. The window's last layer is held against the float model's own output: a step before, such
-    as one that puts similar channels together, may have changed what the layer computes.
+    layers as they are given. The window's last layer is held against the float model's own output: a step before,
+    such as one that puts similar channels together, may have changed what the layer computes.
 
     Args:
         step: maps consecutive layers and their own calibration data to the transformed layers.
