@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import architectures
 import architectures_page
 import architectures_steps
+from tiny import tiny_model
 
 KINDS = [{"layers": 2, "linears": 7, "edges": ["norm 3"]}]
 WAY = {"run": "ok", "stock": "equal"}
@@ -71,7 +72,8 @@ def test_the_plan_says_which_linears_stock_transformers_cannot_run(linear, why):
     layer = nn.ModuleDict({"a": linear(16, 16)})
     architecture = Architecture("x", "m", "head", "embed", (LayerKind((("a",),), ()),))
     formats = ModelFormats({"m.0.a": ModuleFormats(IntFormat(4, 16))})
-    assert _stock(SimpleNamespace(layers=[layer], architecture=architecture), formats) == why
+    skeleton = SimpleNamespace(model=tiny_model("llama"), layers=[layer], architecture=architecture)
+    assert _stock(skeleton, formats) == why
 
 
 def good(type, folder):
