@@ -9,7 +9,7 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.methods.adam import Adam
-from lowbit.methods.training import PATIENCE, STALE, Schedule, fit
+from lowbit.methods.training import TRIES, Schedule, fit
 
 
 def leaf(*values):
@@ -136,7 +136,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_parameter():
     fitted = fit([([x], 0.1)], lambda i: x.abs().sqrt().sum(), 8, Schedule(2))  # infinite slope at 0
     assert x.tolist() == [0.0, 3.0]
     assert fitted.best == 0
-    assert fitted.skipped == PATIENCE
+    assert fitted.skipped == TRIES
     assert "stopped in epoch" in fitted.notes[0]
 
 
@@ -148,12 +148,12 @@ def test_a_fit_that_gave_up_stays_so_whatever_epochs_are_left_and_when_it_goes_o
         if not torch.is_grad_enabled():
             return (x - 1).square().sum()
         steps.append(chosen)  # the first are broken, later ones would not be
-        return (x - 1).square().sum() * (math.nan if len(steps) <= PATIENCE else 1.0)
+        return (x - 1).square().sum() * (math.nan if len(steps) <= TRIES else 1.0)
 
     keep = tmp_path / "state.safetensors" if kept else None
     for _ in range(2 if kept else 1):  # the second time it goes on from the file
         told = fit([([x], 0.1)], loss, 40, Schedule(4), keep=keep)
-        assert told.skipped == len(steps) == PATIENCE
+        assert told.skipped == len(steps) == TRIES
         assert "stopped in epoch 1" in told.notes[0]
         assert len([note for note in told.notes if "stopped in epoch" in note]) == 1
         assert len(told.held_out) == 1  # nothing was measured after it
@@ -258,13 +258,14 @@ def test_the_end_of_an_epoch_lies_between_its_steps_and_its_validation():
     assert told == ["validation", 1, "step", "end", "validation", 2, "step", "end", "validation", 2]
 
 
-@pytest.mark.parametrize("held_out", [0.25, 0.0])
-def test_a_fit_ends_when_its_validation_loss_has_stopped_falling(held_out, tmp_path):
+@pytest.mark.parametrize(("held_out", "patience"), [(0.25, 5), (0.25, 2), (0.25, 0), (0.0, 5)])
+def test_a_fit_ends_when_its_validation_loss_has_stopped_falling(held_out, patience, tmp_path):
     """Training pulls to 5, validation wants 1; without a validation split nothing says when to stop."""
+    schedule = Schedule(30, held_out=held_out, decay="none", patience=patience)
+    ends = held_out and patience
 
     def attempt(keep=None, stop=None):
         x, calls = leaf(0.0), []
-        schedule = Schedule(30, held_out=held_out, decay="none")
         held = set(schedule.split(8)[1].tolist())
 
         def loss(chosen):
@@ -276,13 +277,12 @@ def test_a_fit_ends_when_its_validation_loss_has_stopped_falling(held_out, tmp_p
         return fit([([x], 0.1)], loss, 8, schedule, keep=keep), x
 
     whole, x = attempt()
-    assert len(whole.train) == (whole.best + STALE if held_out else 30)
-    assert len(whole.notes) == (1 if held_out else 0)
-    if held_out:
-        assert 0 < whole.best < 30 - STALE
-        assert whole.notes == [
-            f"stopped after epoch {whole.best + STALE} of 30: {STALE} in a row without a lower validation loss"
-        ]
+    assert len(whole.train) == (whole.best + patience if ends else 30)
+    assert len(whole.notes) == (1 if ends else 0)
+    if ends:
+        assert 0 < whole.best < 30 - patience
+        after = f"epoch {whole.best + patience} of 30"
+        assert whole.notes == [f"stopped after {after}: {patience} in a row without a lower validation loss"]
         file = tmp_path / "state.safetensors"
         with pytest.raises(KeyboardInterrupt):
             attempt(file, 20)

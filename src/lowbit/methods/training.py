@@ -4,7 +4,7 @@ Choices:
 
 * The optimiser is AdamW without weight decay, as in the papers (``adam.py``), unless a method brings its own.
 * The result has the parameters of the epoch with the lowest validation loss. With a validation split, a fit ends when
-  ``STALE`` epochs in a row have not lowered it.
+  ``Schedule.patience`` epochs in a row have not lowered it.
 * A non-finite loss or gradient never reaches a parameter: the step is skipped, the best parameters are restored with
   the optimizer's moments of that time, the learning rate is halved, and a note records it.
 * A long fit saves its state after each epoch and resumes bit for bit: the file and the schedule determine everything
@@ -28,8 +28,7 @@ from lowbit.methods.optimizer import OptimizerOf
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.models.offload import batches
 
-PATIENCE = 8  # consecutive non-finite steps that end the fit
-STALE = 5  # consecutive epochs without a lower validation loss that end the fit
+TRIES = 8  # consecutive non-finite steps that end the fit
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Schedule:
         decay: ``none`` for a constant learning rate, ``cosine`` for a decay to a tenth, ``linear`` for one to 0.
         sequences: training sequences per epoch, the next of a random order of all, so that every one is used before
             any is used again; 0: all.
+        patience: consecutive epochs without a lower validation loss that end the fit; 0: all epochs run.
     """
 
     epochs: int = 20
@@ -52,11 +52,13 @@ class Schedule:
     grad_clip: float = 0.0
     decay: str = "cosine"
     sequences: int = 0
+    patience: int = 5
 
     def __post_init__(self) -> None:
         bounds = {
             "epochs": "0 or more",
             "sequences": "0 or more",
+            "patience": "0 or more",
             "batch": "1 or more",
             "grad_clip": "0 or more",
             "held_out": "from 0 to below 1",
@@ -182,17 +184,19 @@ def fit(
         return fitted
     steps = schedule.epochs * len(minibatches[0])
     for epoch in range(state.epoch + 1, schedule.epochs + 1):
-        if validation and epoch - 1 - fitted.best >= STALE:
+        if validation and 0 < schedule.patience <= epoch - 1 - fitted.best:
             after = f"epoch {epoch - 1} of {schedule.epochs}"
-            fitted.notes.append(f"stopped after {after}: {STALE} in a row without a lower validation loss")
+            fitted.notes.append(
+                f"stopped after {after}: {schedule.patience} in a row without a lower validation loss"
+            )
             break
         begin(epoch)
         following = minibatches[epoch][:1] if epoch < schedule.epochs else []
         order = _with_prefetch(minibatches[epoch - 1], validation[:1] or following, ahead)
         _train(state, loss, order, schedule, (epoch - 1) * len(minibatches[0]), steps, project)
         state.epoch = epoch
-        if state.failures >= PATIENCE:
-            fitted.notes.append(f"stopped in epoch {epoch}: {PATIENCE} consecutive steps were not finite")
+        if state.failures >= TRIES:
+            fitted.notes.append(f"stopped in epoch {epoch}: {TRIES} consecutive steps were not finite")
             state.epoch = schedule.epochs
         else:
             with torch.no_grad():
@@ -204,7 +208,7 @@ def fit(
                 state.keep()
         if keep is not None:
             state.save(keep)
-        if state.failures >= PATIENCE:
+        if state.failures >= TRIES:
             break
     state.restore()
     begin(fitted.best)
@@ -225,7 +229,7 @@ def _train(
     steps: int,
     project: Callable[[], None],
 ) -> None:
-    """One epoch, from step ``first`` of ``steps``; it ends early after ``PATIENCE`` non-finite steps in a row."""
+    """One epoch, from step ``first`` of ``steps``; it ends early after ``TRIES`` non-finite steps in a row."""
     losses = []
     for step, indices in enumerate(order, first):
         value = _backward(state.optimizer.tensors, loss, indices, schedule.grad_clip)
@@ -240,7 +244,7 @@ def _train(
             with torch.no_grad():
                 project()
             state.failures = 0
-        if state.failures >= PATIENCE:
+        if state.failures >= TRIES:
             break
     if losses:
         state.fitted.train.append(sum(losses) / len(losses))
