@@ -230,6 +230,10 @@ def random_model(case: str, **changes: Any) -> Any:
                 p.add_(0.2 * noise)
             else:
                 p.copy_(noise * (0.7 if "embed" in name else 1.2 / p.shape[-1] ** 0.5))
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved:  # such as a factor on what a layer returns
+                buffer.add_(0.2 * torch.randn(buffer.shape, generator=draw))
     return model
 
 

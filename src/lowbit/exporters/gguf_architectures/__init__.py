@@ -13,6 +13,7 @@ from lowbit.exporters.gguf_architectures.architecture import Architecture
 from lowbit.exporters.gguf_architectures.exaone import EXAONE4
 from lowbit.exporters.gguf_architectures.fused import GLM4, PHI3
 from lowbit.exporters.gguf_architectures.gemma import GEMMA2, GEMMA3
+from lowbit.exporters.gguf_architectures.gemma4 import GEMMA4
 from lowbit.exporters.gguf_architectures.gpt_oss import GPT_OSS
 from lowbit.exporters.gguf_architectures.granite import GRANITE, GRANITE_HYBRID
 from lowbit.exporters.gguf_architectures.lfm import LFM2
@@ -37,6 +38,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3_5ForCausalLM": QWEN35,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
+    "Gemma4ForCausalLM": GEMMA4,
     "Phi3ForCausalLM": PHI3,
     "Glm4ForCausalLM": GLM4,
     "Olmo2ForCausalLM": OLMO2,

@@ -94,6 +94,13 @@ def _attention_only(config: Any) -> Architecture | None:
     return GRANITE_DENSE if set(config.layer_types) == {"full_attention"} else None
 
 
+def _gate_and_up(config: Any, within: str) -> dict[str, int]:
+    """The halves of the matrix that has both, gate first."""
+    if within != "shared_mlp.input_linear.weight":
+        return {}
+    return dict.fromkeys(("ffn_gate.weight", "ffn_up.weight"), int(config.shared_intermediate_size))
+
+
 _OUTPUT = {"shared_mlp.output_linear.weight": "ffn_down.weight"}
 GRANITE = Architecture("granite", ANY_ROPE, adjacent=True, facts=_granite_facts, unlike=_granite_unlike)
 GRANITE_DENSE = replace(
@@ -101,7 +108,7 @@ GRANITE_DENSE = replace(
     facts=_dense_facts,
     unlike=_dense_unlike,
     names=_OUTPUT,
-    splits={"shared_mlp.input_linear.weight": ("ffn_gate.weight", "ffn_up.weight")},
+    split=_gate_and_up,
 )
 GRANITE_HYBRID = replace(
     GRANITE_DENSE,

@@ -16,10 +16,10 @@ from lowbit.exporters.gguf_architectures.architecture import (
     expected,
     experts,
     has_biases,
-    head_dim,
     plus_one,
     without_channels,
 )
+from lowbit.exporters.gguf_heads import head_dim
 
 
 def _window(config: Any, name: str) -> str | None:
