@@ -174,7 +174,8 @@ def trained(kind: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "sentencepiece, as Llama's", "sentencepiece, as Gemma's"]
+    "kind",
+    ["gpt-2", "smollm", "qwen2", "qwen35", "llama-bpe", "sentencepiece, as Llama's", "sentencepiece, as Gemma's"],
 )
 def test_llamacpp_cuts_text_into_the_same_tokens(tmp_path: Path, kind: str) -> None:
     tokenizer = trained(kind)
@@ -187,7 +188,7 @@ def test_llamacpp_cuts_text_into_the_same_tokens(tmp_path: Path, kind: str) -> N
     )
     file = lowbit.export(tmp_path / "run", "gguf").out
     with open_session(file, 64) as session:
-        for sample in (TEXT, "</s>ab 12345", "  x\n\n  y"):
+        for sample in (TEXT, "</s>ab 12345", "  x\n\n  y", "a\u0301b \u0915\u0940!"):
             assert session.tokenize(sample) == tokenizer(sample, add_special_tokens=False).input_ids
 
 
