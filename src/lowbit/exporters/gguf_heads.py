@@ -6,8 +6,10 @@ from typing import Any
 
 
 def head_dim(config: Any) -> int:
-    """Width of an attention head; where layers differ, of those with full attention."""
-    own = config.per_layer_config["full_attention"] if _differ(config) else config
+    """Width of an attention head; where layers differ, of the first with full attention, or else of the first."""
+    kinds = list(config.layer_types) if _differ(config) else []
+    full = kinds.index("full_attention") if "full_attention" in kinds else 0
+    own = config.per_layer_config[full] if _differ(config) else config
     return int(getattr(own, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
