@@ -39,15 +39,24 @@ YARN: dict[str, Any] = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-GRANITE4: dict[str, Any] = {
-    "num_local_experts": 0,
-    "num_experts_per_tok": 0,
-    "shared_intermediate_size": 96,
+DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+GRANITE_FACTORS: dict[str, Any] = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.4,
     "attention_multiplier": 0.2,
     "logits_scaling": 2.0,
 }
+LINEAR_GROUPED: dict[str, Any] = {
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "tie_word_embeddings": False,
+}
+FOUR_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GRANITE4 = GRANITE_FACTORS | {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 # Name of a case: model type and what differs from SIZES.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,16 +83,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "granite": (
-        "granite",
-        {
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.4,
-            "attention_multiplier": 0.2,
-            "logits_scaling": 2.0,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
+    "granite": ("granite", GRANITE_FACTORS | {"attention_bias": True, "mlp_bias": True}),
+    "granite-moe": (
+        "granitemoe",
+        GRANITE_FACTORS | {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
+    ),
+    "granite-moe-shared": (
+        "granitemoeshared",
+        GRANITE_FACTORS | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
     ),
     "glm4": ("glm4", {"head_dim": 16, "attention_bias": True}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
@@ -156,17 +163,55 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
-    "qwen3.5-grouped": (
-        "qwen3_5_text",
+    "qwen3.5-grouped": ("qwen3_5_text", LINEAR_GROUPED),
+    "qwen3.5-moe": ("qwen3_5_moe_text", LINEAR_GROUPED | FOUR_EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "qwen3-next": ("qwen3_next", LINEAR_GROUPED | FOUR_EXPERTS | {"shared_expert_intermediate_size": 64}),
+    # inputs for each layer, wide MLPs where keys are shared, a cap
+    "gemma4": (
+        "gemma4_text",
         {
             "head_dim": 16,
+            "global_head_dim": 32,
             "num_hidden_layers": 4,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
-            "tie_word_embeddings": False,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "sliding_window": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 32,
+            "final_logit_softcapping": 3.0,
         },
+    ),
+    # keys that are values, fewer of them in layers with full attention
+    "gemma4-large": (
+        "gemma4_text",
+        {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "sliding_window": 8,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
+    "glm4-moe": (
+        "glm4_moe",
+        {
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
+    "hunyuan": ("hunyuan_v1_dense", {"head_dim": 16, "rope_parameters": DYNAMIC}),
+    "hunyuan-moe": (
+        "hunyuan_v1_moe",
+        {"head_dim": 16, "num_experts": 4, "moe_topk": 2, "rope_parameters": DYNAMIC},
     ),
     "granite4": (
         "granitemoehybrid",
@@ -230,6 +275,10 @@ def random_model(case: str, **changes: Any) -> Any:
                 p.add_(0.2 * noise)
             else:
                 p.copy_(noise * (0.7 if "embed" in name else 1.2 / p.shape[-1] ** 0.5))
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved:  # such as a factor on what a layer returns
+                buffer.add_(0.2 * torch.randn(buffer.shape, generator=draw))
     return model
 
 

@@ -65,7 +65,27 @@ TENSORS: dict[str, tuple[str, str, str]] = {
     ),
 }
 TENSORS["qwen3.5-grouped"] = TENSORS["qwen3.5"]
+LINEAR_ATTENTION = ("qwen3.5", "qwen3.5-grouped", "qwen3.5-moe", "qwen3-next")
+LINEAR = "attn_norm post_attention_norm attn_qkv attn_gate ssm_conv1d ssm_norm ssm_out"
+GEMMA4 = f"{QKV} {DENSE} {PRE} {POST} {QK_NORMS} layer_output_scale"
 TENSORS |= {
+    "qwen3.5-moe": (
+        f"{LINEAR} ssm_beta ssm_alpha ffn_gate_inp {EXPERTS} ffn_gate_inp_shexp {SHARED}",
+        "ssm_dt",
+        "",
+    ),
+    "qwen3-next": (f"{LINEAR} ssm_ba ffn_gate_inp {EXPERTS} ffn_gate_inp_shexp {SHARED}", "ssm_dt", ""),
+    "gemma4": (
+        f"{GEMMA4} inp_gate proj post_norm",
+        "",
+        "-output rope_freqs per_layer_token_embd per_layer_model_proj per_layer_proj_norm",
+    ),
+    "gemma4-large": (GEMMA4, "", "-output rope_freqs"),
+    "glm4-moe": (f"{QKV} {DENSE} attn_norm post_attention_norm {QK_NORMS}", "attn_q attn_k attn_v", ""),
+    "granite-moe": (f"{QKV} {PRE} ffn_gate_inp {EXPERTS}", QKV, ""),
+    "granite-moe-shared": (f"{QKV} {PRE} ffn_gate_inp {EXPERTS} {SHARED}", "", ""),
+    "hunyuan": (f"{QKV} {DENSE} {PRE} {QK_NORMS}", "", ""),
+    "hunyuan-moe": (f"{QKV} {PRE} {QK_NORMS} ffn_gate_inp {EXPERTS} {SHARED}", "", ""),
     "granite4": (f"{QKV} {DENSE} {PRE}", "", ""),
     "granite4-hybrid": (f"{DENSE} {PRE} ssm_in ssm_conv1d ssm_norm ssm_out", "ssm_conv1d ssm_dt", ""),
     "seed-oss": (f"{QKV} {DENSE} attn_norm post_attention_norm", "attn_q attn_k attn_v", ""),
@@ -106,6 +126,33 @@ KEYS: dict[str, dict[str, Any]] = {
         "ssm.inner_size": 32,
         "ssm.time_step_rank": 2,
     },
+    "qwen3.5-moe": {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 64},
+    "qwen3-next": {"expert_count": 4, "ssm.group_count": 2, "ssm.time_step_rank": 4},
+    "gemma4": {
+        "attention.key_length": 32,
+        "attention.key_length_swa": 16,
+        "attention.shared_kv_layers": 2,
+        "attention.head_count_kv": 2,
+        "attention.sliding_window_pattern": [True, False, True, False],
+        "embedding_length_per_layer_input": 32,
+        "feed_forward_length": [96, 96, 192, 192],
+        "final_logit_softcapping": 3.0,
+        "rope.dimension_count": 32,
+        "rope.dimension_count_swa": 16,
+    },
+    "gemma4-large": {"attention.head_count_kv": [2, 2, 1], "final_logit_softcapping": 0.0},
+    "glm4-moe": {
+        "leading_dense_block_count": 1,
+        "expert_shared_count": 1,
+        "expert_gating_func": 2,
+        "expert_weights_scale": 1.5,
+        "expert_weights_norm": True,
+    },
+    "granite-moe": {"expert_count": 4, "feed_forward_length": 96},
+    "granite-moe-shared": {"expert_shared_feed_forward_length": 64},
+    # 10000 * 50 ** (16 / 14)
+    "hunyuan": {"rope.freq_base": pytest.approx(874339.31, rel=1e-6)},
+    "hunyuan-moe": {"expert_shared_feed_forward_length": 96, "rope.freq_base": pytest.approx(874339.31, rel=1e-6)},
 }
 
 
@@ -134,7 +181,7 @@ def expected_names(case: str) -> set[str]:
     names |= {f"{name}.weight" for name in shared}
     if case in ("stablelm", "stablelm-12b", "gpt-neox", "nemotron", "starcoder2"):
         names.add("output_norm.bias")
-    bare = {"qwen3.5": ["ssm_a"], "qwen3.5-grouped": ["ssm_a"], "granite4-hybrid": ["ssm_a", "ssm_d"]}
+    bare = {"granite4-hybrid": ["ssm_a", "ssm_d"], **{key: ["ssm_a"] for key in LINEAR_ATTENTION}}
     return names | {f"blk.0.{name}" for name in bare.get(case, ())}
 
 
@@ -225,6 +272,20 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("nemotron", {"tie_word_embeddings": True}, "llama.cpp's nemotron needs one of its own"),
     ("starcoder2", {"use_bias": False}, "use_bias False; llama.cpp's starcoder2 computes with True"),
     ("starcoder2", {"sliding_window": 8}, "sliding_window 8; llama.cpp's starcoder2 computes with None"),
+    ("qwen3-next", {"norm_topk_prob": False}, "norm_topk_prob False; llama.cpp's qwen3next computes with True"),
+    ("qwen3-next", {"linear_value_head_dim": 16}, "linear_value_head_dim 16; llama.cpp's qwen3next takes"),
+    ("gemma4", {"enable_moe_block": True}, "enable_moe_block; llama.cpp's gemma4 was checked without experts"),
+    ("gemma4", {"vocab_size_per_layer_input": 64}, "vocab_size_per_layer_input 64; llama.cpp's gemma4 takes"),
+    ("gemma4", {"num_kv_shared_layers": 1}, "num_kv_shared_layers 1 behind layers of full_attention, sliding_att"),
+    ("gemma4", {"per_layer_config": {1: {"head_dim": 64}}}, "per_layer_config of layer 3 has head_dim 16"),
+    ("gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+    ("gemma4", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_type 'default'"),
+    ("glm4-moe", {"n_group": 2}, "n_group 2; llama.cpp's glm4moe computes with 1"),
+    ("glm4-moe", {"n_shared_experts": 0}, "n_shared_experts 0; llama.cpp's glm4moe"),
+    ("granite-moe", {"residual_multiplier": 0.0}, "residual_multiplier 0"),
+    ("hunyuan", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic' without alpha"),
+    ("hunyuan", {"attention_bias": True}, "attention_bias; llama.cpp's hunyuan-dense has no such biases"),
+    ("hunyuan-moe", {"moe_topk": [2, 2, 1]}, "moe_topk [2, 2, 1]; llama.cpp's hunyuan-moe has one number"),
     ("qwen3.5", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05; llama.cpp's qwen35 computes with 1e-06"),
 ]
 

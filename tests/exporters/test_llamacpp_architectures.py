@@ -22,7 +22,10 @@ from lowbit.exporters.llamacpp import open_session
 # Float32's order of sums, in units of the logits' spread, and what is larger: linear attention is summed in chunks
 # by one of the two, and an input of the table of GELU that is computed twice may be on both sides of a float16 step.
 CLOSE = 2e-5
-EXCEPT = {"qwen3.5": 5e-4, "qwen3.5-grouped": 5e-4, "gpt-neox": 1e-3, "starcoder2": 1e-3}
+EXCEPT = {
+    **dict.fromkeys(("qwen3.5", "qwen3.5-grouped", "qwen3.5-moe", "qwen3-next"), 1e-3),
+    **dict.fromkeys(("gpt-neox", "starcoder2", "gemma4", "gemma4-large"), 1e-3),
+}
 ALONE = range(3, 90, 11)  # tokens that are texts of their own
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.heavy]

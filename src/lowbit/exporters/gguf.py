@@ -42,6 +42,7 @@ from lowbit.exporters.gguf_model import architecture, model_metadata, unlike_lla
 from lowbit.exporters.gguf_native import native_type
 from lowbit.exporters.gguf_tensors import (
     FileTensor,
+    Share,
     column_order,
     file_tensors,
     row_order,
@@ -230,7 +231,7 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file through the package's reader, as the model's parameters in the model's order."""
     known = {tensor.name: tensor for tensor in tensors_of(run)}
     stored = Reader(path).tensors
-    scales = {tensor.name: tensor.data for tensor in stored if tensor.name.endswith(".scale")}
+    scales = {t.name: t.data for t in stored if t.name.endswith(".scale") and t.name not in known}
     shares: dict[str, dict[int, Any]] = {}
     for tensor in stored:
         if tensor.name in scales:  # part of the weight beside it
@@ -238,8 +239,8 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
         value = values_of(tensor.data, tensor.tensor_type)
         own = known.get(tensor.name, FileTensor(tensor.name, (tensor.name,)))
         factors = scales.get(scale_name(own))
-        if own.share[1] > 1:
-            value = _joined(value, own, shares)
+        if own.share is not None:
+            value = _joined(value, own, own.share, shares)
             if value is None:
                 continue
         for index, name in enumerate(own.parts):
@@ -251,12 +252,12 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, _in_order(run, name, torch.from_numpy(np.ascontiguousarray(part)))
 
 
-def _joined(value: Any, tensor: FileTensor, shares: dict[str, dict[int, Any]]) -> Any:
+def _joined(value: Any, tensor: FileTensor, share: Share, shares: dict[str, dict[int, Any]]) -> Any:
     """A parameter of whose shares this is the last one; ``None`` for the ones before, which ``shares`` keeps."""
-    index, count = tensor.share
     held = shares.setdefault(tensor.parts[0], {})
-    held[index] = value
-    return np.concatenate([held[i] for i in range(count)]) if len(held) == count else None
+    held[share.start] = value
+    complete = sum(map(len, held.values())) == share.total
+    return np.concatenate([held[start] for start in sorted(held)]) if complete else None
 
 
 def _in_order(run: Run, name: str, value: Tensor) -> Tensor:

@@ -42,15 +42,16 @@ def shape_of(run: Run, tensor: FileTensor) -> tuple[int, ...]:
     name = tensor.parts[0]
     module = module_of(run, name)
     rows, *rest = expect(run, name).shape if module is None else run.subject.shapes[module]
-    own = (rows // tensor.share[1], *rest)
+    own = (rows if tensor.share is None else tensor.share.stop - tensor.share.start, *rest)
     return (len(tensor.parts), *own) if tensor.stacked else own
 
 
 def data_of(run: Run, tensor: FileTensor, kind: Any) -> Any:
     """The blocks ``uint8 (..., bytes per row)``, or float values, of a tensor in the type ``kind``."""
     parts = [_part(run, name, kind) for name in tensor.parts]
-    index, count = tensor.share
-    return np.stack(parts) if tensor.stacked else np.split(parts[0], count)[index]
+    if tensor.share is not None:
+        return parts[0][tensor.share.start : tensor.share.stop]
+    return np.stack(parts) if tensor.stacked else parts[0]
 
 
 def _part(run: Run, name: str, kind: Any) -> Any:

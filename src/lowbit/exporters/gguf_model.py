@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.exporters.gguf_architectures import ARCHITECTURES, architecture_of
-from lowbit.exporters.gguf_architectures.architecture import Architecture, Facts, head_dim
+from lowbit.exporters.gguf_architectures.architecture import Architecture, Facts
+from lowbit.exporters.gguf_heads import head_dim, kv_heads
 from lowbit.exporters.gguf_rope import rope_metadata, rope_unlike
 
 
@@ -25,7 +26,9 @@ def unlike_llamacpp(config: Any) -> str | None:
     arch = architecture_of(config)
     if arch is None:
         return f"{config.architectures[0]} is not supported; known: {', '.join(ARCHITECTURES)}"
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+    # "vision": among the tokens of an image, which a text has none of.
+    both = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
+    if both or getattr(config, "is_causal", True) is False:
         return "use_bidirectional_attention or is_causal: attention to later tokens; llama.cpp's decoders have none"
     return (
         _activation_unlike(config, arch)
@@ -63,7 +66,7 @@ def model_metadata(config: Any, name: str) -> Facts:
         "block_count": config.num_hidden_layers,
         "feed_forward_length": getattr(config, "intermediate_size", None),
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", None),
+        "attention.head_count_kv": kv_heads(config),
         "attention.key_length": head_dim(config),
         "attention.value_length": head_dim(config),
         epsilon: float(getattr(config, field)),

@@ -9,6 +9,8 @@ yarn      and ``rope.scaling.original_context_length``; ``rope.scaling.attn_fact
           over ``0.1 ln(factor) + 1``, which llama.cpp multiplies it by
 llama3    ``rope_freqs.weight``, by what each frequency is divided
 longrope  ``rope_factors_short.weight``, ``rope_factors_long.weight``; ``rope.scaling.attn_factor`` is the whole one
+propor-   ``rope_freqs.weight``: 1 for the pairs that rotate, and so much for the others that they stand still
+tional
 ========= ========================================================================================================
 
 Which of them llama.cpp computes depends on the architecture; most take YaRN's ``beta_fast`` and ``beta_slow`` to be
@@ -26,11 +28,13 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.gguf_rope import FREQS, LONG, SHORT, llama3_divisors
+from lowbit.exporters.gguf_heads import head_dim
 
 if TYPE_CHECKING:
     from lowbit.exporters.gguf_architectures.architecture import Architecture
 
 Rope = Mapping[str, Any]
+STILL = 1e30  # a frequency over it is 0 at every position
 
 
 def ropes(config: Any) -> tuple[Rope, Rope | None]:
@@ -47,7 +51,8 @@ def rope_unlike(config: Any, arch: Architecture) -> str | None:
     kind = _kind(full)
     if kind not in arch.ropes:
         return f"rope_parameters.rope_type '{kind}'; supported for {arch.name}: {', '.join(arch.ropes)}"
-    for rope in (full, sliding or {}):
+    # A proportional embedding has a factor that says how many pairs of the whole head rotate.
+    for rope in (full if kind != "proportional" else {}, sliding or {}):
         if not arch.partial_rope and (part := rope.get("partial_rotary_factor") or 1.0) != 1.0:
             return f"rope_parameters.partial_rotary_factor {part}; llama.cpp's {arch.name} rotates whole heads"
     if sliding is not None and _kind(sliding) != "default":
@@ -98,8 +103,7 @@ def _yarn_frequencies(config: Any, truncate: bool) -> Tensor:
 def rotated(config: Any) -> int:
     """Dimensions of a head that rotate."""
     rope, _ = ropes(config)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(dim * (rope.get("partial_rotary_factor") or 1.0))
+    return int(head_dim(config) * (rope.get("partial_rotary_factor") or 1.0))
 
 
 def rope_metadata(config: Any, arch: Architecture) -> dict[str, Any]:
@@ -136,7 +140,20 @@ def rope_tensors(config: Any) -> dict[str, Tensor]:
     if _kind(full) == "longrope":
         fields = {SHORT: "short_factor", LONG: "long_factor"}
         return {name: torch.tensor(full[field], dtype=torch.float32) for name, field in fields.items()}
+    if _kind(full) == "proportional":
+        return {FREQS: proportional_divisors(full, head_dim(config))}
     return {}
+
+
+def proportional_divisors(rope: Rope, dim: int) -> Tensor:
+    """Divisors of a ``proportional`` embedding over a head of width ``dim``, float32 ``(dim / 2,)``.
+
+    >>> proportional_divisors({"partial_rotary_factor": 0.25}, 16).tolist()[:4]
+    [1.0, 1.0, 1.0000000150474662e+30, 1.0000000150474662e+30]
+    """
+    turning = int((rope.get("partial_rotary_factor") or 1.0) * dim // 2)
+    values = [float(rope.get("factor") or 1.0)] * turning + [STILL] * (dim // 2 - turning)
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def attention_factor(config: Any) -> float:

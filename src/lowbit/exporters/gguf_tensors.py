@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import gguf
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.exporters.gguf_architectures.architecture import Architecture, head_dim
+from lowbit.exporters.gguf_architectures.architecture import Architecture
+from lowbit.exporters.gguf_heads import head_dim
 from lowbit.exporters.gguf_model import architecture
 from lowbit.quant.format import Format, QParams, QTensor
 from lowbit.quant.kquants import SUPERBLOCK, KQuant
@@ -34,6 +36,20 @@ _HEAD_NORM = re.compile(r"^self_attn\.([qk])_layernorm\.norms\.(\d+)\.weight$")
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which rows of a parameter, in the file's order, a tensor has.
+
+    Attributes:
+        start, stop: its rows.
+        total: of all tensors that share the parameter.
+    """
+
+    start: int
+    stop: int
+    total: int
+
+
+@dataclass(frozen=True)
 class FileTensor:
     """A tensor of the file.
 
@@ -41,13 +57,13 @@ class FileTensor:
         name: in the file.
         parts: names of the model's parameters that it holds.
         stacked: the parts are along a first dimension; else there is one.
-        share: of a parameter whose rows several tensors have: which of how many equal shares this one is.
+        share: of a parameter whose rows several tensors have.
     """
 
     name: str
     parts: tuple[str, ...]
     stacked: bool = False
-    share: tuple[int, int] = (0, 1)
+    share: Share | None = None
 
 
 def stack_of(name: str) -> tuple[str, int] | None:
@@ -77,8 +93,8 @@ def file_tensors(config: Any, names: Iterable[str]) -> list[FileTensor]:
     for name in names:
         if (place := stack_of(name)) is not None:
             stacks.setdefault(place[0], {})[place[1]] = name
-        elif shares := _shares(arch, name):
-            out += [FileTensor(own, (name,), share=(i, len(shares))) for i, own in enumerate(shares)]
+        elif shares := _shares(arch, config, name):
+            out += [FileTensor(own, (name,), share=share) for own, share in shares.items()]
         else:
             out.append(FileTensor(_renamed(arch, table, name), (name,)))
     for stored, parts in stacks.items():
@@ -88,10 +104,14 @@ def file_tensors(config: Any, names: Iterable[str]) -> list[FileTensor]:
     return out
 
 
-def _shares(arch: Architecture, name: str) -> list[str]:
+def _shares(arch: Architecture, config: Any, name: str) -> dict[str, Share]:
     """The tensors that share a parameter's rows, or none."""
-    layer = _LAYER.match(name)
-    return [] if layer is None else [f"blk.{layer[1]}.{own}" for own in arch.splits.get(layer[2], ())]
+    if (layer := _LAYER.match(name)) is None or not (rows := arch.split(config, layer[2])):
+        return {}
+    ends = list(accumulate(rows.values()))
+    return {
+        f"blk.{layer[1]}.{own}": Share(end - rows[own], end, ends[-1]) for own, end in zip(rows, ends, strict=True)
+    }
 
 
 def _table(arch: Architecture, layers: int) -> Any:

@@ -13,14 +13,25 @@ from lowbit.exporters.gguf_architectures.architecture import Architecture
 from lowbit.exporters.gguf_architectures.exaone import EXAONE4
 from lowbit.exporters.gguf_architectures.fused import GLM4, PHI3
 from lowbit.exporters.gguf_architectures.gemma import GEMMA2, GEMMA3
+from lowbit.exporters.gguf_architectures.gemma4 import GEMMA4
+from lowbit.exporters.gguf_architectures.glm_moe import GLM4_MOE
 from lowbit.exporters.gguf_architectures.gpt_oss import GPT_OSS
-from lowbit.exporters.gguf_architectures.granite import GRANITE, GRANITE_HYBRID
+from lowbit.exporters.gguf_architectures.granite import GRANITE, GRANITE_HYBRID, GRANITE_MOE
+from lowbit.exporters.gguf_architectures.hunyuan import HUNYUAN, HUNYUAN_MOE
 from lowbit.exporters.gguf_architectures.lfm import LFM2
 from lowbit.exporters.gguf_architectures.llama import ERNIE, LLAMA, MINISTRAL3, MIXTRAL, SEED_OSS, SMOLLM3
 from lowbit.exporters.gguf_architectures.no_gate import ARCEE, NEMOTRON, STARCODER2
 from lowbit.exporters.gguf_architectures.olmo import OLMO2, OLMO3, OLMOE
 from lowbit.exporters.gguf_architectures.parallel import COHERE2, GPT_NEOX, STABLELM
-from lowbit.exporters.gguf_architectures.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN35
+from lowbit.exporters.gguf_architectures.qwen import (
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    QWEN3_NEXT,
+    QWEN35,
+    QWEN35_MOE,
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": LLAMA,
@@ -29,16 +40,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Ministral3ForCausalLM": MINISTRAL3,
     "SmolLM3ForCausalLM": SMOLLM3,
     "GraniteForCausalLM": GRANITE,
+    "GraniteMoeForCausalLM": GRANITE_MOE,
+    "GraniteMoeSharedForCausalLM": GRANITE_MOE,
     "GraniteMoeHybridForCausalLM": GRANITE_HYBRID,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3NextForCausalLM": QWEN3_NEXT,
     "Qwen3_5ForCausalLM": QWEN35,
+    "Qwen3_5MoeForCausalLM": QWEN35_MOE,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
+    "Gemma4ForCausalLM": GEMMA4,
     "Phi3ForCausalLM": PHI3,
     "Glm4ForCausalLM": GLM4,
+    "Glm4MoeForCausalLM": GLM4_MOE,
     "Olmo2ForCausalLM": OLMO2,
     "Olmo3ForCausalLM": OLMO3,
     "OlmoeForCausalLM": OLMOE,
@@ -50,6 +67,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "SeedOssForCausalLM": SEED_OSS,
     "Ernie4_5ForCausalLM": ERNIE,
     "Exaone4ForCausalLM": EXAONE4,
+    "HunYuanDenseV1ForCausalLM": HUNYUAN,
+    "HunYuanMoEV1ForCausalLM": HUNYUAN_MOE,
     "ArceeForCausalLM": ARCEE,
     "NemotronForCausalLM": NEMOTRON,
     "Starcoder2ForCausalLM": STARCODER2,

@@ -13,14 +13,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lowbit.exporters.gguf_heads import head_dim
+
 Facts = dict[str, Any]  # keys without the architecture's name, and their values
 PLAIN = ("default", "linear", "yarn")
 ANY_ROPE = ("default", "linear", "yarn", "llama3", "longrope")
-
-
-def head_dim(config: Any) -> int:
-    """Width of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def no_facts(config: Any) -> Facts:
@@ -48,6 +45,11 @@ def as_they_are(config: Any, name: str) -> Tensor | None:
     return None
 
 
+def no_split(config: Any, within: str) -> Mapping[str, int]:
+    """Each parameter is in one tensor."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How models of a class are written for llama.cpp.
@@ -72,8 +74,8 @@ class Architecture:
             ``gguf`` package's map has no name, or another one.
         values: what is stored in place of a parameter's value, by the end of its name; the first that fits.
         rows: the order of a parameter's rows in the file, by its name in the model.
-        splits: the file's tensors, behind ``blk.N.``, that share a parameter's rows evenly, by what follows the
-            layer's number in the model.
+        split: the file's tensors, behind ``blk.N.``, that share a parameter's rows in the file's order, and how many
+            of them each has, by what follows the layer's number in the model; empty: one tensor has them all.
         variant: another entry for some configs of the class.
         columns: the same of a matrix' columns, which move in whole pieces of ``piece``; ``None``: they stay.
         piece: how many columns move together.
@@ -96,7 +98,7 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     rows: Callable[[Any, str], Tensor | None] = as_they_are
-    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    split: Callable[[Any, str], Mapping[str, int]] = no_split
     variant: Callable[[Any], Architecture | None] = no_variant
     columns: Callable[[Any, str], Tensor | None] = as_they_are
     piece: Callable[[Any], int] = head_dim

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit.exporters.gguf_architectures.architecture import Architecture, Facts, head_dim, plus_one
+from lowbit.exporters.gguf_architectures.architecture import Architecture, Facts, plus_one
+from lowbit.exporters.gguf_heads import head_dim
 
 # Period of layers with full attention, the others have a window; depth at which the scale follows the width.
 PERIODS = {"gemma2": 2, "gemma3": 6}

@@ -1,7 +1,7 @@
-"""Granite, and Granite 4: layers with attention, or some of them with Mamba 2, and no experts.
+"""Granite, its mixtures of experts, and Granite 4: layers with attention, or some with Mamba 2, and no experts.
 
 Granite 4 has gate and up of the MLP in one matrix, and no rotary embedding beside layers with Mamba.
-https://github.com/ggml-org/llama.cpp/tree/master/src/models (granite, granite-hybrid)
+https://github.com/ggml-org/llama.cpp/tree/master/src/models (granite, granite-moe, granite-hybrid)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lowbit.exporters.gguf_architectures.architecture import (
     Architecture,
     Facts,
     expected,
+    experts,
     has_biases,
     without_channels,
 )
@@ -35,6 +36,13 @@ def _granite_unlike(config: Any) -> str | None:
     fields = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
     zero = next((field for field in fields if not getattr(config, field)), None)
     return f"{zero} 0; llama.cpp's granite takes 0 for a factor that is not there" if zero else None
+
+
+def _moe_facts(config: Any) -> Facts:
+    """A shared expert beside those that are chosen is in some models."""
+    shared = getattr(config, "shared_intermediate_size", 0)
+    mixture = experts(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size)
+    return _granite_facts(config) | mixture | {"expert_shared_feed_forward_length": shared or None}
 
 
 def _dense_facts(config: Any) -> Facts:
@@ -94,14 +102,38 @@ def _attention_only(config: Any) -> Architecture | None:
     return GRANITE_DENSE if set(config.layer_types) == {"full_attention"} else None
 
 
+def _gate_and_up(config: Any, within: str) -> dict[str, int]:
+    """The halves of the matrix that has both, gate first."""
+    return _halves(config, within, "ffn_gate.weight", "ffn_up.weight")
+
+
+def _shared_gate_and_up(config: Any, within: str) -> dict[str, int]:
+    return _halves(config, within, "ffn_gate_shexp.weight", "ffn_up_shexp.weight")
+
+
+def _halves(config: Any, within: str, *names: str) -> dict[str, int]:
+    found = within == "shared_mlp.input_linear.weight"
+    return dict.fromkeys(names, int(config.shared_intermediate_size)) if found else {}
+
+
 _OUTPUT = {"shared_mlp.output_linear.weight": "ffn_down.weight"}
 GRANITE = Architecture("granite", ANY_ROPE, adjacent=True, facts=_granite_facts, unlike=_granite_unlike)
+GRANITE_MOE = replace(
+    GRANITE,
+    name="granitemoe",
+    facts=_moe_facts,
+    names={
+        "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
+        "shared_mlp.output_linear.weight": "ffn_down_shexp.weight",
+    },
+    split=_shared_gate_and_up,
+)
 GRANITE_DENSE = replace(
     GRANITE,
     facts=_dense_facts,
     unlike=_dense_unlike,
     names=_OUTPUT,
-    splits={"shared_mlp.input_linear.weight": ("ffn_gate.weight", "ffn_up.weight")},
+    split=_gate_and_up,
 )
 GRANITE_HYBRID = replace(
     GRANITE_DENSE,

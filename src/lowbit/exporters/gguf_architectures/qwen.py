@@ -1,10 +1,12 @@
-"""Qwen2, Qwen3, their mixtures of experts, and Qwen3.5, most of whose layers have linear attention.
+"""Qwen2, Qwen3, and Qwen3-Next and Qwen3.5, most of whose layers have linear attention; their mixtures of experts.
 
-https://github.com/ggml-org/llama.cpp/tree/master/src/models (qwen2, qwen2moe, qwen3, qwen3moe, qwen35)
+https://github.com/ggml-org/llama.cpp/tree/master/src/models (qwen2, qwen2moe, qwen3, qwen3moe, qwen3next, qwen35,
+qwen35moe)
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +18,10 @@ from lowbit.exporters.gguf_architectures.architecture import (
     expected,
     experts,
     has_biases,
-    head_dim,
     plus_one,
     without_channels,
 )
+from lowbit.exporters.gguf_heads import head_dim
 
 
 def _window(config: Any, name: str) -> str | None:
@@ -95,6 +97,13 @@ def _qwen35_facts(config: Any) -> Facts:
     given = rope.get("mrope_section")
     return {
         "rope.dimension_sections": [*given, 0] if given else sections(pairs),
+        **_linear_facts(config),
+    }
+
+
+def _linear_facts(config: Any) -> Facts:
+    """Keys of layers with linear attention."""
+    return {
         "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types],
         "ssm.conv_kernel": config.linear_conv_kernel_dim,
         "ssm.state_size": config.linear_key_head_dim,
@@ -142,18 +151,57 @@ def _qwen35_piece(config: Any) -> int:
 
 
 def _qwen35_unlike(config: Any) -> str | None:
-    if config.linear_num_value_heads % config.linear_num_key_heads:
-        return (
-            f"linear_num_value_heads {config.linear_num_value_heads} are no multiple of linear_num_key_heads "
-            f"{config.linear_num_key_heads}, which llama.cpp's qwen35 needs"
-        )
-    if config.linear_value_head_dim != config.linear_key_head_dim:
-        return f"linear_value_head_dim {config.linear_value_head_dim}; llama.cpp's qwen35 takes linear_key_head_dim"
     given = config.rope_parameters.get("mrope_section")
     pairs = int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
     if given and (len(given) != 3 or sum(given) != pairs):
         return f"rope_parameters.mrope_section {given}; llama.cpp's qwen35 rotates {pairs} pairs in three sections"
-    return has_biases(config, "qwen35", "attention_bias") or expected(config, "qwen35", rms_norm_eps=1e-6)
+    return _linear_unlike(config, "qwen35")
+
+
+def _linear_unlike(config: Any, name: str) -> str | None:
+    if config.linear_num_value_heads % config.linear_num_key_heads:
+        return (
+            f"linear_num_value_heads {config.linear_num_value_heads} are no multiple of linear_num_key_heads "
+            f"{config.linear_num_key_heads}, which llama.cpp's {name} needs"
+        )
+    if config.linear_value_head_dim != config.linear_key_head_dim:
+        return f"linear_value_head_dim {config.linear_value_head_dim}; llama.cpp's {name} takes linear_key_head_dim"
+    return has_biases(config, name, "attention_bias") or expected(config, name, rms_norm_eps=1e-6)
+
+
+def _qwen35_moe_facts(config: Any) -> Facts:
+    return _qwen35_facts(config) | _qwen2_moe_facts(config)
+
+
+def _qwen3_next_facts(config: Any) -> Facts:
+    return _linear_facts(config) | _qwen2_moe_facts(config)
+
+
+def _qwen3_next_unlike(config: Any) -> str | None:
+    return (
+        _all_sparse(config, "qwen3next")
+        or expected(config, "qwen3next", norm_topk_prob=True)
+        or _linear_unlike(config, "qwen3next")
+    )
+
+
+def _qwen3_next_rows(config: Any, name: str) -> Tensor | None:
+    """Query, key, values, gates of key head 0, then of head 1, ... in the model; in the file those of all heads."""
+    if not name.endswith("in_proj_qkvz.weight"):
+        return None
+    heads, each = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+    key, value = config.linear_key_head_dim, each * config.linear_value_head_dim
+    rows = torch.arange(heads * 2 * (key + value)).reshape(heads, -1)
+    return torch.cat([part.flatten() for part in rows.split([key, key, value, value], dim=1)])
+
+
+def _qwen3_next_split(config: Any, within: str) -> dict[str, int]:
+    """Gates are in a matrix of their own."""
+    if within != "linear_attn.in_proj_qkvz.weight":
+        return {}
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    return {"attn_qkv.weight": 2 * keys + values, "attn_gate.weight": values}
 
 
 QWEN2 = Architecture("qwen2", square=True, unlike=_qwen2_unlike)
@@ -184,4 +232,20 @@ QWEN35 = Architecture(
     rows=_qwen35_rows,
     columns=_qwen35_columns,
     piece=_qwen35_piece,
+)
+QWEN35_MOE = replace(
+    QWEN35,
+    name="qwen35moe",
+    facts=_qwen35_moe_facts,
+    values={"shared_expert_gate.weight": _first_row, **QWEN35.values},
+)
+QWEN3_NEXT = Architecture(
+    "qwen3next",
+    partial_rope=True,
+    facts=_qwen3_next_facts,
+    unlike=_qwen3_next_unlike,
+    names=QWEN35.names | {"linear_attn.in_proj_ba.weight": "ssm_ba.weight"},
+    values=QWEN35_MOE.values,
+    rows=_qwen3_next_rows,
+    split=_qwen3_next_split,
 )
