@@ -130,8 +130,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 48,
         "layers_block_type": ["mamba", "moe", "attention"],
     },
-}
-OWN_CODE: dict[str, dict[str, Any]] = {
+    # code of its own multiplies all experts with all tokens, those of other experts times 0
     "llama4_text": {
         **SIZES,
         "intermediate_size": 32,
@@ -151,7 +150,7 @@ TOGETHER = ("gpt_oss", "granitemoehybrid")  # checkpoints hold the library's own
 
 def declare(monkeypatch: Any) -> None:
     """Make the types known to ``tiny_model``."""
-    for name, fields in (FIELDS | OWN_CODE).items():
+    for name, fields in FIELDS.items():
         monkeypatch.setitem(tiny.CONFIGS, name, lambda name=name, fields=fields: CONFIG_MAPPING[name](**fields))
     monkeypatch.setitem(tiny.CONFIGS, "listed", lambda: ListedConfig(**LISTED))
 

@@ -304,11 +304,12 @@ def _stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
 
 
 def _replaced_experts(skeleton: Skeleton) -> str | None:
-    """Experts that stay float, and that ``transformers`` replaces by other modules in a quantized model."""
+    """Experts outside its registry that ``transformers`` replaces by other modules in a quantized model."""
     from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
     for layer, kind in zip(skeleton.layers, skeleton.architecture.layers, strict=True):
-        for parameter in kind.kept:
+        own_code = kind.experts if kind.experts is not None and kind.experts.own_code else None
+        for parameter in (*kind.kept, *(map(own_code.stack, own_code.linears) if own_code else ())):
             own = type(layer.get_submodule(parameter.rpartition(".")[0])).__name__
             if own in MODULES_TO_PATCH_FOR_QUANTIZATION:
                 return f"transformers replaces {own} in a quantized model by linears of each expert"
