@@ -143,6 +143,22 @@ FIELDS: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 32,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
+    # code of its own sorts the tokens by expert; experts of attention beside those of the MLP
+    "jetmoe": {
+        **SIZES,
+        "intermediate_size": 32,
+        "num_key_value_heads": 2,
+        "kv_channels": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    # code of its own loops over the experts
+    "step3p5": {
+        **SIZES,
+        **EXPERTS,
+        "head_dim": 16,
+        "num_local_experts": 4,
+    },
 }
 NAMES = tuple(FIELDS)
 TOGETHER = ("gpt_oss", "granitemoehybrid")  # checkpoints hold the library's own parameters

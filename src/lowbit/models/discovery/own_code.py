@@ -33,12 +33,14 @@ class OwnCode:
         reads: the parameters that read hidden states, by name within the layer.
         writes: the parameter behind them.
         transposed: they hold an expert's matrices as ``(in, out)``.
+        routed: an expert's matrices are multiplied with the tokens that reach it; else with all.
     """
 
     module: str
     reads: tuple[str, ...]
     writes: str
     transposed: bool
+    routed: bool
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -53,13 +55,16 @@ class _Use:
     Attributes:
         transposed: whether matrices are stored as ``(in, out)``, as each product has it.
         inputs: by expert, what its matrix is multiplied with, ``(tokens, in)``.
+        routed: some product is with one expert's matrix.
     """
 
     transposed: set[bool] = field(default_factory=set)
     inputs: dict[int, Tensor] = field(default_factory=dict)
+    routed: bool = False
 
     def add(self, product: Product) -> None:
         self.transposed.add(product.transposed)
+        self.routed |= not product.view.batched
         x = product.x
         for at, number in enumerate(product.view.experts):
             own = x[at if len(x) > 1 else 0] if product.view.batched else x.flatten(0, -2)
@@ -72,11 +77,6 @@ class _Use:
         )
 
 
-def stored_transposed(layer: nn.Module, call: Call, stacks: Sequence[str]) -> frozenset[str]:
-    """Of parameters that hold experts, those that code of the model's own reads as ``(in, out)``."""
-    return frozenset(name for name, use in _uses(layer, call, stacks).items() if use.transposed == {True})
-
-
 def own_code_in(layer: nn.Module, call: Call, stacks: Sequence[str]) -> tuple[OwnCode | None, dict[str, str]]:
     """The last mixture of a layer that its own code multiplies with; and of other parameters, why each is none.
 
@@ -87,7 +87,8 @@ def own_code_in(layer: nn.Module, call: Call, stacks: Sequence[str]) -> tuple[Ow
     """
     why: dict[str, str] = {}
     uses = _uses(layer, call, stacks)
-    for home, names in reversed(list(_homes(stacks))):
+    in_order = [*uses, *(name for name in stacks if name not in uses)]
+    for home, names in reversed(list(_homes(in_order))):
         found = _mixture(layer, home, {name: uses[name] for name in uses if name in names}, names)
         reason = found if isinstance(found, str) else _unlike(layer, call, found)
         if not reason and isinstance(found, OwnCode):
@@ -154,7 +155,7 @@ def _mixture(layer: nn.Module, home: str, uses: dict[str, _Use], names: Sequence
     reads = tuple(name for name in order if uses[name].reads_like(uses[order[0]]))
     if len(reads) != len(order) - 1 or order[-1] in reads:
         return f"the experts of {home} are not one product behind others that read the same"
-    return OwnCode(home, reads, order[-1], transposed.pop())
+    return OwnCode(home, reads, order[-1], transposed.pop(), any(use.routed for use in uses.values()))
 
 
 @torch.no_grad()

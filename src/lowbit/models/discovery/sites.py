@@ -32,6 +32,7 @@ Kind = Literal["linear", "router", "conv1d", "norm", "experts"]
 Role = Literal["q", "k", "v"]
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 _BADDBMM = (torch.baddbmm, Tensor.baddbmm)
+_SORTS = (torch.sort, Tensor.sort, torch.argsort, Tensor.argsort)
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,12 @@ class Sites:
     Attributes:
         layer: the decoder layer, which stays as it is.
         owners: by name.
+        routed: code of the model's own multiplies an expert's matrix with the tokens that reach the expert.
     """
 
-    def __init__(self, layer: nn.Module, transposed: Collection[str] = ()) -> None:
+    def __init__(self, layer: nn.Module, transposed: Collection[str] = (), routed: bool = False) -> None:
         """``transposed``: as for ``owners_of``."""
-        self.layer = layer
+        self.layer, self.routed = layer, routed
         self.owners = owners_of(layer, transposed)
         self.names = {id(module): name for name, module in layer.named_modules()}
 
@@ -232,6 +234,8 @@ class _Mode(TorchFunctionMode):
         args, kwargs = in_float64(func, args, kwargs)
         if func is Tensor.float:
             return args[0].double()
+        if func in _SORTS:  # tokens that code of the model's own sorts by expert stay in the order of the samples
+            return _stably(func, *args, **kwargs)
         if (product := self.views.product(func, args, kwargs)) is not None:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             return self._experts(product, weight)
@@ -293,6 +297,10 @@ class _Mode(TorchFunctionMode):
         self.listener.attend(module, "q", query)
         self.listener.attend(module, "k", key)
         self.listener.attend(module, "v", value)
+
+
+def _stably(func: Any, x: Tensor, dim: int = -1, descending: bool = False, **named: Any) -> Any:
+    return func(x, **{"dim": dim, "descending": descending, **named, "stable": True})
 
 
 def _swapped(multiply: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Tensor) -> Tensor:
