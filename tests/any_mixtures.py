@@ -130,8 +130,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 48,
         "layers_block_type": ["mamba", "moe", "attention"],
     },
-}
-OWN_CODE: dict[str, dict[str, Any]] = {
+    # code of its own multiplies all experts with all tokens, those of other experts times 0
     "llama4_text": {
         **SIZES,
         "intermediate_size": 32,
@@ -144,6 +143,22 @@ OWN_CODE: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 32,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
+    # code of its own sorts the tokens by expert; experts of attention beside those of the MLP
+    "jetmoe": {
+        **SIZES,
+        "intermediate_size": 32,
+        "num_key_value_heads": 2,
+        "kv_channels": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    # code of its own loops over the experts
+    "step3p5": {
+        **SIZES,
+        **EXPERTS,
+        "head_dim": 16,
+        "num_local_experts": 4,
+    },
 }
 NAMES = tuple(FIELDS)
 TOGETHER = ("gpt_oss", "granitemoehybrid")  # checkpoints hold the library's own parameters
@@ -151,7 +166,7 @@ TOGETHER = ("gpt_oss", "granitemoehybrid")  # checkpoints hold the library's own
 
 def declare(monkeypatch: Any) -> None:
     """Make the types known to ``tiny_model``."""
-    for name, fields in (FIELDS | OWN_CODE).items():
+    for name, fields in FIELDS.items():
         monkeypatch.setitem(tiny.CONFIGS, name, lambda name=name, fields=fields: CONFIG_MAPPING[name](**fields))
     monkeypatch.setitem(tiny.CONFIGS, "listed", lambda: ListedConfig(**LISTED))
 

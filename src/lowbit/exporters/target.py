@@ -98,7 +98,7 @@ class Exporter:
     def misfit(self, subject: Subject) -> Misfit | None:
         """Why the target does not support a subject: experts, an op, a turned matrix, a format, its own limits."""
         kinds = architecture_of(subject.config).layers
-        if any(kind.kept or kind.listed for kind in kinds):
+        if any(kind.kept or kind.experts_of_own_code for kind in kinds):
             return Misfit(
                 "architecture", "experts outside transformers' registry are not exported; use the run folder itself"
             )

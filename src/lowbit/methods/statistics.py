@@ -188,9 +188,9 @@ def paired_statistics(
 def _router_tap(block: Block, linear: str) -> str:
     """The name under which ``forward.run`` shows which experts each token of a layer is sent to."""
     experts = block.kind_of(linear).experts
-    if experts is None:
+    if experts is None or experts.own_code:
         raise LowbitError(
-            f"{block.full_name(linear)} is an expert that code of the model's own calls, and its inputs in two "
+            f"{block.full_name(linear)} is an expert that code of the model's own runs, and its inputs in two "
             "models cannot be paired token by token: choose a recipe without refit, and gptq.target=weights"
         )
     return routing_of(f"{linear.partition('.')[0]}.{experts.module}")

@@ -158,6 +158,8 @@ class Experts:
         transposed: the parameters hold an expert's matrices as ``(in, out)``.
         apart: checkpoints that the library loads have a linear for each expert, which it puts together; ``False``:
             they have the library's own parameters.
+        own_code: code of the model's own multiplies with the parameters; ``False``: the function that the library's
+            registry of experts functions has.
     """
 
     module: str
@@ -166,6 +168,7 @@ class Experts:
     writes: ExpertLinear
     transposed: bool = False
     apart: bool = True
+    own_code: bool = False
 
     @property
     def linears(self) -> tuple[ExpertLinear, ...]:
@@ -175,6 +178,10 @@ class Experts:
     def name(self, expert: int, linear: ExpertLinear) -> str:
         """An expert's linear within the layer: ``mlp.experts.3.gate_proj``."""
         return f"{self.module}.{expert}.{linear.name}"
+
+    def stack(self, linear: ExpertLinear) -> str:
+        """The parameter within the layer that holds a linear of every expert: ``mlp.experts.gate_up_proj``."""
+        return f"{self.module}.{linear.parameter}"
 
     @property
     def stages(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
@@ -234,6 +241,13 @@ class LayerKind:
         own = self.experts or self.listed
         place = None if own is None else own.place(name)
         return None if place is None else place[0]
+
+    @property
+    def experts_of_own_code(self) -> str | None:
+        """The module whose experts code of the model's own runs; ``None``: the layer has none."""
+        if self.experts is not None and self.experts.own_code:
+            return self.experts.module
+        return None if self.listed is None else self.listed.module
 
     def is_stacked(self, name: str) -> bool:
         """Whether a linear is a part of a parameter for all experts."""

@@ -147,7 +147,7 @@ class ExpertsCall:
         if all(value is inputs[0] for value in inputs):
             return self._matmul(names, linears, inputs[0])
         apart = [
-            self._matmul([name], (_alone(own),), own_input)
+            self._matmul([name], (alone(own),), own_input)
             for name, own, own_input in zip(names, linears, inputs, strict=True)
         ]
         return matrix(linears, [out.T for out in apart]).T
@@ -163,7 +163,7 @@ class ExpertsCall:
         return out if bias is None else out + bias
 
 
-def _alone(own: ExpertLinear) -> ExpertLinear:
+def alone(own: ExpertLinear) -> ExpertLinear:
     """A linear as if it had its parameter for itself."""
     return ExpertLinear(own.name, own.parameter, range(len(own.rows)), own.bias)
 

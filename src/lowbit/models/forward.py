@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from lowbit.models.handed_on import mappings_in
 from lowbit.models.linear_input import Cache, LinearInput, Tap
 from lowbit.models.listed_experts import ListedExperts
 from lowbit.models.offload import batches, concatenate
+from lowbit.models.own_experts import OwnExpertsCall, own_experts_computed_by
 from lowbit.models.recorder import hidden_of
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.models.stream import State
@@ -48,7 +48,8 @@ def run(
         taps: functions by linear name; each receives the input of its linear as the linear sees it, ``(tokens, in)``
             for a linear of an expert, of the tokens that reach the expert. The name of an experts module is one,
             too: its tap receives all tokens; and so is ``routing_of`` it, for the experts of each token.
-        replay: of one layer's experts: keeps the pass, or runs one expert and takes all others from it.
+        replay: of one layer's experts: keeps the pass, or runs one expert and takes all others from it. Experts that
+            the model's own code runs are computed anew, all of them.
     """
     params = block.params if params is None else params
     stream = block.enters.unpack(x)
@@ -88,9 +89,7 @@ def _prepare(
         attention = layer.get_submodule(kind.attention)
         stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
     if kind.experts is not None:
-        call = _experts_call(kind.experts, params, inputs, index, taps, block.every_token)
-        module = layer.get_submodule(kind.experts.module)
-        stack.enter_context(experts_computed_by(module, replace(call, replay=replay)))
+        stack.enter_context(_experts(layer, kind.experts, params, inputs, index, taps, block.every_token, replay))
         inputs = [{n: own for n, own in group.items() if not kind.is_stacked(n)} for group in inputs]
     if kind.listed is not None and (tap := taps.get(routing_of(f"{index}.{kind.listed.module}"))) is not None:
         _show_routing(stack, layer, kind.listed, tap)
@@ -103,17 +102,23 @@ def _prepare(
             stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
 
 
-def _experts_call(
+def _experts(
+    layer: nn.Module,
     experts: Experts,
     params: Mapping[str, Tensor],
     inputs: Inputs,
     index: int,
     taps: Mapping[str, Tap],
     every_token: bool,
-) -> ExpertsCall:
-    """What the experts of a layer compute with; a tap of the module itself sees all of its tokens."""
+    replay: ExpertsReplay | None,
+) -> AbstractContextManager[object]:
+    """A context in which a layer's experts compute with ``params``; a tap of their module sees all of its tokens."""
     own, name = {name: found for group in inputs for name, found in group.items()}, f"{index}.{experts.module}"
-    return ExpertsCall(experts, params, own, taps.get(name), taps.get(routing_of(name)), every_token, f"{index}.")
+    routing, prefix = taps.get(routing_of(name)), f"{index}."
+    if experts.own_code:
+        return own_experts_computed_by(layer, OwnExpertsCall(experts, params, own, routing, prefix))
+    call = ExpertsCall(experts, params, own, taps.get(name), routing, every_token, prefix, replay)
+    return experts_computed_by(layer.get_submodule(experts.module), call)
 
 
 def _show_routing(stack: ExitStack, layer: nn.Module, listed: ListedExperts, tap: Tap) -> None:
@@ -129,7 +134,7 @@ def _show_routing(stack: ExitStack, layer: nn.Module, listed: ListedExperts, tap
 def routing_of(experts: str) -> str:
     """The name of an experts module's tap that receives the experts of each token ``(tokens, k)``.
 
-    Listed experts show the number of each expert that is called, for its own tokens.
+    Experts that the model's own code calls, or multiplies with, show their number, once for each of their tokens.
     """
     return f"{experts}:routing"
 

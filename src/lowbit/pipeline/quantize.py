@@ -257,10 +257,11 @@ def _check(request: Request) -> Resolved:
     trusted = request.trust_remote_code
     opened = open_model(request.model, request.revision, request.allow_pickle, trusted)
     source, skeleton = opened.source, opened.skeleton
-    if request.all_experts and (listed := next(filter(None, (k.listed for k in skeleton.architecture.layers)), None)):
+    own = next((k.experts_of_own_code for k in skeleton.architecture.layers if k.experts_of_own_code), None)
+    if request.all_experts and own is not None:
         raise LowbitError(
-            f"--all-experts given, and the experts of {listed.module} are modules that code of the model's own calls "
-            "with the tokens that reach them: leave it out; --expert-tokens sets when one goes without data"
+            f"--all-experts given, and the experts of {own} are run by code of the model's own, with the tokens that "
+            "reach them: leave it out; --expert-tokens sets when one goes without data"
         )
     scheme = _scheme(request, skeleton)
     plan = make_plan(skeleton, scheme)

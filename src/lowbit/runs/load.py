@@ -24,6 +24,7 @@ from lowbit.models.attention import attention_name
 from lowbit.models.build import from_config, tied_tensors
 from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
 from lowbit.models.experts_function import run_experts_apart
+from lowbit.models.own_experts import quantize_own_experts
 from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import gathered_norm
 from lowbit.models.linear_input import LinearInput
@@ -109,9 +110,11 @@ def load(
             if own is None or own.place(name) is None:
                 _attach(layer, name, op.to(device), offsets.get(name, 0.0))
         if own is not None:
-            run_experts_apart(
-                layer.get_submodule(own.module), own, _expert_inputs(own, prefix, formats, own_ops, device)
-            )
+            inputs = _expert_inputs(own, prefix, formats, own_ops, device)
+            if own.own_code:
+                quantize_own_experts(layer, own, inputs)
+            else:
+                run_experts_apart(layer.get_submodule(own.module), own, inputs)
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
     qparams = read_input_qparams(checkpoint, formats.modules, device)
     for name in formats.modules:

@@ -20,11 +20,12 @@ from lowbit.models.build import empty_model, text_config
 from lowbit.models.packed import draws_into_weights
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
-from lowbit.quant.compressed_tensors import stock_loads, stock_loads_experts
+from lowbit.quant.compressed_tensors import stock_loads
 from lowbit.quant.format import group_advice
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
 from lowbit.quant.static_activations import StaticActs
+from lowbit.runs.stock_experts import stock_experts
 
 
 @dataclass(frozen=True)
@@ -274,45 +275,19 @@ def _outside(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
 def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     """Why stock ``transformers`` cannot run the formats as simulated, or ``None`` if it can."""
     architecture = skeleton.architecture
-    if (why := _stock_experts(skeleton, formats) or _replaced_experts(skeleton)) is not None:
+    if (why := stock_experts(skeleton, formats)) is not None:
         return why
     if turned := architecture.transposed() & formats.modules.keys():
         name = min(turned)
         return f"{name} is stored as (in, out), and compressed-tensors quantizes linears that are stored as (out, in)"
     flat = {f"{architecture.blocks}.{i}.{name}" for i, kind in enumerate(architecture.layers) for name in kind.flat}
+    flat |= {name for name in architecture.linears() if architecture.is_experts(name)}
     two_d = any(formats.input(name) is not None for name in flat & formats.modules.keys())
     if (own := _computes_itself(skeleton, formats)) is not None:
         return f"{own} multiplies with its weight in code of its own, and compressed-tensors packs that weight"
     if draws_into_weights(skeleton.model):
         return f"{type(skeleton.model).__name__} draws initial values into weights that packed linears do not have"
     return stock_loads(formats, architecture.embed, two_d_inputs=two_d)
-
-
-def _stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
-    """Why stock ``transformers`` cannot run a mixture's experts and routers, or ``None`` if it can."""
-    architecture = skeleton.architecture
-    experts = [name for name in architecture.linears() if architecture.is_experts(name)]
-    for index, (layer, kind) in enumerate(zip(skeleton.layers, architecture.layers, strict=True)):
-        for name in kind.routers:
-            full = f"{architecture.blocks}.{index}.{name}"
-            if full in formats.modules and not isinstance(layer.get_submodule(name), nn.Linear):
-                return f"{full} chooses the experts, and transformers has no quantized linear in its place"
-        if kind.experts is not None and not kind.experts.apart and any(name in formats.modules for name in experts):
-            whole = f"{architecture.blocks}.{index}.{kind.experts.module}.{kind.experts.writes.parameter}"
-            return f"transformers stores the experts of a layer together ({whole}) and reads no codes of one expert"
-    return stock_loads_experts(formats, experts, architecture.embed) if experts else None
-
-
-def _replaced_experts(skeleton: Skeleton) -> str | None:
-    """Experts that stay float, and that ``transformers`` replaces by other modules in a quantized model."""
-    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
-
-    for layer, kind in zip(skeleton.layers, skeleton.architecture.layers, strict=True):
-        for parameter in kind.kept:
-            own = type(layer.get_submodule(parameter.rpartition(".")[0])).__name__
-            if own in MODULES_TO_PATCH_FOR_QUANTIZATION:
-                return f"transformers replaces {own} in a quantized model by linears of each expert"
-    return None
 
 
 def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:

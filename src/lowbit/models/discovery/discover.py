@@ -18,9 +18,11 @@ from lowbit.models.build import is_composite, text_config
 from lowbit.models.discovery.carry import carried, matched
 from lowbit.models.discovery.empty import empty_model
 from lowbit.models.discovery.kinds import signature
+from lowbit.models.discovery.layer import Analysis
 from lowbit.models.discovery.layout import Mismatch, Sizes, measures, numbers_of
 from lowbit.models.discovery.listed import at_real_size
 from lowbit.models.discovery.mixture import of_each_expert, stacks_of, with_each_expert
+from lowbit.models.discovery.own_code import at_size_of
 from lowbit.models.discovery.properties import partner_of
 from lowbit.models.discovery.prove import Kind, found_in, prove
 from lowbit.models.discovery.real import RealLayers, bytes_needed, checked
@@ -131,7 +133,7 @@ class _Search:
         own = kind.analysis
         edges = self._carried(kind, layer)
         proven = self._checked(kind, self._with_few_experts(kind, index, layer), edges, most_bytes)
-        experts = self._experts(own.mixture, layer)
+        experts = self._experts(own, layer, proven)
         listed = None if own.listed is None else at_real_size(own.listed, layer)
         return LayerKind(
             groups=with_each_expert(own.groups, experts or listed),
@@ -156,8 +158,11 @@ class _Search:
     def _few_experts(self) -> list[nn.Module]:
         return list(empty_model(fewer_experts(self.config), self.trusted).get_submodule(self.small.blocks))
 
-    def _experts(self, module: str | None, layer: nn.Module) -> Experts | None:
+    def _experts(self, own: Analysis, layer: nn.Module, edges: Sequence[DeclaredEdge]) -> Experts | None:
+        if own.own_code is not None:
+            return at_size_of(own.own_code, layer, edges)
         model_type = str(getattr(self.config, "model_type", ""))
+        module = own.mixture
         return None if module is None else experts_of(module, layer.get_submodule(module), model_type)
 
     def _of_each_expert(
@@ -182,7 +187,7 @@ class _Search:
         configs = map(text_config, (self.small_config, config, self.config))
         numbers = (numbers_of(one, own) for one, own in zip(layers, configs, strict=True))
         sizes = Sizes(far=measures(*numbers))
-        owners = (kind.analysis.owners, theirs.owners, owners_of(layer))
+        owners = (kind.analysis.owners, theirs.owners, owners_of(layer, kind.analysis.transposed_stacks))
         others = matched(kind.analysis.candidates, theirs.candidates)
         found = []
         for index, edge in kind.edges.items():
@@ -206,7 +211,9 @@ class _Search:
         )
         if needed <= most_bytes:
             real = self._real_layers()
-        results = real if isinstance(real, str) else checked(real, layer, edges)
+        results = real if isinstance(real, str) else checked(
+            real, layer, edges, kind.analysis.transposed_stacks
+        )
         if isinstance(results, str):
             self.notes.append(f"kind {number} is not proven at real shape: {results}")
             return edges

@@ -13,6 +13,7 @@ from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.heads import heads_edges
 from lowbit.models.discovery.listed import listed_in
 from lowbit.models.discovery.mixture import Mixture, mixture_in, routers_of, same_values, touches
+from lowbit.models.discovery.own_code import OwnCode
 from lowbit.models.discovery.qk import qk_edges
 from lowbit.models.discovery.readers import channels_edges, norm_edge
 from lowbit.models.discovery.response import Response, Trace, respond, stays, trace
@@ -32,10 +33,11 @@ class Analysis:
         owners: its linears, norms and experts, by name.
         groups, attention, flat, transposed, routers: as of ``LayerKind``, but the experts of a mixture are a group
             of one name: ``mixture``, or the list.
-        mixture: the module of the registry of experts functions that holds experts; ``None``: there is none.
+        mixture: the module whose experts are run one after the other; ``None``: there is none.
+        own_code: how code of the model's own uses their parameters, if it does.
         listed: experts that are modules of their own.
         experts: the parameters of ``mixture``, the input side first.
-        kept: parameters of three dimensions that code of the model's own computes with.
+        kept: parameters of three dimensions that hold experts and stay as they are.
         unseen: linears that no pass calls as such.
         direct: linears whose weight other code reads; they stay float.
         responses: by owner.
@@ -50,6 +52,7 @@ class Analysis:
     transposed: frozenset[str]
     routers: frozenset[str]
     mixture: str | None
+    own_code: OwnCode | None
     listed: ListedExperts | None
     experts: tuple[str, ...]
     kept: tuple[str, ...]
@@ -58,6 +61,11 @@ class Analysis:
     responses: Mapping[str, Response]
     candidates: tuple[DeclaredEdge, ...]
     refuted: tuple[tuple[str, str], ...]
+
+    @property
+    def transposed_stacks(self) -> tuple[str, ...]:
+        """Parameters of experts that code of the model's own reads as ``(in, out)``."""
+        return self.own_code.parameters if self.own_code is not None and self.own_code.transposed else ()
 
 
 def analyse(layer: nn.Module, call: Call, direct: frozenset[str] = frozenset()) -> Analysis:
@@ -68,7 +76,9 @@ def analyse(layer: nn.Module, call: Call, direct: frozenset[str] = frozenset()) 
         call: what the model calls it with.
         direct: linears that are not to be quantized, see ``direct_reads``.
     """
-    sites = Sites(layer)
+    mixture = mixture_in(layer, call)
+    routed = mixture.own_code is not None and mixture.own_code.routed
+    sites = Sites(layer, mixture.transposed, routed)
     whole = trace(sites, call)
     listed = listed_in(layer, whole.inputs, TOKENS)
     found = whole if listed is None else whole.without([n for n in sites.owners if n.startswith(f"{listed.module}.")])
@@ -76,11 +86,11 @@ def analyse(layer: nn.Module, call: Call, direct: frozenset[str] = frozenset()) 
     responses = {name: respond(sites, call, found, name) for name in order}
     results = list(_candidates(sites, call, found, order, responses))
     read = [key[0] for key in whole.order if key[1] == "in"]
-    mixture = mixture_in(layer, call)
-    experts = tuple(dict.fromkeys(name for name in read if mixture.is_own(name)))
+    experts = tuple(dict.fromkeys(name for name in read if name in mixture.parameters))
     routers = routers_of(found.inputs, sites.owners, _counts(sites.owners, (*experts, *mixture.kept), listed))
+    inside = {name for name in found.inputs if name in experts or (listed and name.startswith(f"{listed.module}."))}
     own = mixture.module if listed is None else listed.module
-    groups = _without(_groups(found, sites.owners, own, routers), direct)
+    groups = _without(_groups(found, sites.owners, own, inside, routers), direct)
     grouped = {name for group in groups for name in group if name in sites.owners}
     results = [_without_kept(one, mixture) for one in results]
     edges = [_ordered(one, grouped, experts) for one in results if isinstance(one, DeclaredEdge)]
@@ -93,6 +103,7 @@ def analyse(layer: nn.Module, call: Call, direct: frozenset[str] = frozenset()) 
         transposed=frozenset(name for name in grouped if sites.owners[name].transposed),
         routers=routers,
         mixture=mixture.module,
+        own_code=mixture.own_code,
         listed=listed,
         experts=experts,
         kept=mixture.kept,
@@ -172,13 +183,12 @@ def _candidates(
 
 
 def _groups(
-    found: Trace, owners: Mapping[str, Owner], experts: str | None, routers: frozenset[str]
+    found: Trace, owners: Mapping[str, Owner], experts: str | None, inside: set[str], routers: frozenset[str]
 ) -> tuple[tuple[str, ...], ...]:
     """Linears by equal input, compared by value: a view makes a new tensor of the same numbers.
 
-    A router is alone, and the experts of a mixture, which ``experts`` holds, have its name.
+    A router is alone, and what is ``inside`` the experts of a mixture has its name, ``experts``.
     """
-    inside = {name for name in found.inputs if experts is not None and name.startswith(f"{experts}.")}
     place = {name: at for at, name in enumerate(found.inputs)}
     groups: list[tuple[Tensor, list[str]]] = []
     for name, value in found.inputs.items():

@@ -2,7 +2,7 @@
 
 ``transformers`` looks the function that computes a module of experts up in a registry, and lowbit registers its own.
 Whether that computes what the module's own code does is not taken on trust: both are run. Parameters of three
-dimensions that other code multiplies with cannot be taken apart, so they stay as they are.
+dimensions that other code multiplies with are a matter of ``own_code``; those that neither understands stay as they are.
 
 Discovery knows experts by the library's parameters, an edge ends in ``mlp.experts.gate_up_proj``. ``of_each_expert``
 turns it into edges between the linears of each expert.
@@ -31,6 +31,7 @@ from lowbit.models.architecture import (
 )
 from lowbit.models.discovery.capture import Call, output_of
 from lowbit.models.discovery.layout import Mismatch
+from lowbit.models.discovery.own_code import OwnCode, own_code_in
 from lowbit.models.discovery.proof import SAME, relative
 from lowbit.models.discovery.readers import Owners
 from lowbit.models.discovery.sites import InFloat64
@@ -44,18 +45,23 @@ class Mixture:
     """What a layer has of experts.
 
     Attributes:
-        module: the module that lowbit runs one expert after the other; ``None``: there is none.
+        module: the module whose experts lowbit runs one after the other; ``None``: there is none.
+        parameters: its parameters that hold experts.
         kept: parameters that hold experts, are not its own, and stay float.
-        why: by kept parameter of the registry's modules, why lowbit cannot run it.
+        why: by kept parameter, why lowbit cannot run it.
+        own_code: how code of the model's own uses the parameters, where the module is not of the registry.
     """
 
     module: str | None
+    parameters: tuple[str, ...]
     kept: tuple[str, ...]
     why: Mapping[str, str]
+    own_code: OwnCode | None = None
 
-    def is_own(self, parameter: str) -> bool:
-        """Whether a parameter is one of the module's."""
-        return self.module is not None and parameter.rpartition(".")[0] == self.module
+    @property
+    def transposed(self) -> tuple[str, ...]:
+        """Parameters that code of the model's own reads as ``(in, out)``."""
+        return self.parameters if self.own_code is not None and self.own_code.transposed else ()
 
 
 def mixture_in(layer: nn.Module, call: Call) -> Mixture:
@@ -72,8 +78,14 @@ def mixture_in(layer: nn.Module, call: Call) -> Mixture:
             found = name
             continue
         why |= {stack: reason for stack in stacks if stack.startswith(f"{name}.")}
-    kept = tuple(name for name in stacks if name.rpartition(".")[0] != found)
-    return Mixture(found, kept, why)
+    own = tuple(name for name in stacks if name.rpartition(".")[0] == found)
+    kept = tuple(name for name in stacks if name not in own)
+    if found is not None or not kept:
+        return Mixture(found, own, kept, why)
+    code, reasons = own_code_in(layer, call, kept)
+    if code is None:
+        return Mixture(None, (), kept, reasons | why)
+    return Mixture(code.module, code.parameters, tuple(n for n in kept if n in reasons), reasons, code)
 
 
 def stacks_of(layer: nn.Module) -> list[str]:
@@ -168,28 +180,32 @@ def of_each_expert(edge: DeclaredEdge, experts: Experts) -> tuple[DeclaredEdge, 
     Raises:
         Mismatch: the edge's channels are not those of a linear.
     """
-    first = f"{experts.module}.{experts.reads[0].parameter}"
-    last = f"{experts.module}.{experts.writes.parameter}"
-    ends = [module_of(end) for end in edge.dst]
-    if first not in (module_of(edge.src), *ends) and last not in (module_of(edge.src), *ends):
+    first, last = set(map(experts.stack, experts.reads)), experts.stack(experts.writes)
+    source, ends = module_of(edge.src), {module_of(end) for end in edge.dst}
+    if not {source, *ends} & {*first, last}:
         return (edge,)
     plain = replace(edge, gathers=False, shift=False)
-    if edge.kind == "channels" and module_of(edge.src) == first and set(ends) == {last}:
+    if edge.kind == "channels" and source in first and ends == {last}:
         return tuple(_up_and_down(plain, experts, number) for number in range(experts.count))
-    if module_of(edge.src) in (first, last) or last in ends:
+    if source in (*first, last) or last in ends:
         raise Mismatch("it crosses experts")
-    if set(ends) == {first}:  # methods take a norm's statistics from one of its readers
+    if ends <= first:  # methods take a norm's statistics from one of its readers
         raise Mismatch("only experts read it, and none of them sees all tokens")
-    return (replace(plain, partner=None, dst=_readers(edge.dst, experts, first)),)
+    return (replace(plain, partner=None, dst=_readers(edge.dst, experts)),)
 
 
-def _readers(ends: Sequence[Ref], experts: Experts, first: str) -> tuple[Ref, ...]:
+def _within_parameter(end: Ref, experts: Experts) -> list[ExpertLinear]:
+    """The linears of an expert whose parameter an end is of."""
+    return [linear for linear in experts.reads if experts.stack(linear) == module_of(end)]
+
+
+def _readers(ends: Sequence[Ref], experts: Experts) -> tuple[Ref, ...]:
     out: list[Ref] = []
     for end in ends:
-        if module_of(end) != first:
+        if not (linears := _within_parameter(end, experts)):
             out.append(end)
             continue
-        names = [experts.name(number, linear) for number in range(experts.count) for linear in experts.reads]
+        names = [experts.name(number, linear) for number in range(experts.count) for linear in linears]
         columns = end.columns if isinstance(end, Part) else None
         out += [name if columns is None else Part(name, columns=columns) for name in names]
     return tuple(out)
@@ -197,15 +213,12 @@ def _readers(ends: Sequence[Ref], experts: Experts, first: str) -> tuple[Ref, ..
 
 def _up_and_down(edge: DeclaredEdge, experts: Experts, number: int) -> DeclaredEdge:
     """The edge of one expert."""
-    width = len(experts.reads[0].rows) * len(experts.reads)
-
-    def rows_of(end: Ref) -> list[int]:
-        rows = end.rows if isinstance(end, Part) else None
-        return list(range(width)) if rows is None else list(rows)
 
     def source(end: Ref) -> Ref:
-        rows = rows_of(end)
-        own = next((linear for linear in experts.reads if set(rows) <= set(linear.rows)), None)
+        linears = _within_parameter(end, experts)
+        said = end.rows if isinstance(end, Part) else None
+        rows = sorted(row for linear in linears for row in linear.rows) if said is None else list(said)
+        own = next((linear for linear in linears if set(rows) <= set(linear.rows)), None)
         if own is None:
             raise Mismatch("its channels are of several linears of an expert")
         return _within(experts.name(number, own), own, rows)

@@ -68,7 +68,7 @@ def _channels_edge(
 ) -> DeclaredEdge | None:
     main = next(name for name, hit in response.hits.items() if bool(hit[rows].any()))
     rows = sorted(rows, key=lambda row: int(response.hits[main][row].nonzero()[0]))
-    if owner.experts:
+    if owner.experts and len(response.refuted) > owner.rows:  # a channel for every expert's
         own = _of_each_expert(owner, response, rows, owners)
         if own is None:
             return None

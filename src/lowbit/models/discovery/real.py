@@ -6,7 +6,7 @@ its layers comes from the same config with a small vocabulary and as few layers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def bytes_needed(layer: nn.Module) -> int:
 
 
 def checked(
-    real: RealLayers, layer: nn.Module, edges: Sequence[DeclaredEdge]
+    real: RealLayers, layer: nn.Module, edges: Sequence[DeclaredEdge], transposed: Collection[str] = ()
 ) -> list[tuple[DeclaredEdge, str]] | str:
     """Each edge with why it is refuted at real shape (empty: it is not), or why none was checked.
 
@@ -88,6 +88,7 @@ def checked(
         real: the layers of real widths.
         layer: one of the model, without memory.
         edges: carried to its size.
+        transposed: parameters of experts that code of the model's own reads as ``(in, out)``.
     """
     wanted = signature(layer)
     at = next((i for i, one in enumerate(real.layers) if signature(one) == wanted), None)
@@ -100,7 +101,7 @@ def checked(
         own.double()
         redraw(own, seed=3)
         run_eager_experts(own)
-        proof = LayerProof(own, real.calls[at].redrawn(4), owners_of(own))
+        proof = LayerProof(own, real.calls[at].redrawn(4), owners_of(own, transposed))
         generator = torch.Generator().manual_seed(6)
         return [
             (properties(edge, proof), proof.refutation(edge, draw(edge, proof.owners, edge.limit, generator)))

@@ -44,6 +44,7 @@ class Trace:
         attention: the module, and the shape of queries, keys and values, of each attention.
         output_axis: the dimension of the layer's output that counts sequences.
         flat: owners that read ``(tokens, width)``.
+        routed: an expert reads the tokens that reach it, however many these are.
     """
 
     order: list[Key] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Trace:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     attention: list[tuple[str, dict[Role, torch.Size]]] = field(default_factory=list)
     output_axis: int | None = None
+    routed: bool = False
 
     def write(self, name: str, value: Tensor) -> Tensor:
         """Note the shape."""
@@ -90,7 +92,7 @@ def trace(sites: Sites, call: Call) -> Trace:
     """The sites of a layer in execution order, from passes with one and with two sequences."""
     passes, outputs = [], []
     for sequences in (1, 2):
-        found = Trace()
+        found = Trace(routed=sites.routed)
         args, kwargs = call.arguments(sequences)
         with all_experts(sites.layer):
             outputs.append(output_of(sites.run(found, args, kwargs)).shape)
@@ -211,8 +213,8 @@ class _Scaled:
         self.attentions = -1
 
     def write(self, name: str, value: Tensor) -> Tensor:
-        axis = self._axis(name, "out")
-        if name not in self.factors or axis is None:
+        axis, whole = self._axis(name, "out", value)
+        if name not in self.factors or axis is None or not whole:
             return value
         given = self.factors[name]
         factor = torch.cat([torch.ones_like(given[:1]), given]).to(value.dtype)
@@ -220,8 +222,10 @@ class _Scaled:
         return restore(rows * factor.view(len(factor), *[1] * (rows.ndim - 2), -1))
 
     def read(self, name: str, value: Tensor) -> Tensor:
-        axis = self._axis(name, "in")
-        if axis is None or not self.undo:
+        axis, whole = self._axis(name, "in", value)
+        if not whole:
+            self.refuted = [where or f"the input of {name}" for where in self.refuted]
+        if axis is None or not self.undo or not whole:
             return value
         rows, restore = by_sample(value, axis, self.samples + 1)
         powers, strange = compared(rows)
@@ -231,10 +235,13 @@ class _Scaled:
                 self.strange[name][sample] = strange[sample]
         free = torch.tensor([not where for where in self.refuted])
         powers = powers * free[:, None]
-        if not bool(powers.any()):
-            return value
         self.hits[name] = torch.where(powers != 0, powers, self.hits[name])
-        back = torch.cat([torch.zeros_like(powers[:1]), powers]).bool()
+        undone = powers != 0
+        if self.found.routed:  # else experts would read other tokens in a sample than in sample 0
+            undone |= ~free[:, None]
+        if not bool(undone.any()):
+            return value
+        back = torch.cat([torch.zeros_like(undone[:1]), undone])
         return restore(torch.where(back.view(len(back), *[1] * (rows.ndim - 2), -1), rows[:1], rows))
 
     def attend(self, module: str, role: Role, value: Tensor) -> None:
@@ -258,10 +265,17 @@ class _Scaled:
         flat = rows.flatten(1)
         return (flat[1:] - flat[:1]).abs().amax(1) > _OF_CHANNEL * flat[0].abs().max()
 
-    def _axis(self, name: str, side: str) -> int | None:
+    def _axis(self, name: str, side: str, value: Tensor) -> tuple[int | None, bool]:
+        """The dimension of a site's value that counts sequences, and whether each has as many rows as in the trace.
+
+        It has not where a change decides which tokens reach an expert.
+        """
         call = self.calls.get((name, side), 0)
         self.calls[name, side] = call + 1
-        return self.found.axes.get((name, side, call))
+        key = name, side, call
+        if (axis := self.found.axes.get(key)) is None:
+            return None, not self.found.routed or key in self.found.shapes
+        return axis, value.shape[axis] == self.found.shapes[key][axis] * (self.samples + 1)
 
 
 def by_sample(value: Tensor, axis: int, samples: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -13,9 +13,10 @@ Computations that a model casts to float32 run in float64, so that what is left 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,11 +26,13 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.models.discovery.shrink import TOKENS
+from lowbit.models.expert_views import Product, Views
 
 Kind = Literal["linear", "router", "conv1d", "norm", "experts"]
 Role = Literal["q", "k", "v"]
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 _BADDBMM = (torch.baddbmm, Tensor.baddbmm)
+_SORTS = (torch.sort, Tensor.sort, torch.argsort, Tensor.argsort)
 
 
 @dataclass(frozen=True)
@@ -67,21 +70,29 @@ class Listener(Protocol):
         """Called with queries and keys, then values: ``(..., tokens, width)``."""
 
 
-def owners_of(layer: nn.Module) -> dict[str, Owner]:
-    """Every owner in a layer, by name."""
+def owners_of(layer: nn.Module, transposed: Collection[str] = ()) -> dict[str, Owner]:
+    """Every owner in a layer, by name.
+
+    Args:
+        layer: the layer.
+        transposed: parameters of experts that code of the model's own reads as ``(in, out)``.
+    """
     found: dict[str, Owner] = {}
     for name, module in layer.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if module.__class__.__name__ == "Conv1d":
             continue
         for key, parameter in own.items():
-            owner = _owner(name, module, key, parameter, own)
+            turned = f"{name}.{key}".lstrip(".") in transposed
+            owner = _owner(name, module, key, parameter, own, turned)
             if owner is not None:
                 found[owner.name] = owner
     return found
 
 
-def _owner(name: str, module: nn.Module, key: str, parameter: Tensor, own: Mapping[str, Tensor]) -> Owner | None:
+def _owner(
+    name: str, module: nn.Module, key: str, parameter: Tensor, own: Mapping[str, Tensor], turned: bool
+) -> Owner | None:
     full, bias = f"{name}.{key}".lstrip("."), "bias" if key == "weight" else f"{key}_bias"
     bias_name = (
         f"{name}.{bias}".lstrip(".")
@@ -89,7 +100,7 @@ def _owner(name: str, module: nn.Module, key: str, parameter: Tensor, own: Mappi
         else None
     )
     if parameter.ndim == 3:
-        transposed = bool(getattr(module, "is_transposed", False)) or _is_written_transposed(module, key)
+        transposed = bool(getattr(module, "is_transposed", False)) or turned
         rows, columns = parameter.shape[1:] if not transposed else (parameter.shape[2], parameter.shape[1])
         return Owner(full, "experts", full, bias_name, transposed, parameter.shape[0], rows, columns)
     if key != "weight":
@@ -104,22 +115,19 @@ def _owner(name: str, module: nn.Module, key: str, parameter: Tensor, own: Mappi
     return None
 
 
-def _is_written_transposed(module: nn.Module, key: str) -> bool:
-    """Experts outside the registry that are read by a batched product are stored ``(experts, in, out)``."""
-    return not hasattr(module, "is_transposed") and key in ("gate_up_proj", "down_proj")
-
-
 class Sites:
     """A layer with its sites, ready to be run under a listener.
 
     Attributes:
         layer: the decoder layer, which stays as it is.
         owners: by name.
+        routed: code of the model's own multiplies an expert's matrix with the tokens that reach the expert.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.owners = owners_of(layer)
+    def __init__(self, layer: nn.Module, transposed: Collection[str] = (), routed: bool = False) -> None:
+        """``transposed``: as for ``owners_of``."""
+        self.layer, self.routed = layer, routed
+        self.owners = owners_of(layer, transposed)
         self.names = {id(module): name for name, module in layer.named_modules()}
 
     def run(self, listener: Listener, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -133,7 +141,8 @@ class Sites:
                 for handle in self._hooks(name, module, listener, stack):
                     exits.callback(handle.remove)
             exits.enter_context(_listening(listener, self.names))
-            exits.enter_context(_Mode(listener, by_id, hooked, stack))
+            stacks = {one.weight: parameters[one.weight] for one in self.owners.values() if one.kind == "experts"}
+            exits.enter_context(_Mode(listener, self.owners, by_id, Views(stacks), hooked, stack))
             with torch.no_grad():
                 return self.layer(*args, **kwargs)
 
@@ -207,15 +216,29 @@ def in_float64(
 class _Mode(TorchFunctionMode):
     """Sees every call of torch within a layer."""
 
-    def __init__(self, listener: Listener, owners: Mapping[int, Owner], hooked: set[str], stack: list[str]) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        named: Mapping[str, Owner],
+        owners: Mapping[int, Owner],
+        views: Views,
+        hooked: set[str],
+        stack: list[str],
+    ) -> None:
         super().__init__()
         self.listener, self.owners, self.hooked, self.stack = listener, owners, hooked, stack
+        self.named, self.views = named, views
         self.scores: tuple[str, Tensor, Tensor] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = in_float64(func, args, kwargs)
         if func is Tensor.float:
             return args[0].double()
+        if func in _SORTS:  # tokens that code of the model's own sorts by expert stay in the order of the samples
+            return _stably(func, *args, **kwargs)
+        if (product := self.views.product(func, args, kwargs)) is not None:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            return self._experts(product, weight)
         if func is F.linear:
             return self._linear(func, args, kwargs)
         if func is torch.addmm and id(args[2]) in self.owners:
@@ -241,9 +264,6 @@ class _Mode(TorchFunctionMode):
 
     def _matmul(self, func: Any, args: Any, kwargs: Any) -> Any:
         x, weight = args[0], args[1]
-        owner = self.owners.get(id(weight))
-        if owner is not None and owner.kind == "experts" and x.ndim == 3:
-            return self._batched(owner, x, lambda value: func(value, weight, **kwargs))
         if x.ndim >= 3 and weight.ndim >= 3:
             if x.shape[-2:] == (TOKENS, TOKENS) and self.scores and weight.shape[-2] == TOKENS:
                 self._attend(*self.scores, weight)
@@ -251,6 +271,14 @@ class _Mode(TorchFunctionMode):
             else:
                 self._scores(x, weight)
         return func(*args, **kwargs)
+
+    def _experts(self, product: Product, weight: Tensor) -> Tensor:
+        """A product with experts: with all of them for all tokens, or with one for those that reach it."""
+        owner = self.named[product.view.parameter]
+        call = partial(_swapped, product.multiply, weight)
+        if product.view.batched:
+            return self._batched(owner, product.x, call)
+        return self._product(owner, product.x, call)
 
     def _batched(self, owner: Owner, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """Experts ``(experts, tokens, width)`` as tokens of ``experts * width`` channels."""
@@ -269,3 +297,11 @@ class _Mode(TorchFunctionMode):
         self.listener.attend(module, "q", query)
         self.listener.attend(module, "k", key)
         self.listener.attend(module, "v", value)
+
+
+def _stably(func: Any, x: Tensor, dim: int = -1, descending: bool = False, **named: Any) -> Any:
+    return func(x, **{"dim": dim, "descending": descending, **named, "stable": True})
+
+
+def _swapped(multiply: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Tensor) -> Tensor:
+    return multiply(x, weight)
