@@ -1,8 +1,8 @@
 """Where the inputs of linears can be mixed: behind a norm, for all that read it, or on the input of a linear.
 
 Mixing the channels of what a linear reads leaves its function alone whatever they come from, if its weight holds the
-inverse: ``x W^T = (x P) (W P^-T)^T``. So every linear is of some site. Behind a norm whose output goes to known linears
-alone, one op serves all of them; elsewhere each linear that is quantized has an op of its own on its input.
+inverse: ``x W^T = (x P) (W P^-T)^T``. So every linear is of some site. Behind a norm whose output goes to known
+linears alone, one op serves all of them; elsewhere each quantized linear has an op of its own on its input.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class MixSite:
     """What reads one tensor whose channels can be mixed.
 
     Attributes:
-        name: ``qkv``: what reads the hidden states before the attention; ``heads``: the attention's output projection;
-            ``mlp``: what reads the hidden states before the MLP; ``channels``: the projection behind it.
+        name: ``qkv``: what reads the hidden states before the attention; ``heads``: the attention's output
+            projection; ``mlp``: what reads the hidden states before the MLP; ``channels``: the projection behind it.
         places: the names under which runtime ops stand: a norm's, or one for the input of each linear.
         readers: the linears, or of a norm the matrices that read its channels.
         width: the channels.

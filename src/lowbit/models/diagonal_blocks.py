@@ -69,11 +69,9 @@ class DiagonalBlocks(RuntimeOp):
 
 def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """``x blockdiag(blocks)`` for ``x`` ``(..., count * size)`` and ``blocks`` ``(count, size, size)``."""
+    if not x.numel():
+        return x
     dtype = torch.float32 if x.dtype in HALF else x.dtype
-    rows = (
-        x.to(dtype).unflatten(-1, blocks.shape[:2]).flatten(0, -3)
-        if x.ndim > 1
-        else x.to(dtype).view(1, *blocks.shape[:2])
-    )
+    rows = x.to(dtype).reshape(-1, *blocks.shape[:2])
     out = rows.transpose(0, 1) @ blocks.to(dtype)  # (count, tokens, size)
     return out.transpose(0, 1).reshape(x.shape).to(x.dtype)
