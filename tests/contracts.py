@@ -146,7 +146,7 @@ def check_op(op: RuntimeOp, width: int) -> None:
     with pytest.raises(ValueError, match=r"."):
         type(op).from_tensors({}, width)
     with pytest.raises(ValueError, match=r"."):
-        type(op).from_tensors({name: value[:1] for name, value in stored.items()}, width)
+        type(op).from_tensors({name: value[..., :1] for name, value in stored.items()}, width)
 
 
 def check_architecture(model: Any, random_maps: Any, in_float32: bool = False) -> None:

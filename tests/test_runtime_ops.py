@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from contracts import check_op
 from lowbit.errors import LowbitError
+from lowbit.models.diagonal_blocks import DiagonalBlocks
+from lowbit.models.hadamard import Hadamard, factor_sizes, random_flips, times_hadamard
+from lowbit.models.kronecker import Kronecker, times_kronecker
 from lowbit.models.ops import OPS
 from lowbit.models.outlier_columns import OutlierColumns
 from lowbit.models.reorder import Reorder
-from lowbit.models.runtime_ops import PREFIX, Clip, Gather, Matrix, RuntimeOp, parse_tensor_name, tensor_name
+from lowbit.models.runtime_ops import (
+    PREFIX,
+    Clip,
+    Gather,
+    Matrix,
+    RuntimeOp,
+    at_input,
+    linear_behind,
+    parse_tensor_name,
+    tensor_name,
+)
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.runtimes import RuntimeInput
@@ -32,6 +47,15 @@ CASES: dict[str, tuple[RuntimeOp, int, int]] = {
         8,
     ),
     "reorder": (Reorder(torch.tensor([5, 1, 2, 7, 4, 3, 6, 0])), 8 * 32, 0),
+    # One step of three butterflies, and the signs.
+    "hadamard": (Hadamard(torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1]], dtype=torch.uint8)), 8 * 8, 8 + 8 * 8),
+    "hadamard in blocks": (
+        Hadamard(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.uint8)),
+        8 * 8,
+        8 + 8 * 4,
+    ),
+    "kronecker": (Kronecker(draw(2, 2), draw(4, 4, seed=3)), (4 + 16) * 32, 8 * (2 + 4)),
+    "blocks": (DiagonalBlocks(draw(4, 2, 2)), 4 * 4 * 32, 16),
     "outlier columns": (
         OutlierColumns(torch.tensor([0, 1, 0, 0, 1, 0, 0, 0], dtype=torch.uint8), draw(3, 2).half()),
         8 * 8 + 3 * 2 * 16,
@@ -109,6 +133,28 @@ def _literal(op: RuntimeOp, x: list[float]) -> list[float]:
         return [value * float(factor) for value, factor in zip(merged, op.factor, strict=True)]
     if isinstance(op, Reorder):
         return [x[int(i)] for i in op.idx]
+    if isinstance(op, Hadamard):
+        n = op.flips.shape[1]
+        flipped = [-value if flip else value for value, flip in zip(x, op.flips.flatten().tolist(), strict=True)]
+        parts = [flipped[start : start + n] for start in range(0, WIDTH, n)]
+        return [
+            sum(value * (-1) ** (i & j).bit_count() for i, value in enumerate(part)) / n**0.5
+            for part in parts
+            for j in range(n)
+        ]
+    if isinstance(op, Kronecker):
+        b = len(op.right)
+        return [
+            sum(x[i] * float(op.left[i // b, j // b]) * float(op.right[i % b, j % b]) for i in range(WIDTH))
+            for j in range(WIDTH)
+        ]
+    if isinstance(op, DiagonalBlocks):
+        size = op.blocks.shape[1]
+        return [
+            sum(x[start + i] * float(block[i, j]) for i in range(size))
+            for start, block in zip(range(0, WIDTH, size), op.blocks, strict=True)
+            for j in range(size)
+        ]
     if isinstance(op, OutlierColumns):
         rest = [0.0 if kept else value for kept, value in zip(op.kept.tolist(), x, strict=True)]
         rounded = _literal(Clip(torch.ones(2)), rest)
@@ -140,7 +186,7 @@ def test_a_clip_needs_a_range_that_it_can_change():
     assert "llama.cpp" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["matrix", "clip", "clip with offsets"])
+@pytest.mark.parametrize("name", ["matrix", "kronecker", "blocks", "clip", "clip with offsets"])
 def test_gradients_reach_what_is_learned(name):
     op, (kind, *_) = CASES[name][0], [type(CASES[name][0])]
     leaves = [getattr(op, field) for field in op.fields()]
@@ -169,6 +215,19 @@ def test_gradients_reach_what_is_learned(name):
         ("reorder", {"idx": torch.zeros(8, dtype=torch.int32)}, "has a channel twice or none of it"),
         ("reorder", {"idx": torch.arange(1, 9, dtype=torch.int32)}, "has a channel twice or none of it"),
         ("reorder", {"idx": torch.arange(7, dtype=torch.int32)}, "is expected"),
+        ("hadamard", {"flips": torch.zeros(1, 7, dtype=torch.uint8)}, "is expected"),
+        ("hadamard", {"flips": torch.zeros(8, dtype=torch.uint8)}, "blocks that do not divide 8 channels"),
+        ("hadamard", {"flips": torch.zeros(3, 8, dtype=torch.uint8)}, "blocks that do not divide 8 channels"),
+        ("hadamard", {"flips": torch.full((1, 8), 2, dtype=torch.uint8)}, "other than 0 and 1"),
+        ("hadamard", {"flips": torch.zeros(1, 8)}, "other than 0 and 1"),
+        ("hadamard", {"flips": None}, "do not divide"),
+        ("kronecker", {"left": torch.ones(3, 3)}, "factors that do not multiply to 8 channels"),
+        ("kronecker", {"right": torch.ones(3, 3)}, "is expected"),
+        ("kronecker", {"right": None}, "is expected"),
+        ("kronecker", {"left": torch.ones(2)}, "do not multiply"),
+        ("blocks", {"blocks": torch.ones(3, 2, 2)}, "do not divide 8 channels"),
+        ("blocks", {"blocks": torch.ones(4, 2, 3)}, "is expected"),
+        ("blocks", {"blocks": torch.ones(8, 1)}, "do not divide"),
         ("outlier columns", {"kept": torch.ones(7, dtype=torch.uint8)}, "is expected"),
         ("outlier columns", {"kept": torch.full((8,), 2, dtype=torch.uint8)}, "is expected"),
         (
@@ -228,3 +287,65 @@ def test_outliers_do_not_widen_the_range_of_the_others():
     wanted = format.fake_quant(rest)
     wanted[:, [1, 4]] = x[:, [1, 4]]
     assert torch.equal(op(x, format), wanted)
+
+
+def literal_hadamard(n: int) -> torch.Tensor:
+    """``H_n`` entry by entry in float64: parities of the bits of two indices, times a Hartley matrix."""
+    twos = (n & -n).bit_length() - 1
+    m = n >> twos
+
+    def entry(i: int, j: int) -> float:
+        sign = (-1) ** ((i // m) & (j // m)).bit_count()
+        angle = 2 * math.pi * (i % m) * (j % m) / m
+        return sign * (math.cos(angle) + math.sin(angle)) / math.sqrt(n)
+
+    return torch.tensor([[entry(i, j) for j in range(n)] for i in range(n)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 8, 9, 45, 64, 96, 128, 144, 192, 256])
+def test_the_fast_transform_is_the_matrix_that_its_page_defines(n):
+    matrix = literal_hadamard(n)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(n, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(matrix, matrix.T, atol=1e-12)
+    assert float(matrix.abs().max()) <= (2 / n) ** 0.5 + 1e-12
+    x = draw(3, 2, n).double()
+    fast = times_hadamard(x)
+    assert torch.allclose(fast, x @ matrix, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(times_hadamard(fast), x, rtol=1e-12, atol=1e-12)
+    assert math.prod(factor_sizes(n)) == n
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 4), (5,), (1, 6), (4, 1, 2)])
+def test_a_product_with_several_factors_is_that_with_their_kronecker_product(sizes):
+    factors = [draw(size, size, seed=size).double() for size in sizes]
+    whole = factors[0]
+    for factor in factors[1:]:
+        whole = torch.kron(whole, factor)
+    x = draw(2, 3, len(whole)).double()
+    assert torch.allclose(times_kronecker(x, factors), x @ whole, rtol=1e-12, atol=1e-12)
+    assert times_kronecker(x[:0], factors).shape == (0, 3, len(whole))
+
+
+def test_sixteen_bits_are_summed_in_thirty_two():
+    """One rounding, of the result: products in bfloat16 would be off by several units in the last place."""
+    for op in (CASES["hadamard"][0], CASES["kronecker"][0], CASES["blocks"][0]):
+        x = draw(64, WIDTH, seed=1).bfloat16()
+        assert torch.equal(op(x), op(x.float()).bfloat16())
+
+
+def test_an_op_on_an_input_has_a_name_that_no_module_has():
+    name = at_input("7.mlp.down_proj")
+    assert linear_behind(name) == "7.mlp.down_proj"
+    assert linear_behind("7.mlp.down_proj") is None
+    stored = tensor_name(f"model.layers.{name}", Hadamard, "flips")
+    assert parse_tensor_name(stored) == (f"model.layers.{name}", "hadamard", "flips")
+    assert {kind for kind, op in OPS.items() if op.on_inputs} == {"matrix", "hadamard", "kronecker", "blocks"}
+
+
+def test_signs_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = random_flips(2, 64, 5)
+    torch.manual_seed(2)
+    assert torch.equal(random_flips(2, 64, 5), first)
+    assert not torch.equal(random_flips(2, 64, 6), first)
+    assert 40 < int(first.sum()) < 88  # 128 fair coins: within four standard deviations of half

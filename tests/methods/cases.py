@@ -132,6 +132,15 @@ CASES: dict[str, Case] = {
     ),
     # Round to nearest has as many ranges, of equal parts of the channels.
     "rptq": Case("outlier channels behind norms", 0.2, 0.105, scheme="w8a4-static8", block=outliers),
+    # Behind norms alone 0.25, before o_proj and down_proj alone 0.96.
+    "hadamard": Case(
+        "an outlier channel behind norms",
+        0.4,
+        0.25,
+        family="llama",
+        scheme="w8a4",
+        block=lambda b: outliers(b, channels=(5,)),
+    ),
     # Scales alone leave 0.40, clips alone 0.68.
     "awq": Case("salient weights", 0.35, 0.24, family="opt", scheme="w3a8g16", block=salient),
     "gptq": Case("correlated inputs", 0.2, 0.10, hidden=correlated),
@@ -185,6 +194,7 @@ CASES: dict[str, Case] = {
 # Options under which a method does what it does not by default: leaves runtime ops, looks at other hidden states.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "rtn": ({"search": True},),
+    "hadamard": ({"input_clip": 0.9}, {"qkv": False, "mlp": False, "block": 8}),
     "gptq": ({"target": "output"}, {"search": True}),
     "rounding": ({"start": "gptq"}, {"parametrisation": "sigmoid"}, {"parametrisation": "gumbel", "bound": 1.0}),
     "qronos": ({"act_order": False, "search": True},),

@@ -56,6 +56,8 @@ LEARNED = [name for name, method in METHODS.items() if method().schedule is not 
 SEARCHING = ["outlier-suppression+", "reassemble"]
 # What it does needs inputs with a range for each cluster of channels; in other formats it says that it does nothing.
 CLUSTERED = "rptq"
+# Its purpose is what stays online; all others leave nothing there by default.
+ONLINE = "hadamard"
 INPUTS = IntTokens(8, symmetric=False)
 # In every family, what takes long in the five above; with groups too.
 TRIED = [(m, f, "w4a8") for m in METHODS for f in (FAMILIES if m in (*LEARNED, *SEARCHING) else NAMES)]
@@ -305,7 +307,9 @@ def test_in_every_kind_of_format_a_step_stays_near_round_to_nearest(name, scheme
     if name == "affinequant" and scheme == "w8a8-static8":
         # The smooth start and its sign flips are for one range; ranges of clusters hold channels as they are.
         step = with_options(step, start="given")
-    check_factor(step, replace(block, clips={}), replace(calib, x_q=calib.x_fp), 1.1)
+    # Floats round every value in proportion to itself: spread out, an outlier's error is that of all channels.
+    slack = 1.4 if (name, scheme) == (ONLINE, "fp8") else 1.1
+    check_factor(step, replace(block, clips={}), replace(calib, x_q=calib.x_fp), slack)
 
 
 # Factors on linears that a runtime fuses with larger ones, and on those that take them back. They are so small that
@@ -353,7 +357,7 @@ def test_runtime_ops_are_left_as_declared_and_all_of_them(scheme, step):
     check_ops(found)
     declared = step.runtime_ops(INPUTS if scheme == "w4a8" else None)
     assert {type(op) for op in found.done.ops.values()} == declared
-    assert METHODS[name_of(step)]().runtime_ops(INPUTS) == NO_OPS  # none by default
+    assert (METHODS[name_of(step)]().runtime_ops(INPUTS) == NO_OPS) == (name_of(step) != ONLINE)  # none by default
 
 
 @pytest.mark.parametrize(("name", "family"), BEHIND)

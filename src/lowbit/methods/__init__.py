@@ -8,6 +8,7 @@ from __future__ import annotations
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.awq import AWQ
 from lowbit.methods.gptq import GPTQ
+from lowbit.methods.hadamard import RandomHadamard
 from lowbit.methods.lkd import LayerDistillation
 from lowbit.methods.llm_int8 import LLMInt8
 from lowbit.methods.lowrank import LowRank
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "outlier-suppression+": OutlierSuppression,
     "rptq": RPTQ,
     "llm-int8": LLMInt8,
+    "hadamard": RandomHadamard,
     "awq": AWQ,
     "gptq": GPTQ,
     "rounding": Rounding,

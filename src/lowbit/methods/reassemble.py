@@ -40,7 +40,8 @@ from lowbit.methods.scoring import output_error
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.edges import Edge, Projection
-from lowbit.models.runtime_ops import Clip, Gather, Matrix, RuntimeOp
+from lowbit.models.equivalence import op_between
+from lowbit.models.runtime_ops import Clip, Gather, Matrix, RuntimeOp, linear_behind
 from lowbit.quant.activations import ActFormat
 
 SITES = {"down": ("channels",), "norms": ("norm",), "all": ("channels", "norm")}  # ``sites`` -> kinds of edge
@@ -123,7 +124,12 @@ class Reassemble(Method):
         figures: dict[str, Any] = {}
         for edge in layer.edges():
             if edge.kind in SITES[self.sites] and _gathers(layer, edge):
-                layer, figures[edge.readers[0].module] = self._edge(layer, edge, calib)
+                first = edge.readers[0].module
+                if (kind := _mixed_by(layer, edge)) is not None:
+                    text = f"a {kind} mixes what {first} reads, where no channel stands out: none is reassembled"
+                    layer = layer.with_notes("reassemble", text)
+                    continue
+                layer, figures[first] = self._edge(layer, edge, calib)
         return layer.with_record("reassemble", figures) if figures else layer
 
     def _edge(self, block: Block, edge: Edge, calib: Calib) -> tuple[Block, dict[str, Any]]:
@@ -185,6 +191,15 @@ class Reassemble(Method):
 def _gathers(layer: Block, edge: Edge) -> bool:
     """Whether channels may be reindexed at the edge, all readers of which are quantized."""
     return edge.gathers and all(dst.module in layer.formats for dst in edge.readers)
+
+
+def _mixed_by(layer: Block, edge: Edge) -> str | None:
+    """The kind of the op that mixes an edge's channels before they are read; not a matrix that takes a gather."""
+    if (name := op_between(layer, edge)) is None:
+        return None
+    op = layer.ops[name]
+    takes_gather = linear_behind(name) is None and isinstance(op, Matrix)
+    return op.kind if op.on_inputs and not takes_gather else None
 
 
 def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:

@@ -37,6 +37,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
 from lowbit.models.edges import Edge, Norm, Projection
+from lowbit.models.runtime_ops import at_input, linear_behind
 
 Params = dict[str, Tensor]
 
@@ -60,8 +61,8 @@ def move(
         inverse: the inverse of a matrix ``map``, if already computed.
 
     Raises:
-        LowbitError: the map's shape does not fit the edge, the edge cannot take a shift, or a runtime op follows the
-            norm, so that ``dst`` does not read the norm's own output.
+        LowbitError: the map's shape does not fit the edge, the edge cannot take a shift, or a runtime op is between
+            the two ends, so that ``dst`` does not read the channels of ``src``.
 
     Example: for a norm with gain 2, a linear with weight 3 and the map 4, the gain becomes 0.5 and the weight 12;
     their product stays 6.
@@ -85,20 +86,29 @@ def move(
     return out
 
 
+def op_between(block: Block, edge: Edge) -> str | None:
+    """The name of a runtime op that is between the source's channels and those that a reader reads, if one is."""
+    if edge.kind == "norm" and edge.src.module in block.ops:
+        return edge.src.module
+    inputs = (at_input(dst.module) for dst in edge.readers) if edge.kind != "qk" else ()
+    return next((name for name in inputs if name in block.ops), None)
+
+
 def can_move(block: Block, edge: Edge) -> bool:
-    """Whether a map can be folded across the edge: no runtime op is between a norm and its readers."""
-    return edge.kind != "norm" or edge.src.module not in block.ops
+    """Whether a map can be folded across the edge: no runtime op is between its two ends."""
+    return op_between(block, edge) is None
 
 
 def check_can_move(block: Block, edge: Edge) -> None:
-    """Refuse to fold a map across a norm that a runtime op follows.
+    """Refuse to fold a map across a runtime op.
 
     Raises:
-        LowbitError: a runtime op follows the norm.
+        LowbitError: a runtime op follows the norm, or is on a reader's input.
     """
-    if not can_move(block, edge):
+    if (name := op_between(block, edge)) is not None:
+        where = "follows the norm" if name == edge.src.module else "is on the input of"
         raise LowbitError(
-            f"a {block.ops[edge.src.module].kind} follows the norm {edge.src.module}: no transform can be folded "
+            f"a {block.ops[name].kind} {where} {linear_behind(name) or name}: no transform can be folded "
             "across it; put the step that folds before the step that leaves the runtime op"
         )
 

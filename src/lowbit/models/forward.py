@@ -22,7 +22,7 @@ from lowbit.models.listed_experts import ListedExperts
 from lowbit.models.offload import batches, concatenate
 from lowbit.models.own_experts import OwnExpertsCall, own_experts_computed_by
 from lowbit.models.recorder import hidden_of
-from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.models.runtime_ops import RuntimeOp, at_input, linear_behind
 from lowbit.models.stream import State
 
 Inputs = list[dict[str, LinearInput]]
@@ -97,7 +97,7 @@ def _prepare(
         handle = layer.get_submodule(name).register_forward_pre_hook(hook)
         stack.callback(handle.remove)
     for name, op in block.ops.items():
-        if op.place == "behind a norm" and name.startswith(prefix):
+        if op.place == "behind a norm" and name.startswith(prefix) and linear_behind(name) is None:
             norm = layer.get_submodule(name.removeprefix(prefix))
             stack.callback(norm.register_forward_hook(apply_behind(op)).remove)
 
@@ -208,7 +208,8 @@ def _inputs(block: Block, index: int, kind: LayerKind, quantized: bool, taps: Ma
 
     def input_of(linear: str) -> LinearInput:
         format = block.input_format(linear) if quantized else None
-        return LinearInput(format, block.ops.get(linear), taps.get(linear), block.input_qparams.get(linear))
+        qparams, mix = block.input_qparams.get(linear), block.ops.get(at_input(linear))
+        return LinearInput(format, block.ops.get(linear), taps.get(linear), qparams, mix)
 
     groups = ({name: input_of(f"{index}.{name}") for name in group} for group in kind.groups)
     return [{name: found for name, found in group.items() if found} for group in groups]

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from lowbit.models.diagonal_blocks import DiagonalBlocks
+from lowbit.models.hadamard import Hadamard
+from lowbit.models.kronecker import Kronecker
 from lowbit.models.outlier_columns import OutlierColumns
 from lowbit.models.reorder import Reorder
 from lowbit.models.runtime_ops import Clip, Gather, Matrix, RuntimeOp
 
-OPS: dict[str, type[RuntimeOp]] = {op.kind: op for op in (Matrix, Gather, Reorder, Clip, OutlierColumns)}
+_ALL: tuple[type[RuntimeOp], ...] = (
+    Matrix,
+    Gather,
+    Reorder,
+    Hadamard,
+    Kronecker,
+    DiagonalBlocks,
+    Clip,
+    OutlierColumns,
+)
+OPS: dict[str, type[RuntimeOp]] = {op.kind: op for op in _ALL}

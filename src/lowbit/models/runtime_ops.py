@@ -5,14 +5,22 @@ Loaders and exporters list the kinds that they support (``lowbit.load``: all; ex
 refuse all others before any work.
 
 ================== ================== ==============================================================================
-``Matrix``         after a norm       ``x P``
+``Matrix``         norm or input      ``x P``
 ``Gather``         after a norm       ``x[idx] * factor``, merged channels added first
 ``Reorder``        after a norm       ``x[idx]``, every channel once (``reorder.py``)
+``Hadamard``       norm or input      ``x`` with random signs times a Hadamard matrix (``hadamard.py``)
+``Kronecker``      norm or input      ``x (L (x) R)`` (``kronecker.py``)
+``DiagonalBlocks`` norm or input      ``x`` times a block-diagonal matrix (``diagonal_blocks.py``)
 ``Clip``           before a linear    clipping ratios for the ranges of its quantized input, offsets before rounding
 ``OutlierColumns`` before a linear    some channels and the weight's columns stay in float (``outlier_columns.py``)
 ================== ================== ==============================================================================
 
 ``ops.py`` lists them by name.
+
+Up to three stand between a norm and a linear, and this is their order: one behind the norm, whose result all readers
+share; one on the linear's input (``at_input``), for what no norm precedes, such as the inputs of ``o_proj`` and
+``down_proj``; then one before the linear itself, where the input is rounded. So a range is clipped, an offset added
+and an outlier column chosen among mixed channels, and a gather acts on the norm's own.
 """
 
 from __future__ import annotations
@@ -39,11 +47,14 @@ class RuntimeOp(ABC):
         kind: the name in files and messages.
         place: the modules to which it can be attached.
         why: its description in messages, such as ``matrices after norms``.
+        on_inputs: it may also stand on the input of a linear, under the name ``at_input``; the linear's weight holds
+            its inverse, and its input is rounded behind it.
     """
 
     kind: ClassVar[str]
     place: ClassVar[Place]
     why: ClassVar[str]
+    on_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, x: Tensor, format: ActFormat | None = None) -> Tensor:
@@ -107,6 +118,7 @@ class Matrix(RuntimeOp):
 
     kind: ClassVar[str] = "matrix"
     place: ClassVar[Place] = "behind a norm"
+    on_inputs: ClassVar[bool] = True
     why: ClassVar[str] = "matrices after norms"
 
     matrix: Tensor
@@ -274,6 +286,23 @@ def take_channels(x: Tensor, idx: Tensor) -> Tensor:
     [[2.0, 2.0, 1.0], [4.0, 4.0, 3.0]]
     """
     return x.gather(-1, idx.expand(*x.shape[:-1], len(idx)))
+
+
+_INPUT = ".input"  # a linear has no modules of its own, so no module has such a name
+
+
+def at_input(linear: str) -> str:
+    """The name under which an op on a linear's input is kept and stored: ``7.mlp.down_proj.input``."""
+    return f"{linear}{_INPUT}"
+
+
+def linear_behind(name: str) -> str | None:
+    """The linear on whose input an op of this name stands; ``None`` for an op that stands elsewhere.
+
+    >>> linear_behind("7.mlp.down_proj.input"), linear_behind("7.mlp.down_proj")
+    ('7.mlp.down_proj', None)
+    """
+    return name.removesuffix(_INPUT) if name.endswith(_INPUT) else None
 
 
 def tensor_name(module: str, op: RuntimeOp | type[RuntimeOp], tensor: str) -> str:

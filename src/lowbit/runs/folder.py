@@ -40,10 +40,10 @@ from lowbit.checkpoints.partial import is_partial, remove
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_index, write_json
 from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
 from lowbit.errors import LowbitError, one_line
-from lowbit.models.architecture import Architecture
+from lowbit.models.architecture import Architecture, LayerKind
 from lowbit.models.block import Block
 from lowbit.models.ops import OPS
-from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name
+from lowbit.models.runtime_ops import RuntimeOp, linear_behind, parse_tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import QTensor
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
@@ -288,18 +288,25 @@ def read_ops(
     out: dict[str, RuntimeOp] = {}
     for (name, kind), tensors in names.items():
         op = OPS.get(kind)
-        fits = name in (own.norm_offsets if op is not None and op.place == "behind a norm" else own.linears)
-        if op is None or not fits or name in out:
+        if op is None or not _fits(op, name, own) or name in out:
             first = next(iter(tensors.values()))
             raise LowbitError(f"{checkpoint.folder} has a tensor '{first}' that no module can have: it is broken")
-        shape = shapes[f"{name}.weight"]
-        width = shape[0] if name in own.transposed else shape[-1]
+        module = linear_behind(name) or name
+        shape = shapes[f"{module}.weight"]
+        width = shape[0] if module in own.transposed else shape[-1]
         stored = {tensor: checkpoint.read([full])[full] for tensor, full in tensors.items()}
         try:
             out[name] = op.from_tensors(stored, width)
         except ValueError as error:
             raise LowbitError(f"'{prefix}{name}' in {checkpoint.folder}: its {kind} {error}: it is broken") from error
     return out
+
+
+def _fits(op: type[RuntimeOp], name: str, kind: LayerKind) -> bool:
+    """Whether an op may stand at a place within a layer: behind a norm, on a linear's input, or before a linear."""
+    if (linear := linear_behind(name)) is not None:
+        return op.on_inputs and linear in kind.linears
+    return name in (kind.norm_offsets if op.place == "behind a norm" else kind.linears)
 
 
 def run_scheme(manifest: Manifest) -> Scheme:

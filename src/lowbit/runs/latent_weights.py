@@ -19,7 +19,7 @@ from torch import Tensor
 from lowbit.checkpoints.safetensors_folder import write_tensors
 from lowbit.models.block import Block
 from lowbit.models.ops import OPS
-from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name, tensor_name
+from lowbit.models.runtime_ops import RuntimeOp, linear_behind, parse_tensor_name, tensor_name
 from lowbit.quant.format import Format, QParams, QTensor
 
 INPUT = "input"  # in the names of a static input's qparams
@@ -75,7 +75,8 @@ def write_latents(folder: Path, block: Block) -> None:
                 content |= {f"{name}.{INPUT}.{key}": value.clone() for key, value in pairs}
         for name, op in block.ops.items():
             if name.startswith(prefix):
-                content |= {tensor_name(name, op, key): value for key, value in op.to_tensors().items()}
+                # Ops may share tensors, which a file does not hold twice.
+                content |= {tensor_name(name, op, key): value.clone() for key, value in op.to_tensors().items()}
         write_tensors(folder / latent_file(index), {name: value.detach().cpu() for name, value in content.items()})
 
 
@@ -97,10 +98,6 @@ class Latents:
         for name, value in content.items():
             if (parsed := parse_tensor_name(name)) is not None:
                 op_tensors.setdefault(parsed[:2], {})[parsed[2]] = value
-        self.ops: dict[str, RuntimeOp] = {
-            module: OPS[kind].from_tensors(tensors, self._width(module, tensors))
-            for (module, kind), tensors in op_tensors.items()
-        }
         inputs = {n.removesuffix(f".{INPUT}.scale") for n in content if n.endswith(f".{INPUT}.scale")}
         self.input_qparams = {
             n: QParams(*(content[f"{n}.{INPUT}.{key}"] for key in QParams._fields)) for n in sorted(inputs)
@@ -108,9 +105,12 @@ class Latents:
         known = {f"{name}.{key}" for name in self.places for key in ("places", "scale", "zero")}
         known |= {f"{name}.{INPUT}.{key}" for name in inputs for key in QParams._fields}
         self.params = {n: v for n, v in content.items() if n not in known and parse_tensor_name(n) is None}
+        self.ops: dict[str, RuntimeOp] = {
+            module: OPS[kind].from_tensors(tensors, self._width(module))
+            for (module, kind), tensors in op_tensors.items()
+        }
 
-    def _width(self, module: str, tensors: Mapping[str, Tensor]) -> int:
-        """Channels of an op: inputs of the linear that it stands before, or the longest of its tensors."""
-        return (
-            self.places[module].shape[1] if module in self.places else max(len(value) for value in tensors.values())
-        )
+    def _width(self, module: str) -> int:
+        """Channels of an op: inputs of the linear that it stands before, or entries of the norm's gain."""
+        linear = linear_behind(module) or module
+        return self.places[linear].shape[1] if linear in self.places else len(self.params[f"{module}.weight"])

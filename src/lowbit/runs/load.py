@@ -7,7 +7,7 @@ quantizes the inputs of quantized linears, and a registered attention function q
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from lowbit.models.own_experts import quantize_own_experts
 from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import gathered_norm
 from lowbit.models.linear_input import LinearInput
-from lowbit.models.runtime_ops import PREFIX, RuntimeOp
+from lowbit.models.runtime_ops import PREFIX, RuntimeOp, at_input, linear_behind
 from lowbit.models.validate import (
     PROBE,
     check_model,
@@ -46,6 +46,7 @@ from lowbit.runs.saving import refuse_saving
 from lowbit.runs.static_inputs import read_input_qparams
 from lowbit.torch_state import own_torch_state
 
+MIX = f"{PREFIX}_input"  # the module of a linear that holds the op on its input
 STATIC = ("lowbit_input_scale", "lowbit_input_zero")  # buffers of a linear with a static input
 
 
@@ -107,7 +108,7 @@ def load(
         own, prefix = architecture.layers[index].experts, f"{architecture.blocks}.{index}."
         for name, op in own_ops.items():
             ops.append(op)
-            if own is None or own.place(name) is None:
+            if own is None or own.place(linear_behind(name) or name) is None:
                 _attach(layer, name, op.to(device), offsets.get(name, 0.0))
         if own is not None:
             inputs = _expert_inputs(own, prefix, formats, own_ops, device)
@@ -144,10 +145,12 @@ def _expert_inputs(
 ) -> dict[str, LinearInput]:
     """What happens to the inputs of experts' linears, by name within the layer; only those with something to do."""
     names = [name for group in experts.groups for name in group]
-    inputs = {name: LinearInput(formats.input(f"{prefix}{name}"), ops.get(name)) for name in names}
-    return {
-        name: own if own.op is None else replace(own, op=own.op.to(device)) for name, own in inputs.items() if own
+    moved = {name: op.to(device) for name, op in ops.items()}
+    inputs = {
+        name: LinearInput(formats.input(f"{prefix}{name}"), moved.get(name), mix=moved.get(at_input(name)))
+        for name in names
     }
+    return {name: own for name, own in inputs.items() if own}
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
@@ -172,7 +175,12 @@ class _Runtime(nn.Module):
 
 
 def _attach(layer: Any, name: str, op: RuntimeOp, norm_offset: float) -> None:
-    """Attach a runtime op after a norm, or before a linear for use by ``_quantize_inputs``."""
+    """Attach a runtime op after a norm, on a linear's input, or before a linear for use by ``_quantize_inputs``."""
+    if (linear := linear_behind(name)) is not None:
+        module = layer.get_submodule(linear)
+        module.add_module(MIX, _Runtime(op))
+        module.register_forward_pre_hook(_apply_on_input)  # runs before the hook that quantizes, a later one
+        return
     module = layer.get_submodule(name)
     if op.place == "behind a norm" and (fused := gathered_norm(module, norm_offset, op)):
         layer.set_submodule(name, fused)
@@ -185,6 +193,11 @@ def _attach(layer: Any, name: str, op: RuntimeOp, norm_offset: float) -> None:
 def _apply_behind(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Any:
     """A forward hook: the module's runtime op on its output."""
     return module.get_submodule(PREFIX)(out)
+
+
+def _apply_on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook: the runtime op on the linear's input."""
+    return (module.get_submodule(MIX)(args[0]), *args[1:])
 
 
 def _quantize_inputs(linear: nn.Module, format: ActFormat, qparams: QParams | None) -> None:
