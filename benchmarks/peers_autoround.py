@@ -15,29 +15,16 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from peers_job import Job, job
-
-TOLERANCE = 0.02  # codes of a weight in bfloat16, which has 8 bits for codes of at most 4, are nearly integers
+from peers_job import job, values_of_codes
 
 
-def weight_of(module: nn.Module, job: Job) -> Tensor:
-    """The values ``(out, in)`` that a quantized linear's codes stand for, from its weight, scale and zero point.
-
-    ``weight = (code - zero) * scale`` holds up to the precision of the weight. With scale 0.1 and zero point 8, a
-    weight of 0.2998 is code 11: 0.3.
-    """
-    weight = module.weight.detach().float()
-    scale = module.scale.float().reshape(len(weight), -1, 1)
-    zero = module.zp
-    zero = zero.float().reshape(len(weight), -1, 1) if isinstance(zero, Tensor) and zero.numel() > 1 else float(zero)
-    position = weight.view(len(weight), -1, job.group) / scale
-    steps = position.round()
-    if (position - steps).abs().max() > TOLERANCE * 2**job.bits:
-        raise SystemExit("a weight is not a multiple of its scale: this version of AutoRound stores another formula")
-    codes = steps + zero
-    if codes.min() < 0 or codes.max() > 2**job.bits - 1:
-        raise SystemExit(f"codes from {codes.min():.0f} to {codes.max():.0f} do not fit {job.bits} bits")
-    return (steps * scale).view_as(weight)
+def weight_of(module: nn.Module, bits: int, group: int) -> Tensor:
+    """The values ``(out, in)`` that a quantized linear's codes stand for, in float32."""
+    weight, zero = module.weight.detach(), module.zp
+    scale = module.scale.reshape(len(weight), -1)
+    if isinstance(zero, Tensor) and zero.numel() > 1:
+        zero = zero.reshape(len(weight), -1)
+    return values_of_codes(weight, scale, torch.as_tensor(zero), bits, group)
 
 
 def main() -> None:
@@ -62,7 +49,7 @@ def main() -> None:
     if sorted(found) != sorted(linears):
         raise SystemExit(f"{len(found)} modules are quantized, {len(linears)} should be")
     with torch.no_grad():
-        given.write(exact, {name: weight_of(module, given) for name, module in found.items()})
+        given.write(exact, {name: weight_of(module, given.bits, given.group) for name, module in found.items()})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+TOLERANCE = 0.02  # of the largest code: bfloat16 rounds products to 8 bits, so that they are off by 1/256 at most
+
 
 @dataclass(frozen=True)
 class Job:
@@ -66,6 +68,30 @@ class Job:
             raise SystemExit(f"the float model has no {', '.join(sorted(unknown))}")
         tensors = {name: replaced.get(name, own[name]).detach().float().contiguous() for name in names}
         save_file(tensors, str(Path(self.out) / "model.safetensors"), {"format": "pt"})
+
+
+def values_of_codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int) -> Tensor:
+    """``(code - zero) * scale`` in float32, with codes recovered from a weight that is kept in 16 bits.
+
+    With scale 0.1 and zero point 8, a weight of 0.2998 is 3 steps above zero, code 11: 0.3.
+
+    Args:
+        weight: ``(out, in)``, the same product in bfloat16 or a wider type.
+        scale: ``(out, groups)``.
+        zero: the code of 0, ``(out, groups)`` or one for all.
+        bits: of codes, which are at least 0.
+        group: columns with one scale.
+    """
+    scale = scale.float().unsqueeze(-1)
+    zero = zero.float().unsqueeze(-1)
+    position = weight.float().view(len(weight), -1, group) / scale
+    steps = position.round()
+    if bool((position - steps).abs().max() > TOLERANCE * 2**bits):
+        raise SystemExit("a weight is not a multiple of its scale: this version of the tool stores another formula")
+    codes = steps + zero
+    if bool(codes.min() < 0) or bool(codes.max() > 2**bits - 1):
+        raise SystemExit(f"codes from {codes.min():.0f} to {codes.max():.0f} do not fit {bits} bits")
+    return (steps * scale).view_as(weight)
 
 
 def job() -> Job:

@@ -61,7 +61,7 @@ class Page:
             f"for all; seeds 0 to {len(self.drawn) - 1}, mean ± standard deviation. Hashes of the tokens, by seed: "
             f"{digests}.",
             f"**Tools**: AutoRound with {self.steps} steps and batches of one sequence, llm-compressor layer by layer"
-            "; every other option is the tool's default, among them AutoRound's bfloat16 on CPUs. `lowbit` computes in "
+            "; every other option is the default, with bfloat16 for AutoRound on CPUs. `lowbit` computes in "
             "float32 with `--effort normal`. Embeddings and head stay float.",
             f"**Evaluation**: `lowbit compare` for all, in windows of {self.exact['protocol']['length']} tokens: "
             f"{sizes}. Other tools' results are read as the float32 values that their codes and scales stand for. KL "
