@@ -1,6 +1,7 @@
 """GPTQ and AWQ of llm-compressor on given tokens; ``peers.py`` starts it in llm-compressor's own environment.
 
-Options are its defaults; calibration goes layer by layer, as it does for models of this kind.
+Options are its defaults; calibration goes layer by layer, as it does for models of this kind. Its AWQ pins memory for
+copies to an accelerator and fails where there is none: here pinning does nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def recipe(given: Job) -> list[Any]:
 def main() -> None:
     given = job()
     torch.manual_seed(given.seed)
+    if not torch.accelerator.is_available():
+        setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)  # noqa: B010
     ids = given.ids()
     rows = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
     model = oneshot(

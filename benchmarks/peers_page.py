@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowbit.data.windows import Tokens
-from rows import spread
+from rows import filled, line, spread
 
 FLOAT = "float"
 Figures = Mapping[str, Any]
@@ -50,10 +49,9 @@ class Page:
         sizes = "; ".join(f"{_name(name)}, {text['tokens']} tokens" for name, text in texts.items())
         digests = ", ".join(f"`{tokens.hash[:12]}`" for tokens in self.drawn)
         yield from ["# Other tools", ""]
-        yield _wrapped(
+        yield filled(
             "`lowbit` beside AutoRound and llm-compressor on SmolLM2-135M-Instruct. Made by `make peers`; only what "
-            "has been measured has a row.",
-            "",
+            "has been measured has a row."
         )
         yield from ["", "## Protocol", ""]
         for words in (
@@ -70,7 +68,7 @@ class Page:
             "**CPU**: seconds of the whole process on one thread, with its start, reading and writing.",
             f"**Versions**: {self._versions()}.",
         ):
-            yield _wrapped(words, "* ")
+            yield filled(words, "* ")
         yield ""
 
     def _versions(self) -> str:
@@ -89,9 +87,9 @@ class Page:
         """The rows of a scheme; those with fewer seeds than the page say so."""
         texts = self.exact["texts"]
         heads = ["", "bits/weight", *(head for name in texts for head in (f"{_name(name)}, perplexity", "KL"))]
-        lines = [_line([*heads, "worst x float", "CPU, s"]), "|---|" + "---:|" * (len(heads) + 1)]
+        lines = [line([*heads, "worst x float", "CPU, s"]), "|---|" + "---:|" * (len(heads) + 1)]
         exact = [cell for text in texts.values() for cell in (f"{text['perplexity']:.3f}", "0.0000")]
-        lines.append(_line([FLOAT, "32", *exact, "1.000", "-"]))
+        lines.append(line([FLOAT, "32", *exact, "1.000", "-"]))
         for entry in (*self.tools, *self.recipes):
             if not (seeds := self.seeds(scheme, entry)):
                 continue
@@ -102,7 +100,7 @@ class Page:
                 cells.append(spread(_values(seeds, text, "perplexity"), 3))
                 cells.append(spread(_values(seeds, text, "kl_mean"), 4))
             worst = [max(text["runs"][0]["ratio"] for text in seed["texts"].values()) for seed in seeds]
-            lines.append(_line([*cells, spread(worst, 3), f"{_cpu(seeds):.0f}"]))
+            lines.append(line([*cells, spread(worst, 3), f"{_cpu(seeds):.0f}"]))
         return lines
 
     def ahead(self, scheme: str) -> list[str]:
@@ -150,12 +148,6 @@ def _cpu(seeds: Sequence[Figures]) -> float:
     return statistics.fmean(float(seed["cpu_seconds"]) for seed in seeds)
 
 
-def _wrapped(words: str, bullet: str) -> str:
-    return textwrap.fill(
-        words, 118, initial_indent=bullet, subsequent_indent=" " * len(bullet), break_on_hyphens=False
-    )
-
-
 def _name(text: str) -> str:
     """A text without its folder.
 
@@ -163,7 +155,3 @@ def _name(text: str) -> str:
     ('wiki.test.raw', 'builtin:c4')
     """
     return Path(text).name
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,21 @@ def spread(values: Sequence[float], digits: int) -> str:
     """
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def filled(words: str, bullet: str = "") -> str:
+    """A paragraph of Markdown, or an item of a list, in lines of at most 118 characters."""
+    below = " " * len(bullet)
+    return textwrap.fill(words, 118, initial_indent=bullet, subsequent_indent=below, break_on_hyphens=False)
+
+
+def line(cells: Sequence[str]) -> str:
+    """A line of a table in Markdown.
+
+    >>> line(["gptq", "4.25"])
+    '| gptq | 4.25 |'
+    """
+    return f"| {' | '.join(cells)} |"
 
 
 def digest(paths: Iterable[Path]) -> str:

@@ -33,7 +33,7 @@ import torch
 from peers_job import job
 given = job()
 with open({log!r}, "a") as file:
-    file.write(f"{{given.method}} {{given.bits}} {{given.group}} {{given.symmetric}} {{given.seed}} {{given.steps}}\\n")
+    print(given.method, given.bits, given.group, given.symmetric, given.seed, given.steps, file=file)
 model = given.float_model()
 assert given.ids().shape == (2, 16)
 linears = {{n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}}
