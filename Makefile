@@ -11,7 +11,7 @@ define install
 @$(BIN)/python -m pip install --progress-bar off --editable '.$(1)' >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log; exit 1; }
 endef
 
-.PHONY: help demo test check fast static slow test-runtimes format formats results runtimes runtimes-native runtimes-onnx ablations ablations-qllm gather budget fit-step memory architectures fuzz clean
+.PHONY: help demo test check fast static slow test-runtimes format formats results peers generalization runtimes runtimes-native runtimes-onnx ablations ablations-qllm gather budget fit-step memory architectures fuzz clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -42,13 +42,16 @@ format: $(DEV) ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-results: $(DEV) ## measure the methods on SmolLM2, perplexity and divergence, into docs/results.md (WIKITEXT2=<folder> adds WikiText-2)
-	$(BIN)/python benchmarks/results.py $(if $(WIKITEXT2),--wikitext2 $(WIKITEXT2))
+results: $(DEV) ## measure the methods on SmolLM2, perplexity and divergence, into docs/results.md (WIKITEXT2=<folder>, PTB=<file> add texts; goes on where it stopped)
+	$(BIN)/python benchmarks/results.py $(if $(WIKITEXT2),--wikitext2 $(WIKITEXT2)) $(if $(PTB),--ptb $(PTB))
 
 TEXTS = $(if $(WIKITEXT2),--calibration $(WIKITEXT2)/wiki.valid.raw --evaluation $(WIKITEXT2)/wiki.test.raw)
 
 formats: $(DEV) ## perplexity of formats by recipes on SmolLM2, into docs/formats.md (WIKITEXT2=<folder>: on WikiText-2; ONLY=mxfp4)
 	$(BIN)/python benchmarks/formats.py $(TEXTS) $(addprefix --only ,$(ONLY)) $(addprefix --recipe ,$(RECIPE))
+
+peers: $(DEV) ## AutoRound and llm-compressor (installed into build/peers) beside ours on the same tokens, into docs/peers.md (WIKITEXT2=<folder>: on WikiText-2)
+	$(BIN)/python benchmarks/peers.py --make-environment $(if $(WIKITEXT2),$(TEXTS) --evaluation builtin:c4)
 
 runtimes: $(DEV) ## our files beside llama.cpp's own in llama.cpp (compiled once), into docs/runtimes.md (WIKITEXT2=<folder>: on WikiText-2)
 	$(call install,[llamacpp],10 to 25 minutes where llama.cpp is compiled)

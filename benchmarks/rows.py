@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,33 +28,79 @@ def lowbit(*arguments: str) -> dict[str, Any]:
     return found
 
 
-@functools.cache
-def sources() -> str:
-    """A digest of the package's code and recipes."""
+def cpu_seconds(command: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
+    """What a command that starts processes returns, and the CPU seconds that these took."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    return command(), spent() - before
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, with the standard deviation over seeds if there are several.
+
+    >>> spread([1.0, 2.0, 3.0], 2), spread([1.0], 2)
+    ('2.00 ± 1.00', '1.00')
+    """
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def filled(words: str, bullet: str = "") -> str:
+    """A paragraph of Markdown, or an item of a list, in lines of at most 118 characters."""
+    below = " " * len(bullet)
+    return textwrap.fill(words, 118, initial_indent=bullet, subsequent_indent=below, break_on_hyphens=False)
+
+
+def line(cells: Sequence[str]) -> str:
+    """A line of a table in Markdown.
+
+    >>> line(["gptq", "4.25"])
+    '| gptq | 4.25 |'
+    """
+    return f"| {' | '.join(cells)} |"
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A digest of what is in some files."""
     code = hashlib.sha256()
-    for path in sorted((ROOT / "src").rglob("*")):
-        if path.suffix in (".py", ".yaml"):
-            code.update(path.read_bytes())
+    for path in sorted(paths):
+        code.update(path.read_bytes())
     return code.hexdigest()
 
 
-def _path(folder: Path, what: object) -> Path:
-    return folder / f"{hashlib.sha256(repr((what, sources())).encode()).hexdigest()[:20]}.json"
+@functools.cache
+def sources() -> str:
+    """A digest of the package's code and recipes."""
+    return digest(path for path in (ROOT / "src").rglob("*") if path.suffix in (".py", ".yaml"))
 
 
-def found(folder: Path, what: object) -> dict[str, Any] | None:
-    """Figures from ``folder`` if the same sources have measured ``what`` (by its ``repr``)."""
-    path = _path(folder, what)
+def _path(folder: Path, what: object, code: str | None) -> Path:
+    made_by = sources() if code is None else code
+    return folder / f"{hashlib.sha256(repr((what, made_by)).encode()).hexdigest()[:20]}.json"
+
+
+def found(folder: Path, what: object, code: str | None = None) -> dict[str, Any] | None:
+    """Figures from ``folder`` if the same code has measured ``what`` (by its ``repr``); by default ``sources``."""
+    path = _path(folder, what, code)
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def kept(folder: Path, what: object, measure: Callable[[], dict[str, Any]], fresh: bool) -> dict[str, Any]:
+def kept(
+    folder: Path, what: object, measure: Callable[[], dict[str, Any]], fresh: bool, code: str | None = None
+) -> dict[str, Any]:
     """Figures that are ``found``, else measured now."""
-    if not fresh and (row := found(folder, what)) is not None:
+    if not fresh and (row := found(folder, what, code)) is not None:
         return row
     row = measure()
     folder.mkdir(parents=True, exist_ok=True)
-    _path(folder, what).write_text(json.dumps(row, indent=1))
+    path = _path(folder, what, code)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(row, indent=1))
+    partial.replace(path)
     return row
 
 

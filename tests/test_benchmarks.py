@@ -24,6 +24,8 @@ import ablate_affinequant
 import ablate_qllm
 import merge_error
 import results
+import results_page
+import results_protocol
 import rows
 import runtimes_page
 import small_llama
@@ -58,60 +60,120 @@ def test_every_row_of_the_results_is_a_recipe_and_says_its_scheme():
     for scheme, recipes in results.ROWS.items():
         for recipe in recipes:
             load_recipe(recipe)
-        told = results.described(scheme)
+        told = results_page.described(scheme)
         assert ("asymmetric" in told) == (scheme not in ("w8a16", "w4a16g64-sym", "w8a8-sym", "w4a8g64-sym"))
         assert "queries, keys and values float" in told
-    assert "queries, keys and values 4 bits, asymmetric, per token and head" in results.described("w4a8kv4")
+    assert "queries, keys and values 4 bits, asymmetric, per token and head" in results_page.described("w4a8kv4")
     ranges = "inputs 8 bits, asymmetric, 32 calibrated ranges of consecutive channels"
-    assert ranges in results.described("w4a8-static32")
+    assert ranges in results_page.described("w4a8-static32")
+    assert "inputs 8 bits, asymmetric, one calibrated range;" in results_page.described("w4a8-static")
+
+
+def test_the_results_have_a_row_of_every_system_that_the_papers_compare_with():
+    measured = {recipe for recipes in results.ROWS.values() for recipe in recipes}
+    assert measured >= {"smoothquant", "outlier-suppression+", "llm-int8", "zeroquant", "zeroquant-lkd", "rptq"}
+    assert measured >= {"rtn", "gptq", "awq", "omniquant", "affinequant", "qllm", "qronos", "sparsegpt", "rounding"}
 
 
 def _measured(perplexity, kl, exact=20.0, **more):
     """Figures on two texts: on ``b`` the ratio to the float model is four times that on ``a``, or 1 with it."""
-    run = {"perplexity": perplexity, "kl_mean": kl, "top1_agreement": 0.75, "ratio": perplexity / exact}
+    run = {"perplexity": perplexity, "kl_mean": kl, "ratio": perplexity / exact}
     other = {**run, "ratio": run["ratio"] * (1 if perplexity == exact else 4)}
-    return {"texts": {"a": {"runs": [run]}, "b": {"runs": [other]}}, **more}
+    texts = {name: {"tokens": 64, "data_hash": "0f", "runs": [one]} for name, one in (("a", run), ("b", other))}
+    spent = {"evaluation_cpu_seconds": 600.0, "wall_seconds": 1800.0}
+    return {"texts": texts, "protocol": {"special": ""}, **spent, **more}
+
+
+def _with_lambada(row, perplexity):
+    task = {"metrics": {"perplexity": perplexity}, "documents": 5, "total": 9, "version": 1.0, "source": "package"}
+    scores = {"tasks": {"lambada_openai": {**task, "data_hash": "0f"}}, "protocol": {"lm_eval": "0.4"}}
+    return {**row, "lambada": scores}
+
+
+def _cost(seconds):
+    versions = {"torch": "2.13.0"}
+    cost = {"cpu_seconds": seconds, "peak_memory_bytes": 8e8}
+    return {"bits_per_weight": 4.25, "cost": cost, "versions": versions}
 
 
 def test_a_scheme_of_the_results_has_its_own_table_with_float_in_the_first_row():
     """Means, deviations and ratios by hand, of two seeds; the second recipe takes three times the first one's CPU."""
-
-    def cost(seconds):
-        return {"bits_per_weight": 4.25, "cost": {"cpu_seconds": seconds, "peak_memory_bytes": 8e8}}
-
     protocol = results.Protocol("builtin", (("Text", "a"),), 1024, 0)
     rows_ = {
         "float": [_measured(20.0, 0.0)],
-        "rtn": [_measured(30.0, 0.5, **cost(10.0)), _measured(32.0, 0.7, **cost(10.0))],
-        "gptq": [_measured(25.0, 0.25, **cost(30.0))],
+        "rtn": [_measured(30.0, 0.5, **_cost(10.0))],
+        "awq": [_measured(30.0, 0.5, **_cost(10.0)), _measured(32.0, 0.7, **_cost(10.0))],
+        "gptq": [_measured(25.0, 0.25, **_cost(30.0))],
     }
-    lines = results.table(protocol, "w4a16g64-sym", rows_)
+    lines = results_page.table(protocol, "w4a16g64-sym", rows_, seeds=2)
     assert lines[0] == "## w4a16g64-sym"
-    assert "| float | 32 | 20.000 | 0.0000 | 75.0 % | 1.000 | 1.000 | - | - |" in lines
-    measured = "31.000 ± 1.414 | 0.6000 ± 0.1414 | 75.0 %"
-    assert f"| rtn | 4.250 | {measured} | 3.100 ± 0.141 | 6.200 ± 0.283 | 1.0 | 0.80 GB |" in lines
-    assert "| gptq | 4.250 | 25.000 | 0.2500 | 75.0 % | 2.500 | 5.000 | 3.0 | 0.80 GB |" in lines
+    assert "| float | 32 | 20.000 | 0.0000 | 1.000 | 1.000 | - | - |" in lines
+    assert "| rtn | 4.250 | 30.000 | 0.5000 | 3.000 | 6.000 | 1.0 | 0.80 GB |" in lines
+    measured = "31.000 ± 1.414 | 0.6000 ± 0.1414"
+    assert f"| awq | 4.250 | {measured} | 3.100 ± 0.141 | 6.200 ± 0.283 | 1.0 | 0.80 GB |" in lines
+    assert "| gptq (1 of 2 seeds) | 4.250 | 25.000 | 0.2500 | 2.500 | 5.000 | 3.0 | 0.80 GB |" in lines
+
+
+def test_the_page_of_results_has_lambada_the_time_and_only_what_was_measured():
+    """Two rows of 600 CPU seconds of evaluation and half an hour each, one of which took 2400 to quantize."""
+    protocol = results.Protocol("builtin", (("Text", "a"), ("Other", "b")), 1024, 5)
+    exact = _with_lambada(_measured(20.0, 0.0), 60.0)
+    rtn = _with_lambada(_measured(30.0, 0.5, **_cost(2400.0)), 75.25)
+    told = results_page.page(protocol, exact, {"w4a4": {"rtn": [rtn]}}, seeds=3)
+    assert "| float | 32 | 20.000 | 0.0000 | 20.000 | 0.0000 | 60.00 | 1.000 | 1.000 | - | - |" in told
+    assert "| rtn | 4.250 | 30.000 | 0.5000 | 30.000 | 0.5000 | 75.25 | 3.000 | 6.000 | 1.0 | 0.80 GB |" in told
+    assert "**Time** for this page: 1.0 CPU hours, 1.0 hours of wall time." in told
+    assert "5 of 9 documents" in told
+    assert "torch 2.13.0" in told
+    assert told.count("## ") == 2
+    assert all(len(one) <= 118 for one in told.splitlines() if not one.startswith("|"))
 
 
 @pytest.mark.parametrize(("wikitext2", "held_back"), [(None, "Technical"), (Path("texts"), "Multilingual")])
 def test_the_last_text_of_the_results_is_one_that_no_row_was_calibrated_on(wikitext2, held_back):
-    protocol = results.protocol_of(wikitext2, 1024, 0)
+    protocol = results.protocol_of(wikitext2, Path("ptb.txt"), 1024, 0, "auto")
     assert protocol.texts[-1] == (held_back, f"builtin:{held_back.lower()}")
-    assert dict(protocol.texts).keys() >= {"Wikipedia", "C4", "Multilingual"}
+    assert dict(protocol.texts).keys() >= {"Wikipedia", "C4", "Multilingual", "PTB"}
+    assert dict(protocol.texts)["PTB"] == "ptb.txt"
+    assert "PTB" not in dict(results.protocol_of(wikitext2, None, 1024, 0, "auto").texts)
     assert (wikitext2 is None) == (protocol.calibration == "builtin")
     texts = {text: {"tokens": 1024 - i, "data_hash": "0f"} for i, (_, text) in enumerate(protocol.texts)}
-    told = "\n".join(results.intro(protocol, {"texts": texts, "protocol": {"special": ""}}, {"torch": "2"}, 3))
+    exact = {**_measured(20.0, 0.0), "texts": texts}
+    told = "\n".join(results_page.intro(protocol, exact, {}, 3))
     assert f"no row saw text of the kind *{held_back}*" in told
     assert f"{held_back} {1025 - len(texts)}" in told
 
 
-def test_the_tasks_of_the_results_are_a_table_of_their_own():
-    """The run gets every second question right; six standard errors of 0.06 give 0.06 / sqrt(6) for the mean."""
-    metrics = {"acc": 0.5, "acc_norm": 0.6}
-    tasks = {task: {"metrics": metrics, "errors": {"acc": 0.06}} for task in results.TASKS}
-    zero_shot = {"tasks": tasks, "averages": {"affinequant": metrics}}
-    lines = results.tasks({"rtn": [{"zero_shot": zero_shot}]})
-    assert sum("| 50.0 ± 2.4 | 60.0 |" in line for line in lines) == 1
+def test_interrupted_results_go_on_and_what_calibrates_nothing_is_measured_once(tmp_path, monkeypatch):
+    """All recipes of a seed come first; the second command measures what the first left out."""
+    asked, out = [], tmp_path / "results.md"
+
+    def measure(self, scheme, recipe, seed):
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        asked.append((scheme, recipe, seed))
+        return _measured(20.0 + len(asked), 0.1, **({} if recipe == "float" else _cost(1.0)))
+
+    monkeypatch.setattr(results, "BUILD", tmp_path)
+    monkeypatch.setattr(results_protocol, "BUILD", tmp_path)
+    monkeypatch.setattr(results.Protocol, "measure", measure)
+    monkeypatch.setattr(results, "protocol_of", lambda *given: results.Protocol("builtin", (("Text", "a"),), 64, 0))
+    monkeypatch.setattr(results, "os", SimpleNamespace(environ={}))
+    command = ["results.py", "--scheme", "w8a8", "--seeds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        results.main()
+    first = [("w8a8", name, 0) for name in ("rtn", "smoothquant", "outlier-suppression+")]
+    assert asked == [("-", "float", 0), *first, ("w8a8", "smoothquant", 1)]
+    assert "| outlier-suppression+ (1 of 2 seeds) |" in out.read_text()
+    asked[:] = []
+    results.main()
+    assert asked == [("w8a8", "outlier-suppression+", 1)]
+    assert "seeds)" not in out.read_text()
+    asked[:] = []
+    monkeypatch.setattr(sys, "argv", [*command, "--recipe", "llm-int8"])
+    results.main()
+    assert asked == []
 
 
 def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
@@ -127,7 +189,7 @@ def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
         (folder / "lowbit.json").write_text(json.dumps({"versions": {}}))
         return {"bits_per_weight": 4.25, "warnings": [], "seconds": 8.0, "peak_memory_bytes": 8e8}
 
-    monkeypatch.setattr(results, "lowbit", command)
+    monkeypatch.setattr(results_protocol, "lowbit", command)
     row = results.Protocol("builtin", (("Text", "a"),), 1024, 0).measure("w4a16g64-sym", "rtn", 0)
     assert row["cost"] == {"cpu_seconds": 0.0, "peak_memory_bytes": 800_000_000}
 
@@ -135,7 +197,7 @@ def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
 def test_cpu_seconds_are_those_of_the_processes_started():
     """A process that counts for at least 0.2 CPU seconds, whatever its wall time."""
     loop = "import time\nwhile time.process_time() < 0.2: pass"
-    _, seconds = results.cpu_seconds(lambda: {"code": subprocess.run([sys.executable, "-c", loop]).returncode})
+    _, seconds = rows.cpu_seconds(lambda: {"code": subprocess.run([sys.executable, "-c", loop]).returncode})
     assert 0.2 <= seconds < 5
 
 

@@ -1,0 +1,160 @@
+"""What ``results.py`` measures: the recipes of each scheme, the texts, and how a row comes about."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.data.builtin import MIXTURE, unseen_kind
+from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.static_activations import StaticActs
+from lowbit.runs.folder import TIMING
+from rows import ROOT, cpu_seconds, found, lowbit
+
+BUILD = ROOT / "build" / "results"
+MODEL = "demo"
+SAMPLES, CALIBRATION_LENGTH, EVALUATION_SEED = 16, 256, 0
+LENGTH = 512
+EFFORT = "quick"
+
+# Recipes by scheme; the float model is always measured, and the first recipe is the unit of cost.
+ROWS = {
+    "w8a16": ("rtn",),
+    "w4a16g64-sym": (
+        *("rtn", "awq", "gptq", "qronos", "awq+gptq", "affinequant+gptq"),
+        *("rounding", "gptq+rounding", "awq+rounding", "sparsegpt"),
+    ),
+    "w3a16g64-asym": (
+        *("rtn", "awq", "gptq", "qronos", "awq+gptq", "affinequant+gptq"),
+        *("rounding", "gptq+rounding", "awq+rounding"),
+    ),
+    "w2a16g64-asym": (
+        *("rtn", "gptq", "qronos", "awq+gptq", "affinequant+gptq"),
+        *("rounding", "gptq+rounding", "awq+rounding"),
+    ),
+    "w8a8": ("rtn", "smoothquant", "outlier-suppression+"),
+    "w6a6": ("rtn", "smoothquant", "outlier-suppression+", "affinequant+refit"),
+    "w8a8-sym": ("rtn", "llm-int8"),
+    "w4a8g64-sym": ("rtn", "zeroquant", "zeroquant-lkd"),
+    "w4a8-static": ("rtn", "gptq"),
+    "w4a8-static32": ("rtn", "gptq", "rptq"),
+    "w4a4": ("rtn", "omniquant", "affinequant", "qllm", "affinequant+qllm"),
+}
+
+FLOAT = "float"
+Cell = tuple[str, str, int]  # scheme, recipe, seed
+Figures = Mapping[str, Any]
+Rows = Mapping[str, Mapping[str, Sequence[Figures]]]  # by scheme and recipe, one for each seed
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What every row of a document has in common.
+
+    Attributes:
+        calibration: ``--data`` of ``lowbit quantize``.
+        texts: heading of a text's columns by ``--data`` of ``lowbit compare``, in pairs.
+        tokens: of each text at most.
+        lambada: documents of LAMBADA; without it, where 0.
+        task_data: where these come from, as for ``lowbit evaluate``.
+    """
+
+    calibration: str
+    texts: tuple[tuple[str, str], ...]
+    tokens: int
+    lambada: int
+    task_data: str = "auto"
+
+    def measure(self, scheme: str, recipe: str, seed: int) -> dict[str, Any]:
+        """One row: quantize, compare with the float model, forget the folder.
+
+        The float model is compared with itself: its divergence of 0 shows that the comparison is exact.
+        """
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as name:
+            target, row = MODEL, {}
+            if recipe != FLOAT:
+                target = str(Path(name) / "run")
+                drawn = ["--samples", str(SAMPLES), "--length", str(CALIBRATION_LENGTH), "--seed", str(seed)]
+                what = ["--scheme", scheme, "--recipe", recipe, "--data", self.calibration, "--effort", EFFORT]
+                made, seconds = cpu_seconds(lambda: lowbit("quantize", MODEL, "--out", target, *what, *drawn))
+                row = {key: made[key] for key in ("bits_per_weight", "warnings")}
+                row["versions"] = json.loads((Path(target) / "lowbit.json").read_text())["versions"]
+                row["cost"] = {"cpu_seconds": seconds, "peak_memory_bytes": peak_memory(Path(target))}
+            figures, evaluation = cpu_seconds(lambda: self.evaluate(target))
+        return {**row, **figures, "evaluation_cpu_seconds": evaluation, "wall_seconds": time.monotonic() - began}
+
+    def evaluate(self, target: str) -> dict[str, Any]:
+        """Figures of a folder on all texts and on LAMBADA."""
+        data = [part for _, text in self.texts for part in ("--data", text)]
+        how = ["--length", str(LENGTH), "--tokens", str(self.tokens), "--seed", str(EVALUATION_SEED)]
+        row = lowbit("compare", MODEL, target, *data, *how)
+        if self.lambada:
+            asked = ["--tasks", "lambada_openai", "--task-data", self.task_data, "--limit", str(self.lambada)]
+            row["lambada"] = lowbit("evaluate", target, *asked, "--seed", str(EVALUATION_SEED))["zero_shot"]
+        return row
+
+    def key(self, cell: Cell) -> object:
+        """What identifies a row."""
+        return (self, MODEL, SAMPLES, CALIBRATION_LENGTH, EVALUATION_SEED, LENGTH, EFFORT, *cell)
+
+    def rows(self, seeds: int) -> Rows:
+        """All rows that the present sources have measured; schemes and recipes without any are left out."""
+        rows: dict[str, dict[str, list[Figures]]] = {}
+        for cell in cells(ROWS, (), seeds):
+            if (row := found(BUILD, self.key(cell))) is not None:
+                rows.setdefault(cell[0], {}).setdefault(cell[1], []).append(row)
+        return {
+            scheme: {recipe: rows[scheme][recipe] for recipe in ROWS[scheme] if recipe in rows[scheme]}
+            for scheme in ROWS
+            if scheme in rows
+        }
+
+
+def seeds_of(scheme: str, recipe: str, seeds: int) -> range:
+    """The calibration seeds of a row: one where nothing is calibrated.
+
+    >>> seeds_of("w4a4", "rtn", 3), seeds_of("w4a4", "gptq", 3), seeds_of("w4a8-static", "rtn", 3)
+    (range(0, 1), range(0, 3), range(0, 3))
+    """
+    calibrated = recipe != "rtn" or isinstance(parse_scheme(scheme).act, StaticActs)
+    return range(seeds if calibrated else 1)
+
+
+def cells(schemes: Iterable[str], recipes: Sequence[str], seeds: int) -> list[Cell]:
+    """The rows of some schemes, all of a seed before the next seed; of ``recipes`` alone, if there are any."""
+    chosen = [(scheme, recipe) for scheme in schemes for recipe in ROWS[scheme] if not recipes or recipe in recipes]
+    return [
+        (scheme, recipe, seed)
+        for seed in range(seeds)
+        for scheme, recipe in chosen
+        if seed in seeds_of(scheme, recipe, seeds)
+    ]
+
+
+def protocol_of(wikitext2: Path | None, ptb: Path | None, tokens: int, lambada: int, task_data: str) -> Protocol:
+    """The texts of a document: those that show what calibration knows, and last one of a kind that it lacks.
+
+    Calibration on WikiText-2 has seen neither code nor other languages: the multilingual text is held back. The
+    built-in mixture has, so that the technical text follows.
+    """
+    calibration, texts = "builtin", [("Wikipedia", "builtin:wiki"), ("C4", "builtin:c4")]
+    texts.append(("Multilingual", "builtin:multilingual"))
+    if ptb is not None:
+        texts.insert(0, ("PTB", str(ptb)))
+    if wikitext2 is None:
+        texts.append((unseen_kind(MIXTURE).capitalize(), f"builtin:{unseen_kind(MIXTURE)}"))
+    else:
+        calibration, test = (str(wikitext2 / f"wiki.{part}.raw") for part in ("valid", "test"))
+        texts.insert(0, ("WikiText-2", test))
+    return Protocol(calibration, tuple(texts), tokens, lambada, task_data)
+
+
+def peak_memory(run: Path) -> int:
+    """The largest memory while quantizing, from the run's own record: evaluation has a peak too."""
+    return max(int(block["peak_memory_bytes"]) for block in json.loads((run / TIMING).read_text())["blocks"])
