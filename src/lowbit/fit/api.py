@@ -1,0 +1,218 @@
+"""``lowbit.fit``: the best file of a given size, or the smallest of a given quality, for a target runtime.
+
+    sensitivity (once)  ->  formats  ->  quantize  ->  export  ->  verify  ->  compare
+
+Every step from ``quantize`` on is the ordinary command with arguments that are printed. What a step made stays in the
+folder, so that the same call goes on after an interruption: the table of sensitivities, the scheme file, the run
+folder (which resumes block by block), the export, the comparison.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.data.text import Data, calibration
+from lowbit.errors import LowbitError
+from lowbit.exporters.footprint import Footprint
+from lowbit.fit.goal import Goal
+from lowbit.fit.losses import Losses, measure_losses, save, saved
+from lowbit.fit.probes import with_probes
+from lowbit.fit.rounds import Settled, settle
+from lowbit.fit.solution import Solution, uniform
+from lowbit.fit.steps import Made, Recipe, make
+from lowbit.fit.target import footprint_of, target_of
+from lowbit.models.validate import check_ids
+from lowbit.paths import user_path
+from lowbit.pipeline.opened import Opened, open_model
+from lowbit.pipeline.request import model_name
+from lowbit.progress import say
+from lowbit.runs.streamed_model import StreamedModel
+from lowbit.runs.versions import versions
+from lowbit.torch_state import own_torch_state
+
+STATE, FORMAT = "fit.json", "lowbit-fit-1"
+SEQUENCES, LENGTH = 8, 128  # of the gradients
+WINDOWS = 2  # of them, on which divergence is measured
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The result of ``fit``.
+
+    Attributes:
+        out: the folder of everything that was made.
+        target: the target runtime.
+        file: the export.
+        size_bytes: its size; ``expected_bytes``: what was computed before it was made.
+        expected: expected divergence in nats per token; ``measured``: that of the assignment rounded to nearest on
+            the windows of the sensitivity.
+        rounds: 2 where losses were estimated again around the first solution.
+        perplexity, kl: by text, of the run; ``float_perplexity``: of the float model.
+        verified: the export holds the run's values bit for bit.
+        uniform: by format's name, ``size_bytes`` and ``expected`` divergence with that format everywhere.
+        formats: how many modules have each format.
+        commands: the commands that made it.
+    """
+
+    out: Path
+    target: str
+    file: Path
+    size_bytes: int
+    expected_bytes: int
+    expected: float
+    measured: float
+    rounds: int
+    perplexity: dict[str, float]
+    kl: dict[str, float]
+    float_perplexity: dict[str, float]
+    verified: bool
+    uniform: dict[str, dict[str, float]]
+    formats: dict[str, int]
+    commands: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the format's name."""
+        return {"format": FORMAT, **asdict(self), "out": str(self.out), "file": str(self.file)}
+
+
+@own_torch_state
+def fit(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: str,
+    size: str | int | None = None,
+    bits: float | None = None,
+    quality: float | None = None,
+    recipe: str = "gptq",
+    effort: str | None = None,
+    settings: Sequence[str] | None = None,
+    data: Data | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    pre: str | None = None,
+    tokens: int = 8192,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Fitted:
+    """Choose a format for every tensor of a model, make the file for a target, verify and measure it.
+
+    Args:
+        model: as for ``quantize``.
+        out: a folder: new, empty, or left by an interrupted call with the same arguments.
+        target: the target runtime.
+        size: largest size of the file, such as ``90MB``, or bytes.
+        bits: in place of a size, bits per weight of everything that has a format.
+        quality: in place of a size, the largest ratio of perplexity to the float model's, such as 1.05, for which
+            the smallest file is made: expected divergence is at most its logarithm.
+        recipe, effort, settings: of the run; the default ``gptq`` has ``gptq.search=true`` unless ``settings`` are
+            given.
+        data, samples, length, seed: calibration of the run, and text of the sensitivity.
+        pre: llama.cpp's name of the pre-tokenizer, where it cannot be detected.
+        tokens: of each text of the comparison.
+        revision, allow_pickle, trust_remote_code: as for ``quantize``.
+
+    Raises:
+        LowbitError: no format for some tensor in that size, with the smallest size that can be; and everything that
+            the commands refuse.
+    """
+    target, out = target_of(target), user_path(out)
+    goal = Goal.of(size, bits, quality)
+    chosen = Recipe(recipe, effort, tuple(settings or ()), data, samples, length, seed)
+    opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
+    footprint = footprint_of(target, str(model), opened, pre)
+    goal.check(footprint, target)
+    request = {"model": model_name(str(model)), "target": target, **asdict(goal), "pre": pre, "tokens": tokens}
+    request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
+    _claim(out, request)
+    streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
+    found, losses = _settled(out, opened, streamed, footprint, goal, chosen, target, trust_remote_code)
+    permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    made = make(str(model), out, target, found.solution, chosen, streamed.skeleton, pre, tokens, permits)
+    result = _fitted(out, target, found, made, uniform(footprint, losses, streamed.skeleton.architecture.blocks))
+    write_json(out / "result.json", result.to_dict())
+    return result
+
+
+def _claim(out: Path, request: dict[str, Any]) -> None:
+    """Note the request in the folder, or compare it with the one that is there."""
+    state = out / STATE
+    if state.is_file():
+        before = read_json(state).get("request", {})
+        if differs := sorted(key for key in request if before.get(key) != request[key]):
+            raise LowbitError(
+                f"--out {out} holds another fit, with another {differs[0]}: give the arguments that it was made with, "
+                "or another folder"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LowbitError(f"--out {out} exists and is no fit; give a folder that is new or empty")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(state, {"format": FORMAT, "request": request})
+
+
+def _settled(
+    out: Path,
+    opened: Opened,
+    streamed: StreamedModel,
+    footprint: Footprint,
+    goal: Goal,
+    recipe: Recipe,
+    target: str,
+    trusted: bool,
+) -> tuple[Settled, Losses]:
+    """The assignment, from a table that is made at most once."""
+    length = min(LENGTH, getattr(streamed.skeleton.text_config, "max_position_embeddings", None) or LENGTH)
+    tokenizer = load_tokenizer(opened.source.folder, trusted)
+    text = calibration(recipe.data or "builtin", tokenizer, SEQUENCES, length, recipe.seed)
+    check_ids(text.ids, streamed.skeleton, opened.source.folder)
+    measured_on = text.ids[:WINDOWS]
+    key = {"fingerprint": opened.source.identity, "target": target, "text": text.hash, "seed": recipe.seed}
+    key["versions"] = versions()
+    table = saved(out, key)
+    if table is None:
+        say("sensitivity of every tensor in every format")
+        losses, columns = measure_losses(streamed, text.ids, footprint, recipe.seed)
+        losses = with_probes(losses, footprint, streamed, columns, measured_on)
+        save(out, key, losses, columns)
+    else:
+        losses, columns = table
+    blocks_at = streamed.skeleton.architecture.blocks
+
+    def choose(current: Losses) -> Solution:
+        return goal.solve(footprint, current, blocks_at)
+
+    return settle(footprint, losses, choose, streamed, columns, measured_on), losses
+
+
+def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution]) -> Fitted:
+    solution = found.solution
+    counts: dict[str, int] = {}
+    for format in solution.formats.values():
+        name = "float" if format is None else format.name
+        counts[name] = counts.get(name, 0) + 1
+    return Fitted(
+        out,
+        target,
+        made.file,
+        made.size_bytes,
+        solution.size,
+        solution.expected,
+        found.measured,
+        found.rounds,
+        made.perplexity,
+        made.kl,
+        made.float_perplexity,
+        made.verified,
+        {name: {"size_bytes": one.size, "expected": one.expected} for name, one in beside.items()},
+        counts,
+        [shlex.join(command) for command in made.commands],
+    )
