@@ -6,11 +6,12 @@ For a small change ``d`` of a weight ``W`` the divergence of next-token distribu
 
 (Amari, Natural Gradient Works Efficiently in Learning, 1998). Rounding errors of different weights are nearly
 independent, so the expectation over them leaves the diagonal: ``1/2 sum_ij E[g_ij^2] d_ij^2``. ``g`` is of a whole
-sequence: gradients at its tokens add up before they are squared, since all earlier tokens change a later distribution.
+sequence: gradients at its tokens add up before they are squared, since all earlier tokens change a later
+distribution.
 
 One pass forward keeps every block's input; the pass backward runs each block again and needs the memory of one block,
-its gradients and its squares. Rejected: squares of gradients at single tokens, which miss what tokens do together, and
-whole gradients of every sequence, which would need the memory of the model for each.
+its gradients and its squares. Rejected: squares of gradients at single tokens, which miss what tokens do together,
+and whole gradients of every sequence, which would need the memory of the model for each.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ HEAVY, LIGHT = 64, 64  # rows: those that count most, and about as many of the o
 def expected_loss(curved: Curved, format: Format | None, searched: bool = True) -> float:
     """``1/2 sum_ij curvature_ij (Q(W)_ij - W_ij)^2``, nats per token; ``None``, float, costs nothing.
 
-    The rows with the largest share of ``sum_j curvature_ij W_ij^2`` are quantized, and an even sample of the others in
-    place of all, since rows are quantized independently.
+    The rows with the largest ``sum_j curvature_ij W_ij^2`` are quantized, and an even sample of the others in place
+    of all, since rows are quantized independently.
 
     Args:
         curved: the weight and its curvature.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowbit.allocation.losses import Formats, Losses, formats_of
+from lowbit.allocation.size import megabytes
 from lowbit.analysis.knapsack import solve
 from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Footprint
-from lowbit.fit.losses import Formats, Losses, formats_of
-from lowbit.fit.size import megabytes
 from lowbit.quant.format import Format
 from lowbit.quant.scheme import override_text
 

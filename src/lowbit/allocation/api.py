@@ -15,18 +15,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from lowbit.allocation.frontier import Frontier, points_of
+from lowbit.allocation.goal import Goal
+from lowbit.allocation.losses import COLUMNS, TABLE, Losses, measure_losses, save, saved
+from lowbit.allocation.probes import with_probes
+from lowbit.allocation.rounds import Settled, settle
+from lowbit.allocation.solution import Solution, uniform
+from lowbit.allocation.steps import Made, Measured, Recipe, make
+from lowbit.allocation.target import footprint_of, target_of
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
-from lowbit.data.text import Data, calibration
+from lowbit.data.text import Data, calibration, corpora
 from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Footprint
-from lowbit.fit.goal import Goal
-from lowbit.fit.losses import Losses, measure_losses, save, saved
-from lowbit.fit.probes import with_probes
-from lowbit.fit.rounds import Settled, settle
-from lowbit.fit.solution import Solution, uniform
-from lowbit.fit.steps import Made, Recipe, make
-from lowbit.fit.target import footprint_of, target_of
 from lowbit.models.validate import check_ids
 from lowbit.paths import user_path
 from lowbit.pipeline.opened import Opened, open_model
@@ -98,6 +101,7 @@ def fit(
     length: int | None = None,
     seed: int = 0,
     pre: str | None = None,
+    text: Data | None = None,
     tokens: int = 8192,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -117,7 +121,7 @@ def fit(
             given.
         data, samples, length, seed: calibration of the run, and text of the sensitivity.
         pre: llama.cpp's name of the pre-tokenizer, where it cannot be detected.
-        tokens: of each text of the comparison.
+        text, tokens: of the comparison, as for ``compare``.
         revision, allow_pickle, trust_remote_code: as for ``quantize``.
 
     Raises:
@@ -131,15 +135,52 @@ def fit(
     footprint = footprint_of(target, str(model), opened, pre)
     goal.check(footprint, target)
     request = {"model": model_name(str(model)), "target": target, **asdict(goal), "pre": pre, "tokens": tokens}
+    request["text"] = None if text is None else [str(corpus) for corpus in corpora(text)]
     request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
     _claim(out, request)
     streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
-    found, losses = _settled(out, opened, streamed, footprint, goal, chosen, target, trust_remote_code)
+    table = _table(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
+    blocks_at = streamed.skeleton.architecture.blocks
+
+    def choose(losses: Losses) -> Solution:
+        return goal.solve(footprint, losses, blocks_at)
+
+    found = settle(footprint, table.losses, choose, streamed, table.columns, table.ids)
     permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    made = make(str(model), out, target, found.solution, chosen, streamed.skeleton, pre, tokens, permits)
-    result = _fitted(out, target, found, made, uniform(footprint, losses, streamed.skeleton.architecture.blocks))
+    made = make(
+        str(model), out, target, found.solution, chosen, streamed.skeleton, pre, Measured(text, tokens), permits
+    )
+    result = _fitted(out, target, found, made, uniform(footprint, table.losses, blocks_at))
     write_json(out / "result.json", result.to_dict())
     return result
+
+
+@own_torch_state
+def frontier(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: str,
+    data: Data | None = None,
+    seed: int = 0,
+    pre: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Frontier:
+    """The least expected divergence at sizes from the smallest file of a target to its largest; quantizes nothing.
+
+    Arguments are those of ``fit``. A ``fit`` of the same model, target and text into the same folder goes on from the
+    table of sensitivities that this leaves in ``out``.
+    """
+    target, out = target_of(target), user_path(out)
+    opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
+    footprint = footprint_of(target, str(model), opened, pre)
+    out.mkdir(parents=True, exist_ok=True)
+    streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
+    table = _table(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
+    points = points_of(footprint, table.losses, streamed.skeleton.architecture.blocks)
+    return Frontier(model_name(str(model)), target, points)
 
 
 def _claim(out: Path, request: dict[str, Any]) -> None:
@@ -149,48 +190,57 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
         before = read_json(state).get("request", {})
         if differs := sorted(key for key in request if before.get(key) != request[key]):
             raise LowbitError(
-                f"--out {out} holds another fit, with another {differs[0]}: give the arguments that it was made with, "
-                "or another folder"
+                f"--out {out} holds another fit, with another {differs[0]}: give the arguments that it was made "
+                "with, or another folder"
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(entry.name not in (TABLE, COLUMNS) for entry in out.iterdir())):
         raise LowbitError(f"--out {out} exists and is no fit; give a folder that is new or empty")
     out.mkdir(parents=True, exist_ok=True)
     write_json(state, {"format": FORMAT, "request": request})
 
 
-def _settled(
+@dataclass(frozen=True)
+class Text:
+    """The text of a sensitivity: a corpus, and the seed that draws its windows."""
+
+    data: Data | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Losses of a model, what weights searches of scales, and the windows on which divergence is measured."""
+
+    losses: Losses
+    columns: dict[str, Tensor]
+    ids: Tensor
+
+
+def _table(
     out: Path,
     opened: Opened,
     streamed: StreamedModel,
     footprint: Footprint,
-    goal: Goal,
-    recipe: Recipe,
+    text: Text,
     target: str,
     trusted: bool,
-) -> tuple[Settled, Losses]:
-    """The assignment, from a table that is made at most once."""
+) -> Table:
+    """The table of sensitivities, from the folder if it is there."""
     length = min(LENGTH, getattr(streamed.skeleton.text_config, "max_position_embeddings", None) or LENGTH)
     tokenizer = load_tokenizer(opened.source.folder, trusted)
-    text = calibration(recipe.data or "builtin", tokenizer, SEQUENCES, length, recipe.seed)
-    check_ids(text.ids, streamed.skeleton, opened.source.folder)
-    measured_on = text.ids[:WINDOWS]
-    key = {"fingerprint": opened.source.identity, "target": target, "text": text.hash, "seed": recipe.seed}
+    drawn = calibration(text.data or "builtin", tokenizer, SEQUENCES, length, text.seed)
+    check_ids(drawn.ids, streamed.skeleton, opened.source.folder)
+    measured_on = drawn.ids[:WINDOWS]
+    key = {"fingerprint": opened.source.identity, "target": target, "text": drawn.hash, "seed": text.seed}
     key["versions"] = versions()
-    table = saved(out, key)
-    if table is None:
-        say("sensitivity of every tensor in every format")
-        losses, columns = measure_losses(streamed, text.ids, footprint, recipe.seed)
-        losses = with_probes(losses, footprint, streamed, columns, measured_on)
-        save(out, key, losses, columns)
-    else:
-        losses, columns = table
-    blocks_at = streamed.skeleton.architecture.blocks
-
-    def choose(current: Losses) -> Solution:
-        return goal.solve(footprint, current, blocks_at)
-
-    return settle(footprint, losses, choose, streamed, columns, measured_on), losses
+    if (table := saved(out, key)) is not None:
+        return Table(*table, measured_on)
+    say("sensitivity of every tensor in every format")
+    losses, columns = measure_losses(streamed, drawn.ids, footprint, text.seed)
+    losses = with_probes(losses, footprint, streamed, columns, measured_on)
+    save(out, key, losses, columns)
+    return Table(losses, columns, measured_on)
 
 
 def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution]) -> Fitted:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowbit.fit.losses import Formats
+from lowbit.allocation.losses import Formats
 from lowbit.metrics.kl import LOGIT_BYTES
 from lowbit.metrics.sensitivity import divergence
 from lowbit.models.block import Block

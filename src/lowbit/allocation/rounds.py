@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lowbit.allocation.divergence import divergences
+from lowbit.allocation.losses import Formats, Losses, block_of
+from lowbit.allocation.solution import Solution
 from lowbit.exporters.footprint import Footprint
-from lowbit.fit.divergence import divergences
-from lowbit.fit.losses import Formats, Losses, block_of
-from lowbit.fit.solution import Solution
 from lowbit.progress import say
 from lowbit.runs.streamed_model import StreamedModel
 

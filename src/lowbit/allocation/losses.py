@@ -63,15 +63,14 @@ def measure_losses(
     wanted: dict[str, list[Format]] = {}
     for choice in footprint.choices:
         formats = [option.format for option in choice.options if option.format is not None]
-        wanted |= {module: formats for module in choice.modules}
+        wanted |= dict.fromkeys(choice.modules, formats)
     by_module: dict[str, dict[str, float]] = {}
     columns: dict[str, Tensor] = {}
     outside = (model.skeleton.architecture.embed, model.skeleton.architecture.head)
     for curved in curvatures(model, ids, seed):
         searched = curved.module not in outside  # a run rounds these to nearest
         by_module[curved.module] = {
-            override_text(format): expected_loss(curved, format, searched)
-            for format in wanted.get(curved.module, [])
+            override_text(format): expected_loss(curved, format, searched) for format in wanted.get(curved.module, [])
         }
         columns[curved.module] = curved.curvature.mean(0).cpu()
     return Losses(by_module, {}, {}), columns

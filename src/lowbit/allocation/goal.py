@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lowbit.allocation.losses import Losses
+from lowbit.allocation.size import bytes_in
+from lowbit.allocation.solution import Solution, best_within, check_size, smallest_within
 from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Footprint
-from lowbit.fit.losses import Losses
-from lowbit.fit.size import bytes_in
-from lowbit.fit.solution import Solution, best_within, check_size, smallest_within
 
 
 @dataclass(frozen=True)

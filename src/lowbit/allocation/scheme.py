@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from lowbit.allocation.losses import Formats
 from lowbit.errors import LowbitError
-from lowbit.fit.losses import Formats
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import NAMED, override_text
@@ -26,7 +26,9 @@ def scheme_of(formats: Formats, outside: tuple[str, ...]) -> dict[str, Any]:
     linears = {name: format for name, format in formats.items() if name not in outside}
     count = Counter(format for format in linears.values() if format is not None)
     if not count:
-        raise LowbitError("the best formats leave every linear in float: the model fits as it is, give a smaller size")
+        raise LowbitError(
+            "the best formats leave every linear in float: the model fits as it is, give a smaller size"
+        )
     base = count.most_common(1)[0][0]
     differs = {name: format for name, format in linears.items() if format != base}
     differs |= {name: format for name in outside if (format := formats.get(name)) is not None}

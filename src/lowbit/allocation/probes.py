@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lowbit.allocation.divergence import divergences
+from lowbit.allocation.losses import Losses
 from lowbit.exporters.footprint import Choice, Footprint
-from lowbit.fit.divergence import divergences
-from lowbit.fit.losses import Losses
 from lowbit.quant.format import Format
 from lowbit.quant.scheme import override_text
 from lowbit.runs.streamed_model import StreamedModel
@@ -59,7 +59,7 @@ def with_probes(
 ) -> Losses:
     """``losses`` with factors from probes measured on ``ids``."""
     probes = probes_of(footprint, losses, model.skeleton.architecture.blocks)
-    assignments = [{module: probe.format for module in probe.choice.modules} for probe in probes]
+    assignments = [dict.fromkeys(probe.choice.modules, probe.format) for probe in probes]
     return replace(losses, factors=factors_of(probes, divergences(model, assignments, columns, ids)))
 
 

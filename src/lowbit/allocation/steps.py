@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
+from lowbit.allocation.scheme import scheme_of
+from lowbit.allocation.solution import Solution
 from lowbit.checkpoints.safetensors_folder import write_bytes
 from lowbit.data.text import Data, corpora
 from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import compare
 from lowbit.exporters import exporter_of
 from lowbit.exporters.api import export, verify
-from lowbit.fit.scheme import scheme_of
-from lowbit.fit.solution import Solution
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.quantize import quantize
 from lowbit.progress import say
@@ -91,9 +91,7 @@ def make(
     size = file.stat().st_size if file.is_file() else sum(f.stat().st_size for f in file.iterdir())
     if size > solution.size:
         raise LowbitError(f"{file} has {size:,} bytes where {solution.size:,} were computed: this is a fault of fit")
-    commands.append(
-        _said(["lowbit", "compare", model, str(run), "--length", str(WINDOW), "--tokens", str(tokens)])
-    )
+    commands.append(_said(["lowbit", "compare", model, str(run), "--length", str(WINDOW), "--tokens", str(tokens)]))
     told = compare(model, [run], length=_window(skeleton, tokens), tokens=tokens, **permits)
     rows = {name: one["runs"][0] for name, one in told.texts.items()}
     return Made(
