@@ -8,8 +8,9 @@ import random
 
 import pytest
 
-from lowbit.analysis import bit_allocation as budgets
-from lowbit.analysis.bit_allocation import Linear, formats, fused, least_loss, with_formats, within_budget
+from lowbit.analysis import knapsack as budgets
+from lowbit.analysis.bit_allocation import Linear, formats, fused, with_formats, within_budget
+from lowbit.analysis.knapsack import least_loss
 from lowbit.errors import LowbitError
 from lowbit.models.architecture import Architecture, LayerKind
 from lowbit.quant.integer import IntFormat

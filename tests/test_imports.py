@@ -30,6 +30,7 @@ FLOORS = (
     {"runs"},
     {"analysis", "evaluation", "exporters"},
     {"pipeline"},
+    {"allocation"},
     {"reports"},
     {"cli"},
     {"__init__", "__main__"},

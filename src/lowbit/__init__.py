@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowbit.allocation.api import Fitted, fit, frontier
     from lowbit.analysis.diagnose import Diagnosis, diagnose
     from lowbit.checkpoints.merge import Merged, merge
     from lowbit.errors import LowbitError
@@ -34,6 +35,7 @@ __all__ = [
     "Diagnosis",
     "Evaluated",
     "Exported",
+    "Fitted",
     "Format",
     "IntFormat",
     "LowbitError",
@@ -51,6 +53,8 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "fit",
+    "frontier",
     "load",
     "load_recipe",
     "merge",
@@ -61,6 +65,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "allocation.api": ("Fitted", "fit", "frontier"),
     "analysis.diagnose": ("Diagnosis", "diagnose"),
     "checkpoints.merge": ("Merged", "merge"),
     "errors": ("LowbitError",),

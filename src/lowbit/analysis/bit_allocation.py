@@ -2,11 +2,8 @@
 
 Linears that read one tensor (q, k and v; gate and up) are one choice, since runtimes fuse them and then need one
 format. For each such group and width the sensitivity is that of the group alone at that width; the sum is minimized
-subject to a bound on the stored bits: codes, scales and zero points. That is a multiple-choice knapsack problem
-(Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11), solved exactly by dynamic programming over the
-bits in units of their greatest common divisor.
-
-Rejected: greedy by gain per bit, which can leave part of the budget unused.
+subject to a bound on the stored bits: codes, scales and zero points. That is a multiple-choice knapsack problem, see
+``knapsack``.
 """
 
 from __future__ import annotations
@@ -15,15 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from lowbit.analysis.knapsack import least_loss
 from lowbit.errors import LowbitError
 from lowbit.models.architecture import Architecture
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.scheme import Scheme
-
-UNITS = 1 << 16  # most steps of the budget; with a finer unit, costs are rounded up to a step
 
 
 @dataclass(frozen=True)
@@ -111,41 +105,6 @@ def within_budget(
             "needed: raise --budget or give smaller --bits"
         )
     return [specs[index] for specs, index in zip(choices, picked, strict=True)]
-
-
-def least_loss(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], room: int) -> list[int] | None:
-    """One choice from each group, by position, of least total loss within a cost of ``room``; ``None``: none fits.
-
-    Exact while the costs' differences, over their common divisor, fit into ``UNITS`` steps; beyond that costs are
-    rounded up, so that the result fits but may be slightly worse than the optimum.
-
-    >>> least_loss([[1, 2], [1, 3]], [[5.0, 1.0], [9.0, 2.0]], 4)
-    [0, 1]
-    """
-    spare = room - sum(map(min, costs))
-    if spare < 0:
-        return None
-    extra = [[cost - min(group) for cost in group] for group in costs]
-    spare = min(spare, sum(map(max, extra)))
-    unit = max(math.gcd(*(cost for group in extra for cost in group)), 1)
-    unit = max(unit, -(-spare // UNITS))
-    steps = spare // unit
-    best = np.zeros(steps + 1)  # least loss by steps available, over the groups so far
-    choices = []
-    for group, loss in zip(extra, losses, strict=True):
-        options = np.full((len(group), steps + 1), math.inf)
-        for index, cost in enumerate(group):
-            if (shift := -(-cost // unit)) <= steps:
-                options[index, shift:] = best[: steps + 1 - shift] + loss[index]
-        choices.append(options.argmin(0).astype(np.int16))
-        best = options.min(0)
-    if not math.isfinite(best[steps]):
-        return None
-    out, left = [], steps
-    for group, choice in zip(reversed(extra), reversed(choices), strict=True):
-        out.append(int(choice[left]))
-        left -= -(-group[out[-1]] // unit)
-    return out[::-1]
 
 
 def with_formats(scheme: Scheme, groups: Sequence[Sequence[Linear]], specs: Sequence[IntFormat]) -> Scheme:

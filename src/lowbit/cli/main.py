@@ -20,6 +20,7 @@ from lowbit.cli.compare import compare
 from lowbit.cli.console import BosOption, Device, DType, Json, Model, Pickle, Remote, Revision, bos_of, print_json
 from lowbit.cli.demo import demo
 from lowbit.cli.export import export, verify
+from lowbit.cli.fit import fit
 from lowbit.cli.inspect import inspect
 from lowbit.cli.measure import evaluate, report
 from lowbit.cli.merge import merge
@@ -197,6 +198,7 @@ def quantize(
     )
 
 
+app.command()(fit)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(report)

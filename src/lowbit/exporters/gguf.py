@@ -52,6 +52,7 @@ from lowbit.exporters.gguf_tensors import (
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options
+from lowbit.models.families import architecture_of
 from lowbit.progress import say, track
 from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import Format
@@ -150,12 +151,12 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     writer = gguf.GGUFWriter(path, arch.name)
     try:
         for key, value in metadata.items():
-            _add(writer, key, value)
+            add_value(writer, key, value)
         kinds = [(tensor, _kind(run, tensor, options, types, warnings)) for tensor in tensors_of(run)]
         for tensor, kind in kinds:
-            _declare(writer, tensor.name, kind, shape_of(run, tensor))
+            declare(writer, tensor.name, kind, shape_of(run, tensor))
             if kind == Kind.NVFP4:
-                _declare(writer, scale_name(tensor), Kind.F32, (len(tensor.parts),))
+                declare(writer, scale_name(tensor), Kind.F32, (len(tensor.parts),))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -178,7 +179,8 @@ def metadata_of(run: Run, pre: str | None, types: Mapping[str, Any]) -> tuple[di
     return model_metadata(config, name) | {"general.file_type": FILE_TYPES[commonest]} | tokens, warnings
 
 
-def _add(writer: Any, key: str, value: Any) -> None:
+def add_value(writer: Any, key: str, value: Any) -> None:
+    """Add a key to a writer's metadata."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -193,8 +195,25 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 def tensors_of(run: Run) -> list[FileTensor]:
     """The file's tensors but for the scales beside NVFP4 weights."""
-    names = [*run.floats, *(f"{module}.weight" for module in run.quantized)]
+    alone = [module for module in run.quantized if module != shared_head(run)]
+    names = [*run.floats, *(f"{module}.weight" for module in alone)]
     return [*(FileTensor(name, (name,)) for name in divisors(run)), *file_tensors(run.subject.config, names)]
+
+
+def shared_head(run: Run) -> str | None:
+    """The head where it has the embedding's codes, scales and all: llama.cpp multiplies with the embedding instead.
+
+    A run has two tensors of a tied one that it quantizes; a file has one.
+    """
+    model = architecture_of(run.subject.config)
+    embed, head = model.embed, model.head
+    if architecture(run.subject.config).head == "own" or head not in run.subject.weights:
+        return None
+    if run.subject.weights[head] != run.subject.weights.get(embed):
+        return None
+    one, other = run.qtensor(embed), run.qtensor(head)
+    equal = torch.equal(one.codes, other.codes) and all(map(torch.equal, one.qparams, other.qparams))
+    return head if equal else None
 
 
 def _kind(run: Run, tensor: FileTensor, options: Options, types: Mapping[str, Any], warnings: list[str]) -> Any:
@@ -217,7 +236,7 @@ def _kind(run: Run, tensor: FileTensor, options: Options, types: Mapping[str, An
     return kind
 
 
-def _declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> None:
+def declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> None:
     """Declare a tensor; data follow once all tensors are declared."""
     if kind in (Kind.F32, Kind.F16):
         dtype = np.dtype(np.float32 if kind == Kind.F32 else np.float16)
@@ -233,6 +252,7 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     stored = Reader(path).tensors
     scales = {t.name: t.data for t in stored if t.name.endswith(".scale") and t.name not in known}
     shares: dict[str, dict[int, Any]] = {}
+    head = shared_head(run)
     for tensor in stored:
         if tensor.name in scales:  # part of the weight beside it
             continue
@@ -249,7 +269,10 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
                 break
             part = value[index] if own.stacked else value
             part = part if factors is None else part * factors[index if own.stacked else 0]
-            yield name, _in_order(run, name, torch.from_numpy(np.ascontiguousarray(part)))
+            found = _in_order(run, name, torch.from_numpy(np.ascontiguousarray(part)))
+            yield name, found
+            if head is not None and name == f"{architecture_of(run.subject.config).embed}.weight":
+                yield f"{head}.weight", found
 
 
 def _joined(value: Any, tensor: FileTensor, share: Share, shares: dict[str, dict[int, Any]]) -> Any:

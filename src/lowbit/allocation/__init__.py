@@ -1,0 +1,1 @@
+"""``lowbit fit``: the best file of a given size for a target, with a format for every tensor."""

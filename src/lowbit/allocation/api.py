@@ -1,0 +1,268 @@
+"""``lowbit.fit``: the best file of a given size, or the smallest of a given quality, for a target runtime.
+
+    sensitivity (once)  ->  formats  ->  quantize  ->  export  ->  verify  ->  compare
+
+Every step from ``quantize`` on is the ordinary command with arguments that are printed. What a step made stays in the
+folder, so that the same call goes on after an interruption: the table of sensitivities, the scheme file, the run
+folder (which resumes block by block), the export, the comparison.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowbit.allocation.frontier import Frontier, points_of
+from lowbit.allocation.goal import Goal
+from lowbit.allocation.losses import COLUMNS, TABLE, Losses, measure_losses, save, saved
+from lowbit.allocation.probes import with_probes
+from lowbit.allocation.rounds import Settled, settle
+from lowbit.allocation.solution import Solution, uniform
+from lowbit.allocation.steps import Made, Measured, Recipe, make
+from lowbit.allocation.target import footprint_of, target_of
+from lowbit.checkpoints.resolve import load_tokenizer
+from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.data.text import Data, calibration, corpora
+from lowbit.errors import LowbitError
+from lowbit.exporters.footprint import Footprint
+from lowbit.models.validate import check_ids
+from lowbit.paths import user_path
+from lowbit.pipeline.opened import Opened, open_model
+from lowbit.pipeline.request import model_name
+from lowbit.progress import say
+from lowbit.runs.streamed_model import StreamedModel
+from lowbit.runs.versions import versions
+from lowbit.torch_state import own_torch_state
+
+STATE, FORMAT = "fit.json", "lowbit-fit-1"
+SEQUENCES, LENGTH = 8, 128  # of the gradients
+WINDOWS = 2  # of them, on which divergence is measured
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The result of ``fit``.
+
+    Attributes:
+        out: the folder of everything that was made.
+        target: the target runtime.
+        file: the export.
+        size_bytes: its size; ``expected_bytes``: what was computed before it was made.
+        expected: expected divergence in nats per token; ``measured``: that of the assignment rounded to nearest on
+            the windows of the sensitivity.
+        rounds: 2 where losses were estimated again around the first solution.
+        perplexity, kl: by text, of the run; ``float_perplexity``: of the float model.
+        verified: the export holds the run's values bit for bit.
+        uniform: by format's name, ``size_bytes`` and ``expected`` divergence with that format everywhere.
+        formats: how many modules have each format.
+        commands: the commands that made it.
+    """
+
+    out: Path
+    target: str
+    file: Path
+    size_bytes: int
+    expected_bytes: int
+    expected: float
+    measured: float
+    rounds: int
+    perplexity: dict[str, float]
+    kl: dict[str, float]
+    float_perplexity: dict[str, float]
+    verified: bool
+    uniform: dict[str, dict[str, float]]
+    formats: dict[str, int]
+    commands: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the format's name."""
+        return {"format": FORMAT, **asdict(self), "out": str(self.out), "file": str(self.file)}
+
+
+@own_torch_state
+def fit(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: str,
+    size: str | int | None = None,
+    bits: float | None = None,
+    quality: float | None = None,
+    recipe: str = "gptq",
+    effort: str | None = None,
+    settings: Sequence[str] | None = None,
+    data: Data | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    pre: str | None = None,
+    text: Data | None = None,
+    tokens: int = 8192,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Fitted:
+    """Choose a format for every tensor of a model, make the file for a target, verify and measure it.
+
+    Args:
+        model: as for ``quantize``.
+        out: a folder: new, empty, or left by an interrupted call with the same arguments.
+        target: the target runtime.
+        size: largest size of the file, such as ``90MB``, or bytes.
+        bits: in place of a size, bits per weight of everything that has a format.
+        quality: in place of a size, the largest ratio of perplexity to the float model's, such as 1.05, for which
+            the smallest file is made: expected divergence is at most its logarithm.
+        recipe, effort, settings: of the run; the default ``gptq`` has ``gptq.search=true`` unless ``settings`` are
+            given.
+        data, samples, length, seed: calibration of the run, and text of the sensitivity.
+        pre: llama.cpp's name of the pre-tokenizer, where it cannot be detected.
+        text, tokens: of the comparison, as for ``compare``.
+        revision, allow_pickle, trust_remote_code: as for ``quantize``.
+
+    Raises:
+        LowbitError: no format for some tensor in that size, with the smallest size that can be; and everything that
+            the commands refuse.
+    """
+    target, out = target_of(target), user_path(out)
+    goal = Goal.of(size, bits, quality)
+    chosen = Recipe(recipe, effort, tuple(settings or ()), data, samples, length, seed)
+    opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
+    footprint = footprint_of(target, str(model), opened, pre)
+    goal.check(footprint, target)
+    request = {"model": model_name(str(model)), "target": target, **asdict(goal), "pre": pre, "tokens": tokens}
+    request["text"] = None if text is None else [str(corpus) for corpus in corpora(text)]
+    request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
+    _claim(out, request)
+    streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
+    table = _table(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
+    blocks_at = streamed.skeleton.architecture.blocks
+
+    def choose(losses: Losses) -> Solution:
+        return goal.solve(footprint, losses, blocks_at)
+
+    found = settle(footprint, table.losses, choose, streamed, table.columns, table.ids)
+    permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    made = make(
+        str(model), out, target, found.solution, chosen, streamed.skeleton, pre, Measured(text, tokens), permits
+    )
+    result = _fitted(out, target, found, made, uniform(footprint, table.losses, blocks_at))
+    write_json(out / "result.json", result.to_dict())
+    return result
+
+
+@own_torch_state
+def frontier(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: str,
+    data: Data | None = None,
+    seed: int = 0,
+    pre: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Frontier:
+    """The least expected divergence at sizes from the smallest file of a target to its largest; quantizes nothing.
+
+    Arguments are those of ``fit``. A ``fit`` of the same model, target and text into the same folder goes on from the
+    table of sensitivities that this leaves in ``out``.
+    """
+    target, out = target_of(target), user_path(out)
+    opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
+    footprint = footprint_of(target, str(model), opened, pre)
+    out.mkdir(parents=True, exist_ok=True)
+    streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
+    table = _table(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
+    points = points_of(footprint, table.losses, streamed.skeleton.architecture.blocks)
+    return Frontier(model_name(str(model)), target, points)
+
+
+def _claim(out: Path, request: dict[str, Any]) -> None:
+    """Note the request in the folder, or compare it with the one that is there."""
+    state = out / STATE
+    if state.is_file():
+        before = read_json(state).get("request", {})
+        if differs := sorted(key for key in request if before.get(key) != request[key]):
+            raise LowbitError(
+                f"--out {out} holds another fit, with another {differs[0]}: give the arguments that it was made "
+                "with, or another folder"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(entry.name not in (TABLE, COLUMNS) for entry in out.iterdir())):
+        raise LowbitError(f"--out {out} exists and is no fit; give a folder that is new or empty")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(state, {"format": FORMAT, "request": request})
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a sensitivity: a corpus, and the seed that draws its windows."""
+
+    data: Data | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Losses of a model, what weights searches of scales, and the windows on which divergence is measured."""
+
+    losses: Losses
+    columns: dict[str, Tensor]
+    ids: Tensor
+
+
+def _table(
+    out: Path,
+    opened: Opened,
+    streamed: StreamedModel,
+    footprint: Footprint,
+    text: Text,
+    target: str,
+    trusted: bool,
+) -> Table:
+    """The table of sensitivities, from the folder if it is there."""
+    length = min(LENGTH, getattr(streamed.skeleton.text_config, "max_position_embeddings", None) or LENGTH)
+    tokenizer = load_tokenizer(opened.source.folder, trusted)
+    drawn = calibration(text.data or "builtin", tokenizer, SEQUENCES, length, text.seed)
+    check_ids(drawn.ids, streamed.skeleton, opened.source.folder)
+    measured_on = drawn.ids[:WINDOWS]
+    key = {"fingerprint": opened.source.identity, "target": target, "text": drawn.hash, "seed": text.seed}
+    key["versions"] = versions()
+    if (table := saved(out, key)) is not None:
+        return Table(*table, measured_on)
+    say("sensitivity of every tensor in every format")
+    losses, columns = measure_losses(streamed, drawn.ids, footprint, text.seed)
+    losses = with_probes(losses, footprint, streamed, columns, measured_on)
+    save(out, key, losses, columns)
+    return Table(losses, columns, measured_on)
+
+
+def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution]) -> Fitted:
+    solution = found.solution
+    counts: dict[str, int] = {}
+    for format in solution.formats.values():
+        name = "float" if format is None else format.name
+        counts[name] = counts.get(name, 0) + 1
+    return Fitted(
+        out,
+        target,
+        made.file,
+        made.size_bytes,
+        solution.size,
+        solution.expected,
+        found.measured,
+        found.rounds,
+        made.perplexity,
+        made.kl,
+        made.float_perplexity,
+        made.verified,
+        {name: {"size_bytes": one.size, "expected": one.expected} for name, one in beside.items()},
+        counts,
+        [shlex.join(command) for command in made.commands],
+    )

@@ -1,0 +1,57 @@
+"""The expected divergence at all sizes: one knapsack table has the best assignment for each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowbit.allocation.losses import Losses
+from lowbit.allocation.solution import best_within
+from lowbit.exporters.footprint import Footprint
+
+FORMAT = "lowbit-frontier-1"
+POINTS = 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best assignment of a size.
+
+    Attributes:
+        size_bytes: of the target's file.
+        bits: per weight that has a format.
+        expected: divergence in nats per token.
+        formats: how many modules have each.
+    """
+
+    size_bytes: int
+    bits: float
+    expected: float
+    formats: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Points of one model and target, smallest first."""
+
+    model: str
+    target: str
+    points: list[Point]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the format's name."""
+        return {"format": FORMAT, **asdict(self)}
+
+
+def points_of(footprint: Footprint, losses: Losses, blocks_at: str, count: int = POINTS) -> list[Point]:
+    """``count`` sizes at equal ratios from the smallest file to the largest; equal assignments once."""
+    largest = footprint.fixed + sum(max(option.size for option in c.options) for c in footprint.choices)
+    out: dict[int, Point] = {}
+    for step in range(count):
+        room = round(footprint.least * (largest / footprint.least) ** (step / max(count - 1, 1)))
+        found = best_within(footprint, losses, max(room, footprint.least), blocks_at)
+        names = Counter("float" if format is None else format.name for format in found.formats.values())
+        bits = 8 * (found.size - footprint.fixed) / footprint.weights
+        out[found.size] = Point(found.size, bits, found.expected, dict(names))
+    return [out[size] for size in sorted(out)]

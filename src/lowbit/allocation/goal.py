@@ -1,0 +1,59 @@
+"""What a fit is to reach: a size, bits per weight, or a quality."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lowbit.allocation.losses import Losses
+from lowbit.allocation.size import bytes_in
+from lowbit.allocation.solution import Solution, best_within, check_size, smallest_within
+from lowbit.errors import LowbitError
+from lowbit.exporters.footprint import Footprint
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One of the three is set.
+
+    Attributes:
+        size: bytes of the file.
+        bits: per weight that has a format.
+        quality: ratio of perplexities.
+    """
+
+    size: int | None = None
+    bits: float | None = None
+    quality: float | None = None
+
+    @classmethod
+    def of(cls, size: str | int | None, bits: float | None, quality: float | None) -> Goal:
+        """A goal as a user gives it; exactly one argument is not ``None``."""
+        if sum(given is not None for given in (size, bits, quality)) != 1:
+            raise LowbitError("give one of --size, --bits and --quality, for example --size 90MB")
+        if bits is not None and not 0 < bits <= 32:
+            raise LowbitError(f"--bits {bits:g} given; give bits per weight, above 0 and at most 32, such as 4.2")
+        if quality is not None and not 1 < quality < math.inf:
+            raise LowbitError(f"--quality {quality:g} given; give a ratio of perplexities above 1, such as 1.05")
+        return cls(bytes_in(size) if isinstance(size, str) else size, bits, quality)
+
+    def room(self, footprint: Footprint) -> int | None:
+        """The largest size in bytes; ``None`` for a quality.
+
+        Two choices of 1000 weights beside 500 bytes, at 4 bits per weight: 500 + 2000 * 4 / 8 = 1500.
+        """
+        if self.bits is not None:
+            return footprint.fixed + int(self.bits * footprint.weights / 8)
+        return self.size
+
+    def check(self, footprint: Footprint, target: str) -> None:
+        """Refuse what cannot be reached, before any work."""
+        if (room := self.room(footprint)) is not None:
+            check_size(footprint, room, target)
+
+    def solve(self, footprint: Footprint, losses: Losses, blocks_at: str) -> Solution:
+        """The best assignment for this goal."""
+        if (room := self.room(footprint)) is not None:
+            return best_within(footprint, losses, room, blocks_at)
+        assert self.quality is not None
+        return smallest_within(footprint, losses, math.log(self.quality), blocks_at)

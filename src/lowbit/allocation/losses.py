@@ -1,0 +1,101 @@
+"""The expected divergence of every choice in every format: a table that a file keeps, so that it is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.analysis.curvature import curvatures
+from lowbit.analysis.expected_loss import expected_loss
+from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json, write_tensors
+from lowbit.exporters.footprint import Choice, Footprint
+from lowbit.quant.format import Format
+from lowbit.quant.scheme import override_text
+from lowbit.runs.streamed_model import StreamedModel
+
+TABLE, COLUMNS = "sensitivity.json", "sensitivity.safetensors"
+Formats = Mapping[str, Format | None]  # by full name of a module
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Expected divergence in nats per token.
+
+    Attributes:
+        by_module: by module and format's text; of a tied embedding under the embedding's name.
+        factors: by format's text, by what a measured divergence is larger; see ``probes``.
+        blocks: by block's index, or -1 outside, the same around a solution; see ``rounds``.
+    """
+
+    by_module: dict[str, dict[str, float]]
+    factors: dict[str, float]
+    blocks: dict[int, float]
+
+    def of(self, choice: Choice, format: Format | None, blocks_at: str) -> float:
+        """Expected divergence when only this choice has a format that is not float."""
+        if format is None:
+            return 0.0
+        text = override_text(format)
+        raw = sum(self.by_module.get(module, {}).get(text, 0.0) for module in choice.modules)
+        block = self.blocks.get(block_of(choice.modules[0], blocks_at), 1.0)
+        return raw * self.factors.get(text, 1.0) * block
+
+
+def block_of(module: str, blocks_at: str) -> int:
+    """The index of the block that a module is in, -1 outside.
+
+    >>> block_of("model.layers.7.mlp.up_proj", "model.layers"), block_of("lm_head", "model.layers")
+    (7, -1)
+    """
+    prefix = f"{blocks_at}."
+    return int(module.removeprefix(prefix).partition(".")[0]) if module.startswith(prefix) else -1
+
+
+def measure_losses(
+    model: StreamedModel, ids: Tensor, footprint: Footprint, seed: int
+) -> tuple[Losses, dict[str, Tensor]]:
+    """The table of a model, and each module's curvature by column ``(in,)``, which weights searches of scales."""
+    wanted: dict[str, list[Format]] = {}
+    for choice in footprint.choices:
+        formats = [option.format for option in choice.options if option.format is not None]
+        wanted |= dict.fromkeys(choice.modules, formats)
+    by_module: dict[str, dict[str, float]] = {}
+    columns: dict[str, Tensor] = {}
+    outside = (model.skeleton.architecture.embed, model.skeleton.architecture.head)
+    for curved in curvatures(model, ids, seed):
+        searched = curved.module not in outside  # a run rounds these to nearest
+        by_module[curved.module] = {
+            override_text(format): expected_loss(curved, format, searched) for format in wanted.get(curved.module, [])
+        }
+        columns[curved.module] = curved.curvature.mean(0).cpu()
+    return Losses(by_module, {}, {}), columns
+
+
+def save(folder: Path, key: Mapping[str, Any], losses: Losses, columns: Mapping[str, Tensor]) -> None:
+    """Write the table to a folder, the file that says it is complete last."""
+    write_tensors(folder / COLUMNS, dict(columns))
+    plain = asdict(losses)
+    write_json(folder / TABLE, {"key": dict(key), **plain, "blocks": {str(k): v for k, v in losses.blocks.items()}})
+
+
+def saved(folder: Path, key: Mapping[str, Any]) -> tuple[Losses, dict[str, Tensor]] | None:
+    """The table in a folder, if it was made with the same ``key``."""
+    if not (folder / TABLE).is_file():
+        return None
+    content = read_json(folder / TABLE)
+    if content.get("key") != dict(key):
+        return None
+    blocks = {int(index): float(factor) for index, factor in content["blocks"].items()}
+    file = Checkpoint(folder, [COLUMNS])
+    return Losses(content["by_module"], content["factors"], blocks), file.read(file.names, torch.float32)
+
+
+def formats_of(choices: Sequence[Choice], picks: Iterable[int]) -> dict[str, Format | None]:
+    """The format of every module when each choice takes the option at a position."""
+    pairs = zip(choices, picks, strict=True)
+    return {module: choice.options[pick].format for choice, pick in pairs for module in choice.modules}

@@ -1,0 +1,173 @@
+"""The steps of a fit behind the choice of formats: ordinary commands, each printed before it runs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowbit.allocation.scheme import scheme_of
+from lowbit.allocation.solution import Solution
+from lowbit.checkpoints.safetensors_folder import write_bytes
+from lowbit.data.text import Data, corpora
+from lowbit.errors import LowbitError
+from lowbit.evaluation.compare import compare
+from lowbit.exporters import exporter_of
+from lowbit.exporters.api import export, verify
+from lowbit.models.skeleton import Skeleton
+from lowbit.pipeline.quantize import quantize
+from lowbit.progress import say
+from lowbit.quant.runtimes import RUNTIMES
+
+RUN, SCHEME, MODEL = "run", "scheme.yaml", "model"
+WINDOW = 512  # tokens of a window of the comparison
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run is made; attributes as for ``lowbit.quantize``, ``None``: its default."""
+
+    name: str
+    effort: str | None
+    given: tuple[str, ...]
+    data: Data | None
+    samples: int | None
+    length: int | None
+    seed: int
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Options of steps; GPTQ searches scales, which formats with tables and sub-scales need."""
+        return self.given or (("gptq.search=true",) if self.name == "gptq" else ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        data = None if self.data is None else [str(corpus) for corpus in corpora(self.data)]
+        return {**asdict(self), "given": list(self.given), "data": data}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the steps made; see ``api.Fitted``."""
+
+    file: Path
+    size_bytes: int
+    verified: bool
+    perplexity: dict[str, float]
+    kl: dict[str, float]
+    float_perplexity: dict[str, float]
+    commands: list[list[str]]
+
+
+def make(
+    model: str,
+    out: Path,
+    target: str,
+    solution: Solution,
+    recipe: Recipe,
+    skeleton: Skeleton,
+    pre: str | None,
+    tokens: int,
+    permits: Mapping[str, Any],
+) -> Made:
+    """Quantize, export, verify, compare; what is there from an earlier call is used again.
+
+    Raises:
+        LowbitError: a step refuses its input, the export differs from the run, or it is larger than computed.
+    """
+    run, scheme = out / RUN, out / SCHEME
+    text = yaml.safe_dump(scheme_of(solution.formats, _outside(skeleton)), sort_keys=False)
+    if not scheme.is_file() or scheme.read_text(encoding="utf-8") != text:
+        write_bytes(scheme, text.encode())
+    commands = [_quantize(model, run, scheme, target, recipe, permits)]
+    file = _file(out, target)
+    commands.append(_export(run, file, target, pre, bool(permits["trust_remote_code"])))
+    commands.append(_said(["lowbit", "verify", str(run), str(file)]))
+    (checked,) = verify(run, [file], trust_remote_code=bool(permits["trust_remote_code"]))
+    size = file.stat().st_size if file.is_file() else sum(f.stat().st_size for f in file.iterdir())
+    if size > solution.size:
+        raise LowbitError(f"{file} has {size:,} bytes where {solution.size:,} were computed: this is a fault of fit")
+    commands.append(_said(["lowbit", "compare", model, str(run), "--length", str(WINDOW), "--tokens", str(tokens)]))
+    told = compare(model, [run], length=_window(skeleton, tokens), tokens=tokens, **permits)
+    rows = {name: one["runs"][0] for name, one in told.texts.items()}
+    return Made(
+        file,
+        size,
+        checked.ok,
+        {name: row["perplexity"] for name, row in rows.items()},
+        {name: row["kl_mean"] for name, row in rows.items()},
+        {name: one["perplexity"] for name, one in told.texts.items()},
+        commands,
+    )
+
+
+def _said(words: list[str]) -> list[str]:
+    say(shlex.join(words))
+    return words
+
+
+def _outside(skeleton: Skeleton) -> tuple[str, ...]:
+    return skeleton.architecture.embed, skeleton.architecture.head
+
+
+def _window(skeleton: Skeleton, tokens: int) -> int:
+    """Tokens of a window: no more than the model has positions, or the comparison tokens."""
+    limit = getattr(skeleton.text_config, "max_position_embeddings", None) or WINDOW
+    return int(min(WINDOW, tokens, limit)) if limit > 0 else min(WINDOW, tokens)
+
+
+def _file(out: Path, target: str) -> Path:
+    return out / f"{MODEL}{exporter_of(RUNTIMES[target].target).suffix}"
+
+
+def _quantize(
+    model: str, run: Path, scheme: Path, target: str, recipe: Recipe, permits: Mapping[str, Any]
+) -> list[str]:
+    words = ["lowbit", "quantize", model, "--out", str(run), "--scheme", str(scheme), "--target", target]
+    words += ["--recipe", recipe.name, *(f"--set={setting}" for setting in recipe.settings)]
+    words += [word for corpus in _corpora(recipe) for word in ("--data", corpus)]
+    numbers = {"effort": recipe.effort, "samples": recipe.samples, "length": recipe.length, "seed": recipe.seed}
+    for name, value in numbers.items():
+        words += [] if value is None else [f"--{name}", str(value)]
+    words += [word for name, value in permits.items() for word in _permit(name, value)]
+    _said(words)
+    quantize(
+        model,
+        run,
+        scheme=str(scheme),
+        target=target,
+        recipe=recipe.name,
+        settings=recipe.settings,
+        data=recipe.data,
+        samples=recipe.samples,
+        length=recipe.length,
+        seed=recipe.seed,
+        effort=recipe.effort,
+        **permits,
+    )
+    return words
+
+
+def _corpora(recipe: Recipe) -> list[str]:
+    return [] if recipe.data is None else [str(corpus) for corpus in corpora(recipe.data)]
+
+
+def _permit(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return [option]
+    return [option, str(value)] if value else []
+
+
+def _export(run: Path, file: Path, target: str, pre: str | None, trusted: bool) -> list[str]:
+    words = ["lowbit", "export", str(run), "--to", target, "--out", str(file)]
+    words += ["--pre", pre] if pre else []
+    _said(words)
+    if not file.exists():  # an export is whole or not there
+        for warning in export(run, target, out=file, pre=pre, trust_remote_code=trusted).warnings:
+            say(f"warning: {warning}")
+    return words

@@ -1,0 +1,129 @@
+"""``lowbit fit``: the best file of a given size for a target runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from lowbit.cli.console import Json, Model, Pickle, Remote, Revision, print_json, table
+from lowbit.errors import LowbitError
+
+if TYPE_CHECKING:
+    from lowbit.allocation.api import Fitted
+    from lowbit.allocation.frontier import Frontier
+
+
+def fit(
+    model: Model,
+    target: Annotated[str, typer.Option("--target", help="The target runtime: llama.cpp.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder: new, empty, or of the same command.")],
+    size: Annotated[str | None, typer.Option(help="The largest size of the file, such as 90MB or 1.8GiB.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="In place of a size: bits per weight that has a format, such as 4.2.")
+    ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(help="In place of a size: the largest ratio of perplexity to the float model's, such as 1.05."),
+    ] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Only show the expected divergence at all sizes; nothing is quantized.")
+    ] = False,
+    recipe: Annotated[str, typer.Option(help="A recipe that 'lowbit recipes' lists, or FILE.yaml.")] = "gptq",
+    effort: Annotated[str | None, typer.Option(help="As for quantize.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="As for quantize; repeatable.", show_default="gptq.search=true for gptq"),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text of the sensitivity and the calibration, as for quantize.", show_default="builtin"),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows, as for quantize.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a calibration window, as for quantize.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws windows and the tokens of gradients.")] = 0,
+    pre: Annotated[str | None, typer.Option(help="llama.cpp: its name of the pre-tokenizer.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that the result is measured on, as for compare.", show_default="that of compare"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of each text that the result is measured on.")] = 8192,
+    revision: Revision = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Make the best file of a given size: a format for every tensor.
+
+    Measures how sensitive each tensor is in each format of the target, chooses, then quantizes, exports, verifies and
+    compares; the commands are printed. Interrupted, the same command goes on.
+    """
+    from lowbit.allocation.api import fit as run
+    from lowbit.allocation.api import frontier as predict
+
+    where = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    if frontier:
+        if not size == bits == quality is None:
+            raise LowbitError("--frontier given with --size, --bits or --quality: it shows all sizes; leave one out")
+        found = predict(model, out, target=target, data=data or None, seed=seed, pre=pre, **where)
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            _show_frontier(found)
+        return
+    result = run(
+        model,
+        out,
+        target=target,
+        size=size,
+        bits=bits,
+        quality=quality,
+        recipe=recipe,
+        effort=effort,
+        settings=set_ or None,
+        data=data or None,
+        samples=samples,
+        length=length,
+        seed=seed,
+        pre=pre,
+        text=text or None,
+        tokens=tokens,
+        **where,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _show(result)
+    if not result.verified:
+        raise typer.Exit(1)
+
+
+def _show(result: Fitted) -> None:
+    """Print the file beside the float model and uniform choices, then what each module got."""
+    texts = list(result.perplexity)
+    rows = table("", "size", "expected KL", *(f"{kind} {name}" for name in texts for kind in ("perplexity", "KL")))
+    floats = [cell for name in texts for cell in (f"{result.float_perplexity[name]:.3f}", "0")]
+    rows.add_row("float", "-", "0", *floats)
+    ours = [cell for name in texts for cell in (f"{result.perplexity[name]:.3f}", f"{result.kl[name]:.4f}")]
+    rows.add_row(Text(result.file.name), _mb(result.size_bytes), f"{result.expected:.4f}", *ours)
+    for name, one in sorted(result.uniform.items(), key=lambda pair: pair[1]["size_bytes"]):
+        rows.add_row(f"{name} everywhere", _mb(one["size_bytes"]), f"{one['expected']:.4f}", *["-"] * len(ours))
+    Console().print(rows)
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(result.formats.items()))
+    says = "equals the run bit for bit" if result.verified else "DIFFERS from the run"
+    print(f"{result.file}: {result.size_bytes:,} bytes, {says}; modules: {counts}")
+
+
+def _show_frontier(found: Frontier) -> None:
+    rows = table("size", "bits per weight", "expected KL", "modules")
+    for point in found.points:
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(point.formats.items()))
+        rows.add_row(_mb(point.size_bytes), f"{point.bits:.3f}", f"{point.expected:.4g}", counts)
+    Console().print(rows)
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.2f} MB"

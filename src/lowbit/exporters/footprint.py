@@ -1,0 +1,108 @@
+"""Bytes of a model in a target's file, for every choice of formats: what an allocation chooses among.
+
+Some of a file does not depend on formats: metadata, the tokenizer, norms, what stays in float. The rest is a sum over
+*choices*: modules that a target stores in one tensor, or fuses and so needs in one format, each with the formats that
+the target has for them and the bytes that these take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.quant.format import Format
+
+
+@dataclass(frozen=True)
+class Option:
+    """A format, and the bytes that a choice takes in it; ``None``: float."""
+
+    format: Format | None
+    size: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Modules that have one format.
+
+    Attributes:
+        modules: full names; of a tied embedding both names of the one tensor.
+        weights: number of their weights, a tied one counted once.
+        options: the formats that the target has for them.
+    """
+
+    modules: tuple[str, ...]
+    weights: int
+    options: tuple[Option, ...]
+
+    @property
+    def least(self) -> int:
+        """Bytes in the smallest of its formats."""
+        return min(option.size for option in self.options)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model in a target's file.
+
+    Attributes:
+        fixed: bytes that no choice changes.
+        choices: everything that has a format.
+        floats: the largest tensors among ``fixed`` and their bytes, largest first, for messages.
+    """
+
+    fixed: int
+    choices: tuple[Choice, ...]
+    floats: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def least(self) -> int:
+        """Bytes of the smallest file."""
+        return self.fixed + sum(choice.least for choice in self.choices)
+
+    @property
+    def weights(self) -> int:
+        """Weights that have a format."""
+        return sum(choice.weights for choice in self.choices)
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """The model that a footprint is of.
+
+    Attributes:
+        config: its config.
+        folder: where its tokenizer is.
+        name: its name in the file's metadata.
+        checkpoint: its weights.
+        shapes: of all its tensors, by the model's names.
+        modules: ``(out, in)`` of the linears of its blocks, by full name.
+        embed, head: names of embedding and head.
+        tied: they are one tensor.
+    """
+
+    config: Any
+    folder: Path
+    name: str
+    checkpoint: Checkpoint
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, tuple[int, int]]
+    embed: str
+    head: str
+    tied: bool
+
+    def module_of(self, name: str) -> str | None:
+        """The module that a parameter is the weight of, if it may have a format."""
+        module = name.removesuffix(".weight")
+        known = module in self.modules or module in (self.embed, self.head)
+        return module if known and name.endswith(".weight") else None
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """``(out, in)`` of a module."""
+        if module in self.modules:
+            return self.modules[module]
+        rows, columns = self.shapes[f"{self.embed}.weight"]
+        return rows, columns

@@ -1,0 +1,353 @@
+"""The best file of a size: exact bytes, losses that predict, and one command that goes on where it stopped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import lowbit
+from lowbit.allocation import api, steps
+from lowbit.allocation.divergence import divergences
+from lowbit.allocation.losses import Losses, formats_of, measure_losses
+from lowbit.allocation.probes import Probe, factors_of
+from lowbit.allocation.rounds import settle
+from lowbit.allocation.scheme import scheme_of
+from lowbit.allocation.solution import best_within, smallest_within, uniform
+from lowbit.allocation.target import footprint_of
+from lowbit.analysis.curvature import curvatures
+from lowbit.analysis.knapsack import solve
+from lowbit.checkpoints.gguf_types import Reader
+from lowbit.cli.main import call
+from lowbit.errors import LowbitError
+from lowbit.exporters.footprint import Choice, Footprint, Option
+from lowbit.metrics.sensitivity import divergence
+from lowbit.pipeline.opened import open_model
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.tables import IQ4_NL
+from lowbit.runs.streamed_model import StreamedModel
+from tiny import save_tiny, tiny_ids, tiny_tokenizer
+
+BLOCKS = "model.layers"
+
+
+def save(folder: Path, family: str) -> Path:
+    """A tiny model with a tokenizer that GGUF files hold."""
+    save_tiny(folder / "model", family)
+    tiny_tokenizer(merge=True).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def footprint_at(model: Path) -> Footprint:
+    return footprint_of("llama.cpp", str(model), open_model(str(model), None, False, False))
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-odd"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untied and a tied model."""
+    return save(tmp_path_factory.mktemp("fit"), request.param)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("fit"), "llama")
+
+
+@pytest.fixture(scope="module")
+def measured(untied: Path) -> tuple[StreamedModel, Footprint, Losses, dict[str, torch.Tensor]]:
+    """The table of losses of the untied model."""
+    streamed, footprint = StreamedModel(untied), footprint_at(untied)
+    return streamed, footprint, *measure_losses(streamed, tiny_ids(16), footprint, 0)
+
+
+def run_with(model: Path, out: Path, formats: dict[str, Any]) -> Path:
+    """A run with these formats."""
+    text = yaml.safe_dump(scheme_of(formats, ("model.embed_tokens", "lm_head")))
+    (out.parent / "scheme.yaml").write_text(text)
+    given = {"recipe": "rtn", "data": str(model / "calib.txt"), "samples": 2, "length": 16, "target": "llama.cpp"}
+    lowbit.quantize(str(model), out, scheme=str(out.parent / "scheme.yaml"), **given)
+    return out
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-odd", "phi3", "gemma2", "mixtral"])
+def test_the_bytes_of_a_file_are_known_before_it_is_made(family: str, tmp_path: Path) -> None:
+    model, draw = save(tmp_path, family), random.Random(3)
+    footprint = footprint_at(model)
+    picks = [draw.randrange(len(choice.options)) for choice in footprint.choices]
+    size = footprint.fixed + sum(c.options[at].size for c, at in zip(footprint.choices, picks, strict=True))
+    run = run_with(model, tmp_path / "run", formats_of(footprint.choices, picks))
+    made = lowbit.export(run, "llama.cpp")
+    assert made.size_bytes == size
+    (found,) = lowbit.verify(run, [made.out], logits=False)
+    assert found.ok
+    kinds = {tensor.tensor_type for tensor in Reader(made.out).tensors}
+    assert len(kinds) > 3
+
+
+def test_a_tied_embedding_is_one_tensor_of_the_file(tmp_path: Path) -> None:
+    model = save(tmp_path, "llama-odd")
+    both = {"model.embed_tokens": IntFormat(8, 32), "lm_head": IntFormat(8, 32)}
+    linears = {name: IQ4_NL for choice in footprint_at(model).choices for name in choice.modules if name not in both}
+    run = run_with(model, tmp_path / "run", {**linears, **both})
+    made = lowbit.export(run, "gguf")
+    names = [tensor.name for tensor in Reader(made.out).tensors]
+    assert "token_embd.weight" in names
+    assert "output.weight" not in names
+    (found,) = lowbit.verify(run, [made.out], logits=False)
+    assert found.ok
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=made.out.name, dtype=torch.float32, attention_bias=True, mlp_bias=True
+    )
+    with torch.no_grad():
+        ours = lowbit.load(run, target="float")(tiny_ids(1)).logits
+        assert torch.allclose(theirs(tiny_ids(1)).logits, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
+
+
+def test_a_head_with_codes_of_its_own_stays_a_tensor(tmp_path: Path) -> None:
+    model = save(tmp_path, "llama")
+    every = {name: IntFormat(8, 32) for choice in footprint_at(model).choices for name in choice.modules}
+    made = lowbit.export(run_with(model, tmp_path / "run", every), "gguf")
+    assert "output.weight" in [tensor.name for tensor in Reader(made.out).tensors]
+
+
+def test_curvature_is_the_square_of_whole_gradients(model: Path) -> None:
+    """Against the library's model and autograd through all of it, with the same tokens drawn."""
+    ids, draw = tiny_ids(3), torch.Generator().manual_seed(7)
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    squares = {name: torch.zeros_like(value) for name, value in theirs.named_parameters() if value.ndim == 2}
+    for row in ids:
+        logits = theirs(row[None]).logits[0, :-1].log_softmax(-1)
+        score = logits.gather(-1, torch.multinomial(logits.detach().exp(), 1, generator=draw)).sum()
+        grads = torch.autograd.grad(score, [theirs.get_parameter(name) for name in squares])
+        for total, grad in zip(squares.values(), grads, strict=True):
+            total += grad.square()
+    found = {one.module: one for one in curvatures(StreamedModel(model), ids, seed=7)}
+    tied = theirs.config.tie_word_embeddings
+    assert set(found) == {name.removesuffix(".weight") for name in squares}
+    for name, expected in squares.items():
+        module, expected = name.removesuffix(".weight"), expected / ids[:, 1:].numel()
+        got = found[module].curvature
+        if tied and module == "model.embed_tokens":  # both uses are squared by themselves
+            assert float((got.sum() / expected.sum()).log().abs()) < 0.5
+            continue
+        assert torch.allclose(got, expected, rtol=2e-3, atol=1e-4 * float(expected.max())), module
+
+
+def test_divergences_are_those_of_models_with_weights_replaced(model: Path) -> None:
+    ids = tiny_ids(2, seed=4)
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    linear, format = f"{BLOCKS}.1.mlp.up_proj", IntFormat(4, 32)
+    ends = {"model.embed_tokens": IntFormat(4, 32), "lm_head": IntFormat(4, 32)}
+    found = divergences(StreamedModel(model), [{}, {linear: format}, ends], {}, ids)
+    assert found[0] == 0
+    with torch.no_grad():
+        exact = theirs(ids).logits[:, :-1]
+        for module in dict.fromkeys(ends):
+            weight = theirs.get_submodule(module).weight
+            if module == "model.embed_tokens" or not theirs.config.tie_word_embeddings:
+                weight.copy_(format.fake_quant(weight, format.qparams(weight)))
+        other = float(divergence(exact, theirs(ids).logits[:, :-1]).mean())
+    assert found[2] == pytest.approx(other, rel=1e-3)
+    assert 0 < found[1] < other
+
+
+def test_expected_divergence_ranks_single_changes(measured: Any) -> None:
+    streamed, footprint, losses, columns = measured
+    draw = random.Random(0)
+    every = [(c, o.format) for c in footprint.choices for o in c.options if o.format is not None]
+    chosen = draw.sample(every, 30)
+    expected = [losses.of(choice, format, BLOCKS) for choice, format in chosen]
+    assignments = [dict.fromkeys(choice.modules, format) for choice, format in chosen]
+    found = divergences(streamed, assignments, columns, tiny_ids(4, seed=9))
+    places = [torch.tensor(values).argsort().argsort().double() for values in (expected, found)]
+    assert float(torch.corrcoef(torch.stack(places))[0, 1]) > 0.85
+    # and the size is right, not the order alone
+    ratios = torch.tensor(found).log() - torch.tensor(expected).log()
+    assert abs(float(ratios.median())) < math.log(2)
+
+
+def test_the_chosen_assignment_beats_random_and_uniform_ones_of_its_size(measured: Any) -> None:
+    streamed, footprint, losses, columns = measured
+    same = uniform(footprint, losses, BLOCKS)
+    room = same["w5g32-sym"].size
+    chosen = best_within(footprint, losses, room, BLOCKS)
+    assert chosen.size <= room
+    draw, others = random.Random(1), []
+    while len(others) < 8:
+        picks = [draw.randrange(len(choice.options)) for choice in footprint.choices]
+        size = footprint.fixed + sum(c.options[at].size for c, at in zip(footprint.choices, picks, strict=True))
+        if 0.9 * room < size <= room:
+            others.append(formats_of(footprint.choices, picks))
+    ids = tiny_ids(4, seed=9)
+    ours, *found = divergences(streamed, [chosen.formats, same["w5g32-sym"].formats, *others], columns, ids)
+    assert ours < min(found)
+
+
+def test_the_least_cost_within_a_loss_is_what_trying_all_finds() -> None:
+    for seed in range(20):
+        draw = random.Random(seed)
+        costs = [[draw.randint(1, 9) for _ in range(3)] for _ in range(4)]
+        losses = [[draw.random() for _ in group] for group in costs]
+        limit = draw.uniform(sum(map(min, losses)), sum(map(max, losses)))
+        table = solve(costs, losses, sum(map(max, costs)))
+        assert table is not None
+        step = table.first_within(limit)
+        picks = None if step is None else table.picks(step)
+        tried = [
+            sum(group[at] for group, at in zip(costs, picked, strict=True))
+            for picked in itertools.product(range(3), repeat=4)
+            if sum(group[at] for group, at in zip(losses, picked, strict=True)) <= limit
+        ]
+        assert picks is not None
+        assert sum(group[at] for group, at in zip(costs, picks, strict=True)) == min(tried)
+
+
+def test_a_quality_is_reached_by_the_smallest_file(measured: Any) -> None:
+    _, footprint, losses, _ = measured
+    found = smallest_within(footprint, losses, math.log(1.05), BLOCKS)
+    assert found.expected <= math.log(1.05)
+    below = best_within(footprint, losses, found.size - 1, BLOCKS)
+    assert below.expected > math.log(1.05)
+    with pytest.raises(LowbitError, match="give a larger --quality"):
+        smallest_within(Footprint(0, footprint.choices[:1]), losses, -1.0, BLOCKS)
+
+
+def test_factors_are_drawn_to_the_mean_of_all_formats() -> None:
+    choice = Choice(("a",), 1, ())
+    probes = [Probe(choice, IntFormat(4), 1.0), Probe(choice, IntFormat(4), 1.0), Probe(choice, IntFormat(8), 1.0)]
+    found = factors_of(probes, [4.0, 4.0, 1.0])
+    mean = math.log(4) * 2 / 3
+    assert found["w4-sym"] == pytest.approx(math.exp((2 * math.log(4) + mean) / 3))
+    assert found["w8-sym"] == pytest.approx(math.exp(mean / 2))
+
+
+def test_a_second_round_moves_bits_to_the_block_that_costs_more(measured: Any) -> None:
+    """Losses that are told too small for one block: the round finds out and the block gets more."""
+    streamed, footprint, losses, columns = measured
+    wrong = Losses(losses.by_module, {}, {1: 1 / 50})
+    room = uniform(footprint, losses, BLOCKS)["iq4_nl"].size
+
+    def choose(current: Losses) -> Any:
+        return best_within(footprint, current, room, BLOCKS)
+
+    first = choose(wrong)
+    found = settle(footprint, wrong, choose, streamed, columns, tiny_ids(4))
+    assert found.rounds == 2
+    assert found.measured < divergences(streamed, [first.formats], columns, tiny_ids(4))[0]
+    assert found.solution.size <= room
+
+
+def command(model: Path, out: Path, *more: str) -> list[str]:
+    given = ["fit", str(model), "--target", "llama.cpp", "-o", str(out), "--data", f"{model}/calib.txt"]
+    return [*given, "--samples", "4", "--length", "24", "--tokens", "96", "--text", f"{model}/calib.txt", *more]
+
+
+def test_one_command_makes_a_verified_file_of_a_size_and_goes_on_after_an_interruption(
+    untied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, given = tmp_path / "out", command(untied, tmp_path / "out", "--size", "66kB")
+
+    def stop(*args: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "export", stop)
+        assert call(given) == 130
+    assert not (out / "model.gguf").exists()
+    written = (out / "run/lowbit.json").stat().st_mtime_ns
+    table = (out / "sensitivity.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert call([*given, "--json"]) == 0
+    told, said = capsys.readouterr()
+    result = json.loads(told)
+    assert (out / "run/lowbit.json").stat().st_mtime_ns == written
+    assert (out / "sensitivity.json").stat().st_mtime_ns == table
+    assert result["verified"]
+    assert (out / "model.gguf").stat().st_size == result["size_bytes"] == result["expected_bytes"] <= 66_000
+    assert all(line in said for line in result["commands"])
+    assert [line.split()[1] for line in result["commands"]] == ["quantize", "export", "verify", "compare"]
+    assert result["uniform"]["w8g32-sym"]["size_bytes"] > result["size_bytes"]
+    # What was printed makes the same file.
+    words = result["commands"][0].split()[1:]
+    words[words.index("--out") + 1] = str(tmp_path / "again")
+    assert call(words) == 0
+    made = lowbit.export(tmp_path / "again", "llama.cpp", out=tmp_path / "again.gguf")
+    data = [[tensor.data.tobytes() for tensor in Reader(p).tensors] for p in (made.out, out / "model.gguf")]
+    assert data[0] == data[1]
+    assert call([*command(untied, out, "--size", "70kB")]) == 2
+    assert "holds another fit, with another size" in capsys.readouterr().err
+
+
+def test_the_frontier_falls_and_quantizes_nothing(
+    untied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["fit", str(untied), "--target", "llama.cpp", "-o", str(tmp_path / "out"), "--frontier", "--json"]
+    assert call([*given, "--data", f"{untied}/calib.txt"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert len(points) > 8
+    sizes, expected = [p["size_bytes"] for p in points], [p["expected"] for p in points]
+    assert sizes == sorted(sizes)
+    assert expected == sorted(expected, reverse=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "sensitivity.json",
+        "sensitivity.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--size", "20kB"], "the smallest that can be is --size 4"),
+        (["--size", "5kB"], "what has no format in llama.cpp takes"),
+        (["--size", "many"], "such as 90MB"),
+        (["--bits", "1"], "the smallest that can be is --size"),
+        (["--bits", "99"], "--bits 99 given"),
+        (["--quality", "0.9"], "give a ratio of perplexities above 1"),
+        ([], "give one of --size, --bits and --quality"),
+        (["--size", "66kB", "--bits", "4"], "give one of --size, --bits and --quality"),
+        (["--size", "66kB", "--frontier"], "leave one out"),
+    ],
+)
+def test_what_cannot_be_reached_is_one_line_before_any_work(
+    given: list[str], said: str, untied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call([*command(untied, tmp_path / "out"), *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_smallest_size_that_is_said_can_be_made(untied: Path) -> None:
+    footprint = footprint_at(untied)
+    assert footprint.least == min(
+        one.size for one in [best_within(footprint, Losses({}, {}, {}), footprint.least, BLOCKS)]
+    )
+
+
+def test_a_float_tensor_that_alone_exceeds_the_size_is_named() -> None:
+    big = Choice(("lm_head",), 4, (Option(None, 1000),))
+    small = Choice(("a",), 4, (Option(IntFormat(4), 10),))
+    from lowbit.allocation.solution import check_size
+
+    with pytest.raises(LowbitError, match="lm_head, for which llama.cpp has no format, takes 1,000 in float"):
+        check_size(Footprint(100, (big, small)), 600, "llama.cpp")
+
+
+def test_a_folder_with_other_files_is_left_alone(untied: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(LowbitError, match="is no fit"):
+        api.fit(str(untied), tmp_path / "out", target="llama.cpp", size="66kB")
+
+
+def test_an_unknown_target_is_one_line(untied: Path, tmp_path: Path) -> None:
+    with pytest.raises(LowbitError, match="Known: llama.cpp"):
+        api.fit(str(untied), tmp_path / "out", target="lama.cpp", size="66kB")
