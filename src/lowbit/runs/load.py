@@ -41,6 +41,8 @@ from lowbit.quant.scheme import ModelFormats, simulated_on
 from lowbit.quant.static_activations import quantize_input
 from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
+from lowbit.runs.prefix import stored_prefix
+from lowbit.runs.prefix_forward import put_behind
 from lowbit.runs.saving import refuse_saving
 from lowbit.runs.static_inputs import read_input_qparams
 from lowbit.torch_state import own_torch_state
@@ -59,9 +61,10 @@ def load(
 ) -> Any:
     """A ``transformers`` causal language model from a run folder (or another checkpoint), ready to generate.
 
-    It computes the evaluated model, with quantized activations and KV. ``lowbit.load(DIR).generate(...)`` works as
+    It computes the evaluated model, with quantized activations and KV, behind the run's prefix.
+    ``lowbit.load(DIR).generate(...)`` works as
     usual, and so do copies, ``torch.save`` and other dtypes. ``save_pretrained`` stores parameters only: of a model
-    with runtime ops, quantized inputs or KV it is refused.
+    with runtime ops, quantized inputs or KV, or a prefix, it is refused.
 
     ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
 
@@ -112,13 +115,16 @@ def load(
             run_experts_apart(
                 layer.get_submodule(own.module), own, _expert_inputs(own, prefix, formats, own_ops, device)
             )
-    refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
+    prefix = () if manifest is None else manifest.prefix_ids
+    refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(prefix))
     qparams = read_input_qparams(checkpoint, formats.modules, device)
     for name in formats.modules:
         if (inputs := formats.input(name)) is not None and not architecture.is_experts(name):
             _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name))
     if formats.kv is not None:
-        model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation)
+        model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation, len(prefix))
+    if prefix:
+        put_behind(model, stored_prefix(checkpoint, architecture.blocks, prefix, len(layers)))
     if (folder / "generation_config.json").exists():
         model.generation_config = _generation_config(folder)
     model = model.to(device).eval()
