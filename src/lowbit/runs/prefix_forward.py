@@ -68,8 +68,8 @@ def _shift(given: dict[str, Any], tokens: int) -> None:
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             raise LowbitError(
-                "a model behind a prefix takes an attention_mask (sequences, length) and caches that grow: give no "
-                "cache_implementation, and no mask of another form"
+                "a model behind a prefix takes an attention_mask (sequences, length): give none of another form, and "
+                "no cache_implementation"
             )
         given["attention_mask"] = torch.cat([mask.new_ones(len(mask), tokens), mask], 1)
     for name in ("position_ids", "cache_position"):
@@ -81,6 +81,11 @@ def _filled(cache: Cache | None, prefix: Prefix, text: Tensor, dtype: torch.dtyp
     """The caller's cache with the prefix in front; one of an earlier call has it already."""
     if cache is None:
         return prefix.filled(len(text), dtype)
+    if cache.is_compileable:
+        raise LowbitError(
+            f"a {type(cache).__name__} given: a model behind a prefix takes caches that grow; give no "
+            "cache_implementation"
+        )
     if cache.get_seq_length() == 0:
         prefix.fill(cache, len(text), dtype)
     return cache
