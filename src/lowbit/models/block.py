@@ -72,8 +72,7 @@ class Block:
             ``(out, in)``, also those that the library stores transposed.
         formats: formats of the linears to be quantized, as resolved by the plan.
         kv: format of queries, keys and values inside the attention; ``None``: float.
-        prefix: tokens in front of every text, whose float keys and values are among ``params``, see ``prefix.py``; the
-            attention function gets them in front of the text's and does not quantize them.
+        prefix: tokens in front of every text, whose float keys and values are among ``params``: see ``prefix.py``.
         clips: clipping ratios ``(low, high)`` of the groups' ranges by linear name, each ``(rows, groups)``, for the
             qparams that a rounding step chooses.
         input_qparams: calibrated qparams of static inputs by linear name; linears that share an input share them.
