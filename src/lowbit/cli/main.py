@@ -98,6 +98,14 @@ def quantize(
         int | None, typer.Option(help="Seed of the windows and of the methods.", show_default="0")
     ] = None,
     bos: BosOption = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in front of every text whose keys and values stay float: none, auto (those that make hidden "
+            "states massive), text, or ids such as 13,1. The run then needs lowbit.load.",
+            show_default="none",
+        ),
+    ] = None,
     effort: Annotated[
         str | None,
         typer.Option(
@@ -165,6 +173,7 @@ def quantize(
         length=length,
         seed=seed,
         bos=bos_of(bos) if bos else None,
+        prefix=prefix,
         device=device,
         dtype=dtype,
         settings=set_ or [],

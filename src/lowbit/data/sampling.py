@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def _sample(model: Model, uniform: Tensor, allowed: Tensor, start: Sequence[int]
         ids[:, : len(start)] = torch.tensor(start)[: uniform.shape[1]]
     else:
         ids[:, 0] = allowed[(uniform[:, 0] * len(allowed)).long()]
-    name, cache = _cache_name(model), None
+    name, cache = cache_name(model), None
     for step in track(range(1, uniform.shape[1]), f"sampling {len(ids)} texts"):
         given = {name: cache, "use_cache": True}
         out = model(input_ids=ids[:, step - 1 : step].to(model.device), **given)
@@ -75,7 +75,7 @@ def _sample(model: Model, uniform: Tensor, allowed: Tensor, start: Sequence[int]
     return ids
 
 
-def _cache_name(model: Model) -> str:
+def cache_name(model: Any) -> str:
     """What the model calls its cache of keys and values, as an argument and in its output.
 
     From transformers 5.24 on it is ``cache``; the name before, which 5.23 and code of a model's own have, is

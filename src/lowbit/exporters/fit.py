@@ -30,7 +30,8 @@ class Misfit:
     """Why a target does not support a subject.
 
     Attributes:
-        field: what does not fit: ``weight``, ``act``, ``kv``, ``override GLOB``, ``recipe``, ``architecture``.
+        field: what does not fit: ``weight``, ``act``, ``kv``, ``override GLOB``, ``recipe``, ``prefix``,
+            ``architecture``.
         why: the reason and, where no other scheme helps, what to do.
         glob: the override that causes it, if one does.
     """

@@ -42,6 +42,7 @@ class Subject:
         shapes: ``(out, in)`` of those modules and of ``floats``.
         floats: linears of the blocks that stay float.
         ops: kinds of runtime ops that the result has, or may have, each with the step or module it comes from.
+        prefix: tokens whose keys and values the result has in front of every text.
     """
 
     config: Any
@@ -50,6 +51,7 @@ class Subject:
     shapes: Mapping[str, tuple[int, int]]
     floats: tuple[str, ...] = ()
     ops: Mapping[type[RuntimeOp], str] = field(default_factory=dict)
+    prefix: int = 0
 
     @property
     def weights(self) -> dict[str, Format]:
@@ -136,7 +138,8 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
         if kind not in OPS:
             raise unknown(f"runtime op in {folder / MANIFEST}", kind, OPS)
         ops.setdefault(OPS[kind], f"the run, at {module}")
-    return Run(folder, manifest, Subject(config, scheme, formats, shapes, floats, ops), checkpoint)
+    subject = Subject(config, scheme, formats, shapes, floats, ops, len(manifest.prefix_ids))
+    return Run(folder, manifest, subject, checkpoint)
 
 
 def _shape(checkpoint: Checkpoint, module: str, formats: ModuleFormats) -> tuple[int, int]:

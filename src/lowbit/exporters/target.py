@@ -96,7 +96,13 @@ class Exporter:
     experts: bool = False
 
     def misfit(self, subject: Subject) -> Misfit | None:
-        """Why the target does not support a subject: experts, an op, a turned matrix, a format, its own limits."""
+        """Why the target does not support a subject: a prefix, experts, an op, a format, its own limits."""
+        if subject.prefix:
+            why = (
+                f"texts come behind the keys and values of {subject.prefix} tokens, which no runtime starts from; "
+                "use lowbit.load, or quantize with --prefix none"
+            )
+            return Misfit("prefix", why)
         kinds = architecture_of(subject.config).layers
         if any(kind.kept or kind.experts_of_own_code for kind in kinds):
             return Misfit(

@@ -35,6 +35,7 @@ from lowbit.methods.statistics import input_statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.edges import Edge, Projection, first_edges
 from lowbit.models.equivalence import check_can_move
+from lowbit.models.prefix import VALUES, change_cached
 from lowbit.models.reorder import Reorder
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
@@ -161,6 +162,8 @@ class _Reordered:
             for source in (edge.src, edge.partner):
                 if source is not None:
                     gather_rows(self.params, self.clips, source, idx, ones)
+            if edge.kind == "heads":
+                change_cached(self.params, VALUES, edge, lambda rows: rows[idx])
         else:
             check_can_move(self.given, edge)
             self.ops[edge.src.module] = Reorder(idx)

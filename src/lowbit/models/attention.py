@@ -4,6 +4,8 @@
 its three inputs, per token and head, and passes them to the function that the model would have used. The cache holds
 K and V in float, and they are quantized at each use: since every token and head has its own range, the result equals
 that of a quantized cache. The softmax output stays in float, as in the literature.
+
+The keys and values of a prefix (``prefix.py``) come first and stay float.
 """
 
 from __future__ import annotations
@@ -13,26 +15,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowbit.quant.activations import ActFormat
 
 
-def attention_name(format: ActFormat, base: str) -> str:
+def attention_name(format: ActFormat, base: str, prefix: int = 0) -> str:
     """Register (once) attention ``base`` with Q, K, V quantized in ``format``; returns its name for the config.
 
-    ``base`` is a name such as ``sdpa`` or ``eager``.
+    Args:
+        format: of queries, keys and values.
+        base: a name such as ``sdpa`` or ``eager``.
+        prefix: how many of the first keys and values stay as they are.
     """
     # Imported where it is needed: the library's batched serving comes with it.
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    name = f"lowbit_{base}_{format.name}"
+    name = f"lowbit_{base}_{format.name}" + (f"_behind_{prefix}" if prefix else "")
     if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return name
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        quantized = (format.fake_quant(x) for x in (query, key, value))
+        quantized = format.fake_quant(query), *(_behind(prefix, format, x) for x in (key, value))
         # Each modelling file defines its own eager function (Gemma2's caps the logits).
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)(module, *quantized, *args, **kwargs)
@@ -42,12 +48,19 @@ def attention_name(format: ActFormat, base: str) -> str:
     return name
 
 
+def _behind(prefix: int, format: ActFormat, x: Tensor) -> Tensor:
+    """Keys or values ``(sequences, heads, length, width)``, quantized from position ``prefix`` on."""
+    if not prefix:
+        return format.fake_quant(x)
+    return torch.cat([x[..., :prefix, :], format.fake_quant(x[..., prefix:, :])], -2)
+
+
 @contextmanager
-def quantized_attention(config: Any, format: ActFormat | None) -> Iterator[None]:
+def quantized_attention(config: Any, format: ActFormat | None, prefix: int = 0) -> Iterator[None]:
     """Within the context, layers that share ``config`` quantize Q, K and V in ``format`` (``None``: no effect)."""
     before = config._attn_implementation
     if format is not None:
-        config._attn_implementation = attention_name(format, before)
+        config._attn_implementation = attention_name(format, before, prefix)
     try:
         yield
     finally:

@@ -72,6 +72,7 @@ class Block:
             ``(out, in)``, also those that the library stores transposed.
         formats: formats of the linears to be quantized, as resolved by the plan.
         kv: format of queries, keys and values inside the attention; ``None``: float.
+        prefix: tokens in front of every text, whose float keys and values are among ``params``: see ``prefix.py``.
         clips: clipping ratios ``(low, high)`` of the groups' ranges by linear name, each ``(rows, groups)``, for the
             qparams that a rounding step chooses.
         input_qparams: calibrated qparams of static inputs by linear name; linears that share an input share them.
@@ -94,6 +95,7 @@ class Block:
     streams: tuple[Stream, ...] = ()
     formats: Mapping[str, ModuleFormats] = field(default_factory=dict)
     kv: ActFormat | None = None
+    prefix: int = 0
     clips: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     input_qparams: Mapping[str, QParams] = field(default_factory=dict)
     qweights: Mapping[str, QTensor] = field(default_factory=dict)

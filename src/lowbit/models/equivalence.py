@@ -23,13 +23,15 @@ qk         ``(kv, size)``                    norms over all heads: the same per 
 norm cannot be folded and is refused here. Where a channels edge has ``power`` p, rows of its source take the p-th
 root.
 
+A prefix's keys and values (``prefix.py``) change with the rows of k and v.
+
 Norm and heads edges also take a shift ``s``: activations become ``(x - s) A^-1``, at no run-time cost where both ends
 have a bias (``can_shift``). Across heads this is exact where the rows of the softmax sum to 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
 from lowbit.models.edges import Edge, Norm, Projection
+from lowbit.models.prefix import KEYS, VALUES, change_cached
 from lowbit.models.runtime_ops import at_input, linear_behind
 
 Params = dict[str, Tensor]
@@ -137,6 +140,8 @@ def _shift(block: Block, out: Params, edge: Edge, shift: Tensor) -> None:
         out[edge.src.bias] = out[edge.src.bias] - shift
     else:
         edge.src.change_bias(out, lambda bias: bias - shift.flatten())
+        if edge.kind == "heads":
+            change_cached(out, VALUES, edge, lambda rows: rows - shift.flatten()[:, None])
 
 
 def _norm(out: Params, edge: Edge, map: Tensor) -> None:
@@ -166,13 +171,13 @@ def _heads(out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None
     # Query head h reads KV head h // group.
     spread = map.repeat_interleave(heads.group, 0)
     if map.ndim == 2:
-        edge.src.change(out, lambda rows: rows / _as_rows(map.flatten(), rows))
+        _change_v(out, edge, lambda rows: rows / _as_rows(map.flatten(), rows))
         for dst in edge.readers:
             dst.change_weight(out, lambda weight: weight * spread.flatten())
         return
     inverse_map = torch.linalg.inv(map) if inverse is None else inverse
     # V becomes V A^-1 per head; on the rows of the weight this is A^-T W_v.
-    edge.src.change(out, lambda rows: _per_head(inverse_map.mT, rows, heads.kv))
+    _change_v(out, edge, lambda rows: _per_head(inverse_map.mT, rows, heads.kv))
 
     def transform_columns(weight: Tensor) -> Tensor:
         columns = weight.unflatten(-1, (heads.query, heads.dim))  # (out, query, dim)
@@ -180,6 +185,13 @@ def _heads(out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None
 
     for dst in edge.readers:
         dst.change_weight(out, transform_columns)
+
+
+def _change_v(out: Params, edge: Edge, by: Callable[[Tensor], Tensor]) -> None:
+    """Change the rows of v, and a prefix's values with them."""
+    assert isinstance(edge.src, Projection)
+    edge.src.change(out, by)
+    change_cached(out, VALUES, edge, by)
 
 
 def _per_head_shapes(edge: Edge) -> list[tuple[int, ...]]:
@@ -203,6 +215,8 @@ def _qk_gains(out: Params, edge: Edge, map: Tensor) -> None:
         out[q.bias] = out[q.bias] / q_scale
     if k.bias in out:
         out[k.bias] = out[k.bias] * scale.flatten()
+    every = scale.expand(edge.layout.kv, -1).flatten()
+    change_cached(out, KEYS, edge, lambda rows: rows * every[:, None])
 
 
 def _qk_free(out: Params, edge: Edge, map: Tensor, inverse: Tensor | None) -> None:
@@ -260,6 +274,7 @@ def _apply_qk(out: Params, edge: Edge, c: Tensor, inverse: Tensor) -> None:
     heads = edge.layout
     for dst in edge.readers:
         dst.change(out, lambda rows: _per_head(c, rows, heads.kv))
+    change_cached(out, KEYS, edge, lambda rows: _per_head(c, rows, heads.kv))
     inverse_t = inverse.mT.repeat_interleave(heads.group, 0)
     assert isinstance(edge.src, Projection)
     edge.src.change(out, lambda rows: _per_head(inverse_t, rows, heads.query))

@@ -21,6 +21,7 @@ from lowbit.models.linear_input import Cache, LinearInput, Tap
 from lowbit.models.listed_experts import ListedExperts
 from lowbit.models.offload import batches, concatenate
 from lowbit.models.own_experts import OwnExpertsCall, own_experts_computed_by
+from lowbit.models.prefix import KEYS, VALUES, with_prefix
 from lowbit.models.recorder import hidden_of
 from lowbit.models.runtime_ops import RuntimeOp, at_input, linear_behind
 from lowbit.models.stream import State
@@ -58,14 +59,18 @@ def run(
         state = _state(block, index, kind, params, x)
         with ExitStack() as stack:
             _prepare(stack, block, layer, index, kind, params, quantized, taps or {}, replay)
-            hidden = _called(layer, state, hidden, for_batch(kwargs, x, stream.digits), handed)
+            arguments = for_batch(kwargs, x, stream.digits)
+            if block.prefix:
+                arguments = with_prefix(arguments, index, params)
+            hidden = _called(layer, state, hidden, arguments, handed)
     return block.leaves.pack(State(hidden, stream.digits, handed))
 
 
 def _state(block: Block, index: int, kind: LayerKind, params: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
     """A layer's parameters as the library names and stores them, without those of experts, in the dtype of ``x``."""
     prefix = f"{index}."
-    names = [name for name in params if name.startswith(prefix)]
+    cached = (f"{prefix}{KEYS}", f"{prefix}{VALUES}")  # the prefix's, which come in with the arguments
+    names = [name for name in params if name.startswith(prefix) and name not in cached]
     if kind.experts is not None:
         names = [n for n in names if not kind.is_stacked(n.removeprefix(prefix).rpartition(".")[0])]
     own = block.as_stored({name: _like(params[name], x) for name in names})
@@ -87,7 +92,7 @@ def _prepare(
     prefix, inputs = f"{index}.", _inputs(block, index, kind, quantized, taps)
     if kind.attention is not None:
         attention = layer.get_submodule(kind.attention)
-        stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None))
+        stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None, block.prefix))
     if kind.experts is not None:
         stack.enter_context(_experts(layer, kind.experts, params, inputs, index, taps, block.every_token, replay))
         inputs = [{n: own for n, own in group.items() if not kind.is_stacked(n)} for group in inputs]

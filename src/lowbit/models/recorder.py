@@ -162,7 +162,9 @@ class Recorders:
     def arguments(self, index: int, length: int) -> dict[str, Any]:
         """What layer ``index`` is called with, for sequences of a ``length`` that the model has seen."""
         recorded, rows = self.modules[index].arguments[length], self.rows[index]
-        out = {name: PerSequence(value) if name in rows else value for name, value in recorded.items()}
+        # A mask may be left out for a length, where causality says all.
+        own = {name for name in rows if isinstance(recorded.get(name), Tensor)}
+        out = {name: PerSequence(value) if name in own else value for name, value in recorded.items()}
         return out | {name: PerText(partial(self._given, index, name)) for name in self.texts[index]}
 
     @torch.no_grad()

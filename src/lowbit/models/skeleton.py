@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
+from lowbit.data.sampling import cache_name
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
 from lowbit.models.build import from_config, text_config, tied_tensors
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
+from lowbit.models.prefix import counted
 from lowbit.models.recorder import Recorders, hidden_of
 from lowbit.models.stream import State, Stream, digits_of
 from lowbit.models.text_part import remove_outside
@@ -40,6 +43,7 @@ class Skeleton:
         architecture: where its layers are, and the structure of each.
         trusted: whether code of the model's own is permitted.
         layers: the library's decoder layers, on ``meta``; they define how a block computes.
+        cache: what the model is called with, see ``behind``; ``None``: no cache.
     """
 
     def __init__(self, config: Any, trust_remote_code: bool = False) -> None:
@@ -55,11 +59,26 @@ class Skeleton:
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.architecture.blocks))
         self._recorders = Recorders.of(self.layers)
         self._length = 0  # of the sequences in the last call of ``embed``
+        self.cache: Cache | None = None
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders.modules))
 
     def empty(self) -> Skeleton:
-        """Another skeleton of the same model, without parameters."""
-        return Skeleton(self.config, self.trusted)
+        """Another skeleton of the same model, behind as many tokens, without parameters."""
+        other = Skeleton(self.config, self.trusted)
+        other.cache = self.cache
+        return other
+
+    def behind(self, tokens: int) -> None:
+        """From now on texts come behind a prefix of so many tokens; 0: behind none.
+
+        Blocks then need the prefix's keys and values among their parameters, see ``prefix.py``.
+        """
+        self.cache = counted(tokens, len(self.layers)) if tokens else None
+
+    @property
+    def prefix(self) -> int:
+        """Tokens that come before each text."""
+        return 0 if self.cache is None else self.cache.get_seq_length()
 
     @property
     def text_config(self) -> Any:
@@ -113,8 +132,7 @@ class Skeleton:
         last.answer = None
         self._length = ids.shape[1]
         if not self._recorders.learned:
-            rows = self.model.get_input_embeddings().weight.shape[0]
-            self._recorders.learn(self._last_logits, ids[:1], rows)
+            self._learn(ids[:1])
         # One sequence suffices for the keyword arguments: all have the same length and no padding.
         self._last_logits(ids[:1])
         inputs: list[Tensor] = []
@@ -127,6 +145,15 @@ class Skeleton:
         parts = zip(inputs, ids.split(64), strict=True)
         stream = self._recorders.streams[0]
         return torch.cat([stream.pack(State(hidden, digits_of(part))) for hidden, part in parts])
+
+    def _learn(self, ids: Tensor) -> None:
+        """Find out how the model calls its layers, on a sequence ``(1, length)`` with nothing before it."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        cache, self.cache = self.cache, None
+        try:
+            self._recorders.learn(self._last_logits, ids, rows)
+        finally:
+            self.cache = cache
 
     def _last_logits(self, ids: Tensor) -> Tensor:
         """Logits of the last position alone ``(sequences, 1, vocabulary)``."""
@@ -152,7 +179,8 @@ class Skeleton:
         head = self.model.get_submodule(self.architecture.head)
         handle = head.register_forward_pre_hook(lambda module, args: (args[0][..., keep, :], *args[1:]), prepend=True)
         try:
-            logits: Tensor = self.model(ids, use_cache=False).logits
+            given = {} if self.cache is None else {cache_name(self.model): self.cache}
+            logits: Tensor = self.model(ids, use_cache=False, **given).logits
         finally:
             handle.remove()
         return logits
@@ -185,6 +213,7 @@ class Skeleton:
             streams=tuple(self._recorders.streams[start : start + count + 1]),
             formats={name: module for name, module in modules.items() if module is not None},
             kv=formats.kv,
+            prefix=self.prefix,
         )
         return replace(block, params=block.as_stored(own)) if any(kind.transposed for kind in kinds) else block
 
@@ -200,6 +229,10 @@ class Skeleton:
         """Drop what ``embed`` recorded, as before its first call."""
         self._length = 0
         self._recorders.forget()
+
+    def arguments(self) -> tuple[Mapping[str, Any], ...]:
+        """What each layer was called with in the last call of ``embed``, in the form of ``Block.kwargs``."""
+        return self._kwargs(0, len(self.layers), self._length)
 
     def _kwargs(self, start: int, count: int, length: int) -> tuple[Mapping[str, Any], ...]:
         layers = range(start, start + count)

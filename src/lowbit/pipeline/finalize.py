@@ -16,6 +16,7 @@ from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, 
 from lowbit.models.build import auto_class
 from lowbit.models.description import to_dict
 from lowbit.models.ops import OPS
+from lowbit.models.prefix import KEYS, VALUES
 from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name
 from lowbit.models.stored_names import StoredNames
 from lowbit.pipeline.opened import Opened
@@ -26,11 +27,12 @@ from lowbit.quant.scheme import ModelFormats
 from lowbit.runs.activation_stats import OBSERVED
 from lowbit.runs.carried import CARRIED, write_carried
 from lowbit.runs.folder import REST, RUN, TIMING, block_file, notes_file, write_folder_index
-from lowbit.runs.manifest import MANIFEST, BlockRow, Identity, Manifest, StockLoading, manifest_of
+from lowbit.runs.manifest import MANIFEST, BlockRow, Identity, Manifest, PrefixFacts, StockLoading, manifest_of
 from lowbit.runs.plan import Plan
 from lowbit.runs.versions import versions
 
 STOP = "maps stay online: only lowbit.load runs this folder"
+STOP_PREFIX = "texts come behind a prefix: only lowbit.load runs this folder"
 CARD = "README.md"
 _MAY_NAME_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
@@ -42,6 +44,7 @@ def finish(
     identity: Identity,
     rows: list[BlockRow],
     request: Mapping[str, Any],
+    prefix: PrefixFacts | None = None,
 ) -> Manifest:
     """Write all files other than the blocks' shards, the manifest last; return the manifest."""
     source = opened.source.folder
@@ -51,17 +54,20 @@ def finish(
     config = _shipped_config(read_json(source / CONFIG), trusted)
     config["quantization_config"] = quantization_config(plan.formats, (*plan.floats, *plan.outside), plan.embed)
     ops = _runtime_ops(out, len(rows), opened.names)
-    if ops:
-        # The weights belong to a graph with runtime ops, which a stock loader must not run. It ignores an unknown
-        # method and continues with random weights; an unreadable group makes it fail with the group's name.
+    has_prefix = prefix is not None and bool(prefix.ids)
+    if ops or has_prefix:
+        # The weights belong to a graph that a stock loader does not have and must not run without. It ignores an
+        # unknown method and continues with random weights; an unreadable group makes it fail with the group's name.
+        stop = STOP if ops else STOP_PREFIX
         config["quantization_config"]["config_groups"] = {
-            STOP: {"targets": ["Linear"], "weights": {"num_bits": STOP}}
+            stop: {"targets": ["Linear"], "weights": {"num_bits": stop}}
         }
     if not plan.tied:
         _untie(config)
     write_json(out / CONFIG, config)
     copied = _copy_companions(source, out, trusted)
-    manifest = _manifest(plan, identity, rows, ops, request, opened)
+    extra = sum(stored.bits for stored in ops.values()) + (_prefix_bits(out, len(rows)) if has_prefix else 0)
+    manifest = _manifest(plan, identity, rows, ops, extra, request, opened, prefix)
     write_bytes(
         out / CARD, model_card(manifest, auto_class(opened.config).__name__).encode(errors="backslashreplace")
     )
@@ -143,13 +149,22 @@ def _runtime_ops(out: Path, layers: int, names: StoredNames) -> dict[str, _Store
     return ops
 
 
-def _why_not(plan: Plan, ops: Mapping[str, _StoredOp]) -> str | None:
+def _prefix_bits(out: Path, layers: int) -> int:
+    """Bits that the keys and values of a prefix take in a run's shards."""
+    shards = Checkpoint(out, [block_file(i) for i in range(layers)])
+    stored = shards.read([name for name in shards.names if name.endswith((f".{KEYS}", f".{VALUES}"))])
+    return sum(value.numel() * value.element_size() * 8 for value in stored.values())
+
+
+def _why_not(plan: Plan, ops: Mapping[str, _StoredOp], prefix: PrefixFacts | None) -> str | None:
     """Why stock ``transformers`` does not run the result; ``None`` where it does."""
-    if not ops:
-        return plan.stock
-    count = Counter(stored.op for stored in ops.values())
-    why = f"{' and '.join(f'{n} {op.why}' for op, n in count.items())} stay online"
-    return why if plan.stock is None else f"{why}; {plan.stock}"
+    reasons = []
+    if ops:
+        count = Counter(stored.op for stored in ops.values())
+        reasons.append(f"{' and '.join(f'{n} {op.why}' for op, n in count.items())} stay online")
+    if prefix is not None and prefix.ids:
+        reasons.append(f"texts come behind a prefix of {len(prefix.ids)} tokens")
+    return "; ".join([*reasons, *([plan.stock] if plan.stock else [])]) or None
 
 
 def _manifest(
@@ -157,10 +172,13 @@ def _manifest(
     identity: Identity,
     rows: list[BlockRow],
     ops: Mapping[str, _StoredOp],
+    extra: int,
     request: Mapping[str, Any],
     opened: Opened,
+    prefix: PrefixFacts | None,
 ) -> Manifest:
-    extra, why_not = sum(stored.bits for stored in ops.values()), _why_not(plan, ops)
+    """The manifest; ``extra`` bits are stored beside weights, scales and zero points."""
+    why_not = _why_not(plan, ops, prefix)
     weights = plan.quantized_weights
     return Manifest(
         identity=identity,
@@ -177,6 +195,7 @@ def _manifest(
         blocks=rows,
         architecture=to_dict(plan.architecture),
         carried=list(opened.others.notes),
+        prefix=prefix,
         files={},  # digests are added once all other files are written
     )
 
@@ -230,6 +249,7 @@ def model_card(manifest: Manifest, auto: str = "AutoModelForCausalLM") -> str:
         f"{manifest.bits_per_weight:.3f} (codes, scales, zero points, runtime ops) |",
         f"| quantized modules | {len(manifest.quantized)} |",
         f"| left in float | {', '.join(manifest.floats) or 'nothing'}, embeddings unless quantized, norms |",
+        *[f"| prefix | {facts.sentence()} |" for facts in [manifest.prefix] if facts],
         *[f"| experts left in float | {', '.join(names)} |" for names in [manifest.kept_experts] if names],
         *[f"| carried over | {note} |" for note in manifest.carried],
         *_calibration(identity),

@@ -87,6 +87,7 @@ def inspect_model(
             "bits_per_weight": round(manifest.bits_per_weight, 4),
             "loads_in_transformers": manifest.transformers.loads,
             "relative_error_of_last_block": manifest.blocks[-1].relative_error,
+            **({} if manifest.prefix is None else {"prefix": manifest.prefix.sentence()}),
         }
     chosen, wanted = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
     samples = default_samples(chosen) if samples is None else samples

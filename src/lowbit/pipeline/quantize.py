@@ -39,6 +39,7 @@ from lowbit.pipeline.finalize import finish, finished
 from lowbit.pipeline.keep import Keep
 from lowbit.pipeline.keep import keep as keep_codes
 from lowbit.pipeline.opened import Opened, open_model
+from lowbit.pipeline.prefix import Wanted, check_prefix, settle_prefix, wanted
 from lowbit.pipeline.recipe import Recipe, recipe_to_dict
 from lowbit.pipeline.request import Request, make_request
 from lowbit.pipeline.runner import Walk, check_space, peak_memory_bytes
@@ -91,6 +92,7 @@ def quantize(
     length: int | None = None,
     seed: int | None = None,
     bos: Bos | None = None,
+    prefix: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     settings: Iterable[str] = (),
@@ -120,6 +122,9 @@ def quantize(
         samples, length, seed: number of windows, tokens per window, and the seed that draws them.
         bos: what a window starts with: ``auto``, the special tokens that the tokenizer puts before a text; ``never``,
             none; ``stream``, the papers' protocol, where a corpus has them once. See ``docs/data.md``.
+        prefix: tokens in front of every text whose keys and values stay float: ``none``, the default; ``auto``, those
+            that make hidden states massive, if there are any; text, or token ids such as ``13,1``. Such a run needs
+            ``lowbit.load``. See ``docs/prefix.md``.
         device, dtype: device and dtype of the blocks' forward passes; a CPU computes in float32 only.
         settings: ``step.field=value`` for the recipe's steps.
         overrides: ``{glob: format}`` over module names, such as ``{"*.down_proj": "q6_k"}`` or ``{"lm_head": "w8"}``.
@@ -145,7 +150,8 @@ def quantize(
         LowbitError: on user errors; detected before work starts where possible.
     """
     began = time.monotonic()
-    protocol = {"data": data, "samples": samples, "length": length, "seed": seed, "bos": bos, "effort": effort}
+    protocol = {"data": data, "samples": samples, "length": length, "seed": seed, "bos": bos}
+    protocol |= {"prefix": prefix, "effort": effort}
     if keep:
         given: dict[str, Any] = {
             "scheme": scheme,
@@ -214,6 +220,7 @@ class Resolved:
         shapes: shapes of the checkpoint's tensors, by name.
         tokens: calibration tokens.
         special: the special tokens in front of each calibration window, as text.
+        prefix: the prefix that is wanted; ``None``: none.
     """
 
     request: Request
@@ -223,6 +230,7 @@ class Resolved:
     shapes: Mapping[str, torch.Size]
     tokens: Tokens
     special: str
+    prefix: Wanted | None
 
     def identity(self) -> Identity:
         """What distinguishes this run from others: independent of the machine."""
@@ -243,6 +251,7 @@ class Resolved:
             expert_tokens=request.expert_tokens,
             all_experts=request.all_experts,
             source_files=companions_digest(self.opened.source.folder),
+            prefix=request.prefix,
         )
 
 
@@ -270,6 +279,9 @@ def _check(request: Request) -> Resolved:
     tokenizer = load_tokenizer(source.folder, trusted)
     tokens = _calibration(request, source, tokenizer)
     check_ids(tokens.ids, skeleton, source.folder)
+    prefix = wanted(request.prefix, tokenizer, tokens.prefix)
+    if prefix is not None:
+        check_prefix(prefix, skeleton, request.length)
     _check_computes(opened.checkpoint, probe := skeleton.empty())
     if probe.reads_text and plan.embed in plan.formats.modules:
         raise LowbitError(
@@ -277,7 +289,7 @@ def _check(request: Request) -> Resolved:
             "embedding out of the overrides"
         )
     special = decode(tokenizer, tokens.prefix)
-    return Resolved(request, opened, scheme, plan, shapes, tokens, special)
+    return Resolved(request, opened, scheme, plan, shapes, tokens, special, prefix)
 
 
 def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
@@ -319,12 +331,13 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
             every_token=request.all_experts,
             names=resolved.opened.names,
         )
+        prefix = None if resolved.prefix is None else settle_prefix(run, ids, resolved.prefix)
         with fused() if request.compiled else nullcontext():
             if request.recipe.tune is not None:
                 tune(request.recipe.tune, run, ids)
             run.walk(ids)
         write_activation_stats(out, run.observed)
-        return finish(out, resolved.opened, plan, identity, run.rows, request.to_dict())
+        return finish(out, resolved.opened, plan, identity, run.rows, request.to_dict(), prefix)
 
 
 def _scheme(request: Request, skeleton: Skeleton) -> Scheme:

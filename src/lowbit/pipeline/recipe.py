@@ -53,6 +53,7 @@ PROTOCOL: dict[str, type] = {
     "length": int,
     "seed": int,
     "bos": str,
+    "prefix": str,
     "effort": str,
 }
 KEYS = ("description", "schemes", "steps", "window", "run")

@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "bos": "auto",
     "effort": "normal",
+    "prefix": "none",
 }
 
 
@@ -68,6 +69,7 @@ class Request:
         packaged: whether ``given`` is a packaged recipe, which its name identifies.
         scheme: overrides included; ``None``: the target runtime's default.
         input_range: how the ranges of static inputs are estimated; ``None`` for schemes without any.
+        prefix: ``none``, ``auto``, token ids or text.
     """
 
     model: str
@@ -87,6 +89,7 @@ class Request:
     length: int
     seed: int
     bos: Bos
+    prefix: str
     device: str
     dtype: str
     compiled: bool
@@ -123,6 +126,7 @@ class Request:
             "length": self.length,
             "seed": self.seed,
             "bos": self.bos,
+            "prefix": self.prefix,
             "device": self.device,
             "dtype": self.dtype,
             "compiled": self.compiled,
@@ -162,8 +166,8 @@ def make_request(
     Args:
         model, scheme, recipe, settings, overrides, target, input_range, expert_tokens, all_experts: as for
             ``lowbit.quantize``.
-        protocol: ``data``, ``samples``, ``length``, ``seed``, ``bos`` and ``effort``; ``None``: the recipe's value,
-            else the default.
+        protocol: ``data``, ``samples``, ``length``, ``seed``, ``bos``, ``prefix`` and ``effort``; ``None``: the
+            recipe's value, else the default.
         machine: see ``Machine``.
     """
     check_device(machine["device"], machine["dtype"])
@@ -185,6 +189,12 @@ def make_request(
         scheme = chosen["scheme"]
     named = load_scheme(scheme) if isinstance(scheme, str) else scheme
     formats = None if named is None else with_overrides(named, overrides)
+    runtime = target or (formats.target if formats else None)
+    if chosen["prefix"] != "none" and runtime is not None:
+        raise LowbitError(
+            f"--prefix '{chosen['prefix'][:80]}' and --target {runtime} given: no runtime starts from keys and "
+            "values that come with a model; leave one of them out"
+        )
     return Request(
         model=model,
         given=base,
@@ -194,11 +204,11 @@ def make_request(
         settings=settings,
         scheme=formats,
         overrides=overrides,
-        target=target or (formats.target if formats else None),
+        target=runtime,
         input_range=_estimator(input_range, formats),
         expert_tokens=expert_tokens,
         all_experts=all_experts,
-        **{key: chosen[key] for key in ("data", "samples", "length", "seed", "bos")},
+        **{key: chosen[key] for key in ("data", "samples", "length", "seed", "bos", "prefix")},
         **machine,
     )
 

@@ -28,6 +28,7 @@ from lowbit.models.block import LEAST_TOKENS, Block, Calib
 from lowbit.models.build import tied_tensors
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
+from lowbit.models.prefix import Prefix
 from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_names import StoredNames
@@ -111,6 +112,7 @@ class Walk:
         input_range: how the ranges of static inputs are estimated.
         least_tokens, every_token: of each block, see ``Block``.
         names: what the model's tensors are called in its files, and in the run's.
+        prefix: the prefix of every text, behind which the skeleton is; ``None``: none.
         rows: the manifest's rows, one per finished block.
         observed: activation statistics and learned maps for the report, by tensor name.
     """
@@ -128,6 +130,7 @@ class Walk:
     least_tokens: int = LEAST_TOKENS
     every_token: bool = False
     names: StoredNames = field(default_factory=StoredNames)
+    prefix: Prefix | None = None
     rows: list[BlockRow] = field(default_factory=list)
     observed: dict[str, Tensor] = field(default_factory=dict)
 
@@ -157,9 +160,14 @@ class Walk:
         for index in range(start, start + count):
             shapes = self.skeleton.parameter_shapes(index)
             params |= block_params(self.checkpoint, self.skeleton.architecture.blocks, index, shapes)
+            params |= {} if self.prefix is None else self.prefix.params(index)
         on_device = {name: value.to(self.device) for name, value in params.items()}
         block = self.skeleton.block(start, on_device, count, self.plan.formats)
         return replace(block, least_tokens=self.least_tokens, every_token=self.every_token)
+
+    def fill_float(self) -> None:
+        """Fill the skeleton with the float model's embeddings, norms and head."""
+        self._fill(self.checkpoint.read(self.skeleton.shared_names))
 
     def skeletons(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
         """Embeddings and head of the float and the quantized model, after a walk over ``ids``; may be one object."""

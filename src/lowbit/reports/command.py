@@ -40,6 +40,8 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
         words += ["--" + name, str(request[name])]
     for name, default in (("bos", "auto"), ("device", "cpu"), ("dtype", "float32"), ("revision", None)):
         words += _option(name, request.get(name), default)
+    if (prefix := request.get("prefix", "none")) != "none":
+        words.append(f"--prefix={prefix}")  # text that may start with a dash
     words += _option("expert-tokens", str(request.get("expert_tokens", LEAST_TOKENS)), str(LEAST_TOKENS))
     return shlex.join([*words, *_flags(request)]), file
 

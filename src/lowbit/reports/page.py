@@ -70,6 +70,8 @@ def warnings(manifest: Manifest) -> list[tuple[str, str]]:
     out = [(f"block {row.block}", note) for row in manifest.blocks for note in row.notes]
     if manifest.floats:
         out.append(("left in float", ", ".join(manifest.floats)))
+    if manifest.prefix is not None:
+        out.append(("prefix", manifest.prefix.sentence()))
     if manifest.kept_experts:
         out.append(("experts left in float", ", ".join(manifest.kept_experts)))
     if reason := manifest.transformers.why_not:

@@ -43,12 +43,14 @@ from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Architecture, LayerKind
 from lowbit.models.block import Block
 from lowbit.models.ops import OPS
+from lowbit.models.prefix import KEYS, VALUES
 from lowbit.models.runtime_ops import RuntimeOp, linear_behind, parse_tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import QTensor
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
 from lowbit.runs.carried import CARRIED
 from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
+from lowbit.runs.prefix import layer_prefix
 from lowbit.runs.static_inputs import read_input_qparams
 
 TIMING, RUN, IDENTITY, LOCK = "lowbit-timing.json", ".run", "identity.json", "lock"
@@ -262,6 +264,9 @@ def read_block(
     modules = {name: own for name, own in formats.modules.items() if name.startswith(f"{prefix}{index}.")}
     quantized = read_qtensors(checkpoint, modules)
     floats = checkpoint.read([n for n in names if n.removesuffix(".weight") not in modules], torch.float32)
+    if skeleton.prefix:
+        own = layer_prefix(checkpoint, f"{prefix}{index}", skeleton.prefix)
+        floats |= {f"{prefix}{index}.{key}": value for key, value in zip((KEYS, VALUES), own, strict=True)}
     params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
     qweights = {name.removeprefix(prefix): q.to(device) for name, q in quantized.items()}
     inputs = read_input_qparams(checkpoint, modules, device)

@@ -24,10 +24,10 @@ from lowbit.models.attention import attention_name
 from lowbit.models.build import from_config, tied_tensors
 from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
 from lowbit.models.experts_function import run_experts_apart
-from lowbit.models.own_experts import quantize_own_experts
 from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import gathered_norm
 from lowbit.models.linear_input import LinearInput
+from lowbit.models.own_experts import quantize_own_experts
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp, at_input, linear_behind
 from lowbit.models.validate import (
     PROBE,
@@ -42,6 +42,8 @@ from lowbit.quant.scheme import ModelFormats, simulated_on
 from lowbit.quant.static_activations import quantize_input
 from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
+from lowbit.runs.prefix import stored_prefix
+from lowbit.runs.prefix_forward import put_behind
 from lowbit.runs.saving import refuse_saving
 from lowbit.runs.static_inputs import read_input_qparams
 from lowbit.torch_state import own_torch_state
@@ -61,9 +63,10 @@ def load(
 ) -> Any:
     """A ``transformers`` causal language model from a run folder (or another checkpoint), ready to generate.
 
-    It computes the evaluated model, with quantized activations and KV. ``lowbit.load(DIR).generate(...)`` works as
+    It computes the evaluated model, with quantized activations and KV, behind the run's prefix.
+    ``lowbit.load(DIR).generate(...)`` works as
     usual, and so do copies, ``torch.save`` and other dtypes. ``save_pretrained`` stores parameters only: of a model
-    with runtime ops, quantized inputs or KV it is refused.
+    with runtime ops, quantized inputs or KV, or a prefix, it is refused.
 
     ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
 
@@ -116,13 +119,16 @@ def load(
                 quantize_own_experts(layer, own, inputs)
             else:
                 run_experts_apart(layer.get_submodule(own.module), own, inputs)
-    refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
+    ids = () if manifest is None else manifest.prefix_ids
+    refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(ids))
     qparams = read_input_qparams(checkpoint, formats.modules, device)
     for name in formats.modules:
         if (inputs := formats.input(name)) is not None and not architecture.is_experts(name):
             _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name))
     if formats.kv is not None:
-        model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation)
+        model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation, len(ids))
+    if ids:
+        put_behind(model, stored_prefix(checkpoint, architecture.blocks, ids, len(layers)))
     if (folder / "generation_config.json").exists():
         model.generation_config = _generation_config(folder)
     model = model.to(device).eval()

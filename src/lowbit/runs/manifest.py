@@ -61,6 +61,40 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class PrefixFacts:
+    """A run's prefix: fixed tokens in front of every text, whose keys and values stay float; see ``docs/prefix.md``.
+
+    Attributes:
+        ids: its tokens; none where the search found that the text needs none.
+        text: what they stand for.
+        massive_before: massive tokens in a window without the prefix, on average; ``None``: not counted, since the
+            prefix was given.
+        massive_after: the same behind it.
+    """
+
+    ids: list[int]
+    text: str
+    massive_before: float | None
+    massive_after: float | None
+
+    def sentence(self) -> str:
+        """The facts in words.
+
+        >>> PrefixFacts([13, 1], ".<s>", 2.0, 0.125).sentence()
+        "prefix of 2 tokens '.<s>': 0.12 massive tokens in a window behind it, 2 without it"
+        >>> PrefixFacts([], "", 0.0, 0.0).sentence()
+        'no prefix: a window has 0 massive tokens, and no prefix makes that less'
+        """
+        if not self.ids:
+            return f"no prefix: a window has {self.massive_before:.2g} massive tokens, and no prefix makes that less"
+        without = "" if self.massive_before is None else f", {self.massive_before:.2g} without it"
+        return (
+            f"prefix of {len(self.ids)} token{'s' * (len(self.ids) > 1)} {self.text!r}: {self.massive_after:.2g} "
+            f"massive tokens in a window behind it{without}"
+        )
+
+
+@dataclass(frozen=True)
 class Identity:
     """Everything that determines a run's output: two runs of one identity have the same bytes.
 
@@ -78,6 +112,7 @@ class Identity:
         all_experts: experts' statistics are from all tokens, not from those that reach them.
         source_files: digest of the source's other files, tokenizer included, which the run folder copies.
         input_range: how the ranges of static inputs were estimated; ``None`` for schemes without any.
+        prefix: as requested: ``none``, ``auto``, token ids or text.
     """
 
     model: str
@@ -95,6 +130,7 @@ class Identity:
     all_experts: bool = False
     source_files: str = ""
     input_range: str | None = None
+    prefix: str = "none"
 
     @property
     def steps(self) -> list[str]:
@@ -160,6 +196,7 @@ class Manifest:
         architecture: where the model's layers are, and the structure of each kind; see ``models/description.py``.
         kept_experts: parameters of experts that stay float, since code of the model's own computes with them.
         carried: what the run took over from its source as it is, a sentence for each kind.
+        prefix: the prefix of every text; ``None``: none was asked for.
         format: version of the manifest's format.
     """
 
@@ -178,11 +215,17 @@ class Manifest:
     architecture: dict[str, Any] = field(default_factory=dict)
     kept_experts: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
+    prefix: PrefixFacts | None = None
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as stored in ``lowbit.json``."""
         return asdict(self)
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The tokens of the prefix, if there is one."""
+        return () if self.prefix is None else tuple(self.prefix.ids)
 
 
 def manifest_of(folder: Path) -> Manifest | None:

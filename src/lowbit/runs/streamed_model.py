@@ -68,6 +68,8 @@ class StreamedModel:
         check_model(self.checkpoint, self.config, self.formats.modules, trust_remote_code)
         with report_build_errors(folder):
             self.skeleton = Skeleton(self.config, trust_remote_code)
+        if manifest is not None:
+            self.skeleton.behind(len(manifest.prefix_ids))
         shared = read_dequantized(self.checkpoint, self.skeleton.shared_names, self.formats.modules)
         self.skeleton.fill({name: value.to(device, dtype) for name, value in shared.items()})
         self.skeleton.model.to(device)
@@ -95,9 +97,12 @@ class StreamedModel:
 
     def check_length(self, length: int) -> None:
         """Refuse windows that are longer than the model's positions."""
-        limit = getattr(self.skeleton.text_config, "max_position_embeddings", None)
-        if limit and 0 < limit < length:  # -1: no end
-            raise LowbitError(f"--length is {length}; this model's positions end at {limit}: give {limit} or less")
+        limit, prefix = getattr(self.skeleton.text_config, "max_position_embeddings", None), self.skeleton.prefix
+        if limit and 0 < limit < length + prefix:  # -1: no end
+            room = f"{limit}" + (f", {prefix} of which the run's prefix takes" if prefix else "")
+            raise LowbitError(
+                f"--length is {length}; this model's positions end at {room}: give {limit - prefix} or less"
+            )
 
     def enter(self, ids: Tensor) -> Tensor:
         """The input of block 0, ``(windows, length, hidden)``, for ``ids`` ``(windows, length)``."""
