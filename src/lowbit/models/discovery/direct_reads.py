@@ -2,7 +2,8 @@
 
 A runtime that packs a linear's weight has no ``weight`` to give: Mamba 2's class reads that of ``out_proj`` when it
 draws initial values, which loading a packed folder makes it do, and Mamba multiplies with that of ``dt_proj``. Such a
-linear stays float.
+linear stays float. Where a class draws those of every linear in a layer, as ModernBERT's decoder does, nothing would be
+left: they are quantized, and the run is not for the library's loader.
 """
 
 from __future__ import annotations
@@ -54,9 +55,12 @@ def read_directly(small: SmallModel, index: int, call: Call) -> frozenset[str]:
         args, kwargs = call.arguments(1)
         layer(*args, **kwargs)
     owner = _owner_of(small)
-    if not draws_into_weights(owner):  # else no linear of it is loaded packed, whoever reads the weight
-        _initialize(owner, layer, found)
-    return frozenset(found)
+    if draws_into_weights(owner):  # no linear of it is loaded packed, whoever reads the weight
+        return frozenset(found)
+    drawn = {*found}
+    _initialize(owner, layer, drawn)
+    linears = {name for name, module in layer.named_modules() if type(module) is nn.Linear}
+    return frozenset(found if drawn >= linears else drawn)
 
 
 def _owner_of(small: SmallModel) -> Any:
