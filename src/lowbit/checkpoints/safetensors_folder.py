@@ -140,6 +140,32 @@ class StoredPart:
         return value[rows.start : rows.stop] if isinstance(rows, range) else value[list(rows)]
 
 
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of what is stored in several tensors, one behind another, or of one that holds several.
+
+    Attributes:
+        stored: the tensors' names; they differ in their first dimension only.
+        start, stop: the rows among those of all of them.
+        total: how many rows these have.
+    """
+
+    stored: tuple[str, ...]
+    start: int
+    stop: int
+    total: int
+
+    def shape(self, wholes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape in tensors of shapes ``wholes``; ``()`` where they have other rows.
+
+        >>> StoredRows(("q", "k"), 0, 12, 12).shape([(8, 1, 4), (4, 1, 4)])
+        (12, 1, 4)
+        """
+        fits = all(wholes) and len({whole[1:] for whole in wholes}) == 1
+        fits = fits and sum(whole[0] for whole in wholes) == self.total
+        return (self.stop - self.start, *wholes[0][1:]) if fits else ()
+
+
 class Checkpoint:
     """The tensors of a folder with ``model.safetensors`` or an index and its shards, read one by one."""
 
@@ -151,6 +177,7 @@ class Checkpoint:
         self.folder = folder
         self._stand_in: dict[str, str] = {}
         self._parts: dict[str, StoredPart] = {}
+        self._rows: dict[str, StoredRows] = {}
         self._in_file: dict[str, str] = {}  # names in files of tensors that have another name here
         self._file_of = {name: file for file in files or weight_shards(folder) for name in self._names_in(file)}
 
@@ -189,6 +216,21 @@ class Checkpoint:
         """Where a tensor of the model is stored with others in one; ``None``: it is not."""
         return self._parts.get(name)
 
+    def let_rows_stand_in(self, rows: StoredRows, name: str) -> None:
+        """From now on reads of ``name``, which the folder lacks, give rows of tensors that it has."""
+        self._rows[name] = rows
+
+    def rows(self, name: str) -> StoredRows | None:
+        """The rows that are a tensor of the model which no tensor is; ``None``: there are none."""
+        return self._rows.get(name)
+
+    def holders(self, name: str) -> tuple[str, ...]:
+        """Stored names of all tensors that hold a tensor of the model; none: it is missing."""
+        if (rows := self._rows.get(name)) is not None:
+            return rows.stored
+        found = self.find(name)
+        return () if found is None else (found,)
+
     def _names_in(self, file: str) -> list[str]:
         path = self.folder / file
         try:
@@ -217,7 +259,7 @@ class Checkpoint:
     def find(self, name: str) -> str | None:
         """The stored name of a model's tensor: itself, or without the leading ``model.`` (base-model checkpoints).
 
-        For one that is stored with others in one tensor, that tensor's name.
+        For one that is a part of a tensor, that tensor's name; ``None`` for rows, see ``holders``.
 
         Raises ``LowbitError`` if both are stored.
         """
@@ -257,14 +299,18 @@ class Checkpoint:
         Raises ``LowbitError`` for a tensor that is missing or holds NaN or infinity.
         """
         by_file: dict[str, list[tuple[str, str]]] = {}
+        out: dict[str, Tensor] = {}
         for name in names:
+            if (rows := self._rows.get(name)) is not None:
+                whole = torch.cat(list(self.read(rows.stored, dtype).values()))
+                out[name] = whole[rows.start : rows.stop].clone()
+                continue
             stored = self.find(name)
             if stored is None:
                 raise LowbitError(
                     f"{self.folder} has no tensor '{name}': the checkpoint does not match its config.json"
                 )
             by_file.setdefault(self._file_of[stored], []).append((name, stored))
-        out: dict[str, Tensor] = {}
         for file, pairs in by_file.items():
             try:
                 with safe_open(self.folder / file, framework="pt") as shard:

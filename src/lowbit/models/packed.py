@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,3 +28,31 @@ def draws_into_weights(model: Any) -> bool:
         except AttributeError:
             return True
     return False
+
+
+def drawn_from_outside(model: Any, layer: nn.Module, linears: Iterable[str]) -> str | None:
+    """The class within a layer whose initial values include the weights of some linears; ``None``: there is none.
+
+    Loading a folder in which these are packed makes the library draw those values, and there is no weight.
+
+    Args:
+        model: of a class of the library; it stays as it is, and so does ``layer``.
+        layer: one of its layers, possibly without memory.
+        linears: names of the packed linears in it.
+    """
+    packed = copy.deepcopy(layer)
+    for name in linears:
+        own = packed.get_submodule(name)
+        if isinstance(own, nn.Linear):
+            own._parameters.pop("weight")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for module in packed.modules():
+            if isinstance(module, nn.Linear):
+                continue  # see ``draws_into_weights``
+            try:
+                with suppress(NotImplementedError, RuntimeError):  # code that wants values draws nothing on ``meta``
+                    model._init_weights(module)
+            except AttributeError as error:
+                if "weight" in str(error):
+                    return type(module).__name__
+    return None

@@ -79,7 +79,8 @@ def use_model_names(
 
     def rename(stored: str) -> str:
         name: str = apply_renamings(stored, rules)
-        choices = (name, base + name, name.removeprefix(base))
+        # The last one: the library keeps a name that it knows and would rename to one that it does not.
+        choices = (name, base + name, name.removeprefix(base), stored)
         return next((choice for choice in choices if choice in listed), name)
 
     stored = checkpoint.names

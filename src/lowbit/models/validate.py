@@ -20,6 +20,7 @@ from lowbit.models.families import architecture_of
 from lowbit.models.forward import run
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_experts import settle_experts
+from lowbit.models.stored_rows import settle_rows
 from lowbit.models.stored_names import StoredNames, use_model_names
 from lowbit.progress import say, track
 from lowbit.quant.scheme import ModuleFormats
@@ -119,9 +120,11 @@ def check_model(
     modules = modules or {}
     if not modules:
         settle_experts(checkpoint, architecture, shapes)
+        settle_rows(checkpoint, model, shapes)
     for module in architecture.transposed() & modules.keys():
         shapes[f"{module}.weight"] = shapes[f"{module}.weight"][::-1]  # codes are (out, in)
-    used = check_tensors(checkpoint, shapes, architecture, modules)
+    integers = {name for name, value in model.state_dict().items() if not value.is_floating_point()}
+    used = check_tensors(checkpoint, shapes, architecture, modules, integers)
     if modules:
         return ()
     unlisted = tuple(name for name in checkpoint.names if name not in used and name not in tied)
@@ -215,11 +218,13 @@ def check_tensors(
     shapes: Mapping[str, torch.Size],
     architecture: Architecture,
     modules: Mapping[str, ModuleFormats],
+    integers: Collection[str] = (),
 ) -> set[str]:
     """Refuse a checkpoint whose tensors do not match its config; only headers are read.
 
     ``shapes`` are those of the float model; ``modules`` has the formats of the modules that are quantized. Tensors of
-    other parts than the text model may be of any dtype. Returns the names that the checkpoint has for ``shapes``.
+    other parts than the text model, and those that are ``integers`` in the model, such as tables of tokens, may be of
+    any dtype. Returns the names that the checkpoint has for ``shapes``.
     """
     stored = checkpoint.headers()
     used: set[str] = set()
@@ -228,19 +233,21 @@ def check_tensors(
         if module in modules and name != module:
             _check_packed(checkpoint, module, modules[module], tuple(shape), stored)
             continue
-        stored_name = checkpoint.find(name)
-        if stored_name is None:
+        holders = checkpoint.holders(name)
+        if not holders:
             raise LowbitError(f"{checkpoint.folder} has no tensor '{name}': it does not match its config.json")
-        used.add(stored_name)
-        header = stored[stored_name]
+        used.update(holders)
+        stored_name, header = holders[0], stored[holders[0]]
         if (part := checkpoint.part(name)) is not None:
             header = Header(part.shape(header.shape), header.dtype)
+        if (rows := checkpoint.rows(name)) is not None:
+            header = Header(rows.shape([stored[one].shape for one in holders]), header.dtype)
         if header.shape != tuple(shape):
             raise LowbitError(
                 f"'{stored_name}' in {checkpoint.folder} has shape {header.shape}, config.json implies "
                 f"{tuple(shape)}: they do not match"
             )
-        if header.dtype not in FLOATS and not architecture.is_outside(name):
+        if header.dtype not in FLOATS and name not in integers and not architecture.is_outside(name):
             raise LowbitError(
                 f"'{stored_name}' in {checkpoint.folder} is {header.dtype}; allowed: {', '.join(FLOATS)}"
             )

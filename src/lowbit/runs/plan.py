@@ -17,7 +17,7 @@ from torch import nn
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.architecture import Architecture
 from lowbit.models.build import empty_model, text_config
-from lowbit.models.packed import draws_into_weights
+from lowbit.models.packed import draws_into_weights, drawn_from_outside
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.compressed_tensors import stock_loads
@@ -287,7 +287,21 @@ def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
         return f"{own} multiplies with its weight in code of its own, and compressed-tensors packs that weight"
     if draws_into_weights(skeleton.model):
         return f"{type(skeleton.model).__name__} draws initial values into weights that packed linears do not have"
+    if (drawer := _drawer(skeleton, formats)) is not None:
+        return f"{drawer} draws initial values into weights that packed linears do not have"
     return stock_loads(formats, architecture.embed, two_d_inputs=two_d)
+
+
+def _drawer(skeleton: Skeleton, formats: ModelFormats) -> str | None:
+    """The class that draws initial values into quantized linears within it, as ModernBERT's decoder does."""
+    blocks, kinds = skeleton.architecture.blocks, skeleton.architecture.layers
+    for kind in skeleton.architecture.kinds():
+        index = kinds.index(kind)
+        packed = [name for name in kind.linears if f"{blocks}.{index}.{name}" in formats.modules]
+        packed = [name for name in packed if not skeleton.architecture.is_experts(f"{blocks}.{index}.{name}")]
+        if (found := drawn_from_outside(skeleton.model, skeleton.layers[index], packed)) is not None:
+            return found
+    return None
 
 
 def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:

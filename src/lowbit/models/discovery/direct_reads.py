@@ -2,7 +2,9 @@
 
 A runtime that packs a linear's weight has no ``weight`` to give: Mamba 2's class reads that of ``out_proj`` when it
 draws initial values, which loading a packed folder makes it do, and Mamba multiplies with that of ``dt_proj``. Such a
-linear stays float.
+linear stays float. Where a class draws those of every linear in a layer, as ModernBERT's decoder does, nothing would be
+left: they are quantized, and the run is not for the library's loader. The same holds for linears of a class with a
+``forward`` of its own: DeepSeek-V4's grouped one stays float, and all of Falcon's are quantized.
 """
 
 from __future__ import annotations
@@ -54,9 +56,13 @@ def read_directly(small: SmallModel, index: int, call: Call) -> frozenset[str]:
         args, kwargs = call.arguments(1)
         layer(*args, **kwargs)
     owner = _owner_of(small)
-    if not draws_into_weights(owner):  # else no linear of it is loaded packed, whoever reads the weight
-        _initialize(owner, layer, found)
-    return frozenset(found)
+    if draws_into_weights(owner):  # no linear of it is loaded packed, whoever reads the weight
+        return frozenset(found)
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    known = {*found}
+    _initialize(owner, layer, found)
+    found |= {name for name, module in linears.items() if type(module).forward is not nn.Linear.forward}
+    return frozenset(known if found >= linears.keys() else found)
 
 
 def _owner_of(small: SmallModel) -> Any:
