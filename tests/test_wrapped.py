@@ -151,7 +151,7 @@ def test_a_killed_run_ends_with_the_same_bytes(saved, runs, tmp_path, monkeypatc
     assert folder_bytes(tmp_path / "run") == folder_bytes(runs["gemma3"])
 
 
-@pytest.mark.parametrize("target", ["gguf", "onnx", "executorch", "gptq", "vllm"])
+@pytest.mark.parametrize("target", ["onnx", "executorch", "gptq", "vllm"])
 def test_exports_are_refused(target, runs, tmp_path):
     with pytest.raises(lowbit.LowbitError, match="hold a text model alone"):
         lowbit.export(runs["gemma3"], target, out=tmp_path / "out")
