@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 import lowbit
 from lowbit.checkpoints.resolve import load_config
 from lowbit.evaluation.generate import generate_text
+from lowbit.models.description import from_dict, to_dict
 from lowbit.models.discovery import known
 from lowbit.models.families import architecture_of
 from lowbit.pipeline.inspect import inspect_model
@@ -104,6 +105,16 @@ def test_an_image_gives_the_float_model_s_logits_within_what_8_bits_explain(name
             module.weight = weight
     assert torch.allclose(ours, logits(model, inputs), atol=1e-4)
     assert torch.allclose(ours, logits(loaded, inputs), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "glm4v"])
+def test_an_architecture_that_is_kept_knows_which_part_it_is_of(name):
+    config = CONFIGS[name]()
+    config.architectures = [AutoModelForImageTextToText._model_mapping[type(config)].__name__]
+    own = architecture_of(config)
+    assert own.text_model == "model.language_model"
+    assert from_dict(json.loads(json.dumps(to_dict(own)))) == own
+
 
 
 @pytest.mark.parametrize("name", NAMES)
