@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 import lowbit
 from lowbit.checkpoints.resolve import load_config
 from lowbit.evaluation.generate import generate_text
+from lowbit.models.description import from_dict, to_dict
 from lowbit.models.discovery import known
 from lowbit.models.families import architecture_of
 from lowbit.pipeline.inspect import inspect_model
@@ -106,6 +107,16 @@ def test_an_image_gives_the_float_model_s_logits_within_what_8_bits_explain(name
     assert torch.allclose(ours, logits(loaded, inputs), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "glm4v"])
+def test_an_architecture_that_is_kept_knows_which_part_it_is_of(name):
+    config = CONFIGS[name]()
+    config.architectures = [AutoModelForImageTextToText._model_mapping[type(config)].__name__]
+    own = architecture_of(config)
+    assert own.text_model == "model.language_model"
+    assert from_dict(json.loads(json.dumps(to_dict(own)))) == own
+
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_of_the_other_parts_is_byte_identical(name, saved, runs):
     before, after = stored(saved[name][0]), stored(runs[name])
@@ -151,7 +162,7 @@ def test_a_killed_run_ends_with_the_same_bytes(saved, runs, tmp_path, monkeypatc
     assert folder_bytes(tmp_path / "run") == folder_bytes(runs["gemma3"])
 
 
-@pytest.mark.parametrize("target", ["gguf", "onnx", "executorch", "gptq", "vllm"])
+@pytest.mark.parametrize("target", ["onnx", "executorch", "gptq", "vllm"])
 def test_exports_are_refused(target, runs, tmp_path):
     with pytest.raises(lowbit.LowbitError, match="hold a text model alone"):
         lowbit.export(runs["gemma3"], target, out=tmp_path / "out")

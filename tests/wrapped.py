@@ -98,9 +98,9 @@ TEXT = {"gemma3": "language_model.model.", "qwen3-vl": "model.language_model.", 
 BLOCKS = "model.language_model.layers"
 
 
-def save_wrapped(folder: Path, name: str, **changes: Any) -> Any:
-    """A tiny model of the family ``name`` with tokenizer, preprocessor config and text; returns the model."""
-    config = CONFIGS[name]()
+def save_wrapped(folder: Path, name: str, config: Any = None, **changes: Any) -> Any:
+    """A tiny model of the family ``name``, or of a config, with tokenizer, preprocessor config and text."""
+    config = config or CONFIGS[name]()
     for key, value in changes.items():
         setattr(config, key, value)
     torch.manual_seed(0)

@@ -81,6 +81,11 @@ TENSORS |= {
         "-output rope_freqs per_layer_token_embd per_layer_model_proj per_layer_proj_norm",
     ),
     "gemma4-large": (GEMMA4, "", "-output rope_freqs"),
+    "gemma4-moe": (
+        f"{GEMMA4} ffn_gate_inp {EXPERTS} pre_ffw_norm_2 post_ffw_norm_1 post_ffw_norm_2",
+        "",
+        "-output rope_freqs",
+    ),
     "glm4-moe": (f"{QKV} {DENSE} attn_norm post_attention_norm {QK_NORMS}", "attn_q attn_k attn_v", ""),
     "granite-moe": (f"{QKV} {PRE} ffn_gate_inp {EXPERTS}", QKV, ""),
     "granite-moe-shared": (f"{QKV} {PRE} ffn_gate_inp {EXPERTS} {SHARED}", "", ""),
@@ -141,6 +146,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "rope.dimension_count_swa": 16,
     },
     "gemma4-large": {"attention.head_count_kv": [2, 2, 1], "final_logit_softcapping": 0.0},
+    "gemma4-moe": {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
     "glm4-moe": {
         "leading_dense_block_count": 1,
         "expert_shared_count": 1,
@@ -181,7 +187,11 @@ def expected_names(case: str) -> set[str]:
     names |= {f"{name}.weight" for name in shared}
     if case in ("stablelm", "stablelm-12b", "gpt-neox", "nemotron", "starcoder2"):
         names.add("output_norm.bias")
-    bare = {"granite4-hybrid": ["ssm_a", "ssm_d"], **{key: ["ssm_a"] for key in LINEAR_ATTENTION}}
+    bare = {
+        "granite4-hybrid": ["ssm_a", "ssm_d"],
+        "gemma4-moe": ["ffn_gate_inp.scale", "ffn_down_exps.scale"],
+        **{key: ["ssm_a"] for key in LINEAR_ATTENTION},
+    }
     return names | {f"blk.0.{name}" for name in bare.get(case, ())}
 
 
@@ -203,7 +213,8 @@ def test_every_architecture_has_a_model_here() -> None:
 def test_a_file_has_what_the_loader_asks_for(tmp_path: Path, case: str) -> None:
     run = run_of(tmp_path, case)
     made = lowbit.export(run, "gguf")
-    assert made.warnings == []
+    # Some classes of tokenizers bring a normalizer of their own.
+    assert [line for line in made.warnings if "normalizer" not in line] == []
     (found,) = lowbit.verify(run, [made.out], logits=False)
     assert found.ok
     reader = gguf.GGUFReader(made.out)
@@ -274,7 +285,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("starcoder2", {"sliding_window": 8}, "sliding_window 8; llama.cpp's starcoder2 computes with None"),
     ("qwen3-next", {"norm_topk_prob": False}, "norm_topk_prob False; llama.cpp's qwen3next computes with True"),
     ("qwen3-next", {"linear_value_head_dim": 16}, "linear_value_head_dim 16; llama.cpp's qwen3next takes"),
-    ("gemma4", {"enable_moe_block": True}, "enable_moe_block; llama.cpp's gemma4 was checked without experts"),
     ("gemma4", {"vocab_size_per_layer_input": 64}, "vocab_size_per_layer_input 64; llama.cpp's gemma4 takes"),
     ("gemma4", {"num_kv_shared_layers": 1}, "num_kv_shared_layers 1 behind layers of full_attention, sliding_att"),
     ("gemma4", {"per_layer_config": {1: {"head_dim": 64}}}, "per_layer_config of layer 3 has head_dim 16"),

@@ -24,7 +24,7 @@ from lowbit.exporters.llamacpp import open_session
 CLOSE = 2e-5
 EXCEPT = {
     **dict.fromkeys(("qwen3.5", "qwen3.5-grouped", "qwen3.5-moe", "qwen3-next"), 1e-3),
-    **dict.fromkeys(("gpt-neox", "starcoder2", "gemma4", "gemma4-large"), 1e-3),
+    **dict.fromkeys(("gpt-neox", "starcoder2", "gemma4", "gemma4-large", "gemma4-moe"), 1e-3),
 }
 ALONE = range(3, 90, 11)  # tokens that are texts of their own
 

@@ -89,7 +89,8 @@ def export(
     folder, target = user_path(folder), target_name(to)
     exporter = exporter_of(target)
     run = open_run(folder, trust_remote_code)
-    _refuse_parts(run, target)
+    if not exporter.text_models:
+        _refuse_parts(run, target)
     check(target, exporter.misfit, run.subject)
     name = folder.resolve().name
     default = folder.resolve().parent / (f"{name}{exporter.suffix}" if exporter.suffix else f"{name}-{target}")
@@ -122,7 +123,7 @@ def _refuse_parts(run: Run, target: str) -> None:
     if architecture_of(run.subject.config).text_model:
         raise LowbitError(
             f"{target} exports hold a text model alone, and {run.folder} is a {run.subject.config.architectures[0]} "
-            "with other parts: load the run folder itself, which transformers and vLLM read"
+            "with other parts: load the run folder itself, which transformers and vLLM read, or export to gguf"
         )
 
 

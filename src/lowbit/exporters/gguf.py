@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lowbit.checkpoints.gguf_types import AnyKind, OwnKind, Reader, bytes_of, va
 from lowbit.checkpoints.partial import final_name
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
+from lowbit.exporters.gguf_architectures.text_models import text_model
 from lowbit.exporters.gguf_blocks import BLOCK, block_type
 from lowbit.exporters.gguf_data import (
     data_of,
@@ -52,6 +54,7 @@ from lowbit.exporters.gguf_tensors import (
 from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Executed, Exporter, Options
+from lowbit.models.build import is_composite
 from lowbit.models.families import architecture_of
 from lowbit.progress import say, track
 from lowbit.quant.floating import FloatFormat
@@ -85,6 +88,7 @@ IN_F32 = (
 
 def limits(subject: Subject) -> Misfit | None:
     """llama.cpp's own formats, integers whose signed codes fit a block type, FP8 as floats; activations in float."""
+    subject = _of_text(subject)
     if (why := unlike_llamacpp(subject.config)) is not None:
         return Misfit("architecture", why)
     misfit = no_activations(subject, "llama.cpp quantizes them to its own 8-bit blocks")
@@ -100,6 +104,15 @@ def limits(subject: Subject) -> Misfit | None:
             name = architecture(subject.config).name
             return weight_misfit(subject, module, f"llama.cpp's {name} does not apply the scale of an NVFP4 tensor")
     return _mixed_stack(subject)
+
+
+def _of_text(subject: Subject) -> Subject:
+    """The same with the config of the text model, where a model has other parts; names stay the model's."""
+    return replace(subject, config=text_model(subject.config))
+
+
+def _text_run(run: Run) -> Run:
+    return replace(run, subject=_of_text(run.subject))
 
 
 def _mixed_stack(subject: Subject) -> Misfit | None:
@@ -142,8 +155,12 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     """Write the file with at most one tensor of it in memory."""
     if options.embeddings not in FLOATS:
         raise LowbitError(f"--embeddings {options.embeddings} given; allowed: {', '.join(FLOATS)}")
+    whole, run = run, _text_run(run)
     types = weight_types(run)
     metadata, warnings = metadata_of(run, options.pre, types)
+    if is_composite(whole.subject.config):
+        name = whole.subject.config.architectures[0]
+        warnings.append(f"the file has the text model of a {name} alone: its other parts stay behind")
     arch = architecture(run.subject.config)
     warnings += arch.warnings(run.subject.config)
     if (line := cost(run, types)) is not None:
@@ -248,6 +265,7 @@ def declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> No
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file through the package's reader, as the model's parameters in the model's order."""
+    run = _text_run(run)
     known = {tensor.name: tensor for tensor in tensors_of(run)}
     stored = Reader(path).tensors
     scales = {t.name: t.data for t in stored if t.name.endswith(".scale") and t.name not in known}
@@ -295,6 +313,7 @@ def _in_order(run: Run, name: str, value: Tensor) -> Tensor:
 
 def other(run: Run, path: Path) -> Iterator[str]:
     """Metadata keys whose values differ from the run's."""
+    run = _text_run(run)
     fields = Reader(path).fields
     stored = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
     types = weight_types(run)
@@ -326,6 +345,11 @@ def owns(path: Path) -> bool:
     return path.is_file() and path.suffix == ".gguf"
 
 
+def expected_value(run: Run, name: str) -> Tensor:
+    """The value that a file must hold for a parameter, in the order of the model's rows and columns."""
+    return expect(_text_run(run), name)
+
+
 EXPORTER = Exporter(
     ".gguf",
     limits,
@@ -333,8 +357,9 @@ EXPORTER = Exporter(
     owns,
     read,
     other,
-    expect,
+    expected_value,
     execute,
     formats=(IntFormat, KQuant, TableFormat, FloatFormat),
     experts=True,
+    text_models=True,
 )

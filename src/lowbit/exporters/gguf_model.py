@@ -10,6 +10,7 @@ from typing import Any
 
 from lowbit.exporters.gguf_architectures import ARCHITECTURES, architecture_of
 from lowbit.exporters.gguf_architectures.architecture import Architecture, Facts
+from lowbit.exporters.gguf_architectures.text_models import CHECKED
 from lowbit.exporters.gguf_heads import head_dim, kv_heads
 from lowbit.exporters.gguf_rope import rope_metadata, rope_unlike
 
@@ -25,7 +26,7 @@ def unlike_llamacpp(config: Any) -> str | None:
     """What a config requires and llama.cpp's graph does not compute; ``None`` if nothing."""
     arch = architecture_of(config)
     if arch is None:
-        return f"{config.architectures[0]} is not supported; known: {', '.join(ARCHITECTURES)}"
+        return f"{config.architectures[0]} is not supported; known: {', '.join((*ARCHITECTURES, *CHECKED))}"
     # "vision": among the tokens of an image, which a text has none of.
     both = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
     if both or getattr(config, "is_causal", True) is False:

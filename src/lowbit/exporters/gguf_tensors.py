@@ -125,7 +125,11 @@ def _renamed(arch: Architecture, table: Any, name: str) -> str:
     layer = _LAYER.match(name)
     if layer is not None and layer[2] in arch.names:
         return f"blk.{layer[1]}.{arch.names[layer[2]]}"
+    # A text model within another has its tensors under a longer path: model.language_model.norm.weight.
+    first, *rest = name.split(".")
+    outer = ".".join([first, *rest[-2:]]) if layer is None else f"model.layers.{layer[1]}.{layer[2]}"
     stored = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    stored = stored or table.get_name(outer, try_suffixes=(".weight", ".bias"))
     if stored is None:
         raise LowbitError(f"the installed gguf package has no name for '{name}': update gguf")
     return str(stored)

@@ -81,6 +81,7 @@ class Exporter:
         formats: the classes of weight formats that it supports; any other is refused.
         ops: the classes of runtime ops that its graph can hold; a run with any other is refused.
         experts: it holds mixtures of experts.
+        text_models: of a model with other parts it holds the text model alone; else such models are refused.
     """
 
     suffix: str
@@ -94,6 +95,7 @@ class Exporter:
     formats: tuple[type[Format], ...] = (IntFormat,)
     ops: frozenset[type[RuntimeOp]] = frozenset()
     experts: bool = False
+    text_models: bool = False
 
     def misfit(self, subject: Subject) -> Misfit | None:
         """Why the target does not support a subject: a prefix, experts, an op, a format, its own limits."""

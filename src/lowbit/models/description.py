@@ -172,7 +172,8 @@ def from_dict(data: Mapping[str, Any]) -> Architecture:
     if sorted(layers) != list(range(len(layers))):
         raise ValueError("layers are missing")
     named = {key: data[key] for key in ("name", "origin", "blocks", "head", "embed")}
-    return Architecture(**named, layers=tuple(layers[index] for index in range(len(layers))))
+    kinds = tuple(layers[index] for index in range(len(layers)))
+    return Architecture(**named, layers=kinds, text_model=data.get("text_model", ""))
 
 
 def _kind_of(data: Mapping[str, Any]) -> LayerKind:

@@ -6,7 +6,8 @@ of an earlier one. Who writes and who reads it shows which layers' streams have 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +73,26 @@ def _pass(layers: Sequence[nn.Module], arguments: Arguments, names: Sequence[str
         on_meta = tree_map_only(Tensor, lambda value: value.to("meta"), given)
         state = {name: value.to("meta") for name, value in layer.state_dict().items()}
         state |= {name: value.to("meta") for name, value in layer.named_buffers()}
-        with torch.no_grad():
+        with torch.no_grad(), _experts_on_meta(layer):
             torch.func.functional_call(layer, state, args=(hidden.to("meta"),), kwargs={**on_meta, **mappings})
         out.append({name: _Use(own.read, own.written, dict(own)) for name, own in mappings.items()})
     return out
+
+
+@contextmanager
+def _experts_on_meta(layer: nn.Module) -> Iterator[None]:
+    """Run experts by a function that takes every dtype on ``meta``, where the library's own choice takes bfloat16."""
+    configs = {id(config): config for module in layer.modules() if (config := getattr(module, "config", None))}
+    before = [(config, getattr(config, "_experts_implementation", None)) for config in configs.values()]
+    try:
+        for config, name in before:
+            if name is not None:
+                config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, name in before:
+            if name is not None:
+                config._experts_implementation = name
 
 
 def _alive(uses: Sequence[Mapping[str, _Use]], name: str, place: int) -> list[str]:

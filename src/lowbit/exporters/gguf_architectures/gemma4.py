@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit.exporters.gguf_architectures.architecture import Architecture, Facts, has_biases, windowed
+from lowbit.exporters.gguf_architectures.architecture import Architecture, Facts, experts, has_biases, windowed
 from lowbit.exporters.gguf_heads import head_dim, head_dims
 
 BEFORE_SHARED = ["sliding_attention", "full_attention"]
@@ -30,12 +30,18 @@ def _facts(config: Any) -> Facts:
         "final_logit_softcapping": float(config.final_logit_softcapping or 0.0),  # without the key it is 30
         "rope.dimension_count": head_dim(config),
         "rope.dimension_count_swa": windows,
+        **_mixture(config),
     }
 
 
+def _mixture(config: Any) -> Facts:
+    """Keys of experts beside the dense MLP of each layer."""
+    if not config.enable_moe_block:
+        return {}
+    return experts(config.num_experts, config.top_k_experts, config.moe_intermediate_size)
+
+
 def _unlike(config: Any) -> str | None:
-    if config.enable_moe_block:
-        return "enable_moe_block; llama.cpp's gemma4 was checked without experts"
     if config.hidden_size_per_layer_input and config.vocab_size_per_layer_input != config.vocab_size:
         return (
             f"vocab_size_per_layer_input {config.vocab_size_per_layer_input}; llama.cpp's gemma4 takes vocab_size "
@@ -75,5 +81,10 @@ GEMMA4 = Architecture(
     activation="gelu_pytorch_tanh",
     facts=_facts,
     unlike=_unlike,
-    names={"layer_scalar": "layer_output_scale.weight"},
+    names={
+        "layer_scalar": "layer_output_scale.weight",
+        "router.proj.weight": "ffn_gate_inp.weight",
+        "router.scale": "ffn_gate_inp.scale",
+        "router.per_expert_scale": "ffn_down_exps.scale",
+    },
 )
