@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
-from lowbit.models.build import from_config, text_config, tied_tensors
+from lowbit.models.build import from_config, is_tied, text_config, tied_tensors
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.recorder import Recorders, hidden_of
@@ -69,7 +69,7 @@ class Skeleton:
     @property
     def tied(self) -> bool:
         """Whether head and embedding share one weight."""
-        return bool(self.config.tie_word_embeddings)
+        return is_tied(self.config)
 
     @property
     def reads_text(self) -> bool:
