@@ -93,6 +93,11 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
     return _empty(_Key(config, trust_remote_code))
 
 
+def is_tied(config: Any) -> bool:
+    """Whether a config ties head and embedding; some do not say."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def tied_tensors(model: Any, config: Any, head: str) -> dict[str, str]:
     """Tensors of a model that are other ones of it by a second name, and these; files have one of the two.
 
@@ -101,7 +106,7 @@ def tied_tensors(model: Any, config: Any, head: str) -> dict[str, str]:
         config: its config, which says whether tensors are tied.
         head: module path of the output head, whose weight is then the embedding's; ``""`` stands for that.
     """
-    if not config.tie_word_embeddings:
+    if not is_tied(config):
         return {}
     listed: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {f"{head}.weight": "", **listed}

@@ -111,6 +111,8 @@ class _Recorder(nn.Module):
             raise _Unlike(
                 f"layer {self.index} gets an input of shape {tuple(hidden.shape)}, not (sequences, length, hidden)"
             )
+        if any(call.index == self.index for call in self.now.calls):
+            raise _Unlike(f"the model calls layer {self.index} again after layer {self.now.calls[-1].index}")
         if self.now.calls and not same(hidden, self.now.calls[-1].out):
             raise _Unlike(f"the model changes the hidden states between layers {self.index - 1} and {self.index}")
 

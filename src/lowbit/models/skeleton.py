@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from lowbit.data.sampling import cache_name
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
-from lowbit.models.build import from_config, text_config, tied_tensors
+from lowbit.models.build import from_config, is_tied, text_config, tied_tensors
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.prefix import counted
@@ -88,7 +88,7 @@ class Skeleton:
     @property
     def tied(self) -> bool:
         """Whether head and embedding share one weight."""
-        return bool(self.config.tie_word_embeddings)
+        return is_tied(self.config)
 
     @property
     def reads_text(self) -> bool:

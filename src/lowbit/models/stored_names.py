@@ -77,11 +77,15 @@ def use_model_names(
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     listed, base = {*shapes, *state_shapes(architecture, shapes)}, f"{model.base_model_prefix}."
 
+    def is_listed(name: str) -> bool:
+        """Whether the model has the tensor, or a weight in its module: that of one may be packed into several."""
+        return name in listed or f"{name.rpartition('.')[0]}.weight" in listed
+
     def rename(stored: str) -> str:
         name: str = apply_renamings(stored, rules)
         # The last one: the library keeps a name that it knows and would rename to one that it does not.
         choices = (name, base + name, name.removeprefix(base), stored)
-        return next((choice for choice in choices if choice in listed), name)
+        return next((choice for choice in choices if is_listed(choice)), name)
 
     stored = checkpoint.names
     checkpoint.rename(rename)

@@ -14,7 +14,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint, Header
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.models.architecture import Architecture
 from lowbit.models.block import Block
-from lowbit.models.build import empty_model, text_config, tied_tensors
+from lowbit.models.build import empty_model, is_tied, text_config, tied_tensors
 from lowbit.models.experts import state_shapes
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import run
@@ -298,7 +298,7 @@ def settle_tied(checkpoint: Checkpoint, config: Any) -> None:
     """
     architecture = architecture_of(config)
     head, embed = f"{architecture.head}.weight", f"{architecture.embed}.weight"
-    if not config.tie_word_embeddings or (stored := checkpoint.find(head)) is None:
+    if not is_tied(config) or (stored := checkpoint.find(head)) is None:
         return
     if checkpoint.find(embed) is None:
         checkpoint.let_stand_in(stored, embed)

@@ -108,7 +108,9 @@ def first_calls(model: Any, layers: Sequence[nn.Module], ids: Callable[[int], Te
     one, two = (_recorded(model, layers, ids(sequences)) for sequences in (1, 2))
     missing = [index for index, _ in enumerate(layers) if index not in one or index not in two]
     if missing:
-        raise LowbitError(f"decoder layer {missing[0]} of {type(model).__name__} is never called")
+        raise LowbitError(
+            f"decoder layer {missing[0]} of {type(model).__name__} is not called for a text alone: choose another model"
+        )
     return [Call(*one[index], doubled=two[index]) for index in range(len(layers))]
 
 

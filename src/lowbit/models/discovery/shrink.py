@@ -125,7 +125,7 @@ def lower(fields: Mapping[str, Any], size: Size, layers: Layers = Layers()) -> d
         if isinstance(value, dict) and name.endswith("_config"):
             out[name] = lower(value, size, layers) | {k: v for k, v in value.items() if k == "model_type"}
         elif name in _VALUES and (_is_size(value) or (value is None and name in _ALSO_NONE)):
-            out[name] = _VALUES[name][size]
+            out[name] = min(_VALUES[name][size], value) if name in _EXPERTS and value else _VALUES[name][size]
         elif name in _VALUES and isinstance(value, list) and value and all(map(_is_size, value)):
             out[name] = [_VALUES[name][size]] * len(value)  # one for each layer
     _key_value_heads(fields, out, size)
