@@ -81,9 +81,7 @@ class OwnExpertsCall:
             if tap is not None and bool(reached.any()):
                 tap(value.flatten(0, -2)[reached])
 
-    def _multiplied(
-        self, linears: tuple[ExpertLinear, ...], number: int, x: Tensor, product: Product
-    ) -> Tensor:
+    def _multiplied(self, linears: tuple[ExpertLinear, ...], number: int, x: Tensor, product: Product) -> Tensor:
         """The product with an expert's matrix; for gradients it is read, and maybe rounded, a second time."""
         if not torch.is_grad_enabled():
             return self._product(linears, number, x, product)
@@ -116,7 +114,9 @@ class _Enter:
     inputs: Mapping[str, LinearInput]
 
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        call = OwnExpertsCall(self.experts, ExpertParts(self.experts, layer.get_submodule(self.experts.module)), self.inputs)
+        call = OwnExpertsCall(
+            self.experts, ExpertParts(self.experts, layer.get_submodule(self.experts.module)), self.inputs
+        )
         context = own_experts_computed_by(layer, call)
         context.__enter__()
         _entered.set((*_entered.get(), context))

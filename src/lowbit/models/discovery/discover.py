@@ -211,9 +211,7 @@ class _Search:
         )
         if needed <= most_bytes:
             real = self._real_layers()
-        results = real if isinstance(real, str) else checked(
-            real, layer, edges, kind.analysis.transposed_stacks
-        )
+        results = real if isinstance(real, str) else checked(real, layer, edges, kind.analysis.transposed_stacks)
         if isinstance(results, str):
             self.notes.append(f"kind {number} is not proven at real shape: {results}")
             return edges
