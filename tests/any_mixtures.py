@@ -152,16 +152,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     },
-    # code of its own loops over the experts
-    "step3p5": {
-        **SIZES,
-        **EXPERTS,
-        "head_dim": 16,
-        "num_local_experts": 4,
-    },
 }
-NAMES = tuple(FIELDS)
-TOGETHER = ("gpt_oss", "granitemoehybrid")  # checkpoints hold the library's own parameters
+TOGETHER = ("gpt_oss", "granitemoehybrid", "jetmoe", "looped")  # checkpoints hold the library's own parameters
+OWN_CODE = ("llama4_text", "jetmoe", "looped")  # the library's registry of experts functions does not serve them
 
 
 def declare(monkeypatch: Any) -> None:
@@ -169,6 +162,8 @@ def declare(monkeypatch: Any) -> None:
     for name, fields in FIELDS.items():
         monkeypatch.setitem(tiny.CONFIGS, name, lambda name=name, fields=fields: CONFIG_MAPPING[name](**fields))
     monkeypatch.setitem(tiny.CONFIGS, "listed", lambda: ListedConfig(**LISTED))
+    monkeypatch.setitem(tiny.CONFIGS, "looped", lambda: LoopedConfig(**LISTED))
+    monkeypatch.setitem(tiny.CONFIGS, "summed", lambda: SummedConfig(**LISTED))
 
 
 def tiny_mixture(name: str) -> Any:
@@ -230,3 +225,73 @@ class ListedForCausalLM(MixtralForCausalLM):
 AutoConfig.register("listed_mixture", ListedConfig)
 AutoModelForCausalLM.register(ListedConfig, ListedForCausalLM)
 LISTED = {**SIZES, "intermediate_size": 32, "num_local_experts": 5, "num_experts_per_tok": 2}
+NAMES = (*FIELDS, "looped")
+
+
+class LoopedConfig(MixtralConfig):
+    """Of a mixture that multiplies with experts one by one."""
+
+    model_type = "looped_mixture"
+
+
+class LoopedMixture(nn.Module):
+    """Experts in three parameters ``(experts, in, out)``, of which a loop reads one expert's matrices."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.router = nn.Linear(hidden, experts, bias=False)
+        self.gate = nn.Parameter(torch.randn(experts, hidden, width) / hidden**0.5)
+        self.up = nn.Parameter(torch.randn(experts, hidden, width) / hidden**0.5)
+        self.down = nn.Parameter(torch.randn(experts, width, hidden) / width**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.router(tokens).softmax(-1).topk(2)
+        out = torch.zeros_like(tokens)
+        for number in chosen.unique():
+            at, rank = torch.where(chosen == number)
+            inner = functional.silu(tokens[at] @ self.gate[number]) * (tokens[at] @ self.up[number])
+            out.index_add_(0, at, (inner @ self.down[number]) * weights[at, rank, None])
+        return out.view_as(x)
+
+
+class LoopedForCausalLM(MixtralForCausalLM):
+    """Mixtral's layers with such a mixture."""
+
+    config_class = LoopedConfig
+    mixture = LoopedMixture
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = self.mixture(config)
+
+
+class SummedConfig(MixtralConfig):
+    """Of a mixture that no product of one expert is seen of."""
+
+    model_type = "summed_mixture"
+
+
+class SummedMixture(LoopedMixture):
+    """The same experts, all at once in a sum over indices."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(2)
+        weights = torch.zeros_like(self.router(x)).scatter(-1, chosen, weights)
+        gate, up = (torch.einsum("bti,eio->bteo", x, own) for own in (self.gate, self.up))
+        return torch.einsum("bteo,eoi,bte->bti", functional.silu(gate) * up, self.down, weights)
+
+
+class SummedForCausalLM(LoopedForCausalLM):
+    """Mixtral's layers with such a mixture."""
+
+    config_class = SummedConfig
+    mixture = SummedMixture
+
+
+AutoConfig.register("looped_mixture", LoopedConfig)
+AutoModelForCausalLM.register(LoopedConfig, LoopedForCausalLM)
+AutoConfig.register("summed_mixture", SummedConfig)
+AutoModelForCausalLM.register(SummedConfig, SummedForCausalLM)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.overrides import _get_current_function_mode_stack
 from transformers import AutoModelForCausalLM
 
 import any_mixtures
@@ -17,7 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.equivalence import move
 from lowbit.models.families import architecture_of
-from lowbit.models.forward import relative_error, run, run_all
+from lowbit.models.forward import observe, relative_error, run, run_all
 from lowbit.models.listed_experts import ListedExperts
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.pipeline.runner import Walk
@@ -27,7 +29,7 @@ from test_equivalence import random_maps
 from tiny import block_of, params_of, save_tiny, skeleton_of, tiny_ids
 
 IDS = tiny_ids(2, 16)
-FAST = ("gpt_oss", "nemotron_h", "qwen2_moe")  # stored together, without a gate, beside a shared expert
+FAST = ("gpt_oss", "nemotron_h", "qwen2_moe", "looped")  # stored together, without a gate, beside a shared one
 EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.heavy) for name in NAMES]
 
 
@@ -53,7 +55,7 @@ def test_the_walk_is_the_model_bit_for_bit(name):
     model = tiny_mixture(name)
     skeleton = skeleton_of(model)
     assert mixtures_of(model), "no experts are found"
-    assert not skeleton.architecture.kept()
+    assert bool(skeleton.architecture.kept()) == (name == "jetmoe"), "of two mixtures of a layer one stays float"
     x = skeleton.embed(IDS)
     for index in range(len(skeleton.layers)):
         x = run_all(skeleton.block(index, params_of(model, skeleton, index)), x)
@@ -106,7 +108,7 @@ def test_the_folder_computes_what_was_simulated(name, tmp_path):
     assert 0 < relative_error(simulated, logits_of(model)) < 0.5
     loaded = lowbit.load(folder)
     assert torch.equal(logits_of(loaded), simulated)
-    experts = [one for one in told["quantized"] if ".experts." in one]
+    experts = [one for one in told["quantized"] if architecture_of(model.config).is_experts(one)]
     kind = architecture_of(model.config).layers[mixtures_of(model)[0]].experts
     assert len(experts) == len(mixtures_of(model)) * kind.count * len(kind.linears)
     assert [len(row["routing"]) for row in told["blocks"]].count(kind.count) == len(mixtures_of(model))
@@ -193,39 +195,102 @@ def test_what_needs_the_tokens_of_listed_experts_is_refused_in_one_line(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_statistics_of_experts_of_own_code_are_of_the_tokens_that_reach_them():
+    model = tiny.tiny_model("looped")
+    block, x = block_of(model, start=0)
+    mixture, tokens = model.model.layers[0].mlp, []
+    observe(block, x, {"0.mlp.router": lambda value: tokens.append(value.flatten(0, -2))})
+    own = input_statistics(block, x, ["0.mlp.1.up", "0.mlp.1.down"], ("gram",))
+    with torch.no_grad():
+        every = torch.cat(tokens)
+        reached = every[(every @ mixture.router.weight.T).topk(2).indices.eq(1).any(-1)]
+        inner = torch.nn.functional.silu(reached @ mixture.gate[1]) * (reached @ mixture.up[1])
+    assert 0 < own["0.mlp.1.up"].count == len(reached) < len(every)
+    for name, wanted in (("up", reached), ("down", inner)):
+        gram = own[f"0.mlp.1.{name}"]["gram"]
+        assert torch.allclose(gram, wanted.T @ wanted, atol=1e-5 * float(gram.abs().max())), name
+
+
 @pytest.mark.heavy
-def test_experts_that_code_of_a_models_own_computes_stay_float_by_name(tmp_path):
-    model = save_tiny(tmp_path / "model", "llama4_text")
-    kept = tuple(f"feed_forward.experts.{name}_proj" for name in ("gate_up", "down"))
-    full = [f"model.layers.1.{name}" for name in kept]
+def test_rows_of_zeros_are_tokens_that_do_not_reach_an_expert():
+    """Llama 4 sends every token to every expert, times 0 where the router sends it elsewhere."""
+    model = tiny.tiny_model("llama4_text")
+    block, x = block_of(model, start=1)
+    chosen = []
+    run(block, x, taps={"1.feed_forward.experts:routing": chosen.append})
+    counts = torch.bincount(torch.cat(chosen).flatten(), minlength=4)
+    assert counts.sum() == x.shape[0] * x.shape[1], "each token reaches one expert"
+    for number, count in enumerate(counts.tolist()):
+        name = f"1.feed_forward.experts.{number}.up_proj"
+        assert input_statistics(block, x, [name], ("gram",))[name].count == count
+
+
+@pytest.mark.parametrize("given", [{"all_experts": True}, {"recipe": "gptq", "settings": ["gptq.target=output"]}])
+def test_what_needs_all_tokens_of_experts_of_own_code_is_refused_in_one_line(given, tmp_path):
+    save_tiny(tmp_path / "model", "looped")
+    with pytest.raises(LowbitError, match=r"--all-experts|cannot be paired token by token"):
+        run_of(tmp_path, "looped", **given)
+    assert not (tmp_path / "run" / MANIFEST).exists()
+
+
+def stop(module, args):
+    raise RuntimeError("stop")
+
+
+def test_a_loaded_model_quantizes_the_inputs_of_experts_of_own_code_and_can_be_copied(tmp_path):
+    folder = run_of(tmp_path, "looped", "w4a8", "awq+gptq")
+    loaded, simulated = lowbit.load(folder), streamed_logits(folder, IDS)
+    assert torch.equal(logits_of(loaded), simulated)
+    assert torch.equal(logits_of(copy.deepcopy(loaded)), simulated)
+    hook = loaded.model.layers[1].mlp.router.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        loaded(IDS)
+    hook.remove()
+    assert not _get_current_function_mode_stack(), "an error within a layer leaves nothing behind"
+    assert torch.equal(logits_of(loaded), simulated)
+    for layer in loaded.model.layers:
+        layer._forward_pre_hooks.clear()
+        layer._forward_hooks.clear()
+    assert relative_error(logits_of(loaded), simulated) > 1e-6, "with float inputs it is another model"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("recipe", ["affinequant", "awq+gptq", "lowrank"])
+@pytest.mark.parametrize("name", any_mixtures.OWN_CODE)
+def test_methods_run_on_experts_of_own_code(name, recipe, tmp_path):
+    settings = [f"{step}.epochs=1" for step in ("affinequant", "lowrank") if step in recipe]
+    folder = run_of(tmp_path, name, "w4a8", recipe, settings=settings)
+    simulated = streamed_logits(folder, IDS)
+    assert torch.equal(logits_of(lowbit.load(folder)), simulated)
+    assert 0 < relative_error(simulated, logits_of(tiny_mixture(name))) < 0.5
+
+
+def test_experts_that_no_product_is_seen_of_stay_float_by_name(tmp_path):
+    model = save_tiny(tmp_path / "model", "summed")
+    kept = ("mlp.gate", "mlp.up", "mlp.down")
+    full = [f"model.layers.{layer}.{name}" for layer in range(2) for name in kept]
     architecture = architecture_of(model.config)
-    assert [kind.kept for kind in architecture.layers] == [(), kept]
+    assert [kind.kept for kind in architecture.layers] == [kept, kept]
     assert architecture.layers[1].experts is None
-    assert architecture.layers[1].routers == {"feed_forward.router"}
-    assert "feed_forward.shared_expert.up_proj" in architecture.layers[1].linears
+    assert architecture.layers[1].routers == {"mlp.router"}
     facts = inspect_model(str(tmp_path / "model"), "w4a16g16-sym", "gptq", samples=2, length=16)
     assert facts["experts_in_float"] == full
-    assert facts["kinds"][1]["kept"] == list(kept)
-    folder = run_of(tmp_path, "llama4_text", recipe="gptq")
+    assert facts["kinds"][0]["kept"] == list(kept)
+    folder = run_of(tmp_path, "summed", recipe="gptq")
     told = json.loads((folder / MANIFEST).read_text())
     assert told["kept_experts"] == full
-    assert "model.layers.1.feed_forward.router" in told["floats"]
-    assert [any("experts: these experts stay float" in note for note in row["notes"]) for row in told["blocks"]] == [
-        False,
-        True,
-    ]
+    assert "model.layers.1.mlp.router" in told["floats"]
+    assert all(any("experts: these experts stay float" in note for note in row["notes"]) for row in told["blocks"])
     assert all(name in (folder / "README.md").read_text() for name in full)
     lowbit.report([folder], out=tmp_path / "report.html")
     assert full[0] in (tmp_path / "report.html").read_text()
-    floats = {name: model.get_parameter(name) for name in full}
     shards = load_file(folder / "block-00001.safetensors")
-    assert all(torch.equal(shards[name], value) for name, value in floats.items())
+    assert all(torch.equal(shards[name], model.get_parameter(name)) for name in full[3:])
     stored = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1)
     quantized = told["bits_per_weight"] * (
         count := sum(model.get_parameter(f"{n}.weight").numel() for n in told["quantized"])
     )
     assert told["model_bits_per_weight"] == pytest.approx((quantized + 16 * (stored - count)) / stored)
-    assert "transformers replaces Llama4TextExperts" in told["transformers"]["why_not"]
     assert torch.equal(logits_of(lowbit.load(folder)), streamed_logits(folder, IDS))
     with pytest.raises(LowbitError, match="experts outside transformers' registry are not exported"):
         lowbit.export(folder, "gguf", out=tmp_path / "out")

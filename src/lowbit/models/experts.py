@@ -147,12 +147,11 @@ def as_the_library_stores(architecture: Architecture, state: Mapping[str, Tensor
     out = dict(state)
     for index, kind in enumerate(architecture.layers):
         if kind.experts is not None:
-            module = f"{architecture.blocks}.{index}.{kind.experts.module}."
-            names = [
-                f"{kind.experts.module}.{name.removeprefix(module)}" for name in state if name.startswith(module)
-            ]
-            own = {name: out.pop(f"{architecture.blocks}.{index}.{name}") for name in names}
-            out |= {f"{module}{name}": value for name, value in put_together(kind.experts, own).items()}
+            prefix = f"{architecture.blocks}.{index}."
+            inside = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+            names = [name for name in inside if kind.experts.place(name.rpartition(".")[0]) is not None]
+            whole = put_together(kind.experts, {name: out.pop(f"{prefix}{name}") for name in names})
+            out |= {f"{prefix}{kind.experts.module}.{name}": value for name, value in whole.items()}
     return out
 
 

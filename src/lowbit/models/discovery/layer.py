@@ -77,8 +77,7 @@ def analyse(layer: nn.Module, call: Call, direct: frozenset[str] = frozenset()) 
         direct: linears that are not to be quantized, see ``direct_reads``.
     """
     mixture = mixture_in(layer, call)
-    routed = mixture.own_code is not None and mixture.own_code.routed
-    sites = Sites(layer, mixture.transposed, routed)
+    sites = Sites(layer, mixture.transposed, mixture.routed)
     whole = trace(sites, call)
     listed = listed_in(layer, whole.inputs, TOKENS)
     found = whole if listed is None else whole.without([n for n in sites.owners if n.startswith(f"{listed.module}.")])

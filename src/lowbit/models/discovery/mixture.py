@@ -63,6 +63,11 @@ class Mixture:
         """Parameters that code of the model's own reads as ``(in, out)``."""
         return self.parameters if self.own_code is not None and self.own_code.transposed else ()
 
+    @property
+    def routed(self) -> tuple[str, ...]:
+        """Parameters of which it multiplies one expert's matrix with the tokens that reach it."""
+        return self.parameters if self.own_code is not None and self.own_code.routed else ()
+
 
 def mixture_in(layer: nn.Module, call: Call) -> Mixture:
     """The mixture of a small layer; a layer runs one module of experts, others stay float."""

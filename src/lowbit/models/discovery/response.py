@@ -92,7 +92,7 @@ def trace(sites: Sites, call: Call) -> Trace:
     """The sites of a layer in execution order, from passes with one and with two sequences."""
     passes, outputs = [], []
     for sequences in (1, 2):
-        found = Trace(routed=sites.routed)
+        found = Trace(routed=bool(sites.routed))
         args, kwargs = call.arguments(sequences)
         with all_experts(sites.layer):
             outputs.append(output_of(sites.run(found, args, kwargs)).shape)

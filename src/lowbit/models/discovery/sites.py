@@ -121,10 +121,11 @@ class Sites:
     Attributes:
         layer: the decoder layer, which stays as it is.
         owners: by name.
-        routed: code of the model's own multiplies an expert's matrix with the tokens that reach the expert.
+        routed: parameters of experts of which code of the model's own multiplies one expert's matrix with the tokens
+            that reach it. Products with others are seen if they are with all experts at once.
     """
 
-    def __init__(self, layer: nn.Module, transposed: Collection[str] = (), routed: bool = False) -> None:
+    def __init__(self, layer: nn.Module, transposed: Collection[str] = (), routed: Collection[str] = ()) -> None:
         """``transposed``: as for ``owners_of``."""
         self.layer, self.routed = layer, routed
         self.owners = owners_of(layer, transposed)
@@ -142,7 +143,7 @@ class Sites:
                     exits.callback(handle.remove)
             exits.enter_context(_listening(listener, self.names))
             stacks = {one.weight: parameters[one.weight] for one in self.owners.values() if one.kind == "experts"}
-            exits.enter_context(_Mode(listener, self.owners, by_id, Views(stacks), hooked, stack))
+            exits.enter_context(_Mode(listener, self.owners, by_id, Views(stacks), self.routed, hooked, stack))
             with torch.no_grad():
                 return self.layer(*args, **kwargs)
 
@@ -222,12 +223,13 @@ class _Mode(TorchFunctionMode):
         named: Mapping[str, Owner],
         owners: Mapping[int, Owner],
         views: Views,
+        routed: Collection[str],
         hooked: set[str],
         stack: list[str],
     ) -> None:
         super().__init__()
         self.listener, self.owners, self.hooked, self.stack = listener, owners, hooked, stack
-        self.named, self.views = named, views
+        self.named, self.views, self.routed = named, views, routed
         self.scores: tuple[str, Tensor, Tensor] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -236,7 +238,8 @@ class _Mode(TorchFunctionMode):
             return args[0].double()
         if func in _SORTS:  # tokens that code of the model's own sorts by expert stay in the order of the samples
             return _stably(func, *args, **kwargs)
-        if (product := self.views.product(func, args, kwargs)) is not None:
+        product = self.views.product(func, args, kwargs)
+        if product is not None and (product.view.batched or product.view.parameter in self.routed):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             return self._experts(product, weight)
         if func is F.linear:
