@@ -53,6 +53,9 @@ formats: $(DEV) ## perplexity of formats by recipes on SmolLM2, into docs/format
 peers: $(DEV) ## AutoRound and llm-compressor (installed into build/peers) beside ours on the same tokens, into docs/peers.md (WIKITEXT2=<folder>: on WikiText-2)
 	$(BIN)/python benchmarks/peers.py --make-environment $(if $(WIKITEXT2),$(TEXTS) --evaluation builtin:c4)
 
+generalization: $(DEV) ## where runs lose on other text, into docs/generalization.md (RUNS="DIR ..." CALIBRATION=TEXT, MODEL=demo)
+	$(BIN)/python benchmarks/generalization.py $(or $(MODEL),demo) $(RUNS) --calibration $(CALIBRATION) --data builtin:c4 --data builtin:multilingual
+
 runtimes: $(DEV) ## our files beside llama.cpp's own in llama.cpp (compiled once), into docs/runtimes.md (WIKITEXT2=<folder>: on WikiText-2)
 	$(call install,[llamacpp],10 to 25 minutes where llama.cpp is compiled)
 	$(BIN)/python benchmarks/runtimes.py $(TEXTS)

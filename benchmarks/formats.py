@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rows import ROOT, found, kept, lowbit
+from rows import ROOT, found, kept, lowbit, put
 
 BUILD = ROOT / "build" / "formats"
 PAGE = ROOT / "docs" / "formats.md"
@@ -126,14 +126,6 @@ def _line(cells: list[str]) -> str:
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
-def put(page: str, content: str) -> str:
-    """``page`` with ``content`` between the markers."""
-    before, _, rest = page.partition(BEGIN)
-    if not rest or END not in rest:
-        raise SystemExit(f"{PAGE}: the lines {BEGIN.strip()} and {END} are gone; put them where the table belongs")
-    return before + BEGIN + content + END + rest.partition(END)[2]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--calibration", default="builtin", help="text file, or a name that lowbit quantize takes")
@@ -152,7 +144,7 @@ def main() -> None:
 
             row = kept(BUILD, protocol.key(scheme, recipe), measure, options.fresh)
             print(json.dumps({"scheme": scheme, "recipe": recipe, "perplexity": row["perplexity"]}), flush=True)
-            PAGE.write_text(put(PAGE.read_text(), table(protocol, protocol.rows())))
+            PAGE.write_text(put(PAGE.read_text(), table(protocol, protocol.rows()), BEGIN, END, PAGE))
     print(f"wrote {PAGE}")
 
 

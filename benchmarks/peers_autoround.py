@@ -1,13 +1,14 @@
 """AutoRound on given tokens; ``peers.py`` starts it in AutoRound's own environment.
 
-Options are AutoRound's defaults except for batches of one sequence, so that it trains on the CPU as it would on a
-small machine, and ``low_gpu_mem_usage``, which has no meaning there. Its default on CPUs is to compute in bfloat16.
-A layer keeps its quantized weight in that precision, while the files that AutoRound writes hold codes and scales. The
+Options are AutoRound's defaults except for batches of one sequence, which take the least time a step. Its default on
+CPUs is to compute in bfloat16. A layer keeps its quantized weight in that precision, while the files that AutoRound writes hold codes and scales. The
 values here are those of the files: codes are recovered from the weight and its scale, and multiplied in float32.
 Embeddings and norms, which it leaves alone, are the float model's.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from auto_round import AutoRound
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from peers_job import job, values_of_codes
 
 
-def weight_of(module: nn.Module, bits: int, group: int) -> Tensor:
+def weight_of(module: Any, bits: int, group: int) -> Tensor:
     """The values ``(out, in)`` that a quantized linear's codes stand for, in float32."""
     weight, zero = module.weight.detach(), module.zp
     scale = module.scale.reshape(len(weight), -1)

@@ -60,13 +60,13 @@ class Job:
             model: has the parameters of the float model by their names, and may have others.
             weights: of the quantized modules, by their names, ``(out, in)``; they replace those of ``model``.
         """
-        own = dict(model.named_parameters())
         # A head that is tied to the embedding comes once.
         names = [name for name, _ in self.float_model().named_parameters()]
         replaced = {f"{name}.weight": value for name, value in weights.items()}
         if unknown := replaced.keys() - set(names):
             raise SystemExit(f"the float model has no {', '.join(sorted(unknown))}")
-        tensors = {name: replaced.get(name, own[name]).detach().float().contiguous() for name in names}
+        values: dict[str, Tensor] = {**dict(model.named_parameters()), **replaced}
+        tensors = {name: values[name].detach().float().contiguous() for name in names}
         save_file(tensors, str(Path(self.out) / "model.safetensors"), {"format": "pt"})
 
 

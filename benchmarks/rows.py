@@ -64,6 +64,14 @@ def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def put(page: str, content: str, begin: str, end: str, where: Path) -> str:
+    """``page`` with ``content`` between two markers; ends the program where ``where`` has lost them."""
+    before, _, rest = page.partition(begin)
+    if not rest or end not in rest:
+        raise SystemExit(f"{where}: the lines {begin.strip()} and {end} are gone; put them where the table belongs")
+    return before + begin + content + end + rest.partition(end)[2]
+
+
 def digest(paths: Iterable[Path]) -> str:
     """A digest of what is in some files."""
     code = hashlib.sha256()

@@ -353,18 +353,19 @@ def test_every_cell_of_the_formats_is_a_scheme_that_fits_and_a_recipe_with_its_s
 def test_the_table_of_formats_has_the_measured_rows_and_leaves_the_rest_of_the_page():
     protocol = formats.Protocol("texts/wiki.valid.raw", "builtin")
     row = {"bits_per_weight": 4.5, "bytes": 1.5e8, "perplexity": 31.237}
-    rows = {("", "float"): {"perplexity": 20.0}, ("nvfp4", "rtn"): row, ("nvfp4", "gptq"): row | {"perplexity": 29.0}}
-    told = formats.table(protocol, rows)
+    cells = {("", "float"): {"perplexity": 20.0}, ("nvfp4", "rtn"): row}
+    told = formats.table(protocol, cells | {("nvfp4", "gptq"): row | {"perplexity": 29.0}})
     assert "| `nvfp4` | 4.500 | 150 | 31.24 | | 29.00 | | |\n" in told
     assert "mxfp4" not in told
     assert "`wiki.valid.raw`, seed 0" in told
     assert "the built-in text\nin windows of 512; the float model has 20.00." in told
     page = f"before\n{formats.BEGIN}old\n{formats.END}\nafter\n"
-    put = formats.put(page, told)
+    where = (formats.BEGIN, formats.END, formats.PAGE)
+    put = rows.put(page, told, *where)
     assert put == f"before\n{formats.BEGIN}{told}{formats.END}\nafter\n"
-    assert formats.put(put, told) == put
+    assert rows.put(put, told, *where) == put
     with pytest.raises(SystemExit, match="are gone"):
-        formats.put("before\n", told)
+        rows.put("before\n", told, *where)
     assert formats.BEGIN in formats.PAGE.read_text()
 
 
