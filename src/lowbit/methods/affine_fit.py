@@ -92,8 +92,7 @@ class AffineFit:
         """The block at the starting point, with its mixes."""
         params, ops = dict(self.base), dict(self.block.ops)
         for mix in self.mixes:
-            mix.fold(params)
-            ops |= mix.site.ops(mix.op())
+            ops |= mix.site.ops(mix.apply(params))
         return replace(self.block, params=params, ops=ops)
 
     @torch.no_grad()
@@ -184,8 +183,7 @@ class AffineFit:
         params, online = apply(self.block, self.sites, self.start)
         ops: dict[str, RuntimeOp] = {name: Matrix(value) for name, value in online.items()}
         for mix in self.mixes:
-            mix.fold(params)
-            ops |= mix.site.ops(mix.op())
+            ops |= mix.site.ops(mix.apply(params))
         return params, ops
 
     def _offset(self, name: str) -> Tensor | None:

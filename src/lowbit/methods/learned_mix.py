@@ -23,7 +23,6 @@ matrices of v -> o.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -37,7 +36,7 @@ from lowbit.methods.sites import divisor
 from lowbit.models.block import Block
 from lowbit.models.diagonal_blocks import DiagonalBlocks, times_blocks
 from lowbit.models.equivalence import Params
-from lowbit.models.hadamard import Hadamard, random_flips
+from lowbit.models.hadamard import Hadamard, random_flips, times_hadamard
 from lowbit.models.kronecker import Kronecker, sides, times_kronecker
 from lowbit.models.runtime_ops import Matrix, RuntimeOp
 
@@ -73,39 +72,28 @@ class LearnedMix:
         """The learned tensors."""
         return [leaf for map in self.maps for leaf in map.leaves.values()]
 
-    def fold(self, params: Params) -> None:
-        """Replace the readers' weights ``W`` by ``W A^T``; differentiable in the leaves."""
-        values = [map.value()[0] for map in self.maps]
-        if self.choice == "kronecker":
-            factors = [turn @ value[0].mT for turn, value in zip(self._turned(values), values, strict=True)]
-            self.site.fold(params, lambda weight: times_kronecker(weight, factors))
-        elif self.choice == "blocks":
-            blocks = self._blocks(values[0]) @ values[0].mT
-            self.site.fold(params, lambda weight: times_blocks(weight, blocks))
-        elif self.choice == "hadamard-matrix":
-            self.site.fold(params, lambda weight: self.turns[0](weight) @ values[0][0].mT.to(weight.dtype))
-        else:
+    def apply(self, params: Params) -> RuntimeOp:
+        """Replace the readers' weights ``W`` by ``W A^T`` and return the op ``A^-1``, in the precision of the maps.
+
+        Differentiable in the leaves.
+        """
+        if not self.maps:
             self.site.fold(params, self.turns[0])
-
-    def op(self) -> RuntimeOp:
-        """The op ``A^-1``, in the precision of the maps; differentiable in the leaves."""
-        if self.choice == "hadamard":
             return self.turns[0]
-        inverses = [inverse for map in self.maps if (inverse := map.value()[1]) is not None]
+        weights, inputs = [], []  # A^T and A^-1 of each factor, (count, size, size)
+        for turn, learned in zip(self.turns, self.maps, strict=True):
+            value, inverse = learned.value()
+            assert inverse is not None
+            weights.append(turned(turn, value.mT))
+            inputs.append(turned(turn, inverse))
         if self.choice == "kronecker":
-            left, right = (t @ own[0] for t, own in zip(self._turned(inverses), inverses, strict=True))
-            return Kronecker(left, right)
+            self.site.fold(params, lambda weight: times_kronecker(weight, [own[0] for own in weights]))
+            return Kronecker(inputs[0][0], inputs[1][0])
         if self.choice == "blocks":
-            return DiagonalBlocks(self._blocks(inverses[0]) @ inverses[0])
-        return Matrix(self._turned(inverses)[0] @ inverses[0][0])
-
-    def _turned(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Each ``Q^T`` as a matrix, in the dtype of a map's value ``(1, size, size)``."""
-        return [turn(_eye(turn.width, value)) for turn, value in zip(self.turns, like, strict=True)]
-
-    def _blocks(self, like: Tensor) -> Tensor:
-        """The blocks' ``Q^T`` ``(count, size, size)``, in the dtype of ``like``."""
-        return torch.stack([Hadamard(flips[None])(_eye(len(flips), like)) for flips in self.turns[0].flips])
+            self.site.fold(params, lambda weight: times_blocks(weight, weights[0]))
+            return DiagonalBlocks(inputs[0])
+        self.site.fold(params, lambda weight: weight @ weights[0][0].to(weight.dtype))
+        return Matrix(inputs[0][0])
 
     @torch.no_grad()
     def condition(self) -> float:
@@ -116,8 +104,10 @@ class LearnedMix:
         return out
 
 
-def _eye(size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device)
+def turned(turn: Hadamard, matrices: Tensor) -> Tensor:
+    """``Q^T X`` for ``matrices`` ``X`` ``(count, size, size)``, with the rotation of each block of ``turn``."""
+    signs = 1 - 2 * turn.flips.to(matrices.dtype)
+    return signs[..., None] * times_hadamard(matrices.mT).mT  # H is symmetric
 
 
 def learned_mixes(block: Block, chosen: Sites, maps: Maps, dtype: torch.dtype) -> list[LearnedMix]:
