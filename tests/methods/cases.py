@@ -199,7 +199,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "rounding": ({"start": "gptq"}, {"parametrisation": "sigmoid"}, {"parametrisation": "gumbel", "bound": 1.0}),
     "qronos": ({"act_order": False, "search": True},),
     "sparsegpt": ({"pattern": "unstructured"}, {"pattern": "4:8", "search": True}),
-    "affinequant": ({"qkv": "matrix", "mlp": "matrix"}, {"act_clip": True}),
+    "affinequant": (
+        {"qkv": "matrix", "mlp": "matrix"},
+        {"act_clip": True},
+        {"qkv": "kronecker", "mlp": "hadamard-matrix", "heads": "hadamard", "channels": "blocks"},
+    ),
     "reassemble": (
         {"sites": "all", "theta": "most", "most": 0.2},
         {"sites": "norms", "assembly": "bipartite", "theta": "most", "most": 0.2},

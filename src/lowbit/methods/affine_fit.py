@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowbit.methods.affine_options import Clipping, Maps, Objective, Sites
+from lowbit.methods.affine_options import MIXES, Clipping, Maps, Objective, Sites
 from lowbit.methods.clipping import LearnedClips, LearnedRatio
 from lowbit.methods.fit_state import Fitted
 from lowbit.methods.inputs import input_groups
+from lowbit.methods.learned_mix import LearnedMix, learned_mixes
 from lowbit.methods.maps import Kind, LearnedMap
 from lowbit.methods.searched_clips import SearchedClips, split_by_format
 from lowbit.methods.signs import with_signs
@@ -22,6 +23,7 @@ from lowbit.methods.smooth_start import smooth_start
 from lowbit.methods.static_inputs import LearnedInputs
 from lowbit.methods.training import Schedule, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
+from lowbit.models.equivalence import Params
 from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.runtime_ops import Clip, Matrix, RuntimeOp
@@ -42,10 +44,13 @@ class AffineFit:
         calib: Calib,
     ) -> None:
         self.chosen, self.maps, self.clipping, self.objective = chosen, maps, clipping, objective
+        if objective.inputs == "float":
+            calib = replace(calib, x_q=calib.x_fp)
         self.schedule, self.block, self.calib = schedule, block, calib
         device = block.device
         self.dtype = torch.float32 if maps.precision == "float" else torch.float64
         self.run_dtype = torch.float64 if maps.precision == "double" else calib.x_q.dtype
+        self.mixes = learned_mixes(block, chosen, maps, self.dtype)
         sites = self._sites()
         self.sites = [site for site in sites if site.leaves()]
         self.without_effect = [name for site in sites for name in _without_effect(site)]
@@ -57,12 +62,14 @@ class AffineFit:
         self.flipped: dict[str, int] = {}
         if chosen.signs and smooth:
             # Not with ``given``: an earlier step's clipping ratios refer to weight ranges, which sign flips change.
-            moved, edges = replace(block, params=self.base), [site.edge for site in self.sites]
+            # Nor before a mix, which leaves no channel on one side.
+            moved = replace(block, params=self.base)
+            edges = [site.edge for site in self.sites if getattr(chosen, site.name) not in MIXES]
             self.base, self.flipped = with_signs(moved, calib.x_fp, calib.batch, edges)
         # With float64 the weights are converted once, not at every step.
         self.start = {name: value.to(self.dtype) for name, value in self.base.items()}
         given = {} if smooth else block.input_qparams
-        start = replace(block, params=self.base, input_qparams=given)
+        start = replace(self._mixed_start(), input_qparams=given)
         self.inputs = LearnedInputs.of(start, calib, clipping.clip)
         learned, searched = split_by_format(block) if clipping.clip else ([], [])
         self.clips = {name: LearnedClips.of(block, name, papers=smooth) for name in learned}
@@ -81,6 +88,14 @@ class AffineFit:
         self.shrunk = 0
 
     @torch.no_grad()
+    def _mixed_start(self) -> Block:
+        """The block at the starting point, with its mixes."""
+        params, ops = dict(self.base), dict(self.block.ops)
+        for mix in self.mixes:
+            ops |= mix.site.ops(mix.apply(params))
+        return replace(self.block, params=params, ops=ops)
+
+    @torch.no_grad()
     def _input_qparams(self) -> dict[str, QParams]:
         return self.inputs.qparams()
 
@@ -92,7 +107,7 @@ class AffineFit:
         made = [
             make_site(self.block, edge, name, choice, model, self.chosen.shift, maps.block == "group")
             for edge, name in named
-            if (choice := getattr(self.chosen, name)) != "off"
+            if (choice := self.chosen.folded(name)) != "off"
         ]
         return labelled([site for site in made if site is not None])
 
@@ -114,16 +129,20 @@ class AffineFit:
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
         """Learned tensors with their learning rates."""
-        maps = [leaf for site in self.sites for leaf in site.leaves()]
+        maps = [leaf for own in (*self.sites, *self.mixes) for leaf in own.leaves()]
         clips = [leaf for pair in self.clips.values() for leaf in pair.leaves()]
         acts = list({id(ratio): ratio.logit for ratio in self.act_ratios.values()}.values())
         return [(maps, self.maps.lr_maps), ([*clips, *acts, *self.inputs.leaves()], self.clipping.lr_clips)]
 
     def begin(self, epoch: int) -> None:
         """Set the masks and the searched scales for an epoch."""
-        for site in self.sites:
-            site.map.begin(epoch, max(self.schedule.epochs, 1))
+        for learned in self._maps():
+            learned.begin(epoch, max(self.schedule.epochs, 1))
         self.searched.begin(epoch)
+
+    def _maps(self) -> list[LearnedMap]:
+        """All learned maps, those of mixes last."""
+        return [site.map for site in self.sites] + [own for mix in self.mixes for own in mix.maps]
 
     def end(self) -> None:
         """After an epoch: search the scales that are not learned."""
@@ -140,10 +159,10 @@ class AffineFit:
 
     def project(self) -> None:
         """Applied after each step: the condition bound, and diagonal dominance where it is enforced."""
-        for site in self.sites:
-            if site.map.kind in ("masked", "blocks") and self.maps.dominance == "enforce":
-                site.map.keep_dominant()
-        found = [(site.map, exceeding) for site in self.sites if (exceeding := site.map.exceeding()) is not None]
+        for learned in self._maps():
+            if learned.kind in ("masked", "blocks") and self.maps.dominance == "enforce":
+                learned.keep_dominant()
+        found = [(learned, exceeding) for learned in self._maps() if (exceeding := learned.exceeding()) is not None]
         if not found:
             return
         # One read of the device for all maps.
@@ -154,10 +173,18 @@ class AffineFit:
 
     def transformed(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
         """Float parameters with maps folded in, and the runtime ops; differentiable."""
-        params, online = apply(self.block, self.sites, self.start)
-        ops: dict[str, RuntimeOp] = {name: Matrix(value.float()) for name, value in online.items()}
+        params, online = self._applied()
+        ops = {name: op.float() for name, op in online.items()}
         ops |= {name: Clip(ratio.value(), self._offset(name)) for name, ratio in self.act_ratios.items()}
         return {name: value.float() for name, value in params.items()}, ops
+
+    def _applied(self) -> tuple[Params, dict[str, RuntimeOp]]:
+        """The start with maps folded in and mixes behind them, and what stays online, in the maps' own precision."""
+        params, online = apply(self.block, self.sites, self.start)
+        ops: dict[str, RuntimeOp] = {name: Matrix(value) for name, value in online.items()}
+        for mix in self.mixes:
+            ops |= mix.site.ops(mix.apply(params))
+        return params, ops
 
     def _offset(self, name: str) -> Tensor | None:
         """The rounding offsets that an earlier step set at a linear's input."""
@@ -189,7 +216,7 @@ class AffineFit:
     def fold(self, fitted: Fitted) -> Block:
         """The block with everything folded in, by the function and in the precision that training uses."""
         params, ops = self.transformed()
-        ops = {name: Matrix(op.matrix.contiguous()) if isinstance(op, Matrix) else op for name, op in ops.items()}
+        ops = {name: op.to(self.block.device) for name, op in ops.items()}
         done = replace(
             self.block,
             params=params,
@@ -213,6 +240,7 @@ class AffineFit:
             if (flips := self.flipped.get(site.edge.src.module)) is not None:
                 entry["turned_over"] = flips
             sites[_key(site)] = entry
+        sites |= {_mix_key(mix): self._mix_record(mix) for mix in self.mixes}
         return {
             "loss": fitted.train,
             "held_out": [value if math.isfinite(value) else None for value in fitted.held_out],
@@ -225,21 +253,28 @@ class AffineFit:
             "without_effect": self.without_effect,
         }
 
+    def _mix_record(self, mix: LearnedMix) -> dict[str, Any]:
+        entry: dict[str, Any] = {"map": mix.choice, "condition": mix.condition()}
+        if self.maps.dominance != "off" and mix.maps:
+            entry["margin"] = min(float(own.margins().min()) for own in mix.maps)
+        return entry
+
     def _error_before_cast(self, x: Tensor) -> float:
         """The relative squared error that the maps alone cause, in their own precision, for hidden states in float64.
 
         Weights and matrices are taken as ``apply`` returns them, before they are cast to float32 for quantization
         and storage: this is the error of computing and applying inverses.
         """
-        params, online = apply(self.block, self.sites, self.start)
-        ops = {**self.block.ops, **{name: Matrix(value.double()) for name, value in online.items()}}
+        params, online = self._applied()
+        ops = {**self.block.ops, **online}
         exact = run(self.block, x, {name: value.double() for name, value in self.base.items()})
         moved = run(replace(self.block, ops=ops), x, {name: value.double() for name, value in params.items()})
         return relative_error(moved, exact)
 
     def pictures(self) -> dict[str, Tensor]:
         """The learned matrices, reduced to a size that a report can show."""
-        keys = ((_key(site).partition("."), site.map) for site in self.sites if site.map.is_matrix)
+        keys = [(_key(site).partition("."), site.map) for site in self.sites if site.map.is_matrix]
+        keys += [(_mix_key(mix).partition("."), own) for mix in self.mixes for own in mix.maps[:1]]
         step = self.block.record_key("affinequant")
         return {f"{index}.{step}.{name}": learned.picture() for (index, _, name), learned in keys}
 
@@ -258,7 +293,7 @@ class AffineFit:
         notes = []
         for edge in self.block.edges():
             name = site_name(self.block, edge)
-            choice = getattr(self.chosen, name)
+            choice = self.chosen.folded(name)
             if choice == "off" or edge.gains or (edge.kind == "channels" and edge.scales):
                 continue
             kind = map_kind(edge, choice, cast(Kind, self.maps.parametrisation))
@@ -274,6 +309,11 @@ class AffineFit:
 def _key(site: Site) -> str:
     """The layer's index and the site's label: ``7.heads``."""
     return f"{site.edge.src.module.partition('.')[0]}.{site.label or site.name}"
+
+
+def _mix_key(mix: LearnedMix) -> str:
+    """``7.channels-kronecker``."""
+    return f"{mix.site.layer}.{mix.label}"
 
 
 def _without_effect(site: Site) -> list[str]:

@@ -8,15 +8,22 @@ from lowbit.errors import LowbitError
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.smooth_start import PEAKS
 
+MIXES = ("hadamard", "kronecker", "blocks", "hadamard-matrix")
+"""Mixes of a linear's input that stay online, behind a map that folds; see ``learned_mix.py``."""
+
 
 @dataclass(frozen=True)
 class Sites:
     """Where maps are learned.
 
+    ``qkv``, ``heads``, ``mlp`` and ``channels`` also take ``hadamard``, ``kronecker``, ``blocks`` and
+    ``hadamard-matrix``: all channels that the linears there read are mixed, which stays online, behind what folds
+    (the diagonal, at ``heads`` the matrices).
+
     Attributes:
         qkv: map between the norm and q, k, v: ``off``, ``diagonal``, or ``matrix``, which stays online.
         mlp: the same between the norm and the MLP.
-        heads: map from v to o, one per KV head: ``off``, ``diagonal`` or ``matrix``.
+        heads: map from v to o, one per KV head: ``off``, ``diagonal`` or ``matrix``; mixes are across heads.
         qk: map between q and k; with a rotary embedding, ``matrix`` means scaled rotations.
         channels: map from up to down (fc1 to fc2): ``off`` or ``diagonal``.
         signs: apply per-channel sign flips before training (``signs.py``); not in the papers.
@@ -33,13 +40,29 @@ class Sites:
 
     def __post_init__(self) -> None:
         sizes = ("off", "diagonal", "matrix")
-        choices = dict.fromkeys(("qkv", "mlp", "heads", "qk"), sizes) | {"channels": ("off", "diagonal")}
-        check_choices("affinequant", self, choices)
+        choices = dict.fromkeys(("qkv", "mlp", "heads"), (*sizes, *MIXES)) | {"qk": sizes}
+        check_choices("affinequant", self, choices | {"channels": ("off", "diagonal", *MIXES)})
 
     @property
     def matrix_behind_norm(self) -> bool:
         """Whether a dense matrix after a norm is selected; it stays online."""
         return "matrix" in (self.qkv, self.mlp)
+
+    @property
+    def mixes(self) -> frozenset[str]:
+        """The kinds of mixes that are selected; they stay online."""
+        return frozenset((self.qkv, self.heads, self.mlp, self.channels)) & frozenset(MIXES)
+
+    def folded(self, site: str) -> str:
+        """The map that folds at a site: ``off``, ``diagonal`` or ``matrix``.
+
+        >>> Sites(mlp="kronecker", heads="hadamard").folded("mlp"), Sites(heads="hadamard").folded("heads")
+        ('diagonal', 'matrix')
+        """
+        choice: str = getattr(self, site)
+        if choice in MIXES:
+            return "matrix" if site == "heads" else "diagonal"
+        return choice
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,10 @@ class Maps:
 
     Attributes:
         parametrisation: of matrices: ``masked``, ``lu``, ``blocks`` or ``svd``; see ``maps.py``.
-        block_size: of ``blocks``; replaced by the largest smaller divisor where it does not divide the width.
+        mixing: of the factors of ``kronecker`` and of ``blocks``, where a site is mixed: ``svd``, ``masked`` or
+            ``lu``. The parametrisation of ``hadamard-matrix`` is that of matrices.
+        block_size: of ``blocks``; replaced by the largest smaller divisor where it does not divide the width. Where
+            ``blocks`` mix a site whose weights have smaller groups, blocks are those groups.
         block: width of ``masked`` and ``blocks`` matrices where the linears that read them are quantized in groups:
             ``head``: that of a head, or of a norm; ``group``: block-diagonal, a block for each group, so that values
             are mixed only with those that share their scale. Sites whose width is no multiple of the group keep
@@ -65,6 +91,7 @@ class Maps:
     """
 
     parametrisation: str = "masked"
+    mixing: str = "svd"
     block_size: int = 16
     block: str = "head"
     mask: str = "gradual"
@@ -77,6 +104,7 @@ class Maps:
     def __post_init__(self) -> None:
         choices = {
             "parametrisation": ("masked", "lu", "blocks", "svd"),
+            "mixing": ("svd", "masked", "lu"),
             "block": ("head", "group"),
             "mask": ("gradual", "released", "none"),
             "dominance": ("enforce", "report", "off"),
@@ -122,6 +150,8 @@ class Objective:
     """Training objective and starting point.
 
     Attributes:
+        inputs: hidden states before the block while it is trained: ``quantized``, those of the model quantized so
+            far, or the ``float`` model's, so that no block depends on another's fit.
         loss: ``token`` divides each token's squared error by the mean square of its float output; ``mse``, the
             papers' loss, is dominated by the few tokens with massive activations.
         aug_loss: weight of a second term, the error against the float block's output on the quantized input.
@@ -133,6 +163,7 @@ class Objective:
             ``smooth_start.py``.
     """
 
+    inputs: str = "quantized"
     loss: str = "token"
     aug_loss: float = 0.0
     start: str = "smooth"
@@ -140,6 +171,11 @@ class Objective:
     init_peaks: str = "relative"
 
     def __post_init__(self) -> None:
-        choices = {"loss": ("token", "mse"), "start": ("smooth", "given"), "init_peaks": PEAKS}
+        choices = {
+            "inputs": ("quantized", "float"),
+            "loss": ("token", "mse"),
+            "start": ("smooth", "given"),
+            "init_peaks": PEAKS,
+        }
         check_choices("affinequant", self, choices)
         check_bounds("affinequant", self, {"aug_loss": "0 or more", "init_power": "from 0 to 1"})

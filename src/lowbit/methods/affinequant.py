@@ -27,6 +27,7 @@ from typing import ClassVar
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affine_options import Clipping, Maps, Objective, Sites
 from lowbit.methods.layer_by_layer import layer_by_layer
+from lowbit.methods.learned_mix import OPS
 from lowbit.methods.method import Method, Needs
 from lowbit.methods.options import check_bounds
 from lowbit.methods.training import Schedule, fit
@@ -66,10 +67,11 @@ class AffineQuant(Method):
         return 2 + 4 * self.schedule.epochs
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
-        """Matrices after norms and clipped inputs, where the options select them."""
+        """Matrices after norms, mixed and clipped inputs, where the options select them."""
         ops: set[type[RuntimeOp]] = set()
         if self.sites.matrix_behind_norm:
             ops.add(Matrix)
+        ops |= {OPS[choice] for choice in self.sites.mixes}
         if self.clipping.act_clip and inputs is not None and inputs.clippable:
             ops.add(Clip)
         return frozenset(ops)

@@ -127,7 +127,7 @@ def make_site(
     if (kind := map_kind(edge, choice, matrix.kind)) is None:
         return None
     count, size = (edge.layout.kv, edge.size) if edge.per_head else (1, edge.size)
-    block_size = _divisor(size, matrix.block_size)
+    block_size = divisor(size, matrix.block_size)
     if in_groups and kind in ("masked", "blocks") and (width := group_width(block, edge)) is not None:
         kind, block_size = "blocks", width
     learned = LearnedMap(
@@ -157,7 +157,7 @@ def make_site(
     return Site(name, edge, learned, initial_shift, online, tuple(unseen))
 
 
-def _divisor(size: int, limit: int) -> int:
+def divisor(size: int, limit: int) -> int:
     """The largest divisor of ``size`` that is at most ``limit``."""
     return next(n for n in range(min(limit, size), 0, -1) if size % n == 0)
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -101,6 +101,14 @@ class RuntimeOp(ABC):
         """The op on another device."""
         moved = {name: value.to(device) for name, value in self.to_tensors().items()}
         return type(self).from_tensors(moved, self.width)
+
+    def float(self) -> Self:
+        """The op with its numbers in float32, as they are stored; differentiable."""
+        tensors = {name: value for name in self.fields() if (value := getattr(self, name)) is not None}
+        floats = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
+        dataclass_value: Any = self
+        changed: Self = replace(dataclass_value, **floats)
+        return changed
 
     @property
     @abstractmethod
