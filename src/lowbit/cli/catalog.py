@@ -170,6 +170,7 @@ def _parts() -> dict[str, str]:
         "a8": f"their inputs at 8 bits ({acts}), one dynamic range per token; a16: floating point",
         "afp8": "their inputs in FP8 (E4M3), one dynamic scale per token",
         "kv4": f"queries, keys and values at 4 bits ({', '.join(map(str, KV_BITS))}), per token and head; optional",
+        "kv4h": "the same behind a Hadamard rotation of each head, which costs less quality",
         "g64": "one scale for 64 consecutive input channels of a weight's row; without it, one per row",
         "-sym, -asym": "symmetric (zero point in the middle of the range) or asymmetric, weights and integer inputs "
         "alike; without it, integer inputs and weights behind them are asymmetric, other weights symmetric",

@@ -20,6 +20,7 @@ from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import SUPERBLOCK
+from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.scales import Integers, Plain, PowerOfTwo
 from lowbit.quant.scheme import NAMED, WEIGHTS, parse_scheme
 from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
@@ -119,12 +120,15 @@ def inputs_text(format: ActFormat | None) -> str:
 
     >>> inputs_text(parse_scheme("w4a8").act), inputs_text(parse_scheme("mxfp4").act), inputs_text(None)
     ('8 bits asym', 'E2M1, groups of 32', 'float')
+    >>> inputs_text(parse_scheme("w4a8kv4h").kv)
+    '4 bits asym, heads rotated'
     """
     if isinstance(format, IntegerActs):
         static = ", static" if isinstance(format, StaticInt) else ""
         if isinstance(format, StaticClusters):
             static = f", static, {format.clusters} ranges"
-        return f"{format.bits} bits {'sym' if format.symmetric else 'asym'}{static}"
+        rotated = ", heads rotated" if isinstance(format, RotatedTokens) else ""
+        return f"{format.bits} bits {'sym' if format.symmetric else 'asym'}{static}{rotated}"
     if isinstance(format, Nvfp4Acts):
         return f"{E2M1.name}, groups of {format.group}"
     if isinstance(format, FloatActs):

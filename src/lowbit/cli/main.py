@@ -73,7 +73,7 @@ def quantize(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static[n]], another name of "
+            help="w{2..8}a{4,6,8,16,fp8}[kv{4,8}[h]][g{n}][-sym|-asym|-sym-asym][-static[n]], another name of "
             "'lowbit schemes', or FILE.yaml.",
             show_default="w4a16g64-sym",
         ),

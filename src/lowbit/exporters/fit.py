@@ -19,6 +19,7 @@ from lowbit.quant.activations import ActFormat, IntegerActs, IntTokens
 from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.rotated_kv import kv_text
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
 from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
 
@@ -132,7 +133,7 @@ def _schemes(current: Scheme) -> Iterator[Scheme]:
                     suffix = f"{own}-static"
                 elif isinstance(act, IntTokens) and act.symmetric != weight.symmetric:
                     suffix += "-asym"
-                name = f"w{weight.bits}a{bits}{f'kv{kv.bits}' if kv else ''}{suffix}"
+                name = f"w{weight.bits}a{bits}{kv_text(kv)}{suffix}"
                 stored = weight
                 if isinstance(current.weight, IntFormat):
                     stored = replace(weight, scale_dtype=current.weight.scale_dtype)

@@ -5,6 +5,8 @@ its three inputs, per token and head, and passes them to the function that the m
 K and V in float, and they are quantized at each use: since every token and head has its own range, the result equals
 that of a quantized cache. The softmax output stays in float, as in the literature.
 
+A format with rotated heads rotates Q and K here; V comes rotated out of its linear (``rotated_values.py``).
+
 The keys and values of a prefix (``prefix.py``) come first and stay float.
 """
 
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowbit.quant.activations import ActFormat
+from lowbit.quant.rotated_kv import RotatedTokens
+from lowbit.quant.walsh_hadamard import walsh_hadamard
 
 
 def attention_name(format: ActFormat, base: str, prefix: int = 0) -> str:
@@ -38,6 +42,8 @@ def attention_name(format: ActFormat, base: str, prefix: int = 0) -> str:
         return name
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(format, RotatedTokens):
+            query, key = walsh_hadamard(query), walsh_hadamard(key)
         quantized = format.fake_quant(query), *(_behind(prefix, format, x) for x in (key, value))
         # Each modelling file defines its own eager function (Gemma2's caps the logits).
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

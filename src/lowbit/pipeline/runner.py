@@ -29,6 +29,7 @@ from lowbit.models.build import tied_tensors
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
 from lowbit.models.prefix import Prefix
+from lowbit.models.rotated_values import with_rotated_values
 from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_names import StoredNames
@@ -212,7 +213,7 @@ class Walk:
             )
         if not all((self.out / block_file(i)).exists() for i in block.indices):
             calib = Calib(x_fp, x_q, y_fp, self.batch, self.input_range)
-            quantized = _with_kept_notes(_with_kv_notes(block))
+            quantized = with_rotated_values(_with_kept_notes(_with_kv_notes(block)))
             for position, (_, step) in enumerate(self.recipe.block_steps):
                 if step.keeps_function and step.schedule is None:
                     # It moves maps, and ranges of inputs that an earlier step left do not fit what it makes of them.

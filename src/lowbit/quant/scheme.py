@@ -1,11 +1,12 @@
 """Schemes: the formats of weights, activations, and keys and values, with overrides by module name.
 
-A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static[n]]``:
+A scheme of integers has a name of ``w{2..8}a{4,6,8,16,fp8}[kv{4,8}[h]][g{n}][-sym|-asym|-sym-asym][-static[n]]``:
 
 ========= ==========================================================================================
 ``w4``    weights of the blocks' linears at 4 bits, one scale per output channel unless ``g`` is given
 ``a8``    inputs of those linears at 8 bits, one dynamic range per token; ``a16``: float
 ``kv4``   queries, keys and values at 4 bits after the rotary embedding, per token and head, asymmetric
+``kv4h``  the same behind a Hadamard rotation of each head, see ``rotated_kv.py``
 ``g64``   one scale for every 64 consecutive input channels of a weight row
 ``afp8``  inputs in FP8 (E4M3), one scale per token
 ``-sym``  zero points fixed at the middle of the range; ``-asym``: free. For weights and integer activations;
@@ -47,17 +48,18 @@ from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import K_QUANTS
 from lowbit.quant.layout import Layout, Stored
 from lowbit.quant.layouts import layout_of
+from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.runtimes import RUNTIMES, RuntimeInput
 from lowbit.quant.scale_dtype import suffix_of, with_suffix
 from lowbit.quant.static_activations import NVFP4_ACTS, StaticActs, StaticInt
 from lowbit.quant.static_clusters import MOST_CLUSTERS, StaticClusters
 from lowbit.quant.tables import TABLES
 
-_NAME = re.compile(r"w(\d+)a(\d+|fp8)(?:kv(\d+))?(?:g(\d+))?(-sym-asym|-sym|-asym)?(?:-(static)(\d+)?)?")
+_NAME = re.compile(r"w(\d+)a(\d+|fp8)(?:kv(\d+)(h)?)?(?:g(\d+))?(-sym-asym|-sym|-asym)?(?:-(static)(\d+)?)?")
 _SPEC = re.compile(r"w(\d+)(?:g(\d+))?(-sym|-asym)?")
 WEIGHT_BITS, ACT_BITS, KV_BITS = range(2, 9), (4, 6, 8, 16), (4, 8)
 CLUSTERED_BITS = ("4", "6", "8")
-GRAMMAR = "w{2..8}a{4,6,8,16,fp8}[kv{4,8}][g{n}][-sym|-asym|-sym-asym][-static[n]]"
+GRAMMAR = "w{2..8}a{4,6,8,16,fp8}[kv{4,8}[h]][g{n}][-sym|-asym|-sym-asym][-static[n]]"
 OVERRIDE_GRAMMAR = "w{2..8}[g{n}][-sym|-asym]"
 # Weight formats that have names of their own.
 WEIGHTS: dict[str, Format] = {**FLOATS, **K_QUANTS, **TABLES}
@@ -229,7 +231,7 @@ def parse_scheme(name: str) -> Scheme:
         raise LowbitError(
             f"unknown scheme '{name}': give {GRAMMAR}, for example w4a16g64-sym or w8a8, or one of {', '.join(NAMED)}"
         )
-    weight, act, kv, group, suffix, static, clusters = match.groups()
+    weight, act, kv, rotated, group, suffix, static, clusters = match.groups()
     _check_allowed(name, "weight bits", int(weight), WEIGHT_BITS)
     if act != "fp8":
         _check_allowed(name, "activation bits", int(act), ACT_BITS)
@@ -240,7 +242,7 @@ def parse_scheme(name: str) -> Scheme:
         name,
         IntFormat(int(weight), int(group) if group else None, symmetric),
         inputs,
-        IntTokens(int(kv), symmetric=False) if kv else None,
+        (RotatedTokens if rotated else IntTokens)(int(kv), symmetric=False) if kv else None,
     )
 
 
