@@ -51,6 +51,14 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What the result is measured on: text, ``None``: the default of ``compare``, and tokens of each."""
+
+    text: Data | None
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Made:
     """What the steps made; see ``api.Fitted``."""
 
@@ -71,7 +79,7 @@ def make(
     recipe: Recipe,
     skeleton: Skeleton,
     pre: str | None,
-    tokens: int,
+    on: Measured,
     permits: Mapping[str, Any],
 ) -> Made:
     """Quantize, export, verify, compare; what is there from an earlier call is used again.
@@ -91,8 +99,11 @@ def make(
     size = file.stat().st_size if file.is_file() else sum(f.stat().st_size for f in file.iterdir())
     if size > solution.size:
         raise LowbitError(f"{file} has {size:,} bytes where {solution.size:,} were computed: this is a fault of fit")
-    commands.append(_said(["lowbit", "compare", model, str(run), "--length", str(WINDOW), "--tokens", str(tokens)]))
-    told = compare(model, [run], length=_window(skeleton, tokens), tokens=tokens, **permits)
+    length = _window(skeleton, on.tokens)
+    words = ["lowbit", "compare", model, str(run), "--length", str(length), "--tokens", str(on.tokens)]
+    words += [word for corpus in _corpora(on.text) for word in ("--data", corpus)]
+    commands.append(_said(words))
+    told = compare(model, [run], data=on.text, length=length, tokens=on.tokens, **permits)
     rows = {name: one["runs"][0] for name, one in told.texts.items()}
     return Made(
         file,
@@ -129,7 +140,7 @@ def _quantize(
 ) -> list[str]:
     words = ["lowbit", "quantize", model, "--out", str(run), "--scheme", str(scheme), "--target", target]
     words += ["--recipe", recipe.name, *(f"--set={setting}" for setting in recipe.settings)]
-    words += [word for corpus in _corpora(recipe) for word in ("--data", corpus)]
+    words += [word for corpus in _corpora(recipe.data) for word in ("--data", corpus)]
     numbers = {"effort": recipe.effort, "samples": recipe.samples, "length": recipe.length, "seed": recipe.seed}
     for name, value in numbers.items():
         words += [] if value is None else [f"--{name}", str(value)]
@@ -152,8 +163,8 @@ def _quantize(
     return words
 
 
-def _corpora(recipe: Recipe) -> list[str]:
-    return [] if recipe.data is None else [str(corpus) for corpus in corpora(recipe.data)]
+def _corpora(data: Data | None) -> list[str]:
+    return [] if data is None else [str(corpus) for corpus in corpora(data)]
 
 
 def _permit(name: str, value: Any) -> list[str]:
