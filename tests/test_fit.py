@@ -21,7 +21,7 @@ from lowbit.allocation.losses import Losses, formats_of, measure_losses
 from lowbit.allocation.probes import Probe, factors_of
 from lowbit.allocation.rounds import settle
 from lowbit.allocation.scheme import scheme_of
-from lowbit.allocation.solution import best_within, smallest_within, uniform
+from lowbit.allocation.solution import best_within, check_size, smallest_within, uniform
 from lowbit.allocation.target import footprint_of
 from lowbit.analysis.curvature import curvatures
 from lowbit.analysis.knapsack import solve
@@ -335,9 +335,7 @@ def test_the_smallest_size_that_is_said_can_be_made(untied: Path) -> None:
 def test_a_float_tensor_that_alone_exceeds_the_size_is_named() -> None:
     big = Choice(("lm_head",), 4, (Option(None, 1000),))
     small = Choice(("a",), 4, (Option(IntFormat(4), 10),))
-    from lowbit.allocation.solution import check_size
-
-    with pytest.raises(LowbitError, match="lm_head, for which llama.cpp has no format, takes 1,000 in float"):
+    with pytest.raises(LowbitError, match=r"lm_head, for which llama\.cpp has no format, takes 1,000 in float"):
         check_size(Footprint(100, (big, small)), 600, "llama.cpp")
 
 
@@ -349,5 +347,5 @@ def test_a_folder_with_other_files_is_left_alone(untied: Path, tmp_path: Path) -
 
 
 def test_an_unknown_target_is_one_line(untied: Path, tmp_path: Path) -> None:
-    with pytest.raises(LowbitError, match="Known: llama.cpp"):
+    with pytest.raises(LowbitError, match=r"Known: .*llama\.cpp"):
         api.fit(str(untied), tmp_path / "out", target="lama.cpp", size="66kB")

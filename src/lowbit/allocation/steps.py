@@ -12,6 +12,7 @@ import yaml
 
 from lowbit.allocation.scheme import scheme_of
 from lowbit.allocation.solution import Solution
+from lowbit.allocation.target import TARGETS
 from lowbit.checkpoints.safetensors_folder import write_bytes
 from lowbit.data.text import Data, corpora
 from lowbit.errors import LowbitError
@@ -21,7 +22,6 @@ from lowbit.exporters.api import export, verify
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.quantize import quantize
 from lowbit.progress import say
-from lowbit.quant.runtimes import RUNTIMES
 
 RUN, SCHEME, MODEL = "run", "scheme.yaml", "model"
 WINDOW = 512  # tokens of a window of the comparison
@@ -51,6 +51,14 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What the result is measured on: text, ``None``: the default of ``compare``, and tokens of each."""
+
+    text: Data | None
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Made:
     """What the steps made; see ``api.Fitted``."""
 
@@ -71,7 +79,7 @@ def make(
     recipe: Recipe,
     skeleton: Skeleton,
     pre: str | None,
-    tokens: int,
+    on: Measured,
     permits: Mapping[str, Any],
 ) -> Made:
     """Quantize, export, verify, compare; what is there from an earlier call is used again.
@@ -84,15 +92,20 @@ def make(
     if not scheme.is_file() or scheme.read_text(encoding="utf-8") != text:
         write_bytes(scheme, text.encode())
     commands = [_quantize(model, run, scheme, target, recipe, permits)]
-    file = _file(out, target)
-    commands.append(_export(run, file, target, pre, bool(permits["trust_remote_code"])))
-    commands.append(_said(["lowbit", "verify", str(run), str(file)]))
-    (checked,) = verify(run, [file], trust_remote_code=bool(permits["trust_remote_code"]))
-    size = file.stat().st_size if file.is_file() else sum(f.stat().st_size for f in file.iterdir())
+    trusted, file = bool(permits["trust_remote_code"]), _file(out, target)
+    files = [] if file == run else [file]
+    if files:
+        commands.append(_export(run, file, target, pre, trusted))
+    commands.append(_said(["lowbit", "verify", str(run), *map(str, files)]))
+    (checked,) = verify(run, files, trust_remote_code=trusted)
+    size = weight_bytes(file)
     if size > solution.size:
         raise LowbitError(f"{file} has {size:,} bytes where {solution.size:,} were computed: this is a fault of fit")
-    commands.append(_said(["lowbit", "compare", model, str(run), "--length", str(WINDOW), "--tokens", str(tokens)]))
-    told = compare(model, [run], length=_window(skeleton, tokens), tokens=tokens, **permits)
+    length = _window(skeleton, on.tokens)
+    words = ["lowbit", "compare", model, str(run), "--length", str(length), "--tokens", str(on.tokens)]
+    words += [word for corpus in _corpora(on.text) for word in ("--data", corpus)]
+    commands.append(_said(words))
+    told = compare(model, [run], data=on.text, length=length, tokens=on.tokens, **permits)
     rows = {name: one["runs"][0] for name, one in told.texts.items()}
     return Made(
         file,
@@ -121,15 +134,25 @@ def _window(skeleton: Skeleton, tokens: int) -> int:
 
 
 def _file(out: Path, target: str) -> Path:
-    return out / f"{MODEL}{exporter_of(RUNTIMES[target].target).suffix}"
+    """The export, or the run folder where the target reads that."""
+    export = TARGETS[target].export
+    return out / RUN if export is None else out / f"{MODEL}{exporter_of(export).suffix}"
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of a file, or of a folder's ``.safetensors`` files."""
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files if not file.name.startswith("lowbit-"))
 
 
 def _quantize(
     model: str, run: Path, scheme: Path, target: str, recipe: Recipe, permits: Mapping[str, Any]
 ) -> list[str]:
-    words = ["lowbit", "quantize", model, "--out", str(run), "--scheme", str(scheme), "--target", target]
+    words = ["lowbit", "quantize", model, "--out", str(run), "--scheme", str(scheme)]
+    runtime = TARGETS[target].runtime
+    words += [] if runtime is None else ["--target", runtime]
     words += ["--recipe", recipe.name, *(f"--set={setting}" for setting in recipe.settings)]
-    words += [word for corpus in _corpora(recipe) for word in ("--data", corpus)]
+    words += [word for corpus in _corpora(recipe.data) for word in ("--data", corpus)]
     numbers = {"effort": recipe.effort, "samples": recipe.samples, "length": recipe.length, "seed": recipe.seed}
     for name, value in numbers.items():
         words += [] if value is None else [f"--{name}", str(value)]
@@ -139,7 +162,7 @@ def _quantize(
         model,
         run,
         scheme=str(scheme),
-        target=target,
+        target=runtime,
         recipe=recipe.name,
         settings=recipe.settings,
         data=recipe.data,
@@ -152,8 +175,8 @@ def _quantize(
     return words
 
 
-def _corpora(recipe: Recipe) -> list[str]:
-    return [] if recipe.data is None else [str(corpus) for corpus in corpora(recipe.data)]
+def _corpora(data: Data | None) -> list[str]:
+    return [] if data is None else [str(corpus) for corpus in corpora(data)]
 
 
 def _permit(name: str, value: Any) -> list[str]:

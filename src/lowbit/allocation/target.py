@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from lowbit.errors import LowbitError, canonical
 from lowbit.exporters import exporter_of
+from lowbit.exporters.fit import Misfit
 from lowbit.exporters.footprint import FloatModel, Footprint
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import shapes_of
@@ -14,27 +16,77 @@ from lowbit.pipeline.recipe import load_recipe
 from lowbit.pipeline.request import model_name
 from lowbit.pipeline.target import subject_of
 from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import parse_scheme
-from lowbit.runs.plan import linear_shapes, make_plan
+from lowbit.quant.scheme import Scheme, parse_scheme
+from lowbit.runs.plan import Plan, linear_shapes, make_plan
 
 
-def _gguf(model: FloatModel, pre: str | None) -> Footprint:
+@dataclass(frozen=True)
+class Target:
+    """A target of ``lowbit fit``.
+
+    Attributes:
+        footprint: of a model; the last argument is llama.cpp's name of the pre-tokenizer.
+        runtime: the target runtime of the run, a name of ``RUNTIMES``; ``None``: its run folder is the file.
+    """
+
+    footprint: Callable[[FloatModel, Skeleton, str | None], Footprint]
+    runtime: str | None
+
+    @property
+    def export(self) -> str | None:
+        """The target of the export; ``None``: there is nothing to export."""
+        return None if self.runtime is None else RUNTIMES[self.runtime].target
+
+
+def _gguf(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:
     from lowbit.exporters.gguf_footprint import footprint
 
     return footprint(model, pre)
 
 
-# By target runtime, how it stores a model; the names are those of ``quantize --target``.
-FOOTPRINTS: dict[str, Callable[[FloatModel, str | None], Footprint]] = {"llama.cpp": _gguf}
+def _vllm(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:
+    from lowbit.exporters.folder_footprint import footprint
+
+    def refuses(plan: Plan, scheme: Scheme) -> bool:
+        return _misfit("vllm", plan, scheme, skeleton) is not None
+
+    architecture = skeleton.architecture
+    groups = [
+        tuple(f"{architecture.blocks}.{index}.{name}" for name in group)
+        for index, kind in enumerate(architecture.layers)
+        for group in kind.groups
+    ]
+    groups = [kept for group in groups if (kept := tuple(name for name in group if name in model.modules))]
+    return footprint(model, skeleton, groups, refuses, "vllm")
+
+
+def _transformers(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:
+    from lowbit.exporters.folder_footprint import footprint
+
+    def refuses(plan: Plan, scheme: Scheme) -> bool:
+        return plan.stock is not None
+
+    return footprint(model, skeleton, [(name,) for name in model.modules], refuses, None)
+
+
+TARGETS = {
+    "llama.cpp": Target(_gguf, "llama.cpp"),
+    "vllm": Target(_vllm, "vllm"),
+    "transformers": Target(_transformers, None),
+}
 
 
 def target_of(given: str) -> str:
     """The target of that name, in any case; an unknown one raises an error that lists the known ones."""
-    return canonical("target", given, FOOTPRINTS)
+    return canonical("target", given, TARGETS)
 
 
 def footprint_of(target: str, model: str, opened: Opened, pre: str | None = None) -> Footprint:
-    """The footprint of a model that was opened as ``model`` in a target's file."""
+    """The footprint of a model that was opened as ``model`` in a target's file.
+
+    Raises:
+        LowbitError: the target does not compute this model.
+    """
     skeleton = opened.skeleton
     architecture = skeleton.architecture
     _check_architecture(target, skeleton)
@@ -50,13 +102,19 @@ def footprint_of(target: str, model: str, opened: Opened, pre: str | None = None
         architecture.head,
         skeleton.tied,
     )
-    return FOOTPRINTS[target](facts, pre)
+    return TARGETS[target].footprint(facts, skeleton, pre)
 
 
 def _check_architecture(target: str, skeleton: Skeleton) -> None:
     """Refuse a model that the target does not compute in any format."""
-    scheme = parse_scheme("w8a16-sym")
-    subject = subject_of(make_plan(skeleton, scheme), scheme, load_recipe("rtn"), skeleton)
-    misfit = exporter_of(RUNTIMES[target].target).misfit(subject)
+    runtime, scheme = TARGETS[target].runtime, parse_scheme("w8a16-sym")
+    if runtime is None:
+        return
+    misfit = _misfit(runtime, make_plan(skeleton, scheme), scheme, skeleton)
     if misfit is not None and misfit.field == "architecture":
         raise LowbitError(f"{target} does not support this model: {misfit.why}")
+
+
+def _misfit(runtime: str, plan: Plan, scheme: Scheme, skeleton: Skeleton) -> Misfit | None:
+    subject = subject_of(plan, scheme, load_recipe("rtn"), skeleton)
+    return exporter_of(RUNTIMES[runtime].target).misfit(subject)

@@ -1,0 +1,122 @@
+"""Bytes of the weights of a run folder, or of a folder with the same layout: its ``.safetensors`` files.
+
+A file is a header of one JSON entry for each tensor, and the tensors. Entries are counted with the longest offsets,
+so that the sum is an upper bound: a file is smaller by a few bytes for each tensor. Config and tokenizer are not
+counted, as no choice changes them and every loader has them beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from lowbit.errors import LowbitError
+from lowbit.exporters.footprint import Choice, FloatModel, Footprint, Option
+from lowbit.models.skeleton import Skeleton
+from lowbit.quant.format import Format
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.layout import Stored
+from lowbit.quant.scheme import Scheme, for_runtime, parse_scheme
+from lowbit.runs.plan import Plan, make_plan
+
+FORMATS: tuple[Format, ...] = tuple(IntFormat(bits, group) for bits in range(2, 9) for group in (128, 64, 32))
+BASE = "w8a16-sym"  # of the modules beside the one that is asked about: no group that could fail to divide a width
+SHARD = 64  # bytes of a shard's header without entries, padded
+DIGITS = 12  # of the longest offset
+Refuses = Callable[[Plan, Scheme], bool]
+
+
+def footprint(
+    model: FloatModel, skeleton: Skeleton, groups: Sequence[tuple[str, ...]], refuses: Refuses, runtime: str | None
+) -> Footprint:
+    """The footprint of a folder.
+
+    Args:
+        model: the float model.
+        skeleton: the same without parameters.
+        groups: modules that have one format, those of all blocks.
+        refuses: whether the target has no place for a plan.
+        runtime: the target runtime of the run, which may decide on the dtype of scales.
+    """
+    outside = [(model.embed, model.head)] if model.tied else [(model.embed,), (model.head,)]
+    known: dict[tuple[object, ...], list[tuple[Format, int]]] = {}
+    choices = []
+    for modules in (*groups, *outside):
+        key = tuple((name.rpartition(".")[2], model.shape(name)) for name in modules)
+        if key not in known:
+            known[key] = _options(model, skeleton, modules, refuses, runtime)
+        choices.append(_choice(model, modules, known[key]))
+    own = {f"{name}.weight" for modules in (*groups, *outside) for name in modules}
+    floats = {name: _float_size(model, name) for name in model.shapes if name not in own}
+    fixed = sum(floats.values()) + SHARD * (len(skeleton.layers) + 1)
+    largest = sorted(floats.items(), key=lambda pair: -pair[1])[:3]
+    return Footprint(fixed, tuple(choices), tuple(largest))
+
+
+def _options(
+    model: FloatModel, skeleton: Skeleton, modules: tuple[str, ...], refuses: Refuses, runtime: str | None
+) -> list[tuple[Format, int]]:
+    out = []
+    for format in FORMATS:
+        scheme = replace(parse_scheme(BASE), overrides=tuple((name, format) for name in modules))
+        scheme = for_runtime(scheme, runtime)
+        try:
+            plan = make_plan(skeleton, scheme)
+        except LowbitError:  # a group that does not divide the width
+            continue
+        if refuses(plan, scheme):
+            continue
+        size = 0
+        for name in modules:
+            own, shape = plan.formats.modules[name], model.shape(name)
+            size += entries(name, own.layout.stored(own.weight, *shape))
+        out.append((format, size))
+    return out
+
+
+def _choice(model: FloatModel, modules: tuple[str, ...], options: Sequence[tuple[Format, int]]) -> Choice:
+    weights = sum(math.prod(model.shape(name)) for name in modules)
+    if outside := modules[0] in (model.embed, model.head):
+        weights = math.prod(model.shape(modules[0]))
+    found = [Option(format, size) for format, size in options]
+    if outside or not found:
+        names = modules[:1] if outside else modules
+        found.append(Option(None, sum(_float_size(model, f"{name}.weight") for name in names)))
+    return Choice(modules, weights, tuple(found))
+
+
+def _float_size(model: FloatModel, name: str) -> int:
+    """A tensor in float: those of blocks are float32, all others as the model has them."""
+    item = 4
+    if name.removeprefix("model.") not in _in_blocks(model) and model.checkpoint.find(name) is not None:
+        item = model.checkpoint.read([name])[name].element_size()
+    return _entry(name, model.shapes[name]) + item * math.prod(model.shapes[name])
+
+
+def _in_blocks(model: FloatModel) -> frozenset[str]:
+    """Names of the blocks' tensors, without a leading ``model.``."""
+    blocks = next(iter(model.modules)).split(".")
+    at = next(i for i, part in enumerate(blocks) if part.isdigit())
+    prefix = ".".join(blocks[:at]) + "."
+    return frozenset(name.removeprefix("model.") for name in model.shapes if name.startswith(prefix))
+
+
+def entries(module: str, stored: Mapping[str, Stored]) -> int:
+    """Bytes of a module's tensors and of their entries in the header."""
+    return sum(
+        _entry(f"{module}.{key}", one.shape) + one.dtype.itemsize * math.prod(one.shape)
+        for key, one in stored.items()
+    )
+
+
+def _entry(name: str, shape: Sequence[int]) -> int:
+    """Bytes of an entry with the longest offsets.
+
+    >>> _entry("a", (2, 3))
+    72
+    """
+    offsets = [10**DIGITS - 1] * 2
+    entry = {name: {"dtype": "BF16", "shape": list(shape), "data_offsets": offsets}}
+    return len(json.dumps(entry, separators=(",", ":"))) - 1
