@@ -312,11 +312,11 @@ class Walk:
                 if linear.startswith(prefix):
                     packed = block.formats[linear].layout.pack(q, shared_exponent_of(block, linear))
                     tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in packed.items()}
-            for linear, own in block.input_qparams.items():
+            for linear, qparams in block.input_qparams.items():
                 format = block.input_format(linear)
                 if linear.startswith(prefix) and isinstance(format, StaticActs):
-                    stored = format.pack(own).items()
-                    tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in stored}
+                    packed = format.pack(qparams)
+                    tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in packed.items()}
             notes = [note.text for note in block.notes if note.layer == index]
             figures = {"steps": dict(block.record[index])} if index in block.record else {}
             record = {

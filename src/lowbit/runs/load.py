@@ -114,11 +114,11 @@ def load(
             if own is None or own.place(linear_behind(name) or name) is None:
                 _attach(layer, name, op.to(device), offsets.get(name, 0.0))
         if own is not None:
-            inputs = _expert_inputs(own, prefix, formats, own_ops, device)
+            of_experts = _expert_inputs(own, prefix, formats, own_ops, device)
             if own.own_code:
-                quantize_own_experts(layer, own, inputs)
+                quantize_own_experts(layer, own, of_experts)
             else:
-                run_experts_apart(layer.get_submodule(own.module), own, inputs)
+                run_experts_apart(layer.get_submodule(own.module), own, of_experts)
     ids = () if manifest is None else manifest.prefix_ids
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(ids))
     qparams = read_input_qparams(checkpoint, formats.modules, device)
