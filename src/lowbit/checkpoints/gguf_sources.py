@@ -145,6 +145,43 @@ def _stablelm(meta: Metadata, content: Content, fields: Fields) -> Fields:
     }
 
 
+def _mixture(meta: Metadata) -> Fields:
+    """Numbers of experts: all, and those of a token."""
+    count = meta.count("expert_count")
+    used = meta.count("expert_used_count")
+    if used > count:
+        raise meta.refusal("expert_used_count", f"the file has {count} experts")
+    return {"num_experts": count, "num_experts_per_tok": used}
+
+
+def _qwen2moe(meta: Metadata, content: Content, fields: Fields) -> Fields:
+    """Experts in every layer, whose weights are not normalized, beside one with a gate that every token passes."""
+    return (
+        _plain(meta, content, fields)
+        | _mixture(meta)
+        | {
+            "moe_intermediate_size": meta.count("expert_feed_forward_length"),
+            "shared_expert_intermediate_size": meta.count("expert_shared_feed_forward_length"),
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    )
+
+
+def _qwen3moe(meta: Metadata, content: Content, fields: Fields) -> Fields:
+    """Experts in every layer, whose weights are normalized."""
+    width = meta.count("expert_feed_forward_length")
+    layers = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    return _plain(meta, content, fields) | _mixture(meta) | {"moe_intermediate_size": width} | layers
+
+
+def _olmoe(meta: Metadata, content: Content, fields: Fields) -> Fields:
+    """Experts in every layer as wide as the MLP is said to be, whose weights are not normalized."""
+    meta.must_equal("expert_feed_forward_length", fields["intermediate_size"], "llama.cpp's olmoe", unset=0)
+    return _plain(meta, content, fields) | _mixture(meta) | {"norm_topk_prob": False, "clip_qkv": None}
+
+
 _BIASES = {"attention_bias": ATTENTION}
 ARCHITECTURES = {
     "llama": Architecture(
@@ -189,4 +226,7 @@ ARCHITECTURES = {
         biases={"use_qkv_bias": QKV},
         epsilon=LAYER_NORM,
     ),
+    "qwen2moe": Architecture("qwen2_moe", Rope(), _qwen2moe, biases={"qkv_bias": QKV}, experts="mlp.experts"),
+    "qwen3moe": Architecture("qwen3_moe", Rope(), _qwen3moe, biases=_BIASES, experts="mlp.experts"),
+    "olmoe": Architecture("olmoe", Rope(), _olmoe, biases=_BIASES, experts="mlp.experts"),
 }
