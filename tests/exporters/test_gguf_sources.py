@@ -23,7 +23,19 @@ from tiny import tiny_ids
 pytestmark = pytest.mark.heavy  # makes whole runs
 
 MIXTURES = ["qwen2-moe", "qwen3-moe", "olmoe"]
-CASES = ["granite", "ministral3", "olmo2", "glm4", "cohere2", "stablelm", "smollm3", "phi4-mini", *MIXTURES]
+CASES = [
+    "granite",
+    "ministral3",
+    "olmo2",
+    "glm4",
+    "cohere2",
+    "stablelm",
+    "smollm3",
+    "phi4-mini",
+    "lfm2",
+    "gpt-neox",
+    *MIXTURES,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +113,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("cohere2", {"attention.sliding_window": None}, "lacks the metadata key cohere2.attention.sliding_window"),
     ("cohere2", {"rope.freq_base_swa": 500.0}, "cohere2.rope.freq_base_swa = 500"),
     ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual = True: the tensors of the first layer"),
+    ("lfm2", {"attention.head_count_kv": [0, 2, 1]}, "lfm2.attention.head_count_kv = [0, 2, 1]: allowed is 0"),
+    ("lfm2", {"attention.head_count_kv": 2}, "lfm2.attention.head_count_kv = 2: allowed is an array of 3"),
+    ("lfm2", {"shortconv.l_cache": None}, "lacks the metadata key lfm2.shortconv.l_cache"),
+    ("gpt-neox", {"use_parallel_residual": None}, "lacks the metadata key gptneox.use_parallel_residual"),
     ("qwen3-moe", {"expert_used_count": 5}, "qwen3moe.expert_used_count = 5: the file has 4 experts"),
     ("qwen3-moe", {"expert_count": 3}, "which transformers' Qwen3MoeForCausalLM has no place for"),
     ("qwen3-moe", {"expert_weights_scale": 2.0}, "qwen3moe.expert_weights_scale = 2"),
