@@ -247,6 +247,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed-oss": ("seed_oss", {"head_dim": 16}),
     "ernie4.5": ("ernie4_5", {"head_dim": 16}),
     "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "falcon-h1": (
+        "falcon_h1",
+        {
+            "head_dim": 16,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+        },
+    ),
     "arcee": ("arcee", {}),
     "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
     "starcoder2": ("starcoder2", {}),

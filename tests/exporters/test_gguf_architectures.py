@@ -96,6 +96,7 @@ TENSORS |= {
     "seed-oss": (f"{QKV} {DENSE} attn_norm post_attention_norm", "attn_q attn_k attn_v", ""),
     "ernie4.5": (f"{QKV} {DENSE} {PRE}", "", "-output"),
     "exaone4": (f"{QKV} {DENSE} {POST} {QK_NORMS}", "", ""),
+    "falcon-h1": (f"{QKV} {DENSE} attn_norm ssm_in ssm_conv1d ssm_out", "ssm_conv1d ssm_dt", ""),
     "arcee": (f"{QKV} {PRE} ffn_up ffn_down", "", ""),
     "nemotron": (f"{QKV} {PRE} ffn_up ffn_down", f"{QKV} {PRE} ffn_up ffn_down", ""),
     "starcoder2": (f"{QKV} {PRE} ffn_up ffn_down", f"{QKV} {PRE} ffn_up ffn_down", "-output"),
@@ -146,6 +147,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "rope.dimension_count_swa": 16,
     },
     "gemma4-large": {"attention.head_count_kv": [2, 2, 1], "final_logit_softcapping": 0.0},
+    "falcon-h1": {"ssm.inner_size": 128, "ssm.group_count": 2, "ssm.time_step_rank": 4},
     "gemma4-moe": {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
     "glm4-moe": {
         "leading_dense_block_count": 1,
@@ -189,6 +191,7 @@ def expected_names(case: str) -> set[str]:
         names.add("output_norm.bias")
     bare = {
         "granite4-hybrid": ["ssm_a", "ssm_d"],
+        "falcon-h1": ["ssm_a", "ssm_d", "ffn_norm"],
         "gemma4-moe": ["ffn_gate_inp.scale", "ffn_down_exps.scale"],
         **{key: ["ssm_a"] for key in LINEAR_ATTENTION},
     }
@@ -279,6 +282,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ernie4.5", {"use_bias": True}, "use_bias; llama.cpp's ernie4_5 has no such biases"),
     ("exaone4", {"sliding_window": 8}, "sliding_window 8 with num_hidden_layers 3"),
     ("exaone4", {"num_hidden_layers": 64}, "sliding_window None with num_hidden_layers 64"),
+    ("falcon-h1", {"key_multiplier": 0.5}, "key_multiplier 0.5; llama.cpp's falcon-h1 has no factors"),
+    ("falcon-h1", {"mlp_multipliers": [1.0, 0.5]}, "mlp_multipliers [1.0, 0.5]; llama.cpp's falcon-h1"),
+    ("falcon-h1", {"mamba_conv_bias": False}, "mamba_conv_bias False; llama.cpp's falcon-h1 computes with True"),
+    ("falcon-h1", {"mamba_rms_norm": True}, "mamba_norm_before_gate True; llama.cpp's falcon-h1 computes with False"),
     ("arcee", {"hidden_act": "silu"}, "hidden_act 'silu'; llama.cpp computes relu2 for arcee"),
     ("nemotron", {"tie_word_embeddings": True}, "llama.cpp's nemotron needs one of its own"),
     ("starcoder2", {"use_bias": False}, "use_bias False; llama.cpp's starcoder2 computes with True"),

@@ -25,6 +25,7 @@ CLOSE = 2e-5
 EXCEPT = {
     **dict.fromkeys(("qwen3.5", "qwen3.5-grouped", "qwen3.5-moe", "qwen3-next"), 1e-3),
     **dict.fromkeys(("gpt-neox", "starcoder2", "gemma4", "gemma4-large", "gemma4-moe"), 1e-3),
+    "falcon-h1": 1e-4,
 }
 ALONE = range(3, 90, 11)  # tokens that are texts of their own
 

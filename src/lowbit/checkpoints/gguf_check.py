@@ -2,7 +2,8 @@
 
 A model whose rows of q and k are in the wrong order has all its values and computes nonsense, so the order is checked
 value for value: llama.cpp rotates adjacent rows ``(0, 1), (2, 3), ...`` of a head, transformers ``(0, d / 2),
-(1, d / 2 + 1), ...``. Gains of a Gemma are stored as ``1 + weight``. Everything else is stored as it is.
+(1, d / 2 + 1), ...``, and a model of GPT-NeoX has q, k and v of each head together. Gains of a Gemma are stored as
+``1 + weight``. Everything else is stored as it is.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ def check_values(path: Path, architecture: str, name: str, source: Values, conve
     if architecture in GAINS_PLUS_ONE and name.endswith("norm.weight"):
         # In float64, where the subtraction is exact, and rounded once.
         expected = (source.astype(np.float64) - 1.0).astype(np.float32)
+    if name.endswith("ffn_gate_inp_shexp.weight"):  # a vector in the file, a linear of one output here
+        expected = source[None]
+    if name.endswith("shortconv.conv.weight"):  # a kernel for each channel by itself
+        expected = source[:, None]
     if not np.array_equal(converted, expected, equal_nan=True):
         raise LowbitError(
             f"'{name}' of {path} changed while it was converted: the installed transformers has another layout for "
@@ -47,7 +52,19 @@ def row_order(architecture: str, name: str, rows: int, config: Any) -> npt.NDArr
     """Where each row of a tensor, in transformers' order, is in the file; ``None``: in its place."""
     if architecture in ADJACENT and (heads := _heads(name, config)):
         return transformers_rows(rows // heads, heads)
+    if architecture == "gptneox" and ".attn_qkv." in name:
+        return by_head(rows, int(config.num_attention_heads))
     return None
+
+
+def by_head(rows: int, heads: int) -> npt.NDArray[np.intp]:
+    """Where q, k and v of head 0, then of head 1, ... are in a file that has all of q, all of k, all of v.
+
+    >>> by_head(12, 2).tolist()
+    [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
+    """
+    order: npt.NDArray[np.intp] = np.arange(rows).reshape(3, heads, -1).swapaxes(0, 1).ravel()
+    return order
 
 
 def transformers_rows(width: int, heads: int) -> npt.NDArray[np.intp]:

@@ -109,7 +109,7 @@ def _sizes(meta: Metadata, architecture: Architecture, content: Content) -> Fiel
         "intermediate_size": meta.count("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.count("attention.head_count_kv", heads),
+        "num_key_value_heads": _kv_heads(meta, architecture, heads, layers),
         "head_dim": width,
         "max_position_embeddings": meta.count("context_length"),
         field: meta.number(epsilon, accepts=lambda x: 0 < x < 1),
@@ -117,6 +117,17 @@ def _sizes(meta: Metadata, architecture: Architecture, content: Content) -> Fiel
     if heads % out["num_key_value_heads"]:
         raise meta.refusal("attention.head_count_kv", f"{heads} heads cannot share that many evenly")
     return out
+
+
+def _kv_heads(meta: Metadata, architecture: Architecture, heads: int, layers: int) -> int:
+    """Key/value heads of the layers that have attention, all of which have the same."""
+    key = "attention.head_count_kv"
+    if not architecture.hybrid:
+        return meta.count(key, heads)
+    found = {number for number in meta.array(key, int, layers) if number != 0}
+    if len(found) != 1 or min(found) < 1:
+        raise meta.refusal(key, "allowed is 0 for layers without attention, and one positive number for the others")
+    return int(min(found))
 
 
 def _default_width(meta: Metadata, content: Content, hidden: int, heads: int) -> int:

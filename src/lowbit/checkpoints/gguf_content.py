@@ -47,6 +47,8 @@ class Architecture:
         head_dim: whether converters always write the width of heads.
         biases: names in the file of linears that may all have biases, by the config's field.
         epsilon: the config's field of the norms' epsilon, and its key.
+        experts: module path of the experts within a layer of the model; empty: the architecture has none.
+        hybrid: only layers with key/value heads have attention; the file has their number for each layer.
     """
 
     model_type: str
@@ -56,3 +58,5 @@ class Architecture:
     head_dim: bool = False
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     epsilon: tuple[str, str] = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
+    experts: str = ""
+    hybrid: bool = False

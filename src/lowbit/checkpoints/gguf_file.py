@@ -21,6 +21,7 @@ from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
 from lowbit.checkpoints.gguf_config import architecture_of, config_of
 from lowbit.checkpoints.gguf_content import Content
+from lowbit.checkpoints.gguf_experts import STACK, apart, model_name, scales_apart, stored_shapes
 from lowbit.checkpoints.gguf_layout import check_layout
 from lowbit.checkpoints.gguf_rope import TABLES
 from lowbit.checkpoints.gguf_sources import ARCHITECTURES
@@ -42,7 +43,8 @@ class GgufFile:
         architecture: llama.cpp's name.
         model: the transformers model, without storage.
         processor: transformers' tensor processor of the architecture.
-        tensors: the tensors, as the ``gguf`` package describes them, that the model has a place for.
+        tensors: the tensors, as the ``gguf`` package describes them, that the model has a place for; of experts each
+            matrix by itself, see ``gguf_experts``.
         names: the model's names by the file's.
         scales: a factor on all values of a tensor, by its name: NVFP4's scale of the tensor.
     """
@@ -71,27 +73,37 @@ def open_gguf(path: Path) -> GgufFile:
         names = get_gguf_hf_weights_map(WithoutParts(model), processor, architecture)
     except NotImplementedError as error:
         raise LowbitError(f"the installed gguf package does not know the tensors of {path}: {error}") from error
-    scales = _scales(reader)
-    apart = {*TABLES, *(f"{name.removesuffix('weight')}scale" for name in scales)}
-    used = [tensor for tensor in reader.tensors if tensor.name not in apart and not UNUSED.fullmatch(tensor.name)]
+    scaled = _scaled(reader)
+    beside = {*TABLES, *(_scale_of(name) for name in scaled)}
+    used = [t for whole in reader.tensors if whole.name not in beside for t in apart(whole)]
+    used = [tensor for tensor in used if not UNUSED.fullmatch(tensor.name)]
+    if experts := ARCHITECTURES[architecture].experts:
+        places = stored_shapes(model, experts)
+        names |= {t.name: own for t in used if (own := model_name(t.name, experts)) in places}
     if unknown := sorted(tensor.name for tensor in used if tensor.name not in names):
         raise LowbitError(
             f"{path} has the tensor {shown(unknown[0])} ({len(unknown)} such in all), which transformers' "
             f"{type(model).__name__} has no place for: use the model's own folder"
         )
+    scales = {name: value for stack, values in scaled.items() for name, value in scales_apart(stack, values).items()}
     return GgufFile(path, architecture, model, processor, used, names, scales)
 
 
-def _scales(reader: Any) -> dict[str, np.float32]:
-    """Factors on NVFP4 tensors by these tensors' names: ``NAME.scale``, one float32 beside ``NAME.weight``."""
-    kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+def _scaled(reader: Any) -> dict[str, Any]:
+    """Factors on NVFP4 tensors by these tensors' names: ``NAME.scale`` beside ``NAME.weight``, one a matrix."""
+    weights = {tensor.name: tensor for tensor in reader.tensors if tensor.tensor_type == GGMLQuantizationType.NVFP4}
     out = {}
     for tensor in reader.tensors:
-        weight = f"{tensor.name.removesuffix('scale')}weight"
-        scaled = tensor.name.endswith(".scale") and kinds.get(weight) == GGMLQuantizationType.NVFP4
-        if scaled and tensor.tensor_type == GGMLQuantizationType.F32 and tensor.n_elements == 1:
-            out[weight] = np.float32(tensor.data.ravel()[0])
+        weight = weights.get(f"{tensor.name.removesuffix('scale')}weight")
+        if weight is None or not tensor.name.endswith(".scale") or tensor.tensor_type != GGMLQuantizationType.F32:
+            continue
+        if tensor.n_elements == (len(weight.data) if STACK.fullmatch(weight.name) else 1):
+            out[weight.name] = tensor.data
     return out
+
+
+def _scale_of(name: str) -> str:
+    return f"{name.removesuffix('weight')}scale"
 
 
 def check_magic(path: Path) -> None:

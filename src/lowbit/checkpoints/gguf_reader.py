@@ -26,8 +26,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from lowbit.checkpoints.gguf_check import check_values
+from lowbit.checkpoints.gguf_experts import stored_shapes
 from lowbit.checkpoints.gguf_file import BROKEN, GgufFile, open_gguf
 from lowbit.checkpoints.gguf_layout import copy_keys
+from lowbit.checkpoints.gguf_sources import ARCHITECTURES
 from lowbit.checkpoints.gguf_types import values_of
 from lowbit.checkpoints.partial import STALE_SECONDS, flush
 from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
@@ -35,6 +37,7 @@ from lowbit.errors import LowbitError, one_line, panics_as_errors
 from lowbit.progress import say, track
 
 SHARD_BYTES = 2 << 30
+AS_VECTOR = "ffn_gate_inp_shexp.weight"  # a linear of one output
 NO_TOKENIZER = "no-tokenizer.txt"  # in a converted folder without one: the reason
 
 
@@ -123,7 +126,7 @@ def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     file = open_gguf(path)
     model, config = file.model, file.model.config
     shards = ShardWriter(target, shard_bytes)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = stored_shapes(model, ARCHITECTURES[file.architecture].experts)
     missing = set(shapes) - set(getattr(model, "all_tied_weights_keys", None) or {})
     for name, value in _tensors(file):
         if name in shapes and tuple(value.shape) != shapes[name]:
@@ -161,7 +164,8 @@ def _processed(file: GgufFile, tensor: Any) -> tuple[Any, Any]:
         weights = values_of(tensor.data, tensor.tensor_type)
         if (scale := file.scales.get(tensor.name)) is not None:
             weights = weights * scale
-        return weights, file.processor.process(weights=weights, name=tensor.name).weights
+        value = file.processor.process(weights=weights, name=tensor.name).weights
+        return weights, value[None] if tensor.name.endswith(AS_VECTOR) else value
     except NotImplementedError as error:
         raise LowbitError(
             f"'{tensor.name}' in {path} has the type {tensor.tensor_type.name}, which the gguf package "

@@ -7,8 +7,15 @@ https://github.com/ggml-org/llama.cpp/tree/master/src/models (what is computed)
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from transformers.modeling_gguf_pytorch_utils import Gemma2TensorProcessor, LlamaTensorProcessor
+from transformers.modeling_gguf_pytorch_utils import (
+    Gemma2TensorProcessor,
+    GGUFTensor,
+    Lfm2TensorProcessor,
+    LlamaTensorProcessor,
+    TensorProcessor,
+)
 
 from lowbit.checkpoints.gguf_content import Architecture, Content, Fields
 from lowbit.checkpoints.gguf_metadata import Metadata
@@ -145,6 +152,75 @@ def _stablelm(meta: Metadata, content: Content, fields: Fields) -> Fields:
     }
 
 
+def _mixture(meta: Metadata) -> Fields:
+    """Numbers of experts: all, and those of a token."""
+    count = meta.count("expert_count")
+    used = meta.count("expert_used_count")
+    if used > count:
+        raise meta.refusal("expert_used_count", f"the file has {count} experts")
+    return {"num_experts": count, "num_experts_per_tok": used}
+
+
+def _qwen2moe(meta: Metadata, content: Content, fields: Fields) -> Fields:
+    """Experts in every layer, whose weights are not normalized, beside one with a gate that every token passes."""
+    return (
+        _plain(meta, content, fields)
+        | _mixture(meta)
+        | {
+            "moe_intermediate_size": meta.count("expert_feed_forward_length"),
+            "shared_expert_intermediate_size": meta.count("expert_shared_feed_forward_length"),
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    )
+
+
+def _qwen3moe(meta: Metadata, content: Content, fields: Fields) -> Fields:
+    """Experts in every layer, whose weights are normalized."""
+    width = meta.count("expert_feed_forward_length")
+    layers = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    return _plain(meta, content, fields) | _mixture(meta) | {"moe_intermediate_size": width} | layers
+
+
+def _olmoe(meta: Metadata, content: Content, fields: Fields) -> Fields:
+    """Experts in every layer as wide as the MLP is said to be, whose weights are not normalized."""
+    meta.must_equal("expert_feed_forward_length", fields["intermediate_size"], "llama.cpp's olmoe", unset=0)
+    return _plain(meta, content, fields) | _mixture(meta) | {"norm_topk_prob": False, "clip_qkv": None}
+
+
+def _lfm2(meta: Metadata, content: Content, fields: Fields) -> Fields:
+    """Layers without key/value heads have a short convolution; the width of the MLP is as it is said."""
+    kv = meta.array("attention.head_count_kv", int, fields["num_hidden_layers"])
+    return _plain(meta, content, fields) | {
+        "layer_types": ["full_attention" if heads else "conv" for heads in kv],
+        "conv_L_cache": meta.count("shortconv.l_cache"),
+        "conv_bias": False,
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+def _gptneox(meta: Metadata, content: Content, fields: Fields) -> Fields:
+    """llama.cpp computes GELU's approximation by tanh, whatever the original model has."""
+    if not meta.has("use_parallel_residual"):
+        raise meta.refusal("use_parallel_residual", "")
+    return _plain(meta, content, fields) | {
+        "use_parallel_residual": meta.flag("use_parallel_residual", True),
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+
+
+class NeoxProcessor(TensorProcessor):  # type: ignore[misc]  # the library has no annotations
+    """Rows of q, k and v: of all heads one after the other in the file, of each head together in the model."""
+
+    def process(self, weights: Any, name: str, **more: Any) -> Any:
+        """A tensor in the model's layout."""
+        if ".attn_qkv." in name:
+            rows = weights.reshape(3, self.config["num_attention_heads"], -1, *weights.shape[1:])
+            weights = rows.swapaxes(0, 1).reshape(weights.shape)
+        return GGUFTensor(weights, name, {})
+
+
 _BIASES = {"attention_bias": ATTENTION}
 ARCHITECTURES = {
     "llama": Architecture(
@@ -187,6 +263,25 @@ ARCHITECTURES = {
         Rope(base=10000.0, partial=True),
         _stablelm,
         biases={"use_qkv_bias": QKV},
+        epsilon=LAYER_NORM,
+    ),
+    "qwen2moe": Architecture("qwen2_moe", Rope(), _qwen2moe, biases={"qkv_bias": QKV}, experts="mlp.experts"),
+    "qwen3moe": Architecture("qwen3_moe", Rope(), _qwen3moe, biases=_BIASES, experts="mlp.experts"),
+    "olmoe": Architecture("olmoe", Rope(), _olmoe, biases=_BIASES, experts="mlp.experts"),
+    "lfm2": Architecture(
+        "lfm2",
+        Rope(),
+        _lfm2,
+        Lfm2TensorProcessor,
+        epsilon=("norm_eps", "attention.layer_norm_rms_epsilon"),
+        hybrid=True,
+    ),
+    "gptneox": Architecture(
+        "gpt_neox",
+        Rope(base=10000.0, partial=True),
+        _gptneox,
+        NeoxProcessor,
+        biases={"attention_bias": ("attn_qkv", "attn_output")},
         epsilon=LAYER_NORM,
     ),
 }

@@ -166,16 +166,16 @@ def _identity(request: Keep, kept: _Kept) -> Identity:
 def _write(kept: _Kept, out: Path) -> list[BlockRow]:
     """Write every shard that is not there yet; returns the manifest's rows, whose errors are 0: values are equal."""
     skeleton, plan, names = kept.opened.skeleton, kept.plan, kept.opened.names
+    every = [*shapes_of(skeleton)]  # of experts each matrix by itself
     shared = [*skeleton.shared_names, *([f"{plan.head}.weight"] if plan.untie else [])]
     if not (out / REST).exists():
         write_tensors(out / REST, names.stored_all(_tensors(kept, shared)))
     rows = []
     notes = [f"{KEEP}: {kept.codes.dropped}, as the source has it, is float here"] if kept.codes.dropped else []
-    for index, layer in enumerate(track(skeleton.layers, "keeping")):
+    for index in track(range(len(skeleton.layers)), "keeping"):
         began = time.monotonic()
         if not (out / block_file(index)).exists():
-            own = [f"{skeleton.architecture.blocks}.{index}.{name}" for name, _ in layer.named_parameters()]
-            tensors = _tensors(kept, own)
+            tensors = _tensors(kept, [n for n in every if n.startswith(f"{skeleton.architecture.blocks}.{index}.")])
             record = {"seconds": time.monotonic() - began, "peak_memory_bytes": peak_memory_bytes()}
             write_json(out / notes_file(index), {"notes": [], "record": {}, **record})
             write_tensors(out / block_file(index), names.stored_all(tensors))

@@ -11,6 +11,7 @@ from typing import Any
 
 from lowbit.exporters.gguf_architectures.architecture import Architecture
 from lowbit.exporters.gguf_architectures.exaone import EXAONE4
+from lowbit.exporters.gguf_architectures.falcon import FALCON_H1
 from lowbit.exporters.gguf_architectures.fused import GLM4, PHI3
 from lowbit.exporters.gguf_architectures.gemma import GEMMA2, GEMMA3
 from lowbit.exporters.gguf_architectures.gemma4 import GEMMA4
@@ -67,6 +68,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "SeedOssForCausalLM": SEED_OSS,
     "Ernie4_5ForCausalLM": ERNIE,
     "Exaone4ForCausalLM": EXAONE4,
+    "FalconH1ForCausalLM": FALCON_H1,
     "HunYuanDenseV1ForCausalLM": HUNYUAN,
     "HunYuanMoEV1ForCausalLM": HUNYUAN_MOE,
     "ArceeForCausalLM": ARCEE,

@@ -84,16 +84,17 @@ def _hybrid_unlike(config: Any) -> str | None:
     )
 
 
-def _decay(logarithm: Tensor) -> Tensor:
+def decay_column(logarithm: Tensor) -> Tensor:
     """What multiplies the step of each head, from the logarithm of its magnitude, as a column."""
     return -logarithm.exp()[:, None]
 
 
-def _column(vector: Tensor) -> Tensor:
+def as_column(vector: Tensor) -> Tensor:
+    """A number for each head as a column."""
     return vector[:, None]
 
 
-def _row(vector: Tensor) -> Tensor:
+def as_row(vector: Tensor) -> Tensor:
     """The gain of a norm over one group."""
     return vector[None]
 
@@ -143,9 +144,9 @@ GRANITE_HYBRID = replace(
     unlike=_hybrid_unlike,
     names=_OUTPUT | {"mamba.A_log": "ssm_a", "mamba.D": "ssm_d", "mamba.dt_bias": "ssm_dt.bias"},
     values={
-        "mamba.A_log": _decay,
-        "mamba.D": _column,
-        "mamba.norm.weight": _row,
+        "mamba.A_log": decay_column,
+        "mamba.D": as_column,
+        "mamba.norm.weight": as_row,
         "conv1d.weight": without_channels,
     },
     variant=_attention_only,
