@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from lowbit.models.discovery import Discovery, discover
 from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.fold import draw
 from lowbit.models.discovery.proof import LayerProof
+from lowbit.models.discovery.real import checked
 from lowbit.models.discovery.sites import owners_of
 
 SIZES: dict[str, Any] = {
@@ -362,3 +364,29 @@ def test_a_token_that_outweighs_all_others_hides_nothing(edge, passes):
     proof = LayerProof(layer, Call((x,), {}, ((torch.cat([x, x]),), {})), owners_of(layer))
     map = draw(edge, proof.owners, edge.limit, torch.Generator().manual_seed(0))
     assert (not proof.refutation(edge, map)) == passes
+
+
+class WithBuffer(Gated):
+    """A layer that computes with a buffer that a checkpoint does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.full((16,), 2.0), persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(self.factor, torch.full_like(self.factor, 2.0))
+        return super().forward(hidden_states * self.factor)
+
+
+def test_a_layer_at_real_shape_has_the_values_of_its_buffers():
+    layer = WithBuffer()
+    for module in (layer.v, layer.gate, layer.o, layer.fc1, layer.fc2):
+        module.to("meta")
+    x = torch.randn(1, 18, 16, dtype=torch.float64)
+    call = Call((x,), {}, ((torch.cat([x, x]),), {}))
+    real: Any = SimpleNamespace(layers=[layer], calls=[call])
+    edge = DeclaredEdge("heads", "v", ("o",), "diagonal", Heads(2, 2, 8))
+    for _ in range(2):  # the layer stays as it is
+        ((_, why),) = checked(real, layer, [edge])
+        assert not why
+    assert layer.v.weight.is_meta

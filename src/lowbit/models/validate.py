@@ -20,8 +20,8 @@ from lowbit.models.families import architecture_of
 from lowbit.models.forward import run
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_experts import settle_experts
-from lowbit.models.stored_rows import settle_rows
 from lowbit.models.stored_names import StoredNames, use_model_names
+from lowbit.models.stored_rows import settle_rows
 from lowbit.progress import say, track
 from lowbit.quant.scheme import ModuleFormats
 from lowbit.quant.static_clusters import SIZES

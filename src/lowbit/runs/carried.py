@@ -49,7 +49,9 @@ def carried(
     Raises:
         LowbitError: a tensor of another part is quantized, which the run folder's config could not say.
     """
-    outside = [*dict.fromkeys(n for name in listed if architecture.is_outside(name) for n in checkpoint.holders(name))]
+    outside = [
+        *dict.fromkeys(n for name in listed if architecture.is_outside(name) for n in checkpoint.holders(name))
+    ]
     for name in outside:
         if isinstance(checkpoint, QuantizedCheckpoint) and name in checkpoint.quantized:
             raise LowbitError(

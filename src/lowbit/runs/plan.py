@@ -17,7 +17,7 @@ from torch import nn
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.architecture import Architecture
 from lowbit.models.build import empty_model, text_config
-from lowbit.models.packed import draws_into_weights, drawn_from_outside
+from lowbit.models.packed import drawn_from_outside, draws_into_weights
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.compressed_tensors import stock_loads, stock_loads_experts

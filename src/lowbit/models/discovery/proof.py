@@ -140,8 +140,8 @@ def allowed(alone: float, rounding: float) -> float:
 def relative(output: Tensor, reference: Tensor) -> float:
     """The largest difference in a token's channels relative to the token's largest value, over all tokens.
 
-    Tokens are compared one by one: at random parameters a recurrent state may grow from token to token, and what it
-    does to the last one would hide every other.
+    Tokens are compared one by one: at random parameters a recurrent state may grow from token to token, and the last
+    one would hide every other.
 
     >>> relative(torch.tensor([[1.0, 2.0], [9.0, 99.0]]), torch.tensor([[1.0, 4.0], [0.0, 100.0]]))
     0.5
@@ -154,8 +154,6 @@ def relative(output: Tensor, reference: Tensor) -> float:
     return float(((output - reference).abs().amax(-1) / largest).max())
 
 
-def random_moves(
-    edge: DeclaredEdge, owners: Owners, layers: Sequence[int], generator: torch.Generator
-) -> list[Move]:
+def random_moves(edge: DeclaredEdge, owners: Owners, layers: Sequence[int], generator: torch.Generator) -> list[Move]:
     """One random map on each layer."""
     return [(index, edge, owners, draw(edge, owners, edge.limit, generator)) for index in layers]
