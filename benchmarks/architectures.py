@@ -1,6 +1,6 @@
 """Every causal language model of the installed transformers: discovered, proven, quantized, loaded again.
 
-    python benchmarks/architectures.py [--types llama,gpt2] [--again failed|all] [--page docs/architectures.md]
+    python benchmarks/architectures.py [--types llama,gpt2] [--again failed|all] [--no-runs] [--page docs/architectures.md]
 
 A child process for each type, with limits on its memory and on the processor time of each stage. Rows are kept as
 they come, so that a run that was stopped goes on where it was; a row that other sources or versions made is made
@@ -31,6 +31,7 @@ from transformers import CONFIG_MAPPING, GPT2LMHeadModel, LlamaForCausalLM, Mixt
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 import architectures_page
+from architectures_edges import experts_in
 from architectures_page import Row, summary
 from architectures_steps import RECIPES, went, whole_way
 from lowbit.errors import one_line
@@ -176,7 +177,15 @@ def said_of(row: Row) -> str:
 
 def page(rows: dict[str, Row]) -> str:
     """The page on all types."""
-    return architectures_page.page(rows, CLASSES, DECODER)
+    return architectures_page.page(rows, CLASSES, DECODER, {type: _experts(type) for type in rows})
+
+
+def _experts(type: str) -> int:
+    """How many experts a layer of a type has; 0 where its config cannot be made."""
+    try:
+        return experts_in(configured(type))
+    except Exception:  # the row says why
+        return 0
 
 
 def kept_of(found: dict[str, Row], types: Iterable[str], again: str | None) -> dict[str, Row]:
@@ -199,16 +208,18 @@ def main() -> None:
     parser.add_argument("--again", choices=["failed", "all"], help="rows to make again")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where the rows are kept")
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--no-runs", action="store_true", help="write the page from the rows that are there")
     options = parser.parse_args()
     types = options.types.split(",") if options.types else sorted(CLASSES)
     if unknown := set(types) - set(CLASSES):
         parser.error(f"no causal language model of transformers: {', '.join(sorted(unknown))}")
     found: dict[str, Row] = json.loads(options.rows.read_text()) if options.rows.exists() else {}
-    kept = kept_of(found, types, options.again)
+    kept = found if options.no_runs else kept_of(found, types, options.again)
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    run(types, kept, options.rows)
+    if not options.no_runs:
+        run(types, kept, options.rows)
     options.page.write_text(page(kept))
     print(f"{sum(row['ok'] for row in kept.values())} of {len(kept)} discovered and proven: {options.page}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 
+from architectures_edges import sentence
 from architectures_steps import EQUAL, NO_EDGES, OK, RECIPES, ran, went
 from lowbit.models.architecture import DeclaredEdge, LayerKind
 from lowbit.models.discovery import Discovery
@@ -43,13 +44,19 @@ def short(edge: DeclaredEdge) -> str:
     return " ".join([edge.kind, edge.limit, *dims, *power])
 
 
-def page(rows: Mapping[str, Row], known: Iterable[str], overrides: Mapping[str, Mapping[str, Any]]) -> str:
+def page(
+    rows: Mapping[str, Row],
+    known: Iterable[str],
+    overrides: Mapping[str, Mapping[str, Any]],
+    experts: Mapping[str, int],
+) -> str:
     """The tables in Markdown.
 
     Args:
         rows: by model type.
         known: every type; those without a row are named.
         overrides: what is set in the config of a type, beside its defaults.
+        experts: how many a layer with experts of a type has; 0, or no entry: none.
     """
     good = {type: row for type, row in sorted(rows.items()) if row["ok"]}
     bad = {type: row for type, row in sorted(rows.items()) if not row["ok"]}
@@ -72,7 +79,7 @@ def page(rows: Mapping[str, Row], known: Iterable[str], overrides: Mapping[str, 
         "",
         f"| type | class | layers | edges | {columns} | stock |",
         f"|---|---|---:|---|{'---|' * len(RECIPES)}---|",
-        *(line for type, row in good.items() for line in _rows(type, row)),
+        *(line for type, row in good.items() for line in _rows(type, row, experts.get(type, 0))),
         *_reasons(good),
         *_table(
             "Not discovered", "type | class | reason", ((f"`{t}`", r["class"], r["why"]) for t, r in bad.items())
@@ -85,7 +92,7 @@ def page(rows: Mapping[str, Row], known: Iterable[str], overrides: Mapping[str, 
     return "\n".join(lines) + "\n"
 
 
-def _rows(type: str, row: Row) -> list[str]:
+def _rows(type: str, row: Row, experts: int) -> list[str]:
     """A type's lines: one for each kind of its layers; the first has the steps."""
     steps = row.get("steps", {})
     cells = [_word(steps.get(recipe, {}).get("run"), OK) for recipe in RECIPES]
@@ -94,7 +101,7 @@ def _rows(type: str, row: Row) -> list[str]:
     for at, kind in enumerate(row["kinds"]):
         name = f"`{type}` | {row['class']}" if not at else " |"
         last = end if not at else " | " * len(RECIPES)
-        lines.append(f"| {name} | {kind['layers']} | {', '.join(kind['edges']) or 'none'} | {last} |")
+        lines.append(f"| {name} | {kind['layers']} | {sentence(kind['edges'], experts)} | {last} |")
     return lines
 
 
@@ -148,12 +155,14 @@ Each config is shrunk, a random model of it is built, its structure is read off 
 proven by a random map in the layer and in the model. Layers that differ have a row each; *layers* counts them in the
 default config. Edges:
 
-* `norm 3`: a norm's gain and its three readers
-* `heads matrix`: v to o, any matrix per key/value head (`rotation`: orthogonal ones, `diagonal`: scales)
-* `channels diagonal`: up to down, scales (`positive`: above 0; `power 2`: squared on the way)
-* `qk matrix 8 pairs 4 free`: between queries and keys, a scaled rotation of each pair of a head's dimensions that the
-  rotary embedding rotates together, and any matrix over those that it leaves alone; `qk diagonal`: scales of the
-  gains of the norms on queries and keys. Widths are those of the default config.
+* `norm -> 3 linears`: a norm's gain and its three readers, routers among them
+* `v -> o (matrix)`: any matrix per key/value head (`rotation`: orthogonal ones, `diagonal`: scales)
+* `channels (diagonal)`: from a linear's rows to the columns that read them, as up to down: scales (`positive`: above 0;
+  `power 2`: squared on the way)
+* `q -> k (matrix, 8 pairs, 4 free)`: a scaled rotation of each pair of a head's dimensions that the rotary embedding
+  rotates together, and any matrix over those that it leaves alone; `diagonal`: scales of the gains of the norms on
+  queries and keys. Widths are those of the default config.
+* `per expert`: every expert of the layer has the edge; `2 of each expert`: its gate and up
 
 Steps run on the small model in float32, with every parameter random. The scheme is `w4a16g16-sym`, or the same with
 the largest smaller group that divides all widths; calibration has 8 windows of 32 tokens, and `affinequant` 2 epochs.

@@ -21,6 +21,7 @@ from lowbit.runs.plan import _stock
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import architectures
+import architectures_edges
 import architectures_page
 import architectures_steps
 from tiny import tiny_model
@@ -179,8 +180,8 @@ def test_the_page_has_rows_counts_reasons_and_what_is_missing():
     assert "* 3 of 4 are discovered and proven; 1 of them have no edge." in text
     assert "* 2 are quantized by `rtn` and by `gptq`; 1 go the whole way with both." in text
     assert "* 1 are quantized by `affinequant`; 1 go the whole way with it." in text
-    assert "| `llama` | LlamaForCausalLM | 2 | norm 3 | ok | ok | ok | equal |" in text
-    assert "| `bloom` | B | 2 | norm 3 | ok | ok | no | no |" in text
+    assert "| `llama` | LlamaForCausalLM | 2 | norm -> 3 linears | ok | ok | ok | equal |" in text
+    assert "| `bloom` | B | 2 | norm -> 3 linears | ok | ok | no | no |" in text
     assert "| `mpt` | M | 2 | none |  |  |  |  |" in text
     assert "| `bloom` | stock after gptq | logits differ |" in text
     assert "| `bloom` | affinequant | x / y |" in text
@@ -199,6 +200,48 @@ def test_edges_in_short():
     )
     wanted = ["norm 2", "channels positive power 2 x 2", "qk matrix 1 pairs 2 free"]
     assert architectures_page.edges_of(LayerKind((), edges)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("edges", "experts", "wanted"),
+    [
+        (["norm 2", "norm 1 x 2"], 8, "norm -> 2 linears; 2 x norm -> 1 linear"),
+        ([], 8, "none"),
+        (["norm 257", "heads matrix"], 128, "norm -> 1 linear and 2 of each expert; v -> o (matrix)"),
+        (
+            ["norm 130", "channels positive power 2 x 129"],  # of experts without a gate, beside a shared one
+            128,
+            "norm -> 2 linears and 1 of each expert; channels (positive, power 2); "
+            "per expert: up -> down (positive, power 2)",
+        ),
+        (["channels diagonal x 9"], 0, "9 x channels (diagonal)"),
+    ],
+)
+def test_edges_in_words(edges, experts, wanted):
+    assert architectures_edges.sentence(edges, experts) == wanted
+
+
+def test_experts_of_a_type():
+    assert architectures_edges.experts_in(architectures.configured("qwen3_moe")) == 128
+    assert architectures_edges.experts_in(architectures.configured("llama")) == 0
+
+
+def test_the_page_is_written_anew_from_rows_alone(monkeypatch, tmp_path):
+    def never(type: str) -> architectures.Row:
+        raise AssertionError(type)
+
+    monkeypatch.setattr(architectures, "in_a_child", never)
+    rows = {"mixtral": {**GOOD, "class": "M", "kinds": [{**KINDS[0], "edges": ["norm 17", "channels diagonal x 8"]}]}}
+    rows["mixtral"]["made_by"] = "old"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--no-runs", "--rows", str(tmp_path / "rows.json"), "--page", str(tmp_path / "page.md")]
+    monkeypatch.setattr(sys, "argv", ["architectures.py", *options])
+    monkeypatch.setattr(architectures.torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(architectures.logging, "disable", lambda level: None)
+    architectures.main()
+    wanted = "norm -> 1 linear and 2 of each expert; per expert: up -> down (diagonal)"
+    assert wanted in (tmp_path / "page.md").read_text()
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
 
 
 def test_every_type_has_a_config():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from lowbit.models.discovery import Discovery, discover
 from lowbit.models.discovery.capture import Call
 from lowbit.models.discovery.fold import draw
 from lowbit.models.discovery.proof import LayerProof
+from lowbit.models.discovery.real import checked
 from lowbit.models.discovery.sites import owners_of
 
 SIZES: dict[str, Any] = {
@@ -309,3 +311,82 @@ def test_an_edge_whose_source_does_nothing_is_refused():
     edge = DeclaredEdge("channels", "fc1", ("fc2",), "positive")
     map = draw(edge, proof.owners, "positive", torch.Generator().manual_seed(0))
     assert proof.refutation(edge, map) == "the source alone does not change the layer's output"
+
+
+@pytest.mark.parametrize(
+    ("edge", "passes"),
+    [
+        (DeclaredEdge("heads", "v", ("o",), "matrix", Heads(2, 2, 8)), False),
+        (DeclaredEdge("heads", "v", ("o",), "diagonal", Heads(2, 2, 8)), True),
+        (DeclaredEdge("channels", "gate", ("o",)), False),
+    ],
+)
+@pytest.mark.parametrize("share", [1e-3, 1e-5, 1e-8])
+def test_a_half_that_contributes_little_passes_no_false_edge_and_loses_no_true_one(edge, passes, share):
+    """The smallest share is below what an absolute tolerance of 1e-9 sees, the others are near one of 1e-4."""
+    torch.manual_seed(0)
+    layer = Gated()
+    with torch.no_grad():
+        layer.o.weight.mul_(share)
+    x = torch.randn(1, 18, 16, dtype=torch.float64)
+    proof = LayerProof(layer, Call((x,), {}, ((torch.cat([x, x]),), {})), owners_of(layer))
+    map = draw(edge, proof.owners, edge.limit, torch.Generator().manual_seed(0))
+    left, alone = proof.effects(edge, map)
+    assert share / 100 < alone < 10 * share
+    assert (not proof.refutation(edge, map)) == passes
+    assert (left < 1e-5 * alone) == passes
+
+
+class OneLargeToken(nn.Module):
+    """A layer whose last token is far larger than all others, as a recurrent state at random parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Gated()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        large = torch.ones(18, 1, dtype=torch.float64)
+        large[-1] = 1e30
+        return self.own(hidden_states) + large * hidden_states
+
+
+@pytest.mark.parametrize(
+    ("edge", "passes"),
+    [
+        (DeclaredEdge("heads", "own.v", ("own.o",), "diagonal", Heads(2, 2, 8)), True),
+        (DeclaredEdge("heads", "own.v", ("own.o",), "matrix", Heads(2, 2, 8)), False),
+    ],
+)
+def test_a_token_that_outweighs_all_others_hides_nothing(edge, passes):
+    torch.manual_seed(0)
+    layer = OneLargeToken()
+    x = torch.randn(1, 18, 16, dtype=torch.float64)
+    proof = LayerProof(layer, Call((x,), {}, ((torch.cat([x, x]),), {})), owners_of(layer))
+    map = draw(edge, proof.owners, edge.limit, torch.Generator().manual_seed(0))
+    assert (not proof.refutation(edge, map)) == passes
+
+
+class WithBuffer(Gated):
+    """A layer that computes with a buffer that a checkpoint does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.full((16,), 2.0), persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(self.factor, torch.full_like(self.factor, 2.0))
+        return super().forward(hidden_states * self.factor)
+
+
+def test_a_layer_at_real_shape_has_the_values_of_its_buffers():
+    layer = WithBuffer()
+    for module in (layer.v, layer.gate, layer.o, layer.fc1, layer.fc2):
+        module.to("meta")
+    x = torch.randn(1, 18, 16, dtype=torch.float64)
+    call = Call((x,), {}, ((torch.cat([x, x]),), {}))
+    real: Any = SimpleNamespace(layers=[layer], calls=[call])
+    edge = DeclaredEdge("heads", "v", ("o",), "diagonal", Heads(2, 2, 8))
+    for _ in range(2):  # the layer stays as it is
+        ((_, why),) = checked(real, layer, [edge])
+        assert not why
+    assert layer.v.weight.is_meta

@@ -6,6 +6,7 @@ its layers comes from the same config with a small vocabulary and as few layers 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.proof import LayerProof
 from lowbit.models.discovery.properties import properties
 from lowbit.models.discovery.sites import InFloat64, owners_of
-from lowbit.models.discovery.small_model import materialize, redraw, run_eager_experts, token_ids
+from lowbit.models.discovery.small_model import materialize, run_eager_experts, token_ids
 from lowbit.models.recorder import as_returned
 
 _COPIES = 4  # of a layer's parameters: its own, and those that a map changes on both sides
@@ -94,12 +95,9 @@ def checked(
     at = next((i for i, one in enumerate(real.layers) if signature(one) == wanted), None)
     if at is None:
         return "no layer of the short model is like it"
-    own = real.layers[at].to_empty(device="cpu")
+    own = copy.deepcopy(real.layers[at])  # whose buffers have their values: code multiplies by some
     try:
-        for parameter in own.parameters():
-            parameter.requires_grad_(False).fill_(1.0 if parameter.ndim < 2 else 0.0)
-        own.double()
-        redraw(own, seed=3)
+        materialize(own, seed=3)
         run_eager_experts(own)
         proof = LayerProof(own, real.calls[at].redrawn(4), owners_of(own, transposed))
         generator = torch.Generator().manual_seed(6)
@@ -109,5 +107,3 @@ def checked(
         ]
     except Exception as error:  # a model's own code
         return f"the layer does not run alone: {one_line(error)}"
-    finally:
-        own.to("meta")
