@@ -24,10 +24,10 @@ from lowbit.models.attention import attention_name
 from lowbit.models.build import from_config, tied_tensors
 from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
 from lowbit.models.experts_function import run_experts_apart
-from lowbit.models.own_experts import quantize_own_experts
 from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import gathered_norm
 from lowbit.models.linear_input import LinearInput
+from lowbit.models.own_experts import quantize_own_experts
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp
 from lowbit.models.validate import (
     PROBE,

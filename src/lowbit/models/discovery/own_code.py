@@ -21,7 +21,7 @@ from lowbit.models.discovery.proof import SAME, relative
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.expert_views import ExpertProducts, Product
 from lowbit.models.experts_function import ExpertParts
-from lowbit.models.own_experts import OwnExpertsCall, own_experts_computed_by
+from lowbit.models.own_experts import OwnExpertsCall
 
 
 @dataclass(frozen=True)
