@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import lowbit
+from lowbit.pipeline.runner import Walk
 from lowbit.runs.streamed_model import StreamedModel
 
 
@@ -20,6 +23,26 @@ def quantize_tiny(model: Path, out: Path, scheme: str, recipe: Any = "rtn", **mo
 def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """Logits ``(sequences, length, vocabulary)`` of a run, or of a float model, block by block."""
     return torch.cat([logits for _, logits in StreamedModel(folder).logits(ids)])
+
+
+class Killed(BaseException):
+    """Passes every handler of errors, as a kill does."""
+
+
+def killed_and_resumed(make_run: Callable[[], Path], monkeypatch: Any) -> Path:
+    """The folder of a run that is killed where it writes its second block, and started again."""
+    real = Walk.write
+
+    def write(self: Any, block: Any, *rest: Any) -> Any:
+        if block.start == 1:
+            raise Killed
+        return real(self, block, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "write", write)
+        with pytest.raises(Killed):
+            make_run()
+    return make_run()
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

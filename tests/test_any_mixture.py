@@ -22,9 +22,8 @@ from lowbit.models.families import architecture_of
 from lowbit.models.forward import observe, relative_error, run, run_all
 from lowbit.models.listed_experts import ListedExperts
 from lowbit.pipeline.inspect import inspect_model
-from lowbit.pipeline.runner import Walk
 from lowbit.runs.manifest import MANIFEST
-from runs import folder_bytes, streamed_logits
+from runs import folder_bytes, killed_and_resumed, streamed_logits
 from test_equivalence import random_maps
 from tiny import block_of, params_of, save_tiny, skeleton_of, tiny_ids
 
@@ -122,32 +121,18 @@ def test_the_folder_computes_what_was_simulated(name, tmp_path):
     assert torch.equal(logits_of(stock), simulated)
 
 
-class Killed(BaseException):
-    """Passes every handler of errors, as a kill does."""
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", NAMES)
 def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(name, tmp_path, monkeypatch):
     whole = run_of(tmp_path / "whole", name, "w4a8")
-    real = Walk.write
-
-    def write(self, block, *rest):
-        if block.start == 1:
-            raise Killed
-        return real(self, block, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Walk, "write", write)
-        with pytest.raises(Killed):
-            run_of(tmp_path / "killed", name, "w4a8")
-    assert folder_bytes(run_of(tmp_path / "killed", name, "w4a8")) == folder_bytes(whole)
+    resumed = killed_and_resumed(lambda: run_of(tmp_path / "killed", name, "w4a8"), monkeypatch)
+    assert folder_bytes(resumed) == folder_bytes(whole)
 
 
-def shun_the_last(model):
+def shun_the_last(model, router="gate"):
     """Rows of the routers are ``w, -w, u, -u, 0``: the last of five experts is never among the best two."""
     for layer in model.model.layers:
-        weight = layer.mlp.gate.weight.data
+        weight = getattr(layer.mlp, router).weight.data
         weight[1], weight[3], weight[4] = -weight[0], -weight[2], 0
 
 
@@ -209,6 +194,19 @@ def test_statistics_of_experts_of_own_code_are_of_the_tokens_that_reach_them():
     for name, wanted in (("up", reached), ("down", inner)):
         gram = own[f"0.mlp.1.{name}"]["gram"]
         assert torch.allclose(gram, wanted.T @ wanted, atol=1e-5 * float(gram.abs().max())), name
+
+
+def test_an_expert_of_own_code_that_no_token_reaches_is_quantized_and_reported(tmp_path):
+    model = save_tiny(tmp_path / "model", "looped")
+    shun_the_last(model, "router")
+    model.save_pretrained(tmp_path / "model")
+    folder = run_of(tmp_path, "looped", recipe="gptq")
+    told = json.loads((folder / MANIFEST).read_text())
+    assert "model.layers.1.mlp.4.down" in told["quantized"]
+    for row in told["blocks"]:
+        assert sum(row["routing"]) == 2 * 2 * 24
+        assert row["routing"][4] == 0
+        assert any("gptq: fewer than 4 calibration tokens" in note and "4 (0)" in note for note in row["notes"])
 
 
 @pytest.mark.heavy

@@ -20,7 +20,7 @@ from lowbit.pipeline.runner import Walk
 from lowbit.runs.manifest import MANIFEST
 from lowbit.runs.streamed_model import StreamedModel
 from mixtures import shun_the_last, tiny_mixture, with_a_cold_expert
-from runs import folder_bytes, streamed_logits
+from runs import folder_bytes, killed_and_resumed, streamed_logits
 from tiny import save_tiny, tiny_ids
 
 pytestmark = pytest.mark.heavy  # makes whole runs by the dozen
@@ -187,25 +187,10 @@ def test_exports_of_mixtures_are_refused_before_any_work(target, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-class Killed(BaseException):
-    """Passes every handler of errors, as a kill does."""
-
-
 def test_a_killed_run_ends_with_the_bytes_of_one_that_never_stopped(tmp_path, monkeypatch):
     whole, _ = run_of(tmp_path / "whole", "qwen3-moe", "w4a8", "gptq")
-    real = Walk.write
-
-    def write(self, block, *rest):
-        if block.start == 1:
-            raise Killed
-        return real(self, block, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Walk, "write", write)
-        with pytest.raises(Killed):
-            run_of(tmp_path / "killed", "qwen3-moe", "w4a8", "gptq")
-    run, _ = run_of(tmp_path / "killed", "qwen3-moe", "w4a8", "gptq")
-    assert folder_bytes(run) == folder_bytes(whole)
+    resumed = killed_and_resumed(lambda: run_of(tmp_path / "killed", "qwen3-moe", "w4a8", "gptq")[0], monkeypatch)
+    assert folder_bytes(resumed) == folder_bytes(whole)
 
 
 def test_nothing_of_a_layer_is_left_when_the_next_is_read(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Running experts that a model's own code multiplies with, each with its own matrices and its own inputs.
 
 The code runs as it is. Its products with the parameters that hold the experts are computed here, one expert at a
-time, with the matrices of the block that is running; so the parameters themselves may be without memory, inputs can be
-quantized for each expert, and taps see what reaches an expert.
+time, with the matrices of the block that is running; so the parameters themselves may be without memory, inputs can
+be quantized for each expert, and taps see what reaches an expert.
 
 Some code sends all tokens to every expert and multiplies those with 0 that the router sends elsewhere (Llama 4). What
 reaches an expert are then the rows that are not 0.

@@ -2,7 +2,7 @@
 
 ``transformers`` looks the function that computes a module of experts up in a registry, and lowbit registers its own.
 Whether that computes what the module's own code does is not taken on trust: both are run. Parameters of three
-dimensions that other code multiplies with are a matter of ``own_code``; those that neither understands stay as they are.
+dimensions that other code multiplies with are a matter of ``own_code``; what neither understands stays as it is.
 
 Discovery knows experts by the library's parameters, an edge ends in ``mlp.experts.gate_up_proj``. ``of_each_expert``
 turns it into edges between the linears of each expert.

@@ -155,11 +155,7 @@ def fewer_layers(config: Any, layers: Layers = Layers()) -> Any:
         _overrides_by_layer(fields, out)
         return out
 
-    out = _text_changed(config, shortened)
-    try:
-        return type(config)(**out)
-    except Exception as error:
-        raise LowbitError(f"{type(config).__name__} takes no fewer layers: {one_line(error)}") from error
+    return _rebuilt(config, shortened, "layers")
 
 
 def fewer_experts(config: Any) -> Any:
@@ -175,11 +171,16 @@ def fewer_experts(config: Any) -> Any:
         _overrides_by_layer(fields, out)
         return out
 
-    out = _text_changed(config, reduced)
+    return _rebuilt(config, reduced, "experts")
+
+
+def _rebuilt(config: Any, change: Callable[[Mapping[str, Any]], dict[str, Any]], fewer: str) -> Any:
+    """A config of the same class whose text model's fields are changed; ``fewer`` says in an error what of."""
+    out = _text_changed(config, change)
     try:
         return type(config)(**out)
     except Exception as error:
-        raise LowbitError(f"{type(config).__name__} takes no fewer experts: {one_line(error)}") from error
+        raise LowbitError(f"{type(config).__name__} takes no fewer {fewer}: {one_line(error)}") from error
 
 
 def _fewer_experts(out: dict[str, Any]) -> None:
