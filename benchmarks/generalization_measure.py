@@ -164,18 +164,20 @@ def tables(told: Sequence[Told], first: int, kinds: Sequence[Sequence[str]], bey
         "perplexity": float(run.mean().exp()),
         "float_perplexity": float(exact.mean().exp()),
         "kinds": excess(own_kinds, exact, run),
-        "positions": excess(positions, exact, run, ordered=True),
-        "beyond": excess(ratios, exact, run, ordered=True),
+        "positions": excess(positions, exact, run, [_range(POSITIONS, start) for start in POSITIONS]),
+        "beyond": excess(ratios, exact, run, [_upper(SEEN, end) for end in (*SEEN, float("inf"))]),
     }
 
 
-def excess(labels: Sequence[str], exact: Tensor, run: Tensor, ordered: bool = False) -> dict[str, dict[str, float]]:
-    """Losses by label, those with the most excess in sum first, or in the order of labels.
+def excess(
+    labels: Sequence[str], exact: Tensor, run: Tensor, order: Sequence[str] | None = None
+) -> dict[str, dict[str, float]]:
+    """Losses by label, in a given order of labels, or those with the most excess in sum first.
 
     Args:
         labels: of each token.
         exact, run: losses in nats, as many.
-        ordered: sort by label.
+        order: all labels that there may be.
 
     Returns:
         ``tokens``, the float model's mean loss ``float``, and of the excess ``mean``, ``median``, ``p99`` and
@@ -199,8 +201,8 @@ def excess(labels: Sequence[str], exact: Tensor, run: Tensor, ordered: bool = Fa
             "p99": percentile(own, 99),
             "share": float(own.sum()) / total if total else 0.0,
         }
-    order = sorted(rows) if ordered else sorted(rows, key=lambda label: -rows[label]["share"])
-    return {label: rows[label] for label in order}
+    by_share = sorted(rows, key=lambda label: -rows[label]["share"])
+    return {label: rows[label] for label in order or by_share if label in rows}
 
 
 def ranges(shown: Tensor, text: Tensor) -> dict[str, float]:
@@ -222,20 +224,21 @@ def ranges(shown: Tensor, text: Tensor) -> dict[str, float]:
 
 
 def _range(starts: Sequence[int], position: int) -> str:
-    """The range of a position as text, with zeros in front so that it sorts.
+    """The range of a position as text.
 
     >>> _range((1, 16, 64), 20), _range((1, 16, 64), 80)
-    ('0016 to 0063', '0064 on')
+    ('16 to 63', '64 on')
     """
     index = max(i for i, start in enumerate(starts) if start <= max(position, starts[0]))
     last = index == len(starts) - 1
-    return f"{starts[index]:04} on" if last else f"{starts[index]:04} to {starts[index + 1] - 1:04}"
+    return f"{starts[index]} on" if last else f"{starts[index]} to {starts[index + 1] - 1}"
 
 
 def _upper(ends: Sequence[float], value: float) -> str:
     """The range of a ratio as text.
 
     >>> _upper((1.0, 2.0), 1.5), _upper((1.0, 2.0), 7.0)
-    ('up to 2.0', 'up to inf')
+    ('up to 2.0', 'above 2.0')
     """
-    return f"up to {next((end for end in ends if value <= end), float('inf'))}"
+    found = next((end for end in ends if value <= end), None)
+    return f"above {ends[-1]}" if found is None else f"up to {found}"

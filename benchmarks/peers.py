@@ -1,4 +1,4 @@
-"""``lowbit`` beside other tools on the same calibration tokens, written to ``docs/peers.md``.
+"""``lowbit`` beside other tools on the same calibration tokens, written into ``docs/peers.md`` between its markers.
 
     python benchmarks/peers.py --make-environment
     python benchmarks/peers.py [--calibration FILE] [--evaluation TEXT ...] [--only NAME ...] [--scheme NAME ...]
@@ -33,9 +33,11 @@ from lowbit.data.windows import Tokens
 from lowbit.pipeline.recipe import recipe_names
 from peers_page import FLOAT, Page
 from peers_tools import BUILD, PEERS, TOOLS, Peer, one_thread, quantize
-from rows import ROOT, cpu_seconds, found, kept, lowbit
+from rows import ROOT, cpu_seconds, found, kept, lowbit, put
 
 ROWS, WORK = BUILD / "rows", BUILD / "work"
+PAGE = ROOT / "docs" / "peers.md"
+BEGIN, END = "<!-- measured: made by benchmarks/peers.py -->\n", "<!-- /measured -->"
 MODEL = "demo"
 WINDOW = 512
 SCHEMES = ("w4a16g64-sym", "w3a16g64-asym", "w2a16g64-asym")
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens in a calibration window")
     parser.add_argument("--steps", type=int, default=200, help="of tools that learn")
     parser.add_argument("--tokens", type=int, default=16384, help="of each evaluation text at most")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "peers.md")
+    parser.add_argument("--page", type=Path, default=PAGE, help="with the two markers")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     options = parser.parse_args()
     os.environ.update(one_thread())
@@ -168,8 +170,9 @@ def main() -> None:
                 print(json.dumps(told), flush=True)
                 rows = protocol.rows(options.seeds, exact)
                 page = Page(drawn, protocol.steps, exact, rows, SCHEMES, tuple(PEERS), RECIPES)
-                options.out.write_text(page.text())
-    print(f"wrote {options.out}")
+                before = options.page.read_text(encoding="utf-8")
+                options.page.write_text(put(before, page.text(), BEGIN, END, options.page), encoding="utf-8")
+    print(f"wrote {options.page}")
 
 
 if __name__ == "__main__":

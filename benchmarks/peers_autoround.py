@@ -1,9 +1,9 @@
 """AutoRound on given tokens; ``peers.py`` starts it in AutoRound's own environment.
 
 Options are AutoRound's defaults except for batches of one sequence, which take the least time a step. Its default on
-CPUs is to compute in bfloat16. A layer keeps its quantized weight in that precision, while the files that AutoRound writes hold codes and scales. The
-values here are those of the files: codes are recovered from the weight and its scale, and multiplied in float32.
-Embeddings and norms, which it leaves alone, are the float model's.
+CPUs is to compute in bfloat16. A layer keeps its quantized weight in that precision, while the files that AutoRound
+writes hold codes and scales. The values here are those of the files: codes are recovered from the weight and its
+scale, and multiplied in float32. Embeddings and norms, which it leaves alone, are the float model's.
 """
 
 from __future__ import annotations

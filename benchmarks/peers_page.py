@@ -1,4 +1,4 @@
-"""The page of ``peers.py``: a table for each scheme, and where another tool is ahead."""
+"""The measured part of ``docs/peers.md``: a table for each scheme, and where another tool is ahead."""
 
 from __future__ import annotations
 
@@ -37,36 +37,24 @@ class Page:
     recipes: Sequence[str]
 
     def text(self) -> str:
-        """The page in Markdown."""
-        lines = [*self._intro()]
+        """All that is measured, in Markdown."""
+        lines = [*self._facts()]
         for scheme in self.schemes:
             if any(scheme == own for own, _, _ in self.rows):
-                lines += [f"## {scheme}", "", *self.table(scheme), "", *self.ahead(scheme), ""]
+                lines += [f"### {scheme}", "", *self.table(scheme), "", *self.ahead(scheme), ""]
         return "\n".join(lines)
 
-    def _intro(self) -> Iterator[str]:
+    def _facts(self) -> Iterator[str]:
+        """What the figures depend on."""
         first, texts = self.drawn[0], self.exact["texts"]
         sizes = "; ".join(f"{_name(name)}, {text['tokens']} tokens" for name, text in texts.items())
         digests = ", ".join(f"`{tokens.hash[:12]}`" for tokens in self.drawn)
-        yield from ["# Other tools", ""]
-        yield filled(
-            "`lowbit` beside AutoRound and llm-compressor on SmolLM2-135M-Instruct. Made by `make peers`; only what "
-            "has been measured has a row."
-        )
-        yield from ["", "## Protocol", ""]
         for words in (
-            f"**Calibration**: {len(first.ids)} x {first.ids.shape[1]} tokens of {first.corpus}, the same token ids "
-            f"for all; seeds 0 to {len(self.drawn) - 1}, mean ± standard deviation. Hashes of the tokens, by seed: "
-            f"{digests}.",
-            f"**Tools**: AutoRound with {self.steps} steps and batches of one sequence, llm-compressor layer by layer"
-            "; every other option is the default, with bfloat16 for AutoRound on CPUs. `lowbit` computes in "
-            "float32 with `--effort normal`. Embeddings and head stay float.",
-            f"**Evaluation**: `lowbit compare` for all, in windows of {self.exact['protocol']['length']} tokens: "
-            f"{sizes}. Other tools' results are read as the float32 values that their codes and scales stand for. KL "
-            "is the mean divergence from the float model's next-token distribution in nats, *worst x float* the "
-            "largest ratio of perplexities over the texts.",
-            "**CPU**: seconds of the whole process on one thread, with its start, reading and writing.",
-            f"**Versions**: {self._versions()}.",
+            f"Calibration: {len(first.ids)} x {first.ids.shape[1]} tokens of {first.corpus}, seeds 0 to "
+            f"{len(self.drawn) - 1}, mean ± standard deviation. Hashes of the tokens, by seed: {digests}.",
+            f"Tools that learn: {self.steps} steps.",
+            f"Evaluation in windows of {self.exact['protocol']['length']} tokens: {sizes}.",
+            f"Versions: {self._versions()}.",
         ):
             yield filled(words, "* ")
         yield ""

@@ -69,7 +69,7 @@ def test_the_figures_of_a_run_are_those_of_compare(made):
     means = [(row["tokens"], row["mean"]) for row in found["positions"].values()]
     excess = sum(count * mean for count, mean in means) / (8 * 31)
     assert excess == pytest.approx(math.log(found["perplexity"] / found["float_perplexity"]))
-    assert list(found["positions"]) == ["0001 to 0015", "0016 to 0063"]
+    assert list(found["positions"]) == ["1 to 15", "16 to 63"]
     assert {name.partition(".")[0] for name in found["inputs"]} == {"0", "1", "2"}
 
 

@@ -203,7 +203,7 @@ def test_the_page_has_means_over_seeds_and_says_which_are_missing():
     assert "| AutoRound | 4.250 | 31.000 ± 1.414 | 0.6000 ± 0.1414 | 1.550 ± 0.071 | 100 |" in text
     assert "| `gptq` (1 of 2 seeds) | 4.250 | 25.000 | 0.2500 | 1.250 | 30 |" in text
     assert "2 x 16 tokens of b.txt" in text
-    assert "## w2a16g64-asym" not in text
+    assert "w2a16g64-asym" not in text
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -223,6 +223,7 @@ def test_a_tool_is_ahead_where_no_recipe_of_its_time_is_better():
 def test_an_interrupted_table_goes_on(tool, monkeypatch):
     """All entries of a seed come before the next seed; the second command measures what the first left out."""
     asked, page = [], tool / "peers.md"
+    page.write_text(f"before\n{peers.BEGIN}old\n{peers.END}\nafter\n")
 
     def measure(self, cell):
         if len(asked) == 3:
@@ -236,7 +237,7 @@ def test_an_interrupted_table_goes_on(tool, monkeypatch):
     monkeypatch.setattr(peers, "ENTRIES", ("Tool RTN", "awq+gptq"))
     text = str(tool / "m/calib.txt")
     where = ["--calibration", text, "--samples", "2", "--length", "16", "--scheme", SCHEME, "--seeds", "2"]
-    monkeypatch.setattr(sys, "argv", ["peers.py", *where, "--out", str(page)])
+    monkeypatch.setattr(sys, "argv", ["peers.py", *where, "--page", str(page)])
     with pytest.raises(KeyboardInterrupt):
         peers.main()
     assert asked == [(SCHEME, "Tool RTN", 0), (SCHEME, "awq+gptq", 0), (SCHEME, "Tool RTN", 1)]
@@ -244,4 +245,9 @@ def test_an_interrupted_table_goes_on(tool, monkeypatch):
     asked[:] = []
     peers.main()
     assert asked == [(SCHEME, "awq+gptq", 1)]
-    assert "seeds)" not in page.read_text()
+    text = page.read_text()
+    assert "seeds)" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old\n" not in text
+    assert peers.BEGIN in peers.PAGE.read_text()
