@@ -16,7 +16,7 @@ from lowbit.methods import GPTQ, METHODS, RTN
 from lowbit.methods.hadamard import RandomHadamard
 from lowbit.methods.mixing import mix_sites
 from lowbit.models.block import Calib
-from lowbit.models.forward import run, run_all
+from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.hadamard import Hadamard, times_hadamard
 from lowbit.models.runtime_ops import Clip, Gather, at_input
 from lowbit.pipeline.recipe import recipe_from_dict
@@ -201,6 +201,23 @@ def test_a_run_computes_what_it_stores(family, scheme, models, tmp_path):
         with pytest.raises(LowbitError) as caught:
             lowbit.export(tmp_path / "run", name, out=tmp_path / f"export-{name}")
         assert "\n" not in str(caught.value)
+
+
+def test_tuning_of_the_whole_model_runs_them(models, tmp_path):
+    """It starts from files of latent weights, which hold the ops on inputs too."""
+    steps = {"steps": ["hadamard", "rtn", {"tune": {"epochs": 1}}]}
+    recipe = recipe_from_dict(steps, "given")
+    quantize_tiny(models / "llama", tmp_path / "run", "w4a4", recipe)
+    ids = tiny_ids()
+    simulated = streamed_logits(tmp_path / "run", ids)
+    loaded = lowbit.load(tmp_path / "run")(ids, use_cache=False).logits.detach()
+    assert float((loaded - simulated).abs().max() / simulated.abs().max()) < 1e-5
+    quantize_tiny(models / "llama", tmp_path / "before", "w4a4", "hadamard")
+    exact = streamed_logits(models / "llama", ids)
+    before, after = (
+        relative_error(logits, exact) for logits in (streamed_logits(tmp_path / "before", ids), simulated)
+    )
+    assert 0.1 * before < after < 1.5 * before  # without an op on an input the logits are unrelated
 
 
 def test_a_run_that_is_made_again_has_the_same_bytes(models, tmp_path):

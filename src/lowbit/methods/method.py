@@ -9,7 +9,8 @@ when the class is created:
 ``needs``          the hidden states that it reads: ``none``, ``x_fp``, ``x_q`` or ``both``
 ``closed_form``    whether it fits weights or codes to the data in closed form; the pipeline then withholds the
                    validation split of a later trained step from it
-``moves_norms``    whether it folds maps into norms; then no earlier step may leave a runtime op after a norm
+``moves_norms``    whether it folds maps into norms; then no earlier step may leave a runtime op after a norm, or on
+                   the input of a linear
 ``schedule``       epochs and validation split of a method that trains by gradient descent, else ``None``
 ================== ==============================================================================================
 """

@@ -25,7 +25,8 @@ from lowbit.quant.scheme import ModuleFormats, load_scheme
 from lowbit.runs.carried import carried
 from lowbit.runs.folder import run_formats, run_scheme
 from lowbit.runs.manifest import Manifest, manifest_of, require_trust
-from lowbit.runs.plan import check_length, check_sizes, make_plan
+from lowbit.runs.online_cost import online_cost
+from lowbit.runs.plan import check_length, check_sizes, linear_shapes, make_plan
 from lowbit.sources.codes import codes_of
 from lowbit.torch_state import own_torch_state
 
@@ -81,6 +82,13 @@ def inspect_model(
         facts["carried_over"] = "; ".join(notes)
     if manifest is not None:
         steps = manifest.identity.steps
+        quantized = {name: own for name, own in linear_shapes(skeleton).items() if name in formats}
+        if (cost := online_cost(checkpoint, manifest, quantized)) is not None:
+            facts |= {
+                "runtime_ops": ", ".join(f"{count} {kind}" for kind, count in cost.counts.items()),
+                "runtime_op_share_of_linears": round(cost.share, 4),
+                "runtime_op_bits_per_weight": round(cost.bits / sum(a * b for a, b in quantized.values()), 4),
+            }
         return facts | {
             "scheme": manifest.identity.scheme["scheme"],
             "recipe": " -> ".join(steps),

@@ -93,13 +93,13 @@ class Recipe:
         check_least(f"recipe '{self.name}': window", self.window, 1, "give the number of blocks per step")
 
     def _check_order(self) -> None:
-        """Refuse a step that folds maps into norms after one that leaves runtime ops behind norms."""
+        """Refuse a step that folds maps into norms after one that leaves runtime ops behind norms or on inputs."""
         for position, (name, method) in enumerate(self.block_steps):
             after = next((later for later, step in self.block_steps[position + 1 :] if step.moves_norms), None)
             if after and any(op.place == "behind a norm" for op in method.runtime_ops(None)):
                 raise LowbitError(
                     f"recipe '{self.name}': {after} cannot come after {name} as configured here: {name} leaves "
-                    f"runtime ops behind the norms into which {after} folds its maps; put {after} first"
+                    f"runtime ops behind norms or on inputs, across which {after} folds its maps; put {after} first"
                 )
 
     @property

@@ -13,6 +13,7 @@ from lowbit.checkpoints.safetensors_folder import read_json, write_bytes
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters import EXPORTERS, exporter_of
 from lowbit.exporters.run import Run, open_run
+from lowbit.models.families import architecture_of
 from lowbit.paths import user_path
 from lowbit.reports.collect import Measured, measured_of
 from lowbit.reports.command import command
@@ -20,6 +21,7 @@ from lowbit.reports.facts import Array, RunFacts, Target, place_of
 from lowbit.reports.page import render
 from lowbit.runs.activation_stats import FLOAT, MAP, OBSERVED, QUANTIZED, read_activation_stats
 from lowbit.runs.folder import TIMING
+from lowbit.runs.online_cost import online_cost
 from lowbit.torch_state import own_torch_state
 
 
@@ -90,7 +92,15 @@ def _facts(run: Run, name: str, results: Measured) -> RunFacts:
         block_error=results.block_error,
         peaks=_peaks(run, stats),
         pictures=_pictures(stats),
+        online=online_cost(run.checkpoint, run.manifest, _linears(run)),
     )
+
+
+def _linears(run: Run) -> dict[str, tuple[int, int]]:
+    """``(out, in)`` of the quantized linears in decoder layers."""
+    architecture = architecture_of(run.subject.config)
+    outside = (architecture.embed, architecture.head)
+    return {name: run.subject.shapes[name] for name in run.quantized if name not in outside}
 
 
 def _targets(run: Run) -> list[Target]:

@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lowbit.runs.manifest import BlockRow, Manifest
+from lowbit.runs.online_cost import OnlineCost
 
 Array = NDArray[Any]
 
@@ -45,6 +46,7 @@ class RunFacts:
         peaks: for linears that share an input, the largest absolute value of each channel, ``(blocks, in)``, in the
             float model and in the run.
         pictures: learned matrices by block, step and site.
+        online: what its runtime ops cost; ``None`` without any.
     """
 
     name: str
@@ -58,6 +60,7 @@ class RunFacts:
     block_error: Mapping[str, Sequence[float]] = field(default_factory=dict)
     peaks: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
     pictures: Mapping[tuple[int, str, str], Array] = field(default_factory=dict)
+    online: OnlineCost | None = None
 
     @property
     def blocks(self) -> Sequence[BlockRow]:

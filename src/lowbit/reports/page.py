@@ -18,7 +18,6 @@ from lowbit.reports.facts import FloatFacts, RunFacts, place_of
 from lowbit.reports.scores import score_table
 from lowbit.reports.svg import short
 from lowbit.reports.texts import over_texts
-from lowbit.runs.manifest import Manifest
 
 
 def render(runs: Sequence[RunFacts], floats: Sequence[FloatFacts] = ()) -> str:
@@ -62,11 +61,12 @@ class _Shown:
         self.reassemblies = learned.reassemblies(facts, style)
         self.sites = outliers.sites(facts, style)
         told = [("texts", found) for one in over_texts(facts, floats) if (found := one.ratios.warning())]
-        self.warnings = [*warnings(facts.manifest), *told]
+        self.warnings = [*warnings(facts), *told]
 
 
-def warnings(manifest: Manifest) -> list[tuple[str, str]]:
+def warnings(facts: RunFacts) -> list[tuple[str, str]]:
     """Notes as ``(where, what)``: fallbacks, modules left in float, restrictions on loading, runtime ops."""
+    manifest = facts.manifest
     out = [(f"block {row.block}", note) for row in manifest.blocks for note in row.notes]
     if manifest.floats:
         out.append(("left in float", ", ".join(manifest.floats)))
@@ -78,9 +78,9 @@ def warnings(manifest: Manifest) -> list[tuple[str, str]]:
         out.append(("loading", f"stock transformers does not run this folder ({reason}): use lowbit.load"))
     if inputs := manifest.transformers.inputs:
         out.append(("inputs", f"stock transformers computes with {inputs}"))
-    if ops := manifest.runtime_ops:
-        first = next(iter(ops))
-        out.append(("runtime ops", f"{len(ops)} beside the model's graph, the first a {ops[first]} at {first}"))
+    if (online := facts.online) is not None:
+        first = next(iter(manifest.runtime_ops))
+        out.append(("runtime ops", f"beside the model's graph, the first at {first}: {online.text}"))
     return out
 
 
