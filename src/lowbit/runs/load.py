@@ -115,16 +115,16 @@ def load(
             run_experts_apart(
                 layer.get_submodule(own.module), own, _expert_inputs(own, prefix, formats, own_ops, device)
             )
-    prefix = () if manifest is None else manifest.prefix_ids
-    refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(prefix))
+    front = () if manifest is None else manifest.prefix_ids
+    refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(front))
     qparams = read_input_qparams(checkpoint, formats.modules, device)
     for name in formats.modules:
         if (inputs := formats.input(name)) is not None and not architecture.is_experts(name):
             _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name))
     if formats.kv is not None:
-        model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation, len(prefix))
-    if prefix:
-        put_behind(model, stored_prefix(checkpoint, architecture.blocks, prefix, len(layers)))
+        model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation, len(front))
+    if front:
+        put_behind(model, stored_prefix(checkpoint, architecture.blocks, front, len(layers)))
     if (folder / "generation_config.json").exists():
         model.generation_config = _generation_config(folder)
     model = model.to(device).eval()
