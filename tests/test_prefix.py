@@ -19,7 +19,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lowbit
+from lowbit.analysis.diagnose import diagnose
 from lowbit.errors import LowbitError
+from lowbit.evaluation.generate import generate_text
 from lowbit.exporters import EXPORTERS
 from lowbit.models.equivalence import move
 from lowbit.models.forward import relative_error, run_all
@@ -240,6 +242,28 @@ def test_a_broken_prefix_is_refused(run: Path, tmp_path: Path) -> None:
     for use in (lowbit.load, lambda folder: streamed_logits(folder, IDS)):
         with pytest.raises(LowbitError, match=f"'{name}' in .* is not the float32 keys or values of 2 tokens"):
             use(tmp_path / "run")
+
+
+def test_what_takes_no_prefix(model: Path, run: Path) -> None:
+    """Divergence of single blocks needs the float model behind the prefix; a prompt and it have to fit together."""
+    with pytest.raises(LowbitError, match="has a prefix, whose keys and values fit none of the float model's blocks"):
+        diagnose(run, exact=str(model))
+    assert diagnose(run).blocks
+    with pytest.raises(LowbitError, match="5 tokens, the prefix 2, and --tokens is 122"):
+        generate_text(run, "abcde", 122)
+    assert generate_text(run, "abcde", 121).startswith("abcde")
+    with pytest.raises(LowbitError, match="give 126 or less"):
+        lowbit.compare(model, [run], data=str(model / "calib.txt"), length=127)
+
+
+@pytest.mark.parametrize("recipe", ["steps: [gptq, tune: {epochs: 1, rank: 2, held_out: 0}]\nwindow: 2"])
+def test_a_tuned_window_of_layers(model: Path, tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "own.yaml").write_text(recipe)
+    done = quantize_tiny(model, tmp_path / "run", "w4a8kv4h", str(tmp_path / "own.yaml"), prefix="5,9")
+    with torch.no_grad():
+        assert torch.equal(lowbit.load(done.out)(IDS).logits, streamed_logits(done.out, IDS))
+    exact = behind_tokens(AutoModelForCausalLM.from_pretrained(model), IDS)
+    assert relative_error(streamed_logits(done.out, IDS), exact) < 0.2
 
 
 class Killed(BaseException):
