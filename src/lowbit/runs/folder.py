@@ -42,11 +42,13 @@ from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Architecture
 from lowbit.models.block import Block
+from lowbit.models.kv_ratios import RATIOS, read_ratios
 from lowbit.models.ops import OPS
 from lowbit.models.prefix import KEYS, VALUES
 from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import QTensor
+from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
 from lowbit.runs.carried import CARRIED
 from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
@@ -267,6 +269,8 @@ def read_block(
     if skeleton.prefix:
         own = layer_prefix(checkpoint, f"{prefix}{index}", skeleton.prefix)
         floats |= {f"{prefix}{index}.{key}": value for key, value in zip((KEYS, VALUES), own, strict=True)}
+    if isinstance(formats.kv, RotatedTokens) and skeleton.architecture.layers[index].attention is not None:
+        floats[f"{prefix}{index}.{RATIOS}"] = read_ratios(checkpoint, f"{prefix}{index}")
     params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
     qweights = {name.removeprefix(prefix): q.to(device) for name, q in quantized.items()}
     inputs = read_input_qparams(checkpoint, modules, device)

@@ -26,6 +26,7 @@ from lowbit.models.experts import as_the_library_stores, parameter_shapes, state
 from lowbit.models.experts_function import run_experts_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import gathered_norm
+from lowbit.models.kv_ratios import ATTRIBUTE, read_ratios
 from lowbit.models.linear_input import LinearInput
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp
 from lowbit.models.validate import (
@@ -37,6 +38,7 @@ from lowbit.models.validate import (
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import QParams
+from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.scheme import ModelFormats, simulated_on
 from lowbit.quant.static_activations import quantize_input
 from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_scheme
@@ -123,6 +125,11 @@ def load(
             _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name))
     if formats.kv is not None:
         model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation, len(front))
+    if isinstance(formats.kv, RotatedTokens):
+        for index, (layer, kind) in enumerate(zip(layers, architecture.layers, strict=True)):
+            if kind.attention is not None:
+                ratios = read_ratios(checkpoint, f"{architecture.blocks}.{index}")
+                layer.get_submodule(kind.attention).register_buffer(ATTRIBUTE, ratios, persistent=False)
     if front:
         put_behind(model, stored_prefix(checkpoint, architecture.blocks, front, len(layers)))
     if (folder / "generation_config.json").exists():
