@@ -362,6 +362,20 @@ def test_what_the_tokenizer_gives_is_no_prefix(massive: Path, tmp_path: Path) ->
     assert done.manifest.prefix.massive_before == 0
 
 
+def test_a_prefix_that_does_not_help_is_dropped(tmp_path: Path) -> None:
+    """A token that is massive wherever it stands is as massive behind a prefix."""
+    model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[40] *= 3000.0
+    model.save_pretrained(tmp_path / "model")
+    done = quantize_tiny(tmp_path / "model", tmp_path / "run", "w8a16", prefix="auto")
+    assert done.manifest.prefix is not None
+    assert done.manifest.prefix.ids == []
+    assert done.manifest.prefix.massive_before > 0
+    with torch.no_grad():
+        assert torch.equal(lowbit.load(done.out)(IDS).logits, streamed_logits(done.out, IDS))
+
+
 def test_no_prefix_where_no_token_is_massive(model: Path, tmp_path: Path) -> None:
     done = quantize_tiny(model, tmp_path / "run", "w8a16", prefix="auto")
     assert done.manifest.prefix is not None

@@ -126,7 +126,7 @@ def settle_prefix(walk: Walk, windows: Tensor, wish: Wanted) -> PrefixFacts:
         say(facts.sentence())
     if facts.ids:
         walk.prefix = read_prefix(walk.out / TENSORS, facts.ids, len(walk.skeleton.layers))
-        walk.skeleton.behind(len(facts.ids))
+    walk.skeleton.behind(len(facts.ids))
     return facts
 
 
@@ -207,7 +207,7 @@ def _check_moves(block: Block, x: Tensor, y: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     for edge in block.edges():
         if edge.kind in ("heads", "qk"):
-            moved = move(block, edge, _some_map(edge, generator).to(x.device))
+            moved = move(block, edge, _some_map(edge, generator).to(block.device))
             got = run_all(block, x, moved, batch=1)
             _check_same(got, y, block.start, f"it does not move with a map over {edge.src.module}")
 
