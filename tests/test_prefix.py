@@ -363,10 +363,10 @@ def test_what_the_tokenizer_gives_is_no_prefix(massive: Path, tmp_path: Path) ->
 
 
 def test_a_prefix_that_does_not_help_is_dropped(tmp_path: Path) -> None:
-    """A token that is massive wherever it stands is as massive behind a prefix."""
+    """Tokens that are massive wherever they stand are as massive behind a prefix."""
     model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
     with torch.no_grad():
-        model.model.embed_tokens.weight[40] *= 3000.0
+        model.model.embed_tokens.weight[40:50] *= 3000.0
     model.save_pretrained(tmp_path / "model")
     done = quantize_tiny(tmp_path / "model", tmp_path / "run", "w8a16", prefix="auto")
     assert done.manifest.prefix is not None
