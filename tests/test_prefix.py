@@ -23,13 +23,16 @@ from lowbit.analysis.diagnose import diagnose
 from lowbit.errors import LowbitError
 from lowbit.evaluation.generate import generate_text
 from lowbit.exporters import EXPORTERS
+from lowbit.methods import METHODS
+from lowbit.methods.options import with_options
+from lowbit.models.block import Calib
 from lowbit.models.equivalence import move
 from lowbit.models.forward import relative_error, run_all
 from lowbit.models.prefix import KEYS, VALUES, Prefix
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.reports.command import command
 from runs import folder_bytes, quantize_tiny, streamed_logits
-from tiny import params_of, save_tiny, skeleton_of, tiny_ids, tiny_model, tiny_tokenizer
+from tiny import params_of, planned, save_tiny, skeleton_of, tiny_ids, tiny_model, tiny_tokenizer
 
 GIVEN = (5, 9)
 FAMILIES = ["llama", "llama-odd", "opt", "gemma2", "gemma3", "qwen3", "phi3-partial", "smollm3"]
@@ -86,6 +89,36 @@ def test_maps_move_keys_and_values(name: str) -> None:
         assert relative_error(run_all(block, x, moved), y) < (1e-13 if "gemma" in name else 1e-20)  # float32 norms
         stale = {**moved, **prefix.params(0)}
         assert relative_error(run_all(block, x, stale), y) > 1e-9
+
+
+MOVING = ("affinequant", "rptq")  # maps over heads, and over q and k
+KEEPING = {
+    name: {"heads": "matrix", "qk": "matrix"} if name == "affinequant" else {}
+    for name, method in METHODS.items()
+    if method.keeps_function
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_every_transform_keeps_the_function_behind_a_prefix(name: str) -> None:
+    """In OPT, where biases take shifts; heads and q, k are moved, so stale keys and values would show."""
+    model = tiny_model("opt")
+    prefix, skeleton = prefix_by_the_library(model), skeleton_of(model)
+    skeleton.behind(len(GIVEN))
+    x = skeleton.embed(tiny_ids())
+    block = skeleton.block(0, params_of(model, skeleton, 0) | prefix.params(0))
+    block = planned(block, "w4a8-static16" if name == "rptq" else "w4a4kv4")
+    y = run_all(block, x)
+    step = with_options(METHODS[name](), **KEEPING[name])
+    step = with_options(step, epochs=1) if step.schedule is not None else step
+    step = with_options(step, grid=4) if name == "outlier-suppression+" else step
+    done = step(block, Calib(x, x, y))
+    assert relative_error(run_all(done, x), y) < 1e-8
+    changed = [n for n in (f"0.{KEYS}", f"0.{VALUES}") if not torch.equal(done.params[n], block.params[n])]
+    if name in MOVING:
+        assert changed
+        stale = {**done.params, **prefix.params(0)}
+        assert relative_error(run_all(done, x, stale), y) > 1e-7
 
 
 # Runs.
