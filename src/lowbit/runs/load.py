@@ -124,12 +124,7 @@ def load(
         if (inputs := formats.input(name)) is not None and not architecture.is_experts(name):
             _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name))
     if formats.kv is not None:
-        model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation, len(front))
-    if isinstance(formats.kv, RotatedTokens):
-        for index, (layer, kind) in enumerate(zip(layers, architecture.layers, strict=True)):
-            if kind.attention is not None:
-                ratios = read_ratios(checkpoint, f"{architecture.blocks}.{index}")
-                layer.get_submodule(kind.attention).register_buffer(ATTRIBUTE, ratios, persistent=False)
+        _quantize_attention(model, checkpoint, architecture, layers, formats.kv, len(front))
     if front:
         put_behind(model, stored_prefix(checkpoint, architecture.blocks, front, len(layers)))
     if (folder / "generation_config.json").exists():
@@ -138,6 +133,24 @@ def load(
     with report_build_errors(folder), torch.no_grad():  # as ``check_computes``; every layer is in memory already
         model(torch.zeros(1, PROBE, dtype=torch.int64, device=device), use_cache=False)
     return model
+
+
+def _quantize_attention(
+    model: Any,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    layers: Sequence[nn.Module],
+    kv: ActFormat,
+    prefix: int,
+) -> None:
+    """Quantize Q, K and V from now on, but for those of a prefix, with each layer's ratios if the format has them."""
+    model.config._attn_implementation = attention_name(kv, model.config._attn_implementation, prefix)
+    if not isinstance(kv, RotatedTokens):
+        return
+    for index, (layer, kind) in enumerate(zip(layers, architecture.layers, strict=True)):
+        if kind.attention is not None:
+            ratios = read_ratios(checkpoint, f"{architecture.blocks}.{index}")
+            layer.get_submodule(kind.attention).register_buffer(ATTRIBUTE, ratios, persistent=False)
 
 
 def _ops_of(
