@@ -156,7 +156,7 @@ def test_the_text_of_a_recipe_is_checked_and_no_part_of_what_it_is(tmp_path, cap
 
 def test_the_grammar_is_that_of_the_parser():
     acts, kv = (",".join(map(str, allowed)) for allowed in ((*ACT_BITS, "fp8"), KV_BITS))
-    written = f"w{{2..8}}a{{{acts}}}[kv{{{kv}}}][g{{n}}][-sym|-asym|-sym-asym][-static[n]]"
+    written = f"w{{2..8}}a{{{acts}}}[kv{{{kv}}}[h]][g{{n}}][-sym|-asym|-sym-asym][-static[n]]"
     assert written == GRAMMAR
     assert (WEIGHT_BITS[0], WEIGHT_BITS[-1]) == (2, 8)
     assert OVERRIDE_GRAMMAR == "w{2..8}[g{n}][-sym|-asym]"
@@ -182,7 +182,7 @@ def test_schemes_explains_names_overrides_and_targets(command, monkeypatch):
 
 def test_the_json_of_schemes_has_the_grammar_and_examples(listed):
     assert listed["grammar"] == GRAMMAR
-    assert set(listed["parts"]) == {"w4", "a8", "afp8", "kv4", "g64", "-sym, -asym", "-sym-asym", "-static"}
+    assert set(listed["parts"]) == {"w4", "a8", "afp8", "kv4", "kv4h", "g64", "-sym, -asym", "-sym-asym", "-static"}
     for example in listed["examples"]:
         assert parse_scheme(example["scheme"]).name == example["scheme"]
     found = {row["scheme"]: row for row in listed["examples"]}

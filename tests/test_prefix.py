@@ -19,15 +19,20 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lowbit
+from lowbit.analysis.diagnose import diagnose
 from lowbit.errors import LowbitError
+from lowbit.evaluation.generate import generate_text
 from lowbit.exporters import EXPORTERS
+from lowbit.methods import METHODS
+from lowbit.methods.options import with_options
+from lowbit.models.block import Calib
 from lowbit.models.equivalence import move
 from lowbit.models.forward import relative_error, run_all
 from lowbit.models.prefix import KEYS, VALUES, Prefix
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.reports.command import command
 from runs import folder_bytes, quantize_tiny, streamed_logits
-from tiny import params_of, save_tiny, skeleton_of, tiny_ids, tiny_model, tiny_tokenizer
+from tiny import params_of, planned, save_tiny, skeleton_of, tiny_ids, tiny_model, tiny_tokenizer
 
 GIVEN = (5, 9)
 FAMILIES = ["llama", "llama-odd", "opt", "gemma2", "gemma3", "qwen3", "phi3-partial", "smollm3"]
@@ -84,6 +89,36 @@ def test_maps_move_keys_and_values(name: str) -> None:
         assert relative_error(run_all(block, x, moved), y) < (1e-13 if "gemma" in name else 1e-20)  # float32 norms
         stale = {**moved, **prefix.params(0)}
         assert relative_error(run_all(block, x, stale), y) > 1e-9
+
+
+MOVING = ("affinequant", "rptq")  # maps over heads, and over q and k
+KEEPING = {
+    name: {"heads": "matrix", "qk": "matrix"} if name == "affinequant" else {}
+    for name, method in METHODS.items()
+    if method.keeps_function
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_every_transform_keeps_the_function_behind_a_prefix(name: str) -> None:
+    """In OPT, where biases take shifts; heads and q, k are moved, so stale keys and values would show."""
+    model = tiny_model("opt")
+    prefix, skeleton = prefix_by_the_library(model), skeleton_of(model)
+    skeleton.behind(len(GIVEN))
+    x = skeleton.embed(tiny_ids())
+    block = skeleton.block(0, params_of(model, skeleton, 0) | prefix.params(0))
+    block = planned(block, "w4a8-static16" if name == "rptq" else "w4a4kv4")
+    y = run_all(block, x)
+    step = with_options(METHODS[name](), **KEEPING[name])
+    step = with_options(step, epochs=1) if step.schedule is not None else step
+    step = with_options(step, grid=4) if name == "outlier-suppression+" else step
+    done = step(block, Calib(x, x, y))
+    assert relative_error(run_all(done, x), y) < 1e-8
+    changed = [n for n in (f"0.{KEYS}", f"0.{VALUES}") if not torch.equal(done.params[n], block.params[n])]
+    if name in MOVING:
+        assert changed
+        stale = {**done.params, **prefix.params(0)}
+        assert relative_error(run_all(done, x, stale), y) > 1e-7
 
 
 # Runs.
@@ -242,6 +277,28 @@ def test_a_broken_prefix_is_refused(run: Path, tmp_path: Path) -> None:
             use(tmp_path / "run")
 
 
+def test_what_takes_no_prefix(model: Path, run: Path) -> None:
+    """Divergence of single blocks needs the float model behind the prefix; a prompt and it have to fit together."""
+    with pytest.raises(LowbitError, match="has a prefix, whose keys and values fit none of the float model's blocks"):
+        diagnose(run, exact=str(model))
+    assert diagnose(run).blocks
+    with pytest.raises(LowbitError, match="5 tokens, the prefix 2, and --tokens is 122"):
+        generate_text(run, "abcde", 122)
+    assert generate_text(run, "abcde", 121).startswith("abcde")
+    with pytest.raises(LowbitError, match="give 126 or less"):
+        lowbit.compare(model, [run], data=str(model / "calib.txt"), length=127)
+
+
+@pytest.mark.parametrize("recipe", ["steps: [gptq, tune: {epochs: 1, rank: 2, held_out: 0}]\nwindow: 2"])
+def test_a_tuned_window_of_layers(model: Path, tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "own.yaml").write_text(recipe)
+    done = quantize_tiny(model, tmp_path / "run", "w4a8kv4h", str(tmp_path / "own.yaml"), prefix="5,9")
+    with torch.no_grad():
+        assert torch.equal(lowbit.load(done.out)(IDS).logits, streamed_logits(done.out, IDS))
+    exact = behind_tokens(AutoModelForCausalLM.from_pretrained(model), IDS)
+    assert relative_error(streamed_logits(done.out, IDS), exact) < 0.2
+
+
 class Killed(BaseException):
     """Passes every handler of errors, as a kill does."""
 
@@ -336,6 +393,20 @@ def test_what_the_tokenizer_gives_is_no_prefix(massive: Path, tmp_path: Path) ->
     assert done.manifest.prefix is not None
     assert done.manifest.prefix.ids == []
     assert done.manifest.prefix.massive_before == 0
+
+
+def test_a_prefix_that_does_not_help_is_dropped(tmp_path: Path) -> None:
+    """Tokens that are massive wherever they stand are as massive behind a prefix."""
+    model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[40:50] *= 3000.0
+    model.save_pretrained(tmp_path / "model")
+    done = quantize_tiny(tmp_path / "model", tmp_path / "run", "w8a16", prefix="auto")
+    assert done.manifest.prefix is not None
+    assert done.manifest.prefix.ids == []
+    assert done.manifest.prefix.massive_before > 0
+    with torch.no_grad():
+        assert torch.equal(lowbit.load(done.out)(IDS).logits, streamed_logits(done.out, IDS))
 
 
 def test_no_prefix_where_no_token_is_massive(model: Path, tmp_path: Path) -> None:

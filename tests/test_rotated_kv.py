@@ -12,8 +12,11 @@ from torch import Tensor
 
 import lowbit
 from lowbit.errors import LowbitError
-from lowbit.models.block import Block
+from lowbit.methods.kv_clips import GRID, with_kv_clips
+from lowbit.methods.training import loss_unit, relative_loss
+from lowbit.models.block import Block, Calib
 from lowbit.models.forward import relative_error, run, run_all
+from lowbit.models.kv_ratios import RATIOS
 from lowbit.models.prefix import VALUES
 from lowbit.models.rotated_values import with_rotated_values
 from lowbit.quant.activations import IntTokens
@@ -112,6 +115,32 @@ def test_rotated_heads_lose_less() -> None:
     assert errors[1] < 0.75 * errors[0]
 
 
+def test_clipping_ratios_lower_the_error() -> None:
+    """Each layer's are of the grid, lower the block's error, and leave its float function alone."""
+    block, x = block_of(tiny_model("llama", head_dim=64), 0, 2)
+    y = run(block, x)
+    rotated = with_rotated_values(replace(block, kv=KV4H))
+    clipped = with_kv_clips(rotated, Calib(x, x, y))
+    ratios = torch.stack([clipped.params[f"{index}.{RATIOS}"] for index in range(2)])
+    assert ratios.min() < 1
+    assert set(ratios.flatten().tolist()) <= set(torch.tensor(GRID).tolist())
+    unit = loss_unit(y, "token")
+    errors = [float(relative_loss(run(own, x, quantized=True), y, unit)) for own in (rotated, clipped)]
+    assert errors[1] < 0.95 * errors[0]
+    assert relative_error(run(clipped, x), y) < 1e-9
+    assert clipped.record[0]["kv_clips"]["1"] == ratios[1].tolist()
+    plain = replace(block, kv=IntTokens(4, symmetric=False))
+    assert with_kv_clips(plain, Calib(x, x, y)) is plain
+
+
+def test_a_ratio_cuts_both_ends() -> None:
+    """A range of 15 in steps of 1, cut to 0.8: 12 in steps of 0.8, values beyond at its ends."""
+    given = torch.arange(16.0)
+    got = IntTokens(4, symmetric=False).fake_quant(given, torch.tensor(0.8), torch.tensor(0.8))
+    assert float(got[15]) == pytest.approx(12.0)
+    assert float(got[4]) == pytest.approx(4.0)
+
+
 def test_values_that_cannot_be_rotated_are_noted() -> None:
     block, x = block_of(tiny_model("llama"))
     kinds = tuple(replace(kind, edges=()) for kind in block.kinds)
@@ -153,6 +182,8 @@ def test_a_run_is_what_is_loaded(tmp_path: Path, prefix: str) -> None:
         step = loaded(text[:, :-1], use_cache=False).logits[:, -1].argmax(-1)
     assert int(text[0, -1]) == int(step)
     assert done.manifest.runtime_ops == {}
+    ratios = loaded.model.layers[1].self_attn.lowbit_kv_ratios
+    assert ratios.tolist() == done.manifest.blocks[1].steps["kv_clips"]["1"]
     assert not done.manifest.transformers.loads
     with pytest.raises(LowbitError, match="gguf does not support scheme w8a16kv4h"):
         lowbit.export(done.out, "gguf")

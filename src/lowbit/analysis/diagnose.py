@@ -35,6 +35,7 @@ from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_ids, check_model, open_weights
 from lowbit.paths import user_path
+from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.scheme import override_text
 from lowbit.runs.folder import run_formats, run_scheme
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
@@ -92,8 +93,9 @@ class _Run:
 
     @property
     def only_rounds(self) -> bool:
-        """The recipe has no step before the one that quantizes, so the float weights are the model's own."""
-        return len(self.manifest.identity.steps) == 1
+        """Nothing precedes the step that quantizes, neither a step nor a rotation: weights are the model's own."""
+        rotated = isinstance(run_scheme(self.manifest).kv, RotatedTokens)
+        return len(self.manifest.identity.steps) == 1 and not rotated
 
 
 @own_torch_state
@@ -137,6 +139,11 @@ def diagnose(
     protocol: dict[str, Any] = {"tokens": recorded.manifest.blocks[0].sensitivity["tokens"], "text": "calibration"}
     # Before any measurement, so that an infeasible budget is refused at once.
     proposal = None if budget is None else propose(recorded.skeleton, recorded.manifest, linears, budget, bits)
+    if exact is not None and recorded.manifest.prefix_ids:
+        raise LowbitError(
+            f"--float {exact} given, and {run} has a prefix, whose keys and values fit none of the float model's "
+            "blocks: leave it out, for the sensitivity that the run recorded"
+        )
     if exact is not None:
         source = resolve(exact, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         if source.identity != recorded.manifest.identity.fingerprint:

@@ -110,7 +110,8 @@ def compare(
     source = resolve(exact, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     sources = [resolve(run, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) for run in folders]
     opened = _open_models(exact, source, folders, sources, device, torch_dtype, trust_remote_code)
-    opened[0].check_length(length)
+    for model in opened:
+        model.check_length(length)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     drawn = [manifest.identity.data if (manifest := manifest_of(run.folder)) else None for run in sources]
     given = default_texts(filter(None, drawn)) if data is None else corpora(data)

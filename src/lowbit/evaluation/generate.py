@@ -15,6 +15,7 @@ from lowbit.data.tokenization import decode, encode
 from lowbit.errors import LowbitError
 from lowbit.models.build import text_config
 from lowbit.runs.load import load
+from lowbit.runs.prefix_forward import tokens_before
 from lowbit.torch_state import own_torch_state
 
 
@@ -28,9 +29,12 @@ def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: boo
         raise LowbitError(f"the tokenizer in {folder} makes no token of the prompt {prompt!r}: give another one")
     config = text_config(model.config)
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and ids.shape[1] + tokens > limit:
+    prefix = tokens_before(model)
+    if limit and prefix + ids.shape[1] + tokens > limit:
+        front = f", the prefix {prefix}" if prefix else ""
         raise LowbitError(
-            f"the prompt has {ids.shape[1]} tokens and --tokens is {tokens}: this model's positions end at {limit}"
+            f"the prompt has {ids.shape[1]} tokens{front}, and --tokens is {tokens}: this model's positions end at "
+            f"{limit}"
         )
     if int(ids.max()) >= config.vocab_size:
         raise LowbitError(f"{folder}: the tokenizer has ids beyond the model's {config.vocab_size} embeddings")

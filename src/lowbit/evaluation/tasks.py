@@ -155,9 +155,8 @@ class _LazyModel:
         """One task's row of ``TaskScores.tasks``."""
         began = time.monotonic()
         self._model = self._model or self._open()
-        lm = harness_model(
-            self._model, self._tokenizer, text_config(self._model.config).max_position_embeddings, task
-        )
+        positions = text_config(self._model.config).max_position_embeddings - self._model.skeleton.prefix
+        lm = harness_model(self._model, self._tokenizer, positions, task)
         scores = measure(task, documents.rows, lm)
         facts = {"total": documents.total, "source": documents.source, "data_hash": documents.hash}
         return {**asdict(scores), **facts, "seconds": time.monotonic() - began}

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowbit.quant.activations import ActFormat
+from lowbit.models.kv_ratios import ATTRIBUTE, KINDS
+from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.walsh_hadamard import walsh_hadamard
 
@@ -44,7 +45,11 @@ def attention_name(format: ActFormat, base: str, prefix: int = 0) -> str:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(format, RotatedTokens):
             query, key = walsh_hadamard(query), walsh_hadamard(key)
-        quantized = format.fake_quant(query), *(_behind(prefix, format, x) for x in (key, value))
+        ratios = _ratios(module)
+        quantized = (
+            _quantized(format, query, ratios[0]),
+            *(_behind(prefix, format, x, ratio) for x, ratio in zip((key, value), ratios[1:], strict=True)),
+        )
         # Each modelling file defines its own eager function (Gemma2's caps the logits).
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)(module, *quantized, *args, **kwargs)
@@ -54,11 +59,25 @@ def attention_name(format: ActFormat, base: str, prefix: int = 0) -> str:
     return name
 
 
-def _behind(prefix: int, format: ActFormat, x: Tensor) -> Tensor:
+def _ratios(module: nn.Module) -> tuple[Tensor | None, ...]:
+    """The clipping ratios of an attention module's queries, keys and values, see ``kv_ratios.py``."""
+    ratios: Tensor | None = getattr(module, ATTRIBUTE, None)
+    return (None,) * len(KINDS) if ratios is None else ratios.unbind()
+
+
+def _quantized(format: ActFormat, x: Tensor, ratio: Tensor | None) -> Tensor:
+    """``x`` quantized, its ranges cut to ``ratio`` at both ends."""
+    if ratio is None or not isinstance(format, IntTokens):
+        return format.fake_quant(x)
+    ratio = ratio.to(x)
+    return format.fake_quant(x, ratio, ratio)
+
+
+def _behind(prefix: int, format: ActFormat, x: Tensor, ratio: Tensor | None) -> Tensor:
     """Keys or values ``(sequences, heads, length, width)``, quantized from position ``prefix`` on."""
     if not prefix:
-        return format.fake_quant(x)
-    return torch.cat([x[..., :prefix, :], format.fake_quant(x[..., prefix:, :])], -2)
+        return _quantized(format, x, ratio)
+    return torch.cat([x[..., :prefix, :], _quantized(format, x[..., prefix:, :], ratio)], -2)
 
 
 @contextmanager

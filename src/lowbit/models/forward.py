@@ -17,6 +17,7 @@ from lowbit.models.attention import quantized_attention
 from lowbit.models.block import Block
 from lowbit.models.experts_function import ExpertsCall, ExpertsReplay, experts_computed_by
 from lowbit.models.handed_on import mappings_in
+from lowbit.models.kv_ratios import RATIOS, ratios_at
 from lowbit.models.linear_input import Cache, LinearInput, Tap
 from lowbit.models.listed_experts import ListedExperts
 from lowbit.models.offload import batches, concatenate
@@ -69,12 +70,12 @@ def run(
 def _state(block: Block, index: int, kind: LayerKind, params: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
     """A layer's parameters as the library names and stores them, without those of experts, in the dtype of ``x``."""
     prefix = f"{index}."
-    cached = (f"{prefix}{KEYS}", f"{prefix}{VALUES}")  # the prefix's, which come in with the arguments
-    names = [name for name in params if name.startswith(prefix) and name not in cached]
+    own = {f"{prefix}{name}" for name in (KEYS, VALUES, RATIOS)}  # not of the library's layer
+    names = [name for name in params if name.startswith(prefix) and name not in own]
     if kind.experts is not None:
         names = [n for n in names if not kind.is_stacked(n.removeprefix(prefix).rpartition(".")[0])]
-    own = block.as_stored({name: _like(params[name], x) for name in names})
-    return {name.removeprefix(prefix): value for name, value in own.items()}
+    stored = block.as_stored({name: _like(params[name], x) for name in names})
+    return {name.removeprefix(prefix): value for name, value in stored.items()}
 
 
 def _prepare(
@@ -93,6 +94,7 @@ def _prepare(
     if kind.attention is not None:
         attention = layer.get_submodule(kind.attention)
         stack.enter_context(quantized_attention(attention.config, block.kv if quantized else None, block.prefix))
+        stack.enter_context(ratios_at(attention, params.get(f"{prefix}{RATIOS}") if quantized else None))
     if kind.experts is not None:
         stack.enter_context(_experts(layer, kind.experts, params, inputs, index, taps, block.every_token, replay))
         inputs = [{n: own for n, own in group.items() if not kind.is_stacked(n)} for group in inputs]

@@ -69,7 +69,7 @@ class Prefix:
             cache.update(key, value, index)
 
 
-class _Counted(DynamicLayer):
+class _Counted(DynamicLayer):  # type: ignore[misc]
     """As many tokens as a prefix has, for positions and masks; nothing can be added."""
 
     def __init__(self, tokens: int) -> None:
@@ -82,7 +82,7 @@ class _Counted(DynamicLayer):
         raise RuntimeError("a layer ran behind a prefix without the prefix's keys and values")
 
 
-class _Fixed(DynamicLayer):
+class _Fixed(DynamicLayer):  # type: ignore[misc]
     """The prefix in one layer: what is added is returned behind it and forgotten, so that passes do not meet."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:

@@ -15,6 +15,7 @@ from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_bytes, write_json
 from lowbit.models.build import auto_class
 from lowbit.models.description import to_dict
+from lowbit.models.kv_ratios import RATIOS
 from lowbit.models.ops import OPS
 from lowbit.models.prefix import KEYS, VALUES
 from lowbit.models.runtime_ops import RuntimeOp, parse_tensor_name
@@ -66,7 +67,7 @@ def finish(
         _untie(config)
     write_json(out / CONFIG, config)
     copied = _copy_companions(source, out, trusted)
-    extra = sum(stored.bits for stored in ops.values()) + (_prefix_bits(out, len(rows)) if has_prefix else 0)
+    extra = sum(stored.bits for stored in ops.values()) + _attention_bits(out, len(rows), opened.names)
     manifest = _manifest(plan, identity, rows, ops, extra, request, opened, prefix)
     write_bytes(
         out / CARD, model_card(manifest, auto_class(opened.config).__name__).encode(errors="backslashreplace")
@@ -149,10 +150,12 @@ def _runtime_ops(out: Path, layers: int, names: StoredNames) -> dict[str, _Store
     return ops
 
 
-def _prefix_bits(out: Path, layers: int) -> int:
-    """Bits that the keys and values of a prefix take in a run's shards."""
+def _attention_bits(out: Path, layers: int, names: StoredNames) -> int:
+    """Bits that a prefix's keys and values, and the clipping ratios of Q, K and V, take in a run's shards."""
     shards = Checkpoint(out, [block_file(i) for i in range(layers)])
-    stored = shards.read([name for name in shards.names if name.endswith((f".{KEYS}", f".{VALUES}"))])
+    shards.rename(names.rename)
+    own = tuple(f".{name}" for name in (KEYS, VALUES, RATIOS))
+    stored = shards.read([name for name in shards.names if name.endswith(own)])
     return sum(value.numel() * value.element_size() * 8 for value in stored.values())
 
 

@@ -40,7 +40,7 @@ FACTS, TENSORS = f"{RUN}/prefix.json", f"{RUN}/prefix.safetensors"
 # Largest relative squared error of hidden states behind keys and values, to those behind the tokens.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 TOLERANCE_16_BIT = 1e-2
-_IDS = re.compile(r"\d+(,\d+)*")
+_IDS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Wanted:
         ids: the tokens; ``None``: those that the search finds.
         start: the token with which texts of the model start; ``None``: it has none.
         special: special tokens in front of each window, which the tokenizer gives and no prefix has to.
-        text: of token ids.
+        tokenizer: the model's.
     """
 
     ids: tuple[int, ...] | None
@@ -126,7 +126,7 @@ def settle_prefix(walk: Walk, windows: Tensor, wish: Wanted) -> PrefixFacts:
         say(facts.sentence())
     if facts.ids:
         walk.prefix = read_prefix(walk.out / TENSORS, facts.ids, len(walk.skeleton.layers))
-        walk.skeleton.behind(len(facts.ids))
+    walk.skeleton.behind(len(facts.ids))
     return facts
 
 
@@ -136,7 +136,9 @@ def _found(walk: Walk, windows: Tensor, wish: Wanted) -> PrefixFacts:
     if ids is None:
         layers = _massive_tokens(walk, windows)
         before, most = per_window(layers, wish.special), min(MOST, _room(walk.skeleton, windows.shape[1]))
-        ids = chosen(windows, layers, wish.special, wish.start, most)
+        rows = walk.skeleton.model.get_input_embeddings().weight.shape[0]
+        start = wish.start if wish.start is None or wish.start < rows else None  # a tokenizer may have more tokens
+        ids = chosen(windows, layers, wish.special, start, most)
         if not ids:
             return PrefixFacts([], "", before, before)
     prefix, layers = _computed(walk, ids, windows)
@@ -207,7 +209,7 @@ def _check_moves(block: Block, x: Tensor, y: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     for edge in block.edges():
         if edge.kind in ("heads", "qk"):
-            moved = move(block, edge, _some_map(edge, generator).to(x.device))
+            moved = move(block, edge, _some_map(edge, generator).to(block.device))
             got = run_all(block, x, moved, batch=1)
             _check_same(got, y, block.start, f"it does not move with a map over {edge.src.module}")
 

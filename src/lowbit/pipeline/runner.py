@@ -24,6 +24,7 @@ from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.methods.input_ranges import without_input_ranges
+from lowbit.methods.kv_clips import with_kv_clips
 from lowbit.models.block import LEAST_TOKENS, Block, Calib
 from lowbit.models.build import tied_tensors
 from lowbit.models.forward import relative_error, run_all, run_quantized
@@ -213,7 +214,7 @@ class Walk:
             )
         if not all((self.out / block_file(i)).exists() for i in block.indices):
             calib = Calib(x_fp, x_q, y_fp, self.batch, self.input_range)
-            quantized = with_rotated_values(_with_kept_notes(_with_kv_notes(block)))
+            quantized = with_kv_clips(with_rotated_values(_with_kept_notes(_with_kv_notes(block))), calib)
             for position, (_, step) in enumerate(self.recipe.block_steps):
                 if step.keeps_function and step.schedule is None:
                     # It moves maps, and ranges of inputs that an earlier step left do not fit what it makes of them.

@@ -3,7 +3,7 @@
 It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a manifest:
 
 =============================== ================================================================================
-``block-00007.safetensors``     decoder layer 7: packed linears, norms, biases, runtime ops
+``block-00007.safetensors``     decoder layer 7: packed linears, norms, biases, runtime ops, a prefix
 ``model-rest.safetensors``      embeddings, final norm, head
 ``model-carried.safetensors``   tensors that come along as they are, if there are any; see ``carried.py``
 ``model.safetensors.index.json`` the file of each tensor
@@ -13,7 +13,7 @@ It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a man
 ``lowbit-evaluations.json``     results of ``lowbit evaluate`` on the finished run, if any
 ``lowbit-timing.json``          seconds and memory per block; the only file that differs between equal runs
 ``lowbit.json``                 the manifest, written last: a folder with a manifest is finished
-``.run/``                       during the run: its lock and identity, and each block's notes and pictures
+``.run/``                       during the run: its lock and identity, its prefix, and each block's notes and pictures
 =============================== ================================================================================
 
 Shards are the only state of a run, except for ``tune``, which keeps its own in ``.run/``. A resumed run replays the
@@ -42,11 +42,13 @@ from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Architecture, LayerKind
 from lowbit.models.block import Block
+from lowbit.models.kv_ratios import RATIOS, read_ratios
 from lowbit.models.ops import OPS
 from lowbit.models.prefix import KEYS, VALUES
 from lowbit.models.runtime_ops import RuntimeOp, linear_behind, parse_tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import QTensor
+from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, scheme_from_dict
 from lowbit.runs.carried import CARRIED
 from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
@@ -267,6 +269,8 @@ def read_block(
     if skeleton.prefix:
         own = layer_prefix(checkpoint, f"{prefix}{index}", skeleton.prefix)
         floats |= {f"{prefix}{index}.{key}": value for key, value in zip((KEYS, VALUES), own, strict=True)}
+    if isinstance(formats.kv, RotatedTokens) and skeleton.architecture.layers[index].attention is not None:
+        floats[f"{prefix}{index}.{RATIOS}"] = read_ratios(checkpoint, f"{prefix}{index}")
     params = {name.removeprefix(prefix): value.to(device) for name, value in floats.items()}
     qweights = {name.removeprefix(prefix): q.to(device) for name, q in quantized.items()}
     inputs = read_input_qparams(checkpoint, modules, device)

@@ -26,6 +26,7 @@ from lowbit.models.experts import as_the_library_stores, parameter_shapes, state
 from lowbit.models.experts_function import run_experts_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.gathered_norm import gathered_norm
+from lowbit.models.kv_ratios import ATTRIBUTE, read_ratios
 from lowbit.models.linear_input import LinearInput
 from lowbit.models.own_experts import quantize_own_experts
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp, at_input, linear_behind
@@ -38,6 +39,7 @@ from lowbit.models.validate import (
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import QParams
+from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.scheme import ModelFormats, simulated_on
 from lowbit.quant.static_activations import quantize_input
 from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_scheme
@@ -119,22 +121,40 @@ def load(
                 quantize_own_experts(layer, own, of_experts)
             else:
                 run_experts_apart(layer.get_submodule(own.module), own, of_experts)
-    ids = () if manifest is None else manifest.prefix_ids
-    refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(ids))
+    front = () if manifest is None else manifest.prefix_ids
+    refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(front))
     qparams = read_input_qparams(checkpoint, formats.modules, device)
     for name in formats.modules:
         if (inputs := formats.input(name)) is not None and not architecture.is_experts(name):
             _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name))
     if formats.kv is not None:
-        model.config._attn_implementation = attention_name(formats.kv, model.config._attn_implementation, len(ids))
-    if ids:
-        put_behind(model, stored_prefix(checkpoint, architecture.blocks, ids, len(layers)))
+        _quantize_attention(model, checkpoint, architecture, layers, formats.kv, len(front))
+    if front:
+        put_behind(model, stored_prefix(checkpoint, architecture.blocks, front, len(layers)))
     if (folder / "generation_config.json").exists():
         model.generation_config = _generation_config(folder)
     model = model.to(device).eval()
     with report_build_errors(folder), torch.no_grad():  # as ``check_computes``; every layer is in memory already
         model(torch.zeros(1, PROBE, dtype=torch.int64, device=device), use_cache=False)
     return model
+
+
+def _quantize_attention(
+    model: Any,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    layers: Sequence[nn.Module],
+    kv: ActFormat,
+    prefix: int,
+) -> None:
+    """Quantize Q, K and V from now on, but for those of a prefix, with each layer's ratios if the format has them."""
+    model.config._attn_implementation = attention_name(kv, model.config._attn_implementation, prefix)
+    if not isinstance(kv, RotatedTokens):
+        return
+    for index, (layer, kind) in enumerate(zip(layers, architecture.layers, strict=True)):
+        if kind.attention is not None:
+            ratios = read_ratios(checkpoint, f"{architecture.blocks}.{index}")
+            layer.get_submodule(kind.attention).register_buffer(ATTRIBUTE, ratios, persistent=False)
 
 
 def _ops_of(

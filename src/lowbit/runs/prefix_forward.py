@@ -45,6 +45,12 @@ def put_behind(model: Any, prefix: Prefix) -> None:
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
+def tokens_before(model: Any) -> int:
+    """Tokens of a loaded model's prefix."""
+    stored = getattr(model, MODULE, None)
+    return len(stored.ids) if isinstance(stored, _Stored) else 0
+
+
 def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """The arguments of a call behind the prefix."""
     names = list(inspect.signature(model.forward).parameters)
