@@ -21,6 +21,7 @@ from lowbit.cli.console import BosOption, Device, DType, Json, Model, Pickle, Re
 from lowbit.cli.demo import demo
 from lowbit.cli.export import export, verify
 from lowbit.cli.fit import fit
+from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
 from lowbit.cli.measure import evaluate, report
 from lowbit.cli.merge import merge
@@ -126,6 +127,13 @@ def quantize(
             show_default="mse",
         ),
     ] = None,
+    imatrix_: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            help="llama.cpp's importance matrix, a .gguf file: weights columns in searches of scales (gptq.search).",
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     compiled: Annotated[
@@ -175,6 +183,7 @@ def quantize(
         effort=effort,
         target=target,
         input_range=input_range,
+        imatrix=imatrix_,
         compiled=compiled,
         keep=keep,
         expert_tokens=expert_tokens,
@@ -229,6 +238,7 @@ def generate(
         print(text)
 
 
+app.command()(imatrix)
 app.command()(merge)
 app.command()(inspect)
 app.command()(recipes)

@@ -110,6 +110,7 @@ class Walk:
         latents: store the latent weights for a later end-to-end step.
         input_range: how the ranges of static inputs are estimated.
         least_tokens, every_token: of each block, see ``Block``.
+        importance: of each block by full name of a linear, see ``Block``.
         names: what the model's tensors are called in its files, and in the run's.
         rows: the manifest's rows, one per finished block.
         observed: activation statistics and learned maps for the report, by tensor name.
@@ -127,6 +128,7 @@ class Walk:
     input_range: RangeEstimator = MSE
     least_tokens: int = LEAST_TOKENS
     every_token: bool = False
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     names: StoredNames = field(default_factory=StoredNames)
     rows: list[BlockRow] = field(default_factory=list)
     observed: dict[str, Tensor] = field(default_factory=dict)
@@ -159,7 +161,9 @@ class Walk:
             params |= block_params(self.checkpoint, self.skeleton.architecture.blocks, index, shapes)
         on_device = {name: value.to(self.device) for name, value in params.items()}
         block = self.skeleton.block(start, on_device, count, self.plan.formats)
-        return replace(block, least_tokens=self.least_tokens, every_token=self.every_token)
+        own = {n: self.importance[full] for n in block.linears() if (full := block.full_name(n)) in self.importance}
+        importance = {name: value.to(block.device) for name, value in own.items()}
+        return replace(block, least_tokens=self.least_tokens, every_token=self.every_token, importance=importance)
 
     def skeletons(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
         """Embeddings and head of the float and the quantized model, after a walk over ``ids``; may be one object."""

@@ -78,6 +78,7 @@ class Identity:
         all_experts: experts' statistics are from all tokens, not from those that reach them.
         source_files: digest of the source's other files, tokenizer included, which the run folder copies.
         input_range: how the ranges of static inputs were estimated; ``None`` for schemes without any.
+        imatrix: digest of the importance matrix that searches of scales were given; ``None``: none.
     """
 
     model: str
@@ -95,6 +96,7 @@ class Identity:
     all_experts: bool = False
     source_files: str = ""
     input_range: str | None = None
+    imatrix: str | None = None
 
     @property
     def steps(self) -> list[str]:
