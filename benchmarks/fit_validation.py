@@ -30,7 +30,7 @@ from lowbit.pipeline.opened import open_model
 from lowbit.quant.scheme import override_text
 from lowbit.runs.streamed_model import StreamedModel
 
-SEQUENCES, LENGTH, WINDOWS, SINGLES, RANDOM = 8, 128, 2, 40, 20
+SEQUENCES, LENGTH, WINDOWS, PROBED, SINGLES, RANDOM = 8, 128, 2, 4, 40, 20
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -103,7 +103,7 @@ def main() -> None:
     blocks_at, kept = model.skeleton.architecture.blocks, given.out / "measured.json"
     measured: dict[str, Any] = read_json(kept) if kept.exists() else {}
     if "factors" not in measured:
-        measured["factors"] = with_probes(raw, footprint, model, columns, ids[:WINDOWS]).factors
+        measured["factors"] = with_probes(raw, footprint, model, columns, ids[:: SEQUENCES // PROBED]).factors
         write_json(kept, measured)
     losses = Losses(raw.by_module, measured["factors"], {})
     held = evaluation("builtin", tokenizer, LENGTH, WINDOWS * LENGTH).ids
