@@ -32,6 +32,7 @@ from lowbit.exporters.footprint import Choice, Footprint, Option
 from lowbit.metrics.sensitivity import divergence
 from lowbit.pipeline.opened import open_model
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import override_text
 from lowbit.quant.tables import IQ4_NL
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import save_tiny, tiny_ids, tiny_tokenizer
@@ -376,6 +377,10 @@ def test_folders_of_other_targets_keep_the_size(family: str, target: str, tmp_pa
 def test_targets_that_fuse_linears_give_them_one_format(tmp_path: Path) -> None:
     model = save(tmp_path, "llama")
     footprint = footprint_of("vllm", str(model), open_model(str(model), None, False, False))
-    losses = Losses({f"{BLOCKS}.0.self_attn.q_proj": {"w2g32-sym": 5.0, "w8g32-sym": 0.1}}, {}, {})
+    texts = {override_text(o.format) for choice in footprint.choices for o in choice.options if o.format}
+    # q alone gains: k and v go along
+    losses = Losses({f"{BLOCKS}.0.self_attn.q_proj": {text: 8.0 - int(text[1]) for text in texts}}, {}, {})
     found = best_within(footprint, losses, footprint.least + 100_000, BLOCKS).formats
-    assert len({found[f"{BLOCKS}.0.self_attn.{name}_proj"] for name in "qkv"}) == 1
+    (format,) = {found[f"{BLOCKS}.0.self_attn.{name}_proj"] for name in "qkv"}
+    assert format is not None
+    assert format.elements.bits == 8

@@ -266,7 +266,7 @@ def guarded(run: Callable[[], int | None]) -> int:
         message = error.format_message().rstrip(".")
         return _fail(f"{message}; 'lowbit --help' and 'lowbit COMMAND --help' list what is allowed")
     except KeyboardInterrupt:
-        say("lowbit: stopped; repeat the same 'quantize' command to resume")
+        say("lowbit: stopped; repeat the same 'quantize' or 'fit' command to resume")
         return 130
     except OSError as error:
         if error.errno not in MENDABLE:
