@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.allocation.divergence import divergences
-from lowbit.allocation.losses import Losses, formats_of, measure_losses, save, saved
+from lowbit.allocation.losses import Formats, Losses, formats_of, measure_losses, save, saved
 from lowbit.allocation.probes import with_probes
 from lowbit.allocation.size import bytes_in
 from lowbit.allocation.solution import best_within
@@ -120,8 +120,8 @@ def main() -> None:
     held = evaluation("builtin", tokenizer, LENGTH, WINDOWS * LENGTH).ids
     ones = singles(footprint, losses, blocks_at, random.Random(0))
     if "singles" not in measured:
-        assignments = [dict.fromkeys(choice.modules, format) for choice, format, _ in ones]
-        measured["singles"] = divergences(model, assignments, columns, held)
+        singly: list[Formats] = [dict.fromkeys(choice.modules, format) for choice, format, _ in ones]
+        measured["singles"] = divergences(model, singly, columns, held)
         write_json(kept, measured)
     room = bytes_in(given.size)
     chosen = best_within(footprint, losses, room, blocks_at)
