@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.allocation.divergence import divergences
-from lowbit.allocation.losses import Losses, formats_of, measure_losses, save, saved
+from lowbit.allocation.losses import Formats, Losses, formats_of, measure_losses, save, saved
 from lowbit.allocation.probes import with_probes
 from lowbit.allocation.size import bytes_in
 from lowbit.allocation.solution import best_within
@@ -30,7 +30,7 @@ from lowbit.pipeline.opened import open_model
 from lowbit.quant.scheme import override_text
 from lowbit.runs.streamed_model import StreamedModel
 
-SEQUENCES, LENGTH, WINDOWS, SINGLES, RANDOM = 8, 128, 2, 40, 20
+SEQUENCES, LENGTH, WINDOWS, PROBED, SINGLES, RANDOM = 8, 128, 2, 4, 40, 20
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -50,17 +50,28 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     return sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True)) / power
 
 
-def drawn(footprint: Footprint, room: int, draw: random.Random) -> list[int]:
-    """A random assignment that fills ``room``: choices in random order take a random option that still fits."""
-    smallest = [min(range(len(c.options)), key=lambda at, c=c: c.options[at].size) for c in footprint.choices]
-    picks, left = list(smallest), room - footprint.least
-    for _ in range(3):
-        for at in draw.sample(range(len(picks)), len(picks)):
-            options = footprint.choices[at].options
-            now = options[picks[at]].size
-            fits = [i for i, option in enumerate(options) if now <= option.size <= now + left]
-            picks[at] = draw.choice(fits)
-            left -= options[picks[at]].size - now
+def palette(footprint: Footprint, room: int, draw: random.Random) -> list[list[int]]:
+    """Two random options of every choice, with the smaller ones of which the model fits ``room``.
+
+    All assignments are drawn from these: what takes time is to quantize a weight, once for each format.
+    """
+    while True:
+        pairs = [draw.sample(range(len(c.options)), min(2, len(c.options))) for c in footprint.choices]
+        sizes = [[c.options[at].size for at in pair] for c, pair in zip(footprint.choices, pairs, strict=True)]
+        if footprint.fixed + sum(map(min, sizes)) <= room <= footprint.fixed + sum(map(max, sizes)):
+            return pairs
+
+
+def drawn(footprint: Footprint, pairs: Sequence[Sequence[int]], room: int, draw: random.Random) -> list[int]:
+    """A random assignment that fills ``room``: in random order choices take the larger of their options."""
+    sizes = [[c.options[at].size for at in pair] for c, pair in zip(footprint.choices, pairs, strict=True)]
+    picks = [pair[own.index(min(own))] for pair, own in zip(pairs, sizes, strict=True)]
+    left = room - footprint.fixed - sum(map(min, sizes))
+    for at in draw.sample(range(len(picks)), len(picks)):
+        more = max(sizes[at]) - min(sizes[at])
+        if more <= left:
+            picks[at] = pairs[at][sizes[at].index(max(sizes[at]))]
+            left -= more
     return picks
 
 
@@ -103,21 +114,25 @@ def main() -> None:
     blocks_at, kept = model.skeleton.architecture.blocks, given.out / "measured.json"
     measured: dict[str, Any] = read_json(kept) if kept.exists() else {}
     if "factors" not in measured:
-        measured["factors"] = with_probes(raw, footprint, model, columns, ids[:WINDOWS]).factors
+        measured["factors"] = with_probes(raw, footprint, model, columns, ids[:: SEQUENCES // PROBED]).factors
         write_json(kept, measured)
     losses = Losses(raw.by_module, measured["factors"], {})
     held = evaluation("builtin", tokenizer, LENGTH, WINDOWS * LENGTH).ids
     ones = singles(footprint, losses, blocks_at, random.Random(0))
     if "singles" not in measured:
-        assignments = [dict.fromkeys(choice.modules, format) for choice, format, _ in ones]
-        measured["singles"] = divergences(model, assignments, columns, held)
+        singly: list[Formats] = [dict.fromkeys(choice.modules, format) for choice, format, _ in ones]
+        measured["singles"] = divergences(model, singly, columns, held)
         write_json(kept, measured)
     room = bytes_in(given.size)
     chosen = best_within(footprint, losses, room, blocks_at)
-    picks = [drawn(footprint, room, random.Random(seed)) for seed in range(RANDOM)]
+    pairs = palette(footprint, room, random.Random(0))
+    picks = [drawn(footprint, pairs, room, random.Random(seed)) for seed in range(RANDOM)]
     if "random" not in measured:
-        assignments = [chosen.formats, *(formats_of(footprint.choices, own) for own in picks)]
-        measured["chosen"], *measured["random"] = divergences(model, assignments, columns, held)
+        assignments = [formats_of(footprint.choices, own) for own in picks]
+        measured["random"] = divergences(model, assignments, columns, held)
+        write_json(kept, measured)
+    if "chosen" not in measured:
+        (measured["chosen"],) = divergences(model, [chosen.formats], columns, held)
         write_json(kept, measured)
 
     def expected(own: Sequence[int]) -> float:

@@ -32,6 +32,7 @@ from lowbit.exporters.footprint import Choice, Footprint, Option
 from lowbit.metrics.sensitivity import divergence
 from lowbit.pipeline.opened import open_model
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import override_text
 from lowbit.quant.tables import IQ4_NL
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import save_tiny, tiny_ids, tiny_tokenizer
@@ -349,3 +350,37 @@ def test_a_folder_with_other_files_is_left_alone(untied: Path, tmp_path: Path) -
 def test_an_unknown_target_is_one_line(untied: Path, tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match=r"Known: .*llama\.cpp"):
         api.fit(str(untied), tmp_path / "out", target="lama.cpp", size="66kB")
+
+
+@pytest.mark.parametrize(("family", "target"), [("llama", "vllm"), ("llama-odd", "transformers")])
+def test_folders_of_other_targets_keep_the_size(family: str, target: str, tmp_path: Path) -> None:
+    """The bound on the bytes is close, and formats are those that the target reads."""
+    model, draw = save(tmp_path, family), random.Random(1)
+    footprint = footprint_of(target, str(model), open_model(str(model), None, False, False))
+    picks = [draw.randrange(len(choice.options)) for choice in footprint.choices]
+    size = footprint.fixed + sum(c.options[at].size for c, at in zip(footprint.choices, picks, strict=True))
+    formats = formats_of(footprint.choices, picks)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(scheme_of(formats, ("model.embed_tokens", "lm_head"))))
+    given: dict[str, Any] = {"recipe": "rtn", "data": str(model / "calib.txt"), "samples": 2, "length": 16}
+    given["target"] = target if target == "vllm" else None
+    made = lowbit.quantize(str(model), tmp_path / "run", scheme=str(tmp_path / "s.yaml"), **given)
+    assert made.manifest.transformers.loads
+    folder = lowbit.export(tmp_path / "run", "vllm").out if target == "vllm" else tmp_path / "run"
+    actual = steps.weight_bytes(folder)
+    tensors = 12 * len(footprint.choices) + 100
+    assert size - 40 * tensors < actual <= size
+    if target == "vllm":
+        groups = [len(choice.modules) for choice in footprint.choices]
+        assert groups == [3, 1, 2, 1] * 3 + [1, 1]
+
+
+def test_targets_that_fuse_linears_give_them_one_format(tmp_path: Path) -> None:
+    model = save(tmp_path, "llama")
+    footprint = footprint_of("vllm", str(model), open_model(str(model), None, False, False))
+    texts = {override_text(o.format) for choice in footprint.choices for o in choice.options if o.format}
+    # q alone gains: k and v go along
+    losses = Losses({f"{BLOCKS}.0.self_attn.q_proj": {text: 8.0 - int(text[1]) for text in texts}}, {}, {})
+    found = best_within(footprint, losses, footprint.least + 100_000, BLOCKS).formats
+    (format,) = {found[f"{BLOCKS}.0.self_attn.{name}_proj"] for name in "qkv"}
+    assert format is not None
+    assert format.elements.bits == 8

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lowbit.evaluation.tasks import TaskScores, evaluate_tasks
     from lowbit.exporters.api import Exported, export, verify
     from lowbit.exporters.verify import Verified
+    from lowbit.pipeline.imatrix import Imatrix, imatrix
     from lowbit.pipeline.quantize import Quantized, quantize
     from lowbit.pipeline.recipe import Recipe, load_recipe
     from lowbit.quant.format import Format, QParams, QTensor
@@ -37,6 +38,7 @@ __all__ = [
     "Exported",
     "Fitted",
     "Format",
+    "Imatrix",
     "IntFormat",
     "LowbitError",
     "Merged",
@@ -55,6 +57,7 @@ __all__ = [
     "export",
     "fit",
     "frontier",
+    "imatrix",
     "load",
     "load_recipe",
     "merge",
@@ -74,6 +77,7 @@ _MODULES = {
     "evaluation.tasks": ("TaskScores", "evaluate_tasks"),
     "exporters.api": ("Exported", "export", "verify"),
     "exporters.verify": ("Verified",),
+    "pipeline.imatrix": ("Imatrix", "imatrix"),
     "pipeline.quantize": ("Quantized", "quantize"),
     "pipeline.recipe": ("Recipe", "load_recipe"),
     "quant.format": ("Format", "QParams", "QTensor"),

@@ -41,7 +41,7 @@ from lowbit.torch_state import own_torch_state
 
 STATE, FORMAT = "fit.json", "lowbit-fit-1"
 SEQUENCES, LENGTH = 8, 128  # of the gradients
-WINDOWS = 2  # of them, on which divergence is measured
+WINDOWS = 4  # of them, on which divergence is measured
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _table(
     tokenizer = load_tokenizer(opened.source.folder, trusted)
     drawn = calibration(text.data or "builtin", tokenizer, SEQUENCES, length, text.seed)
     check_ids(drawn.ids, streamed.skeleton, opened.source.folder)
-    measured_on = drawn.ids[:WINDOWS]
+    measured_on = drawn.ids[:: SEQUENCES // WINDOWS]  # of all kinds of text
     key = {"fingerprint": opened.source.identity, "target": target, "text": drawn.hash, "seed": text.seed}
     key["versions"] = versions()
     if (table := saved(out, key)) is not None:

@@ -62,10 +62,10 @@ def divergences(
     for index in track(range(model.blocks), "blocks of assignments"):
         block, rounded = model.block(index), _Rounded(columns)
         for at, formats in enumerate(assignments):
-            own = _weights(block, formats, rounded)
+            weights = _weights(block, formats, rounded)
             before = states[at]
-            if own or before is not None:
-                params = {**block.params, **own}
+            if weights or before is not None:
+                params = {**block.params, **weights}
                 states[at] = run_all(block, base if before is None else before, params, batch=len(ids))
         base = run_all(block, base, block.params, batch=len(ids))
     pairs = zip(states, assignments, strict=True)

@@ -41,7 +41,7 @@ class Losses:
         if format is None:
             return 0.0
         text = override_text(format)
-        raw = sum(self.by_module.get(module, {}).get(text, 0.0) for module in choice.modules)
+        raw = sum(self.by_module[module][text] for module in choice.modules if module in self.by_module)
         block = self.blocks.get(block_of(choice.modules[0], blocks_at), 1.0)
         return raw * self.factors.get(text, 1.0) * block
 

@@ -64,11 +64,20 @@ def fit(
     from lowbit.allocation.api import fit as run
     from lowbit.allocation.api import frontier as predict
 
-    where = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     if frontier:
-        if not size == bits == quality is None:
+        if any(given is not None for given in (size, bits, quality)):
             raise LowbitError("--frontier given with --size, --bits or --quality: it shows all sizes; leave one out")
-        found = predict(model, out, target=target, data=data or None, seed=seed, pre=pre, **where)
+        found = predict(
+            model,
+            out,
+            target=target,
+            data=data or None,
+            seed=seed,
+            pre=pre,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
         if as_json:
             print_json(found.to_dict())
         else:
@@ -91,7 +100,9 @@ def fit(
         pre=pre,
         text=text or None,
         tokens=tokens,
-        **where,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
     )
     if as_json:
         print_json(result.to_dict())

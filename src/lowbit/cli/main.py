@@ -21,6 +21,7 @@ from lowbit.cli.console import BosOption, Device, DType, Json, Model, Pickle, Re
 from lowbit.cli.demo import demo
 from lowbit.cli.export import export, verify
 from lowbit.cli.fit import fit
+from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
 from lowbit.cli.measure import evaluate, report
 from lowbit.cli.merge import merge
@@ -134,6 +135,13 @@ def quantize(
             show_default="mse",
         ),
     ] = None,
+    imatrix_: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            help="llama.cpp's importance matrix, a .gguf file: weights columns in searches of scales (gptq.search).",
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     compiled: Annotated[
@@ -184,6 +192,7 @@ def quantize(
         effort=effort,
         target=target,
         input_range=input_range,
+        imatrix=imatrix_,
         compiled=compiled,
         keep=keep,
         expert_tokens=expert_tokens,
@@ -238,6 +247,7 @@ def generate(
         print(text)
 
 
+app.command()(imatrix)
 app.command()(merge)
 app.command()(inspect)
 app.command()(recipes)
@@ -265,7 +275,7 @@ def guarded(run: Callable[[], int | None]) -> int:
         message = error.format_message().rstrip(".")
         return _fail(f"{message}; 'lowbit --help' and 'lowbit COMMAND --help' list what is allowed")
     except KeyboardInterrupt:
-        say("lowbit: stopped; repeat the same 'quantize' command to resume")
+        say("lowbit: stopped; repeat the same 'quantize' or 'fit' command to resume")
         return 130
     except OSError as error:
         if error.errno not in MENDABLE:

@@ -40,6 +40,7 @@ def footprint(
         refuses: whether the target has no place for a plan.
         runtime: the target runtime of the run, which may decide on the dtype of scales.
     """
+    blocks = skeleton.architecture.blocks
     outside = [(model.embed, model.head)] if model.tied else [(model.embed,), (model.head,)]
     known: dict[tuple[object, ...], list[tuple[Format, int]]] = {}
     choices = []
@@ -47,9 +48,9 @@ def footprint(
         key = tuple((name.rpartition(".")[2], model.shape(name)) for name in modules)
         if key not in known:
             known[key] = _options(model, skeleton, modules, refuses, runtime)
-        choices.append(_choice(model, modules, known[key]))
+        choices.append(_choice(model, blocks, modules, known[key]))
     own = {f"{name}.weight" for modules in (*groups, *outside) for name in modules}
-    floats = {name: _float_size(model, name) for name in model.shapes if name not in own}
+    floats = {name: _float_size(model, blocks, name) for name in model.shapes if name not in own}
     fixed = sum(floats.values()) + SHARD * (len(skeleton.layers) + 1)
     largest = sorted(floats.items(), key=lambda pair: -pair[1])[:3]
     return Footprint(fixed, tuple(choices), tuple(largest))
@@ -76,31 +77,24 @@ def _options(
     return out
 
 
-def _choice(model: FloatModel, modules: tuple[str, ...], options: Sequence[tuple[Format, int]]) -> Choice:
+def _choice(
+    model: FloatModel, blocks: str, modules: tuple[str, ...], options: Sequence[tuple[Format, int]]
+) -> Choice:
     weights = sum(math.prod(model.shape(name)) for name in modules)
     if outside := modules[0] in (model.embed, model.head):
         weights = math.prod(model.shape(modules[0]))
     found = [Option(format, size) for format, size in options]
     if outside or not found:
         names = modules[:1] if outside else modules
-        found.append(Option(None, sum(_float_size(model, f"{name}.weight") for name in names)))
+        found.append(Option(None, sum(_float_size(model, blocks, f"{name}.weight") for name in names)))
     return Choice(modules, weights, tuple(found))
 
 
-def _float_size(model: FloatModel, name: str) -> int:
+def _float_size(model: FloatModel, blocks: str, name: str) -> int:
     """A tensor in float: those of blocks are float32, all others as the model has them."""
-    item = 4
-    if name.removeprefix("model.") not in _in_blocks(model) and model.checkpoint.find(name) is not None:
-        item = model.checkpoint.read([name])[name].element_size()
+    inside = name.startswith(f"{blocks}.") or model.checkpoint.find(name) is None
+    item = 4 if inside else model.checkpoint.read([name])[name].element_size()
     return _entry(name, model.shapes[name]) + item * math.prod(model.shapes[name])
-
-
-def _in_blocks(model: FloatModel) -> frozenset[str]:
-    """Names of the blocks' tensors, without a leading ``model.``."""
-    blocks = next(iter(model.modules)).split(".")
-    at = next(i for i, part in enumerate(blocks) if part.isdigit())
-    prefix = ".".join(blocks[:at]) + "."
-    return frozenset(name.removeprefix("model.") for name in model.shapes if name.startswith(prefix))
 
 
 def entries(module: str, stored: Mapping[str, Stored]) -> int:

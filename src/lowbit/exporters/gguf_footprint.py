@@ -94,9 +94,8 @@ def _choice(model: FloatModel, modules: tuple[str, ...], tensors: Sequence[FileT
     outside = modules[0] in (model.embed, model.head)
     if outside or not sizes:  # linears of blocks lose next to nothing at eight bits
         sizes[None] = sum(padded(_size(model, tensor, _float_kind(model, tensor))) for tensor in tensors)
-    own_head = architecture(model.config).head == "tied"
-    if outside and own_head:  # llama.cpp's graph has no head of its own, and a run with a quantized one has two
-        sizes = {None: sizes[None]}
+    if outside and architecture(model.config).head == "tied":
+        sizes = {None: sizes[None]}  # a run with a quantized embedding has a head beside it, and the graph has none
     names = (model.embed, model.head) if model.tied and modules == (model.embed,) else modules
     options = tuple(Option(format, size) for format, size in sizes.items())
     return Choice(names, len(modules) * rows * columns, options)

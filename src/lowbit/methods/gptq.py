@@ -167,7 +167,7 @@ def with_codes(
     # share of zeros is one of each linear's.
     stacks = _by_format(block, linears) if pattern is None else [(block.weight_format(n), [n]) for n in linears]
     for format, names in stacks:
-        qparams = [_qparams(block, name, weights, strength if columns.search else None) for name in names]
+        qparams = [_qparams(block, name, weights, _importance(block, name, strength, columns)) for name in names]
         stacked = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
         weight = torch.cat([weights[name] for name in names])
         start = None if first is None else torch.cat([first[name] for name in names])
@@ -177,6 +177,11 @@ def with_codes(
         for name, own, part in zip(names, qparams, parts, strict=True):
             qweights[name] = QTensor(part.contiguous(), own, format)
     return replace(block, qweights=qweights)
+
+
+def _importance(block: Block, name: str, strength: Tensor, columns: Columns) -> Tensor | None:
+    """What a search of scales weights columns with; ``None``: scales are not searched."""
+    return block.importance.get(name, strength) if columns.search else None
 
 
 def _qparams(block: Block, name: str, weights: Mapping[str, Tensor], strength: Tensor | None) -> QParams:

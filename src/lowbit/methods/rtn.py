@@ -51,7 +51,8 @@ class RTN(Method):
         for linear in block.quantized_linears():
             weight, format, qparams = block.weight(linear), block.weight_format(linear), block.qparams(linear)
             if self.search:
-                qparams = search_scales(weight, format, qparams, importance.get(linear), block.tensor_peak(linear))
+                weights = block.importance.get(linear, importance.get(linear))
+                qparams = search_scales(weight, format, qparams, weights, block.tensor_peak(linear))
             qweights[linear] = format.quantize(weight, qparams)
         what = "scales searched without calibration data"
         return with_cold_note(replace(block, qweights=qweights), "rtn", cold, what)

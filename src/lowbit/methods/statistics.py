@@ -53,6 +53,8 @@ FIGURES: dict[str, tuple[Callable[[Tensor], Tensor], Merge]] = {
     "normalized_gram": (lambda x: _gram(_normalized(x)), _sum),
     # sum (x / rms(x))^2 (in,)
     "normalized_square": (lambda x: _normalized(x).square().sum(0), _sum),
+    # sum x^2 (in,)
+    "square": (lambda x: x.square().sum(0), _sum),
     # sum |x| (in,)
     "magnitude": (lambda x: x.abs().sum(0), _sum),
     # max |x| (in,)

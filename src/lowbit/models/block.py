@@ -78,6 +78,8 @@ class Block:
         input_qparams: calibrated qparams of static inputs by linear name; linears that share an input share them.
         qweights: quantized weights by linear name; they replace ``params`` in the quantized block.
         ops: runtime ops by module name: after a norm, or before a linear.
+        importance: weights of the columns in searches of scales by linear name, ``(in,)``, in place of those that a
+            method finds in the calibration data.
         every_token: the inputs of experts' linears are observed for all tokens, not for those that reach an expert;
             what the block computes is the same.
         least_tokens: an expert that fewer calibration tokens reach is quantized without calibration data.
@@ -100,6 +102,7 @@ class Block:
     input_qparams: Mapping[str, QParams] = field(default_factory=dict)
     qweights: Mapping[str, QTensor] = field(default_factory=dict)
     ops: Mapping[str, RuntimeOp] = field(default_factory=dict)
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     every_token: bool = False
     least_tokens: int = LEAST_TOKENS
     notes: tuple[Note, ...] = ()
@@ -292,6 +295,7 @@ class Block:
             clips=select(self.clips),
             input_qparams=select(self.input_qparams),
             qweights=select(self.qweights),
+            importance=select(self.importance),
             ops=select(self.ops),
             notes=(),
             pictures={},

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lowbit.checkpoints.identity import companions_digest
+from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.resolve import Source, load_tokenizer
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.data.sampling import self_sample
@@ -24,6 +25,7 @@ from lowbit.data.text import Data, calibration
 from lowbit.data.tokenization import decode
 from lowbit.data.windows import Bos, Tokens, WindowShape
 from lowbit.errors import LowbitError
+from lowbit.exporters.imatrix import read_imatrix
 from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.device import DTYPES
 from lowbit.models.skeleton import Skeleton
@@ -103,6 +105,7 @@ def quantize(
     effort: str | None = None,
     target: str | None = None,
     input_range: str | None = None,
+    imatrix: str | Path | None = None,
     compiled: bool = False,
     keep: bool = False,
     expert_tokens: int = LEAST_TOKENS,
@@ -138,6 +141,8 @@ def quantize(
             linears' inputs is simulated in calibration and evaluation.
         input_range: how the ranges of static inputs (schemes with ``-static``, ``nvfp4``) are estimated: ``mse``, the
             default, ``min-max``, or a percentile such as ``99.99``.
+        imatrix: llama.cpp's importance matrix (a ``.gguf`` file): weights of columns for the steps that search scales
+            (``rtn.search``, ``gptq.search``), in place of those of the calibration text.
         compiled: fused fake quantization in training, on an NVIDIA GPU: see ``lowbit.quant.inductor``.
         keep: the model is quantized already and keeps its codes, scales and zero points: they become the run folder
             without any rounding and without calibration. Takes none of the arguments from ``scheme`` to ``compiled``
@@ -159,7 +164,7 @@ def quantize(
             "set": tuple(settings) or None,
             "target": target,
         }
-        given |= {"input-range": input_range, "compile": compiled or None}
+        given |= {"input-range": input_range, "imatrix": imatrix, "compile": compiled or None}
         _refuse_beside_keep({**given, **protocol}, {"recipe": recipe, "device": device, "dtype": dtype})
         refuse_in_use(out := user_path(out))
         manifest = keep_codes(Keep(str(model), revision, allow_pickle, trust_remote_code), out)
@@ -172,6 +177,7 @@ def quantize(
         overrides=overrides or {},
         target=target,
         input_range=input_range,
+        imatrix=imatrix,
         expert_tokens=expert_tokens,
         all_experts=all_experts,
         protocol=protocol,
@@ -221,6 +227,7 @@ class Resolved:
         tokens: calibration tokens.
         special: the special tokens in front of each calibration window, as text.
         prefix: the prefix that is wanted; ``None``: none.
+        importance: of the columns in searches of scales, by full name of a linear.
     """
 
     request: Request
@@ -231,6 +238,7 @@ class Resolved:
     tokens: Tokens
     special: str
     prefix: Wanted | None
+    importance: Mapping[str, torch.Tensor]
 
     def identity(self) -> Identity:
         """What distinguishes this run from others: independent of the machine."""
@@ -250,6 +258,7 @@ class Resolved:
             input_range=None if request.input_range is None else request.input_range.name,
             expert_tokens=request.expert_tokens,
             all_experts=request.all_experts,
+            imatrix=None if request.imatrix is None else sha256_of(request.imatrix),
             source_files=companions_digest(self.opened.source.folder),
             prefix=request.prefix,
         )
@@ -289,7 +298,11 @@ def _check(request: Request) -> Resolved:
             "embedding out of the overrides"
         )
     special = decode(tokenizer, tokens.prefix)
-    return Resolved(request, opened, scheme, plan, shapes, tokens, special, prefix)
+    importance: Mapping[str, torch.Tensor] = {}
+    if request.imatrix is not None:
+        widths = {name: columns for name, (_, columns) in linear_shapes(skeleton).items()}
+        importance = read_imatrix(request.imatrix, opened.config, widths)
+    return Resolved(request, opened, scheme, plan, shapes, tokens, special, prefix, importance)
 
 
 def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
@@ -329,6 +342,7 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
             input_range=request.input_range or MSE,
             least_tokens=request.expert_tokens,
             every_token=request.all_experts,
+            importance=resolved.importance,
             names=resolved.opened.names,
         )
         prefix = None if resolved.prefix is None else settle_prefix(run, ids, resolved.prefix)

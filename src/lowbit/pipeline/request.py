@@ -15,6 +15,7 @@ from lowbit.checkpoints.resolve import DEMO
 from lowbit.data.text import NAMES, SELF, Corpus, Data, corpora
 from lowbit.data.windows import BOS, Bos
 from lowbit.errors import LowbitError, canonical, check_least
+from lowbit.methods.options import options_of
 from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.device import check_device
 from lowbit.paths import user_path
@@ -70,6 +71,7 @@ class Request:
         scheme: overrides included; ``None``: the target runtime's default.
         input_range: how the ranges of static inputs are estimated; ``None`` for schemes without any.
         prefix: ``none``, ``auto``, token ids or text.
+        imatrix: llama.cpp's importance matrix, which weights columns in searches of scales; ``None``: none.
     """
 
     model: str
@@ -82,6 +84,7 @@ class Request:
     overrides: Mapping[str, str]
     target: str | None
     input_range: RangeEstimator | None
+    imatrix: Path | None
     expert_tokens: int
     all_experts: bool
     data: Data
@@ -119,6 +122,7 @@ class Request:
             "overrides": overrides,
             "target": self.target,
             "input_range": None if self.input_range is None else self.input_range.name,
+            "imatrix": None if self.imatrix is None else self.imatrix.name,
             "expert_tokens": self.expert_tokens,
             "all_experts": self.all_experts,
             "data": [_name(corpus) for corpus in corpora(self.data)],
@@ -156,6 +160,7 @@ def make_request(
     overrides: Mapping[str, str],
     target: str | None,
     input_range: str | None = None,
+    imatrix: str | Path | None = None,
     protocol: Mapping[str, Any],
     expert_tokens: int = LEAST_TOKENS,
     all_experts: bool = False,
@@ -164,7 +169,7 @@ def make_request(
     """Fill in defaults and refuse arguments that are invalid for every model.
 
     Args:
-        model, scheme, recipe, settings, overrides, target, input_range, expert_tokens, all_experts: as for
+        model, scheme, recipe, settings, overrides, target, input_range, imatrix, expert_tokens, all_experts: as for
             ``lowbit.quantize``.
         protocol: ``data``, ``samples``, ``length``, ``seed``, ``bos``, ``prefix`` and ``effort``; ``None``: the
             recipe's value, else the default.
@@ -206,11 +211,21 @@ def make_request(
         overrides=overrides,
         target=runtime,
         input_range=_estimator(input_range, formats),
+        imatrix=None if imatrix is None else _searched(user_path(imatrix), steps),
         expert_tokens=expert_tokens,
         all_experts=all_experts,
         **{key: chosen[key] for key in ("data", "samples", "length", "seed", "bos", "prefix")},
         **machine,
     )
+
+
+def _searched(imatrix: Path, recipe: Recipe) -> Path:
+    """The importance matrix for a recipe; refused if no step searches scales."""
+    if not any(options_of(step).get("search") is True for _, step in recipe.steps):
+        names = [name for name, step in recipe.steps if "search" in options_of(step)]
+        advice = f"give --set {names[0]}.search=true" if names else "choose a recipe with gptq or rtn"
+        raise LowbitError(f"--imatrix {imatrix} given: no step of {recipe.name} searches scales; {advice}")
+    return imatrix
 
 
 def _estimator(given: str | None, scheme: Scheme | None) -> RangeEstimator | None:

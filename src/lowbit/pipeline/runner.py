@@ -113,6 +113,7 @@ class Walk:
         latents: store the latent weights for a later end-to-end step.
         input_range: how the ranges of static inputs are estimated.
         least_tokens, every_token: of each block, see ``Block``.
+        importance: of each block by full name of a linear, see ``Block``.
         names: what the model's tensors are called in its files, and in the run's.
         prefix: the prefix of every text, behind which the skeleton is; ``None``: none.
         rows: the manifest's rows, one per finished block.
@@ -131,6 +132,7 @@ class Walk:
     input_range: RangeEstimator = MSE
     least_tokens: int = LEAST_TOKENS
     every_token: bool = False
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     names: StoredNames = field(default_factory=StoredNames)
     prefix: Prefix | None = None
     rows: list[BlockRow] = field(default_factory=list)
@@ -165,7 +167,9 @@ class Walk:
             params |= {} if self.prefix is None else self.prefix.params(index)
         on_device = {name: value.to(self.device) for name, value in params.items()}
         block = self.skeleton.block(start, on_device, count, self.plan.formats)
-        return replace(block, least_tokens=self.least_tokens, every_token=self.every_token)
+        own = {n: self.importance[full] for n in block.linears() if (full := block.full_name(n)) in self.importance}
+        importance = {name: value.to(block.device) for name, value in own.items()}
+        return replace(block, least_tokens=self.least_tokens, every_token=self.every_token, importance=importance)
 
     def fill_float(self) -> None:
         """Fill the skeleton with the float model's embeddings, norms and head."""

@@ -34,6 +34,7 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
     words += ["--recipe", recipe, "--effort", request["effort"]]
     words += [f"--set={setting}" for setting in request["settings"]]
     words += _option("target", request.get("target")) + _option("input-range", request.get("input_range"), "mse")
+    words += _option("imatrix", request.get("imatrix"))
     words += [f"--override={glob}={text}" for pair in request["overrides"] for glob, text in pair.items()]
     words += [word for corpus in request["data"] for word in ("--data", corpus)]
     for name in ("samples", "length", "seed"):

@@ -113,6 +113,7 @@ class Identity:
         source_files: digest of the source's other files, tokenizer included, which the run folder copies.
         input_range: how the ranges of static inputs were estimated; ``None`` for schemes without any.
         prefix: as requested: ``none``, ``auto``, token ids or text.
+        imatrix: digest of the importance matrix that searches of scales were given; ``None``: none.
     """
 
     model: str
@@ -131,6 +132,7 @@ class Identity:
     source_files: str = ""
     input_range: str | None = None
     prefix: str = "none"
+    imatrix: str | None = None
 
     @property
     def steps(self) -> list[str]:
