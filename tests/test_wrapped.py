@@ -116,7 +116,6 @@ def test_an_architecture_that_is_kept_knows_which_part_it_is_of(name):
     assert from_dict(json.loads(json.dumps(to_dict(own)))) == own
 
 
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_of_the_other_parts_is_byte_identical(name, saved, runs):
     before, after = stored(saved[name][0]), stored(runs[name])
