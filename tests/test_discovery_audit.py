@@ -1,12 +1,12 @@
 """Nothing was missed: the scales that a layer's output does not see are those of the edges found, and no more.
 
 Every output channel of every linear and norm gets a factor ``exp(s)``, and so does every input channel of every
-linear. The derivative of the layer's output by all ``s`` has a null space: combinations of scales that change nothing.
-Each proven edge accounts for as many dimensions as it has scales, each linear without a bias for one more: its rows
-times a factor and its columns divided by it are the same matrix.
+linear. The derivative of the layer's output by all ``s`` has a null space: combinations of scales that change
+nothing. Each proven edge accounts for as many dimensions as it has scales, each linear without a bias for one more:
+its rows times a factor and its columns divided by it are the same matrix.
 
-Example, a layer of a Llama of the small size: two norms of 64 channels, 48 between up and down, 2 x 16 between v and o,
-2 x 8 pairs between q and k, and 7 linears: 231.
+Example, a layer of a Llama of the small size: two norms of 64 channels, 48 between up and down, 2 x 16 between v and
+o, 2 x 8 pairs between q and k, and 7 linears: 231.
 """
 
 from __future__ import annotations
