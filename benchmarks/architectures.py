@@ -1,6 +1,6 @@
 """Every causal language model of the installed transformers: discovered, proven, quantized, loaded again.
 
-    python benchmarks/architectures.py [--types llama,gpt2] [--again failed|all] [--no-runs] [--page docs/architectures.md]
+    python benchmarks/architectures.py [--types llama,gpt2] [--again failed|all] [--no-runs] [--page architectures.md]
 
 A child process for each type, with limits on its memory and on the processor time of each stage. Rows are kept as
 they come, so that a run that was stopped goes on where it was; a row that other sources or versions made is made

@@ -157,8 +157,8 @@ default config. Edges:
 
 * `norm -> 3 linears`: a norm's gain and its three readers, routers among them
 * `v -> o (matrix)`: any matrix per key/value head (`rotation`: orthogonal ones, `diagonal`: scales)
-* `channels (diagonal)`: from a linear's rows to the columns that read them, as up to down: scales (`positive`: above 0;
-  `power 2`: squared on the way)
+* `channels (diagonal)`: scales from a linear's rows to the columns that read them, as up to down (`positive`: above
+  0; `power 2`: squared on the way)
 * `q -> k (matrix, 8 pairs, 4 free)`: a scaled rotation of each pair of a head's dimensions that the rotary embedding
   rotates together, and any matrix over those that it leaves alone; `diagonal`: scales of the gains of the norms on
   queries and keys. Widths are those of the default config.

@@ -109,7 +109,8 @@ def first_calls(model: Any, layers: Sequence[nn.Module], ids: Callable[[int], Te
     missing = [index for index, _ in enumerate(layers) if index not in one or index not in two]
     if missing:
         raise LowbitError(
-            f"decoder layer {missing[0]} of {type(model).__name__} is not called for a text alone: choose another model"
+            f"decoder layer {missing[0]} of {type(model).__name__} is not called for a text alone: choose another "
+            "model"
         )
     return [Call(*one[index], doubled=two[index]) for index in range(len(layers))]
 

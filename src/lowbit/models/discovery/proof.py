@@ -107,7 +107,7 @@ class ModelProof:
         return relative(self.small.logits({name: self.params[name] * (1 + 1e-14 * noise)}), self.wanted)
 
     def change(self, moves: Sequence[Move], source_only: bool = False) -> float:
-        """The relative change of the logits under maps across edges of layers, or under their sources' sides alone."""
+        """The relative change of the logits under maps across edges of layers, or their sources' sides alone."""
         changed: Params = {}
         for index, edge, owners, map in moves:
             prefix = f"{self.small.blocks}.{index}."
