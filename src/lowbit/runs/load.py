@@ -110,11 +110,11 @@ def load(
             if own is None or own.place(name) is None:
                 _attach(layer, name, op.to(device), offsets.get(name, 0.0))
         if own is not None:
-            inputs = _expert_inputs(own, prefix, formats, own_ops, device)
+            expert_inputs = _expert_inputs(own, prefix, formats, own_ops, device)
             if own.own_code:
-                quantize_own_experts(layer, own, inputs)
+                quantize_own_experts(layer, own, expert_inputs)
             else:
-                run_experts_apart(layer.get_submodule(own.module), own, inputs)
+                run_experts_apart(layer.get_submodule(own.module), own, expert_inputs)
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation)
     qparams = read_input_qparams(checkpoint, formats.modules, device)
     for name in formats.modules:
