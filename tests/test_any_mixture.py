@@ -17,6 +17,7 @@ import tiny
 from any_mixtures import NAMES, TOGETHER, tiny_mixture
 from lowbit.errors import LowbitError
 from lowbit.methods.statistics import input_statistics
+from lowbit.models.discovery.discover import discover
 from lowbit.models.equivalence import move
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import observe, relative_error, run, run_all
@@ -86,6 +87,14 @@ def test_a_random_map_across_every_proven_edge_leaves_the_output(name):
             assert float((run(block, x, moved) - wanted).abs().max() / wanted.abs().max()) < close, edge
             half = {**moved, edge.src.parameter: block.params[edge.src.parameter]}
             assert float((run(block, x, half) - wanted).abs().max() / wanted.abs().max()) > 1e-4, edge
+
+
+def test_what_is_found_and_what_is_kept_give_the_same_run():
+    """Building the small model must not choose the implementation of attention for the run that asked first."""
+    config = any_mixtures.LoopedConfig(**any_mixtures.LISTED, architectures=["LoopedForCausalLM"])
+    before = str(vars(config))
+    discover(config)
+    assert str(vars(config)) == before
 
 
 def run_of(folder, name, scheme="w4a16g16-sym", recipe="rtn", **more):

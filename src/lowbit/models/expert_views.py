@@ -85,9 +85,9 @@ class Views:
             return None
         name, whole = known
         _, rows, columns = whole.shape
-        forms = {((rows, columns), (columns, 1)): False, ((columns, rows), (1, columns)): True}
-        turned = forms.get((tuple(value.shape[-2:]), value.stride()[-2:]))
-        first, rest = divmod(value.storage_offset() - whole.storage_offset(), rows * columns)
+        forms = {(rows, columns, columns, 1): False, (columns, rows, 1, columns): True}
+        turned = forms.get((*value.shape[-2:], *value.stride()[-2:]))
+        first, rest = divmod(int(value.storage_offset()) - int(whole.storage_offset()), rows * columns)
         if turned is None or rest:
             return None
         count = len(value) if value.ndim == 3 else 1

@@ -116,11 +116,11 @@ def load(
             if own is None or own.place(linear_behind(name) or name) is None:
                 _attach(layer, name, op.to(device), offsets.get(name, 0.0))
         if own is not None:
-            of_experts = _expert_inputs(own, prefix, formats, own_ops, device)
+            expert_inputs = _expert_inputs(own, prefix, formats, own_ops, device)
             if own.own_code:
-                quantize_own_experts(layer, own, of_experts)
+                quantize_own_experts(layer, own, expert_inputs)
             else:
-                run_experts_apart(layer.get_submodule(own.module), own, of_experts)
+                run_experts_apart(layer.get_submodule(own.module), own, expert_inputs)
     front = () if manifest is None else manifest.prefix_ids
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(front))
     qparams = read_input_qparams(checkpoint, formats.modules, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,7 @@ def discover(config: Any, trust_remote_code: bool = False, most_bytes: int = MOS
         LowbitError: no small model can be built, it does not run, or it has no decoder layers.
     """
     start = time.monotonic()
+    config = copy.deepcopy(config)  # building a model writes its implementations of attention and experts there
     try:
         search = _Search(config, trust_remote_code)
         layers = search.at_real_size(most_bytes)
