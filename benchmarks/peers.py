@@ -149,7 +149,9 @@ def main() -> None:
     os.environ.update(one_thread())
     entries = options.only or ENTRIES
     for tool in {PEERS[entry].tool for entry in entries if entry in PEERS}:
-        TOOLS[tool].make_environment() if options.make_environment else TOOLS[tool].check()
+        if options.make_environment:
+            TOOLS[tool].make_environment()
+        TOOLS[tool].check()
     evaluation = tuple(options.evaluation or ("builtin:wiki", "builtin:c4"))
     sizes = (options.samples, options.length, WINDOW, options.tokens, options.steps)
     protocol = Protocol(options.calibration, evaluation, *sizes)

@@ -64,7 +64,6 @@ class Tool:
         venv.create(self.python.parents[1], with_pip=True, clear=True)
         for packages in ([pinned], [pinned, f"{self.package}=={self.version}"]):
             self._pip(packages)
-        self.check()
 
     def check(self) -> dict[str, str]:
         """Versions in the environment; ends the program where it is missing or not as it should be."""

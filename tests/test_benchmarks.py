@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 import subprocess
@@ -23,6 +24,8 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import ablate_affinequant
 import ablate_qllm
 import merge_error
+import peers_page
+import peers_tools
 import results
 import results_page
 import results_protocol
@@ -54,6 +57,11 @@ def test_every_row_of_the_ablations_is_a_recipe():
     for _, cases in ablate_affinequant.TABLES.values():
         for _, settings in cases:
             with_settings(load_recipe("affinequant"), [f"affinequant.{setting}" for setting in settings])
+
+
+@pytest.mark.parametrize("module", [rows, results_protocol, results_page, peers_page, peers_tools])
+def test_examples_of_tables(module):
+    assert doctest.testmod(module).failed == 0
 
 
 def test_every_row_of_the_results_is_a_recipe_and_says_its_scheme():

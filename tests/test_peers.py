@@ -143,6 +143,26 @@ def test_a_missing_environment_is_one_line():
         peers_tools.Tool("none", "9.9", "none").check()
 
 
+def test_an_environment_has_the_torch_that_lowbit_runs_on(tmp_path, monkeypatch):
+    """torch comes first and is pinned again beside the package; what is installed stays, another torch is refused."""
+    asked, found = [], [None]
+    tool = peers_tools.Tool("tool", "1.0", "none")
+    monkeypatch.setattr(peers_tools, "BUILD", tmp_path)
+    monkeypatch.setattr(peers_tools.venv, "create", lambda folder, **how: asked.append(folder))
+    monkeypatch.setattr(peers_tools.Tool, "_pip", lambda self, packages: asked.append(packages))
+    monkeypatch.setattr(peers_tools.Tool, "_versions", lambda self: found[0])
+    tool.make_environment()
+    pinned = f"torch=={torch.__version__.partition('+')[0]}"
+    assert asked == [tmp_path / "tool-1.0", [pinned], [pinned, "tool==1.0"]]
+    found[0] = {"tool": "1.0", "torch": torch.__version__}
+    tool.make_environment()
+    assert len(asked) == 3
+    assert tool.check() == found[0]
+    found[0] = {"tool": "1.0", "torch": "1.0.0"}
+    with pytest.raises(SystemExit, match=r"has torch 1\.0\.0, lowbit runs on"):
+        tool.check()
+
+
 @pytest.mark.parametrize("name", ["peers_job", "peers_autoround", "peers_llmcompressor"])
 def test_what_runs_in_a_tools_environment_does_not_import_lowbit(name):
     tree = ast.parse((Path(peers_job.__file__).parent / f"{name}.py").read_text())
