@@ -129,7 +129,8 @@ class AffineFit:
 
     def groups(self) -> list[tuple[list[Tensor], float]]:
         """Learned tensors with their learning rates."""
-        maps = [leaf for own in (*self.sites, *self.mixes) for leaf in own.leaves()]
+        maps = [leaf for site in self.sites for leaf in site.leaves()]
+        maps += [leaf for mix in self.mixes for leaf in mix.leaves()]
         clips = [leaf for pair in self.clips.values() for leaf in pair.leaves()]
         acts = list({id(ratio): ratio.logit for ratio in self.act_ratios.values()}.values())
         return [(maps, self.maps.lr_maps), ([*clips, *acts, *self.inputs.leaves()], self.clipping.lr_clips)]

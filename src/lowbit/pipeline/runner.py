@@ -311,8 +311,8 @@ class Walk:
             for name, op in block.ops.items():
                 if name.startswith(prefix):
                     stored = op.to_tensors().items()
-                    own = {tensor_name(block.full_name(name), op, key): value for key, value in stored}
-                    tensors |= {key: value.cpu().clone() for key, value in own.items()}  # ops may share tensors
+                    named = {tensor_name(block.full_name(name), op, key): value for key, value in stored}
+                    tensors |= {key: value.cpu().clone() for key, value in named.items()}  # ops may share tensors
             for linear, q in block.qweights.items():
                 if linear.startswith(prefix):
                     packed = block.formats[linear].layout.pack(q, shared_exponent_of(block, linear))
