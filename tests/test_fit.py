@@ -192,6 +192,22 @@ def test_the_chosen_assignment_beats_random_and_uniform_ones_of_its_size(measure
     assert ours < min(found)
 
 
+def test_expected_divergence_ranks_random_assignments_of_one_size(measured: Any) -> None:
+    streamed, footprint, losses, columns = measured
+    room, draw = uniform(footprint, losses, BLOCKS)["w5g32-sym"].size, random.Random(2)
+    drawn: list[Any] = []
+    while len(drawn) < 20:
+        picks = [draw.randrange(len(choice.options)) for choice in footprint.choices]
+        options = [choice.options[at] for choice, at in zip(footprint.choices, picks, strict=True)]
+        if abs(footprint.fixed + sum(option.size for option in options) - room) < 0.05 * room:
+            pairs = zip(footprint.choices, options, strict=True)
+            sums = sum(losses.of(choice, option.format, BLOCKS) for choice, option in pairs)
+            drawn.append((formats_of(footprint.choices, picks), sums))
+    found = divergences(streamed, [formats for formats, _ in drawn], columns, tiny_ids(4, seed=9))
+    places = [torch.tensor(values).argsort().argsort().double() for values in ([s for _, s in drawn], found)]
+    assert float(torch.corrcoef(torch.stack(places))[0, 1]) > 0.8
+
+
 def test_the_least_cost_within_a_loss_is_what_trying_all_finds() -> None:
     for seed in range(20):
         draw = random.Random(seed)

@@ -26,8 +26,8 @@ def expected_loss(curved: Curved, format: Format | None, searched: bool = True) 
     Two weights of curvature 4 that a step of 1 moves by 0.25 each:
 
     >>> from lowbit.quant.integer import IntFormat
-    >>> weight = torch.tensor([[-8.0, 0.25, 0.25]])
-    >>> expected_loss(Curved("q", weight, torch.full((1, 3), 4.0)), IntFormat(4), searched=False)
+    >>> weight, curvature = torch.tensor([[-7.5, 0.25, 0.25]]), torch.tensor([[0.0, 4.0, 4.0]])
+    >>> expected_loss(Curved("q", weight, curvature), IntFormat(4), searched=False)
     0.25
     """
     if format is None:

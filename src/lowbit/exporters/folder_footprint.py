@@ -109,7 +109,7 @@ def _entry(name: str, shape: Sequence[int]) -> int:
     """Bytes of an entry with the longest offsets.
 
     >>> _entry("a", (2, 3))
-    72
+    78
     """
     offsets = [10**DIGITS - 1] * 2
     entry = {name: {"dtype": "BF16", "shape": list(shape), "data_offsets": offsets}}
