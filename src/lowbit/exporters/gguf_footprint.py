@@ -112,7 +112,7 @@ def _shape(model: FloatModel, tensor: FileTensor) -> tuple[int, ...]:
         return tuple(divisors.shape)
     module = model.module_of(name)
     rows, *rest = model.shapes[name] if module is None else model.shape(module)
-    own = (rows // tensor.share[1], *rest)
+    own = (rows if tensor.share is None else tensor.share.stop - tensor.share.start, *rest)
     return (len(tensor.parts), *own) if tensor.stacked else own
 
 
