@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from lowbit.models.discovery.kinds import signature
 from lowbit.models.discovery.layout import Mismatch
 from lowbit.models.discovery.listed import expert_lists, listed_in
 from lowbit.models.discovery.mixture import mixture_in, of_each_expert, stacks_of
+from lowbit.models.discovery.own_code import OwnCode
 from lowbit.models.discovery.shrink import fewer_experts
 from lowbit.models.experts import gated_experts
 from lowbit.models.listed_experts import ListedExperts
@@ -76,6 +78,58 @@ def test_a_module_that_computes_something_else_stays_float_and_says_why():
     assert found.module is None
     assert found.kept == ("several.0.gate_up_proj", "several.0.down_proj")
     assert all("computes something else than expert after expert" in found.why[name] for name in found.kept)
+
+
+class OwnExperts(nn.Module):
+    """Experts outside the registry, with something that discovery has to refuse."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+        self.up = nn.Parameter(torch.randn(4 if fault == "numbers" else 3, 6, 5, dtype=torch.float64))
+        self.down = nn.Parameter(torch.randn(*((3, 6, 5) if fault == "turned" else (3, 5, 6)), dtype=torch.float64))
+        if fault == "biases":
+            self.up_bias = nn.Parameter(torch.randn(3, 5, dtype=torch.float64))
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for number in range(3):
+            inner = nn.functional.relu(x[number::3] @ self.up[number])
+            if self.fault == "other use":
+                inner = inner * self.up[number].abs().max()
+            down = self.down[number]
+            out[number::3] = inner @ (down.T if self.fault == "turned" else down)
+        return out
+
+
+class OwnLayer(nn.Module):
+    def __init__(self, fault=""):
+        super().__init__()
+        self.experts = OwnExperts(fault)
+
+    def forward(self, x):
+        return x + self.experts(x)
+
+
+def test_a_module_outside_the_registry_is_run_by_its_own_code():
+    found = mixture_in(OwnLayer(), call_of())
+    assert (found.module, found.kept, dict(found.why)) == ("experts", (), {})
+    assert found.own_code == OwnCode("experts", ("experts.up",), "experts.down", transposed=True, routed=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("numbers", r"hold different numbers of experts \(3, 4\)"),
+        ("turned", r"hold matrices as \(in, out\) and some as \(out, in\)"),
+        ("biases", "have biases"),
+        ("other use", "do not run one after the other|computes something else"),
+    ],
+)
+def test_what_cannot_be_proven_of_own_code_stays_float_and_says_why(fault, why):
+    found = mixture_in(OwnLayer(fault), call_of())
+    assert (found.module, found.kept[:2]) == (None, ("experts.up", "experts.down"))
+    assert all(re.search(why, found.why[name]) for name in found.kept), found.why
 
 
 def test_of_two_mixtures_in_a_layer_one_is_run():

@@ -87,10 +87,11 @@ def mixture_in(layer: nn.Module, call: Call) -> Mixture:
     kept = tuple(name for name in stacks if name not in own)
     if found is not None or not kept:
         return Mixture(found, own, kept, why)
-    code, reasons = own_code_in(layer, call, kept)
+    code, reasons = own_code_in(layer, call, [name for name in kept if name not in why])
     if code is None:
         return Mixture(None, (), kept, reasons | why)
-    return Mixture(code.module, code.parameters, tuple(n for n in kept if n in reasons), reasons, code)
+    rest = tuple(name for name in kept if name not in code.parameters)
+    return Mixture(code.module, code.parameters, rest, reasons | why, code)
 
 
 def stacks_of(layer: nn.Module) -> list[str]:

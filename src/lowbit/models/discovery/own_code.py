@@ -144,14 +144,14 @@ def _mixture(layer: nn.Module, home: str, uses: dict[str, _Use], names: Sequence
     counts = {len(layer.get_parameter(name)) for name in names}
     transposed = {one for use in uses.values() for one in use.transposed}
     biases = [f"{name.removesuffix('.weight')}{end}" for name in names for end in ("_bias", ".bias")]
+    if any(name in dict(layer.named_parameters()) for name in biases):
+        return f"the experts of {home} have biases"
     if set(order) != set(names):
         return "code of its own reads it in another way than by a product"
     if len(counts) > 1:
         return f"the parameters of {home} hold different numbers of experts ({', '.join(map(str, sorted(counts)))})"
     if len(transposed) > 1:
         return f"some parameters of {home} hold matrices as (in, out) and some as (out, in)"
-    if any(name in dict(layer.named_parameters()) for name in biases):
-        return f"the experts of {home} have biases"
     reads = tuple(name for name in order if uses[name].reads_like(uses[order[0]]))
     if len(reads) != len(order) - 1 or order[-1] in reads:
         return f"the experts of {home} are not one product behind others that read the same"
