@@ -199,6 +199,19 @@ def test_it_beats_the_transform_that_it_starts_as():
     assert output_error(block, calib, learned, RTN()) < 0.5 * fixed
 
 
+def test_what_was_chosen_for_other_columns_is_chosen_again():
+    block, calib = made(scheme="w8a8-static")
+    ranges = RTN()(block, calib).input_qparams
+    clips = {name: (torch.full((len(block.weight(name)), 1), 0.5),) * 2 for name in block.linears()}
+    given = replace(block, clips=clips, input_qparams=ranges)
+    done = affine(channels="kronecker", start="given", epochs=0)(given, calib)
+    low, _ = done.clips[DOWN]
+    assert torch.equal(low, torch.ones_like(low))
+    assert torch.equal(done.clips["1.mlp.up_proj"][0], clips["1.mlp.up_proj"][0])
+    assert not torch.equal(done.input_qparams[DOWN].scale, ranges[DOWN].scale)
+    assert torch.equal(done.input_qparams["1.mlp.up_proj"].scale, ranges["1.mlp.up_proj"].scale)
+
+
 def test_a_fit_on_float_inputs_depends_on_nothing_else():
     block, calib = made()
     noisy = replace(calib, x_q=calib.x_q + torch.randn(calib.x_q.shape, generator=torch.Generator().manual_seed(0)))

@@ -16,6 +16,7 @@ from lowbit.methods.fit_state import Fitted
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.learned_mix import LearnedMix, learned_mixes
 from lowbit.methods.maps import Kind, LearnedMap
+from lowbit.methods.mixing import without_choices
 from lowbit.methods.searched_clips import SearchedClips, split_by_format
 from lowbit.methods.signs import with_signs
 from lowbit.methods.sites import Site, apply, labelled, make_site, map_kind, site_name
@@ -46,11 +47,12 @@ class AffineFit:
         self.chosen, self.maps, self.clipping, self.objective = chosen, maps, clipping, objective
         if objective.inputs == "float":
             calib = replace(calib, x_q=calib.x_fp)
+        self.dtype = torch.float32 if maps.precision == "float" else torch.float64
+        self.mixes = learned_mixes(block, chosen, maps, self.dtype)
+        block = without_choices(block, [mix.site for mix in self.mixes])
         self.schedule, self.block, self.calib = schedule, block, calib
         device = block.device
-        self.dtype = torch.float32 if maps.precision == "float" else torch.float64
         self.run_dtype = torch.float64 if maps.precision == "double" else calib.x_q.dtype
-        self.mixes = learned_mixes(block, chosen, maps, self.dtype)
         sites = self._sites()
         self.sites = [site for site in sites if site.leaves()]
         self.without_effect = [name for site in sites for name in _without_effect(site)]

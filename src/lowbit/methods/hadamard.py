@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.methods.method import Method, Needs
-from lowbit.methods.mixing import MIXED, MixSite, mix_sites
+from lowbit.methods.mixing import MIXED, MixSite, mix_sites, without_choices
 from lowbit.methods.options import check_bounds
 from lowbit.models.block import Block, Calib
 from lowbit.models.hadamard import Hadamard, random_flips
@@ -83,21 +83,13 @@ class RandomHadamard(Method):
     @torch.no_grad()
     def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with transforms online and folded into the weights; its float function is unchanged."""
-        params, ops, mixed = dict(block.params), dict(block.ops), set[str]()
-        for site in mix_sites(block):
-            if getattr(self, site.name):
-                op = Hadamard(self._flips(block, site).to(block.device))
-                site.fold(params, lambda weight, op=op: op(weight.double()))  # type: ignore[misc]
-                ops |= site.ops(op)
-                mixed |= {reader.module for reader in site.readers}
-        done = replace(
-            block,
-            params=params,
-            ops=ops,
-            # Chosen for other columns, and for inputs with other ranges.
-            clips={name: pair for name, pair in block.clips.items() if name not in mixed},
-            input_qparams={name: own for name, own in block.input_qparams.items() if name not in mixed},
-        )
+        params, ops = dict(block.params), dict(block.ops)
+        sites = [site for site in mix_sites(block) if getattr(self, site.name)]
+        for site in sites:
+            op = Hadamard(self._flips(block, site).to(block.device))
+            site.fold(params, lambda weight, op=op: op(weight.double()))  # type: ignore[misc]
+            ops |= site.ops(op)
+        done = replace(without_choices(block, sites), params=params, ops=ops)
         return self._clipped(done) if self.input_clip < 1 else done
 
     def _flips(self, block: Block, site: MixSite) -> Tensor:

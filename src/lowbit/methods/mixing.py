@@ -7,8 +7,8 @@ linears alone, one op serves all of them; elsewhere each quantized linear has an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -60,6 +60,14 @@ class MixSite:
         formats = [block.weight_format(reader.module) for reader in self.readers if reader.module in block.formats]
         found = min((format.group for format in formats if format.group is not None), default=self.width)
         return found if found < self.width and self.width % found == 0 else None
+
+
+def without_choices(block: Block, sites: Iterable[MixSite]) -> Block:
+    """The block without what was chosen for columns that the sites mix: clipping ratios, static input ranges."""
+    mixed = {reader.module for site in sites for reader in site.readers}
+    clips = {name: pair for name, pair in block.clips.items() if name not in mixed}
+    ranges = {name: own for name, own in block.input_qparams.items() if name not in mixed}
+    return replace(block, clips=clips, input_qparams=ranges)
 
 
 def mix_sites(block: Block) -> list[MixSite]:
