@@ -331,6 +331,7 @@ def test_the_frontier_falls_and_quantizes_nothing(
         ([], "give one of --size, --bits and --quality"),
         (["--size", "66kB", "--bits", "4"], "give one of --size, --bits and --quality"),
         (["--size", "66kB", "--frontier"], "leave one out"),
+        (["--size", "66kB", "--target", "vllm", "--pre", "qwen2"], "it names a pre-tokenizer of llama.cpp"),
     ],
 )
 def test_what_cannot_be_reached_is_one_line_before_any_work(
