@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import lowbit
 from lowbit.allocation import api, steps
 from lowbit.allocation.divergence import divergences
+from lowbit.allocation.goal import Goal
 from lowbit.allocation.losses import Losses, formats_of, measure_losses
 from lowbit.allocation.probes import Probe, factors_of
 from lowbit.allocation.rounds import settle
@@ -251,12 +252,8 @@ def test_a_second_round_moves_bits_to_the_block_that_costs_more(measured: Any) -
     streamed, footprint, losses, columns = measured
     wrong = Losses(losses.by_module, {}, {1: 1 / 50})
     room = uniform(footprint, losses, BLOCKS)["iq4_nl"].size
-
-    def choose(current: Losses) -> Any:
-        return best_within(footprint, current, room, BLOCKS)
-
-    first = choose(wrong)
-    found = settle(footprint, wrong, choose, streamed, columns, tiny_ids(4))
+    first = best_within(footprint, wrong, room, BLOCKS)
+    found = settle(footprint, wrong, Goal(size=room), streamed, columns, tiny_ids(4))
     assert found.rounds == 2
     assert found.measured < divergences(streamed, [first.formats], columns, tiny_ids(4))[0]
     assert found.solution.size <= room
