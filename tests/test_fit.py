@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import lowbit
 from lowbit.allocation import api, steps
 from lowbit.allocation.divergence import divergences
+from lowbit.allocation.goal import Goal
 from lowbit.allocation.losses import Losses, formats_of, measure_losses
 from lowbit.allocation.probes import Probe, factors_of
 from lowbit.allocation.rounds import settle
@@ -251,12 +252,8 @@ def test_a_second_round_moves_bits_to_the_block_that_costs_more(measured: Any) -
     streamed, footprint, losses, columns = measured
     wrong = Losses(losses.by_module, {}, {1: 1 / 50})
     room = uniform(footprint, losses, BLOCKS)["iq4_nl"].size
-
-    def choose(current: Losses) -> Any:
-        return best_within(footprint, current, room, BLOCKS)
-
-    first = choose(wrong)
-    found = settle(footprint, wrong, choose, streamed, columns, tiny_ids(4))
+    first = best_within(footprint, wrong, room, BLOCKS)
+    found = settle(footprint, wrong, Goal(size=room), streamed, columns, tiny_ids(4))
     assert found.rounds == 2
     assert found.measured < divergences(streamed, [first.formats], columns, tiny_ids(4))[0]
     assert found.solution.size <= room
@@ -331,6 +328,7 @@ def test_the_frontier_falls_and_quantizes_nothing(
         ([], "give one of --size, --bits and --quality"),
         (["--size", "66kB", "--bits", "4"], "give one of --size, --bits and --quality"),
         (["--size", "66kB", "--frontier"], "leave one out"),
+        (["--size", "66kB", "--target", "vllm", "--pre", "qwen2"], "it names a pre-tokenizer of llama.cpp"),
     ],
 )
 def test_what_cannot_be_reached_is_one_line_before_any_work(

@@ -141,11 +141,7 @@ def fit(
     streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
     table = _table(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
     blocks_at = streamed.skeleton.architecture.blocks
-
-    def choose(losses: Losses) -> Solution:
-        return goal.solve(footprint, losses, blocks_at)
-
-    found = settle(footprint, table.losses, choose, streamed, table.columns, table.ids)
+    found = settle(footprint, table.losses, goal, streamed, table.columns, table.ids)
     permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     made = make(
         str(model), out, target, found.solution, chosen, streamed.skeleton, pre, Measured(text, tokens), permits

@@ -51,6 +51,22 @@ class Goal:
         if (room := self.room(footprint)) is not None:
             check_size(footprint, room, target)
 
+    def prefers(self, second: Solution, again: float, first: Solution, whole: float) -> bool:
+        """Whether a second solution with the measured divergence ``again`` beats a first one with ``whole``.
+
+        For a size that is the lower divergence; for a quality the smaller file of those that reach it.
+
+        >>> small, large = Solution({}, 10, 0.0), Solution({}, 20, 0.0)
+        >>> Goal(size=20).prefers(small, 0.3, large, 0.2), Goal(quality=1.5).prefers(small, 0.3, large, 0.2)
+        (False, True)
+        """
+        most = math.inf if self.quality is None else math.log(self.quality)
+        if (again <= most) != (whole <= most):
+            return again <= most
+        if self.quality is not None and again <= most:
+            return second.size < first.size
+        return again < whole
+
     def solve(self, footprint: Footprint, losses: Losses, blocks_at: str) -> Solution:
         """The best assignment for this goal."""
         if (room := self.room(footprint)) is not None:

@@ -2,17 +2,19 @@
 
 Errors of one block meet those of others: together they may cost more than their sum, or less. The divergence of the
 whole assignment is measured; where it is far from the sum, so is the divergence without each block's errors, and the
-block's expected losses are scaled to what the assignment loses by it. The second solution stays if it measures lower.
+block's expected losses are scaled to what the assignment loses by it. The second solution stays if it measures
+better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from lowbit.allocation.divergence import divergences
+from lowbit.allocation.goal import Goal
 from lowbit.allocation.losses import Formats, Losses, block_of
 from lowbit.allocation.solution import Solution
 from lowbit.exporters.footprint import Footprint
@@ -41,24 +43,23 @@ class Settled:
 def settle(
     footprint: Footprint,
     losses: Losses,
-    choose: Callable[[Losses], Solution],
+    goal: Goal,
     model: StreamedModel,
     columns: Mapping[str, Tensor],
     ids: Tensor,
 ) -> Settled:
     """The better of the first solution and that of a second round, if there is one."""
-    first = choose(losses)
+    blocks_at = model.skeleton.architecture.blocks
+    first = goal.solve(footprint, losses, blocks_at)
     (whole,) = divergences(model, [first.formats], columns, ids)
     if first.expected <= 0 or 1 / TOLERANCE <= whole / first.expected <= TOLERANCE:
         return Settled(first, whole, 1)
     say(f"measured divergence {whole:.4g}, expected {first.expected:.4g}: estimating again around this solution")
-    second = choose(around(footprint, losses, first, whole, model, columns, ids))
+    second = goal.solve(footprint, around(footprint, losses, first, whole, model, columns, ids), blocks_at)
     if second.formats == first.formats:
         return Settled(first, whole, 1)
     (again,) = divergences(model, [second.formats], columns, ids)
-    if (again, second.size) < (whole, first.size) or second.size < first.size:
-        return Settled(second, again, 2)
-    return Settled(first, whole, 1)
+    return Settled(second, again, 2) if goal.prefers(second, again, first, whole) else Settled(first, whole, 1)
 
 
 def around(

@@ -87,6 +87,8 @@ def footprint_of(target: str, model: str, opened: Opened, pre: str | None = None
     Raises:
         LowbitError: the target does not compute this model.
     """
+    if pre is not None and target != "llama.cpp":
+        raise LowbitError(f"--pre {pre} given: it names a pre-tokenizer of llama.cpp, and the target is {target}")
     skeleton = opened.skeleton
     architecture = skeleton.architecture
     _check_architecture(target, skeleton)
