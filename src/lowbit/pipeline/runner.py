@@ -27,7 +27,7 @@ from lowbit.methods.input_ranges import without_input_ranges
 from lowbit.models.block import LEAST_TOKENS, Block, Calib
 from lowbit.models.build import tied_tensors
 from lowbit.models.forward import relative_error, run_all, run_quantized
-from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
+from lowbit.models.offload import batches, concatenate, release_free_memory, select_sequences, storage_device
 from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_names import StoredNames
@@ -149,6 +149,7 @@ class Walk:
         for start in track(range(0, layers, self.recipe.window), "quantizing"):
             count = min(self.recipe.window, layers - start)
             x_fp, x_q = self._window(start, count, x_fp, x_q)
+            release_free_memory()
         return x_fp
 
     def float_block(self, start: int, count: int = 1) -> Block:
