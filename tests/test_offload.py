@@ -5,6 +5,9 @@ What a GPU adds is tested in ``test_cuda.py``.
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -112,3 +115,20 @@ def test_a_step_through_a_window_holds_the_streams_that_are_estimated():
     with Held(x.numel() // 8) as held:
         Reassemble(sequences=1)(planned(block, "w4a4"), calib)
     assert held.numbers == 4 * x.numel()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has its own ways")
+def test_free_memory_below_a_block_in_use_goes_back_to_the_system():
+    """In a process of its own: kept blocks lie above freed ones, which is where glibc keeps the latter."""
+    code = """
+import psutil, torch
+from lowbit.models.offload import release_free_memory
+pairs = [(torch.zeros(25_000), torch.zeros(25)) for _ in range(1000)]
+kept = [small for _, small in pairs]
+del pairs
+before = psutil.Process().memory_info().rss
+release_free_memory()
+print(before - psutil.Process().memory_info().rss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 50e6, "of 100 MB"

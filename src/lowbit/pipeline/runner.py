@@ -28,7 +28,7 @@ from lowbit.methods.kv_clips import with_kv_clips
 from lowbit.models.block import LEAST_TOKENS, Block, Calib
 from lowbit.models.build import tied_tensors
 from lowbit.models.forward import relative_error, run_all, run_quantized
-from lowbit.models.offload import batches, concatenate, select_sequences, storage_device
+from lowbit.models.offload import batches, concatenate, release_free_memory, select_sequences, storage_device
 from lowbit.models.prefix import Prefix
 from lowbit.models.rotated_values import with_rotated_values
 from lowbit.models.runtime_ops import tensor_name
@@ -156,6 +156,7 @@ class Walk:
         for start in track(range(0, layers, self.recipe.window), "quantizing"):
             count = min(self.recipe.window, layers - start)
             x_fp, x_q = self._window(start, count, x_fp, x_q)
+            release_free_memory()
         return x_fp
 
     def float_block(self, start: int, count: int = 1) -> Block:
