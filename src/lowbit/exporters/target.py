@@ -115,7 +115,9 @@ class Exporter:
             return Misfit("architecture", why)
         for op, origin in subject.ops.items():
             if op not in self.ops:
-                advice = "use diagonal transforms after norms (qkv and mlp), sites=down, and no act_clip"
+                advice = (
+                    "use transforms that fold (diagonal at qkv, mlp, channels), sites=down, no act_clip, no hadamard"
+                )
                 return Misfit("recipe", f"{origin} leaves {op.why} at run time; {advice}")
         if turned := architecture_of(subject.config).transposed() & subject.weights.keys():
             why = f"{min(turned)} is stored as (in, out) by its library; targets take linears stored as (out, in)"
