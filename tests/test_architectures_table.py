@@ -15,9 +15,11 @@ from transformers import CONFIG_MAPPING
 
 from lowbit.errors import LowbitError
 from lowbit.models.architecture import Architecture, DeclaredEdge, LayerKind
+from lowbit.quant.activations import IntTokens
+from lowbit.quant.floating import NVFP4
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats
-from lowbit.runs.plan import _stock
+from lowbit.runs.stock import dense_where_needed, why_not_stock
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import architectures
@@ -50,6 +52,14 @@ def test_models_of_the_sample_go_the_whole_way(type):
     assert architectures_steps.went(row, "affinequant"), row
 
 
+# Classes that need dense weights: to multiply with (Falcon), and to draw initial values into.
+@pytest.mark.heavy
+@pytest.mark.parametrize("type", ["falcon", "modernbert-decoder", "recurrent_gemma", "rwkv"])
+def test_models_that_need_dense_weights_go_the_whole_way(type):
+    row = architectures.in_a_child(type)
+    assert architectures_steps.went(row, "rtn", "gptq", "affinequant"), row
+
+
 @pytest.mark.heavy
 def test_a_mixture_of_experts_goes_the_whole_way():
     row = architectures.in_a_child("olmoe")
@@ -62,19 +72,39 @@ class OwnLinear(nn.Linear):
         return x @ self.weight.T
 
 
+SYMMETRIC, ASYMMETRIC = IntFormat(4, 16), IntFormat(4, 16, symmetric=False)
+WHY = "m.0.a multiplies with its weight in code of its own, which packed linears do not have, and weights that are "
+
+
 @pytest.mark.parametrize(
-    ("linear", "why"),
+    ("linear", "formats", "dense", "why"),
     [
-        (nn.Linear, None),
-        (OwnLinear, "m.0.a multiplies with its weight in code of its own, and compressed-tensors packs that weight"),
+        (nn.Linear, [ModuleFormats(SYMMETRIC)], False, None),
+        (OwnLinear, [ModuleFormats(SYMMETRIC)], True, None),
+        (OwnLinear, [ModuleFormats(ASYMMETRIC)], True, None),
+        (OwnLinear, [ModuleFormats(NVFP4)], True, None),
+        (
+            OwnLinear,
+            [ModuleFormats(SYMMETRIC, IntTokens(8, symmetric=False))],
+            False,
+            WHY + "made dense at load time have float inputs",
+        ),
+        (
+            OwnLinear,
+            [ModuleFormats(SYMMETRIC), ModuleFormats(ASYMMETRIC)],
+            False,
+            WHY + "made dense at load time are read in one format",
+        ),
     ],
 )
-def test_the_plan_says_which_linears_stock_transformers_cannot_run(linear, why):
-    layer = nn.ModuleDict({"a": linear(16, 16)})
-    architecture = Architecture("x", "m", "head", "embed", (LayerKind((("a",),), ()),))
-    formats = ModelFormats({"m.0.a": ModuleFormats(IntFormat(4, 16))})
+def test_the_plan_says_which_linears_stock_transformers_makes_dense_and_cannot_run(linear, formats, dense, why):
+    layer = nn.ModuleDict({name: linear(16, 16) for name, _ in zip("ab", formats, strict=False)})
+    architecture = Architecture("x", "m", "head", "embed", (LayerKind((tuple(layer),), ()),))
     skeleton = SimpleNamespace(model=tiny_model("llama"), layers=[layer], architecture=architecture)
-    assert _stock(skeleton, formats) == why
+    given = ModelFormats({f"m.0.{name}": own for name, own in zip(layer, formats, strict=True)})
+    planned = dense_where_needed(skeleton, given)
+    assert planned.dense is dense
+    assert why_not_stock(skeleton, planned) == why
 
 
 def good(type, folder):

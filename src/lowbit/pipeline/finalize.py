@@ -181,19 +181,19 @@ def _manifest(
     prefix: PrefixFacts | None,
 ) -> Manifest:
     """The manifest; ``extra`` bits are stored beside weights, scales and zero points."""
-    why_not = _why_not(plan, ops, prefix)
+    why_not, formats = _why_not(plan, ops, prefix), plan.formats
     weights = plan.quantized_weights
     return Manifest(
         identity=identity,
         request=dict(request),
-        quantized=list(plan.formats.modules),
+        quantized=list(formats.modules),
         floats=list(plan.floats),
         kept_experts=list(plan.kept),
-        layouts=plan.formats.layouts,
+        layouts=formats.layouts,
         bits_per_weight=plan.bits_per_weight + extra / weights,
         model_bits_per_weight=plan.model_bits_per_weight + extra / (weights + plan.float_weights),
         runtime_ops={module: stored.op.kind for module, stored in ops.items()},
-        transformers=StockLoading(why_not is None, why_not, _inputs(plan.formats), stock_dtype(plan.formats)),
+        transformers=StockLoading(why_not is None, why_not, _inputs(formats), stock_dtype(formats), formats.dense),
         versions=versions(),
         blocks=rows,
         architecture=to_dict(plan.architecture),

@@ -48,6 +48,11 @@ def stock_loads(formats: ModelFormats, embed: str, two_d_inputs: bool) -> str | 
     if any(isinstance(act, IntTokens | FloatActs) for act in activations) and two_d_inputs:
         return "compressed-tensors uses one range for all tokens where a layer flattens its input to (tokens, width)"
     weights = {m.weight for m in modules.values()}
+    if formats.dense:
+        if activations:
+            return "weights that are made dense at load time have float inputs"
+        if len(weights) > 1:
+            return "weights that are made dense at load time are read in one format"
     free = [m for m in modules.values() if _asymmetric(m) and m.layout.name == PACKED.name]
     if free and len(weights) > 1:
         return "weight-only checkpoints with asymmetric and other formats side by side do not load"
@@ -128,7 +133,8 @@ def quantization_config(formats: ModelFormats, floats: Sequence[str], embed: str
         "ignore": list(floats),
     }
     modules = formats.modules.values()
-    if any(_asymmetric(module) and module.layout.name == PACKED.name for module in modules):
+    asymmetric = any(_asymmetric(module) and module.layout.name == PACKED.name for module in modules)
+    if asymmetric or formats.dense:
         config["dequantize"] = True
     return config
 

@@ -17,8 +17,8 @@ formats that those lack. A module's layout follows from its formats:
 
 Integers have ``weight_scale`` ``(out, groups)`` and, if asymmetric, ``weight_zero_point``; stored integers are
 ``code - 2**(bits - 1)``. Packed asymmetric weights load in stock ``transformers`` only if dequantized at load time,
-which multiplies in the dtype of the scale: it is stored as float32 with the same 16-bit value. So are those of the
-experts of a mixture, which it always dequantizes, and which are packed whatever their inputs.
+which multiplies in the dtype of the scale: it is stored as float32 with the same 16-bit value. So are those of other
+weights that it makes dense, the experts of a mixture among them; these are packed whatever their inputs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from lowbit.quant.scales import Plain
 from lowbit.quant.tables import TableFormat
 
 PACKED, PLAIN, OWN = PackedIntegers(), PlainIntegers(), Own()
-EXPERT = PackedIntegers(wide=True)
+DENSE = PackedIntegers(wide=True)
 NVFP4, MXFP4, MXFP6 = (Floats(f"{name}-pack-quantized") for name in ("nvfp4", "mxfp4", "mxfp6"))
 MXFP8, FP8 = Floats("mxfp8-quantized"), Floats("float-quantized")
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PACKED, PLAIN, NVFP4, MXFP4, MXFP6, MXFP8, FP8, OWN)}
 
 
 def layout_of(
-    format: Format, inputs: ActFormat | None = None, *, outside: bool = False, expert: bool = False
+    format: Format, inputs: ActFormat | None = None, *, outside: bool = False, dense: bool = False
 ) -> Layout:
     """The layout of a module's weight.
 
@@ -51,7 +51,7 @@ def layout_of(
         format: the weight's.
         inputs: the input's as the checkpoint states it; ``None``: float.
         outside: the module is an embedding or the head.
-        expert: it belongs to an expert of a mixture.
+        dense: stock ``transformers`` dequantizes it when it loads it.
     """
     if isinstance(format, FloatFormat):
         if isinstance(format.scales, Plain):
@@ -60,6 +60,6 @@ def layout_of(
     if isinstance(format, KQuant | TableFormat):
         return OWN
     integers = integer(format, "a layout of a run folder")
-    if expert:
-        return EXPERT
+    if dense:
+        return DENSE
     return PLAIN if outside or (inputs is not None and not integers.symmetric) else PACKED

@@ -156,12 +156,14 @@ class ModuleFormats:
         input: the input's; ``None``: float.
         outside: the module is an embedding or the head.
         expert: it belongs to an expert of a mixture.
+        dense: stock ``transformers`` makes the weight dense when it loads it, see ``runs/stock.py``.
     """
 
     weight: Format
     input: ActFormat | None = None
     outside: bool = False
     expert: bool = False
+    dense: bool = False
 
     @property
     def stated_input(self) -> ActFormat | None:
@@ -171,7 +173,8 @@ class ModuleFormats:
     @property
     def layout(self) -> Layout:
         """How the weight is stored in a run folder."""
-        return layout_of(self.weight, self.stated_input, outside=self.outside, expert=self.expert)
+        dense = self.dense or self.expert
+        return layout_of(self.weight, self.stated_input, outside=self.outside, dense=dense)
 
     @property
     def input_tensors(self) -> Mapping[str, Stored]:
@@ -206,6 +209,11 @@ class ModelFormats:
         """Names of the layouts in which weights are stored, the most common one first."""
         count = Counter(formats.layout.name for formats in self.modules.values())
         return [name for name, _ in count.most_common()]
+
+    @property
+    def dense(self) -> bool:
+        """Whether stock ``transformers`` makes the weights dense when it loads them."""
+        return any(formats.dense for formats in self.modules.values())
 
     @property
     def weights(self) -> dict[str, Format]:

@@ -332,13 +332,13 @@ def run_formats(manifest: Manifest, scheme: Scheme, architecture: Architecture) 
         architecture: the model's; the embedding's input is token ids.
     """
     modules: dict[str, ModuleFormats] = {}
-    outside = (architecture.embed, architecture.head)
+    outside, dense = (architecture.embed, architecture.head), manifest.transformers.dense
     for name in manifest.quantized:
         module = scheme.outside(name) if name in outside else scheme.module(name)
         if module is None:
             raise LowbitError(f"{MANIFEST} lists '{name}' as quantized and overrides it to float: the file is broken")
         inputs = None if name == architecture.embed else module.input
-        modules[name] = replace(module, input=inputs, expert=architecture.is_experts(name))
+        modules[name] = replace(module, input=inputs, expert=architecture.is_experts(name), dense=dense)
     return ModelFormats(modules, scheme.kv)
 
 

@@ -170,12 +170,14 @@ class StockLoading:
         why_not: the reason if it does not.
         inputs: the inputs that it computes with, if a target runtime's input quantization was simulated.
         dtype: the dtype of the model in which its logits are the simulated ones.
+        dense: it makes the weights dense when it loads them, see ``runs/stock.py``.
     """
 
     loads: bool
     why_not: str | None = None
     inputs: str | None = None
     dtype: str = "float32"
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ def parse(kind: type[T], content: Any, where: str) -> T:
         where: name of the file, for errors.
 
     >>> parse(StockLoading, {"loads": True}, "lowbit.json")
-    StockLoading(loads=True, why_not=None, inputs=None, dtype='float32')
+    StockLoading(loads=True, why_not=None, inputs=None, dtype='float32', dense=False)
     """
     value: T = _parse(kind, content, where, "")
     return value

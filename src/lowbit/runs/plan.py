@@ -17,15 +17,13 @@ from torch import nn
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.architecture import Architecture
 from lowbit.models.build import empty_model, text_config
-from lowbit.models.packed import drawn_from_outside, draws_into_weights
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
-from lowbit.quant.compressed_tensors import stock_loads
 from lowbit.quant.format import group_advice
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
 from lowbit.quant.static_activations import StaticActs
-from lowbit.runs.stock_experts import stock_experts
+from lowbit.runs.stock import dense_where_needed, why_not_stock
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
             f"{scheme.name} quantizes Q, K and V, and no layer of this model has an attention function to do it in: "
             "choose a scheme without kv"
         )
-    model_formats = ModelFormats({**linears, **embeddings}, scheme.kv)
+    model_formats = dense_where_needed(skeleton, ModelFormats({**linears, **embeddings}, scheme.kv))
     _check_inputs_of_experts(model_formats)
     _check_groups(scheme, model_formats, shapes)
     outside, kept = _outside(skeleton), _kept(skeleton)
@@ -136,7 +134,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
             int(count[name] * own.layout.bits_per_value(own.weight, shapes[name][1]) / 8)
             for name, own in model_formats.modules.items()
         ),
-        stock=_stock(skeleton, model_formats),
+        stock=why_not_stock(skeleton, model_formats),
     )
 
 
@@ -270,47 +268,3 @@ def _outside(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and skeleton.architecture.is_outside(name)
     }
-
-
-def _stock(skeleton: Skeleton, formats: ModelFormats) -> str | None:
-    """Why stock ``transformers`` cannot run the formats as simulated, or ``None`` if it can."""
-    architecture = skeleton.architecture
-    if (why := stock_experts(skeleton, formats)) is not None:
-        return why
-    if turned := architecture.transposed() & formats.modules.keys():
-        name = min(turned)
-        return f"{name} is stored as (in, out), and compressed-tensors quantizes linears that are stored as (out, in)"
-    flat = {f"{architecture.blocks}.{i}.{name}" for i, kind in enumerate(architecture.layers) for name in kind.flat}
-    flat |= {name for name in architecture.linears() if architecture.is_experts(name)}
-    two_d = any(formats.input(name) is not None for name in flat & formats.modules.keys())
-    if (own := _computes_itself(skeleton, formats)) is not None:
-        return f"{own} multiplies with its weight in code of its own, and compressed-tensors packs that weight"
-    if draws_into_weights(skeleton.model):
-        return f"{type(skeleton.model).__name__} draws initial values into weights that packed linears do not have"
-    if (drawer := _drawer(skeleton, formats)) is not None:
-        return f"{drawer} draws initial values into weights that packed linears do not have"
-    return stock_loads(formats, architecture.embed, two_d_inputs=two_d)
-
-
-def _drawer(skeleton: Skeleton, formats: ModelFormats) -> str | None:
-    """The class that draws initial values into quantized linears within it, as ModernBERT's decoder does."""
-    blocks, kinds = skeleton.architecture.blocks, skeleton.architecture.layers
-    for kind in skeleton.architecture.kinds():
-        index = kinds.index(kind)
-        packed = [name for name in kind.linears if f"{blocks}.{index}.{name}" in formats.modules]
-        packed = [name for name in packed if not skeleton.architecture.is_experts(f"{blocks}.{index}.{name}")]
-        if (found := drawn_from_outside(skeleton.model, skeleton.layers[index], packed)) is not None:
-            return found
-    return None
-
-
-def _computes_itself(skeleton: Skeleton, formats: ModelFormats) -> str | None:
-    """A quantized linear whose class has another ``forward`` than ``nn.Linear``, as Falcon's."""
-    for index, (layer, kind) in enumerate(zip(skeleton.layers, skeleton.architecture.layers, strict=True)):
-        for name in kind.linears:
-            full = f"{skeleton.architecture.blocks}.{index}.{name}"
-            if full not in formats.modules or skeleton.architecture.is_experts(full):
-                continue
-            if type(layer.get_submodule(name)).forward is not nn.Linear.forward:
-                return full
-    return None

@@ -3,8 +3,8 @@
 A runtime that packs a linear's weight has no ``weight`` to give: Mamba 2's class reads that of ``out_proj`` when it
 draws initial values, which loading a packed folder makes it do, and Mamba multiplies with that of ``dt_proj``. Such a
 linear stays float. Where a class draws those of every linear in a layer, as ModernBERT's decoder does, nothing would
-be left: they are quantized, and the run is not for the library's loader. The same holds for linears of a class with
-a ``forward`` of its own: DeepSeek-V4's grouped one stays float, and all of Falcon's are quantized.
+be left: they are quantized, and the library's loader makes them dense, see ``runs/stock.py``. The same holds for
+linears of a class with a ``forward`` of its own: DeepSeek-V4's grouped one stays float, Falcon's are quantized.
 """
 
 from __future__ import annotations
