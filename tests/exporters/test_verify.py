@@ -44,6 +44,22 @@ def test_logits_beyond_what_is_explained_fail(
     assert lowbit.verify(run, [file], logits=False)[0].logits is None
 
 
+@pytest.mark.parametrize(("wrong", "code"), [(1, 0), (2, 1)])
+def test_a_runtime_that_is_wrong_once_has_a_second_pass(
+    made: tuple[Path, Path], wrong: int, code: int, monkeypatch: Any, capsys: Any
+) -> None:
+    run, file = made
+    factors = iter([1.05] * wrong + [1.0])
+
+    def execute(path: Path, ids: Tensor) -> Executed:
+        return Executed(lowbit.load(run)(ids[None]).logits[0].detach() * next(factors), 0.01, None)
+
+    monkeypatch.setattr(exporting, "exporter_of", lambda target: replace(exporter_of(target), execute=execute))
+    assert call(["verify", str(run), str(file)]) == code
+    said = capsys.readouterr().err
+    assert ("in pass 2 only" in said, "0.01 is explained" in said) == (code == 0, code == 1)
+
+
 def test_a_runtime_that_gives_up_has_failed(made: tuple[Path, Path], monkeypatch: Any) -> None:
     def execute(path: Path, ids: Tensor) -> Executed:
         raise RuntimeError("no kernel")

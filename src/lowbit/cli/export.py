@@ -91,6 +91,8 @@ def verify(
             rows.add_row(Text(Path(result.path).name), *row)
         Console().print(rows)
     for result in results:
+        if result.ok and result.passes > 1:
+            say(f"{result.path}: its runtime's logits were the simulation's in pass {result.passes} only")
         if not result.ok:
             for fault in result.faults:
                 say(f"{result.path}: {fault}")

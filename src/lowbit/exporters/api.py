@@ -153,7 +153,8 @@ def verify(
     if not files:
         return [verify_stock(run, _text_ids(run, trust_remote_code), trust_remote_code)]
     ids = _text_ids(run, trust_remote_code) if logits else torch.empty(0)
-    simulated = functools.lru_cache(maxsize=1)(lambda runtime: _simulated(run, ids, runtime, trust_remote_code))
+    # Files for one runtime share the logits of the first pass.
+    simulated = functools.lru_cache(maxsize=1)(lambda runtime, _: _simulated(run, ids, runtime, trust_remote_code))
     results = []
     for path in map(user_path, files):
         target = target_of(path)
