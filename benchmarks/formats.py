@@ -3,9 +3,9 @@
     python benchmarks/formats.py [--calibration FILE] [--evaluation FILE] [--only SCHEME ...] [--recipe NAME ...]
 
 Without files both texts are built in. Cheap recipes are measured first, for all schemes, and the table is written
-after every row. Rows are kept in ``build/formats`` by what they measured and by the sources that measured them: an
-interrupted command goes on, and a command that is restricted to some rows keeps the others in the table. ``--fresh``
-measures its rows again.
+after every row. Rows are kept in ``docs/measured/formats``: an interrupted command goes on, and a command that is
+restricted to some rows keeps the others in the table. Missing rows come first, then those that other sources have
+measured; ``--missing`` leaves the latter as they are, and ``--fresh`` measures all again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rows import ROOT, found, kept, lowbit, put
+from rows import ROOT, found, kept, lowbit, missing_first, outdated, put, text_identity
 
-BUILD = ROOT / "build" / "formats"
+MEASURED = ROOT / "docs" / "measured" / "formats"
 PAGE = ROOT / "docs" / "formats.md"
 BEGIN, END = "<!-- perplexity: made by benchmarks/formats.py -->\n", "<!-- /perplexity -->"
 MODEL = "demo"
@@ -52,6 +52,7 @@ RECIPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "affinequant+gptq": ("affinequant+gptq", ()),
 }
 FLOAT = "float"
+CELLS = [("", FLOAT), *((scheme, recipe) for scheme in SCHEMES for recipe in RECIPES)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Protocol:
 
     def key(self, scheme: str, recipe: str) -> tuple[object, ...]:
         """What identifies a row."""
-        return (self, MODEL, SAMPLES, CALIBRATION_LENGTH, SEED, LENGTH, TOKENS, EFFORT, scheme, recipe)
+        texts = (text_identity(self.calibration), text_identity(self.evaluation))
+        return (*texts, MODEL, SAMPLES, CALIBRATION_LENGTH, SEED, LENGTH, TOKENS, EFFORT, scheme, recipe)
 
     def measure(self, scheme: str, recipe: str) -> dict[str, Any]:
         """One row: quantize, weigh the files, evaluate, forget the folder; of ``float`` the perplexity alone."""
@@ -86,20 +88,20 @@ class Protocol:
         return float(perplexity)
 
     def rows(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """All rows that the present sources have measured, by scheme and recipe."""
-        cells = [("", FLOAT), *((scheme, recipe) for scheme in SCHEMES for recipe in RECIPES)]
-        rows = {cell: found(BUILD, self.key(*cell)) for cell in cells}
+        """All measured rows, by scheme and recipe."""
+        rows = {cell: found(MEASURED, self.key(*cell), any_code=True) for cell in CELLS}
         return {cell: row for cell, row in rows.items() if row is not None}
 
 
 def table(protocol: Protocol, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """The measured rows as Markdown, one line for each scheme, empty cells where nothing is measured."""
     exact = rows["", FLOAT]["perplexity"]
+    earlier = outdated(MEASURED, (protocol.key(*cell) for cell in CELLS))
     lines = [
         f"SmolLM2-135M-Instruct; `--effort {EFFORT}`. Calibration: {SAMPLES} x {CALIBRATION_LENGTH} tokens of",
         f"{_named(protocol.calibration)}, seed {SEED}. Perplexity: {TOKENS} tokens of {_named(protocol.evaluation)}",
         f"in windows of {LENGTH}; the float model has {exact:.2f}. MB are those of the run folder's weight files;",
-        "embeddings and head stay in float. Made by `make formats`.",
+        f"embeddings and head stay in float. Made by `make formats`. {earlier}".rstrip(),
         "",
         _line(["scheme", "bits per weight", "MB", *(f"`{name}`" for name in RECIPES)]),
         "|---|" + "---:|" * (len(RECIPES) + 2),
@@ -132,19 +134,22 @@ def main() -> None:
     parser.add_argument("--evaluation", default="builtin", help="text file, or a name that lowbit evaluate takes")
     parser.add_argument("--only", action="append", choices=SCHEMES, help="measure only this scheme; repeatable")
     parser.add_argument("--recipe", action="append", choices=[*RECIPES], help="measure only this recipe; repeatable")
+    parser.add_argument("--missing", action="store_true", help="leave rows of other sources as they are")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     options = parser.parse_args()
     protocol = Protocol(options.calibration, options.evaluation)
-    kept(BUILD, protocol.key("", FLOAT), lambda: protocol.measure("", FLOAT), options.fresh)
-    for recipe in options.recipe or RECIPES:
-        for scheme in options.only or SCHEMES:
+    kept(MEASURED, protocol.key("", FLOAT), lambda: protocol.measure("", FLOAT), options.fresh)
+    asked = [(scheme, recipe) for recipe in options.recipe or RECIPES for scheme in options.only or SCHEMES]
+    for cell in missing_first(MEASURED, asked, lambda cell: protocol.key(*cell)):
+        if options.missing and found(MEASURED, protocol.key(*cell), any_code=True) is not None:
+            continue
 
-            def measure(scheme: str = scheme, recipe: str = recipe) -> dict[str, Any]:
-                return protocol.measure(scheme, recipe)
+        def measure(cell: tuple[str, str] = cell) -> dict[str, Any]:
+            return protocol.measure(*cell)
 
-            row = kept(BUILD, protocol.key(scheme, recipe), measure, options.fresh)
-            print(json.dumps({"scheme": scheme, "recipe": recipe, "perplexity": row["perplexity"]}), flush=True)
-            PAGE.write_text(put(PAGE.read_text(), table(protocol, protocol.rows()), BEGIN, END, PAGE))
+        row = kept(MEASURED, protocol.key(*cell), measure, options.fresh)
+        print(json.dumps({"scheme": cell[0], "recipe": cell[1], "perplexity": row["perplexity"]}), flush=True)
+        PAGE.write_text(put(PAGE.read_text(), table(protocol, protocol.rows()), BEGIN, END, PAGE))
     print(f"wrote {PAGE}")
 
 

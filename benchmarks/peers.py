@@ -7,8 +7,9 @@ AutoRound and llm-compressor's GPTQ and AWQ quantize SmolLM2-135M-Instruct on th
 draws, each in a process of one thread; ``lowbit compare`` evaluates every result, the tools' as float32 checkpoints.
 ``--make-environment`` installs what is missing of the tools into ``build/peers`` first; ``--calibration`` and
 ``--evaluation`` are texts as for ``lowbit quantize`` and ``lowbit compare``. The page is written after every row.
-Rows are kept in ``build/peers/rows``: those of ``lowbit`` by its sources, those of a tool by its version, its driver
-and the figures of the float model, so that a change of ``lowbit`` does not repeat hours of other tools' work.
+Rows are kept in ``docs/measured/peers``: those of ``lowbit`` by its sources, those of a tool by its version, its
+driver and the figures of the float model, so that a change of ``lowbit`` does not repeat hours of other tools' work.
+Missing rows come first, then those that other sources have measured; ``--missing`` leaves the latter as they are, and
 ``--fresh`` measures the asked rows again.
 """
 
@@ -21,7 +22,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ from lowbit.data.windows import Tokens
 from lowbit.pipeline.recipe import recipe_names
 from peers_page import FLOAT, Page
 from peers_tools import BUILD, PEERS, TOOLS, Peer, one_thread, quantize
-from rows import ROOT, cpu_seconds, found, kept, lowbit, put
+from rows import ROOT, cpu_seconds, found, kept, lowbit, missing_first, put, text_identity
 
-ROWS, WORK = BUILD / "rows", BUILD / "work"
+ROWS, WORK = ROOT / "docs" / "measured" / "peers", BUILD / "work"
 PAGE = ROOT / "docs" / "peers.md"
 BEGIN, END = "<!-- measured: made by benchmarks/peers.py -->\n", "<!-- /measured -->"
 MODEL = "demo"
@@ -68,6 +69,11 @@ class Protocol:
     tokens: int
     steps: int = field(repr=False)
 
+    def placed(self) -> Protocol:
+        """The same with texts by what they hold, wherever they lie."""
+        evaluation = tuple(text_identity(text) for text in self.evaluation)
+        return replace(self, calibration=text_identity(self.calibration), evaluation=evaluation)
+
     def drawn(self, seed: int) -> Tokens:
         """The calibration tokens of a seed: those that ``lowbit quantize`` draws."""
         tokenizer = load_tokenizer(resolve(MODEL).folder)
@@ -75,17 +81,17 @@ class Protocol:
 
     def exact(self, fresh: bool) -> dict[str, Any]:
         """The float model on the texts, compared with itself; a divergence of 0 shows an exact comparison."""
-        return kept(ROWS, (self, MODEL, FLOAT), lambda: self.compared(MODEL), fresh)
+        return kept(ROWS, (self.placed(), MODEL, FLOAT), lambda: self.compared(MODEL), fresh)
 
     def key(self, cell: Cell, exact: Mapping[str, Any]) -> tuple[object, str | None]:
         """What identifies a row, and a digest of the code that made it."""
         entry = cell[1]
         if entry not in PEERS:
-            return (self, MODEL, cell), None
+            return (self.placed(), MODEL, cell), None
         peer = PEERS[entry]
         tool = TOOLS[peer.tool]
         figures = [text["perplexity"] for text in exact["texts"].values()]
-        return (self, MODEL, cell, peer, self._steps(peer), tool.package, tool.version, figures), tool.code
+        return (self.placed(), MODEL, cell, peer, self._steps(peer), tool.package, tool.version, figures), tool.code
 
     def compared(self, target: str) -> dict[str, Any]:
         """``lowbit compare`` of a model with the float model."""
@@ -127,7 +133,7 @@ class Protocol:
     def rows(self, seeds: int, exact: Mapping[str, Any]) -> dict[Cell, dict[str, Any]]:
         """All rows that are measured, by scheme, entry and seed."""
         cells = [(scheme, entry, seed) for scheme in SCHEMES for entry in ENTRIES for seed in range(seeds)]
-        rows = {cell: found(ROWS, *self.key(cell, exact)) for cell in cells}
+        rows = {cell: found(ROWS, self.key(cell, exact)[0], any_code=True) for cell in cells}
         return {cell: row for cell, row in rows.items() if row is not None}
 
 
@@ -144,6 +150,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of tools that learn")
     parser.add_argument("--tokens", type=int, default=16384, help="of each evaluation text at most")
     parser.add_argument("--page", type=Path, default=PAGE, help="with the two markers")
+    parser.add_argument("--missing", action="store_true", help="leave rows of other sources as they are")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     options = parser.parse_args()
     os.environ.update(one_thread())
@@ -157,23 +164,27 @@ def main() -> None:
     protocol = Protocol(options.calibration, evaluation, *sizes)
     exact = protocol.exact(options.fresh)
     drawn = [protocol.drawn(seed) for seed in range(options.seeds)]
-    for seed in range(options.seeds):
-        for scheme in options.scheme or SCHEMES:
-            for entry in entries:
-                cell = (scheme, entry, seed)
-                what, code = protocol.key(cell, exact)
+    asked: list[Cell] = [
+        (scheme, entry, seed)
+        for seed in range(options.seeds)
+        for scheme in options.scheme or SCHEMES
+        for entry in entries
+    ]
+    for cell in missing_first(ROWS, asked, lambda cell: protocol.key(cell, exact)[0]):
+        what, code = protocol.key(cell, exact)
+        if options.missing and found(ROWS, what, any_code=True) is not None:
+            continue
 
-                def measure(cell: Cell = cell) -> dict[str, Any]:
-                    return protocol.measure(cell)
+        def measure(cell: Cell = cell) -> dict[str, Any]:
+            return protocol.measure(cell)
 
-                row = kept(ROWS, what, measure, options.fresh, code)
-                told = {"scheme": scheme, "entry": entry, "seed": seed, "cpu_seconds": row["cpu_seconds"]}
-                told["perplexity"] = [text["runs"][0]["perplexity"] for text in row["texts"].values()]
-                print(json.dumps(told), flush=True)
-                rows = protocol.rows(options.seeds, exact)
-                page = Page(drawn, protocol.steps, exact, rows, SCHEMES, tuple(PEERS), RECIPES)
-                before = options.page.read_text(encoding="utf-8")
-                options.page.write_text(put(before, page.text(), BEGIN, END, options.page), encoding="utf-8")
+        row = kept(ROWS, what, measure, options.fresh, code)
+        told = {**dict(zip(("scheme", "entry", "seed"), cell, strict=True)), "cpu_seconds": row["cpu_seconds"]}
+        told["perplexity"] = [text["runs"][0]["perplexity"] for text in row["texts"].values()]
+        print(json.dumps(told), flush=True)
+        page = Page(drawn, protocol.steps, exact, protocol.rows(options.seeds, exact), SCHEMES, tuple(PEERS), RECIPES)
+        before = options.page.read_text(encoding="utf-8")
+        options.page.write_text(put(before, page.text(), BEGIN, END, options.page), encoding="utf-8")
     print(f"wrote {options.page}")
 
 

@@ -7,8 +7,9 @@ recipes. All are measured on the built-in texts, by perplexity and token by toke
 one of a kind that was not calibrated on; ``--wikitext2`` names a folder with the raw texts ``wiki.valid.raw`` (then
 the calibration text) and ``wiki.test.raw`` (one more text), ``--ptb`` one more text. LAMBADA's last words come from
 lm-eval; ``--lambada 0`` leaves them out. The page is written after every row. Finished rows are kept in
-``build/results`` by what they measured and by the sources that measured it: an interrupted command goes on, and a
-command restricted to some rows keeps the others in the page. ``--fresh`` measures all again.
+``docs/measured/results``: an interrupted command goes on, and a command restricted to some rows keeps the others in
+the page. Missing rows come first, then those that other sources have measured; ``--missing`` leaves the latter as
+they are, and ``--fresh`` measures all again.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from results_page import page
-from results_protocol import BUILD, FLOAT, ROWS, Cell, Protocol, cells, protocol_of
-from rows import ROOT, kept
+from results_protocol import FLOAT, MEASURED, ROWS, Cell, Protocol, cells, protocol_of
+from rows import ROOT, found, kept, missing_first
 
 
 def row(protocol: Protocol, cell: Cell, fresh: bool) -> dict[str, Any]:
-    """A row from ``build/results``, or measured now."""
-    measured = kept(BUILD, protocol.key(cell), lambda: protocol.measure(*cell), fresh)
+    """A row that is kept, or measured now."""
+    measured = kept(MEASURED, protocol.key(cell), lambda: protocol.measure(*cell), fresh)
     told: dict[str, object] = dict(zip(("scheme", "recipe", "seed"), cell, strict=True))
     told["perplexity"] = [text["runs"][0]["perplexity"] for text in measured["texts"].values()]
     print(json.dumps(told), flush=True)
@@ -45,12 +46,16 @@ def main() -> None:
     every = sorted({recipe for recipes in ROWS.values() for recipe in recipes})
     parser.add_argument("--recipe", action="append", choices=every, help="measure only this recipe; repeatable")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--missing", action="store_true", help="leave rows of other sources as they are")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the commands: CPU seconds of several threads include their waiting
     protocol = protocol_of(options.wikitext2, options.ptb, options.tokens, options.lambada, options.task_data)
     exact = row(protocol, ("-", FLOAT, 0), options.fresh)
-    for cell in cells(options.scheme or ROWS, options.recipe or (), options.seeds):
+    asked = cells(options.scheme or ROWS, options.recipe or (), options.seeds)
+    for cell in missing_first(MEASURED, asked, protocol.key):
+        if options.missing and found(MEASURED, protocol.key(cell), any_code=True) is not None:
+            continue
         row(protocol, cell, options.fresh)
         options.out.write_text(page(protocol, exact, protocol.rows(options.seeds), options.seeds))
     print(f"wrote {options.out}")

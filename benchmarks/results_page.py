@@ -120,8 +120,9 @@ def intro(protocol: Protocol, exact: Figures, rows: Rows, seeds: int) -> Iterato
     )
     yield from ["", "## Protocol", ""]
     texts = exact["texts"]
-    sizes = ", ".join(f"{label} {texts[text]['tokens']}" for label, text in protocol.texts)
-    hashes = ", ".join(f"{label} `{texts[text]['data_hash'][:12]}`" for label, text in protocol.texts)
+    labelled = [(label, text) for (label, _), text in zip(protocol.texts, texts.values(), strict=True)]
+    sizes = ", ".join(f"{label} {text['tokens']}" for label, text in labelled)
+    hashes = ", ".join(f"{label} `{text['data_hash'][:12]}`" for label, text in labelled)
     drawn = f"seeds 0 to {seeds - 1}, mean ± standard deviation" if seeds > 1 else "seed 0, one run a row"
     calibration = "the validation split of WikiText-2" if wikitext else protocol.calibration
     for words in (
@@ -136,7 +137,7 @@ def intro(protocol: Protocol, exact: Figures, rows: Rows, seeds: int) -> Iterato
         "**Cost**: CPU seconds of the whole `lowbit quantize` on one thread, as a multiple of the table's first "
         "recipe; peak memory is that of the process.",
         f"**Time** for this page: {_time(exact, rows)}.",
-        f"**Commit** {commit()}. Versions: {_versions(rows)}.",
+        f"**Commit** {commit()}. {protocol.earlier(seeds)} Versions: {_versions(rows)}.".replace("  ", " "),
     ):
         yield filled(words, "* ")
     yield ""

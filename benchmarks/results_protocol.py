@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from lowbit.data.builtin import MIXTURE, unseen_kind
 from lowbit.quant.scheme import parse_scheme
 from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.folder import TIMING
-from rows import ROOT, cpu_seconds, found, lowbit
+from rows import ROOT, cpu_seconds, found, lowbit, outdated, text_identity
 
-BUILD = ROOT / "build" / "results"
+MEASURED = ROOT / "docs" / "measured" / "results"
 MODEL = "demo"
 SAMPLES, CALIBRATION_LENGTH, EVALUATION_SEED = 16, 256, 0
 LENGTH = 512
@@ -101,19 +101,25 @@ class Protocol:
 
     def key(self, cell: Cell) -> object:
         """What identifies a row."""
-        return (self, MODEL, SAMPLES, CALIBRATION_LENGTH, EVALUATION_SEED, LENGTH, EFFORT, *cell)
+        texts = tuple((heading, text_identity(text)) for heading, text in self.texts)
+        placed = replace(self, calibration=text_identity(self.calibration), texts=texts)
+        return (placed, MODEL, SAMPLES, CALIBRATION_LENGTH, EVALUATION_SEED, LENGTH, EFFORT, *cell)
 
     def rows(self, seeds: int) -> Rows:
-        """All rows that the present sources have measured; schemes and recipes without any are left out."""
+        """All measured rows; schemes and recipes without any are left out."""
         rows: dict[str, dict[str, list[Figures]]] = {}
         for cell in cells(ROWS, (), seeds):
-            if (row := found(BUILD, self.key(cell))) is not None:
+            if (row := found(MEASURED, self.key(cell), any_code=True)) is not None:
                 rows.setdefault(cell[0], {}).setdefault(cell[1], []).append(row)
         return {
             scheme: {recipe: rows[scheme][recipe] for recipe in ROWS[scheme] if recipe in rows[scheme]}
             for scheme in ROWS
             if scheme in rows
         }
+
+    def earlier(self, seeds: int) -> str:
+        """How many rows other sources have measured, in words."""
+        return outdated(MEASURED, (self.key(cell) for cell in [("-", FLOAT, 0), *cells(ROWS, (), seeds)]))
 
 
 def seeds_of(scheme: str, recipe: str, seeds: int) -> range:

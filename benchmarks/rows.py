@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -14,7 +15,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Cell = TypeVar("Cell")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,15 +89,30 @@ def sources() -> str:
     return digest(path for path in (ROOT / "src").rglob("*") if path.suffix in (".py", ".yaml"))
 
 
-def _path(folder: Path, what: object, code: str | None) -> Path:
-    made_by = sources() if code is None else code
-    return folder / f"{hashlib.sha256(repr((what, made_by)).encode()).hexdigest()[:20]}.json"
+@functools.cache
+def text_identity(text: str) -> str:
+    """What identifies a text, wherever it lies: a file's name and digest, or the name of a built-in one."""
+    path = Path(text)
+    return f"{path.name} {digest([path])[:16]}" if path.is_file() else text
 
 
-def found(folder: Path, what: object, code: str | None = None) -> dict[str, Any] | None:
-    """Figures from ``folder`` if the same code has measured ``what`` (by its ``repr``); by default ``sources``."""
-    path = _path(folder, what, code)
-    return json.loads(path.read_text()) if path.exists() else None
+def found(folder: Path, what: object, code: str | None = None, *, any_code: bool = False) -> dict[str, Any] | None:
+    """Figures from ``folder`` if the same code has measured ``what`` (by its ``repr``).
+
+    Args:
+        folder: of rows.
+        what: what is measured; its ``repr`` says it all.
+        code: a digest of the code, by default ``sources``.
+        any_code: figures of another state of the code will do.
+    """
+    path = _path(folder, what)
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    if not any_code and content["made_by"] != _made_by(code):
+        return None
+    row: dict[str, Any] = content["row"]
+    return row
 
 
 def kept(
@@ -103,13 +121,43 @@ def kept(
     """Figures that are ``found``, else measured now."""
     if not fresh and (row := found(folder, what, code)) is not None:
         return row
-    row = measure()
+    row = json.loads(_without_folders(json.dumps(measure())))
     folder.mkdir(parents=True, exist_ok=True)
-    path = _path(folder, what, code)
+    path = _path(folder, what)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(row, indent=1))
+    partial.write_text(json.dumps({"what": repr(what), "made_by": _made_by(code), "row": row}, indent=1) + "\n")
     partial.replace(path)
-    return row
+    return dict(row)
+
+
+def missing_first(folder: Path, cells: Sequence[Cell], key: Callable[[Cell], object]) -> list[Cell]:
+    """Cells without figures, then those that another state of the code may have measured, each in their order."""
+    return sorted(cells, key=lambda cell: _path(folder, key(cell)).exists())
+
+
+def outdated(folder: Path, keys: Iterable[object]) -> str:
+    """How many of some figures another state of the sources has measured, in words; nothing if there are none."""
+    pairs = [(found(folder, key, any_code=True), found(folder, key)) for key in keys]
+    earlier = sum(kept is not None and new is None for kept, new in pairs)
+    there = sum(kept is not None for kept, _ in pairs)
+    return f"{earlier} of {there} rows are of an earlier state of the sources." if earlier else ""
+
+
+def _path(folder: Path, what: object) -> Path:
+    return folder / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.json"
+
+
+def _made_by(code: str | None) -> str:
+    return (sources() if code is None else code)[:16]
+
+
+def _without_folders(content: str) -> str:
+    """Paths of this machine without their folders: rows are kept for others too.
+
+    >>> _without_folders('{"texts": {"/nowhere/wiki.test.raw": 1}, "unit": "tokens/s"}')
+    '{"texts": {"wiki.test.raw": 1}, "unit": "tokens/s"}'
+    """
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+(?=[\w.])", "", content)
 
 
 @dataclass(frozen=True)

@@ -162,10 +162,11 @@ def test_interrupted_results_go_on_and_what_calibrates_nothing_is_measured_once(
         asked.append((scheme, recipe, seed))
         return _measured(20.0 + len(asked), 0.1, **({} if recipe == "float" else _cost(1.0)))
 
-    monkeypatch.setattr(results, "BUILD", tmp_path)
-    monkeypatch.setattr(results_protocol, "BUILD", tmp_path)
+    monkeypatch.setattr(results, "MEASURED", tmp_path)
+    monkeypatch.setattr(results_protocol, "MEASURED", tmp_path)
     monkeypatch.setattr(results.Protocol, "measure", measure)
-    monkeypatch.setattr(results, "protocol_of", lambda *given: results.Protocol("builtin", (("Text", "a"),), 64, 0))
+    texts = (("Text", "a"), ("Other", "b"))
+    monkeypatch.setattr(results, "protocol_of", lambda *given: results.Protocol("builtin", texts, 64, 0))
     monkeypatch.setattr(results, "os", SimpleNamespace(environ={}))
     command = ["results.py", "--scheme", "w8a8", "--seeds", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command)
@@ -222,7 +223,25 @@ def test_figures_are_kept_by_what_they_measured_and_by_the_sources(tmp_path, mon
     assert rows.kept(tmp_path, what, measure, fresh=True) == {"figure": 2}
     assert rows.kept(tmp_path, rows.Row("demo", "w4a4", "rtn", 30, blocks=4), measure, fresh=False) == {"figure": 3}
     monkeypatch.setattr(rows, "sources", lambda: "others")
+    assert rows.found(tmp_path, what) is None
+    assert rows.found(tmp_path, what, any_code=True) == {"figure": 2}
+    assert rows.outdated(tmp_path, [what, "not measured"]) == "1 of 1 rows are of an earlier state of the sources."
     assert rows.kept(tmp_path, what, measure, fresh=False) == {"figure": 4}
+    assert rows.outdated(tmp_path, [what]) == ""
+    assert rows.missing_first(tmp_path, [what, "b", "a"], lambda cell: cell) == ["b", "a", what]
+
+
+def test_figures_are_kept_without_the_folders_of_a_machine_and_texts_by_what_they_hold(tmp_path):
+    texts = [tmp_path / name / "wiki.raw" for name in "ab"]
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text("one")
+    assert rows.text_identity(str(texts[0])) == rows.text_identity(str(texts[1]))
+    assert rows.text_identity("builtin:c4") == "builtin:c4"
+    row = {"texts": {str(texts[0]): 1}, "warnings": [f"{texts[0]} parts from {texts[1]}: 3/4"]}
+    clean = {"texts": {"wiki.raw": 1}, "warnings": ["wiki.raw parts from wiki.raw: 3/4"]}
+    assert rows.kept(tmp_path / "kept", "x", lambda: row, fresh=False) == clean
+    assert rows.found(tmp_path / "kept", "x") == clean
 
 
 def test_speeds_are_measured_in_turns_and_compared_within_each_round(monkeypatch):
@@ -389,7 +408,7 @@ def test_an_interrupted_table_of_formats_goes_on(tmp_path, monkeypatch):
         return {"perplexity": 20.0 + len(asked), "bits_per_weight": 4.25, "bytes": 1e8}
 
     monkeypatch.setattr(formats, "PAGE", page)
-    monkeypatch.setattr(formats, "BUILD", tmp_path / "kept")
+    monkeypatch.setattr(formats, "MEASURED", tmp_path / "kept")
     monkeypatch.setattr(formats.Protocol, "measure", measure)
     command = ["formats.py", "--only", "mxfp4", "--only", "fp8", "--recipe", "rtn", "--recipe", "gptq"]
     monkeypatch.setattr(sys, "argv", command)
