@@ -224,3 +224,24 @@ def test_importance_weights_the_search() -> None:
 
 def test_names() -> None:
     assert set(FLOATS) == {"nvfp4", "mxfp4", "mxfp6", "mxfp8", "fp8", "fp8-tensor", "fp8-block"}
+
+
+@pytest.mark.parametrize("element", [E2M1, E2M3, E4M3], ids=lambda element: element.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_rounding_by_bits_is_rounding_by_exponents(element: Float, dtype: torch.dtype) -> None:
+    """Every value of 16 bits; of the wider types random bit patterns, ties, and subnormal values."""
+    if dtype.itemsize == 2:
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
+        x = torch.cat([bits, torch.arange(-(2**16), 2**16) / 64, torch.randn(20_000, generator=generator)]).to(dtype)
+    x = x[~x.isnan()]
+    clamped = x.clamp(-element.largest, element.largest).double()
+    exponent = (torch.frexp(clamped).exponent - 1).clamp(min=element.smallest_exponent)
+    exponent = exponent.where(clamped != 0, element.smallest_exponent)
+    step = torch.ldexp(torch.ones_like(clamped), exponent - element.mantissa)
+    assert element.nearest(x).dtype is dtype
+    assert torch.equal(element.nearest(x).double(), (clamped / step).round() * step)
+    assert not torch.signbit(element.nearest(x)[element.nearest(x) == 0]).any(), "there is no negative zero"
+    assert element.nearest(torch.tensor([torch.nan], dtype=dtype)).isnan().all()
