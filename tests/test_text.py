@@ -704,7 +704,26 @@ def test_calibration_on_own_samples(model: LlamaForCausalLM) -> None:
     assert drawn.hash == data.calibration("self", tok, 3, 8, 4, sampler=sampler).hash
     with pytest.raises(LowbitError) as error:
         data.calibration("self", tok, 3, 8, 4)
-    assert "is given alone" in message(error)
+    assert "sampled from a model" in message(error)
     with pytest.raises(LowbitError) as error:
         data.evaluation("self", tok, 8)
     assert "calibration only" in message(error)
+
+
+def test_own_samples_take_turns_with_a_text(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Of five windows two are the model's, as sampled alone, and three are those of the text alone."""
+    tok, text, asked = tokenizer_of(bos=True), tmp_path / "a.txt", []
+    text.write_text(" ".join(f"one {i} two {i * i}" for i in range(200)))
+
+    def sampler(n, shape, seed):
+        asked.append(n)
+        return sampling.self_sample(model, tok, n, shape.length, seed)
+
+    both = data.calibration([str(text), "self"], tok, 5, 8, 4, sampler=sampler)
+    assert sorted(both.kinds) == ["a.txt", "a.txt", "a.txt", "self", "self"]
+    for name, n in (("a.txt", 3), ("self", 2)):
+        alone = data.calibration(str(text) if name == "a.txt" else "self", tok, n, 8, 4, sampler=sampler)
+        found = both.ids[[kind == name for kind in both.kinds]]
+        assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, alone.ids.tolist()))
+    assert asked == [2, 2]
+    assert (both.corpus, alone.corpus) == ("a.txt + self", "self")

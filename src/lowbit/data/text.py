@@ -64,12 +64,12 @@ class Part:
 
     Attributes:
         kind: its kind of text: ``wiki``, ``c4`` and so on for the built-in texts and those of the hub, else its name.
-        source: gives its windows.
+        source: gives its windows; ``None``: the model does.
         share: 1 for a corpus of one kind.
     """
 
     kind: str
-    source: Source
+    source: Source | None = None
     share: Fraction = Fraction(1)
 
 
@@ -119,13 +119,12 @@ def calibration(
     """``n`` windows of ``length`` tokens at random offsets from ``random.Random(seed)``.
 
     Args:
-        data: one of ``NAMES``, a path, a list of these, a list of texts, or ``self`` (then
-            ``sampler(n, shape, seed)`` returns the ids).
+        data: one of ``NAMES``, ``self``, a path, a list of these, or a list of texts.
         tokenizer: the model's.
         n, length, seed: number of windows, their tokens, and the seed of the draw.
         bos: what a window starts with: ``auto``, ``never`` or ``stream``.
         cache: the folder for the built-in text; hub data sets are in the hub's own cache.
-        sampler: samples text from the model.
+        sampler: ``sampler(n, shape, seed)`` gives the windows of ``self``, sampled from the model.
 
     Several corpora give windows in turn, ``builtin`` those of its kinds in the shares of its mixture; windows of
     several kinds lie where ``mixture.arranged`` puts them. ``c4`` draws a document, then an offset in it; a window of
@@ -136,18 +135,22 @@ def calibration(
     check_least("n", n, 1, "give the number of windows")
     shape = window_shape(tokenizer, length, bos)
     given = corpora(data)
-    if SELF in given:
-        if sampler is None or len(given) > 1:
-            raise LowbitError("data 'self' is sampled from a model, and is given alone: give a text")
-        ids = sampler(n, shape, seed).to("cpu", torch.int64).view(n, length)
-        return Tokens(ids, SELF, bos, shape.prefix, seed, (SELF,) * n)
-    opened = [_open(corpus, 0, tokenizer, shape, cache) for corpus in given]
+    if SELF in given and sampler is None:
+        raise LowbitError("data 'self' is sampled from a model: give a text where there is none")
+    opened = [
+        (SELF, [Part(SELF)]) if corpus == SELF else _open(corpus, 0, tokenizer, shape, cache) for corpus in given
+    ]
     parts = [part for _, corpus_parts in opened for part in corpus_parts]
     drawn = [parts[i] for i in turns([part.share / len(opened) for part in parts], n)]
     kinds = [part.kind for part in drawn]
     rng = random.Random(seed)
     label = " + ".join(label for label, _ in opened)
-    windows = torch.stack([part.source.draw(rng) for part in track(drawn, f"drawing from {label}")])
+    own = sum(part.source is None for part in drawn)
+    sampled = (
+        iter(sampler(own, shape, seed).to("cpu", torch.int64).view(own, length)) if sampler and own else iter(())
+    )
+    texts = track(drawn, f"drawing from {label}") if own < n else drawn
+    windows = torch.stack([next(sampled) if part.source is None else part.source.draw(rng) for part in texts])
     placed = arranged(kinds, held_out := held_out_kind(kinds, seed))
     return Tokens(windows[placed], label, bos, shape.prefix, seed, tuple(kinds[i] for i in placed), held_out)
 
@@ -176,6 +179,7 @@ def evaluation(
     if corpus == SELF:
         raise LowbitError("data 'self' is for calibration only: evaluate on a text, for example 'builtin'")
     label, (part,) = _open(corpus, 1, tokenizer, shape, cache)
+    assert part.source is not None, "only the model's own text has none"
     ids = part.source.cut(None if tokens is None else tokens // length)
     return Tokens(ids, label, bos, shape.prefix, kinds=(part.kind,) * len(ids))
 

@@ -366,8 +366,8 @@ def _calibration(request: Request, source: Source, tokenizer: Any) -> Tokens:
     def sampler(n: int, shape: WindowShape, draw: int) -> torch.Tensor:
         say(f"sampling {n} x {shape.length} tokens from the model itself")
         whole = load(source.folder, device=request.device, trust_remote_code=request.trust_remote_code)
-        start = () if shape.bos == "never" else shape.prefix or None
-        return self_sample(whole, tokenizer, n, shape.length, draw, start=start)
+        # Without a BOS each window starts with a random token, so that samples spread over what the model has seen.
+        return self_sample(whole, tokenizer, n, shape.length, draw, start=shape.prefix)
 
     return calibration(
         request.data,
