@@ -2,6 +2,7 @@
 
 ================== ============================================================================================
 ``Hadamard``       Mul by the signs, then a Reshape and a MatMul with the small matrix of each factor
+``FixedHadamard``  the same without signs
 ``Kronecker``      a Reshape and a MatMul for each of the two factors
 ``DiagonalBlocks`` Reshape, Transpose, one batched MatMul, and back
 ``Matrix``         MatMul
@@ -31,12 +32,13 @@ from lowbit.errors import LowbitError
 from lowbit.exporters.onnx_names import linear_of, renamed
 from lowbit.exporters.run import Run
 from lowbit.models.diagonal_blocks import DiagonalBlocks
+from lowbit.models.fixed_hadamard import FixedHadamard
 from lowbit.models.hadamard import Hadamard, factors
 from lowbit.models.kronecker import Kronecker
 from lowbit.models.reorder import Reorder
 from lowbit.models.runtime_ops import Matrix, RuntimeOp, at_input, linear_behind, parse_tensor_name, tensor_name
 
-OPS: frozenset[type[RuntimeOp]] = frozenset({Hadamard, Kronecker, DiagonalBlocks, Matrix, Reorder})
+OPS: frozenset[type[RuntimeOp]] = frozenset({Hadamard, FixedHadamard, Kronecker, DiagonalBlocks, Matrix, Reorder})
 FACTOR = "factor_"  # starts the names of a Hadamard transform's matrices
 TOKENS = [0, 0]  # of a Reshape: batch and length stay
 ROUNDS = ("QuantizeLinear", "DequantizeLinear")
@@ -107,6 +109,9 @@ def _append(chain: _Chain, op: RuntimeOp) -> None:
         chain.reshape([*TOKENS, *op.flips.shape])
         chain.node("Mul", "", chain.stored("signs", 1 - 2 * op.flips.float()))
         chain.factors(hadamard_factors(op.flips.shape[1]), op.width)
+    elif isinstance(op, FixedHadamard):
+        chain.reshape([*TOKENS, len(op.sizes), op.size])
+        chain.factors(hadamard_factors(op.size), op.width)
     elif isinstance(op, Kronecker):
         chain.factors({"left": op.left.float(), "right": op.right.float()}, op.width)
     elif isinstance(op, DiagonalBlocks):
@@ -136,10 +141,11 @@ def hadamard_factors(size: int) -> dict[str, Tensor]:
 def expected_factor(run: Run, name: str) -> Tensor | None:
     """The matrix of a Hadamard transform that a name of ``read`` stands for; ``None`` for any other name."""
     module, kind, key = parse_tensor_name(name) or ("", "", "")
-    if kind != Hadamard.kind or not key.startswith(FACTOR):
+    if not key.startswith(FACTOR):
         return None
-    flips = run.tensor(tensor_name(module, Hadamard, "flips"))
-    return hadamard_factors(flips.shape[1])[key]
+    if kind == FixedHadamard.kind:
+        return hadamard_factors(int(run.tensor(tensor_name(module, FixedHadamard, "sizes"))[0]))[key]
+    return hadamard_factors(run.tensor(tensor_name(module, Hadamard, "flips")).shape[1])[key]
 
 
 def splits_heads(run: Run) -> bool:
@@ -220,6 +226,9 @@ def read(run: Run, model: Any, value: Callable[[str], Tensor]) -> Iterator[tuple
         if (parsed := parse_tensor_name(tensor.name)) is not None:
             place, kind, key = parsed
             found.setdefault(place, (kind, {}))[1][key] = value(tensor.name)
+    for place, (kind, constants) in found.items():
+        if kind == FixedHadamard.kind:  # no tensor of the graph has these
+            constants["sizes"] = _sizes(model, f"{place}.runtime.{kind}")
     places = {place: [place] for place in found}
     for place, reader in _readers(run, model, found):
         if linear_behind(place) is not None and reader not in places[place]:
@@ -228,6 +237,13 @@ def read(run: Run, model: Any, value: Callable[[str], Tensor]) -> Iterator[tuple
         for key, content in _as_stored(kind, constants).items():
             for own in places[place]:
                 yield f"{own}.runtime.{kind}.{key}", content.float().contiguous()
+
+
+def _sizes(model: Any, base: str) -> Tensor:
+    """The sizes of a transform's blocks, from the first shape that its input takes; raises ``StopIteration``."""
+    node = next(node for node in model.graph.node if node.name == f"/{base}/shape_0")
+    *_, blocks, size = node.attribute[0].t.int64_data
+    return torch.full((blocks,), size)
 
 
 def _readers(run: Run, model: Any, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ activations, symmetric, per token           pack-quantized    the same
 ``w8a8-sym``, one scale per row             pack-quantized    int-quantized
 =========================================== ================= ===============================================
 
-vLLM's limits are taken from its source of 2026 (``compressed_tensors.py``, ``schemes/``), not from running it.
+Hadamard transforms without signs are stated in ``transform_config``, see ``vllm_transforms``. vLLM's limits are taken from its source of 2026 (``compressed_tensors.py``, ``schemes/``), not from running it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.exporters import vllm_transforms
 from lowbit.exporters.fit import Misfit, no_kv, weight_misfit
 from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.exporters.run import Run, Subject
@@ -48,7 +49,7 @@ FREE_ZEROS = (4, 8)  # widths for which its kernels support asymmetric weights
 
 def limits(subject: Subject) -> Misfit | None:
     """Symmetric activations at 4 or 8 bits, asymmetric weights at 4 or 8 bits, one format per fused linear."""
-    misfit = no_kv(subject)
+    misfit = no_kv(subject) or vllm_transforms.limits(subject)
     if misfit is not None:
         return misfit
     for module, format in subject.weights.items():
@@ -104,7 +105,8 @@ def quantization_config(run: Run) -> dict[str, Any]:
     groups = {name: {**group, "format": layout} for name, group in config["config_groups"].items()}
     config = {**config, "format": layout, "config_groups": groups}
     config.pop("dequantize", None)
-    return config
+    transforms = vllm_transforms.transform_config(run)
+    return config if transforms is None else {**config, vllm_transforms.KEY: transforms}
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:
@@ -132,7 +134,8 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
         return weight
 
     key = "weight_packed" if config["format"] == "pack-quantized" else "weight_scale"
-    return read_folder(path, key, value)
+    yield from read_folder(path, key, value)
+    yield from vllm_transforms.read(run, config)
 
 
 def _names(target: str, module: str) -> bool:
@@ -148,4 +151,4 @@ def _owns(path: Path) -> bool:
     return owns("compressed-tensors")(path) and not (path / MANIFEST).exists()
 
 
-EXPORTER = Exporter("", limits, write, _owns, read, other, formats=(IntFormat, FloatFormat))
+EXPORTER = Exporter("", limits, write, _owns, read, other, formats=(IntFormat, FloatFormat), ops=vllm_transforms.OPS)

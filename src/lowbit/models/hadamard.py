@@ -62,7 +62,7 @@ def factor_sizes(size: int) -> list[int]:
 
 @lru_cache(maxsize=64)
 def factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """The factors of ``H_n``, in the order of ``factor_sizes``: each symmetric, orthogonal and rounded to ``dtype``."""
+    """The factors of ``H_n``, in the order of ``factor_sizes``: symmetric, orthogonal, rounded to ``dtype``."""
     return tuple(_factor(own).to(device, dtype) for own in factor_sizes(size))
 
 
