@@ -77,7 +77,7 @@ def test_every_target_takes_it(target: str, name: str) -> None:
 def test_a_run_for_a_runtime_is_refused_before_work_and_made_with_the_switch(tmp_path: Path) -> None:
     save_tiny(tmp_path / "m", "llama")
     model, out = tmp_path / "m", tmp_path / "out"
-    with pytest.raises(LowbitError, match="recipe: hadamard leaves Hadamard transforms at run time; .*--merge-only"):
+    with pytest.raises(LowbitError, match=r"recipe: hadamard leaves Hadamard transforms at run time; .*--merge-only"):
         quantize_tiny(model, out, "w4a16g32-sym", "hadamard", target="llama.cpp")
     assert not out.exists()
     made = quantize_tiny(model, out, "w4a16g32-sym", "hadamard", target="llama.cpp", merge_only=True)

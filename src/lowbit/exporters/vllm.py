@@ -13,7 +13,9 @@ activations, symmetric, per token           pack-quantized    the same
 ``w8a8-sym``, one scale per row             pack-quantized    int-quantized
 =========================================== ================= ===============================================
 
-Hadamard transforms without signs are stated in ``transform_config``, see ``vllm_transforms``. vLLM's limits are taken from its source of 2026 (``compressed_tensors.py``, ``schemes/``), not from running it.
+Hadamard transforms without signs are stated in ``transform_config``, see ``vllm_transforms``.
+
+vLLM's limits are taken from its source of 2026 (``compressed_tensors.py``, ``schemes/``), not from running it.
 """
 
 from __future__ import annotations

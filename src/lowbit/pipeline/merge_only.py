@@ -1,8 +1,8 @@
 """``--merge-only``: a recipe without what stays at run time, so that stock runtimes run its result.
 
 Each step keeps what folds into weights: AffineQuant's diagonals and the matrices of v -> o, reassembly before
-``down_proj``. A step of which nothing folds, such as ``hadamard``, is left out. A step that rounds and leaves an op is
-refused, since without it nothing would be quantized the same way.
+``down_proj``. A step of which nothing folds, such as ``hadamard``, is left out. A step whose idea is the op itself,
+such as ``rptq``, is refused.
 """
 
 from __future__ import annotations

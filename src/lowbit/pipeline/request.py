@@ -174,8 +174,8 @@ def make_request(
     """Fill in defaults and refuse arguments that are invalid for every model.
 
     Args:
-        model, scheme, recipe, settings, overrides, target, merge_only, input_range, imatrix, expert_tokens, all_experts:
-            as for ``lowbit.quantize``.
+        model, scheme, recipe, settings, overrides, target, merge_only, input_range, imatrix, expert_tokens,
+            all_experts: as for ``lowbit.quantize``.
         protocol: ``data``, ``samples``, ``length``, ``seed``, ``bos``, ``prefix`` and ``effort``; ``None``: the
             recipe's value, else the default.
         machine: see ``Machine``.
