@@ -11,7 +11,7 @@ import torch
 
 import lowbit
 from lowbit.errors import LowbitError
-from lowbit.models import hadamard_quantize
+from lowbit.models import fused_kernels
 from lowbit.models.fixed_hadamard import FixedHadamard
 from lowbit.models.gathered_norm import GatheredRMSNorm
 from lowbit.models.hadamard import Hadamard, random_flips
@@ -117,10 +117,10 @@ def test_a_loaded_run_goes_through_the_kernels_and_computes_the_same(
     settings = ("reassemble.sites=norms", "reassemble.theta=most") if recipe == "qllm" else settings
     quantize_tiny(tmp_path / "m", tmp_path / "out", "w4a4", recipe, settings=settings, effort="quick")
     model, ids = lowbit.load(tmp_path / "out", device=DEVICE), tiny_ids(2).to(DEVICE)
-    monkeypatch.setattr(hadamard_quantize, "TRITON", False)
+    monkeypatch.setattr(fused_kernels, "TRITON", False)
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
-    monkeypatch.setattr(hadamard_quantize, "on_kernels", lambda x: True)
+    monkeypatch.setattr(fused_kernels, "on_kernels", lambda x: True)
     called: set[str] = set()
     for kind, owner, name in (("hadamard", HadamardQuantize, "fused"), ("gather", GatheredRMSNorm, "fused")):
         real = getattr(owner, name)

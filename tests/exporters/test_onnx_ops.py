@@ -214,7 +214,7 @@ def every_kind(run_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         for place, op in ops.items():
             module = f"model.layers.{number}.{place}"
             manifest["runtime_ops"][module] = op.kind
-            tensors |= {tensor_name(module, op, key): value for key, value in op.to_tensors().items()}
+            tensors |= {tensor_name(module, op, key): value.clone() for key, value in op.to_tensors().items()}
         write_tensors(out / block_file(number), tensors)
         index["weight_map"] |= dict.fromkeys(tensors, block_file(number))
     write_json(out / "model.safetensors.index.json", index)

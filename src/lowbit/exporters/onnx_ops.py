@@ -253,7 +253,7 @@ def _readers(run: Run, model: Any, found: Mapping[str, Any]) -> Iterator[tuple[s
     bases = {f"/{place}.runtime.{kind}/": place for place, (kind, _) in found.items()}
     for node in model.graph.node:
         module = linear_of(run, node, stored | {n for n, maker in makers.items() if maker.op_type == ROUNDS[1]})
-        if module not in run.subject.shapes:
+        if module is None or module not in run.subject.shapes:
             continue
         maker = makers.get(node.input[0])
         while maker is not None and maker.op_type in ROUNDS:

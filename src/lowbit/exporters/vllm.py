@@ -37,6 +37,7 @@ from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
 from lowbit.models.families import architecture_of
 from lowbit.quant.activations import IntTokens
+from lowbit.quant.compressed_tensors import quantization_config as stock_config
 from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import IntFormat, integer
@@ -104,11 +105,14 @@ def store(q: QTensor, layout: str) -> dict[str, Tensor]:
 def quantization_config(run: Run) -> dict[str, Any]:
     """The run's own ``quantization_config`` with vLLM's layout."""
     layout, config = layout_for(run.subject), stored_config(run.folder)
+    if (transforms := vllm_transforms.transform_config(run)) is not None:
+        # The run folder's own groups stop stock loaders, which do not run its ops.
+        stated = stock_config(run.subject.formats, config["ignore"], embedding_of(run.subject.config))
+        config = {**config, "config_groups": stated["config_groups"], vllm_transforms.KEY: transforms}
     groups = {name: {**group, "format": layout} for name, group in config["config_groups"].items()}
     config = {**config, "format": layout, "config_groups": groups}
     config.pop("dequantize", None)
-    transforms = vllm_transforms.transform_config(run)
-    return config if transforms is None else {**config, vllm_transforms.KEY: transforms}
+    return config
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit
 from lowbit.exporters.run import Run, Subject
-from lowbit.models.architecture import module_of
 from lowbit.models.families import architecture_of
 from lowbit.models.fixed_hadamard import FixedHadamard
-from lowbit.models.runtime_ops import RuntimeOp, linear_behind, tensor_name
+from lowbit.models.op_readers import linears_at
+from lowbit.models.runtime_ops import RuntimeOp, tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.integer import IntFormat
 
@@ -56,23 +55,10 @@ def transform_config(run: Run) -> dict[str, Any] | None:
         assert isinstance(op, FixedHadamard), "others are refused before"
         new = {"type": "hadamard", "head_dim": op.size, "apply": [{"targets": [], "location": LOCATION}]}
         group = groups.setdefault(f"hadamard_{op.size}", new)
-        group["apply"][0]["targets"] += linears_at(run.subject, place)
+        group["apply"][0]["targets"] += linears_at(architecture_of(run.subject.config), place)
     for group in groups.values():
         group["apply"][0]["targets"].sort()
     return {"config_groups": dict(sorted(groups.items()))} if groups else None
-
-
-def linears_at(subject: Subject, place: str) -> list[str]:
-    """Full names of the linears that read what an op at a place gives."""
-    if (linear := linear_behind(place)) is not None:
-        return [linear]
-    architecture = architecture_of(subject.config)
-    for index, kind in enumerate(architecture.layers):
-        prefix = f"{architecture.blocks}.{index}."
-        edges = [edge for edge in kind.edges if edge.kind == "norm" and prefix + module_of(edge.src) == place]
-        if found := dict.fromkeys(prefix + module_of(reader) for edge in edges for reader in edge.dst):
-            return list(found)
-    raise LowbitError(f"no linear reads what '{place}' gives: the run is not of this architecture; quantize again")
 
 
 def read(run: Run, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -86,7 +72,7 @@ def read(run: Run, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             if group["type"] == "hadamard" and apply["location"] == LOCATION:
                 stated |= dict.fromkeys(apply["targets"], int(group["head_dim"]))
     for place, kind in run.manifest.runtime_ops.items():
-        linears = linears_at(run.subject, place)
+        linears = linears_at(architecture_of(run.subject.config), place)
         sizes = {stated.get(name) for name in linears}
         if kind == FixedHadamard.kind and len(sizes) == 1 and (size := sizes.pop()) is not None:
             width = run.subject.shapes[linears[0]][1]

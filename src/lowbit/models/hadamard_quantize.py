@@ -6,7 +6,6 @@ kernel (``hadamard_triton.py``) reads them once; this module says where it appli
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,13 +15,7 @@ from lowbit.models.hadamard import Hadamard
 from lowbit.models.runtime_ops import Clip, RuntimeOp
 from lowbit.quant.activations import ActFormat, IntTokens
 
-TRITON = importlib.util.find_spec("triton") is not None
 WIDEST = 2**15  # channels; a program holds a whole token
-
-
-def on_kernels(x: Tensor) -> bool:
-    """Whether fused kernels run for this tensor: on CUDA, with Triton installed, without gradients."""
-    return TRITON and x.is_cuda and not x.requires_grad
 
 
 @dataclass(frozen=True)
