@@ -240,19 +240,24 @@ def read(run: Run, model: Any, value: Callable[[str], Tensor]) -> Iterator[tuple
 
 
 def _sizes(model: Any, base: str) -> Tensor:
-    """The sizes of a transform's blocks, from the first shape that its input takes; raises ``StopIteration``."""
-    node = next(node for node in model.graph.node if node.name == f"/{base}/shape_0")
-    *_, blocks, size = node.attribute[0].t.int64_data
+    """The sizes of a transform's blocks, from the first shape that its input takes."""
+    from onnx.numpy_helper import to_array
+
+    node = next((node for node in model.graph.node if node.name == f"/{base}/shape_0"), None)
+    if node is None:
+        raise LowbitError(f"the graph has no shape for '{base}': export the run again")
+    *_, blocks, size = to_array(node.attribute[0].t).tolist()
     return torch.full((blocks,), size)
 
 
 def _readers(run: Run, model: Any, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """``(place of an op, the name that it has on the input of a linear)`` for each linear that reads one."""
     makers = {output: node for node in model.graph.node for output in node.output}
-    stored = {tensor.name for tensor in model.graph.initializer}
+    weights = {tensor.name for tensor in model.graph.initializer}
+    weights |= {name for name, maker in makers.items() if maker.op_type == ROUNDS[1]}
     bases = {f"/{place}.runtime.{kind}/": place for place, (kind, _) in found.items()}
     for node in model.graph.node:
-        module = linear_of(run, node, stored | {n for n, maker in makers.items() if maker.op_type == ROUNDS[1]})
+        module = linear_of(run, node, weights)
         if module is None or module not in run.subject.shapes:
             continue
         maker = makers.get(node.input[0])
