@@ -2,7 +2,7 @@
 
 Each step keeps what folds into weights: AffineQuant's diagonals and the matrices of v -> o, reassembly before
 ``down_proj``. A step of which nothing folds, such as ``hadamard``, is left out. A step whose idea is the op itself,
-such as ``rptq``, is refused.
+such as ``llm-int8``, is refused.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from dataclasses import replace
 from lowbit.errors import LowbitError
 from lowbit.methods.method import Method
 from lowbit.pipeline.recipe import Named, Recipe
-from lowbit.quant.activations import IntTokens
+from lowbit.quant.activations import ActFormat, IntTokens
+from lowbit.quant.static_clusters import StaticClusters
 
-HARDEST = IntTokens(4, symmetric=False)  # inputs with ranges to clip and to shift
+# Inputs with ranges to clip and to shift, with ranges of clusters, and in floating point.
+INPUTS: tuple[ActFormat | None, ...] = (IntTokens(4, symmetric=False), StaticClusters(4, False, 32), None)
 
 
 def merge_only(recipe: Recipe) -> Recipe:
@@ -35,7 +37,7 @@ def merge_only(recipe: Recipe) -> Recipe:
         folded = step.folded() if isinstance(step, Method) else step
         if folded is None:
             continue
-        if isinstance(folded, Method) and (ops := folded.runtime_ops(HARDEST) | folded.runtime_ops(None)):
+        if isinstance(folded, Method) and (ops := {op for inputs in INPUTS for op in folded.runtime_ops(inputs)}):
             left = ", ".join(sorted(op.why for op in ops))
             raise LowbitError(
                 f"--merge-only given: {name} leaves {left} at run time and has no form that folds; choose a recipe "
