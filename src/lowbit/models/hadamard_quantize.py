@@ -58,4 +58,4 @@ class HadamardQuantize:
         """The same by the kernel; in 16 bits scales are float32 there, and 16 bits here."""
         from lowbit.models.hadamard_triton import hadamard_quantize
 
-        return hadamard_quantize(self, x)
+        return hadamard_quantize(self.mix, self.format, self.ratios, x)

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.models.fixed_hadamard import FixedHadamard
 from lowbit.models.hadamard import Hadamard, hartley
-from lowbit.models.hadamard_quantize import HadamardQuantize
+from lowbit.quant.activations import IntTokens
 
 LEAST = 16  # rows and columns of a matrix product on a GPU
 
@@ -64,13 +65,12 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(out + token * width + at, ((code - zero) * scale).to(out.dtype.element_ty), mask=inside)
 
 
-def hadamard_quantize(what: HadamardQuantize, x: Tensor) -> Tensor:
-    """``what(x)`` by the kernel, for ``x`` ``(..., width)`` in its dtype.
+def hadamard_quantize(mix: Hadamard | FixedHadamard, format: IntTokens, ratios: Tensor | None, x: Tensor) -> Tensor:
+    """``HadamardQuantize(mix, format, ratios)(x)`` by the kernel, for ``x`` ``(..., width)`` in its dtype.
 
     Raises:
         LowbitError: the width of ``x`` is not that of the transform.
     """
-    mix = what.mix
     if x.shape[-1] != mix.width:
         raise LowbitError(
             f"hadamard_quantize: x {tuple(x.shape)} given; the transform takes (..., {mix.width}): "
@@ -87,15 +87,15 @@ def hadamard_quantize(what: HadamardQuantize, x: Tensor) -> Tensor:
         signs = 1 - 2 * mix.flips.flatten().to(x.device, torch.float32)
     matrix = torch.zeros(columns, columns, device=x.device)
     matrix[:odd, :odd] = hartley(odd).to(x.device, torch.float32)
-    ratios = torch.ones(2) if what.ratios is None else what.ratios.float()
-    low, high = ratios.to(x.device).unbind()
+    ends = torch.ones(2) if ratios is None else ratios.float()
+    low, high = ends.to(x.device).unbind()
     rows_of_x = x.contiguous().reshape(-1, mix.width)
     out = torch.empty_like(rows_of_x)
-    low_code, high_code = what.format.codes
+    low_code, high_code = format.codes
     if len(rows_of_x):
         _kernel[(len(rows_of_x),)](
             rows_of_x, signs, matrix, low, high.contiguous(), out, mix.width, 2.0 ** (-steps / 2),
-            LOW=low_code, HIGH=high_code, SYMMETRIC=what.format.symmetric,
+            LOW=low_code, HIGH=high_code, SYMMETRIC=format.symmetric,
             STEPS=steps, ODD=odd, ROWS=rows, COLUMNS=columns,
         )  # fmt: skip
     return out.reshape(x.shape)
