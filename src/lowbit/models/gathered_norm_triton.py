@@ -47,12 +47,15 @@ def _kernel(  # type: ignore[no-untyped-def]
 class GatheredNorm(Protocol):
     """What the kernel needs of a ``GatheredRMSNorm``, which see."""
 
-    weight: Tensor
     eps: float
     norm_offset: float
     idx: Tensor
     factor: Tensor
     into: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The norm's own gain ``(width,)``."""
 
 
 def norm_gather_quantize(norm: GatheredNorm, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
