@@ -11,7 +11,7 @@ define install
 @$(BIN)/python -m pip install --progress-bar off --editable '.$(1)' >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log; exit 1; }
 endef
 
-.PHONY: help demo test check fast static slow test-runtimes format formats results peers generalization runtimes runtimes-native runtimes-onnx ablations ablations-qllm gather budget fit-step memory architectures fuzz clean
+.PHONY: help demo test check fast static slow test-runtimes format formats results peers generalization runtimes runtimes-native runtimes-onnx ablations ablations-qllm gather online-ops budget fit-step memory architectures fuzz clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -80,6 +80,9 @@ ablations-qllm: $(DEV) ## QLLM's ablations on SmolLM2, with plots, into docs/abl
 
 gather: $(DEV) ## what the gather after norms costs: prefill, decoding, one norm
 	$(BIN)/python benchmarks/gather.py
+
+online-ops: $(DEV) ## share of a forward pass that transforms before linears take, into docs/w4a4.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/online_ops.py
 
 budget: $(DEV) ## proposed overrides against uniform and random ones at equal bits, on SmolLM2
 	$(BIN)/python benchmarks/budget.py

@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import ablate_affinequant
 import ablate_qllm
 import merge_error
+import online_ops
 import peers_page
 import peers_tools
 import results
@@ -425,3 +426,23 @@ def test_an_interrupted_table_of_formats_goes_on(tmp_path, monkeypatch):
     formats.main()  # of mxfp4 the recipes that are missing
     assert asked == [("mxfp4", "rtn+search"), ("mxfp4", "awq+gptq"), ("mxfp4", "affinequant+gptq")]
     assert "| `fp8` | 4.250 | 100 | 23.00 | | 22.00 | | |" in page.read_text()
+
+
+@pytest.mark.parametrize("kind", online_ops.KINDS)
+def test_online_ops_stand_at_every_input_and_are_taken_away_again(kind):
+    model, ids = tiny_model("llama"), torch.arange(3, 11)[None]
+    widths = [width for _, _, width in online_ops.places(model)]
+    assert widths == 3 * [64, 64, 64, 96]  # two norms, o_proj, down_proj
+    with torch.no_grad():
+        plain = model(ids).logits
+        with online_ops.with_ops(model, kind):
+            assert not torch.allclose(model(ids).logits, plain, atol=1e-2)
+        assert torch.equal(model(ids).logits, plain)
+
+
+def test_the_table_of_online_ops_has_shares_of_a_pass():
+    model = tiny_model("llama")
+    lines = online_ops.table({"kronecker": {"prefill": [1.2, 1.25, 1.3], "decode": [2.0]}}, model)
+    linears = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    macs = 3 * (3 * 64 * (8 + 8) + 96 * (8 + 12)) / linears
+    assert lines[-1] == f"| `kronecker` | {100 * macs:.1f} % | 20.0 % | 50.0 % |"

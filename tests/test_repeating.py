@@ -107,6 +107,7 @@ def test_every_option_that_was_given_is_printed():
         "dtype": "bfloat16",
         "expert_tokens": 8,
         "all_experts": True,
+        "merge_only": True,
         "compiled": True,
         "revision": "v1",
         "allow_pickle": True,
@@ -115,8 +116,8 @@ def test_every_option_that_was_given_is_printed():
     assert command(request) == (
         "lowbit quantize org/name --out DIR --scheme w4a16 --recipe gptq --effort quick --set=gptq.target=output "
         "--target vllm '--override=*.down_proj=w8-sym' --override=lm_head=float --data wikitext2 --samples 4 "
-        "--length 16 --seed 7 --device cuda --dtype bfloat16 --revision v1 --expert-tokens 8 --all-experts "
-        "--compile --allow-pickle "
+        "--length 16 --seed 7 --device cuda --dtype bfloat16 --revision v1 --expert-tokens 8 --merge-only "
+        "--all-experts --compile --allow-pickle "
         "--trust-remote-code",
         None,
     )

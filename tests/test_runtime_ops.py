@@ -10,6 +10,7 @@ import torch
 from contracts import check_op
 from lowbit.errors import LowbitError
 from lowbit.models.diagonal_blocks import DiagonalBlocks
+from lowbit.models.fixed_hadamard import FixedHadamard
 from lowbit.models.hadamard import Hadamard, factor_sizes, random_flips, times_hadamard
 from lowbit.models.kronecker import Kronecker, times_kronecker
 from lowbit.models.ops import OPS
@@ -54,6 +55,8 @@ CASES: dict[str, tuple[RuntimeOp, int, int]] = {
         8 * 8,
         8 + 8 * 4,
     ),
+    # One step of two butterflies.
+    "fixed hadamard": (FixedHadamard(torch.tensor([4, 4], dtype=torch.int32)), 2 * 32, 8 * 4),
     "kronecker": (Kronecker(draw(2, 2), draw(4, 4, seed=3)), (4 + 16) * 32, 8 * (2 + 4)),
     "blocks": (DiagonalBlocks(draw(4, 2, 2)), 4 * 4 * 32, 16),
     "outlier columns": (
@@ -142,6 +145,9 @@ def _literal(op: RuntimeOp, x: list[float]) -> list[float]:
             for part in parts
             for j in range(n)
         ]
+    if isinstance(op, FixedHadamard):
+        parts = [x[start : start + 4] for start in (0, 4)]
+        return [sum(v * (-1) ** (i & j).bit_count() for i, v in enumerate(p)) / 2 for p in parts for j in range(4)]
     if isinstance(op, Kronecker):
         b = len(op.right)
         return [
@@ -221,6 +227,11 @@ def test_gradients_reach_what_is_learned(name):
         ("hadamard", {"flips": torch.full((1, 8), 2, dtype=torch.uint8)}, "other than 0 and 1"),
         ("hadamard", {"flips": torch.zeros(1, 8)}, "other than 0 and 1"),
         ("hadamard", {"flips": None}, "do not divide"),
+        ("fixed hadamard", {"sizes": torch.tensor([4, 2], dtype=torch.int32)}, "no equal powers of two"),
+        ("fixed hadamard", {"sizes": torch.tensor([4], dtype=torch.int32)}, "no equal powers of two"),
+        ("fixed hadamard", {"sizes": torch.tensor([4.0, 4.0])}, "no equal powers of two"),
+        ("fixed hadamard", {"sizes": torch.ones(2, 2, dtype=torch.int32)}, "is expected"),
+        ("fixed hadamard", {"sizes": None}, "is expected"),
         ("kronecker", {"left": torch.ones(3, 3)}, "factors that do not multiply to 8 channels"),
         ("kronecker", {"right": torch.ones(3, 3)}, "is expected"),
         ("kronecker", {"right": None}, "is expected"),
@@ -339,7 +350,9 @@ def test_an_op_on_an_input_has_a_name_that_no_module_has():
     assert linear_behind("7.mlp.down_proj") is None
     stored = tensor_name(f"model.layers.{name}", Hadamard, "flips")
     assert parse_tensor_name(stored) == (f"model.layers.{name}", "hadamard", "flips")
-    assert {kind for kind, op in OPS.items() if op.on_inputs} == {"matrix", "hadamard", "kronecker", "blocks"}
+    assert {kind for kind, op in OPS.items() if op.on_inputs} == {
+        "matrix", "hadamard", "fixed-hadamard", "kronecker", "blocks"
+    }  # fmt: skip
 
 
 def test_signs_depend_on_the_seed_alone():

@@ -22,7 +22,7 @@ from lowbit.quant.scheme import parse_scheme
 from lowbit.runs.folder import block_file, read_ops
 from lowbit.runs.latent_weights import Latents, latent_file, write_latents
 from lowbit.runs.streamed_model import StreamedModel
-from runs import folder_bytes, quantize_tiny, streamed_logits
+from runs import folder_bytes, killed_and_resumed, quantize_tiny, streamed_logits
 from tiny import block_of, planned, quantized, save_tiny, tiny_ids, tiny_model
 
 pytestmark = pytest.mark.heavy  # makes whole runs by the dozen
@@ -158,6 +158,17 @@ def test_a_run_with_runtime_ops_that_was_stopped_gives_the_same_bytes(tmp_path, 
     assert (tmp_path / "stopped" / block_file(0)).exists()
     quantize_tiny(tmp_path / "m", tmp_path / "stopped", "w4a4", "affinequant", settings=settings)
     assert folder_bytes(tmp_path / "stopped") == folder_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("settings", [(), ("hadamard.signs=false", "hadamard.block=16")], ids=["signs", "fixed"])
+def test_a_run_with_transforms_that_was_stopped_gives_the_same_bytes(settings, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "m", "llama")
+
+    def make(name):
+        return quantize_tiny(tmp_path / "m", tmp_path / name, "w4a4", "hadamard+gptq", settings=settings).out
+
+    resumed = killed_and_resumed(lambda: make("stopped"), monkeypatch)
+    assert folder_bytes(resumed) == folder_bytes(make("whole"))
 
 
 @pytest.fixture(scope="module")

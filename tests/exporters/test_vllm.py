@@ -14,7 +14,9 @@ from safetensors import safe_open
 
 import lowbit
 from lowbit.errors import LowbitError
-from tiny import spoil
+from lowbit.models.fixed_hadamard import FixedHadamard
+from runs import quantize_tiny
+from tiny import save_tiny, spoil, tiny_ids
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -96,3 +98,88 @@ def test_a_run_folder_is_no_export_of_itself(run_of: Callable[..., Path]) -> Non
     run = run_of("w4a16g32-sym")
     with pytest.raises(LowbitError, match="not an export in a known format"):
         lowbit.verify(run, [run])
+
+
+def transformed_logits(made: Path, run: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of stock ``transformers`` with the run's weights and the export's transforms, by its own library."""
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lowbit.exporters.run import open_run
+    from lowbit.exporters.target import value_of
+
+    config = AutoConfig.from_pretrained(made)
+    del config.quantization_config
+    config.dtype = torch.float32
+    model = AutoModelForCausalLM.from_config(config).eval()
+    opened = open_run(run)
+    names = [*opened.floats, *(f"{module}.weight" for module in opened.quantized)]
+    model.load_state_dict({name: value_of(opened, name) for name in names}, strict=False)
+    apply_transform_config(model, TransformConfig.model_validate(settings(made)["transform_config"]))
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize(("block", "sizes"), [("whole", {"64": 64, "32": 32}), ("16", {"16": 16})])
+def test_hadamard_transforms_are_those_that_compressed_tensors_applies(
+    run_of: Callable[..., Path], tmp_path: Path, block: str, sizes: dict[str, int]
+) -> None:
+    given = ("hadamard.signs=false", f"hadamard.block={block}")
+    run = run_of("w4a16g32-sym", recipe="hadamard", settings=given)
+    made = lowbit.export(run, "vllm", out=tmp_path / "vllm").out
+    groups = settings(made)["transform_config"]["config_groups"]
+    assert {name: group["head_dim"] for name, group in groups.items()} == {
+        f"hadamard_{name}": size for name, size in sizes.items()
+    }
+    targets = [name for group in groups.values() for name in group["apply"][0]["targets"]]
+    assert len(targets) == len(set(targets)) == 3 * 7  # every linear of three layers, once
+    (found,) = lowbit.verify(run, [made])
+    assert found.ok
+    assert found.exact == found.tensors
+    ids = tiny_ids(2)
+    with torch.no_grad():
+        wanted = lowbit.load(run)(ids).logits
+        got = transformed_logits(made, run, ids)
+    assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_the_op_is_the_librarys_transform_in_float64(size: int) -> None:
+    from compressed_tensors.transform import TransformArgs, TransformFactory, TransformScheme
+
+    args = TransformArgs(targets=["Linear"], location="input")
+    scheme = TransformScheme(type="hadamard", apply=[args], head_dim=size, precision=torch.float64)
+    linear = torch.nn.Linear(64, 3, bias=False, dtype=torch.float64)
+    transform = TransformFactory.from_scheme(scheme, name="h").create_transform(linear, args)
+    x = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(transform(x), FixedHadamard.of(64, size)(x), rtol=1e-13, atol=1e-13)
+
+
+def test_a_changed_transform_is_seen(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_of("w4a16g32-sym", recipe="hadamard", settings=("hadamard.signs=false",))
+    made = lowbit.export(run, "vllm", out=tmp_path / "vllm").out
+    config = json.loads((made / "config.json").read_text())
+    group = config["quantization_config"]["transform_config"]["config_groups"]["hadamard_32"]
+    group["apply"][0]["targets"].remove("model.layers.1.mlp.down_proj")
+    (made / "config.json").write_text(json.dumps(config))
+    (found,) = lowbit.verify(run, [made])
+    assert found.differs == ["model.layers.1.mlp.down_proj.input.runtime.fixed-hadamard.sizes"]
+    assert found.other == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "given", "message"),
+    [
+        ("llama", "w4a16g32-sym", (), r"leaves Hadamard transforms at run time; .*hadamard\.signs=false"),
+        ("qwen2", "w4a16g32-sym", ("hadamard.signs=false",), r"q_proj has a bias, which vLLM refuses behind a"),
+        ("llama", "nvfp4", ("hadamard.signs=false",), "transforms are written with integer weights only"),
+    ],
+)
+def test_transforms_that_it_does_not_run_are_refused_before_work(
+    tmp_path: Path, family: str, scheme: str, given: tuple[str, ...], message: str
+) -> None:
+    save_tiny(tmp_path / "m", family)
+    with pytest.raises(LowbitError, match=message) as caught:
+        quantize_tiny(tmp_path / "m", tmp_path / "out", scheme, "hadamard", settings=given, target="vllm")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

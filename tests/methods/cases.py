@@ -194,7 +194,7 @@ CASES: dict[str, Case] = {
 # Options under which a method does what it does not by default: leaves runtime ops, looks at other hidden states.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "rtn": ({"search": True},),
-    "hadamard": ({"input_clip": 0.9}, {"qkv": False, "mlp": False, "block": 8}),
+    "hadamard": ({"input_clip": 0.9}, {"qkv": False, "mlp": False, "block": 8}, {"signs": False}),
     "gptq": ({"target": "output"}, {"search": True}),
     "rounding": ({"start": "gptq"}, {"parametrisation": "sigmoid"}, {"parametrisation": "gumbel", "bound": 1.0}),
     "qronos": ({"act_order": False, "search": True},),

@@ -16,6 +16,7 @@ from lowbit.methods import GPTQ, METHODS, RTN
 from lowbit.methods.hadamard import RandomHadamard
 from lowbit.methods.mixing import mix_sites
 from lowbit.models.block import Calib
+from lowbit.models.fixed_hadamard import FixedHadamard
 from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.hadamard import Hadamard, times_hadamard
 from lowbit.models.runtime_ops import Clip, Gather, at_input
@@ -35,7 +36,15 @@ def made(family, scheme="w4a4", dtype=torch.float32, count=1, change=lambda bloc
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "options", [{}, {"block": 8}, {"qkv": False, "mlp": False}, {"heads": False, "channels": False}]
+    "options",
+    [
+        {},
+        {"block": 8},
+        {"qkv": False, "mlp": False},
+        {"heads": False, "channels": False},
+        {"signs": False},
+        {"signs": False, "block": 8},
+    ],
 )
 def test_in_float64_the_function_stays_and_depends_on_every_op(family, options):
     block, calib = made(family, dtype=torch.float64, count=2, change=lambda b: outliers(b, channels=(5,), times=100))
@@ -105,6 +114,24 @@ def test_behind_an_op_of_an_earlier_step_the_inputs_are_mixed():
     assert float((run(done, calib.x_fp) - calib.y_fp).abs().max()) < 1e-10 * float(calib.y_fp.abs().max())
     again = RandomHadamard(seed=1)(done, calib)  # behind the norm that had none yet nothing is left to mix
     assert float((run(again, calib.x_fp) - calib.y_fp).abs().max()) < 1e-10 * float(calib.y_fp.abs().max())
+
+
+def test_without_signs_blocks_are_powers_of_two():
+    block, calib = made("llama")
+    done = RandomHadamard(signs=False)(block, calib)
+    sizes = {name: op.size for name, op in done.ops.items() if isinstance(op, FixedHadamard)}
+    assert sizes == {
+        "1.input_layernorm": 64,
+        "1.post_attention_layernorm": 64,
+        "1.self_attn.o_proj.input": 64,
+        "1.mlp.down_proj.input": 32,
+    }
+    assert RandomHadamard(signs=False).runtime_ops(None) == {FixedHadamard}
+    with pytest.raises(
+        LowbitError, match=r"hadamard\.block 12 with hadamard\.signs=false given; .* give 4, or"
+    ) as caught:
+        RandomHadamard(signs=False, block=12)
+    assert "\n" not in str(caught.value)
 
 
 def test_blocks_are_those_of_the_groups_that_share_a_scale():
@@ -197,7 +224,8 @@ def test_a_run_computes_what_it_stores(family, scheme, models, tmp_path):
     assert "Hadamard transforms" in made.manifest.transformers.why_not
     plain = quantize_tiny(models / family, tmp_path / "plain", scheme, "gptq")
     assert made.bits_per_weight > plain.bits_per_weight
-    for name in (n for n in EXPORTERS if n != "hf"):
+    refusing = [name for name in EXPORTERS if name != "onnx" or scheme == "w4a4"]
+    for name in refusing:
         with pytest.raises(LowbitError) as caught:
             lowbit.export(tmp_path / "run", name, out=tmp_path / f"export-{name}")
         assert "\n" not in str(caught.value)

@@ -148,6 +148,9 @@ def quantize(
         bool,
         typer.Option("--compile", help="On an NVIDIA GPU: fused fake quantization in training, for wide models."),
     ] = False,
+    merge_only: Annotated[
+        bool, typer.Option("--merge-only", help="Only what folds into the weights: no operation stays at run time.")
+    ] = False,
     keep: Annotated[
         bool,
         typer.Option(
@@ -191,6 +194,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         effort=effort,
         target=target,
+        merge_only=merge_only,
         input_range=input_range,
         imatrix=imatrix_,
         compiled=compiled,

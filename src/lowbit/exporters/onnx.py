@@ -7,7 +7,7 @@ back, so ``write`` reads every parameter of the finished file back (``onnx_read`
 Embeddings, head, norms and everything between the linears are float32. Linears are MatMulNBits for integer weights
 with float inputs: ``--accuracy-level 0`` multiplies in float32; with 4, MatMulNBits first quantizes its inputs to 8
 bits, block by block, as runs with ``--target onnxruntime`` do. Static inputs and weights in other formats are
-standard operators, see ``onnx_qdq``.
+standard operators, see ``onnx_qdq``; so are runtime ops, see ``onnx_ops``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.errors import LowbitError
-from lowbit.exporters import onnx_qdq
+from lowbit.exporters import onnx_ops, onnx_qdq
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
 from lowbit.exporters.hf_folder import embedding_of
 from lowbit.exporters.onnx_build import build, build_with_standard_operators, require_packages
@@ -120,6 +120,8 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
 
 def expect(run: Run, name: str) -> Tensor:
     """The value that the graph must hold; Gemma's norms multiply by ``1 + weight``, and that sum is stored."""
+    if (factor := onnx_ops.expected_factor(run, name)) is not None:
+        return factor
     if name == "lm_head.weight" and name not in run.floats and "lm_head" not in run.subject.weights:
         name = f"{embedding_of(run.subject.config)}.weight"
     value = value_of(run, name)
@@ -199,4 +201,5 @@ EXPORTER = Exporter(
     expect,
     execute,
     formats=(IntFormat, FloatFormat, TableFormat, KQuant),
+    ops=onnx_ops.OPS,
 )

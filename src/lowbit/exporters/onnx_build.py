@@ -2,7 +2,8 @@
 
 The builder runs as a separate process, offline, on a temporary folder. For MatMulNBits it reads codes; embedding and
 head, which it would quantize by itself, are excluded beforehand, and zero points that equal MatMulNBits' default are
-removed afterwards. For standard operators it reads dequantized weights, and codes replace them in its graph.
+removed afterwards. For standard operators it reads dequantized weights, and codes replace them in its graph. Runtime
+ops are put into what it built, see ``onnx_ops``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters.gptq import pack_module, quantization_config
 from lowbit.exporters.hf_folder import write_folder
 from lowbit.exporters.onnx_grid import block_of, in_blocks, stored_bits
+from lowbit.exporters.onnx_ops import put_ops_in, splits_heads
 from lowbit.exporters.onnx_qdq import SESSION, put_in
 from lowbit.exporters.onnx_read import GRAPH, SETTINGS, unpack
 from lowbit.exporters.run import Run, Subject
@@ -61,8 +63,15 @@ def build(run: Run, path: Path, level: int) -> None:
     write_folder(run, path / SOURCE, quantization_config(_stored(run.subject), "gptq"), store, torch.float32)
     _complete_config(path / SOURCE)
     options = {"accuracy_level": str(level), "nodes_to_exclude": ",".join(FLOAT_NODES)}
+    if splits_heads(run):
+        options["disable_qkv_fusion"] = "true"
     _run_builder(run, path, "int4", options)
-    _change(path, _drop_default_zeros)
+
+    def change(model: Any) -> None:
+        _drop_default_zeros(model)
+        put_ops_in(model, run)
+
+    _change(path, change)
 
 
 def build_with_standard_operators(run: Run, path: Path) -> None:
@@ -79,7 +88,12 @@ def build_with_standard_operators(run: Run, path: Path) -> None:
     dtype = "torch_dtype" if "torch_dtype" in config else "dtype"
     write_json(path / SOURCE / CONFIG, {**config, dtype: "float32", "tie_word_embeddings": _tied(run)})
     _run_builder(run, path, "fp32", {"disable_qkv_fusion": "true"})
-    _change(path, lambda model: put_in(model, run))
+
+    def change(model: Any) -> None:
+        put_ops_in(model, run)
+        put_in(model, run)
+
+    _change(path, change)
     settings = read_json(path / SETTINGS)
     settings["model"]["decoder"]["session_options"].update(SESSION)
     write_json(path / SETTINGS, settings)

@@ -6,7 +6,8 @@ The builder packs q, k and v into one MatMulNBits, and takes apart what Phi-3 ha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,23 @@ def source_rows(run: Run, module: str) -> tuple[str, slice]:
                 start = sum(sizes[:place])
                 return fused, slice(start, start + sizes[place])
     return module, slice(None)
+
+
+def linear_of(run: Run, node: Any, weights: Collection[str]) -> str | None:
+    """The run's module whose product a node of a graph is, or a part of it; ``None`` for any other node.
+
+    Args:
+        run: the run.
+        node: a node of a graph without packed linears, or a product that is no linear's, whose name no module has.
+        weights: names of the graph's float or dequantized weights.
+    """
+    if node.op_type == "MatMulNBits":
+        name = node.input[1].replace(".MatMulNBits.qweight", ".weight")
+    elif node.op_type == "MatMul" and node.input[1] in weights:
+        name = node.input[1]
+    else:
+        return None
+    return source_rows(run, renamed(name).removesuffix(".weight"))[0]
 
 
 def _sizes(run: Run, whole: str, module: str) -> list[int]:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.exporters import onnx_qdq
+from lowbit.exporters import onnx_ops, onnx_qdq
 from lowbit.exporters.hf_folder import embedding_of
 from lowbit.exporters.onnx_names import renamed, split_or_fuse
 from lowbit.exporters.run import Run
+from lowbit.models.runtime_ops import parse_tensor_name
 
 GRAPH, SETTINGS = "model.onnx", "genai_config.json"
 TABLES = re.compile(r"(cos|sin)_cache|/.*")  # of the rotary embedding; constants
@@ -78,8 +79,9 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
         seen |= linear.initializers
         for key, part in onnx_qdq.values(linear, str(path)):
             yield from split_or_fuse(run, f"{linear.name.removesuffix('.weight')}.{key}", part, waiting)
+    yield from onnx_ops.read(run, model, value)
     for name in stored:
-        if name in seen or TABLES.fullmatch(name):
+        if name in seen or TABLES.fullmatch(name) or parse_tensor_name(name) is not None:
             continue
         content = value(name).float()
         if name == HEAD and f"{embedding_of(run.subject.config)}.weight" not in stored:

@@ -28,6 +28,7 @@ from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme
 from lowbit.runs.carried import CARRIED
 from lowbit.runs.folder import first_missing, read_qtensors, run_formats, run_scheme, tensor_names
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
+from lowbit.runs.online_cost import stored_ops
 from lowbit.runs.static_inputs import input_names
 
 
@@ -97,6 +98,15 @@ class Run:
     def inputs(self) -> list[str]:
         """Names of the tensors of static inputs."""
         return [n for name, own in self.subject.formats.modules.items() for n in input_names(name, own)]
+
+    @property
+    def op_tensors(self) -> list[str]:
+        """Names of the tensors of runtime ops."""
+        return [n for n in self.checkpoint.names if parse_tensor_name(n) is not None]
+
+    def ops(self) -> dict[str, RuntimeOp]:
+        """The runtime ops by their places: a norm, a linear, or its input (``at_input``), by full names."""
+        return stored_ops(self.checkpoint, self.manifest, self.subject.shapes)
 
     def qtensor(self, module: str) -> QTensor:
         """A quantized module's weight, ``(out, in)``."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from lowbit.exporters.fit import Limits, Misfit, weight_misfit
 from lowbit.exporters.run import Run, Subject
 from lowbit.models.families import architecture_of
+from lowbit.models.fixed_hadamard import FixedHadamard
+from lowbit.models.hadamard import Hadamard
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
@@ -115,9 +117,9 @@ class Exporter:
             return Misfit("architecture", why)
         for op, origin in subject.ops.items():
             if op not in self.ops:
-                advice = (
-                    "use transforms that fold (diagonal at qkv, mlp, channels), sites=down, no act_clip, no hadamard"
-                )
+                near = FixedHadamard in self.ops and op is Hadamard
+                signs = " or give --set hadamard.signs=false, which this target runs," if near else ""
+                advice = f"quantize with --merge-only, which keeps what folds,{signs} or load it with lowbit.load"
                 return Misfit("recipe", f"{origin} leaves {op.why} at run time; {advice}")
         if turned := architecture_of(subject.config).transposed() & subject.weights.keys():
             why = f"{min(turned)} is stored as (in, out) by its library; targets take linears stored as (out, in)"

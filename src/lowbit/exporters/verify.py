@@ -71,7 +71,7 @@ class Verified:
 
 def verify_one(run: Run, path: Path, target: str, exporter: Exporter) -> Verified:
     """Compare one export with its run."""
-    names = {*run.floats, *run.inputs, *(f"{module}.weight" for module in run.quantized)}
+    names = {*run.floats, *run.inputs, *run.op_tensors, *(f"{module}.weight" for module in run.quantized)}
     differs, seen, worst = [], set(), 0.0
     try:
         for name, value in exporter.read(run, path):

@@ -13,6 +13,8 @@ activations, symmetric, per token           pack-quantized    the same
 ``w8a8-sym``, one scale per row             pack-quantized    int-quantized
 =========================================== ================= ===============================================
 
+Hadamard transforms without signs are stated in ``transform_config``, see ``vllm_transforms``.
+
 vLLM's limits are taken from its source of 2026 (``compressed_tensors.py``, ``schemes/``), not from running it.
 """
 
@@ -28,12 +30,14 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.exporters import vllm_transforms
 from lowbit.exporters.fit import Misfit, no_kv, weight_misfit
 from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
 from lowbit.models.families import architecture_of
 from lowbit.quant.activations import IntTokens
+from lowbit.quant.compressed_tensors import quantization_config as stock_config
 from lowbit.quant.floating import FloatFormat
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import IntFormat, integer
@@ -48,7 +52,7 @@ FREE_ZEROS = (4, 8)  # widths for which its kernels support asymmetric weights
 
 def limits(subject: Subject) -> Misfit | None:
     """Symmetric activations at 4 or 8 bits, asymmetric weights at 4 or 8 bits, one format per fused linear."""
-    misfit = no_kv(subject)
+    misfit = no_kv(subject) or vllm_transforms.limits(subject)
     if misfit is not None:
         return misfit
     for module, format in subject.weights.items():
@@ -101,6 +105,10 @@ def store(q: QTensor, layout: str) -> dict[str, Tensor]:
 def quantization_config(run: Run) -> dict[str, Any]:
     """The run's own ``quantization_config`` with vLLM's layout."""
     layout, config = layout_for(run.subject), stored_config(run.folder)
+    if (transforms := vllm_transforms.transform_config(run)) is not None:
+        # The run folder's own groups stop stock loaders, which do not run its ops.
+        stated = stock_config(run.subject.formats, config["ignore"], embedding_of(run.subject.config))
+        config = {**config, "config_groups": stated["config_groups"], vllm_transforms.KEY: transforms}
     groups = {name: {**group, "format": layout} for name, group in config["config_groups"].items()}
     config = {**config, "format": layout, "config_groups": groups}
     config.pop("dequantize", None)
@@ -132,7 +140,8 @@ def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
         return weight
 
     key = "weight_packed" if config["format"] == "pack-quantized" else "weight_scale"
-    return read_folder(path, key, value)
+    yield from read_folder(path, key, value)
+    yield from vllm_transforms.read(run, config)
 
 
 def _names(target: str, module: str) -> bool:
@@ -148,4 +157,4 @@ def _owns(path: Path) -> bool:
     return owns("compressed-tensors")(path) and not (path / MANIFEST).exists()
 
 
-EXPORTER = Exporter("", limits, write, _owns, read, other, formats=(IntFormat, FloatFormat))
+EXPORTER = Exporter("", limits, write, _owns, read, other, formats=(IntFormat, FloatFormat), ops=vllm_transforms.OPS)

@@ -22,14 +22,14 @@ Differences from the papers:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affine_options import Clipping, Maps, Objective, Sites
 from lowbit.methods.layer_by_layer import layer_by_layer
 from lowbit.methods.learned_mix import OPS
 from lowbit.methods.method import Method, Needs
-from lowbit.methods.options import check_bounds
+from lowbit.methods.options import check_bounds, with_options
 from lowbit.methods.training import Schedule, fit
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import Clip, Matrix, RuntimeOp
@@ -75,6 +75,13 @@ class AffineQuant(Method):
         if self.clipping.act_clip and inputs is not None and inputs.clippable:
             ops.add(Clip)
         return frozenset(ops)
+
+    def folded(self) -> Self:
+        """Diagonals where matrices behind norms, or mixes, would stay online; inputs are not clipped."""
+        sites = {site: self.sites.folded(site) for site in ("qkv", "mlp", "heads", "channels")}
+        for norm in ("qkv", "mlp"):
+            sites[norm] = "diagonal" if sites[norm] == "matrix" else sites[norm]
+        return with_options(self, **sites, act_clip=False)
 
     def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with maps folded and clipping ratios set; its float function is unchanged."""

@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.methods.method import Method, Needs
 from lowbit.methods.mixing import MIXED, MixSite, mix_sites, without_choices
 from lowbit.methods.options import check_bounds
 from lowbit.models.block import Block, Calib
+from lowbit.models.fixed_hadamard import FixedHadamard, largest_power
 from lowbit.models.hadamard import Hadamard, random_flips
 from lowbit.models.runtime_ops import Clip, RuntimeOp
 from lowbit.quant.activations import ActFormat
@@ -44,6 +44,8 @@ class RandomHadamard(Method):
         channels: mix what down_proj (fc2) reads.
         block: ``whole``: all channels together; ``group``: within the groups that share a scale in the weights, for
             formats with small ones; or a width, which divides that of every input.
+        signs: flip random signs first. Without them the op is one that stock runtimes have: blocks are powers of two,
+            ``whole`` is the largest that divides the width.
         input_clip: share of every token's range that is kept at both ends, for inputs with dynamic integer ranges; 1
             leaves them as they are.
         seed: of the signs.
@@ -54,6 +56,7 @@ class RandomHadamard(Method):
     mlp: bool = True
     channels: bool = True
     block: str | int = "whole"
+    signs: bool = True
     input_clip: float = 1.0
     seed: int = 0
     rounds: ClassVar[bool] = False
@@ -70,15 +73,25 @@ class RandomHadamard(Method):
             raise LowbitError(
                 f"hadamard.block {self.block!r} given; allowed: whole, group, or a width of 2 or more channels"
             )
+        if not self.signs and isinstance(self.block, int) and self.block & (self.block - 1):
+            raise LowbitError(
+                f"hadamard.block {self.block} with hadamard.signs=false given; a power of two is allowed: give "
+                f"{largest_power(self.block)}, or leave the signs on"
+            )
         if not any(getattr(self, name) for name in MIXED) and self.input_clip == 1:
             raise LowbitError(f"hadamard: no site is chosen; set at least one of {', '.join(MIXED)} to true")
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """Hadamard transforms, and clips where ``input_clip`` is below 1 and inputs have ranges to clip."""
-        ops: set[type[RuntimeOp]] = {Hadamard} if any(getattr(self, name) for name in MIXED) else set()
+        mixes = any(getattr(self, name) for name in MIXED)
+        ops: set[type[RuntimeOp]] = {Hadamard if self.signs else FixedHadamard} if mixes else set()
         if self.input_clip < 1 and inputs is not None and inputs.clippable:
             ops.add(Clip)
         return frozenset(ops)
+
+    def folded(self) -> None:
+        """Nothing: every transform is online."""
+        return
 
     @torch.no_grad()
     def __call__(self, block: Block, calib: Calib) -> Block:
@@ -86,25 +99,29 @@ class RandomHadamard(Method):
         params, ops = dict(block.params), dict(block.ops)
         sites = [site for site in mix_sites(block) if getattr(self, site.name)]
         for site in sites:
-            op = Hadamard(self._flips(block, site).to(block.device))
+            op = self._op(block, site).to(block.device)
             site.fold(params, lambda weight, op=op: op(weight.double()))  # type: ignore[misc]
             ops |= site.ops(op)
         done = replace(without_choices(block, sites), params=params, ops=ops)
         return self._clipped(done) if self.input_clip < 1 else done
 
-    def _flips(self, block: Block, site: MixSite) -> Tensor:
-        """Signs of a site's channels ``(blocks, n)``, by the seed, the layer and the site's name."""
+    def _op(self, block: Block, site: MixSite) -> Hadamard | FixedHadamard:
+        """The transform of a site; signs ``(blocks, n)`` by the seed, the layer and the site's name."""
         size: int | None = self.block if isinstance(self.block, int) else None
         if self.block == "group":
             size = site.group(block)
+        if not self.signs:
+            size = largest_power(site.width if size is None else size)
         size = site.width if size is None else size
         if site.width % size:
             raise LowbitError(
                 f"hadamard.block {size} given; it does not divide the {site.width} channels that "
                 f"{site.readers[0].module} reads: give a width that divides all, or whole"
             )
+        if not self.signs:
+            return FixedHadamard.of(site.width, size)
         seed = (self.seed * 1_000_003 + site.layer) * len(MIXED) + MIXED.index(site.name)
-        return random_flips(site.width // size, size, seed)
+        return Hadamard(random_flips(site.width // size, size, seed))
 
     def _clipped(self, block: Block) -> Block:
         """The block with the clip before every quantized linear whose input has a range; offsets there stay."""

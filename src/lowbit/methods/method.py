@@ -18,7 +18,7 @@ when the class is created:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from lowbit.methods.training import Schedule
 from lowbit.models.block import Block, Calib
@@ -63,6 +63,14 @@ class Method(ABC):
     @abstractmethod
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """The kinds of runtime ops that it may leave with its options, for linears with this input format."""
+
+    def folded(self) -> Self | None:
+        """The step without what stays at run time; ``None`` if nothing else is left of it.
+
+        A method that leaves runtime ops by some of its options turns those off here; one that always leaves them
+        stays as it is.
+        """
+        return self
 
     @abstractmethod
     def __call__(self, block: Block, calib: Calib) -> Block:

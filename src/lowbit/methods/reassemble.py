@@ -23,7 +23,7 @@ the second moments and their Cholesky factor, then the inverse alone. Candidates
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -106,6 +106,13 @@ class Reassemble(Method):
             raise LowbitError(f"reassemble: theta {self.theta:g} given; allowed: above 0, {' or '.join(THETAS)}")
         counts = dict.fromkeys(("grid", "tries", "sequences"), "1 or more")
         check_bounds("reassemble", self, {"most": "above 0 and at most 0.5", "damping": "above 0", **counts})
+
+    def folded(self) -> Self | None:
+        """Reassembly before down_proj alone; offsets fold into biases or are left out."""
+        offsets = "weights" if self.offsets == "both" else self.offsets
+        if "channels" not in SITES[self.sites]:
+            return None
+        return replace(self, sites="down", assembly="drop", offsets=offsets)
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """A gather after norms if ``sites`` has them; a clip with offsets if the input format supports it."""

@@ -21,7 +21,7 @@ one dynamic range for a token and head.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -63,6 +63,10 @@ class RPTQ(Method):
 
     def __post_init__(self) -> None:
         check_choices("rptq", self, {"sites": tuple(SITES)})
+
+    def folded(self) -> Self:
+        """Orders where they fold."""
+        return replace(self, sites="folded")
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """Reorders behind norms, where inputs have ranges of clusters."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lowbit.models import fused_kernels
 from lowbit.models.reorder import Reorder
 from lowbit.models.runtime_ops import Gather, RuntimeOp, take_channels
 
@@ -25,11 +26,14 @@ class GatheredRMSNorm(nn.Module):
     Attributes:
         weight: the norm's own gain ``(width,)``.
         idx, factor, into: tensors of the gather, see ``Gather``.
+        bits: of the integers with a zero point that every reader quantizes its input to; then a kernel quantizes here
+            where one runs (``fused_kernels``), and the readers leave that out. ``None``: nothing is quantized here.
     """
 
     idx: Tensor
     factor: Tensor
     into: Tensor | None
+    bits: int | None = None
 
     def __init__(self, weight: nn.Parameter, eps: float, norm_offset: float, gather: Gather) -> None:
         """``norm_offset``: the norm multiplies by ``norm_offset + weight``; if that is not 0, in float32 (Gemma)."""
@@ -41,6 +45,8 @@ class GatheredRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., width) -> (..., width)`` in the dtype of ``x``."""
+        if self.bits is not None and fused_kernels.on_kernels(x):
+            return self.fused(x)
         x_float = x.float()
         rstd = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         out = self._normed(x_float, rstd, self.idx, x.dtype)
@@ -48,6 +54,14 @@ class GatheredRMSNorm(nn.Module):
             merged = torch.nonzero(self.into >= 0).flatten()
             out = out.index_add(-1, self.into[merged], self._normed(x_float, rstd, merged, x.dtype))
         return out * self.factor.to(x.dtype)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The result quantized per token and dequantized, by one kernel; ``bits`` is set and no channel is merged."""
+        from lowbit.models.gathered_norm_triton import norm_gather_quantize
+
+        assert self.bits is not None
+        codes, scales, zeros = norm_gather_quantize(self, x.reshape(-1, x.shape[-1]), self.bits)
+        return ((codes.float() - zeros[:, None]) * scales[:, None]).to(x.dtype).reshape(x.shape)
 
     def _normed(self, x_float: Tensor, rstd: Tensor, idx: Tensor, dtype: torch.dtype) -> Tensor:
         normed = take_channels(x_float, idx) * rstd

@@ -9,7 +9,7 @@ Needs Triton: pip install triton. Runs on a GPU, or anywhere with ``TRITON_INTER
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.models.gathered_norm import GatheredRMSNorm
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -45,7 +44,21 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(zeros + row, zero)
 
 
-def norm_gather_quantize(norm: GatheredRMSNorm, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+class GatheredNorm(Protocol):
+    """What the kernel needs of a ``GatheredRMSNorm``, which see."""
+
+    eps: float
+    norm_offset: float
+    idx: Tensor
+    factor: Tensor
+    into: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The norm's own gain ``(width,)``."""
+
+
+def norm_gather_quantize(norm: GatheredNorm, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 ``(tokens, width)``, scales and zeros float32 ``(tokens,)``: ``value = (code - zero) * scale``.
 
     The unfused equivalent is ``norm(x)`` followed by ``IntTokens(bits, symmetric=False).fake_quant``.

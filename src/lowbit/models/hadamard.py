@@ -61,7 +61,8 @@ def factor_sizes(size: int) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """The factors of ``H_n``, in the order of ``factor_sizes``: symmetric, orthogonal, rounded to ``dtype``."""
     return tuple(_factor(own).to(device, dtype) for own in factor_sizes(size))
 
 
@@ -82,7 +83,7 @@ def times_hadamard(x: Tensor) -> Tensor:
     [4.0, 2.0]
     """
     dtype = torch.float32 if x.dtype in HALF else x.dtype
-    return times_kronecker(x, _factors(x.shape[-1], dtype, x.device))
+    return times_kronecker(x, factors(x.shape[-1], dtype, x.device))
 
 
 def random_flips(blocks: int, size: int, seed: int) -> Tensor:

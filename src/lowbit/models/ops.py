@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowbit.models.diagonal_blocks import DiagonalBlocks
+from lowbit.models.fixed_hadamard import FixedHadamard
 from lowbit.models.hadamard import Hadamard
 from lowbit.models.kronecker import Kronecker
 from lowbit.models.outlier_columns import OutlierColumns
@@ -14,6 +15,7 @@ _ALL: tuple[type[RuntimeOp], ...] = (
     Gather,
     Reorder,
     Hadamard,
+    FixedHadamard,
     Kronecker,
     DiagonalBlocks,
     Clip,

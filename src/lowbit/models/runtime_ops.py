@@ -9,6 +9,7 @@ refuse all others before any work.
 ``Gather``         after a norm       ``x[idx] * factor``, merged channels added first
 ``Reorder``        after a norm       ``x[idx]``, every channel once (``reorder.py``)
 ``Hadamard``       norm or input      ``x`` with random signs times a Hadamard matrix (``hadamard.py``)
+``FixedHadamard``  norm or input      ``x`` times a Hadamard matrix, without signs (``fixed_hadamard.py``)
 ``Kronecker``      norm or input      ``x (L (x) R)`` (``kronecker.py``)
 ``DiagonalBlocks`` norm or input      ``x`` times a block-diagonal matrix (``diagonal_blocks.py``)
 ``Clip``           before a linear    clipping ratios for the ranges of its quantized input, offsets before rounding

@@ -104,6 +104,7 @@ def quantize(
     trust_remote_code: bool = False,
     effort: str | None = None,
     target: str | None = None,
+    merge_only: bool = False,
     input_range: str | None = None,
     imatrix: str | Path | None = None,
     compiled: bool = False,
@@ -139,6 +140,8 @@ def quantize(
         target: the target runtime: ``llama.cpp``, ``vllm``, ``executorch`` or ``onnxruntime``. It determines the
             default scheme; schemes and recipes that it does not support are refused, and its own quantization of the
             linears' inputs is simulated in calibration and evaluation.
+        merge_only: steps keep what folds into the weights and leave out what would stay at run time, so that stock
+            runtimes run the result.
         input_range: how the ranges of static inputs (schemes with ``-static``, ``nvfp4``) are estimated: ``mse``, the
             default, ``min-max``, or a percentile such as ``99.99``.
         imatrix: llama.cpp's importance matrix (a ``.gguf`` file): weights of columns for the steps that search scales
@@ -165,6 +168,7 @@ def quantize(
             "target": target,
         }
         given |= {"input-range": input_range, "imatrix": imatrix, "compile": compiled or None}
+        given["merge-only"] = merge_only or None
         _refuse_beside_keep({**given, **protocol}, {"recipe": recipe, "device": device, "dtype": dtype})
         refuse_in_use(out := user_path(out))
         manifest = keep_codes(Keep(str(model), revision, allow_pickle, trust_remote_code), out)
@@ -176,6 +180,7 @@ def quantize(
         settings=settings,
         overrides=overrides or {},
         target=target,
+        merge_only=merge_only,
         input_range=input_range,
         imatrix=imatrix,
         expert_tokens=expert_tokens,

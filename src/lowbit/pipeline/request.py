@@ -19,6 +19,7 @@ from lowbit.methods.options import options_of
 from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.device import check_device
 from lowbit.paths import user_path
+from lowbit.pipeline.merge_only import merge_only as folded
 from lowbit.pipeline.recipe import (
     EFFORTS,
     SAMPLES,
@@ -71,6 +72,7 @@ class Request:
         scheme: overrides included; ``None``: the target runtime's default.
         input_range: how the ranges of static inputs are estimated; ``None`` for schemes without any.
         prefix: ``none``, ``auto``, token ids or text.
+        merge_only: steps keep what folds; ``recipe`` has that applied, too.
         imatrix: llama.cpp's importance matrix, which weights columns in searches of scales; ``None``: none.
     """
 
@@ -83,6 +85,7 @@ class Request:
     scheme: Scheme | None
     overrides: Mapping[str, str]
     target: str | None
+    merge_only: bool
     input_range: RangeEstimator | None
     imatrix: Path | None
     expert_tokens: int
@@ -121,6 +124,7 @@ class Request:
             "scheme": None if self.scheme is None else self.scheme.name,
             "overrides": overrides,
             "target": self.target,
+            "merge_only": self.merge_only,
             "input_range": None if self.input_range is None else self.input_range.name,
             "imatrix": None if self.imatrix is None else self.imatrix.name,
             "expert_tokens": self.expert_tokens,
@@ -159,6 +163,7 @@ def make_request(
     settings: Iterable[str],
     overrides: Mapping[str, str],
     target: str | None,
+    merge_only: bool = False,
     input_range: str | None = None,
     imatrix: str | Path | None = None,
     protocol: Mapping[str, Any],
@@ -169,8 +174,8 @@ def make_request(
     """Fill in defaults and refuse arguments that are invalid for every model.
 
     Args:
-        model, scheme, recipe, settings, overrides, target, input_range, imatrix, expert_tokens, all_experts: as for
-            ``lowbit.quantize``.
+        model, scheme, recipe, settings, overrides, target, merge_only, input_range, imatrix, expert_tokens,
+            all_experts: as for ``lowbit.quantize``.
         protocol: ``data``, ``samples``, ``length``, ``seed``, ``bos``, ``prefix`` and ``effort``; ``None``: the
             recipe's value, else the default.
         machine: see ``Machine``.
@@ -186,6 +191,8 @@ def make_request(
     effort = chosen["effort"] if isinstance(recipe, str) or protocol["effort"] is not None else "paper"
     effort = canonical("effort", effort, EFFORTS)
     steps = with_settings(with_effort(base, effort), settings := tuple(settings))
+    if merge_only:
+        steps = folded(steps)
     if protocol["samples"] is None and "samples" not in base.run:
         chosen["samples"] = default_samples(steps)
     check_sizes(chosen["samples"], chosen["length"], chosen["seed"])
@@ -210,6 +217,7 @@ def make_request(
         scheme=formats,
         overrides=overrides,
         target=runtime,
+        merge_only=merge_only,
         input_range=_estimator(input_range, formats),
         imatrix=None if imatrix is None else _searched(user_path(imatrix), steps),
         expert_tokens=expert_tokens,

@@ -49,6 +49,7 @@ def command(request: Mapping[str, Any]) -> tuple[str, str | None]:
 
 def _flags(request: Mapping[str, Any]) -> list[str]:
     flags = {
+        "merge_only": "--merge-only",
         "all_experts": "--all-experts",
         "compiled": "--compile",
         "allow_pickle": "--allow-pickle",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -19,15 +19,18 @@ from transformers import GenerationConfig
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, one_line
+from lowbit.models import fused_kernels
 from lowbit.models.architecture import Architecture, Experts
 from lowbit.models.attention import attention_name
 from lowbit.models.build import from_config, tied_tensors
 from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
 from lowbit.models.experts_function import run_experts_apart
 from lowbit.models.families import architecture_of
-from lowbit.models.gathered_norm import gathered_norm
+from lowbit.models.gathered_norm import GatheredRMSNorm, gathered_norm
+from lowbit.models.hadamard_quantize import HadamardQuantize
 from lowbit.models.kv_ratios import ATTRIBUTE, read_ratios
 from lowbit.models.linear_input import LinearInput
+from lowbit.models.op_readers import linears_at
 from lowbit.models.own_experts import quantize_own_experts
 from lowbit.models.runtime_ops import PREFIX, RuntimeOp, at_input, linear_behind
 from lowbit.models.validate import (
@@ -37,7 +40,7 @@ from lowbit.models.validate import (
     report_build_errors,
 )
 from lowbit.paths import user_path
-from lowbit.quant.activations import ActFormat
+from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.format import QParams
 from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.scheme import ModelFormats, simulated_on
@@ -114,7 +117,9 @@ def load(
         for name, op in own_ops.items():
             ops.append(op)
             if own is None or own.place(linear_behind(name) or name) is None:
-                _attach(layer, name, op.to(device), offsets.get(name, 0.0))
+                linear = linear_behind(name)
+                hooked = linear is not None and formats.input(prefix + linear) is not None
+                _attach(layer, name, op.to(device), offsets.get(name, 0.0), hooked)
         if own is not None:
             expert_inputs = _expert_inputs(own, prefix, formats, own_ops, device)
             if own.own_code:
@@ -124,9 +129,10 @@ def load(
     front = () if manifest is None else manifest.prefix_ids
     refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(front))
     qparams = read_input_qparams(checkpoint, formats.modules, device)
+    behind = _quantize_behind_gathers(model, architecture, formats)
     for name in formats.modules:
         if (inputs := formats.input(name)) is not None and not architecture.is_experts(name):
-            _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name))
+            _quantize_inputs(model.get_submodule(name), inputs, qparams.get(name), name in behind)
     if formats.kv is not None:
         _quantize_attention(model, checkpoint, architecture, layers, formats.kv, len(front))
     if front:
@@ -195,17 +201,26 @@ class _Runtime(nn.Module):
         for name in self.names:
             self.register_buffer(name, getattr(op, name), persistent=False)
 
+    @property
+    def op(self) -> RuntimeOp:
+        """The op with its tensors where the model is."""
+        return self.kind(*(getattr(self, name) for name in self.names))
+
     def forward(self, x: Tensor, format: ActFormat | None = None) -> Tensor:
         """``(..., width) -> (..., width)``."""
-        return self.kind(*(getattr(self, name) for name in self.names))(x, format)
+        return self.op(x, format)
 
 
-def _attach(layer: Any, name: str, op: RuntimeOp, norm_offset: float) -> None:
-    """Attach a runtime op after a norm, on a linear's input, or before a linear for use by ``_quantize_inputs``."""
+def _attach(layer: Any, name: str, op: RuntimeOp, norm_offset: float, hooked: bool) -> None:
+    """Attach a runtime op after a norm, on a linear's input, or before a linear for use by ``_quantize_inputs``.
+
+    ``hooked``: ``_quantize_inputs`` will also apply the op on this linear's input.
+    """
     if (linear := linear_behind(name)) is not None:
         module = layer.get_submodule(linear)
         module.add_module(MIX, _Runtime(op))
-        module.register_forward_pre_hook(_apply_on_input)  # runs before the hook that quantizes, a later one
+        if not hooked:
+            module.register_forward_pre_hook(_apply_on_input)
         return
     module = layer.get_submodule(name)
     if op.place == "behind a norm" and (fused := gathered_norm(module, norm_offset, op)):
@@ -226,15 +241,32 @@ def _apply_on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     return (module.get_submodule(MIX)(args[0]), *args[1:])
 
 
-def _quantize_inputs(linear: nn.Module, format: ActFormat, qparams: QParams | None) -> None:
-    """Quantize a linear's input, with the runtime op before it if there is one.
+def _quantize_behind_gathers(model: Any, architecture: Architecture, formats: ModelFormats) -> set[str]:
+    """Let gathered norms quantize for their readers where these agree and a kernel does it; the readers' names."""
+    out: set[str] = set()
+    for place, norm in model.named_modules():
+        if not isinstance(norm, GatheredRMSNorm) or norm.into is not None:
+            continue
+        readers = linears_at(architecture, place)
+        given = {formats.input(name) for name in readers if name in formats.modules}
+        format = given.pop() if len(given) == 1 else None
+        own = [dict(model.get_submodule(name).named_children()) for name in readers if name in formats.modules]
+        if isinstance(format, IntTokens) and not format.symmetric and len(own) == len(readers) and not any(own):
+            norm.bits = format.bits
+            out |= set(readers)
+    return out
 
-    Qparams of a static input are buffers, so that they move with the model to another device.
+
+def _quantize_inputs(linear: nn.Module, format: ActFormat, qparams: QParams | None, behind: bool) -> None:
+    """Quantize a linear's input, with the runtime ops on it and before it if there are any.
+
+    ``behind``: a gathered norm does it where a kernel runs. Qparams of a static input are buffers, so that they move
+    with the model to another device.
     """
     if qparams is not None:
         for name, value in zip(STATIC, qparams, strict=True):
             linear.register_buffer(name, value, persistent=False)
-    linear.register_forward_pre_hook(_InputHook(format))
+    linear.register_forward_pre_hook(_InputHook(format, behind))
 
 
 @dataclass(frozen=True)
@@ -242,11 +274,19 @@ class _InputHook:
     """A forward pre-hook; an object and no closure, so that the model can be pickled."""
 
     format: ActFormat
+    behind: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        op = module._modules.get(PREFIX)
+        x, mix, op = args[0], module._modules.get(MIX), module._modules.get(PREFIX)
+        if fused_kernels.on_kernels(x):
+            if self.behind:
+                return args
+            ops = [None if own is None else cast(_Runtime, own).op for own in (mix, op)]
+            if (both := HadamardQuantize.of(ops[0], self.format, ops[1])) is not None:
+                return (both.fused(x), *args[1:])
+        x = x if mix is None else mix(x)
         if op is not None:
-            return (op(args[0], self.format), *args[1:])
+            return (op(x, self.format), *args[1:])
         static = [module._buffers[name] for name in STATIC if name in module._buffers]
         qparams = QParams(*(value for value in static if value is not None)) if static else None
-        return (quantize_input(args[0], self.format, qparams), *args[1:])
+        return (quantize_input(x, self.format, qparams), *args[1:])

@@ -60,18 +60,25 @@ def online_cost(
     """
     if not manifest.runtime_ops:
         return None
+    ops = stored_ops(checkpoint, manifest, shapes).values()
+    counts = dict(Counter(op.kind for op in ops).most_common())
+    linear_macs = sum(rows * columns for rows, columns in shapes.values())
+    return OnlineCost(counts, sum(op.macs for op in ops), linear_macs, sum(op.bits for op in ops))
+
+
+def stored_ops(
+    checkpoint: Checkpoint, manifest: Manifest, shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, RuntimeOp]:
+    """A run's runtime ops by their places, as the manifest names them; arguments and errors of ``online_cost``."""
     stored: dict[str, dict[str, str]] = {}
     for name in checkpoint.names:
         if (parsed := parse_tensor_name(name)) is not None:
             module, _, tensor = parsed
             stored.setdefault(module, {})[tensor] = name
-    ops = [
-        _read(checkpoint, kind, module, stored.get(module, {}), shapes)
+    return {
+        module: _read(checkpoint, kind, module, stored.get(module, {}), shapes)
         for module, kind in manifest.runtime_ops.items()
-    ]
-    counts = dict(Counter(op.kind for op in ops).most_common())
-    linear_macs = sum(rows * columns for rows, columns in shapes.values())
-    return OnlineCost(counts, sum(op.macs for op in ops), linear_macs, sum(op.bits for op in ops))
+    }
 
 
 def _read(
