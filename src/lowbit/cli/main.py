@@ -23,8 +23,11 @@ from lowbit.cli.export import export, verify
 from lowbit.cli.fit import fit
 from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
+from lowbit.cli.job import Ended, check_command, in_job, told
 from lowbit.cli.measure import evaluate, report
 from lowbit.cli.merge import merge
+from lowbit.distributed.errors import Lost
+from lowbit.distributed.world import launched
 from lowbit.errors import LowbitError, check_least
 from lowbit.progress import say
 
@@ -274,8 +277,11 @@ def guarded(run: Callable[[], int | None]) -> int:
     except UsageError as error:
         message = error.format_message().rstrip(".")
         return _fail(f"{message}; 'lowbit --help' and 'lowbit COMMAND --help' list what is allowed")
+    except Ended:
+        return _fail(str(Lost()))
     except KeyboardInterrupt:
-        say("lowbit: stopped; repeat the same 'quantize' or 'fit' command to resume")
+        if told():
+            say("lowbit: stopped; repeat the same 'quantize' or 'fit' command to resume")
         return 130
     except OSError as error:
         if error.errno not in MENDABLE:
@@ -289,7 +295,8 @@ def guarded(run: Callable[[], int | None]) -> int:
 
 
 def _fail(message: str) -> int:
-    say(f"lowbit: error: {' '.join(message.split())}")
+    if told():
+        say(f"lowbit: error: {' '.join(message.split())}")
     return 2
 
 
@@ -297,6 +304,7 @@ def call(arguments: Sequence[str]) -> int:
     """Run the ``lowbit`` command with these arguments and return its exit code."""
 
     def run() -> int:
+        check_command(arguments)
         # In standalone mode, typer would print a box of several lines about a wrong option.
         try:
             code = app(list(arguments) or ["--help"], prog_name="lowbit", standalone_mode=False)
@@ -319,4 +327,5 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would precede our one line
-    sys.exit(call(sys.argv[1:]))
+    world = launched()
+    sys.exit(call(sys.argv[1:]) if world.size == 1 else in_job(world, lambda: call(sys.argv[1:])))

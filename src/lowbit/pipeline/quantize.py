@@ -24,6 +24,9 @@ from lowbit.data.sampling import self_sample
 from lowbit.data.text import Data, calibration
 from lowbit.data.tokenization import decode
 from lowbit.data.windows import Bos, Tokens, WindowShape
+from lowbit.distributed.exchange import by_first, first_then_others, from_first, wait
+from lowbit.distributed.job import joined
+from lowbit.distributed.world import here
 from lowbit.errors import LowbitError
 from lowbit.exporters.imatrix import read_imatrix
 from lowbit.models.block import LEAST_TOKENS
@@ -45,15 +48,16 @@ from lowbit.pipeline.prefix import Wanted, check_prefix, settle_prefix, wanted
 from lowbit.pipeline.recipe import Recipe, recipe_to_dict
 from lowbit.pipeline.request import Request, make_request
 from lowbit.pipeline.runner import Walk, check_space, peak_memory_bytes
+from lowbit.pipeline.shared_run import check_alone_or_shared, check_same_run, claimed_by_first, see
 from lowbit.pipeline.target import settle
 from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.range_estimators import MSE
 from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
-from lowbit.runs.folder import begin, claimed, look, refuse_in_use
+from lowbit.runs.folder import IDENTITY, RUN, begin, look, refuse_in_use
 from lowbit.runs.load import load
-from lowbit.runs.manifest import Calibration, Identity, Manifest
+from lowbit.runs.manifest import MANIFEST, Calibration, Identity, Manifest, manifest_of
 from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
 from lowbit.runs.versions import versions
 from lowbit.torch_state import own_torch_state
@@ -83,6 +87,7 @@ class Quantized:
 
 
 @own_torch_state
+@joined()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -112,6 +117,9 @@ def quantize(
     all_experts: bool = False,
 ) -> Quantized:
     """Quantize a model into a folder in Hugging Face checkpoint format; an interrupted run is resumed.
+
+    The processes that torchrun started share the work, and give the bytes that one process gives: see
+    ``docs/scale.md``.
 
     Omitted arguments fall back to the recipe's ``run`` section, then to ``lowbit.pipeline.request.DEFAULTS``.
 
@@ -157,7 +165,10 @@ def quantize(
     began = time.monotonic()
     protocol = {"data": data, "samples": samples, "length": length, "seed": seed, "bos": bos}
     protocol |= {"prefix": prefix, "effort": effort}
+    check_alone_or_shared(device)
     if keep:
+        if here().size > 1:
+            raise LowbitError("--keep given and several processes started; it computes nothing: start one")
         given: dict[str, Any] = {
             "scheme": scheme,
             "override": overrides or None,
@@ -188,8 +199,11 @@ def quantize(
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
-    refuse_in_use(out := user_path(out))
-    return _quantized(_run(_check(request), out), out, began)
+    out = user_path(out)
+    by_first(lambda: refuse_in_use(out))
+    # One after the other, so that a model is downloaded once.
+    resolved = first_then_others(lambda: _check(request))
+    return _quantized(_run(resolved, out), out, began)
 
 
 def _quantized(manifest: Manifest, out: Path, began: float) -> Quantized:
@@ -320,15 +334,18 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
     """Run or resume the quantization; return the manifest."""
     request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
     identity, skeleton, checkpoint = resolved.identity(), resolved.opened.skeleton, resolved.opened.checkpoint
-    if look(out, identity) == "finished":
+    check_same_run(identity)
+    if from_first(lambda: look(out, identity)) == "finished":
         return finished(out)
-    with claimed(out, identity) as state:
+    with claimed_by_first(out, identity) as state:
         if state == "finished":  # by another process, between the two looks
             return finished(out)
         if state == "new":
-            check_finite(checkpoint, resolved.shapes)
-        check_space(out, _size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes)
-        begin(out, identity)
+            by_first(lambda: check_finite(checkpoint, resolved.shapes))
+        needed = _size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes
+        by_first(lambda: check_space(out, needed))
+        by_first(lambda: begin(out, identity))
+        see(out / RUN / IDENTITY)
         torch.manual_seed(request.seed)
         dtype = DTYPES[request.dtype]
         run = Walk(
@@ -350,8 +367,13 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
             if request.recipe.tune is not None:
                 tune(request.recipe.tune, run, ids)
             run.walk(ids)
-        write_activation_stats(out, run.observed)
-        return finish(out, resolved.opened, plan, identity, run.rows, request.to_dict(), prefix)
+        by_first(lambda: write_activation_stats(out, run.observed))
+        wait()  # for whoever still reads notes, which the next step deletes
+        by_first(lambda: finish(out, resolved.opened, plan, identity, run.rows, request.to_dict(), prefix))
+        see(out / MANIFEST)
+    manifest = manifest_of(out)
+    assert manifest is not None  # just written
+    return manifest
 
 
 def _scheme(request: Request, skeleton: Skeleton) -> Scheme:

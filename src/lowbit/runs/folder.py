@@ -198,7 +198,7 @@ def _unusable(out: Path, error: OSError) -> LowbitError:
 
 def _check_same_run(out: Path, stored: Mapping[str, Any], identity: Identity) -> None:
     """Refuse a run that differs; the user's settings are named before digests and versions derived from them."""
-    requested, existing = _flatten(asdict(identity)), _flatten(stored)
+    requested, existing = flatten(asdict(identity)), flatten(stored)
     names = [name for name in {**existing, **requested} if existing.get(name) != requested.get(name)]
     if names:
         first, *others = sorted(names, key=lambda n: (n.endswith("hash"), n.startswith(_DERIVED), n.count("."), n))
@@ -209,12 +209,12 @@ def _check_same_run(out: Path, stored: Mapping[str, Any], identity: Identity) ->
         )
 
 
-def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings by path: ``{"data.length": 512, "recipe.steps.0.gptq.damping": 0.01, ...}``."""
     items = content.items() if isinstance(content, Mapping) else enumerate(content)
     out: dict[str, Any] = {}
     for key, value in items:
-        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | list) else {f"{prefix}{key}": value}
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | list) else {f"{prefix}{key}": value}
     return out
 
 
