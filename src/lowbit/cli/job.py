@@ -25,8 +25,8 @@ def check_command(arguments: Sequence[str]) -> None:
     world = launched()
     if world.size > 1 and arguments and not arguments[0].startswith("-") and arguments[0] not in SHARED:
         raise LowbitError(
-            f"{world.size} processes were started for 'lowbit {arguments[0]}', which one does alone: start it without "
-            "torchrun"
+            f"{world.size} processes were started for 'lowbit {arguments[0]}', which one does alone: start it "
+            "without torchrun"
         )
 
 

@@ -1,1 +1,1 @@
-"""Several processes that do one job: who they are, what they tell each other, and the order in which sums are taken."""
+"""Several processes that do one job: who they are, what they tell each other, and in which order sums are taken."""

@@ -10,6 +10,6 @@ class Lost(LowbitError):
 
     def __init__(self) -> None:
         super().__init__(
-            "another process of this job ended, or did not answer in time; finished blocks are kept: the same command "
-            "resumes, with any number of processes"
+            "another process of this job ended, or did not answer in time; finished blocks are kept: the same "
+            "command resumes, with any number of processes"
         )

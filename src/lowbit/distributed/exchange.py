@@ -47,7 +47,7 @@ def from_first(make: Callable[[], T]) -> T:
     if here().first:
         with within(ONE):
             made = make()
-    return _from(0, made)  # type: ignore[no-any-return]
+    return _from(0, made)
 
 
 def by_first(do: Callable[[], object]) -> None:

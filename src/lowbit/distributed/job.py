@@ -57,6 +57,8 @@ def joined() -> Iterator[World]:
 def _join(world: World) -> None:
     global _store
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if dist.is_initialized():
         raise LowbitError(
@@ -65,9 +67,9 @@ def _join(world: World) -> None:
         )
     timeout = timedelta(seconds=seconds())
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://", world.rank, world.size, timeout=timeout)))
+        store, rank, size = next(iter(rendezvous("env://", world.rank, world.size, timeout=timeout)))
         # One store serves all jobs of a launch, and every job starts with keys of its own.
-        _store = dist.PrefixStore(f"lowbit-{next(_joined)}", store)
+        _store = PrefixStore(f"lowbit-{next(_joined)}", store)
         dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, OSError) as error:  # the latter: an address that does not exist
         raise LowbitError(

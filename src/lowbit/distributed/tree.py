@@ -1,7 +1,7 @@
 """Sums over micro-batches in an order that does not depend on how many processes take them.
 
-Floating-point addition is not associative, so a sum has one result only if it has one order. Here the micro-batches of
-a pass are dealt out to at most ``LEAVES`` leaves, each a run of consecutive ones that are added one after the other.
+Floating-point addition is not associative, so a sum has one result only if it has one order. Here the micro-batches
+of a pass are dealt out to at most ``LEAVES`` leaves, consecutive ones to each, which are added one after the other.
 Leaves merge in pairs, pairs in pairs, as the binary digits of their numbers say. A process that has some consecutive
 leaves merges what it can; whoever gets the nodes of all processes in order merges the rest. The merges are the same
 for every division of the leaves, one process included.

@@ -74,7 +74,7 @@ def _of(
         value = loss(chosen)
         if len(chosen) != sequences:
             value = value * (len(chosen) / sequences)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         sums.append(value.detach())
     grads = {at: tensor.grad for at, tensor in enumerate(tensors) if tensor.grad is not None}
     return Partial(sum(sums[1:], sums[0]), grads)

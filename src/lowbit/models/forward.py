@@ -273,8 +273,8 @@ def _run_shared(
     outputs = [run(block, pieces[at], params, quantized=quantized, taps=taps) for at in parts[world.rank]]
     like = torch.cat(outputs) if outputs else x[:0]
     # The first process has a batch if there is any; a block may hand on more channels than it was given.
-    shape, dtype = from_first(lambda: [list(like.shape[1:]), str(like.dtype).removeprefix("torch.")])
-    out = torch.empty((len(x), *shape), dtype=getattr(torch, dtype))
+    shape: list[int] = from_first(lambda: list(like.shape[1:]))
+    out = torch.empty((len(x), *shape), dtype=x.dtype)
     rows = [range(part.start * batch, min(part.stop * batch, len(x))) if part else range(0) for part in parts]
     if outputs:
         out[rows[world.rank].start : rows[world.rank].stop] = like

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -80,7 +80,8 @@ def see(*paths: Path) -> None:
                     f"process {here().rank} does not see {path}, which process 0 wrote: --out must be a folder on a "
                     "file system that all machines share"
                 )
-            os.listdir(path.parent) if path.parent.exists() else None  # makes network file systems look again
+            with suppress(OSError):
+                os.listdir(path.parent)  # makes network file systems look again
             time.sleep(0.05)
 
 
@@ -102,7 +103,7 @@ def _digest(block: Block) -> str:
 
     def add(name: str, value: Tensor) -> None:
         found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        found.update(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     for name, value in block.params.items():
         add(name, value)
