@@ -75,7 +75,7 @@ def alone(models: Path) -> dict[str, dict[str, bytes]]:
 def test_any_number_of_processes_gives_the_same_bytes(size, models, alone):
     job = models / f"{size}.json"
     job.write_text(json.dumps({"runs": runs_of(models), "out": str(models / str(size))}))
-    out, errors = (process := launched(size, str(Path(__file__).parent / "job_worker.py"), str(job))).communicate()
+    _out, errors = (process := launched(size, str(Path(__file__).parent / "job_worker.py"), str(job))).communicate()
     assert process.returncode == 0, errors
     for name, files in alone.items():
         found = folder_bytes(models / str(size) / name)
@@ -105,7 +105,7 @@ def test_an_error_is_told_once(models, tmp_path):
 
 def test_a_command_that_is_not_shared_is_refused(models):
     process = launched(2, "-m", "lowbit", "evaluate", str(models / "llama"))
-    out, errors = process.communicate()
+    _out, errors = process.communicate()
     assert process.returncode != 0
     assert len(lines_of(errors)) == 1
     assert "'lowbit evaluate', which one does alone" in lines_of(errors)[0]
@@ -143,7 +143,7 @@ def test_a_killed_process_ends_the_job_with_one_line(killed, models, tmp_path):
         assert time.monotonic() < until, process.communicate()[1]
         time.sleep(0.1)
     rank.send_signal(signal.SIGKILL)
-    out, errors = process.communicate(timeout=120)
+    _out, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert len(lines_of(errors)) == 1, errors
     assert "the same command resumes" in lines_of(errors)[0]

@@ -163,6 +163,14 @@ def quantize(
     all_experts: Annotated[
         bool, typer.Option("--all-experts", help="Mixtures: every expert's statistics are from all tokens.")
     ] = False,
+    claim: Annotated[
+        bool,
+        typer.Option(
+            "--claim",
+            help="Processes started with the same command, on machines that share --out, take blocks in turn; for "
+            "recipes of awq, hadamard, rtn, signs and smoothquant.",
+        ),
+    ] = False,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
@@ -170,7 +178,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder that is a Hugging Face checkpoint.
 
-    Options take the defaults shown unless the recipe has its own protocol, as the paper/... recipes do.
+    Options take the defaults shown unless the recipe has its own protocol, as the paper/... recipes do. Under torchrun
+    (torchrun --nproc-per-node N -m lowbit quantize ...) processes on CPUs share the work, with the same result.
     """
     from lowbit.pipeline.quantize import quantize as run
 
@@ -200,6 +209,7 @@ def quantize(
         keep=keep,
         expert_tokens=expert_tokens,
         all_experts=all_experts,
+        claim=claim,
     )
     result = {
         "out": str(run_result.out),

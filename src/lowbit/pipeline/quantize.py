@@ -39,6 +39,7 @@ from lowbit.models.validate import (
     shapes_of,
 )
 from lowbit.paths import user_path
+from lowbit.pipeline.claim import check_claimable, claim_blocks, claimed_in_turn, join
 from lowbit.pipeline.end_to_end import tune
 from lowbit.pipeline.finalize import finish, finished
 from lowbit.pipeline.keep import Keep
@@ -115,6 +116,7 @@ def quantize(
     keep: bool = False,
     expert_tokens: int = LEAST_TOKENS,
     all_experts: bool = False,
+    claim: bool = False,
 ) -> Quantized:
     """Quantize a model into a folder in Hugging Face checkpoint format; an interrupted run is resumed.
 
@@ -158,6 +160,8 @@ def quantize(
         expert_tokens: an expert of a mixture that fewer calibration tokens reach is quantized without calibration
             data; see ``docs/experts.md``.
         all_experts: take an expert's statistics from all calibration tokens, not from those that reach it.
+        claim: other processes that are started with the same arguments, whenever and on any machine that sees the
+            folder, quantize blocks of the same run; for recipes whose blocks do not depend on each other.
 
     Raises:
         LowbitError: on user errors; detected before work starts where possible.
@@ -170,6 +174,7 @@ def quantize(
         if here().size > 1:
             raise LowbitError("--keep given and several processes started; it computes nothing: start one")
         given: dict[str, Any] = {
+            "claim": claim or None,
             "scheme": scheme,
             "override": overrides or None,
             "set": tuple(settings) or None,
@@ -200,10 +205,13 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     out = user_path(out)
-    by_first(lambda: refuse_in_use(out))
+    if claim and here().size > 1:
+        raise LowbitError("--claim given and several processes started by torchrun: start each by itself")
+    if not claim:
+        by_first(lambda: refuse_in_use(out))
     # One after the other, so that a model is downloaded once.
     resolved = first_then_others(lambda: _check(request))
-    return _quantized(_run(resolved, out), out, began)
+    return _quantized(_run(resolved, out, claim), out, began)
 
 
 def _quantized(manifest: Manifest, out: Path, began: float) -> Quantized:
@@ -330,14 +338,23 @@ def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
     )
 
 
-def _run(resolved: Resolved, out: Path) -> Manifest:
+def _run(resolved: Resolved, out: Path, claim: bool) -> Manifest:
     """Run or resume the quantization; return the manifest."""
     request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
     identity, skeleton, checkpoint = resolved.identity(), resolved.opened.skeleton, resolved.opened.checkpoint
     check_same_run(identity)
+    if claim:
+        check_claimable(request.recipe, plan, request.prefix)
     if from_first(lambda: look(out, identity)) == "finished":
         return finished(out)
-    with claimed_by_first(out, identity) as state:
+    if claim:
+        check_space(out, _size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes)
+        if join(out, identity, lambda: check_finite(checkpoint, resolved.shapes)) == "finished":
+            return finished(out)
+        torch.manual_seed(request.seed)
+        with fused() if request.compiled else nullcontext():
+            claim_blocks(_walk(resolved, out), ids)
+    with claimed_in_turn(out, identity) if claim else claimed_by_first(out, identity) as state:
         if state == "finished":  # by another process, between the two looks
             return finished(out)
         if state == "new":
@@ -347,21 +364,7 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
         by_first(lambda: begin(out, identity))
         see(out / RUN / IDENTITY)
         torch.manual_seed(request.seed)
-        dtype = DTYPES[request.dtype]
-        run = Walk(
-            checkpoint,
-            skeleton,
-            request.recipe,
-            plan,
-            out,
-            request.device,
-            dtype,
-            input_range=request.input_range or MSE,
-            least_tokens=request.expert_tokens,
-            every_token=request.all_experts,
-            importance=resolved.importance,
-            names=resolved.opened.names,
-        )
+        run = _walk(resolved, out)
         prefix = None if resolved.prefix is None else settle_prefix(run, ids, resolved.prefix)
         with fused() if request.compiled else nullcontext():
             if request.recipe.tune is not None:
@@ -374,6 +377,25 @@ def _run(resolved: Resolved, out: Path) -> Manifest:
     manifest = manifest_of(out)
     assert manifest is not None  # just written
     return manifest
+
+
+def _walk(resolved: Resolved, out: Path) -> Walk:
+    """The walk of a request, into the folder ``out``."""
+    request, opened = resolved.request, resolved.opened
+    return Walk(
+        opened.checkpoint,
+        opened.skeleton,
+        request.recipe,
+        resolved.plan,
+        out,
+        request.device,
+        DTYPES[request.dtype],
+        input_range=request.input_range or MSE,
+        least_tokens=request.expert_tokens,
+        every_token=request.all_experts,
+        importance=resolved.importance,
+        names=opened.names,
+    )
 
 
 def _scheme(request: Request, skeleton: Skeleton) -> Scheme:

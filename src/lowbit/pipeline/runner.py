@@ -227,18 +227,7 @@ class Walk:
                 "large for --dtype float16"
             )
         if not exist(*(self.out / block_file(i) for i in block.indices)):
-            calib = Calib(x_fp, x_q, y_fp, self.batch, self.input_range)
-            quantized = with_kv_clips(with_rotated_values(_with_kept_notes(_with_kv_notes(block))), calib)
-            for position, (_, step) in enumerate(self.recipe.block_steps):
-                if step.keeps_function and step.schedule is None:
-                    # It moves maps, and ranges of inputs that an earlier step left do not fit what it makes of them.
-                    quantized = without_input_ranges(quantized)
-                quantized = step(quantized, self._visible(position, calib))
-            sensitivity = layer_sensitivity(quantized, x_fp[:1].to(self.device))
-            check_same_bits(quantized)
-            by_first(lambda: self.write(quantized, sensitivity, time.monotonic() - began))
-            for note in quantized.notes:
-                say(f"block {note.layer}: {note.text}")
+            self.quantize(block, Calib(x_fp, x_q, y_fp, self.batch, self.input_range), began)
         del block
         notes: list[tuple[list[str], dict[str, Any]]] = []
         for index in range(start, start + count):
@@ -261,6 +250,26 @@ class Walk:
             steps, tokens = record.get("steps", {}), routing.tokens(index)
             self.rows.append(BlockRow(index, texts, error, record["sensitivity"], steps, tokens))
         return y_fp, x_q
+
+    def quantize(self, block: Block, calib: Calib, began: float) -> None:
+        """Apply the block steps to a float block and write its shards.
+
+        Args:
+            block: layers of the float model.
+            calib: hidden states before and behind them.
+            began: when work on them began, by ``time.monotonic``.
+        """
+        quantized = with_kv_clips(with_rotated_values(_with_kept_notes(_with_kv_notes(block))), calib)
+        for position, (_, step) in enumerate(self.recipe.block_steps):
+            if step.keeps_function and step.schedule is None:
+                # It moves maps, and ranges of inputs that an earlier step left do not fit what it makes of them.
+                quantized = without_input_ranges(quantized)
+            quantized = step(quantized, self._visible(position, calib))
+        sensitivity = layer_sensitivity(quantized, calib.x_fp[:1].to(self.device))
+        check_same_bits(quantized)
+        by_first(lambda: self.write(quantized, sensitivity, time.monotonic() - began))
+        for note in quantized.notes:
+            say(f"block {note.layer}: {note.text}")
 
     def _visible(self, position: int, calib: Calib) -> Calib:
         """A step's calibration data: a closed-form step does not see the validation split of a later learned step.

@@ -17,7 +17,8 @@ It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a man
 =============================== ================================================================================
 
 Shards are the only state of a run, except for ``tune``, which keeps its own in ``.run/``. A resumed run replays the
-finished shards and continues. One process at a time works on a folder, see ``claimed``.
+finished shards and continues. One process at a time works on a folder, see ``claimed``, unless blocks are claimed one
+by one: ``join_folder``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 import fnmatch
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.lock import Locked, Owner, hold, holder
-from lowbit.checkpoints.partial import is_partial, remove
+from lowbit.checkpoints.partial import is_partial, remove, sweep
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_index, write_json
 from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
 from lowbit.errors import LowbitError, one_line
@@ -56,6 +57,7 @@ from lowbit.runs.prefix import layer_prefix
 from lowbit.runs.static_inputs import read_input_qparams
 
 TIMING, RUN, IDENTITY, LOCK = "lowbit-timing.json", ".run", "identity.json", "lock"
+CLAIMS = f"{RUN}/claims"  # locks of the blocks that processes quantize independently
 REST = "model-rest.safetensors"
 _DERIVED = ("fingerprint", "source_files", "versions.")  # differ as a consequence of other settings
 # What file managers leave in any folder that they show: a folder with nothing else is empty.
@@ -63,6 +65,16 @@ _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory", ".localized"}
 # Two processes started at once: the one that comes second waits so long for the other to say who it is.
 _WAIT, _TRIES = 0.5, 20  # seconds
 State = Literal["new", "running", "finished"]
+
+
+class InUse(LowbitError):
+    """Another process works on a run folder; ``who`` names it."""
+
+    def __init__(self, out: Path, owner: Owner | None) -> None:
+        self.who = "another process" if owner is None else f"{owner} (since {_clock(owner.started)})"
+        super().__init__(
+            f"--out {out} is in use by {self.who}: wait until it ends, stop it, or choose another folder"
+        )
 
 
 def block_file(index: int) -> str:
@@ -127,8 +139,41 @@ def refuse_in_use(out: Path) -> None:
     Raises:
         LowbitError: a living process holds the folder's lock; it is named.
     """
-    if (owner := holder(out / RUN / LOCK)) is not None:
-        raise _in_use(out, owner)
+    for lock in (out / RUN / LOCK, *_claims(out)):
+        if (owner := holder(lock)) is not None:
+            raise InUse(out, owner)
+
+
+def _claims(out: Path) -> list[Path]:
+    """The locks of blocks that processes may be at work on."""
+    try:
+        return sorted((out / CLAIMS).iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def join_folder(out: Path, identity: Identity, check_new: Callable[[], None]) -> State:
+    """Prepare ``out`` for several processes that claim blocks of one run: its state, as seen under the lock.
+
+    Args:
+        out: the run folder.
+        identity: the run.
+        check_new: called before anything is written to a new folder.
+
+    Raises:
+        InUse: another process has the folder for itself.
+        LowbitError: it holds another run, or cannot be written.
+    """
+    with _locked(out):
+        state = look(out, identity)
+        if state == "new":
+            check_new()
+        if state != "finished":
+            for folder in (out, out / RUN):
+                sweep(folder)
+            begin(out, identity)
+            (out / CLAIMS).mkdir(exist_ok=True)
+    return state
 
 
 @contextmanager
@@ -145,6 +190,9 @@ def claimed(out: Path, identity: Identity) -> Iterator[State]:
     try:
         with _locked(out):
             state = look(out, identity)
+            for lock in _claims(out):
+                if (owner := holder(lock)) is not None:
+                    raise InUse(out, owner)
             if state != "finished":
                 for leftover in filter(is_partial, [*out.iterdir(), *(out / RUN).iterdir()]):
                     remove(leftover)
@@ -168,9 +216,9 @@ def _locked(out: Path) -> Iterator[None]:
                     stack.enter_context(hold(out / RUN / LOCK, wait=_WAIT))
                     break
             else:
-                raise _in_use(out, None)
+                raise InUse(out, None)
         except Locked as error:
-            raise _in_use(out, error.owner) from error
+            raise InUse(out, error.owner) from error
         except OSError as error:
             raise _unusable(out, error) from error
         yield
@@ -180,11 +228,6 @@ def begin(out: Path, identity: Identity) -> None:
     """Write down in the claimed folder which run it holds, unless that is known."""
     if not (out / RUN / IDENTITY).exists():
         write_json(out / RUN / IDENTITY, asdict(identity))
-
-
-def _in_use(out: Path, owner: Owner | None) -> LowbitError:
-    who = "another process" if owner is None else f"{owner} (since {_clock(owner.started)})"
-    return LowbitError(f"--out {out} is in use by {who}: wait until it ends, stop it, or choose another folder")
 
 
 def _clock(seconds: float) -> str:
