@@ -13,6 +13,7 @@ import pytest
 import lowbit
 from claim_worker import run
 from lowbit.errors import LowbitError
+from lowbit.pipeline.recipe import recipe_from_dict
 from lowbit.pipeline.runner import Walk
 from lowbit.runs.folder import CLAIMS, RUN
 from runs import folder_bytes
@@ -59,23 +60,25 @@ def test_three_processes_of_which_one_dies_make_what_one_makes(recipe, model, tm
     assert not (out / RUN).exists()
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "awq", "smoothquant", "signs"])
-def test_one_process_that_claims_makes_what_one_makes(recipe, model, tmp_path):
-    written: list[int] = []
-    real = Walk.write
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Walk, "write", lambda self, block, *rest: (written.append(block.start), real(self, block, *rest))
-        )
-        for claim in (False, True):
-            out, text = tmp_path / str(claim), str(model / "calib.txt")
-            own = {"steps": ["signs", "rtn"]} if recipe == "signs" else recipe
-            from lowbit.pipeline.recipe import recipe_from_dict
+FLOAT = {"epochs": 1, "inputs": "float"}
 
-            chosen = own if isinstance(own, str) else recipe_from_dict(own, recipe)
-            lowbit.quantize(
-                str(model), out, scheme="w8a8", recipe=chosen, data=text, samples=6, length=12, claim=claim
-            )
+
+@pytest.mark.parametrize(
+    "steps", [["rtn"], ["awq", "rtn"], ["signs", "smoothquant", "rtn"], [{"affinequant": FLOAT}, "rtn"]]
+)
+def test_one_process_that_claims_makes_what_one_makes(steps, model, tmp_path):
+    written: list[int] = []
+    real, recipe, text = Walk.write, recipe_from_dict({"steps": steps}, "own"), str(model / "calib.txt")
+
+    def write(self, block, *rest):
+        written.append(block.start)
+        real(self, block, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Walk, "write", write)
+        for claim in (False, True):
+            more = {"data": text, "samples": 6, "length": 12, "claim": claim}
+            lowbit.quantize(str(model), tmp_path / str(claim), scheme="w4a8", recipe=recipe, **more)
     assert folder_bytes(tmp_path / "True") == folder_bytes(tmp_path / "False")
     assert written == [*range(4), *range(4)]
 
@@ -86,7 +89,7 @@ def test_one_process_that_claims_makes_what_one_makes(recipe, model, tmp_path):
 )
 def test_blocks_that_depend_on_each_other_are_not_claimed(recipe, scheme, step, model, tmp_path):
     text = str(model / "calib.txt")
-    with pytest.raises(LowbitError, match=f"--claim given: {step} of recipe {recipe} reads the hidden states"):
+    with pytest.raises(LowbitError, match=f"--claim given: {step} of recipe {recipe} reads hidden states"):
         lowbit.quantize(
             str(model), tmp_path / "o", scheme=scheme, recipe=recipe, data=text, claim=True, samples=2, length=8
         )

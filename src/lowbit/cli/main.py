@@ -168,7 +168,7 @@ def quantize(
         typer.Option(
             "--claim",
             help="Processes started with the same command, on machines that share --out, take blocks in turn; for "
-            "recipes of awq, hadamard, rtn, signs and smoothquant.",
+            "recipes whose blocks do not depend on each other.",
         ),
     ] = False,
     revision: Revision = None,
@@ -178,8 +178,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder that is a Hugging Face checkpoint.
 
-    Options take the defaults shown unless the recipe has its own protocol, as the paper/... recipes do. Under torchrun
-    (torchrun --nproc-per-node N -m lowbit quantize ...) processes on CPUs share the work, with the same result.
+    Options take the defaults shown unless the recipe has its own protocol, as the paper/... recipes do. Processes that
+    torchrun starts (torchrun --nproc-per-node N -m lowbit quantize ...) share the work, on CPUs.
     """
     from lowbit.pipeline.quantize import quantize as run
 

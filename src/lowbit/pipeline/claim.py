@@ -48,9 +48,9 @@ def check_claimable(recipe: Recipe, plan: Plan, prefix: str) -> None:
     for name, step in recipe.block_steps:
         if any(step.reads_quantized(own) for own in inputs):
             raise LowbitError(
-                f"--claim given: {name} of recipe {recipe.name} reads the hidden states of the blocks before, as they "
-                "are quantized; choose a recipe of awq, hadamard, rtn, signs and smoothquant without static inputs, "
-                "or leave the option out"
+                f"--claim given: {name} of recipe {recipe.name} reads hidden states of the quantized blocks before; "
+                "choose a recipe of awq, hadamard, rtn, signs and smoothquant without static inputs, set "
+                "affinequant.inputs=float, or leave the option out"
             )
 
 
