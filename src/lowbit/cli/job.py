@@ -16,8 +16,12 @@ from lowbit.progress import console
 SHARED = ("quantize",)
 
 
-class Ended(KeyboardInterrupt):
-    """The launcher stops this process, as it does when another one has ended."""
+_ended: list[int] = []  # signals by which the launcher has stopped this process
+
+
+def ended() -> bool:
+    """Whether the launcher stops this process, as it does when another one has ended."""
+    return bool(_ended)
 
 
 def check_command(arguments: Sequence[str]) -> None:
@@ -45,7 +49,8 @@ def in_job(world: World, run: Callable[[], int]) -> int:
     """
 
     def end(number: int, frame: Any) -> None:
-        raise Ended
+        _ended.append(number)
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
     if not world.first:

@@ -23,7 +23,7 @@ from lowbit.cli.export import export, verify
 from lowbit.cli.fit import fit
 from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
-from lowbit.cli.job import Ended, check_command, in_job, told
+from lowbit.cli.job import check_command, ended, in_job, told
 from lowbit.cli.measure import evaluate, report
 from lowbit.cli.merge import merge
 from lowbit.distributed.errors import Lost
@@ -178,8 +178,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder that is a Hugging Face checkpoint.
 
-    Options take the defaults shown unless the recipe has its own protocol, as the paper/... recipes do. Processes that
-    torchrun starts (torchrun --nproc-per-node N -m lowbit quantize ...) share the work, on CPUs.
+    Options take the defaults shown unless the recipe has its own protocol, as the paper/... recipes do. Processes
+    that torchrun starts (torchrun --nproc-per-node N -m lowbit quantize ...) share the work, on CPUs.
     """
     from lowbit.pipeline.quantize import quantize as run
 
@@ -287,9 +287,9 @@ def guarded(run: Callable[[], int | None]) -> int:
     except UsageError as error:
         message = error.format_message().rstrip(".")
         return _fail(f"{message}; 'lowbit --help' and 'lowbit COMMAND --help' list what is allowed")
-    except Ended:
-        return _fail(str(Lost()))
     except KeyboardInterrupt:
+        if ended():
+            return _fail(str(Lost()))
         if told():
             say("lowbit: stopped; repeat the same 'quantize' or 'fit' command to resume")
         return 130
