@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,33 @@ def test_any_number_of_processes_gives_the_same_bytes(size, models, alone):
         found = folder_bytes(models / str(size) / name)
         assert [file for file in files if found.get(file) != files[file]] == [], name
         assert set(found) == set(files)
+
+
+def test_a_job_resumes_with_another_number_of_processes(models, alone, tmp_path):
+    (run,) = (run for run in runs_of(models) if run["name"] == "gptq")
+    job, worker, out = tmp_path / "job.json", str(Path(__file__).parent / "job_worker.py"), tmp_path / "gptq"
+    job.write_text(json.dumps({"runs": [run], "out": str(tmp_path), "stuck": True}))
+    process = launched(2, worker, str(job))
+    rank = next(p for p in workers(process, 2) if p.environ()["RANK"] == "1")
+    until = time.monotonic() + 300
+    while not (out / "block-00000.safetensors").exists():
+        assert time.monotonic() < until
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    rank.send_signal(signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not (out / "block-00001.safetensors").exists()
+    first = (out / "block-00000.safetensors").stat().st_ino
+    shutil.copytree(out, tmp_path / "one")
+    job.write_text(json.dumps({"runs": [run], "out": str(tmp_path)}))
+    process = launched(3, worker, str(job))
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    assert (out / "block-00000.safetensors").stat().st_ino == first  # it is not written again
+    assert folder_bytes(out) == alone["gptq"]
+    make(run, run["model"], tmp_path / "one")
+    assert folder_bytes(tmp_path / "one") == alone["gptq"]
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
