@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 LEAVES = 8
+PARTIAL_SUMS = LEAVES.bit_length()  # that one process holds at most: one for each binary digit, and that of a leaf
 
 
 def divided(count: int, parts: int) -> list[range]:

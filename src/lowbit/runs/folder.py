@@ -13,7 +13,8 @@ It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a man
 ``lowbit-evaluations.json``     results of ``lowbit evaluate`` on the finished run, if any
 ``lowbit-timing.json``          seconds and memory per block; the only file that differs between equal runs
 ``lowbit.json``                 the manifest, written last: a folder with a manifest is finished
-``.run/``                       during the run: its lock and identity, its prefix, and each block's notes and pictures
+``.run/``                       during the run: its lock and identity, locks of claimed blocks, its prefix, and each
+                                block's notes and pictures
 =============================== ================================================================================
 
 Shards are the only state of a run, except for ``tune``, which keeps its own in ``.run/``. A resumed run replays the
