@@ -21,7 +21,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path
 FLOORS = (
     {"errors", "torch_state"},
     {"progress"},
-    {"paths"},
+    {"distributed", "paths"},
     {"checkpoints", "data", "metrics"},
     {"quant"},
     {"sources"},

@@ -352,3 +352,21 @@ def test_two_processes_started_at_once_give_one_good_folder_and_one_good_export(
     assert all(line == "done" or "exists" in line for line in said)
     assert lowbit.verify(tmp_path / "out", [tmp_path / "out-gptq"], logits=False)[0].ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-gptq", "whole"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no zombies")
+def test_a_process_that_was_killed_and_not_waited_for_is_no_owner(tmp_path):
+    import psutil
+
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    started = psutil.Process(process.pid).create_time()
+    owner = replace(this_process(), pid=process.pid, started=started)
+    (tmp_path / "lock").write_text(json.dumps(asdict(owner)))
+    assert holder(tmp_path / "lock") == owner
+    process.kill()
+    until = time.monotonic() + 60
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert holder(tmp_path / "lock") is None
+    process.wait()

@@ -172,7 +172,10 @@ def _alive(owner: Owner, path: Path) -> bool:
     if owner.boot != here.boot:
         return False
     try:
-        return abs(psutil.Process(owner.pid).create_time() - owner.started) < _SAME_START
+        process = psutil.Process(owner.pid)
+        if process.status() == psutil.STATUS_ZOMBIE:  # dead, and its parent has not asked yet how it ended
+            return False
+        return abs(process.create_time() - owner.started) < _SAME_START
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

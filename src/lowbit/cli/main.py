@@ -23,8 +23,11 @@ from lowbit.cli.export import export, verify
 from lowbit.cli.fit import fit
 from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
+from lowbit.cli.job import check_command, ended, in_job, told
 from lowbit.cli.measure import evaluate, report
 from lowbit.cli.merge import merge
+from lowbit.distributed.errors import Lost
+from lowbit.distributed.world import launched
 from lowbit.errors import LowbitError, check_least
 from lowbit.progress import say
 
@@ -163,6 +166,14 @@ def quantize(
     all_experts: Annotated[
         bool, typer.Option("--all-experts", help="Mixtures: every expert's statistics are from all tokens.")
     ] = False,
+    claim: Annotated[
+        bool,
+        typer.Option(
+            "--claim",
+            help="Processes started with the same command, on machines that share --out, take blocks in turn; for "
+            "recipes whose blocks do not depend on each other.",
+        ),
+    ] = False,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
@@ -170,7 +181,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder that is a Hugging Face checkpoint.
 
-    Options take the defaults shown unless the recipe has its own protocol, as the paper/... recipes do.
+    Options take the defaults shown unless the recipe has its own protocol, as the paper/... recipes do. Processes
+    that torchrun starts (torchrun --nproc-per-node N -m lowbit quantize ...) share the work, on CPUs.
     """
     from lowbit.pipeline.quantize import quantize as run
 
@@ -201,6 +213,7 @@ def quantize(
         keep=keep,
         expert_tokens=expert_tokens,
         all_experts=all_experts,
+        claim=claim,
     )
     result = {
         "out": str(run_result.out),
@@ -279,7 +292,10 @@ def guarded(run: Callable[[], int | None]) -> int:
         message = error.format_message().rstrip(".")
         return _fail(f"{message}; 'lowbit --help' and 'lowbit COMMAND --help' list what is allowed")
     except KeyboardInterrupt:
-        say("lowbit: stopped; repeat the same 'quantize' or 'fit' command to resume")
+        if ended():
+            return _fail(str(Lost()))
+        if told():
+            say("lowbit: stopped; repeat the same 'quantize' or 'fit' command to resume")
         return 130
     except OSError as error:
         if error.errno not in MENDABLE:
@@ -293,7 +309,8 @@ def guarded(run: Callable[[], int | None]) -> int:
 
 
 def _fail(message: str) -> int:
-    say(f"lowbit: error: {' '.join(message.split())}")
+    if told():
+        say(f"lowbit: error: {' '.join(message.split())}")
     return 2
 
 
@@ -301,6 +318,7 @@ def call(arguments: Sequence[str]) -> int:
     """Run the ``lowbit`` command with these arguments and return its exit code."""
 
     def run() -> int:
+        check_command(arguments)
         # In standalone mode, typer would print a box of several lines about a wrong option.
         try:
             code = app(list(arguments) or ["--help"], prog_name="lowbit", standalone_mode=False)
@@ -323,4 +341,5 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would precede our one line
-    sys.exit(call(sys.argv[1:]))
+    world = launched()
+    sys.exit(call(sys.argv[1:]) if world.size == 1 else in_job(world, lambda: call(sys.argv[1:])))

@@ -66,6 +66,10 @@ class AffineQuant(Method):
         """Two for the starting point, then forward and backward in each epoch."""
         return 2 + 4 * self.schedule.epochs
 
+    def reads_quantized(self, inputs: ActFormat | None) -> bool:
+        """Unless blocks are trained on the float model's hidden states."""
+        return self.objective.inputs == "quantized"
+
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """Matrices after norms, mixed and clipped inputs, where the options select them."""
         ops: set[type[RuntimeOp]] = set()

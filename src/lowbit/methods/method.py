@@ -60,6 +60,13 @@ class Method(ABC):
     def passes(self) -> int:
         """Cost in forward passes of a block over the calibration tokens; a backward pass counts as two."""
 
+    def reads_quantized(self, inputs: ActFormat | None) -> bool:
+        """Whether it reads the quantized model's hidden states, with its options and this format of inputs.
+
+        Where no step of a recipe does, blocks do not depend on each other.
+        """
+        return self.needs in ("x_q", "both")
+
     @abstractmethod
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """The kinds of runtime ops that it may leave with its options, for linears with this input format."""

@@ -13,6 +13,7 @@ from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.scale_search import search_scales
+from lowbit.quant.static_activations import StaticActs
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class RTN(Method):
     def passes(self) -> int:
         """One where the inputs are measured."""
         return int(self.search)
+
+    def reads_quantized(self, inputs: ActFormat | None) -> bool:
+        """Where scales are searched or the ranges of static inputs are missing."""
+        return self.search or isinstance(inputs, StaticActs)
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None."""

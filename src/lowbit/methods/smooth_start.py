@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowbit.methods.cold import is_cold
 from lowbit.methods.sites import Site
-from lowbit.methods.statistics import Statistics, input_statistics
+from lowbit.methods.statistics import Statistics, input_statistics, over_leaves
 from lowbit.models.block import Block
 from lowbit.models.edges import first_edges
 from lowbit.models.equivalence import Params, move
@@ -89,12 +89,18 @@ def _peaks(
 ) -> dict[str, Tensor]:
     """The statistic of each reader's shifted input: ``(in,)`` float64; none for experts that few tokens reach."""
     figure = "peak" if peaks == "absolute" else "crest"
-    seen = {site.edge.readers[0].module: Statistics((figure,)) for site in sites}
+    readers = list(dict.fromkeys(site.edge.readers[0].module for site in sites))
 
-    def add(reader: str, value: Tensor) -> None:
-        seen[reader].add(value - shifts[reader].to(value.dtype) if reader in shifts else value)
+    def of_leaf(part: slice) -> dict[str, Statistics]:
+        found = {reader: Statistics((figure,)) for reader in readers}
 
-    observe(block, x, {reader: partial(add, reader) for reader in seen}, batch=batch)
+        def add(reader: str, value: Tensor) -> None:
+            found[reader].add(value - shifts[reader].to(value.dtype) if reader in shifts else value)
+
+        observe(block, x[part], {reader: partial(add, reader) for reader in readers}, batch=batch)
+        return found
+
+    seen = over_leaves(len(x), batch, of_leaf)
     seen = {reader: stats for reader, stats in seen.items() if not is_cold(block, reader, stats.count)}
     if peaks == "absolute":
         return {reader: stats["peak"].double() for reader, stats in seen.items()}

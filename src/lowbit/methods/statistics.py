@@ -1,7 +1,8 @@
 """Statistics of calibration data: sums, maxima and samples over tokens, accumulated while a block runs.
 
 One accumulator, ``Statistics``, holds the requested figures. Each figure defines its value on some tokens and how two
-partial values merge, so that sequences can be distributed over processes.
+partial values merge: micro-batches are shared between processes and merged in the order of ``distributed.tree``, so
+that any number of processes gives the same figures.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.distributed.exchange import total
+from lowbit.distributed.tree import Node, Tree, leaves, own_part, sequences_of
+from lowbit.distributed.world import here
 from lowbit.errors import LowbitError
 from lowbit.methods.cold import is_cold
 from lowbit.methods.inputs import input_groups
@@ -119,7 +124,7 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Merge the statistics of other tokens."""
         for name, value in other.values.items():
-            self._merge(name, value.clone())
+            self._merge(name, value if name in self.values else value.clone())
         self.count += other.count
 
     def _merge(self, name: str, value: Tensor) -> None:
@@ -139,9 +144,64 @@ def input_statistics(
     every: int = 1,
 ) -> dict[str, Statistics]:
     """Statistics of the named linears' inputs of ``block`` over ``x``; for other arguments see ``observe``."""
-    seen = {name: Statistics(want, every) for name in linears}
-    observe(block, x, {name: stats.add for name, stats in seen.items()}, params, quantized=quantized, batch=batch)
-    return seen
+    names = list(linears)
+
+    def of_leaf(part: slice) -> dict[str, Statistics]:
+        seen = {name: Statistics(want, every) for name in names}
+        taps = {name: stats.add for name, stats in seen.items()}
+        observe(block, x[part], taps, params, quantized=quantized, batch=batch)
+        return seen
+
+    return over_leaves(len(x), batch, of_leaf)
+
+
+def over_leaves(
+    sequences: int, micro_batch: int, of_leaf: Callable[[slice], dict[str, Statistics]]
+) -> dict[str, Statistics]:
+    """The statistics of all sequences, of which each process takes some leaves of ``distributed.tree``.
+
+    Args:
+        sequences: their number, at least one.
+        micro_batch: sequences of a micro-batch.
+        of_leaf: the statistics of some consecutive sequences, by name.
+    """
+    parts = leaves(-(-sequences // micro_batch))
+    tree = Tree(_merged)
+    for number in own_part(len(parts), here().rank, here().size):
+        tree.add(Node(number, 1, of_leaf(sequences_of(parts[number], micro_batch))))
+    merged = total(tree, _packed, _unpacked)
+    assert merged is not None, "there are no sequences"
+    return merged
+
+
+def everyones(seen: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """Statistics of which every process has a part, merged in the order of processes: for figures without sums."""
+    tree = Tree(_merged)
+    tree.add(Node(2 * here().rank + 1, 1, dict(seen)))  # odd numbers have no other half
+    merged = total(tree, _packed, _unpacked)
+    assert merged is not None
+    return merged
+
+
+def _merged(left: dict[str, Statistics], right: dict[str, Statistics]) -> dict[str, Statistics]:
+    """Statistics of neighbours, in ``left``."""
+    for name, stats in right.items():
+        left[name].merge(stats)
+    return left
+
+
+def _packed(seen: dict[str, Statistics]) -> tuple[Any, list[Tensor]]:
+    """Statistics as plain data and tensors."""
+    data = [[name, own.want, own.every, own.count, list(own.values)] for name, own in seen.items()]
+    return data, [value for own in seen.values() for value in own.values.values()]
+
+
+def _unpacked(data: Any, tensors: list[Tensor]) -> dict[str, Statistics]:
+    values = iter(tensors)
+    return {
+        name: Statistics(tuple(want), every, {figure: next(values) for figure in figures}, count)
+        for name, want, every, count, figures in data
+    }
 
 
 def paired_statistics(
@@ -159,7 +219,6 @@ def paired_statistics(
         linears: their names.
         want: names of figures.
     """
-    seen = {name: Statistics(want) for name in linears}
     params = quantized.quantized_params()
     routed = {name: _router_tap(quantized, name) for name in linears if quantized.expert_of(name) is not None}
     ours, theirs = quantized, exact
@@ -173,18 +232,22 @@ def paired_statistics(
             value = value[chosen[routed[name]].eq(expert).any(1)]
         inputs[name] = value
 
-    inputs_by_batch = (batches(x, calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
-    for x_q, x_fp in zip(*inputs_by_batch, strict=True):
-        inputs: dict[str, Tensor] = {}
-        wanted: dict[str, Tensor] = {}
-        # An experts module shows its routing before the inputs of its linears.
-        taps: dict[str, Tap] = {name: partial(chosen.__setitem__, name) for name in routed.values()}
-        taps |= {name: partial(keep, inputs, name) for name in linears}
-        observe(ours, x_q, taps, params, quantized=True, batch=calib.batch)
-        observe(theirs, x_fp, {name: partial(keep, wanted, name) for name in linears}, batch=calib.batch)
-        for name in linears:
-            seen[name].add(inputs[name], wanted[name])
-    return seen
+    def of_leaf(part: slice) -> dict[str, Statistics]:
+        seen = {name: Statistics(want) for name in linears}
+        inputs_by_batch = (batches(x[part], calib.batch, exact.device) for x in (calib.x_q, calib.x_fp))
+        for x_q, x_fp in zip(*inputs_by_batch, strict=True):
+            inputs: dict[str, Tensor] = {}
+            wanted: dict[str, Tensor] = {}
+            # An experts module shows its routing before the inputs of its linears.
+            taps: dict[str, Tap] = {name: partial(chosen.__setitem__, name) for name in routed.values()}
+            taps |= {name: partial(keep, inputs, name) for name in linears}
+            observe(ours, x_q, taps, params, quantized=True, batch=calib.batch)
+            observe(theirs, x_fp, {name: partial(keep, wanted, name) for name in linears}, batch=calib.batch)
+            for name in linears:
+                seen[name].add(inputs[name], wanted[name])
+        return seen
+
+    return over_leaves(len(calib.x_q), calib.batch, of_leaf)
 
 
 def _router_tap(block: Block, linear: str) -> str:

@@ -9,6 +9,8 @@ Choices:
   the optimizer's moments of that time, the learning rate is halved, and a note records it.
 * A long fit saves its state after each epoch and resumes bit for bit: the file and the schedule determine everything
   that the next step depends on.
+* A step is the unit that one process computes, unless ``Schedule.micro_batch`` divides it: then gradients are summed
+  over micro-batches in the order of ``distributed.tree``, whatever number of processes computes them.
 """
 
 from __future__ import annotations
@@ -16,14 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowbit.data.mixture import HELD_OUT, held_count, validation_order
+from lowbit.distributed.exchange import by_first, from_everyone, from_first
+from lowbit.distributed.tree import own_part
+from lowbit.distributed.world import here
 from lowbit.methods.adam import Adam
 from lowbit.methods.fit_state import FitState, Fitted
+from lowbit.methods.gradients import gradients
 from lowbit.methods.optimizer import OptimizerOf
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.models.offload import batches
@@ -44,6 +51,8 @@ class Schedule:
         sequences: training sequences per epoch, the next of a random order of all, so that every one is used before
             any is used again; 0: all.
         patience: consecutive epochs without a lower validation loss that end the fit; 0: all epochs run.
+        micro_batch: sequences of a step that are computed together; the processes of a job share a step's
+            micro-batches. 0: all of a step, which is then computed by each process.
     """
 
     epochs: int = 20
@@ -53,12 +62,14 @@ class Schedule:
     decay: str = "cosine"
     sequences: int = 0
     patience: int = 5
+    micro_batch: int = 0
 
     def __post_init__(self) -> None:
         bounds = {
             "epochs": "0 or more",
             "sequences": "0 or more",
             "patience": "0 or more",
+            "micro_batch": "0 or more",
             "batch": "1 or more",
             "grad_clip": "0 or more",
             "held_out": "from 0 to below 1",
@@ -175,7 +186,7 @@ def fit(
     validation = list(held_out.split(max(schedule.batch, 4))) if len(held_out) else []
     state = FitState(optimizer(groups))
     tensors, fitted = state.optimizer.tensors, state.fitted
-    if keep is not None and keep.exists():
+    if keep is not None and from_first(keep.exists):
         state.load(keep)
     else:
         state.least = _mean_loss(loss, validation, ahead, minibatches[0][:1] if tensors and minibatches else [])
@@ -207,7 +218,7 @@ def fit(
                 state.least, fitted.best = now, epoch
                 state.keep()
         if keep is not None:
-            state.save(keep)
+            by_first(partial(state.save, keep))
         if state.failures >= TRIES:
             break
     state.restore()
@@ -232,7 +243,7 @@ def _train(
     """One epoch, from step ``first`` of ``steps``; it ends early after ``TRIES`` non-finite steps in a row."""
     losses = []
     for step, indices in enumerate(order, first):
-        value = _backward(state.optimizer.tensors, loss, indices, schedule.grad_clip)
+        value = _backward(state.optimizer.tensors, loss, indices, schedule)
         if value is None:
             state.fitted.skipped += 1
             state.failures += 1
@@ -272,21 +283,19 @@ def _with_prefetch(
 
 
 def _backward(
-    tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], indices: Tensor, grad_clip: float
+    tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], indices: Tensor, schedule: Schedule
 ) -> float | None:
     """Compute gradients on the sequences ``indices``; the loss, or ``None`` if it or a gradient is not finite."""
-    for tensor in tensors:
-        tensor.grad = None
-    value = loss(indices)
-    value.backward()
+    micro_batches = indices.split(schedule.micro_batch or len(indices))
+    value = gradients(tensors, loss, micro_batches)
     grads = [t.grad for t in tensors if t.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     # One read of the device for both. A loss that is not finite costs its backward pass, and it is rare.
-    found, size = torch.stack([value.detach().double(), norm.double()]).tolist()
+    found, size = torch.stack([value.double(), norm.double()]).tolist()
     if not (math.isfinite(found) and math.isfinite(size)):
         return None
-    if grad_clip and size > grad_clip:
-        torch._foreach_mul_(grads, grad_clip / norm)
+    if schedule.grad_clip and size > schedule.grad_clip:
+        torch._foreach_mul_(grads, schedule.grad_clip / norm)
     return float(found)
 
 
@@ -297,6 +306,9 @@ def _mean_loss(
     ahead: Callable[[Tensor], None],
     following: Sequence[Tensor],
 ) -> float:
-    """The mean loss over the validation batches; NaN if there are none."""
-    means = [(len(part), float(loss(part))) for part in _with_prefetch(validation, following, ahead)]
+    """The mean loss over the validation batches, which processes share; NaN if there are none."""
+    own = own_part(len(validation), here().rank, here().size)
+    shared = validation[own.start : own.stop]
+    means = [(len(part), float(loss(part))) for part in _with_prefetch(shared, following, ahead)]
+    means = [pair for process in from_everyone(means) for pair in process]
     return sum(count * value for count, value in means) / sum(map(len, validation)) if means else math.nan

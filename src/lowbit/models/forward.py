@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.distributed.exchange import fill, from_first
+from lowbit.distributed.tree import divided
+from lowbit.distributed.world import here
 from lowbit.models.architecture import Experts, LayerKind
 from lowbit.models.arguments import for_batch
 from lowbit.models.attention import quantized_attention
@@ -246,9 +249,37 @@ def run_all(
     taps: Mapping[str, Tap] | None = None,
     batch: int = 4,
 ) -> Tensor:
-    """``run`` over all sequences, ``batch`` at a time, without gradients; the result is on the device of ``x``."""
+    """``run`` over all sequences, ``batch`` at a time, without gradients; the result is on the device of ``x``.
+
+    Processes share the batches, and each gets the whole result; taps see the inputs of this process's batches.
+    """
+    if here().size > 1:
+        return _run_shared(block, x, params, quantized, taps, batch)
     outputs = (run(block, part, params, quantized=quantized, taps=taps) for part in batches(x, batch, block.device))
     return concatenate(outputs, len(x), x.device)
+
+
+def _run_shared(
+    block: Block,
+    x: Tensor,
+    params: Mapping[str, Tensor] | None,
+    quantized: bool,
+    taps: Mapping[str, Tap] | None,
+    batch: int,
+) -> Tensor:
+    """``run_all`` by all processes of a job; consecutive batches of each, the same for every number of processes."""
+    world, pieces = here(), x.split(batch)
+    parts = divided(len(pieces), world.size)
+    outputs = [run(block, pieces[at], params, quantized=quantized, taps=taps) for at in parts[world.rank]]
+    like = torch.cat(outputs) if outputs else x[:0]
+    # The first process has a batch if there is any; a block may hand on more channels than it was given.
+    shape: list[int] = from_first(lambda: list(like.shape[1:]))
+    out = torch.empty((len(x), *shape), dtype=x.dtype)
+    rows = [range(part.start * batch, min(part.stop * batch, len(x))) if part else range(0) for part in parts]
+    if outputs:
+        out[rows[world.rank].start : rows[world.rank].stop] = like
+    fill(out, rows)
+    return out
 
 
 def run_quantized(block: Block, x: Tensor, batch: int = 4) -> Tensor:

@@ -24,6 +24,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
+from lowbit.distributed.exchange import by_first
 from lowbit.methods.fit_state import Fitted
 from lowbit.methods.training import fit
 from lowbit.methods.tune import Tune
@@ -39,6 +41,7 @@ from lowbit.models.block import Block, Note
 from lowbit.models.forward import run, run_all
 from lowbit.models.offload import Rows
 from lowbit.pipeline.runner import Walk, embed_tokens
+from lowbit.pipeline.shared_run import check_same_bits, exist, see
 from lowbit.progress import say
 from lowbit.quant.elements import given
 from lowbit.quant.format import Format, QParams
@@ -59,10 +62,10 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
         ids: calibration tokens ``(sequences, length)``.
     """
     layers = len(walk.skeleton.layers)
-    if all((walk.out / block_file(index)).exists() for index in range(layers)):
+    if exist(*(walk.out / block_file(index) for index in range(layers))):
         return
     first = replace(walk, out=walk.out / RUN / FIRST, latents=True, rows=[], observed={})
-    (first.out / RUN).mkdir(parents=True, exist_ok=True)
+    by_first(lambda: (first.out / RUN).mkdir(parents=True, exist_ok=True))
     y_fp = first.walk(ids)
     began = time.monotonic()
     tuning = Tuning(options, first, ids, y_fp)
@@ -80,9 +83,11 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
     x = tuning.teacher.embed(ids[:1].to(walk.device))
     for index in range(layers):
         block, float_block = tuning.quantize_layer(index, fitted), first.float_block(index)
-        if not (walk.out / block_file(index)).exists():
-            before = read_json(first.out / notes_file(index))["seconds"]
-            walk.write(block, layer_sensitivity(block, x), before + (time.monotonic() - began) / layers)
+        if not exist(walk.out / block_file(index)):
+            sensitivity, before = layer_sensitivity(block, x), read_json(first.out / notes_file(index))["seconds"]
+            seconds = before + (time.monotonic() - began) / layers
+            check_same_bits(block)
+            by_first(partial(walk.write, block, sensitivity, seconds))
         x = run_all(float_block, x)
 
 
@@ -129,6 +134,7 @@ class Tuning:
 
     def _read(self, index: int) -> tuple[Block, Latents]:
         """Read a layer from its file: a block with the unquantized parameters, and the latent weights."""
+        see(self.folder / latent_file(index))
         file = Checkpoint(self.folder, [latent_file(index)])
         latents = Latents({name: value.to(self.device) for name, value in file.read(file.names).items()})
         block = self.student.block(index, latents.params, formats=self.formats)

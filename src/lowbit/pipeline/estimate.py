@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit.distributed.tree import PARTIAL_SUMS
 from lowbit.methods.inputs import HELD
 from lowbit.methods.options import with_options
 from lowbit.methods.rounding import Rounding
@@ -46,7 +47,7 @@ def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, lengt
     experts = max(
         (own.count for kind in skeleton.architecture.layers if (own := kind.experts or kind.listed)), default=0
     )
-    moments = max(2 * widest * widest * 8, min(experts * widest * widest * 4, HELD))
+    moments = max(2 * widest * widest * 8, PARTIAL_SUMS * min(experts * widest * widest * 4, HELD))
     activations = 4 * length * widest * 4 * 6
     memory = 400_000_000 + 2 * shared * 4 + 3 * block * 4 + states + moments + activations
     if recipe.tune is not None:

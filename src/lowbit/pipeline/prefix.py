@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from lowbit.analysis.massive import chosen, massive, per_window
 from lowbit.checkpoints.safetensors_folder import read_json, write_json, write_tensors
 from lowbit.data.tokenization import decode, encode
+from lowbit.distributed.exchange import by_first
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
 from lowbit.models.edges import Edge
@@ -27,6 +28,7 @@ from lowbit.models.forward import relative_error, run_all
 from lowbit.models.prefix import KEYS, VALUES, Prefix, cached_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.runner import Walk, embed_tokens
+from lowbit.pipeline.shared_run import exist, see
 from lowbit.progress import say, track
 from lowbit.runs.folder import RUN
 from lowbit.runs.manifest import PrefixFacts, parse
@@ -118,13 +120,15 @@ def settle_prefix(walk: Walk, windows: Tensor, wish: Wanted) -> PrefixFacts:
         windows: calibration tokens ``(windows, length)``.
         wish: what is wanted.
     """
-    if (walk.out / FACTS).exists():
+    if exist(walk.out / FACTS):
+        see(walk.out / FACTS)
         facts: PrefixFacts = parse(PrefixFacts, read_json(walk.out / FACTS), str(walk.out / FACTS))
     else:
         facts = _found(walk, windows[:WINDOWS], wish)
-        write_json(walk.out / FACTS, asdict(facts))  # behind the tensors
+        by_first(lambda: write_json(walk.out / FACTS, asdict(facts)))  # behind the tensors
         say(facts.sentence())
     if facts.ids:
+        see(walk.out / TENSORS)
         walk.prefix = read_prefix(walk.out / TENSORS, facts.ids, len(walk.skeleton.layers))
     walk.skeleton.behind(len(facts.ids))
     return facts
@@ -146,7 +150,7 @@ def _found(walk: Walk, windows: Tensor, wish: Wanted) -> PrefixFacts:
     if before is not None and after >= before:
         return PrefixFacts([], "", before, before)
     tensors = {n: v for index in range(len(prefix.keys)) for n, v in prefix.params(index).items()}
-    write_tensors(walk.out / TENSORS, {name: value.cpu() for name, value in tensors.items()})
+    by_first(lambda: write_tensors(walk.out / TENSORS, {name: value.cpu() for name, value in tensors.items()}))
     return PrefixFacts(list(ids), wish.text(ids), before, after)
 
 

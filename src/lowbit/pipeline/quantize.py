@@ -24,6 +24,9 @@ from lowbit.data.sampling import self_sample
 from lowbit.data.text import Data, calibration
 from lowbit.data.tokenization import decode
 from lowbit.data.windows import Bos, Tokens, WindowShape
+from lowbit.distributed.exchange import by_first, first_then_others, from_first, wait
+from lowbit.distributed.job import joined
+from lowbit.distributed.world import here
 from lowbit.errors import LowbitError
 from lowbit.exporters.imatrix import read_imatrix
 from lowbit.models.block import LEAST_TOKENS
@@ -36,6 +39,7 @@ from lowbit.models.validate import (
     shapes_of,
 )
 from lowbit.paths import user_path
+from lowbit.pipeline.claim import check_claimable, claim_blocks, claimed_in_turn, join
 from lowbit.pipeline.end_to_end import tune
 from lowbit.pipeline.finalize import finish, finished
 from lowbit.pipeline.keep import Keep
@@ -45,15 +49,16 @@ from lowbit.pipeline.prefix import Wanted, check_prefix, settle_prefix, wanted
 from lowbit.pipeline.recipe import Recipe, recipe_to_dict
 from lowbit.pipeline.request import Request, make_request
 from lowbit.pipeline.runner import Walk, check_space, peak_memory_bytes
+from lowbit.pipeline.shared_run import check_alone_or_shared, check_same_run, claimed_by_first, see
 from lowbit.pipeline.target import settle
 from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.range_estimators import MSE
 from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
-from lowbit.runs.folder import begin, claimed, look, refuse_in_use
+from lowbit.runs.folder import IDENTITY, RUN, begin, look, refuse_in_use
 from lowbit.runs.load import load
-from lowbit.runs.manifest import Calibration, Identity, Manifest
+from lowbit.runs.manifest import MANIFEST, Calibration, Identity, Manifest, manifest_of
 from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
 from lowbit.runs.versions import versions
 from lowbit.torch_state import own_torch_state
@@ -83,6 +88,7 @@ class Quantized:
 
 
 @own_torch_state
+@joined()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -111,8 +117,12 @@ def quantize(
     keep: bool = False,
     expert_tokens: int = LEAST_TOKENS,
     all_experts: bool = False,
+    claim: bool = False,
 ) -> Quantized:
     """Quantize a model into a folder in Hugging Face checkpoint format; an interrupted run is resumed.
+
+    The processes that torchrun started share the work, and give the bytes that one process gives: see
+    ``docs/scale.md``.
 
     Omitted arguments fall back to the recipe's ``run`` section, then to ``lowbit.pipeline.request.DEFAULTS``.
 
@@ -153,6 +163,8 @@ def quantize(
         expert_tokens: an expert of a mixture that fewer calibration tokens reach is quantized without calibration
             data; see ``docs/experts.md``.
         all_experts: take an expert's statistics from all calibration tokens, not from those that reach it.
+        claim: other processes that are started with the same arguments, whenever and on any machine that sees the
+            folder, quantize blocks of the same run; for recipes whose blocks do not depend on each other.
 
     Raises:
         LowbitError: on user errors; detected before work starts where possible.
@@ -160,8 +172,12 @@ def quantize(
     began = time.monotonic()
     protocol = {"data": data, "samples": samples, "length": length, "seed": seed, "bos": bos}
     protocol |= {"prefix": prefix, "effort": effort}
+    check_alone_or_shared(device)
     if keep:
+        if here().size > 1:
+            raise LowbitError("--keep given and several processes started; it computes nothing: start one")
         given: dict[str, Any] = {
+            "claim": claim or None,
             "scheme": scheme,
             "override": overrides or None,
             "set": tuple(settings) or None,
@@ -193,8 +209,14 @@ def quantize(
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
-    refuse_in_use(out := user_path(out))
-    return _quantized(_run(_check(request), out), out, began)
+    out = user_path(out)
+    if claim and here().size > 1:
+        raise LowbitError("--claim given and several processes started by torchrun: start each by itself")
+    if not claim:
+        by_first(lambda: refuse_in_use(out))
+    # One after the other, so that a model is downloaded once.
+    resolved = first_then_others(lambda: _check(request))
+    return _quantized(_run(resolved, out, claim), out, began)
 
 
 def _quantized(manifest: Manifest, out: Path, began: float) -> Quantized:
@@ -321,42 +343,64 @@ def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
     )
 
 
-def _run(resolved: Resolved, out: Path) -> Manifest:
+def _run(resolved: Resolved, out: Path, claim: bool) -> Manifest:
     """Run or resume the quantization; return the manifest."""
     request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
     identity, skeleton, checkpoint = resolved.identity(), resolved.opened.skeleton, resolved.opened.checkpoint
-    if look(out, identity) == "finished":
+    check_same_run(identity)
+    if claim:
+        check_claimable(request.recipe, plan, request.prefix)
+    if from_first(lambda: look(out, identity)) == "finished":
         return finished(out)
-    with claimed(out, identity) as state:
+    if claim:
+        check_space(out, _size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes)
+        if join(out, identity, lambda: check_finite(checkpoint, resolved.shapes)) == "finished":
+            return finished(out)
+        torch.manual_seed(request.seed)
+        with fused() if request.compiled else nullcontext():
+            claim_blocks(_walk(resolved, out), ids)
+    with claimed_in_turn(out, identity) if claim else claimed_by_first(out, identity) as state:
         if state == "finished":  # by another process, between the two looks
             return finished(out)
         if state == "new":
-            check_finite(checkpoint, resolved.shapes)
-        check_space(out, _size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes)
-        begin(out, identity)
+            by_first(lambda: check_finite(checkpoint, resolved.shapes))
+        needed = _size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes
+        by_first(lambda: check_space(out, needed))
+        by_first(lambda: begin(out, identity))
+        see(out / RUN / IDENTITY)
         torch.manual_seed(request.seed)
-        dtype = DTYPES[request.dtype]
-        run = Walk(
-            checkpoint,
-            skeleton,
-            request.recipe,
-            plan,
-            out,
-            request.device,
-            dtype,
-            input_range=request.input_range or MSE,
-            least_tokens=request.expert_tokens,
-            every_token=request.all_experts,
-            importance=resolved.importance,
-            names=resolved.opened.names,
-        )
+        run = _walk(resolved, out)
         prefix = None if resolved.prefix is None else settle_prefix(run, ids, resolved.prefix)
         with fused() if request.compiled else nullcontext():
             if request.recipe.tune is not None:
                 tune(request.recipe.tune, run, ids)
             run.walk(ids)
-        write_activation_stats(out, run.observed)
-        return finish(out, resolved.opened, plan, identity, run.rows, request.to_dict(), prefix)
+        by_first(lambda: write_activation_stats(out, run.observed))
+        wait()  # for whoever still reads notes, which the next step deletes
+        by_first(lambda: finish(out, resolved.opened, plan, identity, run.rows, request.to_dict(), prefix))
+        see(out / MANIFEST)
+    manifest = manifest_of(out)
+    assert manifest is not None  # just written
+    return manifest
+
+
+def _walk(resolved: Resolved, out: Path) -> Walk:
+    """The walk of a request, into the folder ``out``."""
+    request, opened = resolved.request, resolved.opened
+    return Walk(
+        opened.checkpoint,
+        opened.skeleton,
+        request.recipe,
+        resolved.plan,
+        out,
+        request.device,
+        DTYPES[request.dtype],
+        input_range=request.input_range or MSE,
+        least_tokens=request.expert_tokens,
+        every_token=request.all_experts,
+        importance=resolved.importance,
+        names=opened.names,
+    )
 
 
 def _scheme(request: Request, skeleton: Skeleton) -> Scheme:

@@ -4,6 +4,9 @@ Two sets of hidden states go through the model side by side: ``x_fp`` through th
 quantized ones. After each window of blocks its shards are written and read back, and ``x_q`` goes through the blocks
 as read: a run checks what it ships, and a resumed run does the same for the blocks that are already written. There is
 no other state, so a resumed run ends with the same bytes as an uninterrupted one.
+
+The processes of a job take the same walk: they share forward passes, statistics and gradients, each holds all
+results, and the first one writes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,11 @@ from torch import Tensor
 
 from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read_json, write_json, write_tensors
+from lowbit.distributed.exchange import by_first
 from lowbit.errors import LowbitError
 from lowbit.methods.input_ranges import without_input_ranges
 from lowbit.methods.kv_clips import with_kv_clips
+from lowbit.methods.statistics import everyones
 from lowbit.models.block import LEAST_TOKENS, Block, Calib
 from lowbit.models.build import tied_tensors
 from lowbit.models.forward import relative_error, run_all, run_quantized
@@ -35,6 +41,7 @@ from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_names import StoredNames
 from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.shared_run import check_same_bits, exist, see
 from lowbit.progress import say, track
 from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.quant.scales import TwoLevel, shared_exponent
@@ -146,9 +153,10 @@ class Walk:
         shared = self.checkpoint.read(self.skeleton.shared_names)
         self._fill(shared)
         x_fp = embed_tokens(self.skeleton, ids, self.device)
-        self._write_shared(shared)
+        by_first(partial(self._write_shared, shared))
         x_q = x_fp
         if self.plan.embed in self.plan.formats.modules:
+            see(self.out / REST)
             self._fill(self._shipped_shared(shared))
             x_q = embed_tokens(self.skeleton, ids, self.device)
         del shared
@@ -211,31 +219,24 @@ class Walk:
         routing = Routing(block)
         with record_peaks(block) as seen:
             y_fp = run_all(block, x_fp, batch=self.batch, taps=routing.taps)
-        self._observe(FLOAT, {name: stats["peak"] for name, stats in seen.items()})
+        routing.gather()
+        self._observe(FLOAT, {name: stats["peak"] for name, stats in everyones(seen).items()})
         if not bool(torch.stack(torch.aminmax(y_fp)).isfinite().all()):
             raise LowbitError(
                 f"block {start}: the float model's own output is NaN or infinite; its weights are broken, or too "
                 "large for --dtype float16"
             )
-        if not all((self.out / block_file(i)).exists() for i in block.indices):
-            calib = Calib(x_fp, x_q, y_fp, self.batch, self.input_range)
-            quantized = with_kv_clips(with_rotated_values(_with_kept_notes(_with_kv_notes(block))), calib)
-            for position, (_, step) in enumerate(self.recipe.block_steps):
-                if step.keeps_function and step.schedule is None:
-                    # It moves maps, and ranges of inputs that an earlier step left do not fit what it makes of them.
-                    quantized = without_input_ranges(quantized)
-                quantized = step(quantized, self._visible(position, calib))
-            self.write(quantized, layer_sensitivity(quantized, x_fp[:1].to(self.device)), time.monotonic() - began)
-            for note in quantized.notes:
-                say(f"block {note.layer}: {note.text}")
+        if not exist(*(self.out / block_file(i) for i in block.indices)):
+            self.quantize(block, Calib(x_fp, x_q, y_fp, self.batch, self.input_range), began)
         del block
         notes: list[tuple[list[str], dict[str, Any]]] = []
         for index in range(start, start + count):
+            see(self.out / notes_file(index), self.out / block_file(index))
             shard = self._shard(block_file(index))
             shipped = read_block(shard, self.skeleton, index, self.plan.formats, self.device)
             with record_peaks(shipped) as seen:
                 x_q = run_quantized(shipped, x_q, self.batch)
-            self._observe(QUANTIZED, {name: stats["peak"] for name, stats in seen.items()})
+            self._observe(QUANTIZED, {name: stats["peak"] for name, stats in everyones(seen).items()})
             if (self.out / pictures_file(index)).exists():
                 pictures = Checkpoint(self.out, [pictures_file(index)])
                 self._observe(MAP, pictures.read(pictures.names))
@@ -249,6 +250,26 @@ class Walk:
             steps, tokens = record.get("steps", {}), routing.tokens(index)
             self.rows.append(BlockRow(index, texts, error, record["sensitivity"], steps, tokens))
         return y_fp, x_q
+
+    def quantize(self, block: Block, calib: Calib, began: float) -> None:
+        """Apply the block steps to a float block and write its shards.
+
+        Args:
+            block: layers of the float model.
+            calib: hidden states before and behind them.
+            began: when work on them began, by ``time.monotonic``.
+        """
+        quantized = with_kv_clips(with_rotated_values(_with_kept_notes(_with_kv_notes(block))), calib)
+        for position, (_, step) in enumerate(self.recipe.block_steps):
+            if step.keeps_function and step.schedule is None:
+                # It moves maps, and ranges of inputs that an earlier step left do not fit what it makes of them.
+                quantized = without_input_ranges(quantized)
+            quantized = step(quantized, self._visible(position, calib))
+        sensitivity = layer_sensitivity(quantized, calib.x_fp[:1].to(self.device))
+        check_same_bits(quantized)
+        by_first(lambda: self.write(quantized, sensitivity, time.monotonic() - began))
+        for note in quantized.notes:
+            say(f"block {note.layer}: {note.text}")
 
     def _visible(self, position: int, calib: Calib) -> Calib:
         """A step's calibration data: a closed-form step does not see the validation split of a later learned step.

@@ -13,11 +13,13 @@ It is a Hugging Face checkpoint in the ``compressed-tensors`` format, plus a man
 ``lowbit-evaluations.json``     results of ``lowbit evaluate`` on the finished run, if any
 ``lowbit-timing.json``          seconds and memory per block; the only file that differs between equal runs
 ``lowbit.json``                 the manifest, written last: a folder with a manifest is finished
-``.run/``                       during the run: its lock and identity, its prefix, and each block's notes and pictures
+``.run/``                       during the run: its lock and identity, locks of claimed blocks, its prefix, and each
+                                block's notes and pictures
 =============================== ================================================================================
 
 Shards are the only state of a run, except for ``tune``, which keeps its own in ``.run/``. A resumed run replays the
-finished shards and continues. One process at a time works on a folder, see ``claimed``.
+finished shards and continues. One process at a time works on a folder, see ``claimed``, unless blocks are claimed one
+by one: ``join_folder``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from __future__ import annotations
 import fnmatch
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +38,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.lock import Locked, Owner, hold, holder
-from lowbit.checkpoints.partial import is_partial, remove
+from lowbit.checkpoints.partial import is_partial, remove, sweep
 from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_index, write_json
 from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
 from lowbit.errors import LowbitError, one_line
@@ -56,6 +58,7 @@ from lowbit.runs.prefix import layer_prefix
 from lowbit.runs.static_inputs import read_input_qparams
 
 TIMING, RUN, IDENTITY, LOCK = "lowbit-timing.json", ".run", "identity.json", "lock"
+CLAIMS = f"{RUN}/claims"  # locks of the blocks that processes quantize independently
 REST = "model-rest.safetensors"
 _DERIVED = ("fingerprint", "source_files", "versions.")  # differ as a consequence of other settings
 # What file managers leave in any folder that they show: a folder with nothing else is empty.
@@ -63,6 +66,16 @@ _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory", ".localized"}
 # Two processes started at once: the one that comes second waits so long for the other to say who it is.
 _WAIT, _TRIES = 0.5, 20  # seconds
 State = Literal["new", "running", "finished"]
+
+
+class InUse(LowbitError):
+    """Another process works on a run folder; ``who`` names it."""
+
+    def __init__(self, out: Path, owner: Owner | None) -> None:
+        self.who = "another process" if owner is None else f"{owner} (since {_clock(owner.started)})"
+        super().__init__(
+            f"--out {out} is in use by {self.who}: wait until it ends, stop it, or choose another folder"
+        )
 
 
 def block_file(index: int) -> str:
@@ -127,8 +140,41 @@ def refuse_in_use(out: Path) -> None:
     Raises:
         LowbitError: a living process holds the folder's lock; it is named.
     """
-    if (owner := holder(out / RUN / LOCK)) is not None:
-        raise _in_use(out, owner)
+    for lock in (out / RUN / LOCK, *_claims(out)):
+        if (owner := holder(lock)) is not None:
+            raise InUse(out, owner)
+
+
+def _claims(out: Path) -> list[Path]:
+    """The locks of blocks that processes may be at work on."""
+    try:
+        return sorted((out / CLAIMS).iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def join_folder(out: Path, identity: Identity, check_new: Callable[[], None]) -> State:
+    """Prepare ``out`` for several processes that claim blocks of one run: its state, as seen under the lock.
+
+    Args:
+        out: the run folder.
+        identity: the run.
+        check_new: called before anything is written to a new folder.
+
+    Raises:
+        InUse: another process has the folder for itself.
+        LowbitError: it holds another run, or cannot be written.
+    """
+    with _locked(out):
+        state = look(out, identity)
+        if state == "new":
+            check_new()
+        if state != "finished":
+            for folder in (out, out / RUN):
+                sweep(folder)
+            begin(out, identity)
+            (out / CLAIMS).mkdir(exist_ok=True)
+    return state
 
 
 @contextmanager
@@ -145,6 +191,9 @@ def claimed(out: Path, identity: Identity) -> Iterator[State]:
     try:
         with _locked(out):
             state = look(out, identity)
+            for lock in _claims(out):
+                if (owner := holder(lock)) is not None:
+                    raise InUse(out, owner)
             if state != "finished":
                 for leftover in filter(is_partial, [*out.iterdir(), *(out / RUN).iterdir()]):
                     remove(leftover)
@@ -168,9 +217,9 @@ def _locked(out: Path) -> Iterator[None]:
                     stack.enter_context(hold(out / RUN / LOCK, wait=_WAIT))
                     break
             else:
-                raise _in_use(out, None)
+                raise InUse(out, None)
         except Locked as error:
-            raise _in_use(out, error.owner) from error
+            raise InUse(out, error.owner) from error
         except OSError as error:
             raise _unusable(out, error) from error
         yield
@@ -180,11 +229,6 @@ def begin(out: Path, identity: Identity) -> None:
     """Write down in the claimed folder which run it holds, unless that is known."""
     if not (out / RUN / IDENTITY).exists():
         write_json(out / RUN / IDENTITY, asdict(identity))
-
-
-def _in_use(out: Path, owner: Owner | None) -> LowbitError:
-    who = "another process" if owner is None else f"{owner} (since {_clock(owner.started)})"
-    return LowbitError(f"--out {out} is in use by {who}: wait until it ends, stop it, or choose another folder")
 
 
 def _clock(seconds: float) -> str:
@@ -198,7 +242,7 @@ def _unusable(out: Path, error: OSError) -> LowbitError:
 
 def _check_same_run(out: Path, stored: Mapping[str, Any], identity: Identity) -> None:
     """Refuse a run that differs; the user's settings are named before digests and versions derived from them."""
-    requested, existing = _flatten(asdict(identity)), _flatten(stored)
+    requested, existing = flatten(asdict(identity)), flatten(stored)
     names = [name for name in {**existing, **requested} if existing.get(name) != requested.get(name)]
     if names:
         first, *others = sorted(names, key=lambda n: (n.endswith("hash"), n.startswith(_DERIVED), n.count("."), n))
@@ -209,12 +253,12 @@ def _check_same_run(out: Path, stored: Mapping[str, Any], identity: Identity) ->
         )
 
 
-def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings by path: ``{"data.length": 512, "recipe.steps.0.gptq.damping": 0.01, ...}``."""
     items = content.items() if isinstance(content, Mapping) else enumerate(content)
     out: dict[str, Any] = {}
     for key, value in items:
-        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | list) else {f"{prefix}{key}": value}
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | list) else {f"{prefix}{key}": value}
     return out
 
 

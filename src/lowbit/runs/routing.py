@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lowbit.distributed.exchange import from_everyone
 from lowbit.models.block import Block
 from lowbit.models.forward import routing_of
 from lowbit.models.linear_input import Tap
@@ -34,6 +35,12 @@ class Routing:
             self._counts[index] += torch.bincount(chosen.flatten(), minlength=experts).cpu()
 
         return count
+
+    def gather(self) -> None:
+        """Add up what the processes of a job have counted; called by all of them, once."""
+        counted = {str(index): counts.tolist() for index, counts in self._counts.items()}
+        for index in self._counts:
+            self._counts[index] = torch.tensor([own[str(index)] for own in from_everyone(counted)]).sum(0)
 
     def tokens(self, index: int) -> list[int]:
         """Tokens that have reached each expert of layer ``index``; empty for a layer without experts."""

@@ -1,0 +1,123 @@
+"""Joining a job: the processes that torchrun started find each other, compare what they are, and end together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+from lowbit.distributed.world import ONE, World, here, launched, within
+from lowbit.errors import LowbitError
+
+TIMEOUT = "LOWBIT_TIMEOUT"  # seconds until a process that does not answer counts as lost
+SECONDS = 1800.0
+_joined = count()
+_store: Any = None  # of the job that was joined last; it outlives the job, so that errors can be told once
+
+
+def seconds() -> float:
+    """The timeout of exchanges between processes."""
+    text = os.environ.get(TIMEOUT, str(SECONDS))
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e7:
+        raise LowbitError(f"{TIMEOUT}={text} is set; give a number of seconds above 0, or unset it")
+    return value
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Within the context, this process and those that were launched with it share their work.
+
+    The first one prints; progress and notes of the others are not shown. A process that was started alone, or is in
+    a job already, goes on as it is.
+    """
+    world = launched()
+    if world.size == 1 or here().size > 1:
+        yield here()
+        return
+    from lowbit.progress import console
+
+    quiet = console.quiet
+    console.quiet = quiet or not world.first
+    try:
+        _join(world)
+        with within(world):
+            yield world
+        _leave()
+    finally:
+        console.quiet = quiet
+
+
+def _join(world: World) -> None:
+    global _store
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    if dist.is_initialized():
+        raise LowbitError(
+            "torch.distributed is initialized by the program that calls lowbit: let lowbit do it, or call "
+            "destroy_process_group() before"
+        )
+    timeout = timedelta(seconds=seconds())
+    try:
+        store, rank, size = next(iter(rendezvous("env://", world.rank, world.size, timeout=timeout)))
+        # One store serves all jobs of a launch, and every job starts with keys of its own.
+        _store = PrefixStore(f"lowbit-{next(_joined)}", store)
+        dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, OSError) as error:  # the latter: an address that does not exist
+        raise LowbitError(
+            f"process {world.rank} of {world.size} cannot reach the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0][:120]}): see that all of them were started"
+        ) from error
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    from lowbit.distributed.exchange import wait
+
+    with within(launched()):
+        wait()
+    dist.destroy_process_group()
+
+
+def reports() -> bool:
+    """Whether this process is to print its error: the first of a job that has one; the others are consequences."""
+    if launched().size == 1:
+        return True
+    if _store is None:  # the command did not come so far in any of them
+        return launched().first
+    try:
+        return int(_store.add("errors", 1)) == 1
+    except RuntimeError:  # the launcher, which has the store, is gone
+        return True
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Refuse a job whose processes differ.
+
+    Args:
+        facts: plain data by name, such as versions and the request; names that come first are reported first.
+
+    Raises:
+        LowbitError: names the process, the fact and both values.
+    """
+    if here() == ONE:
+        return
+    from lowbit.distributed.exchange import from_everyone
+
+    everyones = from_everyone(dict(facts))
+    for rank, others in enumerate(everyones):
+        for name in {**everyones[0], **others}:
+            if (first := everyones[0].get(name)) != (other := others.get(name)):
+                raise LowbitError(
+                    f"process {rank} has {name} {str(other)[:80]}, process 0 has {str(first)[:80]}: start all "
+                    "processes with the same command, model and installed versions"
+                )

@@ -1,0 +1,88 @@
+"""Gradients of a step: sums over its micro-batches, in an order that does not depend on the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lowbit.distributed.exchange import total
+from lowbit.distributed.tree import Node, Tree, leaves, own_part
+from lowbit.distributed.world import here
+
+
+@dataclass
+class Partial:
+    """The loss and the gradients of some micro-batches.
+
+    Attributes:
+        loss: their share of the step's mean loss, a scalar.
+        grads: by number of the tensor; a tensor on which the loss does not depend has none.
+    """
+
+    loss: Tensor
+    grads: dict[int, Tensor]
+
+    def plus(self, other: Partial) -> Partial:
+        """The sum, in the memory of this one's gradients."""
+        for at, grad in other.grads.items():
+            self.grads[at] = self.grads[at].add_(grad) if at in self.grads else grad
+        return Partial(self.loss + other.loss, self.grads)
+
+
+def gradients(tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], micro_batches: Sequence[Tensor]) -> Tensor:
+    """Set the tensors' gradients to those of a step's mean loss, and return that loss.
+
+    With one micro-batch every process computes it; of several each process computes some.
+
+    Args:
+        tensors: leaf tensors that require gradients.
+        loss: the mean loss over the sequences with the given indices.
+        micro_batches: indices of the step's sequences.
+
+    >>> weight = torch.ones(1, requires_grad=True)
+    >>> float(gradients([weight], lambda chosen: (weight * chosen).mean(), torch.tensor([1.0, 2.0, 6.0]).split(2)))
+    3.0
+    >>> weight.grad.tolist()
+    [3.0]
+    """
+    if len(micro_batches) == 1:
+        return _of(tensors, loss, micro_batches, len(micro_batches[0])).loss
+    sequences = sum(map(len, micro_batches))
+    parts = leaves(len(micro_batches))
+    tree = Tree(Partial.plus)
+    for number in own_part(len(parts), here().rank, here().size):
+        own = [micro_batches[at] for at in parts[number]]
+        tree.add(Node(number, 1, _of(tensors, loss, own, sequences)))
+    whole = total(tree, _packed, _unpacked)
+    assert whole is not None, "a step has no sequences"
+    for at, tensor in enumerate(tensors):
+        tensor.grad = whole.grads.get(at)
+    return whole.loss
+
+
+def _of(
+    tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], micro_batches: Sequence[Tensor], sequences: int
+) -> Partial:
+    """Of some micro-batches of a step with a number of sequences, added up one after the other."""
+    for tensor in tensors:
+        tensor.grad = None
+    sums: list[Tensor] = []
+    for chosen in micro_batches:
+        value = loss(chosen)
+        if len(chosen) != sequences:
+            value = value * (len(chosen) / sequences)
+        value.backward()
+        sums.append(value.detach())
+    grads = {at: tensor.grad for at, tensor in enumerate(tensors) if tensor.grad is not None}
+    return Partial(sum(sums[1:], sums[0]), grads)
+
+
+def _packed(one: Partial) -> tuple[Any, list[Tensor]]:
+    return list(one.grads), [one.loss, *one.grads.values()]
+
+
+def _unpacked(numbers: Any, tensors: list[Tensor]) -> Partial:
+    return Partial(tensors[0], dict(zip(numbers, tensors[1:], strict=True)))
