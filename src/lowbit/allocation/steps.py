@@ -24,6 +24,7 @@ from lowbit.pipeline.quantize import quantize
 from lowbit.progress import say
 
 RUN, SCHEME, MODEL = "run", "scheme.yaml", "model"
+WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.pte")  # what a folder's size counts
 WINDOW = 512  # tokens of a window of the comparison
 
 
@@ -140,8 +141,8 @@ def _file(out: Path, target: str) -> Path:
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of a file, or of a folder's ``.safetensors`` files."""
-    files = [path] if path.is_file() else path.glob("*.safetensors")
+    """Bytes of a file, or of those files of a folder that hold the model: not of config and tokenizer."""
+    files = [path] if path.is_file() else [file for glob in WEIGHTS for file in path.glob(glob)]
     return sum(file.stat().st_size for file in files if not file.name.startswith("lowbit-"))
 
 

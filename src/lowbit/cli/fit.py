@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def fit(
     model: Model,
-    target: Annotated[str, typer.Option("--target", help="The target: llama.cpp, vllm or transformers.")],
+    target: Annotated[
+        str, typer.Option("--target", help="The target: llama.cpp, onnxruntime, executorch, vllm or transformers.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder: new, empty, or of the same command.")],
     size: Annotated[str | None, typer.Option(help="The largest size of the file, such as 90MB or 1.8GiB.")] = None,
     bits: Annotated[
