@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowbit.allocation.frontier import Frontier, points_of
 from lowbit.allocation.goal import Goal
+from lowbit.allocation.kv_memory import context_of, kv_bytes
 from lowbit.allocation.losses import COLUMNS, TABLE, Losses, measure_losses, save, saved
 from lowbit.allocation.probes import with_probes
 from lowbit.allocation.rounds import Settled, settle
@@ -30,6 +31,7 @@ from lowbit.checkpoints.safetensors_folder import read_json, write_json
 from lowbit.data.text import Data, calibration, corpora
 from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Footprint
+from lowbit.exporters.target import Options
 from lowbit.models.validate import check_ids
 from lowbit.paths import user_path
 from lowbit.pipeline.opened import Opened, open_model
@@ -61,6 +63,7 @@ class Fitted:
         uniform: by format's name, ``size_bytes`` and ``expected`` divergence with that format everywhere.
         formats: how many modules have each format.
         commands: the commands that made it.
+        memory_bytes: with ``memory``, the size with keys and values.
     """
 
     out: Path
@@ -78,6 +81,7 @@ class Fitted:
     uniform: dict[str, dict[str, float]]
     formats: dict[str, int]
     commands: list[str]
+    memory_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the format's name."""
@@ -91,6 +95,8 @@ def fit(
     *,
     target: str,
     size: str | int | None = None,
+    memory: str | int | None = None,
+    context: int | None = None,
     bits: float | None = None,
     quality: float | None = None,
     recipe: str = "gptq",
@@ -114,6 +120,9 @@ def fit(
         out: a folder: new, empty, or left by an interrupted call with the same arguments.
         target: the target runtime.
         size: largest size of the file, such as ``90MB``, or bytes.
+        memory: in place of a size, the largest memory of the weights and of keys and values, for targets that keep
+            weights packed in memory.
+        context: tokens that ``memory`` has keys and values for: by default 2048, or the model's positions.
         bits: in place of a size, bits per weight of everything that has a format.
         quality: in place of a size, the largest ratio of perplexity to the float model's, such as 1.05, for which
             the smallest file is made: expected divergence is at most its logarithm.
@@ -129,12 +138,24 @@ def fit(
             the commands refuse.
     """
     target, out = target_of(target), user_path(out)
-    goal = Goal.of(size, bits, quality)
+    goal = Goal.of(size, bits, quality, memory)
+    if context is not None and goal.memory is None:
+        raise LowbitError(f"--context {context} given without --memory: no size depends on it; leave it out")
     chosen = Recipe(recipe, effort, tuple(settings or ()), data, samples, length, seed)
     opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
     footprint = footprint_of(target, str(model), opened, pre)
+    if goal.memory is not None:
+        context = context_of(opened.skeleton, context)
+        goal = goal.behind(kv_bytes(opened.skeleton, target, context))
     goal.check(footprint, target)
-    request = {"model": model_name(str(model)), "target": target, **asdict(goal), "pre": pre, "tokens": tokens}
+    request = {
+        "model": model_name(str(model)),
+        "target": target,
+        **asdict(goal),
+        "pre": pre,
+        "tokens": tokens,
+        "context": context,
+    }
     request["text"] = None if text is None else [str(corpus) for corpus in corpora(text)]
     request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
     _claim(out, request)
@@ -143,10 +164,11 @@ def fit(
     blocks_at = streamed.skeleton.architecture.blocks
     found = settle(footprint, table.losses, goal, streamed, table.columns, table.ids)
     permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    exported = Options(pre=pre, context=context if target == "executorch" else None)
     made = make(
-        str(model), out, target, found.solution, chosen, streamed.skeleton, pre, Measured(text, tokens), permits
+        str(model), out, target, found.solution, chosen, streamed.skeleton, exported, Measured(text, tokens), permits
     )
-    result = _fitted(out, target, found, made, uniform(footprint, table.losses, blocks_at))
+    result = _fitted(out, target, found, made, uniform(footprint, table.losses, blocks_at), goal)
     write_json(out / "result.json", result.to_dict())
     return result
 
@@ -239,7 +261,7 @@ def _table(
     return Table(losses, columns, measured_on)
 
 
-def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution]) -> Fitted:
+def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution], goal: Goal) -> Fitted:
     solution = found.solution
     counts: dict[str, int] = {}
     for format in solution.formats.values():
@@ -261,4 +283,5 @@ def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str
         {name: {"size_bytes": one.size, "expected": one.expected} for name, one in beside.items()},
         counts,
         [shlex.join(command) for command in made.commands],
+        None if goal.memory is None else made.size_bytes + goal.beside,
     )

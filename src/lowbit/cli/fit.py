@@ -24,6 +24,16 @@ def fit(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder: new, empty, or of the same command.")],
     size: Annotated[str | None, typer.Option(help="The largest size of the file, such as 90MB or 1.8GiB.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="In place of a size: the largest memory of weights, keys and values, such as 300MB."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that --memory has keys and values for.", show_default="2048, or the model's positions"
+        ),
+    ] = None,
     bits: Annotated[
         float | None, typer.Option(help="In place of a size: bits per weight that has a format, such as 4.2.")
     ] = None,
@@ -67,8 +77,11 @@ def fit(
     from lowbit.allocation.api import frontier as predict
 
     if frontier:
-        if any(given is not None for given in (size, bits, quality)):
-            raise LowbitError("--frontier given with --size, --bits or --quality: it shows all sizes; leave one out")
+        if any(given is not None for given in (size, memory, context, bits, quality)):
+            raise LowbitError(
+                "--frontier given with --size, --memory, --context, --bits or --quality: it shows all sizes; leave "
+                "one out"
+            )
         found = predict(
             model,
             out,
@@ -90,6 +103,8 @@ def fit(
         out,
         target=target,
         size=size,
+        memory=memory,
+        context=context,
         bits=bits,
         quality=quality,
         recipe=recipe,
@@ -128,6 +143,8 @@ def _show(result: Fitted) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in sorted(result.formats.items()))
     says = "equals the run bit for bit" if result.verified else "DIFFERS from the run"
     print(f"{result.file}: {result.size_bytes:,} bytes, {says}; modules: {counts}")
+    if result.memory_bytes is not None:
+        print(f"in memory with keys and values: {result.memory_bytes:,} bytes")
 
 
 def _show_frontier(found: Frontier) -> None:
