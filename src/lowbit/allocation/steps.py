@@ -43,8 +43,8 @@ class Recipe:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Options of steps; GPTQ searches scales, which formats with tables and sub-scales need."""
-        return self.given or (("gptq.search=true",) if self.name == "gptq" else ())
+        """Options of steps; GPTQ searches scales, as formats with tables and sub-scales need, and takes the head."""
+        return self.given or (("gptq.search=true", "gptq.head=true") if self.name == "gptq" else ())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

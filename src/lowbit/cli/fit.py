@@ -48,7 +48,9 @@ def fit(
     effort: Annotated[str | None, typer.Option(help="As for quantize.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="As for quantize; repeatable.", show_default="gptq.search=true for gptq"),
+        typer.Option(
+            "--set", help="As for quantize; repeatable.", show_default="gptq.search=true gptq.head=true for gptq"
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,

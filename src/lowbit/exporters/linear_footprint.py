@@ -87,10 +87,9 @@ def _options(
         copies = len(modules) if stores.tied_twice else 1
         out.append(Option(None, copies * FLOAT * math.prod(model.shape(modules[0]))))
     if not out:
-        rows, columns = model.shape(modules[0])
         raise LowbitError(
-            f"{stores.runtime} has no format for {modules[0]} ({rows} x {columns}), and its linears do not stay "
-            f"float: {found.why}; choose a target that leaves it float, such as transformers"
+            f"{stores.runtime} has no format for a linear, and no linear of its blocks stays float: {found.why}; "
+            "choose a target that leaves it float, such as transformers"
         )
     return tuple(out)
 
