@@ -24,7 +24,7 @@ from lowbit.data.sampling import self_sample
 from lowbit.data.text import Data, calibration
 from lowbit.data.tokenization import decode
 from lowbit.data.windows import Bos, Tokens, WindowShape
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, canonical
 from lowbit.exporters.imatrix import read_imatrix
 from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.device import DTYPES
@@ -36,6 +36,7 @@ from lowbit.models.validate import (
     shapes_of,
 )
 from lowbit.paths import user_path
+from lowbit.pipeline.defaults import default_of, sentence, weights_of
 from lowbit.pipeline.end_to_end import tune
 from lowbit.pipeline.finalize import finish, finished
 from lowbit.pipeline.keep import Keep
@@ -49,6 +50,7 @@ from lowbit.pipeline.target import settle
 from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.range_estimators import MSE
+from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
 from lowbit.runs.folder import begin, claimed, look, refuse_in_use
@@ -88,7 +90,7 @@ def quantize(
     out: str | Path,
     *,
     scheme: str | Scheme | None = None,
-    recipe: str | Recipe = DEFAULT_RECIPE,
+    recipe: str | Recipe | None = None,
     data: Data | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -119,7 +121,8 @@ def quantize(
         model: a folder, a hub id, a ``.gguf`` file or ``demo``.
         out: the run folder; new, empty, or left by an interrupted run of the same request.
         scheme: a name such as ``w4a16g64-sym``, ``mxfp4`` or ``q4_k``, a YAML file, or a ``Scheme``.
-        recipe: a name such as ``gptq``, a YAML file, or a ``Recipe``.
+        recipe: a name such as ``gptq``, a YAML file, or a ``Recipe``; ``None``: ``gptq``, or for a target runtime
+            without ``scheme`` and ``settings`` the one that ``lowbit.pipeline.defaults`` has for the model's size.
         data: calibration text: ``builtin``, a mixture of several kinds of text, or one of them, such as
             ``builtin:wiki``; ``wikitext2``, ``ptb``, ``c4``, ``self``, a file, several of these, or a list of texts.
         samples, length, seed: number of windows, tokens per window, and the seed that draws them.
@@ -169,10 +172,14 @@ def quantize(
         refuse_in_use(out := user_path(out))
         manifest = keep_codes(Keep(str(model), revision, allow_pickle, trust_remote_code), out)
         return _quantized(manifest, out, began)
+    default, settings = None, tuple(settings)
+    if recipe is None and target is not None and scheme is None and not settings:
+        target = canonical("runtime", target, RUNTIMES)
+        default = default_of(target, _weights(str(model), revision, allow_pickle, trust_remote_code))
     request = make_request(
         str(model),
         scheme=scheme,
-        recipe=recipe,
+        recipe=recipe or (DEFAULT_RECIPE if default is None else default.recipe),
         settings=settings,
         overrides=overrides or {},
         target=target,
@@ -189,7 +196,14 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     refuse_in_use(out := user_path(out))
-    return _quantized(_run(_check(request), out), out, began)
+    resolved = _check(request)
+    if default is not None:
+        say(sentence(str(target), resolved.scheme.name, default))
+    return _quantized(_run(resolved, out), out, began)
+
+
+def _weights(model: str, revision: str | None, allow_pickle: bool, trusted: bool) -> int:
+    return weights_of(open_model(model, revision, allow_pickle, trusted).skeleton)
 
 
 def _quantized(manifest: Manifest, out: Path, began: float) -> Quantized:
@@ -204,7 +218,7 @@ def _refuse_beside_keep(given: Mapping[str, Any], defaulted: Mapping[str, Any]) 
         given: options by name; ``None``: not given.
         defaulted: options with a default by name.
     """
-    defaults = {"recipe": DEFAULT_RECIPE, "device": "cpu", "dtype": "float32"}
+    defaults = {"recipe": None, "device": "cpu", "dtype": "float32"}
     names = [name for name, value in given.items() if value is not None]
     names += [name for name, value in defaulted.items() if value != defaults[name]]
     if names:
