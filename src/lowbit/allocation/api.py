@@ -15,35 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from lowbit.allocation.frontier import Frontier, points_of
 from lowbit.allocation.goal import Goal
 from lowbit.allocation.kv_memory import context_of, kv_bytes
-from lowbit.allocation.losses import COLUMNS, TABLE, Losses, measure_losses, save, saved
-from lowbit.allocation.probes import with_probes
+from lowbit.allocation.losses import COLUMNS, TABLE
 from lowbit.allocation.rounds import Settled, settle
+from lowbit.allocation.sensitivity import Text, table_of
 from lowbit.allocation.solution import Solution, uniform
 from lowbit.allocation.steps import Made, Measured, Recipe, make
 from lowbit.allocation.target import footprint_of, target_of
-from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
-from lowbit.data.text import Data, calibration, corpora
+from lowbit.data.text import Data, corpora
 from lowbit.errors import LowbitError
-from lowbit.exporters.footprint import Footprint
 from lowbit.exporters.target import Options
-from lowbit.models.validate import check_ids
 from lowbit.paths import user_path
-from lowbit.pipeline.opened import Opened, open_model
+from lowbit.pipeline.opened import open_model
 from lowbit.pipeline.request import model_name
-from lowbit.progress import say
 from lowbit.runs.streamed_model import StreamedModel
-from lowbit.runs.versions import versions
 from lowbit.torch_state import own_torch_state
 
 STATE, FORMAT = "fit.json", "lowbit-fit-1"
-SEQUENCES, LENGTH = 8, 128  # of the gradients
-WINDOWS = 4  # of them, on which divergence is measured
 
 
 @dataclass(frozen=True)
@@ -160,7 +150,7 @@ def fit(
     request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
     _claim(out, request)
     streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
-    table = _table(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
+    table = table_of(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
     blocks_at = streamed.skeleton.architecture.blocks
     found = settle(footprint, table.losses, goal, streamed, table.columns, table.ids)
     permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
@@ -171,34 +161,6 @@ def fit(
     result = _fitted(out, target, found, made, uniform(footprint, table.losses, blocks_at), goal)
     write_json(out / "result.json", result.to_dict())
     return result
-
-
-@own_torch_state
-def frontier(
-    model: str | Path,
-    out: str | Path,
-    *,
-    target: str,
-    data: Data | None = None,
-    seed: int = 0,
-    pre: str | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> Frontier:
-    """The least expected divergence at sizes from the smallest file of a target to its largest; quantizes nothing.
-
-    Arguments are those of ``fit``. A ``fit`` of the same model, target and text into the same folder goes on from the
-    table of sensitivities that this leaves in ``out``.
-    """
-    target, out = target_of(target), user_path(out)
-    opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
-    footprint = footprint_of(target, str(model), opened, pre)
-    out.mkdir(parents=True, exist_ok=True)
-    streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
-    table = _table(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
-    points = points_of(footprint, table.losses, streamed.skeleton.architecture.blocks)
-    return Frontier(model_name(str(model)), target, points)
 
 
 def _claim(out: Path, request: dict[str, Any]) -> None:
@@ -216,49 +178,6 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
         raise LowbitError(f"--out {out} exists and is no fit; give a folder that is new or empty")
     out.mkdir(parents=True, exist_ok=True)
     write_json(state, {"format": FORMAT, "request": request})
-
-
-@dataclass(frozen=True)
-class Text:
-    """The text of a sensitivity: a corpus, and the seed that draws its windows."""
-
-    data: Data | None
-    seed: int
-
-
-@dataclass(frozen=True)
-class Table:
-    """Losses of a model, what weights searches of scales, and the windows on which divergence is measured."""
-
-    losses: Losses
-    columns: dict[str, Tensor]
-    ids: Tensor
-
-
-def _table(
-    out: Path,
-    opened: Opened,
-    streamed: StreamedModel,
-    footprint: Footprint,
-    text: Text,
-    target: str,
-    trusted: bool,
-) -> Table:
-    """The table of sensitivities, from the folder if it is there."""
-    length = min(LENGTH, getattr(streamed.skeleton.text_config, "max_position_embeddings", None) or LENGTH)
-    tokenizer = load_tokenizer(opened.source.folder, trusted)
-    drawn = calibration(text.data or "builtin", tokenizer, SEQUENCES, length, text.seed)
-    check_ids(drawn.ids, streamed.skeleton, opened.source.folder)
-    measured_on = drawn.ids[:: SEQUENCES // WINDOWS]  # of all kinds of text
-    key = {"fingerprint": opened.source.identity, "target": target, "text": drawn.hash, "seed": text.seed}
-    key["versions"] = versions()
-    if (table := saved(out, key)) is not None:
-        return Table(*table, measured_on)
-    say("sensitivity of every tensor in every format")
-    losses, columns = measure_losses(streamed, drawn.ids, footprint, text.seed)
-    losses = with_probes(losses, footprint, streamed, columns, measured_on)
-    save(out, key, losses, columns)
-    return Table(losses, columns, measured_on)
 
 
 def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution], goal: Goal) -> Fitted:

@@ -42,8 +42,11 @@ def fit(
         typer.Option(help="In place of a size: the largest ratio of perplexity to the float model's, such as 1.05."),
     ] = None,
     frontier: Annotated[
-        bool, typer.Option("--frontier", help="Only show the expected divergence at all sizes; nothing is quantized.")
+        bool, typer.Option("--frontier", help="Show the expected divergence at all sizes, and make some in full.")
     ] = False,
+    full: Annotated[
+        int, typer.Option(help="Of --frontier: how many sizes are made in full; 0: nothing is quantized.")
+    ] = 3,
     recipe: Annotated[str, typer.Option(help="A recipe that 'lowbit recipes' lists, or FILE.yaml.")] = "gptq",
     effort: Annotated[str | None, typer.Option(help="As for quantize.")] = None,
     set_: Annotated[
@@ -76,7 +79,9 @@ def fit(
     compares; the commands are printed. Interrupted, the same command goes on.
     """
     from lowbit.allocation.api import fit as run
-    from lowbit.allocation.api import frontier as predict
+    from lowbit.allocation.frontier_run import frontier as predict
+    from lowbit.checkpoints.safetensors_folder import write_bytes
+    from lowbit.reports.frontier_page import render
 
     if frontier:
         if any(given is not None for given in (size, memory, context, bits, quality)):
@@ -88,17 +93,29 @@ def fit(
             model,
             out,
             target=target,
+            full=full,
+            recipe=recipe,
+            effort=effort,
+            settings=set_ or None,
             data=data or None,
+            samples=samples,
+            length=length,
             seed=seed,
             pre=pre,
+            text=text or None,
+            tokens=tokens,
             revision=revision,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
+        if full:
+            write_bytes(out / "frontier.html", render(found).encode())
         if as_json:
             print_json(found.to_dict())
         else:
             _show_frontier(found)
+        if not all(point.verified for point in found.full):
+            raise typer.Exit(1)
         return
     result = run(
         model,
@@ -155,6 +172,12 @@ def _show_frontier(found: Frontier) -> None:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(point.formats.items()))
         rows.add_row(_mb(point.size_bytes), f"{point.bits:.3f}", f"{point.expected:.4g}", counts)
     Console().print(rows)
+    for made in found.full:
+        scores = ", ".join(
+            f"{name}: KL {made.kl[name]:.4f}, perplexity {made.perplexity[name]:.3f}" for name in made.kl
+        )
+        says = "equals the run bit for bit" if made.verified else "DIFFERS from the run"
+        print(f"{made.file}: {made.size_bytes:,} bytes, {says}; expected KL {made.expected:.4g}; {scores}")
 
 
 def _mb(size: float) -> str:
