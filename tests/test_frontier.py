@@ -40,9 +40,6 @@ def test_one_size_in_full_is_measured_drawn_and_not_made_again(
     assert told == json.loads((out / "frontier.json").read_text())
     assert table == (out / "sensitivity.json").stat().st_mtime_ns
     assert run == (folder / "run/lowbit.json").stat().st_mtime_ns
-        (out / "sensitivity.json").stat().st_mtime_ns,
-        (folder / "run/lowbit.json").stat().st_mtime_ns,
-    )
     (full,) = told["full"]
     assert full["verified"]
     assert (folder / "model.gguf").stat().st_size == full["size_bytes"] <= int(folder.name.removeprefix("size-"))
