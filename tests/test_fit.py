@@ -400,3 +400,18 @@ def test_targets_that_fuse_linears_give_them_one_format(tmp_path: Path) -> None:
     (format,) = {found[f"{BLOCKS}.0.self_attn.{name}_proj"] for name in "qkv"}
     assert format is not None
     assert format.elements.bits == 8
+
+
+def test_tokens_that_the_text_lacks_count_in_the_loss_of_an_embedding(untied: Path) -> None:
+    """One window of one token: only its row has curvature, and smoothing gives every row some."""
+    streamed, footprint = StreamedModel(untied), footprint_at(untied)
+    ids = torch.full((1, 8), 5)
+    (curved,) = (one for one in curvatures(streamed, ids, 0) if one.module == "model.embed_tokens")
+    assert curved.curvature.sum(1).count_nonzero() == 1
+    losses, columns = measure_losses(streamed, ids, footprint, 0)
+    assert torch.allclose(columns["model.embed_tokens"], curved.curvature.mean(0), rtol=1e-4)
+    format = IntFormat(4, 32)
+    errors = format.fake_quant(curved.weight, format.qparams(curved.weight)) - curved.weight
+    every = (8 * curved.curvature + curved.curvature.sum(0)) / (8 + len(errors))
+    expected = 0.5 * float((errors.square() * every).sum())
+    assert losses.by_module["model.embed_tokens"][override_text(format)] == pytest.approx(expected, rel=0.05)
