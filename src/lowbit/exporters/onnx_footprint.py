@@ -14,6 +14,7 @@ from lowbit.exporters.linear_footprint import FLOAT, PackedLinears
 from lowbit.exporters.linear_footprint import footprint as of_linears
 from lowbit.exporters.offered import Refuses
 from lowbit.exporters.onnx_grid import block_of, stored_bits
+from lowbit.exporters.onnx_names import FUSED
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.integer import IntFormat
 
@@ -38,8 +39,25 @@ def weight_size(format: IntFormat, shape: tuple[int, int]) -> int:
     bits, block = stored_bits(format.bits), block_of(format.group or columns)
     assert block is not None, "groups that are no multiple of 16 are refused before"
     blocks = -(-columns // block)
-    zeros = 0 if format.symmetric else -(-blocks * bits // 8)
-    return rows * (blocks * (block * bits // 8 + FLOAT) + zeros)
+    size = rows * blocks * (block * bits // 8 + FLOAT)
+    return size if format.symmetric else size + zero_size(format, shape)
+
+
+def zero_size(format: IntFormat, shape: tuple[int, int]) -> int:
+    """Bytes of zero points of a weight ``(out, in)``, rows padded to bytes."""
+    rows, columns = shape
+    return rows * -(-columns // (format.group or columns) * stored_bits(format.bits) // 8)
+
+
+def packed_zeros(model: FloatModel) -> int:
+    """Bytes of zero points that symmetric weights get at most.
+
+    The builder packs q, k and v of equal bits and blocks into one matrix, which has zero points for all rows as soon
+    as one of the three has.
+    """
+    asymmetric = [format for format in FORMATS if not format.symmetric]
+    shapes = [shape for name, shape in model.modules.items() if name.rpartition(".")[2] in FUSED["qkv_proj"]]
+    return sum(max(zero_size(format, shape) for format in asymmetric) for shape in shapes)
 
 
 STORES = PackedLinears("onnxruntime", FORMATS, weight_size, None, GRAPH, tied_twice=False)
@@ -50,4 +68,4 @@ def footprint(model: FloatModel, skeleton: Skeleton, refuses: Refuses) -> Footpr
     edges = [edge for kind in skeleton.architecture.layers for edge in kind.edges]
     pairs = max(len(edge.pairs) for edge in edges)
     tables = 2 * FLOAT * pairs * int(model.config.max_position_embeddings)
-    return of_linears(model, skeleton, refuses, STORES, tables)
+    return of_linears(model, skeleton, refuses, STORES, tables + packed_zeros(model))
