@@ -71,10 +71,9 @@ def test_the_bytes_of_an_onnx_folder_are_known_but_for_its_graph(family: str, tm
     actual, size, footprint = exported(tmp_path, family, "onnxruntime")
     assert size - slack(ONNX, 3) < actual <= size
     data = (tmp_path / "run-onnx" / "model.onnx.data").stat().st_size
-    # tensors are counted to the byte, but for zero points of what is packed with others
-    packed = 3 * (64 + 32 + 32) * 1
-    assert size - slack(ONNX, 3) - packed <= data <= size - slack(ONNX, 3)
-    assert {len(choice.modules) for choice in footprint.choices} == ({1} if family == "llama" else {1, 2})
+    assert data == size - slack(ONNX, 3)  # tensors are counted to the byte
+    own = [1, 1] if family == "llama" else [2]  # q, k and v have one format
+    assert [len(choice.modules) for choice in footprint.choices] == [3, 1, 1, 1, 1] * 3 + own
 
 
 def test_the_bytes_of_a_program_are_known_but_for_its_graph(tmp_path: Path) -> None:

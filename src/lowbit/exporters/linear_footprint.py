@@ -42,13 +42,19 @@ class PackedLinears:
 
 
 def footprint(
-    model: FloatModel, skeleton: Skeleton, refuses: Refuses, stores: PackedLinears, extra: int = 0
+    model: FloatModel,
+    skeleton: Skeleton,
+    groups: Sequence[tuple[str, ...]],
+    refuses: Refuses,
+    stores: PackedLinears,
+    extra: int = 0,
 ) -> Footprint:
     """The footprint of an export.
 
     Args:
         model: the float model.
         skeleton: the same without parameters.
+        groups: linears of the blocks that have one format.
         refuses: why the target has no place for a plan.
         stores: how the target stores it.
         extra: bytes of tensors that are no parameters.
@@ -59,11 +65,13 @@ def footprint(
     outside = [(model.embed, model.head)] if model.tied else [(model.embed,), (model.head,)]
     known: dict[tuple[object, ...], tuple[Option, ...]] = {}
     choices = []
-    for modules in (*((name,) for name in model.modules), *outside):
+    for modules in (*groups, *outside):
         key = tuple((name.rpartition(".")[2], model.shape(name)) for name in modules)
         if key not in known:
             known[key] = _options(model, skeleton, modules, refuses, stores)
-        choices.append(Choice(modules, math.prod(model.shape(modules[0])), known[key]))
+        counted = modules[:1] if modules in outside else modules  # a tied matrix once
+        weights = sum(math.prod(model.shape(name)) for name in counted)
+        choices.append(Choice(modules, weights, known[key]))
     own = {f"{name}.weight" for choice in choices for name in choice.modules}
     floats = {name: FLOAT * math.prod(shape) for name, shape in model.shapes.items() if name not in own}
     whole, layer = stores.graph

@@ -9,6 +9,8 @@ for each position and pair.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lowbit.exporters.footprint import FloatModel, Footprint
 from lowbit.exporters.linear_footprint import FLOAT, PackedLinears
 from lowbit.exporters.linear_footprint import footprint as of_linears
@@ -39,25 +41,24 @@ def weight_size(format: IntFormat, shape: tuple[int, int]) -> int:
     bits, block = stored_bits(format.bits), block_of(format.group or columns)
     assert block is not None, "groups that are no multiple of 16 are refused before"
     blocks = -(-columns // block)
-    size = rows * blocks * (block * bits // 8 + FLOAT)
-    return size if format.symmetric else size + zero_size(format, shape)
+    zeros = 0 if format.symmetric else -(-blocks * bits // 8)
+    return rows * (blocks * (block * bits // 8 + FLOAT) + zeros)
 
 
-def zero_size(format: IntFormat, shape: tuple[int, int]) -> int:
-    """Bytes of zero points of a weight ``(out, in)``, rows padded to bytes."""
-    rows, columns = shape
-    return rows * -(-columns // (format.group or columns) * stored_bits(format.bits) // 8)
+def groups_of(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Linears that have one format, from those of all blocks: q, k and v of a layer.
 
+    The builder packs them into one matrix where their formats are alike, and mixes layers up where it packs them in
+    some layers only.
 
-def packed_zeros(model: FloatModel) -> int:
-    """Bytes of zero points that symmetric weights get at most.
-
-    The builder packs q, k and v of equal bits and blocks into one matrix, which has zero points for all rows as soon
-    as one of the three has.
+    >>> groups_of(["l.0.attn.q_proj", "l.0.attn.k_proj", "l.0.attn.v_proj", "l.0.attn.o_proj"])
+    [('l.0.attn.q_proj', 'l.0.attn.k_proj', 'l.0.attn.v_proj'), ('l.0.attn.o_proj',)]
     """
-    asymmetric = [format for format in FORMATS if not format.symmetric]
-    shapes = [shape for name, shape in model.modules.items() if name.rpartition(".")[2] in FUSED["qkv_proj"]]
-    return sum(max(zero_size(format, shape) for format in asymmetric) for shape in shapes)
+    out: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        out.setdefault(parent if own in FUSED["qkv_proj"] else name, []).append(name)
+    return [tuple(group) for group in out.values()]
 
 
 STORES = PackedLinears("onnxruntime", FORMATS, weight_size, None, GRAPH, tied_twice=False)
@@ -68,4 +69,4 @@ def footprint(model: FloatModel, skeleton: Skeleton, refuses: Refuses) -> Footpr
     edges = [edge for kind in skeleton.architecture.layers for edge in kind.edges]
     pairs = max(len(edge.pairs) for edge in edges)
     tables = 2 * FLOAT * pairs * int(model.config.max_position_embeddings)
-    return of_linears(model, skeleton, refuses, STORES, tables + packed_zeros(model))
+    return of_linears(model, skeleton, groups_of(model.modules), refuses, STORES, tables)

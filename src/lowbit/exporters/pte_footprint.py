@@ -49,4 +49,4 @@ STORES = PackedLinears("executorch", FORMATS, weight_size, embedding_size, GRAPH
 
 def footprint(model: FloatModel, skeleton: Skeleton, refuses: Refuses) -> Footprint:
     """The file's footprint; ``refuses``: why the target has no place for a plan."""
-    return of_linears(model, skeleton, refuses, STORES)
+    return of_linears(model, skeleton, [(name,) for name in model.modules], refuses, STORES)
