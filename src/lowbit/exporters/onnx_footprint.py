@@ -48,8 +48,7 @@ def weight_size(format: IntFormat, shape: tuple[int, int]) -> int:
 def groups_of(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Linears that have one format, from those of all blocks: q, k and v of a layer.
 
-    The builder packs them into one matrix where their formats are alike, and mixes layers up where it packs them in
-    some layers only.
+    The builder packs them into one matrix where their formats are alike, one product in place of three.
 
     >>> groups_of(["l.0.attn.q_proj", "l.0.attn.k_proj", "l.0.attn.v_proj", "l.0.attn.o_proj"])
     [('l.0.attn.q_proj', 'l.0.attn.k_proj', 'l.0.attn.v_proj'), ('l.0.attn.o_proj',)]
