@@ -33,6 +33,7 @@ from lowbit.exporters.footprint import Choice, Footprint, Option
 from lowbit.metrics.sensitivity import divergence
 from lowbit.pipeline.opened import open_model
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.scale_search import search_scales
 from lowbit.quant.scheme import override_text
 from lowbit.quant.tables import IQ4_NL
 from lowbit.runs.streamed_model import StreamedModel
@@ -155,7 +156,7 @@ def test_divergences_are_those_of_models_with_weights_replaced(model: Path) -> N
         for module in dict.fromkeys(ends):
             weight = theirs.get_submodule(module).weight
             if module == "model.embed_tokens" or not theirs.config.tie_word_embeddings:
-                weight.copy_(format.fake_quant(weight, format.qparams(weight)))
+                weight.copy_(format.fake_quant(weight, search_scales(weight, format, format.qparams(weight))))
         other = float(divergence(exact, theirs(ids).logits[:, :-1]).mean())
     assert found[2] == pytest.approx(other, rel=1e-3)
     assert 0 < found[1] < other
@@ -304,6 +305,7 @@ def test_the_frontier_falls_and_quantizes_nothing(
     untied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["fit", str(untied), "--target", "llama.cpp", "-o", str(tmp_path / "out"), "--frontier", "--json"]
+    given += ["--full", "0"]
     assert call([*given, "--data", f"{untied}/calib.txt"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
     assert len(points) > 8
@@ -325,8 +327,8 @@ def test_the_frontier_falls_and_quantizes_nothing(
         (["--bits", "1"], "the smallest that can be is --size"),
         (["--bits", "99"], "--bits 99 given"),
         (["--quality", "0.9"], "give a ratio of perplexities above 1"),
-        ([], "give one of --size, --bits and --quality"),
-        (["--size", "66kB", "--bits", "4"], "give one of --size, --bits and --quality"),
+        ([], "give one of --size, --memory, --bits and --quality"),
+        (["--size", "66kB", "--bits", "4"], "give one of --size, --memory, --bits and --quality"),
         (["--size", "66kB", "--frontier"], "leave one out"),
         (["--size", "66kB", "--target", "vllm", "--pre", "qwen2"], "it names a pre-tokenizer of llama.cpp"),
     ],
@@ -398,3 +400,18 @@ def test_targets_that_fuse_linears_give_them_one_format(tmp_path: Path) -> None:
     (format,) = {found[f"{BLOCKS}.0.self_attn.{name}_proj"] for name in "qkv"}
     assert format is not None
     assert format.elements.bits == 8
+
+
+def test_tokens_that_the_text_lacks_count_in_the_loss_of_an_embedding(untied: Path) -> None:
+    """One window of one token: only its row has curvature, and smoothing gives every row some."""
+    streamed, footprint = StreamedModel(untied), footprint_at(untied)
+    ids = torch.full((1, 8), 5)
+    (curved,) = (one for one in curvatures(streamed, ids, 0) if one.module == "model.embed_tokens")
+    assert curved.curvature.sum(1).count_nonzero() == 1
+    losses, columns = measure_losses(streamed, ids, footprint, 0)
+    assert torch.allclose(columns["model.embed_tokens"], curved.curvature.mean(0), rtol=1e-4)
+    format = IntFormat(4, 32)
+    errors = format.fake_quant(curved.weight, format.qparams(curved.weight)) - curved.weight
+    every = (8 * curved.curvature + curved.curvature.sum(0)) / (8 + len(errors))
+    expected = 0.5 * float((errors.square() * every).sum())
+    assert losses.by_module["model.embed_tokens"][override_text(format)] == pytest.approx(expected, rel=0.05)

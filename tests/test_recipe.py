@@ -63,6 +63,7 @@ def test_what_is_written_down_names_every_option():
                     "target": "weights",
                     "search": False,
                     "ridge": 0.1,
+                    "head": False,
                 }
             }
         ],

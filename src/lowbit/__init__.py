@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowbit.allocation.api import Fitted, fit, frontier
+    from lowbit.allocation.api import Fitted, fit
+    from lowbit.allocation.frontier_run import frontier
     from lowbit.analysis.diagnose import Diagnosis, diagnose
     from lowbit.checkpoints.merge import Merged, merge
     from lowbit.errors import LowbitError
@@ -68,7 +69,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "allocation.api": ("Fitted", "fit", "frontier"),
+    "allocation.api": ("Fitted", "fit"),
+    "allocation.frontier_run": ("frontier",),
     "analysis.diagnose": ("Diagnosis", "diagnose"),
     "checkpoints.merge": ("Merged", "merge"),
     "errors": ("LowbitError",),

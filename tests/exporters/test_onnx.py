@@ -22,7 +22,7 @@ from lowbit.exporters import onnx as target
 from lowbit.exporters.onnx_grid import block_of, in_blocks, stored_bits
 from lowbit.exporters.verify import relative_error
 from lowbit.quant.integer import IntFormat
-from tiny import save_tiny, tiny_ids
+from tiny import quantized, save_tiny, tiny_ids
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -258,3 +258,13 @@ def test_smollm2_speaks_in_genai_as_in_the_simulation(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = simulated.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0].tolist()
     assert greedy(made.out, ids, 32) == expected
+
+
+@pytest.mark.heavy
+def test_a_layer_behind_one_whose_q_k_and_v_differ_reads_its_own_keys(tmp_path: Path) -> None:
+    """The builder packs equal formats; behind a layer that it did not pack it would take that layer's keys."""
+    folder = quantized(tmp_path, "w4a16g32-sym", overrides={"*.0.self_attn.k_proj": "w8g32"}, target="onnxruntime")
+    made = lowbit.export(folder, "onnx", out=tmp_path / "mixed")
+    (found,) = lowbit.verify(folder, [made.out])
+    assert found.ok
+    assert found.logits is not None

@@ -15,33 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from lowbit.allocation.frontier import Frontier, points_of
 from lowbit.allocation.goal import Goal
-from lowbit.allocation.losses import COLUMNS, TABLE, Losses, measure_losses, save, saved
-from lowbit.allocation.probes import with_probes
+from lowbit.allocation.kv_memory import context_of, kv_bytes
+from lowbit.allocation.losses import COLUMNS, TABLE
 from lowbit.allocation.rounds import Settled, settle
+from lowbit.allocation.sensitivity import Text, table_of
 from lowbit.allocation.solution import Solution, uniform
 from lowbit.allocation.steps import Made, Measured, Recipe, make
 from lowbit.allocation.target import footprint_of, target_of
-from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.checkpoints.safetensors_folder import read_json, write_json
-from lowbit.data.text import Data, calibration, corpora
+from lowbit.data.text import Data, corpora
 from lowbit.errors import LowbitError
-from lowbit.exporters.footprint import Footprint
-from lowbit.models.validate import check_ids
+from lowbit.exporters.target import Options
 from lowbit.paths import user_path
-from lowbit.pipeline.opened import Opened, open_model
+from lowbit.pipeline.opened import open_model
 from lowbit.pipeline.request import model_name
-from lowbit.progress import say
 from lowbit.runs.streamed_model import StreamedModel
-from lowbit.runs.versions import versions
 from lowbit.torch_state import own_torch_state
 
 STATE, FORMAT = "fit.json", "lowbit-fit-1"
-SEQUENCES, LENGTH = 8, 128  # of the gradients
-WINDOWS = 4  # of them, on which divergence is measured
 
 
 @dataclass(frozen=True)
@@ -61,6 +53,7 @@ class Fitted:
         uniform: by format's name, ``size_bytes`` and ``expected`` divergence with that format everywhere.
         formats: how many modules have each format.
         commands: the commands that made it.
+        memory_bytes: with ``memory``, the size with keys and values.
     """
 
     out: Path
@@ -78,6 +71,7 @@ class Fitted:
     uniform: dict[str, dict[str, float]]
     formats: dict[str, int]
     commands: list[str]
+    memory_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the format's name."""
@@ -91,6 +85,8 @@ def fit(
     *,
     target: str,
     size: str | int | None = None,
+    memory: str | int | None = None,
+    context: int | None = None,
     bits: float | None = None,
     quality: float | None = None,
     recipe: str = "gptq",
@@ -114,6 +110,9 @@ def fit(
         out: a folder: new, empty, or left by an interrupted call with the same arguments.
         target: the target runtime.
         size: largest size of the file, such as ``90MB``, or bytes.
+        memory: in place of a size, the largest memory of the weights and of keys and values, for targets that keep
+            weights packed in memory.
+        context: tokens that ``memory`` has keys and values for: by default 2048, or the model's positions.
         bits: in place of a size, bits per weight of everything that has a format.
         quality: in place of a size, the largest ratio of perplexity to the float model's, such as 1.05, for which
             the smallest file is made: expected divergence is at most its logarithm.
@@ -129,54 +128,39 @@ def fit(
             the commands refuse.
     """
     target, out = target_of(target), user_path(out)
-    goal = Goal.of(size, bits, quality)
+    goal = Goal.of(size, bits, quality, memory)
+    if context is not None and goal.memory is None:
+        raise LowbitError(f"--context {context} given without --memory: no size depends on it; leave it out")
     chosen = Recipe(recipe, effort, tuple(settings or ()), data, samples, length, seed)
     opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
     footprint = footprint_of(target, str(model), opened, pre)
+    if goal.memory is not None:
+        context = context_of(opened.skeleton, context)
+        goal = goal.behind(kv_bytes(opened.skeleton, target, context))
     goal.check(footprint, target)
-    request = {"model": model_name(str(model)), "target": target, **asdict(goal), "pre": pre, "tokens": tokens}
+    request = {
+        "model": model_name(str(model)),
+        "target": target,
+        **asdict(goal),
+        "pre": pre,
+        "tokens": tokens,
+        "context": context,
+    }
     request["text"] = None if text is None else [str(corpus) for corpus in corpora(text)]
     request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
     _claim(out, request)
     streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
-    table = _table(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
+    table = table_of(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
     blocks_at = streamed.skeleton.architecture.blocks
     found = settle(footprint, table.losses, goal, streamed, table.columns, table.ids)
     permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    exported = Options(pre=pre, context=context if target == "executorch" else None)
     made = make(
-        str(model), out, target, found.solution, chosen, streamed.skeleton, pre, Measured(text, tokens), permits
+        str(model), out, target, found.solution, chosen, streamed.skeleton, exported, Measured(text, tokens), permits
     )
-    result = _fitted(out, target, found, made, uniform(footprint, table.losses, blocks_at))
+    result = _fitted(out, target, found, made, uniform(footprint, table.losses, blocks_at), goal)
     write_json(out / "result.json", result.to_dict())
     return result
-
-
-@own_torch_state
-def frontier(
-    model: str | Path,
-    out: str | Path,
-    *,
-    target: str,
-    data: Data | None = None,
-    seed: int = 0,
-    pre: str | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> Frontier:
-    """The least expected divergence at sizes from the smallest file of a target to its largest; quantizes nothing.
-
-    Arguments are those of ``fit``. A ``fit`` of the same model, target and text into the same folder goes on from the
-    table of sensitivities that this leaves in ``out``.
-    """
-    target, out = target_of(target), user_path(out)
-    opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
-    footprint = footprint_of(target, str(model), opened, pre)
-    out.mkdir(parents=True, exist_ok=True)
-    streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
-    table = _table(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
-    points = points_of(footprint, table.losses, streamed.skeleton.architecture.blocks)
-    return Frontier(model_name(str(model)), target, points)
 
 
 def _claim(out: Path, request: dict[str, Any]) -> None:
@@ -196,50 +180,7 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
     write_json(state, {"format": FORMAT, "request": request})
 
 
-@dataclass(frozen=True)
-class Text:
-    """The text of a sensitivity: a corpus, and the seed that draws its windows."""
-
-    data: Data | None
-    seed: int
-
-
-@dataclass(frozen=True)
-class Table:
-    """Losses of a model, what weights searches of scales, and the windows on which divergence is measured."""
-
-    losses: Losses
-    columns: dict[str, Tensor]
-    ids: Tensor
-
-
-def _table(
-    out: Path,
-    opened: Opened,
-    streamed: StreamedModel,
-    footprint: Footprint,
-    text: Text,
-    target: str,
-    trusted: bool,
-) -> Table:
-    """The table of sensitivities, from the folder if it is there."""
-    length = min(LENGTH, getattr(streamed.skeleton.text_config, "max_position_embeddings", None) or LENGTH)
-    tokenizer = load_tokenizer(opened.source.folder, trusted)
-    drawn = calibration(text.data or "builtin", tokenizer, SEQUENCES, length, text.seed)
-    check_ids(drawn.ids, streamed.skeleton, opened.source.folder)
-    measured_on = drawn.ids[:: SEQUENCES // WINDOWS]  # of all kinds of text
-    key = {"fingerprint": opened.source.identity, "target": target, "text": drawn.hash, "seed": text.seed}
-    key["versions"] = versions()
-    if (table := saved(out, key)) is not None:
-        return Table(*table, measured_on)
-    say("sensitivity of every tensor in every format")
-    losses, columns = measure_losses(streamed, drawn.ids, footprint, text.seed)
-    losses = with_probes(losses, footprint, streamed, columns, measured_on)
-    save(out, key, losses, columns)
-    return Table(losses, columns, measured_on)
-
-
-def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution]) -> Fitted:
+def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution], goal: Goal) -> Fitted:
     solution = found.solution
     counts: dict[str, int] = {}
     for format in solution.formats.values():
@@ -261,4 +202,5 @@ def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str
         {name: {"size_bytes": one.size, "expected": one.expected} for name, one in beside.items()},
         counts,
         [shlex.join(command) for command in made.commands],
+        None if goal.memory is None else made.size_bytes + goal.beside,
     )

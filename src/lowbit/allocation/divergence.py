@@ -99,11 +99,12 @@ def _divergence(model: StreamedModel, ids: Tensor, exact: Tensor, other: Tensor,
 
 
 def _outside(model: StreamedModel, formats: Formats, name: str) -> Tensor | None:
-    """The embedding or the head in its format, rounded to nearest as a run does it; ``None``: float."""
+    """The embedding or the head in its format, rounded to nearest on searched scales; ``None``: float."""
     if (format := formats.get(name)) is None:
         return None
     weight = model.skeleton.model.get_submodule(name).weight.data
-    return format.fake_quant(weight.float(), format.qparams(weight.float())).to(weight.dtype)
+    qparams = search_scales(weight.float(), format, format.qparams(weight.float()))
+    return format.fake_quant(weight.float(), qparams).to(weight.dtype)
 
 
 @contextmanager

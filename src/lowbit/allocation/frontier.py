@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,12 +33,26 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Full:
+    """A point that was quantized, exported, verified and compared; attributes as in ``api.Fitted``."""
+
+    size_bytes: int
+    expected: float
+    measured: float
+    perplexity: dict[str, float]
+    kl: dict[str, float]
+    verified: bool
+    file: str
+
+
+@dataclass(frozen=True)
 class Frontier:
-    """Points of one model and target, smallest first."""
+    """Points of one model and target, smallest first, and those that were made in full."""
 
     model: str
     target: str
     points: list[Point]
+    full: list[Full]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the format's name."""
@@ -55,3 +70,14 @@ def points_of(footprint: Footprint, losses: Losses, blocks_at: str, count: int =
         bits = 8 * (found.size - footprint.fixed) / footprint.weights
         out[found.size] = Point(found.size, bits, found.expected, dict(names))
     return [out[size] for size in sorted(out)]
+
+
+def chosen(points: Sequence[Point], count: int) -> list[Point]:
+    """``count`` points, spread evenly inside the range, without its ends where there are enough.
+
+    >>> points = [Point(size, 0.0, 0.0, {}) for size in range(16)]
+    >>> [point.size_bytes for point in chosen(points, 3)], chosen(points[:1], 3) == points[:1]
+    ([4, 8, 11], True)
+    """
+    places = dict.fromkeys(round((len(points) - 1) * (at + 1) / (count + 1)) for at in range(count))
+    return [points[place] for place in places]

@@ -1,9 +1,9 @@
-"""What a fit is to reach: a size, bits per weight, or a quality."""
+"""What a fit is to reach: a size of the file or of memory, bits per weight, or a quality."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowbit.allocation.losses import Losses
 from lowbit.allocation.size import bytes_in
@@ -14,42 +14,56 @@ from lowbit.exporters.footprint import Footprint
 
 @dataclass(frozen=True)
 class Goal:
-    """One of the three is set.
+    """One of the first four is set.
 
     Attributes:
         size: bytes of the file.
         bits: per weight that has a format.
         quality: ratio of perplexities.
+        memory: bytes of the weights, which the target keeps as packed as in the file, and of keys and values.
+        beside: bytes of keys and values, with ``memory``; see ``behind``.
     """
 
     size: int | None = None
     bits: float | None = None
     quality: float | None = None
+    memory: int | None = None
+    beside: int = 0
 
     @classmethod
-    def of(cls, size: str | int | None, bits: float | None, quality: float | None) -> Goal:
+    def of(
+        cls, size: str | int | None, bits: float | None, quality: float | None, memory: str | int | None = None
+    ) -> Goal:
         """A goal as a user gives it; exactly one argument is not ``None``."""
-        if sum(given is not None for given in (size, bits, quality)) != 1:
-            raise LowbitError("give one of --size, --bits and --quality, for example --size 90MB")
+        if sum(given is not None for given in (size, bits, quality, memory)) != 1:
+            raise LowbitError("give one of --size, --memory, --bits and --quality, for example --size 90MB")
         if bits is not None and not 0 < bits <= 32:
             raise LowbitError(f"--bits {bits:g} given; give bits per weight, above 0 and at most 32, such as 4.2")
         if quality is not None and not 1 < quality < math.inf:
             raise LowbitError(f"--quality {quality:g} given; give a ratio of perplexities above 1, such as 1.05")
-        return cls(bytes_in(size) if isinstance(size, str) else size, bits, quality)
+        parsed = bytes_in(memory, "--memory") if isinstance(memory, str) else memory
+        return cls(bytes_in(size) if isinstance(size, str) else size, bits, quality, parsed)
+
+    def behind(self, beside: int) -> Goal:
+        """The same with ``beside`` bytes of keys and values in the memory."""
+        return replace(self, beside=beside)
 
     def room(self, footprint: Footprint) -> int | None:
-        """The largest size in bytes; ``None`` for a quality.
+        """The largest size of the file in bytes; ``None`` for a quality.
 
-        Two choices of 1000 weights beside 500 bytes, at 4 bits per weight: 500 + 2000 * 4 / 8 = 1500.
+        Two choices of 1000 weights beside 500 bytes, at 4 bits per weight: 500 + 2000 * 4 / 8 = 1500. Of a memory of
+        2000 bytes, 400 of them keys and values, 1600 are left.
         """
         if self.bits is not None:
             return footprint.fixed + int(self.bits * footprint.weights / 8)
+        if self.memory is not None:
+            return self.memory - self.beside
         return self.size
 
     def check(self, footprint: Footprint, target: str) -> None:
         """Refuse what cannot be reached, before any work."""
         if (room := self.room(footprint)) is not None:
-            check_size(footprint, room, target)
+            check_size(footprint, room, target, "--size" if self.memory is None else "--memory", self.beside)
 
     def prefers(self, second: Solution, again: float, first: Solution, whole: float) -> bool:
         """Whether a second solution with the measured divergence ``again`` beats a first one with ``whole``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit.analysis.curvature import curvatures
 from lowbit.analysis.expected_loss import expected_loss
+from lowbit.analysis.token_frequency import smoothed
 from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json, write_tensors
 from lowbit.exporters.footprint import Choice, Footprint
 from lowbit.quant.format import Format
@@ -68,6 +69,8 @@ def measure_losses(
     columns: dict[str, Tensor] = {}
     outside = (model.skeleton.architecture.embed, model.skeleton.architecture.head)
     for curved in curvatures(model, ids, seed):
+        if curved.module == model.skeleton.architecture.embed and not model.skeleton.tied:  # a head has all tokens
+            curved = replace(curved, curvature=smoothed(curved.curvature, ids.numel()))
         searched = curved.module not in outside  # a run rounds these to nearest
         by_module[curved.module] = {
             override_text(format): expected_loss(curved, format, searched) for format in wanted.get(curved.module, [])

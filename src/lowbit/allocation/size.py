@@ -10,15 +10,15 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mi
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
-def bytes_in(text: str) -> int:
-    """The bytes of a size.
+def bytes_in(text: str, option: str = "--size") -> int:
+    """The bytes of a size that was given as ``option``.
 
     >>> bytes_in("90MB"), bytes_in("1.5 GiB"), bytes_in("4096")
     (90000000, 1610612736, 4096)
     """
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in UNITS:
-        raise LowbitError(f"--size {text} given; give a number with kB, MB, GB, KiB, MiB or GiB, such as 90MB")
+        raise LowbitError(f"{option} {text} given; give a number with kB, MB, GB, KiB, MiB or GiB, such as 90MB")
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 

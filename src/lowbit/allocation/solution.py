@@ -29,25 +29,35 @@ class Solution:
     expected: float
 
 
-def check_size(footprint: Footprint, room: int, target: str) -> None:
-    """Refuse a size that no choice of formats reaches; the line says the smallest one that can be."""
+def check_size(footprint: Footprint, room: int, target: str, option: str = "--size", beside: int = 0) -> None:
+    """Refuse a size that no choice of formats reaches; the line says the smallest one that can be.
+
+    Args:
+        footprint: the model in the target's file.
+        room: bytes for the file.
+        target: its name.
+        option: what was given.
+        beside: bytes that ``option`` has beside the file: keys and values.
+    """
     if footprint.least <= room:
         return
-    advice = f"the smallest that can be is --size {megabytes(footprint.least)}"
+    advice = f"the smallest that can be is {option} {megabytes(footprint.least + beside)}"
+    given = f"{room + beside:,} bytes given"
+    if beside:
+        given += f", keys and values take {beside:,} of them"
     if footprint.fixed > room:
         name, size = max(footprint.floats, key=lambda pair: pair[1], default=("metadata", footprint.fixed))
         raise LowbitError(
-            f"{room:,} bytes given; what has no format in {target} takes {footprint.fixed:,} alone, {name} {size:,} "
-            f"of them: {advice}"
+            f"{given}; what has no format in {target} takes {footprint.fixed:,} alone, {name} {size:,} of them: "
+            f"{advice}"
         )
     floats = [choice for choice in footprint.choices if [option.format for option in choice.options] == [None]]
     alone = max(floats, key=lambda choice: choice.least, default=None)
     if alone is not None and footprint.fixed + alone.least > room:
         raise LowbitError(
-            f"{room:,} bytes given; {alone.modules[0]}, for which {target} has no format, takes {alone.least:,} in "
-            f"float: {advice}"
+            f"{given}; {alone.modules[0]}, for which {target} has no format, takes {alone.least:,} in float: {advice}"
         )
-    raise LowbitError(f"{room:,} bytes given; with the smallest formats of {target} the model is larger: {advice}")
+    raise LowbitError(f"{given}; with the smallest formats of {target} the model is larger: {advice}")
 
 
 def best_within(footprint: Footprint, losses: Losses, room: int, blocks_at: str) -> Solution:

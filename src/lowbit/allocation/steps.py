@@ -19,11 +19,13 @@ from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import compare
 from lowbit.exporters import exporter_of
 from lowbit.exporters.api import export, verify
+from lowbit.exporters.target import Options
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.quantize import quantize
 from lowbit.progress import say
 
 RUN, SCHEME, MODEL = "run", "scheme.yaml", "model"
+WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.pte")  # what a folder's size counts
 WINDOW = 512  # tokens of a window of the comparison
 
 
@@ -41,8 +43,8 @@ class Recipe:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Options of steps; GPTQ searches scales, which formats with tables and sub-scales need."""
-        return self.given or (("gptq.search=true",) if self.name == "gptq" else ())
+        """Options of steps; GPTQ searches scales, as formats with tables and sub-scales need, and takes the head."""
+        return self.given or (("gptq.search=true", "gptq.head=true") if self.name == "gptq" else ())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -78,7 +80,7 @@ def make(
     solution: Solution,
     recipe: Recipe,
     skeleton: Skeleton,
-    pre: str | None,
+    options: Options,
     on: Measured,
     permits: Mapping[str, Any],
 ) -> Made:
@@ -95,7 +97,7 @@ def make(
     trusted, file = bool(permits["trust_remote_code"]), _file(out, target)
     files = [] if file == run else [file]
     if files:
-        commands.append(_export(run, file, target, pre, trusted))
+        commands.append(_export(run, file, target, options, trusted))
     commands.append(_said(["lowbit", "verify", str(run), *map(str, files)]))
     (checked,) = verify(run, files, trust_remote_code=trusted)
     size = weight_bytes(file)
@@ -140,8 +142,8 @@ def _file(out: Path, target: str) -> Path:
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of a file, or of a folder's ``.safetensors`` files."""
-    files = [path] if path.is_file() else path.glob("*.safetensors")
+    """Bytes of a file, or of those files of a folder that hold the model: not of config and tokenizer."""
+    files = [path] if path.is_file() else [file for glob in WEIGHTS for file in path.glob(glob)]
     return sum(file.stat().st_size for file in files if not file.name.startswith("lowbit-"))
 
 
@@ -186,11 +188,13 @@ def _permit(name: str, value: Any) -> list[str]:
     return [option, str(value)] if value else []
 
 
-def _export(run: Path, file: Path, target: str, pre: str | None, trusted: bool) -> list[str]:
+def _export(run: Path, file: Path, target: str, options: Options, trusted: bool) -> list[str]:
     words = ["lowbit", "export", str(run), "--to", target, "--out", str(file)]
-    words += ["--pre", pre] if pre else []
+    words += ["--pre", options.pre] if options.pre else []
+    words += [] if options.context is None else ["--context", str(options.context)]
     _said(words)
     if not file.exists():  # an export is whole or not there
-        for warning in export(run, target, out=file, pre=pre, trust_remote_code=trusted).warnings:
+        made = export(run, target, out=file, pre=options.pre, context=options.context, trust_remote_code=trusted)
+        for warning in made.warnings:
             say(f"warning: {warning}")
     return words

@@ -9,6 +9,7 @@ from lowbit.errors import LowbitError, canonical
 from lowbit.exporters import exporter_of
 from lowbit.exporters.fit import Misfit
 from lowbit.exporters.footprint import FloatModel, Footprint
+from lowbit.exporters.offered import Refuses
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import shapes_of
 from lowbit.pipeline.opened import Opened
@@ -47,9 +48,6 @@ def _gguf(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:
 def _vllm(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:
     from lowbit.exporters.folder_footprint import footprint
 
-    def refuses(plan: Plan, scheme: Scheme) -> bool:
-        return _misfit("vllm", plan, scheme, skeleton) is not None
-
     architecture = skeleton.architecture
     groups = [
         tuple(f"{architecture.blocks}.{index}.{name}" for name in group)
@@ -57,20 +55,41 @@ def _vllm(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:
         for group in kind.groups
     ]
     groups = [kept for group in groups if (kept := tuple(name for name in group if name in model.modules))]
-    return footprint(model, skeleton, groups, refuses, "vllm")
+    return footprint(model, skeleton, groups, _refusal("vllm", skeleton), "vllm")
 
 
 def _transformers(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:
     from lowbit.exporters.folder_footprint import footprint
 
-    def refuses(plan: Plan, scheme: Scheme) -> bool:
-        return plan.stock is not None
+    def refuses(plan: Plan, scheme: Scheme) -> Misfit | None:
+        return None if plan.stock is None else Misfit("weight", plan.stock)
 
     return footprint(model, skeleton, [(name,) for name in model.modules], refuses, None)
 
 
+def _onnx(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:
+    from lowbit.exporters.onnx_footprint import footprint
+
+    return footprint(model, skeleton, _refusal("onnxruntime", skeleton))
+
+
+def _executorch(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:
+    from lowbit.exporters.pte_footprint import footprint
+
+    return footprint(model, skeleton, _refusal("executorch", skeleton))
+
+
+def _refusal(runtime: str, skeleton: Skeleton) -> Refuses:
+    def refuses(plan: Plan, scheme: Scheme) -> Misfit | None:
+        return _misfit(runtime, plan, scheme, skeleton)
+
+    return refuses
+
+
 TARGETS = {
     "llama.cpp": Target(_gguf, "llama.cpp"),
+    "onnxruntime": Target(_onnx, "onnxruntime"),
+    "executorch": Target(_executorch, "executorch"),
     "vllm": Target(_vllm, "vllm"),
     "transformers": Target(_transformers, None),
 }

@@ -19,9 +19,21 @@ if TYPE_CHECKING:
 
 def fit(
     model: Model,
-    target: Annotated[str, typer.Option("--target", help="The target: llama.cpp, vllm or transformers.")],
+    target: Annotated[
+        str, typer.Option("--target", help="The target: llama.cpp, onnxruntime, executorch, vllm or transformers.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder: new, empty, or of the same command.")],
     size: Annotated[str | None, typer.Option(help="The largest size of the file, such as 90MB or 1.8GiB.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="In place of a size: the largest memory of weights, keys and values, such as 300MB."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that --memory has keys and values for.", show_default="2048, or the model's positions"
+        ),
+    ] = None,
     bits: Annotated[
         float | None, typer.Option(help="In place of a size: bits per weight that has a format, such as 4.2.")
     ] = None,
@@ -30,13 +42,18 @@ def fit(
         typer.Option(help="In place of a size: the largest ratio of perplexity to the float model's, such as 1.05."),
     ] = None,
     frontier: Annotated[
-        bool, typer.Option("--frontier", help="Only show the expected divergence at all sizes; nothing is quantized.")
+        bool, typer.Option("--frontier", help="Show the expected divergence at all sizes, and make some in full.")
     ] = False,
+    full: Annotated[
+        int, typer.Option(help="Of --frontier: how many sizes are made in full; 0: nothing is quantized.")
+    ] = 3,
     recipe: Annotated[str, typer.Option(help="A recipe that 'lowbit recipes' lists, or FILE.yaml.")] = "gptq",
     effort: Annotated[str | None, typer.Option(help="As for quantize.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="As for quantize; repeatable.", show_default="gptq.search=true for gptq"),
+        typer.Option(
+            "--set", help="As for quantize; repeatable.", show_default="gptq.search=true gptq.head=true for gptq"
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -62,32 +79,51 @@ def fit(
     compares; the commands are printed. Interrupted, the same command goes on.
     """
     from lowbit.allocation.api import fit as run
-    from lowbit.allocation.api import frontier as predict
+    from lowbit.allocation.frontier_run import frontier as predict
+    from lowbit.checkpoints.safetensors_folder import write_bytes
+    from lowbit.reports.frontier_page import render
 
     if frontier:
-        if any(given is not None for given in (size, bits, quality)):
-            raise LowbitError("--frontier given with --size, --bits or --quality: it shows all sizes; leave one out")
+        if any(given is not None for given in (size, memory, context, bits, quality)):
+            raise LowbitError(
+                "--frontier given with --size, --memory, --context, --bits or --quality: it shows all sizes; leave "
+                "one out"
+            )
         found = predict(
             model,
             out,
             target=target,
+            full=full,
+            recipe=recipe,
+            effort=effort,
+            settings=set_ or None,
             data=data or None,
+            samples=samples,
+            length=length,
             seed=seed,
             pre=pre,
+            text=text or None,
+            tokens=tokens,
             revision=revision,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
         )
+        if full:
+            write_bytes(out / "frontier.html", render(found).encode())
         if as_json:
             print_json(found.to_dict())
         else:
             _show_frontier(found)
+        if not all(point.verified for point in found.full):
+            raise typer.Exit(1)
         return
     result = run(
         model,
         out,
         target=target,
         size=size,
+        memory=memory,
+        context=context,
         bits=bits,
         quality=quality,
         recipe=recipe,
@@ -126,6 +162,8 @@ def _show(result: Fitted) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in sorted(result.formats.items()))
     says = "equals the run bit for bit" if result.verified else "DIFFERS from the run"
     print(f"{result.file}: {result.size_bytes:,} bytes, {says}; modules: {counts}")
+    if result.memory_bytes is not None:
+        print(f"in memory with keys and values: {result.memory_bytes:,} bytes")
 
 
 def _show_frontier(found: Frontier) -> None:
@@ -134,6 +172,12 @@ def _show_frontier(found: Frontier) -> None:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(point.formats.items()))
         rows.add_row(_mb(point.size_bytes), f"{point.bits:.3f}", f"{point.expected:.4g}", counts)
     Console().print(rows)
+    for made in found.full:
+        scores = ", ".join(
+            f"{name}: KL {made.kl[name]:.4f}, perplexity {made.perplexity[name]:.3f}" for name in made.kl
+        )
+        says = "equals the run bit for bit" if made.verified else "DIFFERS from the run"
+        print(f"{made.file}: {made.size_bytes:,} bytes, {says}; expected KL {made.expected:.4g}; {scores}")
 
 
 def _mb(size: float) -> str:

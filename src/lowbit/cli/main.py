@@ -82,7 +82,13 @@ def quantize(
             show_default="w4a16g64-sym",
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="A name listed by 'lowbit recipes', or FILE.yaml.")] = "gptq",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A name listed by 'lowbit recipes', or FILE.yaml.",
+            show_default="gptq; with --target and no --scheme by the model's size",
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
-from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Choice, FloatModel, Footprint, Option
+from lowbit.exporters.offered import Refuses, offered
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.layout import Stored
-from lowbit.quant.scheme import Scheme, for_runtime, parse_scheme
-from lowbit.runs.plan import Plan, make_plan
 
 FORMATS: tuple[Format, ...] = tuple(IntFormat(bits, group) for bits in range(2, 9) for group in (128, 64, 32))
-BASE = "w8a16-sym"  # of the modules beside the one that is asked about: no group that could fail to divide a width
 SHARD = 64  # bytes of a shard's header without entries, padded
 DIGITS = 12  # of the longest offset
-Refuses = Callable[[Plan, Scheme], bool]
 
 
 def footprint(
@@ -37,7 +32,7 @@ def footprint(
         model: the float model.
         skeleton: the same without parameters.
         groups: modules that have one format, those of all blocks.
-        refuses: whether the target has no place for a plan.
+        refuses: why the target has no place for a plan.
         runtime: the target runtime of the run, which may decide on the dtype of scales.
     """
     blocks = skeleton.architecture.blocks
@@ -60,15 +55,7 @@ def _options(
     model: FloatModel, skeleton: Skeleton, modules: tuple[str, ...], refuses: Refuses, runtime: str | None
 ) -> list[tuple[Format, int]]:
     out = []
-    for format in FORMATS:
-        scheme = replace(parse_scheme(BASE), overrides=tuple((name, format) for name in modules))
-        scheme = for_runtime(scheme, runtime)
-        try:
-            plan = make_plan(skeleton, scheme)
-        except LowbitError:  # a group that does not divide the width
-            continue
-        if refuses(plan, scheme):
-            continue
+    for format, plan in offered(skeleton, modules, FORMATS, refuses, runtime).plans.items():
         size = 0
         for name in modules:
             own, shape = plan.formats.modules[name], model.shape(name)

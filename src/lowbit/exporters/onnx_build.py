@@ -27,12 +27,14 @@ from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters.gptq import pack_module, quantization_config
 from lowbit.exporters.hf_folder import write_folder
 from lowbit.exporters.onnx_grid import block_of, in_blocks, stored_bits
+from lowbit.exporters.onnx_names import FUSED
 from lowbit.exporters.onnx_ops import put_ops_in, splits_heads
 from lowbit.exporters.onnx_qdq import SESSION, put_in
 from lowbit.exporters.onnx_read import GRAPH, SETTINGS, unpack
 from lowbit.exporters.run import Run, Subject
 from lowbit.progress import say
 from lowbit.quant.format import QTensor
+from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats
 
 SOURCE, CACHE = "source", "cache"
@@ -63,7 +65,7 @@ def build(run: Run, path: Path, level: int) -> None:
     write_folder(run, path / SOURCE, quantization_config(_stored(run.subject), "gptq"), store, torch.float32)
     _complete_config(path / SOURCE)
     options = {"accuracy_level": str(level), "nodes_to_exclude": ",".join(FLOAT_NODES)}
-    if splits_heads(run):
+    if splits_heads(run) or _unlike(run.subject):
         options["disable_qkv_fusion"] = "true"
     _run_builder(run, path, "int4", options)
 
@@ -72,6 +74,20 @@ def build(run: Run, path: Path, level: int) -> None:
         put_ops_in(model, run)
 
     _change(path, change)
+
+
+def _unlike(subject: Subject) -> bool:
+    """Whether q, k and v of some layer have different formats.
+
+    The builder does not pack these. In the layers behind, which it packs, attention then reads the keys and values of
+    the last layer that it did not pack: so it must pack none.
+    """
+    formats: dict[str, set[IntFormat]] = {}
+    for name, format in subject.integers.items():
+        parent, _, own = name.rpartition(".")
+        if own in FUSED["qkv_proj"]:
+            formats.setdefault(parent, set()).add(format)
+    return any(len(own) > 1 for own in formats.values())
 
 
 def build_with_standard_operators(run: Run, path: Path) -> None:

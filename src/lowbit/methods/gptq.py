@@ -58,6 +58,8 @@ class GPTQ(Method):
             to nearest, each column weighted with the diagonal of the Hessian. It needs more calibration tokens than
             columns: with fewer, GPTQ compensates for nearly any error except that of clipped weights.
         ridge: with ``output``, the ridge strength towards the original weight, as a share of the diagonal's mean.
+        head: the head, where it has a format, is quantized likewise, against the last hidden states; else it is
+            rounded to nearest.
     """
 
     damping: float = 0.01
@@ -67,6 +69,7 @@ class GPTQ(Method):
     target: str = "weights"
     search: bool = False
     ridge: float = 0.1
+    head: bool = False
     rounds: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = False
     needs: ClassVar[Needs] = "both"
@@ -171,7 +174,7 @@ def with_codes(
         stacked = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
         weight = torch.cat([weights[name] for name in names])
         start = None if first is None else torch.cat([first[name] for name in names])
-        with _one_thread():
+        with one_thread():
             codes = gptq_codes(weight, upper, order, stacked, format, columns.block_size, start, pattern)
         parts = codes.split([weights[name].shape[0] for name in names])
         for name, own, part in zip(names, qparams, parts, strict=True):
@@ -193,7 +196,7 @@ def _qparams(block: Block, name: str, weights: Mapping[str, Tensor], strength: T
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One intra-op thread: the column loop is thousands of small operations, each too short to parallelize.
 
     Two threads gain little on an idle machine and can be ten times slower on a loaded one.

@@ -27,7 +27,7 @@ from lowbit.data.windows import Bos, Tokens, WindowShape
 from lowbit.distributed.exchange import by_first, first_then_others, from_first, wait
 from lowbit.distributed.job import joined
 from lowbit.distributed.world import here
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, canonical
 from lowbit.exporters.imatrix import read_imatrix
 from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.device import DTYPES
@@ -40,6 +40,7 @@ from lowbit.models.validate import (
 )
 from lowbit.paths import user_path
 from lowbit.pipeline.claim import check_claimable, claim_blocks, claimed_in_turn, join
+from lowbit.pipeline.defaults import default_of, sentence, weights_of
 from lowbit.pipeline.end_to_end import tune
 from lowbit.pipeline.finalize import finish, finished
 from lowbit.pipeline.keep import Keep
@@ -54,6 +55,7 @@ from lowbit.pipeline.target import settle
 from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.range_estimators import MSE
+from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import Scheme, scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
 from lowbit.runs.folder import IDENTITY, RUN, begin, look, refuse_in_use
@@ -94,7 +96,7 @@ def quantize(
     out: str | Path,
     *,
     scheme: str | Scheme | None = None,
-    recipe: str | Recipe = DEFAULT_RECIPE,
+    recipe: str | Recipe | None = None,
     data: Data | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -130,7 +132,8 @@ def quantize(
         model: a folder, a hub id, a ``.gguf`` file or ``demo``.
         out: the run folder; new, empty, or left by an interrupted run of the same request.
         scheme: a name such as ``w4a16g64-sym``, ``mxfp4`` or ``q4_k``, a YAML file, or a ``Scheme``.
-        recipe: a name such as ``gptq``, a YAML file, or a ``Recipe``.
+        recipe: a name such as ``gptq``, a YAML file, or a ``Recipe``; ``None``: ``gptq``, or for a target runtime
+            without ``scheme`` and ``settings`` the one that ``lowbit.pipeline.defaults`` has for the model's size.
         data: calibration text: ``builtin``, a mixture of several kinds of text, or one of them, such as
             ``builtin:wiki``; ``wikitext2``, ``ptb``, ``c4``, ``self``, a file, several of these, or a list of texts.
         samples, length, seed: number of windows, tokens per window, and the seed that draws them.
@@ -189,10 +192,15 @@ def quantize(
         refuse_in_use(out := user_path(out))
         manifest = keep_codes(Keep(str(model), revision, allow_pickle, trust_remote_code), out)
         return _quantized(manifest, out, began)
+    default, settings = None, tuple(settings)
+    if recipe is None and target is not None and scheme is None and not settings:
+        target = canonical("runtime", target, RUNTIMES)
+        runtime, opened = target, (str(model), revision, allow_pickle, trust_remote_code)
+        default = first_then_others(lambda: default_of(runtime, _weights(*opened)))
     request = make_request(
         str(model),
         scheme=scheme,
-        recipe=recipe,
+        recipe=recipe or (DEFAULT_RECIPE if default is None else default.recipe),
         settings=settings,
         overrides=overrides or {},
         target=target,
@@ -216,7 +224,13 @@ def quantize(
         by_first(lambda: refuse_in_use(out))
     # One after the other, so that a model is downloaded once.
     resolved = first_then_others(lambda: _check(request))
+    if default is not None:
+        say(sentence(str(target), resolved.scheme.name, default))
     return _quantized(_run(resolved, out, claim), out, began)
+
+
+def _weights(model: str, revision: str | None, allow_pickle: bool, trusted: bool) -> int:
+    return weights_of(open_model(model, revision, allow_pickle, trusted).skeleton)
 
 
 def _quantized(manifest: Manifest, out: Path, began: float) -> Quantized:
@@ -231,7 +245,7 @@ def _refuse_beside_keep(given: Mapping[str, Any], defaulted: Mapping[str, Any]) 
         given: options by name; ``None``: not given.
         defaulted: options with a default by name.
     """
-    defaults = {"recipe": DEFAULT_RECIPE, "device": "cpu", "dtype": "float32"}
+    defaults = {"recipe": None, "device": "cpu", "dtype": "float32"}
     names = [name for name, value in given.items() if value is not None]
     names += [name for name, value in defaulted.items() if value != defaults[name]]
     if names:

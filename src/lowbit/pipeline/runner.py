@@ -28,6 +28,7 @@ from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read_json, write_json, write_tensors
 from lowbit.distributed.exchange import by_first
 from lowbit.errors import LowbitError
+from lowbit.methods.gptq import GPTQ
 from lowbit.methods.input_ranges import without_input_ranges
 from lowbit.methods.kv_clips import with_kv_clips
 from lowbit.methods.statistics import everyones
@@ -40,6 +41,7 @@ from lowbit.models.rotated_values import with_rotated_values
 from lowbit.models.runtime_ops import tensor_name
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_names import StoredNames
+from lowbit.pipeline.head import head_codes, head_gram, head_step, nearest
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.shared_run import check_same_bits, exist, see
 from lowbit.progress import say, track
@@ -165,7 +167,20 @@ class Walk:
             count = min(self.recipe.window, layers - start)
             x_fp, x_q = self._window(start, count, x_fp, x_q)
             release_free_memory()
+        if (step := head_step(self.recipe, self.plan)) is not None:
+            self._quantize_head(step, ids, x_q)
         return x_fp
+
+    def _quantize_head(self, step: GPTQ, ids: Tensor, hidden: Tensor) -> None:
+        """Replace the head's codes by those for the last hidden states; a resumed run comes to the same ones."""
+        own, head = self.plan.formats.modules[self.plan.head], f"{self.plan.head}.weight"
+        gram = head_gram(self.skeleton, ids, hidden, step, own.input)
+        name = f"{self.plan.embed}.weight" if self.plan.untie else head
+        weight = self.checkpoint.read([name], torch.float32)[name].to(gram.device)
+        shard = self._shard(REST)
+        packed = own.layout.pack(head_codes(weight, own.weight, gram, step))
+        tensors = shard.read(shard.names) | {f"{self.plan.head}.{key}": value.cpu() for key, value in packed.items()}
+        write_tensors(self.out / REST, self.names.stored_all(tensors))
 
     def float_block(self, start: int, count: int = 1) -> Block:
         """Layers of the float model, for sequences of the calibration length."""
@@ -359,7 +374,7 @@ class Walk:
             write_tensors(self.out / block_file(index), self.names.stored_all(tensors))
 
     def _write_shared(self, shared: Mapping[str, Tensor]) -> None:
-        """Write embeddings, norms and head in their own dtype, or quantized (RTN) where an override says so."""
+        """Write embeddings, norms and head in their own dtype, or rounded to nearest where an override says so."""
         if (self.out / REST).exists():
             return
         tensors = dict(shared)
@@ -371,7 +386,7 @@ class Walk:
         for module in (self.plan.embed, self.plan.head):
             if (formats := self.plan.formats.modules.get(module)) is not None:
                 weight, format = tensors.pop(f"{module}.weight").float(), formats.weight
-                stored = formats.layout.pack(format.quantize(weight, format.qparams(weight)))
+                stored = formats.layout.pack(nearest(weight, format, self.recipe))
                 tensors |= {f"{module}.{key}": value for key, value in stored.items()}
         write_tensors(self.out / REST, self.names.stored_all(tensors))
 

@@ -1,0 +1,88 @@
+"""``lowbit.frontier``: expected divergence at all sizes, and a few of the sizes made in full."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lowbit.allocation.api import fit
+from lowbit.allocation.frontier import Frontier, Full, Point, chosen, points_of
+from lowbit.allocation.losses import COLUMNS, TABLE
+from lowbit.allocation.sensitivity import Text, table_of
+from lowbit.allocation.target import footprint_of, target_of
+from lowbit.checkpoints.safetensors_folder import write_json
+from lowbit.data.text import Data
+from lowbit.errors import check_least
+from lowbit.paths import user_path
+from lowbit.pipeline.opened import open_model
+from lowbit.pipeline.request import model_name
+from lowbit.progress import say
+from lowbit.runs.streamed_model import StreamedModel
+from lowbit.torch_state import own_torch_state
+
+FULL = 3  # sizes that are made in full
+
+
+@own_torch_state
+def frontier(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: str,
+    full: int = FULL,
+    recipe: str = "gptq",
+    effort: str | None = None,
+    settings: Sequence[str] | None = None,
+    data: Data | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    pre: str | None = None,
+    text: Data | None = None,
+    tokens: int = 8192,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Frontier:
+    """The least expected divergence at sizes from the smallest file of a target to its largest.
+
+    ``full`` of the sizes, spread over the range, are made as ``fit`` makes them, each in a folder of its own in
+    ``out``; what is finished there is used again by the next call. The other arguments are those of ``fit``. With
+    ``full=0`` nothing is quantized, and a ``fit`` of the same model, target and text into ``out`` goes on from the
+    table of sensitivities that this leaves.
+    """
+    target, out = target_of(target), user_path(out)
+    check_least("--full", full, 0, "give how many sizes are made in full, 0 for none")
+    opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
+    footprint = footprint_of(target, str(model), opened, pre)
+    out.mkdir(parents=True, exist_ok=True)
+    streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
+    table = table_of(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
+    points = points_of(footprint, table.losses, streamed.skeleton.architecture.blocks)
+    found = Frontier(model_name(str(model)), target, points, [])
+    del streamed, table  # of which every fit has its own
+    given: dict[str, Any] = {"recipe": recipe, "effort": effort, "settings": settings, "data": data}
+    given |= {"samples": samples, "length": length, "seed": seed, "pre": pre, "text": text, "tokens": tokens}
+    given |= {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    for point in chosen(points, full):
+        say(f"{point.size_bytes:,} bytes in full")
+        found = replace(found, full=[*found.full, _made(model, out, target, point, given)])
+    if full:
+        write_json(out / "frontier.json", found.to_dict())
+    return found
+
+
+def _made(model: str | Path, out: Path, target: str, point: Point, given: dict[str, Any]) -> Full:
+    """A size made in full, in a folder named after it, with the table of sensitivities of ``out``."""
+    folder = out / f"size-{point.size_bytes}"
+    if not (folder / TABLE).is_file():
+        folder.mkdir(exist_ok=True)
+        for name in (COLUMNS, TABLE):  # the latter says that both are there
+            shutil.copyfile(out / name, folder / name)
+    made = fit(model, folder, target=target, size=point.size_bytes, **given)
+    return Full(
+        made.size_bytes, made.expected, made.measured, made.perplexity, made.kl, made.verified, str(made.file)
+    )

@@ -1,0 +1,55 @@
+"""Memory that keys and values take at run time, beside the weights, in each target's runtime.
+
+One key and one value for each layer with attention, key-value head, position and channel. A layer with a sliding
+window is counted with the whole context, which is what a runtime without windowed caches allocates.
+"""
+
+from __future__ import annotations
+
+from lowbit.errors import LowbitError
+from lowbit.models.skeleton import Skeleton
+
+# Bytes of a key's or value's number in the runtimes' default caches: float16 in llama.cpp and vLLM, float32 in the
+# graphs that lowbit exports. Stock transformers makes some packed weights dense when it loads them.
+BYTES = {"llama.cpp": 2, "vllm": 2, "onnxruntime": 4, "executorch": 4}
+CONTEXT = 2048  # tokens, or the model's positions, where none are asked for
+
+
+def context_of(skeleton: Skeleton, asked: int | None) -> int:
+    """Tokens of the context.
+
+    Raises:
+        LowbitError: fewer than two, or more than the model has positions.
+    """
+    positions = getattr(skeleton.text_config, "max_position_embeddings", None) or 0
+    limit = positions if positions > 0 else None
+    if asked is None:
+        return CONTEXT if limit is None else min(CONTEXT, limit)
+    if asked < 2 or (limit is not None and asked > limit):
+        raise LowbitError(f"--context {asked} given; allowed: 2 to {limit or 'any number'}, this model's positions")
+    return asked
+
+
+def kv_bytes(skeleton: Skeleton, target: str, context: int) -> int:
+    """Bytes of keys and values of ``context`` tokens.
+
+    SmolLM2-135M in llama.cpp: 30 layers, 3 heads of 64 channels, 2048 tokens: ``2 * 30 * 3 * 64 * 2048 * 2`` bytes,
+    47 MB.
+
+    Raises:
+        LowbitError: the target does not keep weights packed in memory, or the config does not state its heads.
+    """
+    if target not in BYTES:
+        raise LowbitError(
+            f"--memory given with --target {target}, which does not keep every weight packed in memory: give --size, "
+            f"or one of {', '.join(BYTES)}"
+        )
+    config, layers = skeleton.text_config, skeleton.architecture.layers
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None)
+    if width is None and isinstance(heads, int):
+        width = config.hidden_size // config.num_attention_heads
+    if not isinstance(heads, int) or not isinstance(width, int):
+        raise LowbitError("--memory given, and the model's config states no heads of keys and values: give --size")
+    with_attention = sum(kind.attention is not None for kind in layers)
+    return 2 * with_attention * heads * width * context * BYTES[target]
