@@ -213,13 +213,13 @@ def check_seeds(step: Method, block: Block, calib: Calib) -> None:
 def training_steps() -> Any:
     """The sequences of every training step that is taken within."""
     seen: list[list[int]] = []
-    real = training_loop._backward
+    real = training_loop.backward
 
-    def watch(tensors: Any, loss: Any, chosen: Tensor, grad_clip: float) -> float | None:
+    def watch(tensors: Any, loss: Any, chosen: Tensor, *more: Any) -> float | None:
         seen.append(chosen.tolist())
-        return real(tensors, loss, chosen, grad_clip)
+        return real(tensors, loss, chosen, *more)
 
-    with mock.patch.object(training_loop, "_backward", watch):
+    with mock.patch.object(training_loop, "backward", watch):
         yield seen
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.distributed.exchange import total
@@ -30,6 +32,34 @@ class Partial:
         for at, grad in other.grads.items():
             self.grads[at] = self.grads[at].add_(grad) if at in self.grads else grad
         return Partial(self.loss + other.loss, self.grads)
+
+
+def backward(
+    tensors: Sequence[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    indices: Tensor,
+    micro_batch: int,
+    grad_clip: float,
+) -> float | None:
+    """Set the tensors' gradients to those of a step's mean loss; the loss, or ``None`` if one of them is not finite.
+
+    Args:
+        tensors: leaf tensors that require gradients.
+        loss: the mean loss over the sequences with the given indices.
+        indices: the step's sequences.
+        micro_batch: sequences that are computed together; 0: all.
+        grad_clip: largest global norm of the gradients; 0: any.
+    """
+    value = gradients(tensors, loss, indices.split(micro_batch or len(indices)))
+    grads = [t.grad for t in tensors if t.grad is not None]
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    # One read of the device for both. A loss that is not finite costs its backward pass, and it is rare.
+    found, size = torch.stack([value.double(), norm.double()]).tolist()
+    if not (math.isfinite(found) and math.isfinite(size)):
+        return None
+    if grad_clip and size > grad_clip:
+        torch._foreach_mul_(grads, grad_clip / norm)
+    return float(found)
 
 
 def gradients(tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], micro_batches: Sequence[Tensor]) -> Tensor:

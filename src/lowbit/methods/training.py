@@ -30,7 +30,7 @@ from lowbit.distributed.tree import own_part
 from lowbit.distributed.world import here
 from lowbit.methods.adam import Adam
 from lowbit.methods.fit_state import FitState, Fitted
-from lowbit.methods.gradients import gradients
+from lowbit.methods.gradients import backward
 from lowbit.methods.optimizer import OptimizerOf
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.models.offload import batches
@@ -243,7 +243,7 @@ def _train(
     """One epoch, from step ``first`` of ``steps``; it ends early after ``TRIES`` non-finite steps in a row."""
     losses = []
     for step, indices in enumerate(order, first):
-        value = _backward(state.optimizer.tensors, loss, indices, schedule)
+        value = backward(state.optimizer.tensors, loss, indices, schedule.micro_batch, schedule.grad_clip)
         if value is None:
             state.fitted.skipped += 1
             state.failures += 1
@@ -280,23 +280,6 @@ def _with_prefetch(
         for successor in [*steps[index + 1 : index + 2], *following][:1]:
             ahead(successor)
         yield indices
-
-
-def _backward(
-    tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], indices: Tensor, schedule: Schedule
-) -> float | None:
-    """Compute gradients on the sequences ``indices``; the loss, or ``None`` if it or a gradient is not finite."""
-    micro_batches = indices.split(schedule.micro_batch or len(indices))
-    value = gradients(tensors, loss, micro_batches)
-    grads = [t.grad for t in tensors if t.grad is not None]
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
-    # One read of the device for both. A loss that is not finite costs its backward pass, and it is rare.
-    found, size = torch.stack([value.double(), norm.double()]).tolist()
-    if not (math.isfinite(found) and math.isfinite(size)):
-        return None
-    if schedule.grad_clip and size > schedule.grad_clip:
-        torch._foreach_mul_(grads, schedule.grad_clip / norm)
-    return float(found)
 
 
 @torch.no_grad()
