@@ -27,7 +27,7 @@ class FixedHadamard(RuntimeOp):
     Attributes:
         sizes: int32 ``(blocks,)``, the size of every block, all equal and a power of two.
 
-    >>> (FixedHadamard.of(4, 2)(torch.tensor([3.0, 1.0, 0.0, 2.0])) * 2**0.5).round(decimals=4).tolist()
+    >>> FixedHadamard.of(4, 2)(torch.tensor([3.0, 1.0, 0.0, 2.0])).mul(2**0.5).round().tolist()
     [4.0, 2.0, 2.0, -2.0]
     """
 
