@@ -187,6 +187,7 @@ def test_what_cannot_be_reached_in_memory_is_one_line_before_any_work(
     given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny(tmp_path / "model", "llama")
+    capsys.readouterr()  # transformers tells of its shards
     words = ["fit", str(tmp_path / "model"), "--target", "executorch", "-o", str(tmp_path / "out")]
     assert call([*words, *given]) == 2
     (line,) = capsys.readouterr().err.splitlines()
