@@ -17,10 +17,11 @@ from lowbit.pipeline.runner import Walk
 
 
 def make(run: dict[str, Any], model: str, out: Path) -> None:
-    """One run: ``scheme`` and ``steps``, into ``out``."""
+    """One run: ``scheme``, ``overrides`` and ``steps``, into ``out``."""
     recipe = recipe_from_dict({"steps": run["steps"]}, run["name"])
     text = str(Path(model) / "calib.txt")
-    lowbit.quantize(model, out, scheme=run["scheme"], recipe=recipe, data=text, samples=20, length=12)
+    what = {"scheme": run["scheme"], "recipe": recipe, "overrides": run["overrides"]}
+    lowbit.quantize(model, out, **what, data=text, samples=20, length=12)
 
 
 if __name__ == "__main__":

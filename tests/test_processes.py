@@ -33,7 +33,9 @@ RUNS = {
     "rounding": ("w3a16g16-sym", [{"rounding": {**SHARED, "start": "gptq"}}]),
     "tune": ("w3a16g16-sym", ["gptq", {"tune": {**SHARED, "rank": 2, "epochs": 1}}]),
     "mixture": ("w4a16g16-sym", ["gptq"]),
+    "head": ("w4a16g16-sym", [{"gptq": {"head": True}}]),
 }
+OVERRIDES = {"head": {"lm_head": "w4g16"}}
 
 
 def launched(size: int, *command: str, **environment: str) -> subprocess.Popen[str]:
@@ -54,7 +56,13 @@ def models(tmp_path_factory) -> Path:
 def runs_of(models: Path) -> list[dict]:
     model = {"mixture": "mixtral"}
     return [
-        {"name": name, "scheme": scheme, "steps": steps, "model": str(models / model.get(name, "llama"))}
+        {
+            "name": name,
+            "scheme": scheme,
+            "steps": steps,
+            "model": str(models / model.get(name, "llama")),
+            "overrides": OVERRIDES.get(name, {}),
+        }
         for name, (scheme, steps) in RUNS.items()
     ]
 

@@ -168,7 +168,7 @@ class Walk:
             x_fp, x_q = self._window(start, count, x_fp, x_q)
             release_free_memory()
         if (step := head_step(self.recipe, self.plan)) is not None:
-            self._quantize_head(step, ids, x_q)
+            by_first(partial(self._quantize_head, step, ids, x_q))
         return x_fp
 
     def _quantize_head(self, step: GPTQ, ids: Tensor, hidden: Tensor) -> None:
