@@ -257,7 +257,7 @@ def test_a_run_that_is_made_again_has_the_same_bytes(models, tmp_path):
 
 def test_a_target_that_cannot_run_it_is_refused_before_any_work(models, tmp_path):
     with pytest.raises(LowbitError, match="hadamard leaves Hadamard transforms at run time") as caught:
-        quantize_tiny(models / "llama", tmp_path / "run", None, "hadamard", target="onnxruntime")
+        quantize_tiny(models / "llama", tmp_path / "run", None, "hadamard", target="executorch")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -149,7 +149,7 @@ def _claims(out: Path) -> list[Path]:
     """The locks of blocks that processes may be at work on."""
     try:
         return sorted((out / CLAIMS).iterdir())
-    except FileNotFoundError:
+    except OSError:  # no folder, or none that can be one: what is made of it later says so
         return []
 
 
