@@ -19,8 +19,8 @@ from lowbit.exporters.run import Run
 from lowbit.exporters.target import Exporter
 
 NAMED = 5
-# A machine under load has once given logits of MatMulNBits that were off by 2e-4 in one pass and right in all others.
-# The file is right if a pass is; a file that is wrong is wrong in each.
+# On a loaded machine logits of MatMulNBits may be off by 2e-4 in one pass and right in the next, for a reason that is not
+# known. The file is right if a pass is; a file that is wrong is wrong in each.
 PASSES = 2
 # The simulation's logits by ``Executed.runtime`` and pass.
 Simulated = Callable[[str | None, int], Tensor]
