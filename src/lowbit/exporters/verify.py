@@ -19,7 +19,7 @@ from lowbit.exporters.run import Run
 from lowbit.exporters.target import Exporter
 
 NAMED = 5
-# On a loaded machine logits of MatMulNBits may be off by 2e-4 in one pass and right in the next, for a reason that is not
+# On a loaded machine logits of MatMulNBits may be off by 2e-4 in one pass and right in the next; the reason is not
 # known. The file is right if a pass is; a file that is wrong is wrong in each.
 PASSES = 2
 # The simulation's logits by ``Executed.runtime`` and pass.
