@@ -63,6 +63,14 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
+@pytest.mark.parametrize(
+    "command", [name for name, made in COMMANDS.items() if any(p.name == "out" for p in made.params)]
+)
+def test_what_is_written_is_named_the_same_way_everywhere(command):
+    (out,) = [option for option in COMMANDS[command].params if option.name == "out"]
+    assert set(out.opts) == {"--out", "-o"}
+
+
 @pytest.mark.parametrize("width", ["60", "80", "200"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_text_is_printed_whole(name, width, command, monkeypatch):

@@ -36,7 +36,7 @@ class Row:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the quantized model.")] = Path("demo-run"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the quantized model.")] = Path("demo-run"),
     as_json: Json = False,
 ) -> None:
     """Quantize SmolLM2-135M-Instruct and compare: 2 to 5 minutes.

@@ -19,7 +19,9 @@ def export(
     to: Annotated[
         str, typer.Option(help="The target: gguf (or llama.cpp), executorch, onnx, gptq, awq, vllm, gemma.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Path to write; by default next to the run folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Path to write; by default next to the run folder.")
+    ] = None,
     embeddings: Annotated[
         str, typer.Option(help="gguf: type of float matrices: auto (lossless), f32, f16 or q8_0.")
     ] = "auto",

@@ -43,7 +43,9 @@ def inspect(
         float | None, typer.Option(help="A run: propose overrides for this many bits per weight, such as 4.5.")
     ] = None,
     bits: Annotated[str, typer.Option(help="With --budget: the widths to choose among.")] = "3,4,5,6,8",
-    out: Annotated[Path | None, typer.Option(help="With --budget: write FILE.yaml for 'quantize --scheme'.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="With --budget: write FILE.yaml for 'quantize --scheme'.")
+    ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     revision: Revision = None,

@@ -73,7 +73,9 @@ def lowbit(
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The run folder: new, empty, or an unfinished one, which is resumed.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The run folder: new, empty, or an unfinished one, which is resumed.")
+    ],
     scheme: Annotated[
         str | None,
         typer.Option(

@@ -13,7 +13,7 @@ from lowbit.cli.console import Json, Pickle, Remote, Revision, print_json
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA adapter's folder.")],
     base: Annotated[str, typer.Option(help="The model that it was trained on: a folder, a hub id or a .gguf file.")],
-    out: Annotated[Path, typer.Option(help="The model folder to write, which must not exist.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model folder to write, which must not exist.")],
     revision: Revision = None,
     allow_pickle: Pickle = False,
     trust_remote_code: Remote = False,
