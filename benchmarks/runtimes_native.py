@@ -5,7 +5,7 @@
 A small Llama with widths of 256 (``small_llama.py``) in every format, and SmolLM2 in those whose blocks divide 576.
 All matrices of a file have one type, on both sides; embeddings stay float32, so that the linears alone differ. The
 importance matrix has the tokens that our runs calibrate on. Perplexities are llama.cpp's own. Rows are kept in
-``build/runtimes-native``. Needs ``pip install 'lowbit[llamacpp]'``.
+``docs/measured/runtimes-native``. Needs ``pip install 'lowbit[llamacpp]'``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from lowbit.exporters.gguf_native import NATIVE
 from lowbit.exporters.llamacpp import open_session, source_distance
 from lowbit.exporters.run import Run, open_run
 from lowbit.exporters.target import Options
-from rows import ROOT, kept
+from rows import ROOT, digest, kept, text_identity
 from runtimes import float_run, importance, processor, quantize_there, scorer, types
 from runtimes_page import native
 from small_llama import small_llama
 
-BUILD = ROOT / "build" / "runtimes-native"
+MEASURED = ROOT / "docs" / "measured" / "runtimes-native"
 SAMPLES, LENGTH, WINDOW = 16, 256, 512
 # llama.h's LLAMA_FTYPE_MOSTLY_*; with ``pure`` all matrices get that type.
 KINDS = {"q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17, "q6_k": 18, "iq4_nl": 25, "mxfp4": 38}
@@ -96,10 +96,11 @@ def rows_of(model: str, source: Path, chosen: argparse.Namespace) -> dict[str, A
     ids = evaluation(chosen.evaluation, tokenizer, WINDOW, chosen.tokens).ids
     plain, seeds = float_run(source), range(chosen.seeds)
     windows = [calibration(chosen.calibration, tokenizer, SAMPLES, LENGTH, seed).ids for seed in seeds]
-    key = (model, chosen.calibration, chosen.evaluation, chosen.tokens)
+    weights = digest(source.glob("*.safetensors"))[:16]  # the small Llama is trained: other machines, other weights
+    key = (model, weights, text_identity(chosen.calibration), text_identity(chosen.evaluation), chosen.tokens)
 
     def row(what: object, measure: Any) -> dict[str, Any]:
-        found = kept(BUILD, (key, what), measure, fresh=False)
+        found = kept(MEASURED, (key, what), measure, fresh=False)
         print(model, what, {name: round(value, 3) for name, value in found.items()}, flush=True)
         return found
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NO = "-"
+FOLDER = "folder"  # the target reads the run folder itself: there is nothing to export
 # The dtype in which stock transformers gives the simulated logits; the GGUF type; which other exports there are.
 TABLE = """
 scheme           transformers gguf   executorch onnx gptq awq vllm gemma
@@ -36,20 +37,21 @@ w4a16g32-static  float32      -      -          yes  -    -   -    -
 w8a8-static16    -            -      -          -    -    -   -    -
 w4afp8           float32      -      -          -    -    -   -    -
 w4afp8g32        float32      -      -          -    -    -   -    -
+w4afp8g128       float32      -      -          -    -    -   folder -
 w4a16kv4-sym     -            -      -          -    -    -   -    -
-fp8              float32      -      -          -    -    -   -    -
-fp8a16           float32      F32    -          yes  -    -   -    -
-fp8-block        float32      -      -          -    -    -   -    -
-fp8-blocka16     float32      F32    -          yes  -    -   -    -
-fp8-tensora16    float32      F32    -          yes  -    -   -    -
-nvfp4            bfloat16     -      -          -    -    -   -    -
-nvfp4a16         bfloat16     NVFP4  -          yes  -    -   -    -
-mxfp4            bfloat16     -      -          -    -    -   -    -
+fp8              float32      -      -          -    -    -   folder -
+fp8a16           float32      F32    -          yes  -    -   folder -
+fp8-block        float32      -      -          -    -    -   folder -
+fp8-blocka16     float32      F32    -          yes  -    -   folder -
+fp8-tensora16    float32      F32    -          yes  -    -   folder -
+nvfp4            bfloat16     -      -          -    -    -   folder -
+nvfp4a16         bfloat16     NVFP4  -          yes  -    -   folder -
+mxfp4            bfloat16     -      -          -    -    -   folder -
 mxfp4a8          bfloat16     -      -          -    -    -   -    -
-mxfp4a16         bfloat16     MXFP4  -          yes  -    -   -    -
+mxfp4a16         bfloat16     MXFP4  -          yes  -    -   folder -
 mxfp6a8          bfloat16     -      -          -    -    -   -    -
 mxfp6a16         bfloat16     BF16   -          yes  -    -   -    -
-mxfp8            bfloat16     -      -          -    -    -   -    -
+mxfp8            bfloat16     -      -          -    -    -   folder -
 mxfp8a16         bfloat16     BF16   -          yes  -    -   -    -
 q2_k             -            Q2_K   -          -    -    -   -    -
 q3_k             -            Q3_K   -          yes  -    -   -    -
@@ -85,11 +87,13 @@ class Loads:
         scheme: its name.
         transformers: the dtype in which stock ``transformers`` gives the simulated logits; ``None``: it does not.
         exports: what each target of ``lowbit export`` writes, the GGUF type or "yes"; those that refuse are left out.
+        folder: targets that read the run folder itself.
     """
 
     scheme: str
     transformers: str | None
     exports: dict[str, str]
+    folder: frozenset[str]
 
 
 _LINES = [line.split() for line in TABLE.split("\n") if line]
@@ -98,7 +102,8 @@ ROWS = {
     name: Loads(
         name,
         None if stock == NO else stock,
-        {target: cell for target, cell in zip(TARGETS, cells, strict=True) if cell != NO},
+        {target: cell for target, cell in zip(TARGETS, cells, strict=True) if cell not in (NO, FOLDER)},
+        frozenset(target for target, cell in zip(TARGETS, cells, strict=True) if cell == FOLDER),
     )
     for name, stock, *cells in _LINES[1:]
 }
@@ -110,7 +115,11 @@ def render(schemes: Iterable[str] | None = None) -> str:
     lines = [head, ("---",) * len(head)]
     for row in (ROWS[name] for name in schemes or ROWS):
         lines.append(
-            (f"`{row.scheme}`", row.transformers or "", *(row.exports.get(target, "") for target in TARGETS))
+            (
+                f"`{row.scheme}`",
+                row.transformers or "",
+                *(FOLDER if target in row.folder else row.exports.get(target, "") for target in TARGETS),
+            )
         )
     return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in lines)
 

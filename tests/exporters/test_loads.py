@@ -63,8 +63,11 @@ def test_whatever_else_is_refused(scheme: str) -> None:
     parsed, skeleton = parse_scheme(scheme), skeleton_of(tiny_model("llama", **SIZES))
     plan = make_plan(skeleton, parsed)
     subject = subject_of(plan, parsed, load_recipe("rtn"), skeleton)
-    fits = {target for target in TARGETS if exporter_of(target).misfit(subject) is None}
-    assert fits == set(ROWS[scheme].exports)
+    misfits = {target: exporter_of(target).misfit(subject) for target in TARGETS}
+    assert {target for target, misfit in misfits.items() if misfit is None} == set(ROWS[scheme].exports)
+    assert {target for target, misfit in misfits.items() if misfit and misfit.field == "layout"} == ROWS[
+        scheme
+    ].folder
     assert (plan.stock is None) == (ROWS[scheme].transformers is not None)
 
 

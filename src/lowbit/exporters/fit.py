@@ -32,7 +32,7 @@ class Misfit:
 
     Attributes:
         field: what does not fit: ``weight``, ``act``, ``kv``, ``override GLOB``, ``recipe``, ``prefix``,
-            ``architecture``.
+            ``architecture``; ``layout``: nothing, the target reads the run folder itself.
         why: the reason and, where no other scheme helps, what to do.
         glob: the override that causes it, if one does.
     """

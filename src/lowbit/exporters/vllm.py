@@ -36,18 +36,36 @@ from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_fol
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
 from lowbit.models.families import architecture_of
-from lowbit.quant.activations import IntTokens
+from lowbit.quant.activations import ActFormat, IntTokens
 from lowbit.quant.compressed_tensors import quantization_config as stock_config
+from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.floating import FloatFormat
-from lowbit.quant.format import QTensor
+from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat, integer
 from lowbit.quant.layouts import LAYOUTS
-from lowbit.quant.static_activations import StaticInt
+from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
 from lowbit.quant.static_clusters import StaticClusters
 from lowbit.runs.manifest import MANIFEST
 
 ACT_BITS = (4, 8)
 FREE_ZEROS = (4, 8)  # widths for which its kernels support asymmetric weights
+# Weights and inputs with floating-point elements that vLLM runs from the run folder as it is.
+READ_AS_THEY_ARE = frozenset(
+    {
+        ("fp8", "fp8"),
+        ("fp8", "float"),
+        ("fp8-tensor", "fp8"),
+        ("fp8-tensor", "float"),
+        ("fp8-block", "fp8-group"),
+        ("fp8-block", "float"),
+        ("nvfp4", "nvfp4"),
+        ("nvfp4", "float"),
+        ("mxfp4", "mxfp4"),
+        ("mxfp4", "float"),
+        ("mxfp8", "mxfp8"),
+        ("w4g128-sym", "fp8"),  # its kernel takes groups of 128 alone
+    }
+)
 
 
 def limits(subject: Subject) -> Misfit | None:
@@ -55,14 +73,14 @@ def limits(subject: Subject) -> Misfit | None:
     misfit = no_kv(subject) or vllm_transforms.limits(subject)
     if misfit is not None:
         return misfit
-    for module, format in subject.weights.items():
-        if isinstance(format, FloatFormat):
-            return Misfit("layout", f"{module} in {format.name} needs no export: vLLM reads the run folder itself")
     act = subject.act
     if isinstance(act, StaticInt | StaticClusters):
         return Misfit("act", f"inputs are quantized to {act.name}; this target writes dynamic ranges only")
-    if act is not None and not isinstance(act, IntTokens):
-        return Misfit("layout", f"inputs in {act.name} need no export: vLLM reads the run folder itself")
+    if act is not None and not isinstance(act, IntTokens | FloatActs | Nvfp4Acts):
+        return Misfit("act", f"vLLM reads no inputs in {act.name}")
+    for module, format in subject.weights.items():
+        if isinstance(format, FloatFormat) or isinstance(act, FloatActs | Nvfp4Acts):
+            return _own_folder(subject, module, format, act)
     if act is not None and not act.symmetric:
         return Misfit("act", "inputs are asymmetric; vLLM's kernels quantize them symmetrically")
     if act is not None and act.bits not in ACT_BITS:
@@ -75,6 +93,19 @@ def limits(subject: Subject) -> Misfit | None:
         if subject.shapes[module][1] % (format.group or 1):
             return weight_misfit(subject, module, f"groups of {format.group} do not divide its width")
     return _fused(subject)
+
+
+def _own_folder(subject: Subject, module: str, format: Format, act: ActFormat | None) -> Misfit:
+    """Floating-point elements: no other layout is written, since vLLM reads the run folder's or has no kernel."""
+    inputs = "float" if act is None else act.name
+    if (format.name, inputs) in READ_AS_THEY_ARE:
+        return Misfit(
+            "layout", f"{format.name} with inputs in {inputs} needs no export: vLLM reads the run folder itself"
+        )
+    allowed = ", ".join(f"{weight} with {own}" for weight, own in sorted(READ_AS_THEY_ARE))
+    return weight_misfit(
+        subject, module, f"vLLM has no kernel for {format.name} with inputs in {inputs}; it has {allowed}"
+    )
 
 
 def _fused(subject: Subject) -> Misfit | None:
