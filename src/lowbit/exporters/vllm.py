@@ -76,11 +76,12 @@ def limits(subject: Subject) -> Misfit | None:
     act = subject.act
     if isinstance(act, StaticInt | StaticClusters):
         return Misfit("act", f"inputs are quantized to {act.name}; this target writes dynamic ranges only")
-    if act is not None and not isinstance(act, IntTokens | FloatActs | Nvfp4Acts):
+    if isinstance(act, FloatActs | Nvfp4Acts):
+        return _own_folder(subject, subject.weights, act)
+    if act is not None and not isinstance(act, IntTokens):
         return Misfit("act", f"vLLM reads no inputs in {act.name}")
-    for module, format in subject.weights.items():
-        if isinstance(format, FloatFormat) or isinstance(act, FloatActs | Nvfp4Acts):
-            return _own_folder(subject, module, format, act)
+    if floats := {module: format for module, format in subject.weights.items() if isinstance(format, FloatFormat)}:
+        return _own_folder(subject, floats, act)
     if act is not None and not act.symmetric:
         return Misfit("act", "inputs are asymmetric; vLLM's kernels quantize them symmetrically")
     if act is not None and act.bits not in ACT_BITS:
@@ -95,17 +96,16 @@ def limits(subject: Subject) -> Misfit | None:
     return _fused(subject)
 
 
-def _own_folder(subject: Subject, module: str, format: Format, act: ActFormat | None) -> Misfit:
+def _own_folder(subject: Subject, weights: Mapping[str, Format], act: ActFormat | None) -> Misfit:
     """Floating-point elements: no other layout is written, since vLLM reads the run folder's or has no kernel."""
     inputs = "float" if act is None else act.name
-    if (format.name, inputs) in READ_AS_THEY_ARE:
-        return Misfit(
-            "layout", f"{format.name} with inputs in {inputs} needs no export: vLLM reads the run folder itself"
-        )
-    allowed = ", ".join(f"{weight} with {own}" for weight, own in sorted(READ_AS_THEY_ARE))
-    return weight_misfit(
-        subject, module, f"vLLM has no kernel for {format.name} with inputs in {inputs}; it has {allowed}"
-    )
+    for module, format in weights.items():
+        if (format.name, inputs) not in READ_AS_THEY_ARE:
+            allowed = ", ".join(f"{weight} with {own}" for weight, own in sorted(READ_AS_THEY_ARE))
+            why = f"vLLM has no kernel for {format.name} with inputs in {inputs}; it has {allowed}"
+            return weight_misfit(subject, module, why)
+    names = ", ".join(sorted({format.name for format in weights.values()}))
+    return Misfit("layout", f"{names} with inputs in {inputs} needs no export: vLLM reads the run folder itself")
 
 
 def _fused(subject: Subject) -> Misfit | None:
