@@ -33,6 +33,7 @@ RUNS = {
     "rounding": ("w3a16g16-sym", [{"rounding": {**SHARED, "start": "gptq"}}]),
     "tune": ("w3a16g16-sym", ["gptq", {"tune": {**SHARED, "rank": 2, "epochs": 1}}]),
     "mixture": ("w4a16g16-sym", ["gptq"]),
+    "wide": ("w4a16g16-sym", ["awq", {"gptq": {"block_size": 48}}]),
     "head": ("w4a16g16-sym", [{"gptq": {"head": True}}]),
 }
 OVERRIDES = {"head": {"lm_head": "w4g16"}}
@@ -50,11 +51,12 @@ def models(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("processes")
     save_tiny(place / "llama", "llama", num_hidden_layers=2)
     save_tiny(place / "mixtral", "mixtral", num_hidden_layers=2)
+    save_tiny(place / "wide", "llama", num_hidden_layers=2, hidden_size=160, intermediate_size=336)
     return place
 
 
 def runs_of(models: Path) -> list[dict]:
-    model = {"mixture": "mixtral"}
+    model = {"mixture": "mixtral", "wide": "wide"}  # of which processes take rows of a weight
     return [
         {
             "name": name,

@@ -10,7 +10,8 @@ import torch
 
 from lowbit.methods import inputs
 from lowbit.methods.awq import AWQ
-from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
+from lowbit.methods.gptq import GPTQ, inverse_factor
+from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.inputs import held_together, input_groups, stages
 from lowbit.methods.refit import Refit
 from lowbit.methods.rtn import RTN

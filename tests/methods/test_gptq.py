@@ -10,7 +10,8 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.methods import gptq
-from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
+from lowbit.methods.gptq import GPTQ, inverse_factor
+from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.statistics import Statistics
 from lowbit.models.block import Calib, Note
 from lowbit.models.forward import run_all

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
+from lowbit.methods.gptq import GPTQ, inverse_factor
+from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.qronos import Qronos, corrected
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.methods.gptq import gptq_codes, inverse_factor
+from lowbit.methods.gptq import inverse_factor
+from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.sparsegpt import OF_EACH, SparseGPT
 from lowbit.methods.sparsity import Share
 from lowbit.models.block import Calib

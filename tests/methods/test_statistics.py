@@ -11,7 +11,8 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.methods import reassemble
 from lowbit.methods.dropping import DropPlan
-from lowbit.methods.gptq import GPTQ, gptq_codes, inverse_factor
+from lowbit.methods.gptq import GPTQ, inverse_factor
+from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.reassemble import Reassemble, candidate_counts
 from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics
 from lowbit.models.block import Calib

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.distributed.share import each
 from lowbit.metrics.kl import token_error
 from lowbit.models.block import Block
 from lowbit.models.experts_function import ExpertsReplay
@@ -40,6 +41,7 @@ from lowbit.quant.integer import IntFormat
 
 BITS = (2, 3, 4, 5, 6, 8)  # widths in ``rtn``
 ROWS = 64
+WHOLE = ""  # in place of a linear's name
 LEAST = 16  # values of a group of integers that a format with smaller groups at the edge is compared with
 
 
@@ -51,6 +53,8 @@ def only(block: Block, linear: str) -> Block:
 @torch.no_grad()
 def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
     """Sensitivities of each layer of a quantized block, plain data by the layer's index.
+
+    The processes of a job, all of which call it, share the linears.
 
     Args:
         block: the block with float parameters and quantized weights.
@@ -66,17 +70,24 @@ def layer_sensitivity(block: Block, x: Tensor) -> dict[int, dict[str, Any]]:
         inputs: dict[str, Tensor] = {}
         replay = ExpertsReplay()
         y = run(layer, x, taps={name: partial(inputs.__setitem__, name) for name in layer.qweights}, replay=replay)
-        quantized = run(layer, x, layer.quantized_params(), quantized=True)
-        linears = {
-            name.removeprefix(f"{index}."): _alone(layer, name, x, y, replay)
-            | _rounded(layer.weight(name), inputs[name], q.format)
-            if name in inputs and inputs[name].numel()
-            else _unreached(layer.weight(name), q.format)
-            for name, q in layer.qweights.items()
-        }
-        out[index] = {"tokens": y[..., 0].numel(), "error": relative_errors(quantized, y), "linears": linears}
+        of_linear = partial(_figures, layer=layer, inputs=inputs, x=x, y=y, replay=replay)
+        *figures, whole = each([*layer.qweights, WHOLE], of_linear)
+        linears = {name.removeprefix(f"{index}."): own for name, own in zip(layer.qweights, figures, strict=True)}
+        out[index] = {"tokens": y[..., 0].numel(), **whole, "linears": linears}
         x = y
     return out
+
+
+def _figures(
+    name: str, layer: Block, inputs: Mapping[str, Tensor], x: Tensor, y: Tensor, replay: ExpertsReplay
+) -> dict[str, Any]:
+    """Figures of one linear of a layer, or the error of the whole layer."""
+    if name == WHOLE:
+        return {"error": relative_errors(run(layer, x, layer.quantized_params(), quantized=True), y)}
+    weight, format = layer.weight(name), layer.qweights[name].format
+    if name not in inputs or not inputs[name].numel():
+        return _unreached(weight, format)
+    return _alone(layer, name, x, y, replay) | _rounded(weight, inputs[name], format)
 
 
 def relative_errors(got: Tensor, exact: Tensor) -> float:

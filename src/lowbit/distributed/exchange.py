@@ -83,8 +83,21 @@ def from_everyone(value: Any) -> list[Any]:
 def fill(out: Tensor, parts: Sequence[range]) -> None:
     """Fill ``out`` ``(rows, ...)``: the rows ``parts[rank]`` come from process ``rank``, which has them there."""
     for source, part in enumerate(parts):
-        if part:
+        if part and here().size > 1:
             _send(out[part.start : part.stop], source)
+
+
+def with_tensors(data: Any, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, list[Tensor]]]:
+    """Plain data and tensors of each process, in order; its own ones are not copied."""
+    if here().size == 1:
+        yield data, list(tensors)
+        return
+    for source in range(here().size):
+        own = source == here().rank
+        sent = _from(source, [data, _facts(tensors)] if own else None)
+        given = list(tensors) if own else [_empty(*fact) for fact in sent[1]]
+        _send_all(given, source)
+        yield sent[0], given
 
 
 def total(

@@ -20,6 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.distributed.exchange import with_tensors
+from lowbit.distributed.share import each, own_items
 from lowbit.methods.cold import is_cold, moments_or_identity, with_cold_note
 from lowbit.methods.inputs import held_together
 from lowbit.methods.method import NO_OPS, Method, Needs
@@ -97,18 +99,19 @@ class AWQ(Method):
         magnitude = (seen["magnitude"] / seen.count).clamp(min=1e-5)
         # The query heads of a group share the KV head's channels.
         magnitude = edge.pooled(edge.readers[0].inputs(magnitude), "mean")
-        best: tuple[float, Tensor] | None = None
-        for step in range(self.grid):
+
+        def scale_of(step: int) -> Tensor:
             scale = magnitude.pow(step / self.grid)
-            scale = scale / (scale.max() * scale.min()).sqrt()
-            spread = edge.spread(scale)
+            return scale / (scale.max() * scale.min()).sqrt()
+
+        def error_of(step: int) -> float:
+            spread = edge.spread(scale_of(step))
             scaled = [(w, dst.outer(spread, w.shape[1]), format) for dst, w, format in targets]
             peak = torch.stack([(w * s).abs().max() for w, s, _ in scaled]).max()
-            error = sum(scaled_error(w, s, seen["gram"], format, peak) for w, s, format in scaled)
-            if best is None or error < best[0]:
-                best = (error, scale)
-        assert best is not None
-        return best[1].reshape(edge.diagonal_shape)
+            return sum(scaled_error(w, s, seen["gram"], format, peak) for w, s, format in scaled)
+
+        errors = each(range(self.grid), error_of)
+        return scale_of(errors.index(min(errors))).reshape(edge.diagonal_shape)
 
     def _clipped(self, block: Block, calib: Calib) -> Block:
         clips, skipped = dict(block.clips), _queries_and_keys(block)
@@ -139,18 +142,28 @@ class AWQ(Method):
         return [1.0, *smaller, *(1 + step / self.clip_grid for step in range(1, above + 1))]
 
     def _best_clip(self, weight: Tensor, gram: Tensor, format: Format, tensor_peak: Tensor | None = None) -> Tensor:
-        """The clipping ratio ``(rows, groups)`` of least output error for each group; 1 is tried first."""
+        """The clipping ratio ``(rows, groups)`` of least output error for each group; 1 is tried first.
+
+        The processes of a job share the ratios.
+        """
         groups = format.groups(weight.shape[1])
         blocks = torch.stack(_diagonal_blocks(gram, format.group or len(gram)))
-        best_error = weight.new_full((weight.shape[0], groups), torch.inf)
-        best_ratio = torch.ones_like(best_error)
-        for ratio in self._clip_ratios(format):
+        start = weight.new_full((weight.shape[0], groups), torch.inf)
+        own = (start, torch.ones_like(start))
+        for ratio in own_items(self._clip_ratios(format)):
             delta = format.fake_quant_clipped(weight, ratio, ratio, tensor_peak) - weight
             split = format.split(delta).transpose(0, 1)  # (groups, rows, size)
             error = format.over_shared_rows(((split @ blocks) * split).sum(-1).T)
-            best_ratio = torch.where(error < best_error, ratio, best_ratio)
-            best_error = torch.minimum(error, best_error)
-        return best_ratio
+            own = _better(own, (error, torch.full_like(error, ratio)))
+        best = (start, torch.ones_like(start))
+        for _, (error, ratios) in with_tensors(None, own):
+            best = _better(best, (error, ratios))
+        return best[1]
+
+
+def _better(best: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """By group the least error and its ratio; of equal errors those of ``best``."""
+    return torch.minimum(other[0], best[0]), torch.where(other[0] < best[0], other[1], best[1])
 
 
 def scaled_error(

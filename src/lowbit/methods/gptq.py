@@ -16,8 +16,7 @@ Choices:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,12 +24,14 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.in_order import quantized_in_order
 from lowbit.methods.method import NO_OPS, Method, Needs
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.methods.refit import output_target
 from lowbit.methods.sparsity import Pattern
 from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics
+from lowbit.methods.triangular import inverse_of_upper
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
@@ -174,8 +175,7 @@ def with_codes(
         stacked = QParams(*(torch.cat(parts) for parts in zip(*qparams, strict=True)))
         weight = torch.cat([weights[name] for name in names])
         start = None if first is None else torch.cat([first[name] for name in names])
-        with one_thread():
-            codes = gptq_codes(weight, upper, order, stacked, format, columns.block_size, start, pattern)
+        codes = gptq_codes(weight, upper, order, stacked, format, columns.block_size, start, pattern)
         parts = codes.split([weights[name].shape[0] for name in names])
         for name, own, part in zip(names, qparams, parts, strict=True):
             qweights[name] = QTensor(part.contiguous(), own, format)
@@ -193,20 +193,6 @@ def _qparams(block: Block, name: str, weights: Mapping[str, Tensor], strength: T
     low, high = block.clips.get(name, (1.0, 1.0))
     qparams = format.qparams(weight, low, high, peak)
     return qparams if strength is None else search_scales(weight, format, qparams, strength, peak)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One intra-op thread: the column loop is thousands of small operations, each too short to parallelize.
-
-    Two threads gain little on an idle machine and can be ten times slower on a loaded one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _by_format(block: Block, linears: Sequence[str]) -> list[tuple[Format, list[str]]]:
@@ -231,7 +217,7 @@ def inverse_factor(gram: Tensor, damping: float, step: str = "gptq") -> tuple[Te
     while damping < 1e6:
         lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * eye).flip(0, 1))
         if not failed:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            upper = inverse_of_upper(lower.flip(0, 1))
             if bool(torch.isfinite(upper).all()):
                 return upper.to(gram.dtype), damping
         damping *= 10
@@ -246,50 +232,3 @@ def live_mean(gram: Tensor) -> Tensor:
     """
     diagonal = gram.diagonal()
     return diagonal.sum() / (diagonal != 0).sum().clamp(min=1)
-
-
-def gptq_codes(
-    weight: Tensor,
-    upper: Tensor,
-    order: Tensor,
-    qparams: QParams,
-    format: Format,
-    block_size: int,
-    first: Tensor | None = None,
-    pattern: Pattern | None = None,
-) -> Tensor:
-    """Codes ``uint8 (out, in)`` for ``weight``, each column's error compensated by the columns after it.
-
-    Args:
-        weight: ``(out, in)``.
-        upper: ``inverse_factor`` of the inputs' second moments with rows and columns in ``order``.
-        order: the columns in the order in which they are quantized.
-        qparams: ``(out, groups)`` each, for columns in natural order.
-        format: the weight format.
-        block_size: columns per update of the remaining weight.
-        first: values ``(out,)`` whose codes the first column gets; its error remains that of ``weight``.
-        pattern: which weights become 0, decided as columns are reached; ``block_size`` is a multiple of its own.
-    """
-    columns = weight.T[order].contiguous()  # (in, out): a column of the weight is a row here
-    per_column = format.per_column(qparams, weight.shape[1])
-    scale, zero = (x.T[order].contiguous() for x in per_column)
-    codes, kept = torch.empty_like(columns, dtype=torch.uint8), torch.empty(0)
-    for start in range(0, len(order), block_size):
-        stop = min(start + block_size, len(order))
-        part, errors = columns[start:stop], torch.empty_like(columns[start:stop])
-        for i in range(start, stop):
-            row, own = part[i - start], QParams(scale[i], zero[i])
-            code = format.round(first if first is not None and i == 0 else row, own)
-            if pattern is not None:
-                if (at := (i - start) % pattern.columns) == 0:
-                    end = min(i + pattern.columns, stop)
-                    kept = pattern.kept(part[i - start : end - start], upper.diagonal()[i:end])
-                code = code.where(kept[at], format.round(torch.zeros_like(row), own))
-            codes[i] = code.to(torch.uint8)
-            error = (row - format.value(code, own)) / upper[i, i]
-            part[i - start + 1 :].addr_(upper[i, i + 1 : stop], error, alpha=-1)
-            errors[i - start] = error
-        columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    out = torch.empty_like(codes)
-    out[order] = codes
-    return out.T.contiguous()

@@ -1,17 +1,27 @@
-"""Quantizes linears in execution order, each for its input in the model that is quantized up to it."""
+"""Quantizes linears in execution order, each for its input in the model that is quantized up to it.
+
+The processes of a job share the statistics, and the linears behind them: where inputs do not depend on each other, as
+those of the experts of a layer, each process quantizes the linears of some of the inputs; of others it takes a share
+of the rows (``gptq_columns.py``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
+from lowbit.distributed.exchange import with_tensors
+from lowbit.distributed.share import own_items
+from lowbit.distributed.world import ONE, here, within
 from lowbit.methods.cold import is_cold, quantized_without_data, with_cold_note
 from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.inputs import stages
 from lowbit.methods.statistics import Statistics
-from lowbit.models.block import Block, Calib
+from lowbit.models.block import Block, Calib, Note
+from lowbit.quant.format import QParams, QTensor
 
 Observe = Callable[[Block, Calib, Sequence[str]], dict[str, Statistics]]
 
@@ -40,17 +50,44 @@ def quantized_in_order(
     """
     block = with_input_ranges(block, calib)
     cold: dict[str, int] = {}
+
+    def of_group(seen: dict[str, Statistics], done: Block, linears: Sequence[str]) -> Block:
+        moments = seen.pop(linears[0])
+        if linears[0] in cold:
+            return (without_data or _without_data)(done, linears)
+        second: list[Tensor] = [moments[figure] for figure in figures]
+        return quantize(done, linears, *second)
+
     for groups in stages(block, len(figures)):
         seen = observe(block, calib, [linears[0] for linears in groups])
-        for linears in groups:
-            moments = seen.pop(linears[0])
-            if is_cold(block, linears[0], moments.count):
-                block = (without_data or _without_data)(block, linears)
-                cold[linears[0]] = moments.count
-            else:
-                second: list[Tensor] = [moments[figure] for figure in figures]
-                block = quantize(block, linears, *second)
+        counts = {linears[0]: seen[linears[0]].count for linears in groups}
+        cold |= {name: count for name, count in counts.items() if is_cold(block, name, count)}
+        block = _stage(block, groups, partial(of_group, seen))
     return with_cold_note(block, step, cold, "quantized without calibration data")
+
+
+def _stage(
+    block: Block, groups: Sequence[tuple[str, ...]], of_group: Callable[[Block, Sequence[str]], Block]
+) -> Block:
+    """The block with codes for all groups, none of which depends on another."""
+    if here().size == 1 or len(groups) < here().size:
+        for linears in groups:
+            block = of_group(block, linears)
+        return block
+    done, own = block, own_items(groups)
+    with within(ONE):
+        for linears in own:
+            done = of_group(done, linears)
+    names = [name for linears in own for name in linears]
+    notes = [[note.layer, note.text] for note in done.notes[len(block.notes) :]]
+    tensors = [tensor for name in names for tensor in (done.qweights[name].codes, *done.qweights[name].qparams)]
+    qweights, added = dict(block.qweights), list(block.notes)
+    for (others, told), found in with_tensors([names, notes], tensors):
+        values = iter(found)
+        for name in others:
+            qweights[name] = QTensor(next(values), QParams(next(values), next(values)), block.weight_format(name))
+        added += [Note(layer, text) for layer, text in told]
+    return replace(block, qweights=qweights, notes=tuple(added))
 
 
 def _without_data(block: Block, linears: Sequence[str]) -> Block:

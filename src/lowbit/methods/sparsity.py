@@ -22,6 +22,11 @@ class Pattern(ABC):
     def columns(self) -> int:
         """Consecutive columns that are decided together, when the first of them is reached."""
 
+    @property
+    @abstractmethod
+    def by_row(self) -> bool:
+        """Whether a row's weights are decided by that row alone."""
+
     @abstractmethod
     def kept(self, weight: Tensor, diagonal: Tensor) -> Tensor:
         """Which weights stay ``(columns, out)``.
@@ -51,6 +56,11 @@ class OfEach(Pattern):
         """``of``."""
         return self.of
 
+    @property
+    def by_row(self) -> bool:
+        """Of each row as many."""
+        return True
+
     def kept(self, weight: Tensor, diagonal: Tensor) -> Tensor:
         """The largest costs of each row; of equal ones the first columns'."""
         order = (weight / diagonal[:, None]).square().sort(dim=0, descending=True, stable=True).indices
@@ -72,6 +82,11 @@ class Share(Pattern):
     def columns(self) -> int:
         """``width``."""
         return self.width
+
+    @property
+    def by_row(self) -> bool:
+        """Rows compete with each other."""
+        return False
 
     def kept(self, weight: Tensor, diagonal: Tensor) -> Tensor:
         """All but the share with the least costs."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.methods.gptq import GPTQ, GRAMS, Columns, gptq_codes, inverse_factor, one_thread
+from lowbit.methods.gptq import GPTQ, GRAMS, Columns, inverse_factor
+from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.options import options_of
-from lowbit.methods.statistics import FIGURES
+from lowbit.methods.statistics import Statistics, over_leaves
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
 from lowbit.progress import say
@@ -22,6 +23,8 @@ from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.scale_search import search_scales
 from lowbit.runs.plan import Plan
+
+MICRO_BATCH = 4  # windows
 
 
 def head_step(recipe: Recipe, plan: Plan) -> GPTQ | None:
@@ -46,7 +49,7 @@ def nearest(weight: Tensor, format: Format, recipe: Recipe) -> QTensor:
 
 @torch.no_grad()
 def head_gram(skeleton: Skeleton, ids: Tensor, hidden: Tensor, step: GPTQ, inputs: ActFormat | None) -> Tensor:
-    """Second moments ``(in, in)`` of the head's input.
+    """Second moments ``(in, in)`` of the head's input, over windows that the processes of a job share.
 
     Args:
         skeleton: the model around the blocks, filled.
@@ -55,20 +58,23 @@ def head_gram(skeleton: Skeleton, ids: Tensor, hidden: Tensor, step: GPTQ, input
         step: whose ``tokens`` says whether tokens are normalized.
         inputs: the format of the head's input; ``None``: float.
     """
-    head = skeleton.model.get_submodule(skeleton.architecture.head)
-    device, figure, total = head.weight.device, FIGURES[GRAMS[step.tokens]][0], None
-    for row in range(len(ids)):
-        seen: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
-        try:
-            skeleton.logits(ids[row : row + 1].to(device), hidden[row : row + 1].to(device))
-        finally:
-            handle.remove()
-        x = seen[-1].float().flatten(0, -2)  # a model may call its head for nothing before
-        own = figure(x if inputs is None else inputs.fake_quant(x))
-        total = own if total is None else total + own
-    assert total is not None, "calibration has at least one window"
-    return total
+    head, figure = skeleton.model.get_submodule(skeleton.architecture.head), GRAMS[step.tokens]
+    device = head.weight.device
+
+    def of_leaf(part: slice) -> dict[str, Statistics]:
+        found = Statistics((figure,))
+        for row in range(len(ids))[part]:
+            seen: list[Tensor] = []
+            handle = head.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+            try:
+                skeleton.logits(ids[row : row + 1].to(device), hidden[row : row + 1].to(device))
+            finally:
+                handle.remove()
+            x = seen[-1]  # a model may call its head for nothing before
+            found.add(x if inputs is None else inputs.fake_quant(x.float().flatten(0, -2)))
+        return {figure: found}
+
+    return over_leaves(len(ids), MICRO_BATCH, of_leaf)[figure][figure]
 
 
 def head_codes(weight: Tensor, format: Format, gram: Tensor, step: GPTQ) -> QTensor:
@@ -92,5 +98,4 @@ def head_codes(weight: Tensor, format: Format, gram: Tensor, step: GPTQ) -> QTen
     qparams = format.qparams(weight)
     if columns.search:
         qparams = search_scales(weight, format, qparams, strength)
-    with one_thread():
-        return QTensor(gptq_codes(weight, upper, order, qparams, format, columns.block_size), qparams, format)
+    return QTensor(gptq_codes(weight, upper, order, qparams, format, columns.block_size), qparams, format)

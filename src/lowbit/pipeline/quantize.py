@@ -18,7 +18,7 @@ import torch
 
 from lowbit.checkpoints.identity import companions_digest
 from lowbit.checkpoints.pypi import sha256_of
-from lowbit.checkpoints.resolve import Source, load_tokenizer
+from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.data.sampling import self_sample
 from lowbit.data.text import Data, calibration
@@ -26,7 +26,7 @@ from lowbit.data.tokenization import decode
 from lowbit.data.windows import Bos, Tokens, WindowShape
 from lowbit.distributed.exchange import by_first, first_then_others, from_first, wait
 from lowbit.distributed.job import joined
-from lowbit.distributed.world import here
+from lowbit.distributed.world import ONE, here, within
 from lowbit.errors import LowbitError, canonical
 from lowbit.exporters.imatrix import read_imatrix
 from lowbit.models.block import LEAST_TOKENS
@@ -222,8 +222,9 @@ def quantize(
         raise LowbitError("--claim given and several processes started by torchrun: start each by itself")
     if not claim:
         by_first(lambda: refuse_in_use(out))
-    # One after the other, so that a model is downloaded once.
-    resolved = first_then_others(lambda: _check(request))
+    first_then_others(lambda: _fetched(request))
+    with within(ONE):
+        resolved = _check(request)
     if default is not None:
         say(sentence(str(target), resolved.scheme.name, default))
     return _quantized(_run(resolved, out, claim), out, began)
@@ -303,6 +304,12 @@ class Resolved:
             source_files=companions_digest(self.opened.source.folder),
             prefix=request.prefix,
         )
+
+
+def _fetched(request: Request) -> str:
+    """The digest of the model, which is downloaded, converted or read for it where that has not been done."""
+    options = {"allow_pickle": request.allow_pickle, "trust_remote_code": request.trust_remote_code}
+    return resolve(request.model, revision=request.revision, **options).identity
 
 
 def _recorded(tokens: Tokens, special: str) -> Calibration:

@@ -168,7 +168,7 @@ class Walk:
             x_fp, x_q = self._window(start, count, x_fp, x_q)
             release_free_memory()
         if (step := head_step(self.recipe, self.plan)) is not None:
-            by_first(partial(self._quantize_head, step, ids, x_q))
+            self._quantize_head(step, ids, x_q)
         return x_fp
 
     def _quantize_head(self, step: GPTQ, ids: Tensor, hidden: Tensor) -> None:
@@ -177,8 +177,11 @@ class Walk:
         gram = head_gram(self.skeleton, ids, hidden, step, own.input)
         name = f"{self.plan.embed}.weight" if self.plan.untie else head
         weight = self.checkpoint.read([name], torch.float32)[name].to(gram.device)
-        shard = self._shard(REST)
         packed = own.layout.pack(head_codes(weight, own.weight, gram, step))
+        by_first(partial(self._write_head, packed))
+
+    def _write_head(self, packed: Mapping[str, Tensor]) -> None:
+        shard = self._shard(REST)
         tensors = shard.read(shard.names) | {f"{self.plan.head}.{key}": value.cpu() for key, value in packed.items()}
         write_tensors(self.out / REST, self.names.stored_all(tensors))
 
