@@ -57,6 +57,7 @@ def test_what_is_written_down_names_every_option():
             {
                 "gptq": {
                     "damping": 0.01,
+                    "shrinkage": 1.0,
                     "act_order": True,
                     "block_size": 128,
                     "tokens": "normalized",

@@ -10,6 +10,7 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.methods import gptq
+from lowbit.methods.damping import damping_of
 from lowbit.methods.gptq import GPTQ, inverse_factor
 from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.statistics import Statistics
@@ -177,7 +178,7 @@ def test_the_step_notes_a_damping_that_was_raised_and_only_then(monkeypatch):
         return {name: Statistics((), values={"normalized_gram": gram}, count=1) for name in linears}
 
     monkeypatch.setattr(gptq, "input_statistics", indefinite)
-    (note,) = GPTQ()(replace(block, notes=()), calib).notes
+    (note,) = GPTQ(shrinkage=0)(replace(block, notes=()), calib).notes
     names = "0.self_attn.q_proj, 0.self_attn.k_proj, 0.self_attn.v_proj"
     assert note == Note(0, f"gptq: damping raised from 0.01 to 1 for {names}")
 
@@ -211,7 +212,8 @@ def test_each_linear_is_quantized_for_its_input_in_the_model_quantized_up_to_it(
         for linear in set(group) & set(block.formats):
             # The sums are taken as the step takes them, batch by batch in float32: another order rounds differently.
             gram = sum(rows_of(x, tokens).T @ rows_of(x, tokens) for x in seen[linear])
-            wanted = codes_of(block.weight(linear), gram, block.weight_format(linear))
+            damping = 0.01 + gram.shape[0] / calib.x_q.shape[:2].numel()
+            wanted = codes_of(block.weight(linear), gram, block.weight_format(linear), damping=damping)
             assert torch.equal(done.qweights[linear].codes, wanted), linear
     if name == "mixed":
         assert set(done.qweights) == set(block.formats)
@@ -227,7 +229,35 @@ def test_the_qparams_are_those_of_the_clips():
         assert torch.equal(q.qparams.zero, wanted.zero)
 
 
-@pytest.mark.parametrize("options", [{"damping": 0.0}, {"damping": -1.0}, {"block_size": 0}])
+def unseen_error(tokens, shrinkage):
+    """Squared error of the output on tokens that were not calibrated on, relative to that of round to nearest."""
+    generator = torch.Generator().manual_seed(tokens)
+    mix = torch.randn(64, 64, generator=generator, dtype=torch.float64) / 8
+    weight = torch.randn(32, 64, generator=generator, dtype=torch.float64)
+    x, unseen = (torch.randn(rows, 64, generator=generator, dtype=torch.float64) @ mix for rows in (tokens, 4096))
+    gram, truth, format = x.T @ x, unseen.T @ unseen, IntFormat(3)
+    errors = []
+    for codes in (
+        codes_of(weight, gram, format, damping=damping_of(0.01, shrinkage, 64, tokens)),
+        nearest(weight, format),
+    ):
+        delta = QTensor(codes, format.qparams(weight), format).dequantize() - weight
+        errors.append(float(((delta @ truth) * delta).sum()))
+    return errors[0] / errors[1]
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64])
+def test_where_tokens_are_few_shrinkage_lowers_the_error_on_others(tokens):
+    """The paper's 0.01 alone fits the sample: with as many tokens as inputs it is worse than rounding to nearest."""
+    plain, shrunk = unseen_error(tokens, 0), unseen_error(tokens, 1)
+    assert shrunk < min(plain, 1.0)
+
+
+def test_with_many_tokens_shrinkage_changes_little():
+    assert unseen_error(8192, 1) == pytest.approx(unseen_error(8192, 0), rel=0.03)
+
+
+@pytest.mark.parametrize("options", [{"damping": 0.0}, {"damping": -1.0}, {"shrinkage": -1.0}, {"block_size": 0}])
 def test_options_out_of_range(options):
     ((name, value),) = options.items()
     with pytest.raises(LowbitError, match=rf"gptq\.{name} {value:g} given; it must be"):
@@ -239,7 +269,7 @@ def test_towards_the_output_the_weights_are_first_moved_to_the_least_squares_ans
     block, calib = step_case("w4a8")
     # Far from the float stream, as behind many blocks.
     calib = replace(calib, x_q=calib.x_q + 0.3 * torch.randn(calib.x_q.shape, generator=torch.manual_seed(1)))
-    done = GPTQ(tokens=tokens, target="output", ridge=0.1)(block, calib)
+    done = GPTQ(tokens=tokens, target="output", ridge=0.1, shrinkage=0)(block, calib)
     name = block.linear_groups()[1][0]  # o_proj, behind quantized linears
     upto = replace(block, qweights={linear: done.qweights[linear] for linear in block.linear_groups()[0]})
     got, wanted = [], []

@@ -206,7 +206,7 @@ def test_candidates_are_the_papers_grid_without_repeats():
 def test_outlier_channels_are_split_where_that_helps(name):
     block, calib = case(name, outlier=30.0)
     errors = {}
-    done = Reassemble(most=0.2)(block, calib)
+    done = Reassemble(most=0.2, shrinkage=0)(block, calib)  # the error is measured on the same few tokens
     for key, some in (("plain", block), ("done", done)):
         errors[key] = relative_error(run_quantized(RTN()(some, calib), calib.x_q), calib.y_fp)
     record = done.record[1]["reassemble"][down_of(block)]

@@ -75,7 +75,7 @@ def damped_inverse(gram: Tensor, damping: float) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(gram)
     if failed or not bool(lower.diagonal().isfinite().all()):
         raise LowbitError(
-            f"reassemble.damping {damping:g} given; the second moments of a linear's input are not finite or too "
+            f"reassemble: damping {damping:g}; the second moments of a linear's input are not finite or too "
             "close to singular: check the model's weights for NaN and infinity, or raise reassemble.damping"
         )
     torch.cholesky_inverse(lower, out=gram.mT)  # LAPACK's column-major layout; the inverse is symmetric

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.methods.damping import damping_of
 from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.in_order import quantized_in_order
 from lowbit.methods.method import NO_OPS, Method, Needs
@@ -48,6 +49,8 @@ class GPTQ(Method):
 
     Attributes:
         damping: added to the Hessian's diagonal, as a share of the diagonal's mean.
+        shrinkage: this times the inputs of a linear over its calibration tokens is added to ``damping``, see
+            ``damping.py``.
         act_order: quantize the columns with the strongest inputs first.
         block_size: columns per update of the remaining weight.
         tokens: ``unweighted``: the paper's Hessian; ``normalized``: the Hessian of per-token normalized inputs (each
@@ -64,6 +67,7 @@ class GPTQ(Method):
     """
 
     damping: float = 0.01
+    shrinkage: float = 1.0
     act_order: bool = True
     block_size: int = 128
     tokens: str = "normalized"
@@ -81,7 +85,11 @@ class GPTQ(Method):
 
     def __post_init__(self) -> None:
         check_choices("gptq", self, CHOICES)
-        check_bounds("gptq", self, {"damping": "above 0", "block_size": "1 or more", "ridge": "above 0"})
+        check_bounds(
+            "gptq",
+            self,
+            {"damping": "above 0", "shrinkage": "0 or more", "block_size": "1 or more", "ridge": "above 0"},
+        )
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: only codes change."""
@@ -103,13 +111,19 @@ class GPTQ(Method):
             return paired_statistics(block, block, calib, linears, self._figures)
         return quantized_input_statistics(block, calib, linears, self._figures)
 
-    def _round(self, block: Block, linears: Sequence[str], gram: Tensor, cross: Tensor | None = None) -> Block:
-        """Quantize linears that share an input, with its ``_figures``."""
+    def _round(
+        self, block: Block, linears: Sequence[str], tokens: int, gram: Tensor, cross: Tensor | None = None
+    ) -> Block:
+        """Quantize linears that share an input, with its ``_figures`` over ``tokens`` tokens."""
         weights = {name: block.weight(name) for name in linears}
         if cross is not None:
             weights = {name: output_target(weight, gram, cross, self.ridge) for name, weight in weights.items()}
-        columns = Columns("gptq", self.damping, self.act_order, self.block_size, self.search)
-        return with_codes(block, weights, gram, columns)
+        return with_codes(block, weights, gram, self.columns(len(gram), tokens))
+
+    def columns(self, inputs: int, tokens: int) -> Columns:
+        """How a linear's columns are gone over: it has ``inputs`` inputs, and moments of ``tokens`` tokens."""
+        damping = damping_of(self.damping, self.shrinkage, inputs, tokens)
+        return Columns("gptq", damping, self.act_order, self.block_size, self.search)
 
 
 def quantized_input_statistics(

@@ -43,7 +43,8 @@ def quantized_in_order(
         step: the method's name, for notes.
         figures: names of the ``(in, in)`` figures of ``statistics.py`` that ``quantize`` takes.
         observe: these figures of linears' inputs in the block with the codes so far.
-        quantize: the block with codes for linears that share an input, ``(block, linears, *figures)``.
+        quantize: the block with codes for linears that share an input, ``(block, linears, tokens, *figures)``;
+            ``tokens`` is the number of tokens behind the figures.
         without_data: the same without figures; by default codes of the scales that suit the weights best.
 
     Linears of experts that too few tokens reach are quantized without calibration data, and a note says so.
@@ -56,7 +57,7 @@ def quantized_in_order(
         if linears[0] in cold:
             return (without_data or _without_data)(done, linears)
         second: list[Tensor] = [moments[figure] for figure in figures]
-        return quantize(done, linears, *second)
+        return quantize(done, linears, moments.count, *second)
 
     for groups in stages(block, len(figures)):
         seen = observe(block, calib, [linears[0] for linears in groups])

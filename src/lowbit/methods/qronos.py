@@ -85,7 +85,7 @@ class Qronos(Method):
     def _statistics(self, block: Block, calib: Calib, linears: Sequence[str]) -> dict[str, Statistics]:
         return paired_statistics(block, block, calib, linears, self._figures)
 
-    def _quantize(self, block: Block, linears: Sequence[str], gram: Tensor, cross: Tensor) -> Block:
+    def _quantize(self, block: Block, linears: Sequence[str], tokens: int, gram: Tensor, cross: Tensor) -> Block:
         """Quantize linears that share an input, with ``H`` and ``G`` ``(in, in)``."""
         columns = Columns("qronos", self.ridge, self.act_order, self.block_size, self.search)
         at = int(columns.order(gram.diagonal())[0])

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError, unknown
 from lowbit.methods.assembly import MergePlan, check_assembly
+from lowbit.methods.damping import damping_of
 from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GRAMS
 from lowbit.methods.layer_by_layer import layer_by_layer
@@ -69,6 +70,7 @@ class Reassemble(Method):
         tries: different numbers of copies that are scored, evenly spread over those of the grid.
         sequences: calibration sequences that score a candidate.
         damping: added to the diagonal of the second moments, as a share of the diagonal's mean.
+        shrinkage: this times the channels over the calibration tokens is added to ``damping``, see ``damping.py``.
         peaks: the statistic that is compared with theta. ``absolute``: each channel's largest value (the paper's).
             ``relative``: the eighth-power mean of the values over their tokens' root mean squares. Activation ranges
             are per token, so a channel matters where it stands out in its token; a single massive token can determine
@@ -86,6 +88,7 @@ class Reassemble(Method):
     tries: int = 8
     sequences: int = 4
     damping: float = 0.01
+    shrinkage: float = 1.0
     peaks: str = "absolute"
     tokens: str = "normalized"
     offsets: str = "none"
@@ -105,7 +108,8 @@ class Reassemble(Method):
         if not isinstance(self.theta, str) and self.theta <= 0:
             raise LowbitError(f"reassemble: theta {self.theta:g} given; allowed: above 0, {' or '.join(THETAS)}")
         counts = dict.fromkeys(("grid", "tries", "sequences"), "1 or more")
-        check_bounds("reassemble", self, {"most": "above 0 and at most 0.5", "damping": "above 0", **counts})
+        bounds = {"most": "above 0 and at most 0.5", "damping": "above 0", "shrinkage": "0 or more", **counts}
+        check_bounds("reassemble", self, bounds)
 
     def folded(self) -> Self | None:
         """Reassembly before down_proj alone; offsets fold into biases or are left out."""
@@ -142,13 +146,13 @@ class Reassemble(Method):
     def _edge(self, block: Block, edge: Edge, calib: Calib) -> tuple[Block, dict[str, Any]]:
         """The block with an edge's channels reassembled, and the figures for the report."""
         readers = [dst.module for dst in edge.readers]
-        peak, gram = self._moments(block, readers[0], calib)
+        peak, gram, tokens = self._moments(block, readers[0], calib)
         candidates, notes = self._candidates(peak, readers[0])
         weight = torch.cat([block.weight(name) for name in readers])
         # Channels that the largest candidate splits are never dropped, so that all candidates share one sequence.
         keep = candidates[-1] > 1 if candidates else torch.zeros_like(peak, dtype=torch.bool)
         merges = edge.kind == "norm" and self.assembly != "drop"
-        plan = self._plan(weight, gram, keep, merges)
+        plan = self._plan(weight, gram, tokens, keep, merges)
         del gram  # frees memory: the plan holds what it needs
         best, best_extra, theta = block, 0, None
         scores = {0: output_error(block, calib, self.sequences)}
@@ -167,12 +171,12 @@ class Reassemble(Method):
             figures["theta"] = theta
         return best.with_notes("reassemble", *notes), figures
 
-    def _moments(self, block: Block, linear: str, calib: Calib) -> tuple[Tensor, Tensor]:
-        """The statistic compared with theta, ``(channels,)``, and second moments ``(channels, channels)`` float64."""
+    def _moments(self, block: Block, linear: str, calib: Calib) -> tuple[Tensor, Tensor, int]:
+        """What theta is compared with ``(channels,)``, second moments ``(channels, channels)``, their tokens."""
         gram, figure = GRAMS[self.tokens], PEAKS[self.peaks]
         seen = input_statistics(block, calib.x_fp, [linear], (gram, figure), batch=calib.batch)[linear]
         peak = seen["peak"] if self.peaks == "absolute" else (seen["crest"] / seen.count).pow(1 / 8)
-        return peak, seen[gram].double()
+        return peak, seen[gram].double(), seen.count
 
     def _candidates(self, peak: Tensor, linear: str) -> tuple[list[Tensor], list[str]]:
         """Candidates, by increasing total of copies (at most one unless theta is searched), and notes."""
@@ -189,10 +193,10 @@ class Reassemble(Method):
         note = f"{linear}: theta {self.theta:g} requires {extra} copies, more than {self.most:.1%}"
         return counts[-1:], [f"{note} of the channels; {int((counts[-1] - 1).sum()) if counts else 0} are added"]
 
-    def _plan(self, weight: Tensor, gram: Tensor, keep: Tensor, merges: bool) -> DropPlan | MergePlan:
+    def _plan(self, weight: Tensor, gram: Tensor, tokens: int, keep: Tensor, merges: bool) -> DropPlan | MergePlan:
         if merges:
             return MergePlan(weight, gram, keep, self.assembly == "one-to-one")
-        return DropPlan(weight, gram, self.damping, keep)
+        return DropPlan(weight, gram, damping_of(self.damping, self.shrinkage, len(gram), tokens), keep)
 
 
 def _gathers(layer: Block, edge: Edge) -> bool:

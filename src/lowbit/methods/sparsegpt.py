@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.methods.cold import moments_or_identity
+from lowbit.methods.damping import damping_of
 from lowbit.methods.gptq import GRAMS, Columns, quantized_input_statistics, with_codes
 from lowbit.methods.in_order import quantized_in_order
 from lowbit.methods.method import NO_OPS, Method, Needs
@@ -42,12 +43,13 @@ class SparseGPT(Method):
     Attributes:
         pattern: ``2:4``, ``4:8`` or ``unstructured``.
         sparsity: share of zeros with ``unstructured``; the others have one half.
-        damping, block_size, tokens, search: see ``GPTQ``.
+        damping, shrinkage, block_size, tokens, search: see ``GPTQ``.
     """
 
     pattern: str = "2:4"
     sparsity: float = 0.5
     damping: float = 0.01
+    shrinkage: float = 1.0
     block_size: int = 128
     tokens: str = "normalized"
     search: bool = False
@@ -61,7 +63,12 @@ class SparseGPT(Method):
 
     def __post_init__(self) -> None:
         check_choices("sparsegpt", self, {"tokens": tuple(GRAMS), "pattern": (*OF_EACH, "unstructured")})
-        bounds = {"damping": "above 0", "block_size": "1 or more", "sparsity": "from 0 to below 1"}
+        bounds = {
+            "damping": "above 0",
+            "shrinkage": "0 or more",
+            "block_size": "1 or more",
+            "sparsity": "from 0 to below 1",
+        }
         check_bounds("sparsegpt", self, bounds)
         if self.block_size % (unit := self._pattern.columns):
             raise LowbitError(
@@ -107,13 +114,14 @@ class SparseGPT(Method):
     def _statistics(self, block: Block, calib: Calib, linears: Sequence[str]) -> dict[str, Statistics]:
         return quantized_input_statistics(block, calib, linears, (GRAMS[self.tokens],))
 
-    def _quantize(self, block: Block, linears: Sequence[str], gram: Tensor) -> Block:
-        columns = Columns("sparsegpt", self.damping, False, self.block_size, self.search)
+    def _quantize(self, block: Block, linears: Sequence[str], tokens: int, gram: Tensor) -> Block:
+        damping = damping_of(self.damping, self.shrinkage, len(gram), tokens)
+        columns = Columns("sparsegpt", damping, False, self.block_size, self.search)
         return with_codes(block, {name: block.weight(name) for name in linears}, gram, columns, pattern=self._pattern)
 
     def _cold(self, block: Block, linears: Sequence[str]) -> Block:
         """Without data the smallest weights go, and nothing makes up for them."""
-        return self._quantize(block, linears, moments_or_identity(block, linears[0], None))
+        return self._quantize(block, linears, 1, moments_or_identity(block, linears[0], None))
 
 
 def _zeros(block: Block, name: str) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.methods.gptq import GPTQ, GRAMS, Columns, inverse_factor
+from lowbit.methods.gptq import GPTQ, GRAMS, inverse_factor
 from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.options import options_of
 from lowbit.methods.statistics import Statistics, over_leaves
@@ -77,19 +77,21 @@ def head_gram(skeleton: Skeleton, ids: Tensor, hidden: Tensor, step: GPTQ, input
     return over_leaves(len(ids), MICRO_BATCH, of_leaf)[figure][figure]
 
 
-def head_codes(weight: Tensor, format: Format, gram: Tensor, step: GPTQ) -> QTensor:
+def head_codes(weight: Tensor, format: Format, gram: Tensor, tokens: int, step: GPTQ) -> QTensor:
     """GPTQ's codes of the head ``(vocabulary, in)`` for an input with second moments ``gram`` ``(in, in)``.
+
+    The moments are of ``tokens`` tokens.
 
     Scales of 1 and two inputs that are always equal: the second column takes over the error of the first, 0.4.
 
     >>> from lowbit.quant.integer import IntFormat
     >>> weight = torch.tensor([[0.4, 0.3, -7.5]])
     >>> gram = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    >>> codes = head_codes(weight, IntFormat(4), gram, GPTQ(act_order=False))
+    >>> codes = head_codes(weight, IntFormat(4), gram, 100_000, GPTQ(act_order=False))
     >>> [[round(value) for value in row] for row in codes.dequantize().tolist()]
     [[0, 1, -8]]
     """
-    columns = Columns("gptq", step.damping, step.act_order, step.block_size, step.search)
+    columns = step.columns(len(gram), tokens)
     strength = gram.diagonal()
     order = columns.order(strength)
     upper, damping = inverse_factor(gram[order][:, order], columns.damping, columns.step)

@@ -177,7 +177,7 @@ class Walk:
         gram = head_gram(self.skeleton, ids, hidden, step, own.input)
         name = f"{self.plan.embed}.weight" if self.plan.untie else head
         weight = self.checkpoint.read([name], torch.float32)[name].to(gram.device)
-        packed = own.layout.pack(head_codes(weight, own.weight, gram, step))
+        packed = own.layout.pack(head_codes(weight, own.weight, gram, ids.numel(), step))
         by_first(partial(self._write_head, packed))
 
     def _write_head(self, packed: Mapping[str, Tensor]) -> None:
