@@ -22,8 +22,9 @@ from lowbit.allocation.probes import with_probes
 from lowbit.allocation.size import bytes_in
 from lowbit.allocation.solution import best_within
 from lowbit.allocation.target import footprint_of
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.resolve import load_tokenizer
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.data.text import calibration, evaluation
 from lowbit.exporters.footprint import Footprint
 from lowbit.pipeline.opened import open_model

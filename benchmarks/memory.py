@@ -69,7 +69,7 @@ def make_checkpoint(folder: Path, model: str, layers: int) -> int:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from lowbit.checkpoints.safetensors_folder import write_index, write_tensors
+    from lowbit.checkpoints.writing import write_index, write_tensors
     from lowbit.models.skeleton import Skeleton
 
     config = config_of(model, layers)

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 from lowbit.checkpoints.resolve import resolve
-from lowbit.checkpoints.safetensors_folder import SINGLE, Checkpoint, write_json, write_tensors
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.shards import SINGLE
+from lowbit.checkpoints.writing import write_json, write_tensors
 
 
 def short_smollm2(folder: Path, layers: int = 4) -> Path:

@@ -325,7 +325,7 @@ def test_a_full_disk_inside_a_shard_is_one_line(m, capsys, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lowbit.checkpoints.safetensors_folder.save_file", half)
+    monkeypatch.setattr("lowbit.checkpoints.writing.save_file", half)
     line = refusal(capsys, filled(QUANTIZE, m))
     assert "model-rest.safetensors" in line
     assert [name for name in contents(m.parent / "out") if not name.startswith(".run/")] == []

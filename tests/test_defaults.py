@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.checkpoints.json_file import read_json
 from lowbit.cli.main import call
 from lowbit.pipeline.defaults import DEFAULTS_OF, SMALL, default_of, sentence, weights_of
 from lowbit.pipeline.opened import open_model

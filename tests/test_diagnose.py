@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.analysis.linear_error import layer_sensitivity
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.resolve import load_tokenizer
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.cli.main import call
 from lowbit.data.text import calibration, evaluation
 from lowbit.methods import METHODS

@@ -11,7 +11,8 @@ import torch
 
 import lowbit
 from held import Held
-from lowbit.checkpoints.safetensors_folder import Checkpoint, write_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError
 from lowbit.methods import METHODS, RTN
 from lowbit.methods.fit_state import Fitted
@@ -251,9 +252,7 @@ def test_without_steps_what_other_methods_rounded_comes_out_as_it_was(name, step
     walk, ids, y_fp, blocks, _ = first_folder(name, "w3a16g16-asym", tmp_path, made)
     tuning = Tuning(Tune(), walk, ids, y_fp)
     for index, block in enumerate(blocks):
-        lowbit.checkpoints.safetensors_folder.write_json(
-            tmp_path / f".run/block-{index:05d}.json", {"notes": [], "record": {}}
-        )
+        lowbit.checkpoints.writing.write_json(tmp_path / f".run/block-{index:05d}.json", {"notes": [], "record": {}})
         done = tuning.quantize_layer(index, Fitted(best=1))
         assert set(done.qweights) == set(block.qweights)
         for linear, q in block.qweights.items():

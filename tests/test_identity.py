@@ -19,7 +19,7 @@ import lowbit
 from lowbit.checkpoints import identity
 from lowbit.checkpoints.identity import companions_digest, file_digest, fingerprint, tokenizer_digest
 from lowbit.checkpoints.resolve import resolve
-from lowbit.checkpoints.safetensors_folder import INDEX
+from lowbit.checkpoints.shards import INDEX
 from lowbit.errors import LowbitError
 from runs import quantize_tiny
 from tiny import save_tiny

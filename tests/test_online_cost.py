@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import lowbit
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.reports.build import report

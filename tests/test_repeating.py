@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import lowbit
-from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.checkpoints.json_file import read_json
 from lowbit.cli.main import call
 from lowbit.pipeline.recipe import load_recipe
 from lowbit.reports.command import command

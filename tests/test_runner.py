@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.checkpoints.json_file import read_json
 from lowbit.methods import gptq
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.runs.streamed_model import StreamedModel

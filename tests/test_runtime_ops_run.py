@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json, write_tensors
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.methods import RTN
 from lowbit.models.block import Calib

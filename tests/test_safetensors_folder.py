@@ -13,18 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit.checkpoints import safetensors_folder
-from lowbit.checkpoints.safetensors_folder import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    block_params,
-    read_json,
-    write_bytes,
-    write_index,
-    write_json,
-    write_tensors,
-)
+from lowbit.checkpoints import writing
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
+from lowbit.checkpoints.shards import INDEX, SINGLE
+from lowbit.checkpoints.writing import write_bytes, write_index, write_json, write_tensors
 from lowbit.errors import LowbitError
 
 A, B = "model.layers.0.a.weight", "model.layers.1.b.weight"
@@ -242,8 +235,8 @@ def half_written(tensors, path, **kwargs):
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, where, existing):
     if where == "while it is written":
-        monkeypatch.setattr(safetensors_folder, "save_file", half_written)
-        monkeypatch.setattr(safetensors_folder.Path, "write_bytes", no_space)
+        monkeypatch.setattr(writing, "save_file", half_written)
+        monkeypatch.setattr(writing.Path, "write_bytes", no_space)
     else:
         monkeypatch.setattr(os, "replace" if "renamed" in where else "fsync", no_space)
     for path, write in writers(tmp_path):
@@ -281,7 +274,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from lowbit.checkpoints.safetensors_folder import write_json, write_tensors
+from lowbit.checkpoints.writing import write_json, write_tensors
 out = Path(sys.argv[1])
 names = {"b", "a", "zz", "y", "q"}  # a set of texts has another order in every process
 write_json(out / "j", {name: {"ä": [1, 2.5, None], "k": name} for name in names})

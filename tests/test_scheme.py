@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.float_activations import FP8_TOKENS

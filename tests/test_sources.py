@@ -139,7 +139,7 @@ def test_experts_in_mxfp4_are_what_transformers_dequantizes() -> None:
     blocks = draw(generator, 256, 3, 8, 2, 16).to(torch.uint8)
     scales = draw(generator, 9, 3, 8, 2).to(torch.uint8) + 120
     layout = layout_of(MXFP4_CONFIG, "c")
-    from lowbit.checkpoints.safetensors_folder import Header
+    from lowbit.checkpoints.stored import Header
 
     headers = {"e.down_proj_blocks": Header((3, 8, 2, 16), "U8"), "e.down_proj_scales": Header((3, 8, 2), "U8")}
     (weight,) = layout.weights(headers, lambda names: {})

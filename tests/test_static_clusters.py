@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.checkpoints.safetensors_folder import write_tensors
+from lowbit.checkpoints.writing import write_tensors
 from lowbit.errors import LowbitError
 from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.rtn import RTN

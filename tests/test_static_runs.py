@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.checkpoints.safetensors_folder import read_json, write_json, write_tensors
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.methods import METHODS, RTN
 from lowbit.methods.gptq import GPTQ

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from decoders import SIZES
 from lowbit.checkpoints.resolve import load_config
-from lowbit.checkpoints.safetensors_folder import StoredRows
+from lowbit.checkpoints.stored import StoredRows
 from lowbit.errors import LowbitError
 from lowbit.models.experts import state_shapes
 from lowbit.models.families import architecture_of

@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from fuzzing.guards import MIB, guarded
 from lowbit.checkpoints.config import load_config
-from lowbit.checkpoints.safetensors_folder import DEEPEST, INDEX, Checkpoint, read_json, write_json
+from lowbit.checkpoints.json_file import DEEPEST, read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.shards import INDEX
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError, one_line, printable, shown
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.quant.format import QTensor

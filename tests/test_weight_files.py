@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.checkpoints.resolve import resolve
-from lowbit.checkpoints.safetensors_folder import INDEX, SINGLE, Checkpoint
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.shards import INDEX, SINGLE
 from lowbit.errors import LowbitError
 from runs import quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json, write_tensors
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.exporters import onnx as target
 from lowbit.exporters import onnx_ops

@@ -13,7 +13,8 @@ import pytest
 
 import lowbit
 from formats import Ternary
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError
 from lowbit.exporters import EXPORTERS, exporter_of
 from lowbit.exporters.fit import check

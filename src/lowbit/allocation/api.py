@@ -23,7 +23,8 @@ from lowbit.allocation.sensitivity import Text, table_of
 from lowbit.allocation.solution import Solution, uniform
 from lowbit.allocation.steps import Made, Measured, Recipe, make
 from lowbit.allocation.target import footprint_of, target_of
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.data.text import Data, corpora
 from lowbit.errors import LowbitError
 from lowbit.exporters.target import Options

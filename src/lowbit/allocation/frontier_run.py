@@ -13,7 +13,7 @@ from lowbit.allocation.frontier import Frontier, Full, Point, chosen, points_of
 from lowbit.allocation.losses import COLUMNS, TABLE
 from lowbit.allocation.sensitivity import Text, table_of
 from lowbit.allocation.target import footprint_of, target_of
-from lowbit.checkpoints.safetensors_folder import write_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.data.text import Data
 from lowbit.errors import check_least
 from lowbit.paths import user_path

@@ -13,7 +13,9 @@ from torch import Tensor
 from lowbit.analysis.curvature import curvatures
 from lowbit.analysis.expected_loss import expected_loss
 from lowbit.analysis.token_frequency import smoothed
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_json, write_tensors
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.exporters.footprint import Choice, Footprint
 from lowbit.quant.format import Format
 from lowbit.quant.scheme import override_text

@@ -13,7 +13,7 @@ import yaml
 from lowbit.allocation.scheme import scheme_of
 from lowbit.allocation.solution import Solution
 from lowbit.allocation.target import TARGETS
-from lowbit.checkpoints.safetensors_folder import write_bytes
+from lowbit.checkpoints.writing import write_bytes
 from lowbit.data.text import Data, corpora
 from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import compare

@@ -24,7 +24,7 @@ from lowbit.analysis.bit_allocation import Linear
 from lowbit.analysis.mixed_precision import WIDTHS, Proposal, check_budget, propose
 from lowbit.checkpoints.kinds import no_run
 from lowbit.checkpoints.resolve import Source, load_config, load_tokenizer, resolve
-from lowbit.checkpoints.safetensors_folder import write_bytes
+from lowbit.checkpoints.writing import write_bytes
 from lowbit.data.text import evaluation
 from lowbit.data.windows import Bos
 from lowbit.errors import LowbitError, check_least, check_seed

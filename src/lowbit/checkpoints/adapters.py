@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.kinds import ADAPTER
-from lowbit.checkpoints.safetensors_folder import read_json
 from lowbit.errors import LowbitError, one_line, shown
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"

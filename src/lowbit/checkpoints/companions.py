@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lowbit.checkpoints.safetensors_folder import read_json, write_bytes
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_bytes
 from lowbit.errors import LowbitError
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"

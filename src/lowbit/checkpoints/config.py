@@ -10,8 +10,9 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.config_fields import neutralize, taken_names, without_neutral
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.kinds import no_config, refuse_adapter, refuse_unfinished_run
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError, one_line, shown
 
 

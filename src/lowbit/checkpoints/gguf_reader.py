@@ -32,7 +32,8 @@ from lowbit.checkpoints.gguf_layout import copy_keys
 from lowbit.checkpoints.gguf_sources import ARCHITECTURES
 from lowbit.checkpoints.gguf_types import values_of
 from lowbit.checkpoints.partial import STALE_SECONDS, flush
-from lowbit.checkpoints.safetensors_folder import SINGLE, write_index, write_tensors
+from lowbit.checkpoints.shards import SINGLE
+from lowbit.checkpoints.writing import write_index, write_tensors
 from lowbit.errors import LowbitError, one_line, panics_as_errors
 from lowbit.progress import say, track
 

@@ -26,8 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lowbit.checkpoints.companions import CONFIG, GENERATION, code_files, companions
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.pypi import cache_dir, sha256_of
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, weight_index
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.shards import weight_index
 from lowbit.errors import LowbitError
 
 KEPT_FROM = 1 << 20  # bytes; hashing a smaller file takes about as long as looking it up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.checkpoints.json_file import read_json
 from lowbit.errors import LowbitError
 
 _EXPORT = "'lowbit verify RUN {path}' compares it with its run; give the run folder or the float model"

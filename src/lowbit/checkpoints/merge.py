@@ -8,9 +8,10 @@ from pathlib import Path
 from lowbit.checkpoints.adapters import Adapter, read_adapter
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
 from lowbit.checkpoints.gguf_reader import ShardWriter, build
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.kinds import what_is
 from lowbit.checkpoints.resolve import resolve
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.paths import user_path
 from lowbit.progress import track

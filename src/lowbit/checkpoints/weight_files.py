@@ -9,15 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit.checkpoints.safetensors_folder import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    index_shards,
-    read_json,
-    weight_index,
-    weight_shards,
-)
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.shards import INDEX, SINGLE, index_shards, weight_index, weight_shards
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 

@@ -80,7 +80,7 @@ def fit(
     """
     from lowbit.allocation.api import fit as run
     from lowbit.allocation.frontier_run import frontier as predict
-    from lowbit.checkpoints.safetensors_folder import write_bytes
+    from lowbit.checkpoints.writing import write_bytes
     from lowbit.reports.frontier_page import render
 
     if frontier:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.identity import tokenizer_digest
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.lock import Locked, hold
 from lowbit.checkpoints.partial import sweep
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError
 
 EVALUATIONS = "lowbit-evaluations.json"

@@ -18,10 +18,11 @@ from typing import Any
 
 import lowbit
 from lowbit.checkpoints.identity import tokenizer_digest
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.partial import sweep
 from lowbit.checkpoints.pypi import cache_dir, sha256_of
 from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.data.tasks import Documents, HubSet, documents, settle
 from lowbit.data.windows import special_before
 from lowbit.errors import LowbitError, canonical, check_least, check_seed

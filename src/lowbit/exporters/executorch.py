@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.companions import copy_companion
-from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.token_ids import token_ids
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters.fit import Misfit, no_kv, weight_misfit

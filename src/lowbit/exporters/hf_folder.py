@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.partial import final_name
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json, write_index, write_json, write_tensors
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.writing import write_index, write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.exporters.run import Run
 from lowbit.models.families import architecture_of

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError
 from lowbit.exporters import onnx_ops, onnx_qdq
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale

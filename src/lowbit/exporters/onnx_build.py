@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.companions import CONFIG
-from lowbit.checkpoints.safetensors_folder import read_json, write_json
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters.gptq import pack_module, quantization_config
 from lowbit.exporters.hf_folder import write_folder

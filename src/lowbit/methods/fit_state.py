@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints.safetensors_folder import Checkpoint, write_tensors
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.writing import write_tensors
 from lowbit.methods.optimizer import Optimizer
 
 FACTS = ("least", "epoch", "factor", "failures")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lowbit.checkpoints.safetensors_folder import Checkpoint, StoredPart
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.stored import StoredPart
 from lowbit.models.architecture import Architecture
 from lowbit.models.experts import stored_in
 

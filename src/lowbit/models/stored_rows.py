@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lowbit.checkpoints.safetensors_folder import Checkpoint, StoredRows
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.stored import StoredRows
 
 
 def settle_rows(checkpoint: Checkpoint, model: Any, shapes: Mapping[str, torch.Size]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from lowbit.checkpoints.safetensors_folder import Checkpoint, Header
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.stored import Header
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.models.architecture import Architecture
 from lowbit.models.block import Block

@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lowbit.analysis.linear_error import layer_sensitivity
-from lowbit.checkpoints.safetensors_folder import Checkpoint, read_json
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.distributed.exchange import by_first
 from lowbit.methods.fit_state import Fitted
 from lowbit.methods.training import fit

@@ -11,8 +11,11 @@ from typing import Any
 
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion, without_code
 from lowbit.checkpoints.config_fields import is_kernel_choice
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.pypi import sha256_of
-from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_bytes, write_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.shards import INDEX
+from lowbit.checkpoints.writing import write_bytes, write_json
 from lowbit.models.build import auto_class
 from lowbit.models.description import to_dict
 from lowbit.models.kv_ratios import RATIOS

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.identity import companions_digest
 from lowbit.checkpoints.resolve import load_tokenizer
-from lowbit.checkpoints.safetensors_folder import write_json, write_tensors
+from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.models.validate import check_finite, shapes_of
 from lowbit.pipeline.finalize import finish, finished

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from lowbit.analysis.massive import chosen, massive, per_window
-from lowbit.checkpoints.safetensors_folder import read_json, write_json, write_tensors
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.data.tokenization import decode, encode
 from lowbit.distributed.exchange import by_first
 from lowbit.errors import LowbitError

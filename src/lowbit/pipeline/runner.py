@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from lowbit.analysis.linear_error import layer_sensitivity
-from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params, read_json, write_json, write_tensors
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
+from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.distributed.exchange import by_first
 from lowbit.errors import LowbitError
 from lowbit.methods.gptq import GPTQ

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from lowbit.checkpoints.safetensors_folder import read_json, write_bytes
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.writing import write_bytes
 from lowbit.errors import LowbitError, MissingExtra
 from lowbit.exporters import EXPORTERS, exporter_of
 from lowbit.exporters.run import Run, open_run

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.identity import fingerprint
-from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.checkpoints.json_file import read_json
 from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import FORMAT as COMPARED
 from lowbit.evaluation.results import Entry, entry, kept, merge_entries, results_of, text_protocol

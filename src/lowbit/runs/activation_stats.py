@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.checkpoints.safetensors_folder import Checkpoint, write_tensors
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.writing import write_tensors
 from lowbit.methods.statistics import Statistics
 from lowbit.models.block import Block
 

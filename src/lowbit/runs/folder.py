@@ -37,10 +37,13 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.companions import CONFIG
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.lock import Locked, Owner, hold, holder
 from lowbit.checkpoints.partial import is_partial, remove, sweep
-from lowbit.checkpoints.safetensors_folder import INDEX, Checkpoint, read_json, write_index, write_json
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.shards import INDEX
 from lowbit.checkpoints.tokenizer import TOKENIZER_FILES
+from lowbit.checkpoints.writing import write_index, write_json
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.architecture import Architecture, LayerKind
 from lowbit.models.block import Block

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints.safetensors_folder import write_tensors
+from lowbit.checkpoints.writing import write_tensors
 from lowbit.models.block import Block
 from lowbit.models.ops import OPS
 from lowbit.models.runtime_ops import RuntimeOp, linear_behind, parse_tensor_name, tensor_name

@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lowbit.checkpoints.safetensors_folder import read_json
+from lowbit.checkpoints.json_file import read_json
 from lowbit.data.windows import Bos
 from lowbit.errors import LowbitError
 from lowbit.models.block import LEAST_TOKENS

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.companions import CONFIG
-from lowbit.checkpoints.safetensors_folder import Checkpoint, Header
+from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.stored import Header
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.progress import say
 from lowbit.sources.layout import Decoded, Headers, SourceLayout, StoredWeight

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lowbit.checkpoints.safetensors_folder import Header
+from lowbit.checkpoints.stored import Header
 from lowbit.errors import LowbitError, shown
 from lowbit.quant.format import QTensor
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from lowbit.checkpoints.pypi import cache_dir
-from lowbit.checkpoints.safetensors_folder import write_json
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError
 from lowbit.models.discovery.discover import discover
 from lowbit.models.discovery.result import Discovery
