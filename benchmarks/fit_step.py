@@ -52,7 +52,7 @@ from lowbit.models.forward import run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant import inductor
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 
 ALLOWED = 2.0
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

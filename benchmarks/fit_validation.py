@@ -28,7 +28,7 @@ from lowbit.checkpoints.writing import write_json
 from lowbit.data.text import calibration, evaluation
 from lowbit.exporters.footprint import Footprint
 from lowbit.pipeline.opened import open_model
-from lowbit.quant.scheme import override_text
+from lowbit.quant.scheme_names import override_text
 from lowbit.runs.streamed_model import StreamedModel
 
 SEQUENCES, LENGTH, WINDOWS, PROBED, SINGLES, RANDOM = 8, 128, 2, 4, 40, 20

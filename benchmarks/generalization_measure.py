@@ -21,8 +21,8 @@ from lowbit.data.windows import Tokens
 from lowbit.metrics.kl import Told, listen, percentile
 from lowbit.models.forward import run_all
 from lowbit.runs.activation_stats import record_peaks
-from lowbit.runs.folder import run_scheme
 from lowbit.runs.manifest import Manifest, manifest_of
+from lowbit.runs.reading import run_scheme
 from lowbit.runs.streamed_model import StreamedModel, passes
 from token_kinds import kinds_of_tokens, without_rare
 

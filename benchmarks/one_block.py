@@ -28,7 +28,7 @@ from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.skeleton import Skeleton
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 
 ROWS: Mapping[str, tuple[Method, ...]] = {
     "rtn": (RTN(),),

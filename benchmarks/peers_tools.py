@@ -15,7 +15,7 @@ import torch
 
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
 from lowbit.quant.integer import integer
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from rows import ROOT, cpu_seconds, digest
 
 BUILD = ROOT / "build" / "peers"

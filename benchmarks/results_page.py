@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import integer
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.quant.static_activations import StaticInt
 from lowbit.quant.static_clusters import StaticClusters
 from results_protocol import (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.data.builtin import MIXTURE, unseen_kind
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.folder import TIMING
 from rows import ROOT, cpu_seconds, found, lowbit, outdated, text_identity

@@ -29,7 +29,7 @@ from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run_all, run_quantized
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe, recipe_from_dict, with_settings
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 
 SEQUENCES, LENGTH, EPOCHS = 16, 256, 15  # 14 sequences are trained on: 210 steps
 ROUNDING: dict[str, dict[str, Any]] = {

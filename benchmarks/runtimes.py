@@ -40,7 +40,8 @@ from lowbit.exporters.gguf_tensors import file_tensors
 from lowbit.exporters.llamacpp import F32, Session, open_session, quiet
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Options
-from lowbit.quant.scheme import ModelFormats, parse_scheme
+from lowbit.quant.scheme import ModelFormats
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.runs.manifest import Calibration, Identity, Manifest, StockLoading
 from runtimes_page import FLOAT, OURS, THEIRS, llamacpp
 

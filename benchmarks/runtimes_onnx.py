@@ -42,7 +42,7 @@ from lowbit.exporters.onnx import LEVELS, logits_of, write
 from lowbit.exporters.onnx_read import GRAPH
 from lowbit.exporters.run import Run
 from lowbit.exporters.target import Options
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 
 SCHEME, BLOCK = "w4a16g32-sym", 32
 OURS, THEIRS, FLOAT = "lowbit, level {}", "onnxruntime, level {}", "float"

@@ -26,7 +26,7 @@ from lowbit.models.block import Block, Calib
 from lowbit.models.edges import Edge, Projection
 from lowbit.models.forward import run_all, run_quantized
 from lowbit.models.skeleton import Skeleton
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.runs.plan import make_plan
 
 SCHEME = parse_scheme("w4a4")

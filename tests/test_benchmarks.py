@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lowbit.models.forward import run
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict, with_settings
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from tiny import block_of, tiny_model, tiny_tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))

@@ -14,7 +14,7 @@ from lowbit.analysis.knapsack import least_loss
 from lowbit.errors import LowbitError
 from lowbit.models.architecture import Architecture, LayerKind
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 
 BITS = (3, 4, 8)
 

@@ -13,7 +13,8 @@ from lowbit.models.forward import observe, relative_error, run, run_all, run_qua
 from lowbit.models.runtime_ops import Clip, Matrix
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import ModelFormats, ModuleFormats, parse_scheme, with_overrides
+from lowbit.quant.scheme import ModelFormats, ModuleFormats
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from tiny import NAMES, block_of, params_of, planned, skeleton_of, tiny_ids, tiny_model
 
 

@@ -27,7 +27,7 @@ from lowbit.pipeline.request import DEFAULTS
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.layouts import LAYOUTS, layout_of
 from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import (
+from lowbit.quant.scheme_names import (
     ACT_BITS,
     GRAMMAR,
     KV_BITS,

@@ -17,7 +17,8 @@ from lowbit.quant.integer import IntFormat
 from lowbit.quant.layouts import LAYOUTS as ALL
 from lowbit.quant.layouts import layout_of
 from lowbit.quant.runtimes import RuntimeInput
-from lowbit.quant.scheme import ModelFormats, ModuleFormats, parse_scheme
+from lowbit.quant.scheme import ModelFormats, ModuleFormats
+from lowbit.quant.scheme_names import parse_scheme
 
 LAYOUTS = ["pack-quantized", "int-quantized"]
 # Neither rows nor codes of a row fill whole words: 40 columns at 3 bits are 3.75 words.

@@ -21,7 +21,8 @@ from lowbit.metrics import sensitivity
 from lowbit.metrics.sensitivity import divergence
 from lowbit.models.block import Calib
 from lowbit.models.forward import run
-from lowbit.quant.scheme import load_scheme, parse_scheme
+from lowbit.quant.scheme_files import load_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from tiny import NAMES, block_of, planned, save_tiny, tiny_ids, tiny_model
 
 COARSE = "model.layers.1.mlp.up_proj"

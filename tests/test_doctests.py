@@ -35,7 +35,7 @@ def test_there_are_examples_where_people_look_first():
         "lowbit.quant.format",
         "lowbit.quant.integer",
         "lowbit.quant.activations",
-        "lowbit.quant.scheme",
+        "lowbit.quant.scheme_names",
         "lowbit.models.architecture",
         "lowbit.models.runtime_ops",
         "lowbit.methods.smoothquant",

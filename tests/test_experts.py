@@ -173,7 +173,7 @@ def test_an_experts_inputs_are_quantized_each_in_its_own_format():
     from dataclasses import replace
 
     from lowbit.quant.activations import IntTokens
-    from lowbit.quant.scheme import parse_scheme
+    from lowbit.quant.scheme_names import parse_scheme
 
     block, x = block_of(tiny_mixture("qwen3-moe"), start=2)
     block = planned(block, parse_scheme("w4a8"))

@@ -34,7 +34,7 @@ from lowbit.metrics.sensitivity import divergence
 from lowbit.pipeline.opened import open_model
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scale_search import search_scales
-from lowbit.quant.scheme import override_text
+from lowbit.quant.scheme_names import override_text
 from lowbit.quant.tables import IQ4_NL
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import save_tiny, tiny_ids, tiny_tokenizer

@@ -16,7 +16,8 @@ from loads import ROWS
 from lowbit.checkpoints.resolve import load_config
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline import runner
-from lowbit.quant.scheme import NAMED, scheme_from_dict
+from lowbit.quant.scheme_files import scheme_from_dict
+from lowbit.quant.scheme_names import NAMED
 from lowbit.runs.plan import make_plan
 from runs import folder_bytes, quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids

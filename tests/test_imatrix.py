@@ -20,7 +20,7 @@ from lowbit.errors import LowbitError
 from lowbit.exporters.imatrix import Squares, read_imatrix, write_imatrix
 from lowbit.exporters.run import open_run
 from lowbit.quant.scale_search import search_scales
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from tiny import save_tiny
 
 GIVEN = {"samples": 3, "length": 20, "seed": 4}

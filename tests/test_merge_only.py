@@ -15,7 +15,7 @@ from lowbit.methods.reassemble import Reassemble
 from lowbit.pipeline.merge_only import INPUTS, merge_only
 from lowbit.pipeline.recipe import Recipe, load_recipe, recipe_names, runtime_ops
 from lowbit.pipeline.target import subject_of
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.runs.plan import make_plan
 from runs import quantize_tiny
 from tiny import save_tiny, skeleton_of, tiny_model

@@ -16,7 +16,7 @@ from lowbit.exporters import target_name
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.pipeline.recipe import load_recipe, recipe_names, with_effort, with_settings
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import parse_override, parse_scheme
+from lowbit.quant.scheme_names import parse_override, parse_scheme
 from tiny import save_tiny
 
 

@@ -29,7 +29,7 @@ from lowbit.pipeline.recipe import (
     with_settings,
 )
 from lowbit.pipeline.request import DEFAULTS
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from tiny import save_tiny
 
 

@@ -11,7 +11,7 @@ import pytest
 from lowbit.errors import LowbitError
 from lowbit.pipeline.recipe import load_recipe
 from lowbit.pipeline.request import DEFAULTS, Request, make_request
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 
 NOTHING = dict.fromkeys(("data", "samples", "length", "seed", "effort"))
 MACHINE = {"device": "cpu", "dtype": "float32", "compiled": False, "revision": None}

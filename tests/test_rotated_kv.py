@@ -21,7 +21,7 @@ from lowbit.models.prefix import VALUES
 from lowbit.models.rotated_values import with_rotated_values
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.rotated_kv import RotatedTokens, kv_text
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.quant.walsh_hadamard import walsh_hadamard
 from runs import quantize_tiny, streamed_logits
 from test_prefix import GIVEN, prefix_by_the_library

@@ -20,9 +20,10 @@ from lowbit.models.edges import Projection
 from lowbit.models.experts import parameter_shapes
 from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.runtime_ops import Clip, Gather, Matrix, tensor_name
-from lowbit.quant.scheme import parse_scheme
-from lowbit.runs.folder import block_file, read_ops
+from lowbit.quant.scheme_names import parse_scheme
+from lowbit.runs.folder import block_file
 from lowbit.runs.latent_weights import Latents, latent_file, write_latents
+from lowbit.runs.reading import read_ops
 from lowbit.runs.streamed_model import StreamedModel
 from runs import folder_bytes, killed_and_resumed, quantize_tiny, streamed_logits
 from tiny import block_of, planned, quantized, save_tiny, tiny_ids, tiny_model

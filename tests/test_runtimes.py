@@ -21,7 +21,9 @@ from lowbit.models.forward import run as run_block
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.runtimes import K_TYPES, RUNTIMES, RuntimeInput, blocks_of, q8_0, q8_k, qd8
-from lowbit.quant.scheme import for_runtime, parse_scheme, scheme_from_dict, scheme_to_dict
+from lowbit.quant.scheme import for_runtime
+from lowbit.quant.scheme_files import scheme_from_dict, scheme_to_dict
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.runs.manifest import Manifest, StockLoading, manifest_of
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import block_of, planned, quantized, save_tiny, tiny_ids, tiny_model

@@ -15,18 +15,9 @@ from lowbit.quant.activations import IntTokens
 from lowbit.quant.float_activations import FP8_TOKENS
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.runtimes import RuntimeInput
-from lowbit.quant.scheme import (
-    ModelFormats,
-    ModuleFormats,
-    for_runtime,
-    load_scheme,
-    override_text,
-    parse_override,
-    parse_scheme,
-    scheme_from_dict,
-    scheme_to_dict,
-    with_overrides,
-)
+from lowbit.quant.scheme import ModelFormats, ModuleFormats, for_runtime
+from lowbit.quant.scheme_files import load_scheme, scheme_from_dict, scheme_to_dict
+from lowbit.quant.scheme_names import override_text, parse_override, parse_scheme, with_overrides
 
 GRAMMAR = itertools.product(range(2, 9), (4, 6, 8, 16), (None, 4, 8), (None, 16, 128), ("", "-sym", "-asym"))
 

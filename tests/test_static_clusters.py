@@ -16,7 +16,7 @@ from lowbit.models.block import Calib
 from lowbit.models.forward import observe, run_all
 from lowbit.quant.compressed_tensors import inputs_args
 from lowbit.quant.range_estimators import ClusterCounts, RangeEstimator
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.quant.static_activations import StaticInt
 from lowbit.quant.static_clusters import SIZES, StaticClusters, over_clusters
 from lowbit.runs.manifest import manifest_of

@@ -26,7 +26,7 @@ from lowbit.models.forward import observe, run_all
 from lowbit.pipeline import runner
 from lowbit.pipeline.recipe import Recipe, recipe_from_dict
 from lowbit.quant.range_estimators import RangeEstimator
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.reports.command import command
 from lowbit.runs.plan import make_plan
 from runs import folder_bytes, quantize_tiny, streamed_logits

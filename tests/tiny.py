@@ -209,7 +209,7 @@ def planned(block: Any, scheme: Any) -> Any:
     """The block with the formats that a scheme, or its name, gives its linears: what the plan does in a run."""
     from dataclasses import replace
 
-    from lowbit.quant.scheme import parse_scheme
+    from lowbit.quant.scheme_names import parse_scheme
 
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     asked = [n for n in block.linears() if scheme.override(block.full_name(n)) or not block.is_router(n)]

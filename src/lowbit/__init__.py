@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from lowbit.pipeline.recipe import Recipe, load_recipe
     from lowbit.quant.format import Format, QParams, QTensor
     from lowbit.quant.integer import IntFormat
-    from lowbit.quant.scheme import Scheme, parse_scheme
+    from lowbit.quant.scheme import Scheme
+    from lowbit.quant.scheme_names import parse_scheme
     from lowbit.reports.build import Reported, report
     from lowbit.runs.load import load
 
@@ -84,7 +85,8 @@ _MODULES = {
     "pipeline.recipe": ("Recipe", "load_recipe"),
     "quant.format": ("Format", "QParams", "QTensor"),
     "quant.integer": ("IntFormat",),
-    "quant.scheme": ("Scheme", "parse_scheme"),
+    "quant.scheme": ("Scheme",),
+    "quant.scheme_names": ("parse_scheme",),
     "reports.build": ("Reported", "report"),
     "runs.load": ("load",),
 }

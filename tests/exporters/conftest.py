@@ -13,7 +13,7 @@ from lowbit.exporters import exporter_of
 from lowbit.exporters.fit import check
 from lowbit.pipeline.recipe import load_recipe
 from lowbit.pipeline.target import subject_of
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from lowbit.runs.plan import make_plan
 from tiny import quantized, skeleton_of, tiny_model
 

@@ -25,7 +25,7 @@ from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import K_QUANTS
 from lowbit.quant.scale_search import search_scales
 from lowbit.quant.scales import shared_exponent
-from lowbit.quant.scheme import WEIGHTS as FORMATS
+from lowbit.quant.scheme_names import WEIGHTS as FORMATS
 from lowbit.quant.tables import Q2_0
 from tiny import save_tiny, tiny_tokenizer
 

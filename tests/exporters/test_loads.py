@@ -14,7 +14,7 @@ from lowbit.checkpoints.gguf_types import Reader
 from lowbit.exporters import EXPORTERS, exporter_of
 from lowbit.pipeline.recipe import load_recipe
 from lowbit.pipeline.target import subject_of
-from lowbit.quant.scheme import NAMED, parse_scheme
+from lowbit.quant.scheme_names import NAMED, parse_scheme
 from lowbit.runs.plan import make_plan
 from runs import quantize_tiny
 from tiny import save_tiny, skeleton_of, tiny_model

@@ -27,7 +27,7 @@ from lowbit.quant.floating import FLOATS, FP8_BLOCK
 from lowbit.quant.format import QParams, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import KQuant
-from lowbit.quant.scheme import WEIGHTS
+from lowbit.quant.scheme_names import WEIGHTS
 from runs import quantize_tiny
 from tiny import save_tiny, tiny_ids
 

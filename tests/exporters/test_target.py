@@ -22,7 +22,8 @@ from lowbit.exporters.run import Run, Subject, open_run
 from lowbit.models.ops import OPS
 from lowbit.models.runtime_ops import Matrix, RuntimeOp
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import ModelFormats, ModuleFormats, with_overrides
+from lowbit.quant.scheme import ModelFormats, ModuleFormats
+from lowbit.quant.scheme_names import with_overrides
 
 MODULE = "model.layers.1.mlp.down_proj"
 targets = pytest.mark.parametrize("target", EXPORTERS)

@@ -21,7 +21,7 @@ from lowbit.models.block import Calib
 from lowbit.models.equivalence import can_shift
 from lowbit.models.forward import relative_error, run, run_all, run_quantized
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from tiny import NAMES, block_of, planned, tiny_model
 
 W4A4, W3 = "w4a4", "w3a16g16-asym"

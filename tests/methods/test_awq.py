@@ -17,7 +17,7 @@ from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
 from lowbit.quant.floating import NVFP4
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from tiny import block_of, planned, tiny_model
 
 SCHEME = parse_scheme("w3a16g16-asym")

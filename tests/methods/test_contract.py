@@ -47,7 +47,7 @@ from lowbit.pipeline.recipe import Recipe, load_recipe, recipe_names
 from lowbit.pipeline.runner import Walk
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from tiny import NAMES, block_of, planned, tiny_model
 
 # Biases everywhere and odd heads, norms on q and k, norms that store 1 + w, fused projections, LayerNorms and a ReLU.

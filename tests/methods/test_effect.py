@@ -15,7 +15,7 @@ from lowbit.methods.options import with_options
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from tiny import block_of, planned, tiny_model
 
 pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models

@@ -20,7 +20,7 @@ from lowbit.models.runtime_ops import Clip
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.format import QTensor
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from tiny import block_of, planned, tiny_model
 
 

@@ -18,7 +18,7 @@ from lowbit.models.forward import relative_error, run, run_all, run_quantized
 from lowbit.pipeline.recipe import Recipe
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import block_of, planned, save_tiny, tiny_ids, tiny_model
 

@@ -17,7 +17,7 @@ from lowbit.methods.statistics import paired_statistics
 from lowbit.models.block import Calib
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.runtime_ops import Clip
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from tiny import NAMES, block_of, planned, tiny_model
 
 

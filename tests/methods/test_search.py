@@ -15,7 +15,7 @@ from lowbit.methods.statistics import column_importance
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
 from lowbit.pipeline.recipe import load_recipe, with_settings
-from lowbit.quant.scheme import NAMED
+from lowbit.quant.scheme_names import NAMED
 from tiny import block_of, params_of, planned, skeleton_of, tiny_ids, tiny_model
 
 pytestmark = pytest.mark.heavy  # makes whole runs, or tries dozens of models

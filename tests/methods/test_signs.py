@@ -17,7 +17,7 @@ from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
 from lowbit.models.runtime_ops import Matrix
 from lowbit.quant.activations import IntTokens
-from lowbit.quant.scheme import parse_scheme
+from lowbit.quant.scheme_names import parse_scheme
 from tiny import NAMES, block_of, planned, tiny_model
 
 A4 = IntTokens(4, symmetric=False)

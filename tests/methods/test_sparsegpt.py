@@ -16,7 +16,7 @@ from lowbit.models.block import Calib
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.quant.floating import MXFP4
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from runs import quantize_tiny
 from tiny import block_of, planned, save_tiny, tiny_model
 

@@ -17,7 +17,7 @@ from lowbit.methods.reassemble import Reassemble, candidate_counts
 from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
-from lowbit.quant.scheme import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from tiny import block_of, planned, tiny_model
 
 

@@ -18,7 +18,7 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.exporters.footprint import Choice, Footprint
 from lowbit.quant.format import Format
-from lowbit.quant.scheme import override_text
+from lowbit.quant.scheme_names import override_text
 from lowbit.runs.streamed_model import StreamedModel
 
 TABLE, COLUMNS = "sensitivity.json", "sensitivity.safetensors"

@@ -17,7 +17,7 @@ from lowbit.allocation.divergence import divergences
 from lowbit.allocation.losses import Losses
 from lowbit.exporters.footprint import Choice, Footprint
 from lowbit.quant.format import Format
-from lowbit.quant.scheme import override_text
+from lowbit.quant.scheme_names import override_text
 from lowbit.runs.streamed_model import StreamedModel
 
 QUANTILES = (0.35, 0.9)  # of a format's choices in the order of their expected divergence

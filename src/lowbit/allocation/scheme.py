@@ -9,7 +9,7 @@ from lowbit.allocation.losses import Formats
 from lowbit.errors import LowbitError
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import NAMED, override_text
+from lowbit.quant.scheme_names import NAMED, override_text
 
 
 def scheme_of(formats: Formats, outside: tuple[str, ...]) -> dict[str, Any]:

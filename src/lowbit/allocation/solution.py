@@ -11,7 +11,7 @@ from lowbit.analysis.knapsack import solve
 from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Footprint
 from lowbit.quant.format import Format
-from lowbit.quant.scheme import override_text
+from lowbit.quant.scheme_names import override_text
 
 
 @dataclass(frozen=True)

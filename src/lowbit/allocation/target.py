@@ -17,7 +17,8 @@ from lowbit.pipeline.recipe import load_recipe
 from lowbit.pipeline.request import model_name
 from lowbit.pipeline.target import subject_of
 from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import Scheme, parse_scheme
+from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.runs.plan import Plan, linear_shapes, make_plan
 
 

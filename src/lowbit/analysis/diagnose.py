@@ -36,10 +36,10 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import check_ids, check_model, open_weights
 from lowbit.paths import user_path
 from lowbit.quant.rotated_kv import RotatedTokens
-from lowbit.quant.scheme import override_text
-from lowbit.runs.folder import run_formats, run_scheme
+from lowbit.quant.scheme_names import override_text
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 from lowbit.runs.plan import linear_shapes
+from lowbit.runs.reading import run_formats, run_scheme
 from lowbit.runs.streamed_model import StreamedModel
 from lowbit.torch_state import own_torch_state
 

@@ -11,10 +11,11 @@ from lowbit.analysis.linear_error import BITS
 from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.integer import IntFormat, integer
-from lowbit.quant.scheme import override_text, scheme_to_dict
-from lowbit.runs.folder import run_scheme
+from lowbit.quant.scheme_files import scheme_to_dict
+from lowbit.quant.scheme_names import override_text
 from lowbit.runs.manifest import Manifest
 from lowbit.runs.plan import make_plan
+from lowbit.runs.reading import run_scheme
 
 WIDTHS = (3, 4, 5, 6, 8)  # default candidates of a proposal
 

@@ -95,7 +95,7 @@ def schemes(as_json: Json = False) -> None:
     from lowbit.cli.formats import format_rows, scheme_rows
     from lowbit.cli.targets import installed, targets
     from lowbit.quant.runtimes import RUNTIMES
-    from lowbit.quant.scheme import GRAMMAR, OVERRIDE_GRAMMAR
+    from lowbit.quant.scheme_names import GRAMMAR, OVERRIDE_GRAMMAR
 
     facts = {
         "grammar": GRAMMAR,
@@ -162,7 +162,7 @@ def _show(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> N
 
 def _parts() -> dict[str, str]:
     """The meaning of each part of a scheme name."""
-    from lowbit.quant.scheme import ACT_BITS, KV_BITS, WEIGHT_BITS
+    from lowbit.quant.scheme_names import ACT_BITS, KV_BITS, WEIGHT_BITS
 
     acts = ", ".join(str(bits) for bits in ACT_BITS if bits != 16)
     return {
@@ -183,7 +183,7 @@ def _parts() -> dict[str, str]:
 def _example(name: str) -> dict[str, str]:
     """The formats of a scheme, in a few words each."""
     from lowbit.cli.formats import bits_text, inputs_text, weights_text
-    from lowbit.quant.scheme import parse_scheme
+    from lowbit.quant.scheme_names import parse_scheme
 
     scheme = parse_scheme(name)
     return {

@@ -22,7 +22,7 @@ from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import SUPERBLOCK
 from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.scales import Integers, Plain, PowerOfTwo
-from lowbit.quant.scheme import NAMED, WEIGHTS, parse_scheme
+from lowbit.quant.scheme_names import NAMED, WEIGHTS, parse_scheme
 from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
 from lowbit.quant.static_clusters import StaticClusters
 

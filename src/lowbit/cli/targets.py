@@ -16,7 +16,8 @@ from lowbit.exporters.target import Exporter
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe, load_recipe
 from lowbit.pipeline.target import subject_of
-from lowbit.quant.scheme import ACT_BITS, KV_BITS, NAMED, WEIGHT_BITS, Scheme, parse_scheme
+from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme_names import ACT_BITS, KV_BITS, NAMED, WEIGHT_BITS, parse_scheme
 from lowbit.runs.plan import Plan, make_plan
 
 GROUPS = (None, 16, 32, 64, 128, 256)

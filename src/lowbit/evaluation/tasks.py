@@ -32,8 +32,8 @@ from lowbit.models.build import text_config
 from lowbit.models.device import check_device
 from lowbit.progress import say
 from lowbit.quant.scheme import simulated_on
-from lowbit.runs.folder import run_scheme
 from lowbit.runs.manifest import MANIFEST, manifest_of
+from lowbit.runs.reading import run_scheme
 from lowbit.runs.streamed_model import StreamedModel
 from lowbit.runs.versions import versions
 from lowbit.torch_state import own_torch_state

@@ -20,7 +20,8 @@ from lowbit.quant.float_activations import FloatActs
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.rotated_kv import kv_text
-from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
+from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme
+from lowbit.quant.scheme_names import override_text
 from lowbit.quant.static_activations import Nvfp4Acts, StaticInt
 
 GROUPS = (128, 64, 32, None)

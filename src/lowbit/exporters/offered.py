@@ -9,7 +9,8 @@ from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import Format
-from lowbit.quant.scheme import Scheme, for_runtime, parse_scheme
+from lowbit.quant.scheme import Scheme, for_runtime
+from lowbit.quant.scheme_names import parse_scheme
 from lowbit.runs.plan import Plan, make_plan
 
 BASE = "w8a16-sym"  # of the modules beside the ones that are asked about: no group that could fail to divide a width

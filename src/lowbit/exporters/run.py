@@ -26,9 +26,10 @@ from lowbit.quant.format import Format, QTensor
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme
 from lowbit.runs.carried import CARRIED
-from lowbit.runs.folder import first_missing, read_qtensors, run_formats, run_scheme, tensor_names
+from lowbit.runs.folder import first_missing
 from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 from lowbit.runs.online_cost import stored_ops
+from lowbit.runs.reading import read_qtensors, run_formats, run_scheme, tensor_names
 from lowbit.runs.static_inputs import input_names
 
 

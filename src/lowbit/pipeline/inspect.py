@@ -21,12 +21,13 @@ from lowbit.models.validate import (
 from lowbit.pipeline.estimate import estimate
 from lowbit.pipeline.recipe import SAMPLES, default_samples, load_recipe, with_effort
 from lowbit.pipeline.request import DEFAULTS
-from lowbit.quant.scheme import ModuleFormats, load_scheme
+from lowbit.quant.scheme import ModuleFormats
+from lowbit.quant.scheme_files import load_scheme
 from lowbit.runs.carried import carried
-from lowbit.runs.folder import run_formats, run_scheme
 from lowbit.runs.manifest import Manifest, manifest_of, require_trust
 from lowbit.runs.online_cost import online_cost
 from lowbit.runs.plan import check_length, check_sizes, linear_shapes, make_plan
+from lowbit.runs.reading import run_formats, run_scheme
 from lowbit.sources.codes import codes_of
 from lowbit.torch_state import own_torch_state
 

@@ -26,7 +26,8 @@ from lowbit.pipeline.request import model_name
 from lowbit.pipeline.runner import check_space, peak_memory_bytes
 from lowbit.progress import say, track
 from lowbit.quant.format import Format, QTensor
-from lowbit.quant.scheme import Scheme, scheme_to_dict
+from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme_files import scheme_to_dict
 from lowbit.runs.folder import REST, begin, block_file, claimed, look, notes_file
 from lowbit.runs.manifest import BlockRow, Calibration, Identity, Manifest
 from lowbit.runs.plan import Plan, linear_shapes, make_plan

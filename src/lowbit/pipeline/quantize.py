@@ -56,7 +56,8 @@ from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.range_estimators import MSE
 from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import Scheme, scheme_to_dict
+from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme_files import scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
 from lowbit.runs.folder import IDENTITY, RUN, begin, look, refuse_in_use
 from lowbit.runs.load import load

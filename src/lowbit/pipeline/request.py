@@ -34,7 +34,9 @@ from lowbit.pipeline.recipe import (
 from lowbit.quant.inductor import check_compiler
 from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import Scheme, load_scheme, scheme_to_dict, with_overrides
+from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme_files import load_scheme, scheme_to_dict
+from lowbit.quant.scheme_names import with_overrides
 from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.plan import check_sizes
 

@@ -51,10 +51,11 @@ from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.quant.scales import TwoLevel, shared_exponent
 from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.activation_stats import FLOAT, MAP, QUANTIZED, record_peaks
-from lowbit.runs.folder import REST, block_file, notes_file, pictures_file, read_block, read_dequantized
+from lowbit.runs.folder import REST, block_file, notes_file, pictures_file
 from lowbit.runs.latent_weights import write_latents
 from lowbit.runs.manifest import BlockRow
 from lowbit.runs.plan import Plan
+from lowbit.runs.reading import read_block, read_dequantized
 from lowbit.runs.routing import Routing
 
 EMBED_BATCH = 16  # sequences embedded at once on a GPU

@@ -11,7 +11,8 @@ from lowbit.exporters.run import Subject
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe, runtime_ops
 from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import Scheme, for_runtime, parse_scheme, with_overrides
+from lowbit.quant.scheme import Scheme, for_runtime
+from lowbit.quant.scheme_names import parse_scheme, with_overrides
 from lowbit.runs.plan import Plan, make_plan
 
 

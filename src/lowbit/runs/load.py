@@ -45,10 +45,10 @@ from lowbit.quant.format import QParams
 from lowbit.quant.rotated_kv import RotatedTokens
 from lowbit.quant.scheme import ModelFormats, simulated_on
 from lowbit.quant.static_activations import quantize_input
-from lowbit.runs.folder import read_dequantized, read_ops, run_formats, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
 from lowbit.runs.prefix import stored_prefix
 from lowbit.runs.prefix_forward import put_behind
+from lowbit.runs.reading import read_dequantized, read_ops, run_formats, run_scheme
 from lowbit.runs.saving import refuse_saving
 from lowbit.runs.static_inputs import read_input_qparams
 from lowbit.torch_state import own_torch_state

@@ -21,7 +21,8 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import group_advice
 from lowbit.quant.integer import IntFormat
-from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme, override_text
+from lowbit.quant.scheme import ModelFormats, ModuleFormats, Scheme
+from lowbit.quant.scheme_names import override_text
 from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.stock import dense_where_needed, why_not_stock
 

@@ -28,8 +28,8 @@ from lowbit.models.validate import (
 )
 from lowbit.progress import track
 from lowbit.quant.scheme import ModelFormats, Scheme, simulated_on
-from lowbit.runs.folder import read_block, read_dequantized, run_formats, run_scheme
 from lowbit.runs.manifest import manifest_of, require_trust
+from lowbit.runs.reading import read_block, read_dequantized, run_formats, run_scheme
 
 # Maximum bytes of hidden states held at once; longer texts take several passes over the blocks.
 HELD_BYTES = 1 << 30

@@ -17,7 +17,9 @@ from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import SUPERBLOCK, KQuant
 from lowbit.quant.scale_dtype import DTYPES, holding, scale_dtype_of, suffix_of, with_scale_dtype
 from lowbit.quant.scales import PowerOfTwo, TwoLevel
-from lowbit.quant.scheme import NAMED, Scheme, override_text, scheme_from_dict
+from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme_files import scheme_from_dict
+from lowbit.quant.scheme_names import NAMED, override_text
 
 # The dtype that formats of a kind have by default comes first.
 PREFERRED: Mapping[type[Format], tuple[str, ...]] = {
