@@ -8,12 +8,12 @@ from itertools import product
 import pytest
 import torch
 
-from lowbit.quant.elements import E2M1, E2M3, E4M3, Float
+from lowbit.quant.elements import E2M1, E2M3, E4M3, Float, Table, nearest_of
 from lowbit.quant.floating import FLOATS, FP8_BLOCK, FP8_TENSOR, MXFP4, NVFP4
 from lowbit.quant.kquants import K_QUANTS
 from lowbit.quant.scale_search import search_scales
 from lowbit.quant.scales import Integers, PowerOfTwo, shared_exponent, split_scales
-from lowbit.quant.tables import IQ4_NL
+from lowbit.quant.tables import IQ4_NL, IQ4_NL_TABLE, Q2_0_TABLE
 
 TABLES = {
     E2M1: [0, 0.5, 1, 1.5, 2, 3, 4, 6],
@@ -245,3 +245,15 @@ def test_rounding_by_bits_is_rounding_by_exponents(element: Float, dtype: torch.
     assert torch.equal(element.nearest(x).double(), (clamped / step).round() * step)
     assert not torch.signbit(element.nearest(x)[element.nearest(x) == 0]).any(), "there is no negative zero"
     assert element.nearest(torch.tensor([torch.nan], dtype=dtype)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("table", [IQ4_NL_TABLE, Q2_0_TABLE, Table((-2.5, 0.1, 7.0))])
+def test_what_is_looked_up_in_a_table_is_what_a_search_finds(table, dtype):
+    """At every half step, beside it, between, and beyond both ends."""
+    steps = torch.arange(-300, 301, dtype=torch.float64) / 2
+    random = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 60
+    x = torch.cat([steps, steps - 1e-6, steps + 1e-6, random, random / 60]).to(dtype)
+    inside = x.clamp(table.values[0], table.values[-1])
+    assert torch.equal(table.nearest(x), nearest_of(table.values, inside))
+    assert table.nearest(torch.tensor([float("nan")])).shape == (1,)
