@@ -105,7 +105,7 @@ def rows_of(model: str, source: Path, chosen: argparse.Namespace) -> dict[str, A
         return found
 
     out: dict[str, Any] = {
-        "float": row("float", lambda: {"perplexity": turns.simulated(plain, ids, "float")}),
+        "float": row("float", lambda: {"perplexity": turns.simulated(plain, ids, None)}),
         "source": row("source", lambda: {"distance": source_check(plain, ids[0])}),
         "formats": {},
     }

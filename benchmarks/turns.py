@@ -117,8 +117,8 @@ def scored(logits: Callable[[Tensor], Tensor], ids: Tensor) -> float:
         return perplexity((window[None], logits(window)[None]) for window in ids)
 
 
-def simulated(run: Run, ids: Tensor, target: str) -> float:
-    """The simulation's perplexity in a runtime's arithmetic, or in ``float``."""
+def simulated(run: Run, ids: Tensor, target: str | None) -> float:
+    """The simulation's perplexity in a runtime's arithmetic, or in ``float``; ``None``: of a float model."""
     model = lowbit.load(run.folder, target=target)
     return scored(lambda window: model(window[None]).logits[0], ids)
 

@@ -143,7 +143,8 @@ CASES: dict[str, Case] = {
     ),
     # Scales alone leave 0.40, clips alone 0.68.
     "awq": Case("salient weights", 0.35, 0.24, family="opt", scheme="w3a8g16", block=salient),
-    "gptq": Case("correlated inputs", 0.2, 0.10, hidden=correlated),
+    # The error is measured on the calibration tokens, which are few: shrinkage leaves 0.29.
+    "gptq": Case("correlated inputs", 0.2, 0.10, options={"shrinkage": 0.0}, hidden=correlated),
     # Learned scales with the nearest codes leave 0.60; the few steps here are too few for both.
     "rounding": Case(
         "correlated inputs",
