@@ -40,6 +40,7 @@ MEASURED = ROOT / "docs" / "measured" / "runtimes-native"
 SAMPLES, LENGTH, WINDOW = 16, 256, 512
 # llama.h's LLAMA_FTYPE_MOSTLY_*; with ``pure`` all matrices get that type.
 KINDS = {"q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17, "q6_k": 18, "iq4_nl": 25, "mxfp4": 38}
+SCHEMES = {format: format for format in KINDS} | {"mxfp4": "mxfp4a16"}  # llama.cpp's inputs are its own
 MODELS = {"small Llama": tuple(KINDS), "SmolLM2": ("iq4_nl", "mxfp4")}
 
 
@@ -54,7 +55,7 @@ def ours(source: Path, format: str, recipe: str, data: str, seed: int, ids: Tens
     with tempfile.TemporaryDirectory() as name:
         folder, file = Path(name) / "run", Path(name) / "ours.gguf"
         drawn: dict[str, Any] = {"data": data, "samples": SAMPLES, "length": LENGTH, "seed": seed}
-        lowbit.quantize(str(source), folder, scheme=format, recipe=recipe, effort="quick", **drawn)
+        lowbit.quantize(str(source), folder, scheme=SCHEMES[format], recipe=recipe, effort="quick", **drawn)
         run = open_run(folder)
         exporter.write(run, file, Options(embeddings="f32"))
         assert_pure(file, format)
