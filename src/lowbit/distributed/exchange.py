@@ -160,7 +160,7 @@ def _send(tensor: Tensor, source: int) -> None:
     if not whole.numel():
         return
     with _talking() as dist:
-        dist.broadcast(whole, source)
+        dist.broadcast(whole.flatten().view(torch.uint8), source)  # gloo does not know all dtypes
     if whole is not value and here().rank != source:
         value.copy_(whole)
 

@@ -1,0 +1,89 @@
+"""A process of a job is killed at a random moment: a clean end, and a resumed run with the bytes of any other.
+
+``LOWBIT_KILLS`` is the number of kills, ``LOWBIT_KILL_SEED`` draws other moments.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from kill_worker import job
+from runs import folder_bytes
+from tiny import save_tiny
+
+pytestmark = pytest.mark.heavy  # starts processes
+
+KILLS = int(os.environ.get("LOWBIT_KILLS", "4"))
+SEED = int(os.environ.get("LOWBIT_KILL_SEED", "0"))
+TIMEOUT = 120.0  # seconds of LOWBIT_TIMEOUT: an end long after it would be a hang
+SLACK = 120.0  # seconds that an end may take on a busy machine
+SIZES = (2, 1, 2, 3)  # of resumed jobs, in turn: half of them with another number
+
+
+def arguments(model: Path, out: Path) -> list[str]:
+    text = ["--data", str(model / "calib.txt"), "--samples", "12", "--length", "16"]
+    steps = ["--recipe", str(model / "recipe.yaml"), "--scheme", "w4a8"]
+    return ["quantize", str(model), "--out", str(out), *steps, *text]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("kills") / "model"
+    save_tiny(place, "llama", num_hidden_layers=4)
+    (place / "recipe.yaml").write_text("steps: [smoothquant, {gptq: {target: output}}]\n")
+    return place
+
+
+def ended(processes: list[ForkServerProcess], seconds: float) -> list[int | None]:
+    """Exit codes of all processes; ``None``: it has not ended in time, and is stopped."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.1, until - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return codes
+
+
+def errors_of(folder: Path) -> list[str]:
+    """Lines of all processes, without those of torch's own warnings."""
+    lines = [line for file in sorted(folder.glob("*.txt")) for line in file.read_text().splitlines()]
+    return [line for line in lines if line.startswith(("lowbit: ", "Traceback", "  File "))]
+
+
+def test_a_process_killed_at_any_moment_ends_the_job_and_a_resumed_one_has_the_same_bytes(model: Path) -> None:
+    place, chance, outcomes = model.parent, random.Random(SEED), Counter[str]()
+    began = time.monotonic()
+    codes = ended(job(2, arguments(model, place / "whole"), place / "whole-said"), SLACK)
+    duration = time.monotonic() - began
+    assert codes == [0, 0], errors_of(place / "whole-said")
+    wanted = folder_bytes(place / "whole")
+    for kill in range(KILLS):
+        rank, moment, out, said = chance.randrange(2), chance.random(), place / f"{kill}", place / f"{kill}-said"
+        processes = job(2, arguments(model, out), said, TIMEOUT)
+        processes[rank].join(moment * duration)
+        outcomes["finished before" if processes[rank].exitcode is not None else f"killed {rank}"] += 1
+        killed = processes[rank].exitcode is None
+        processes[rank].kill()
+        codes = ended(processes, TIMEOUT + SLACK)
+        facts = f"kill {kill} of process {rank} at {moment:.2f} of {duration:.1f} s: {codes}, {errors_of(said)}"
+        assert None not in codes, f"hangs: {facts}"
+        if killed:
+            finished = (out / "lowbit.json").exists() and codes[1 - rank] == 0
+            assert finished or (codes[1 - rank] == 2 and len(errors_of(said)) == 1), facts
+        size = SIZES[kill % len(SIZES)]
+        assert ended(job(size, arguments(model, out), said), SLACK) == [0] * size, (facts, errors_of(said))
+        assert folder_bytes(out) == wanted, facts
+        shutil.rmtree(out)
+    print(f"{KILLS} kills: {dict(outcomes)}, every end clean, every resumed run the same bytes")
+    assert sum(count for name, count in outcomes.items() if name.startswith("killed")) >= KILLS // 2
