@@ -4,9 +4,9 @@ Makes random checkpoints of growing depth, of a Llama or of a mixture with 64 ex
 process of its own and prints the process's peak resident memory, as a table and as JSON. Fails if twice the layers
 add 5 % or more.
 
-With ``--ranks`` the processes of a job instead: the peak of each, beside that of a single process with as many windows
-as it has. That is what a process may hold: embeddings, one block, and its share of the hidden states. Fails if one
-takes 10 % more.
+With ``--ranks`` the processes of a job instead: the peak of each, beside that of a single process with as many
+windows as it has. That is what a process may hold: embeddings, one block, and its share of the hidden states. Fails
+if one takes 10 % more.
 
     python benchmarks/memory.py [--model llama|mixture] [--layers 8 16 32] [--json FILE]
     python benchmarks/memory.py --ranks 2 [--samples 64] [--length 512] [--recipe gptq]
@@ -166,9 +166,8 @@ def compare_ranks(options: argparse.Namespace) -> None:
         alone = {share: measure_ranks(folder, 1, options, share)[0] for share in sorted(set(shares))}
         ranks = measure_ranks(folder, options.ranks, options, options.samples)
     print(f"{options.model} of {layers} layers, {options.recipe} {options.scheme}, {options.length} tokens a window")
-    print(
-        f"{'process':<12} {'windows':>8} {'after import MB':>16} {'peak MB':>8} {'alone with them MB':>19} {'ratio':>6}"
-    )
+    heads = f"{'process':<12} {'windows':>8} {'after import MB':>16} {'peak MB':>8}"
+    print(f"{heads} {'alone with them MB':>19} {'ratio':>6}")
     print(f"{'alone':<12} {options.samples:>8} {whole['before'] / 1e6:>16.0f} {whole['peak'] / 1e6:>8.0f}")
     rows, worst = [], 0.0
     for rank, (share, own) in enumerate(zip(shares, ranks, strict=True)):
