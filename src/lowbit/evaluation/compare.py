@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,9 @@ def compare(
     folders = [str(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     _check_arguments(folders, seed, prompt, new_tokens)
     check_alone_or_shared(device)
-    trusted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    source = first_then_others(lambda: resolve(exact, revision=revision, **trusted))
-    sources = first_then_others(lambda: [resolve(run, **trusted) for run in folders])
+    find = partial(resolve, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    source = first_then_others(lambda: find(exact, revision=revision))
+    sources = first_then_others(lambda: [find(run) for run in folders])
     with within(ONE):
         opened = _open_models(exact, source, folders, sources, device, torch_dtype, trust_remote_code)
     for model in opened:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,12 @@ def evaluate(
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
     check_alone_or_shared(device)
-    trusted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    source = first_then_others(lambda: resolve(str(model), revision=revision, **trusted))
+    find = partial(resolve, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    source = first_then_others(lambda: find(str(model), revision=revision))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     exact = None
     if reference is not None:
-        exact = first_then_others(lambda: resolve(str(reference), **trusted))
+        exact = first_then_others(lambda: find(str(reference)))
         _check_reference(str(model), tokenizer.get_vocab(), str(reference), exact, trust_remote_code)
     manifest = manifest_of(source.folder)
     calibration = manifest.identity.data if manifest else None

@@ -111,8 +111,8 @@ def evaluate_tasks(
     harness = harness_version()
     check_alone_or_shared(device)
     origin = first_then_others(lambda: settle(task_data, names[0], HubSet(*hub_set(names[0]))))
-    trusted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    source = first_then_others(lambda: resolve(model, revision=revision, **trusted))
+    find = partial(resolve, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    source = first_then_others(lambda: find(model, revision=revision))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
     scheme = simulated_on(run_scheme(manifest) if manifest else None, target)

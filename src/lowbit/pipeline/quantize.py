@@ -309,8 +309,13 @@ class Resolved:
 
 def _fetched(request: Request) -> str:
     """The digest of the model, which is downloaded, converted or read for it where that has not been done."""
-    options = {"allow_pickle": request.allow_pickle, "trust_remote_code": request.trust_remote_code}
-    return resolve(request.model, revision=request.revision, **options).identity
+    source = resolve(
+        request.model,
+        revision=request.revision,
+        allow_pickle=request.allow_pickle,
+        trust_remote_code=request.trust_remote_code,
+    )
+    return source.identity
 
 
 def _recorded(tokens: Tokens, special: str) -> Calibration:
