@@ -24,7 +24,7 @@ pytestmark = pytest.mark.heavy  # starts processes
 KILLS = int(os.environ.get("LOWBIT_KILLS", "4"))
 SEED = int(os.environ.get("LOWBIT_KILL_SEED", "0"))
 TIMEOUT = 120.0  # seconds of LOWBIT_TIMEOUT: an end long after it would be a hang
-SLACK = 120.0  # seconds that an end may take on a busy machine
+SLACK = 600.0  # seconds that an end may take on a machine that is busy with other work
 SIZES = (2, 1, 2, 3)  # of resumed jobs, in turn: half of them with another number
 
 
