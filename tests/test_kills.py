@@ -10,12 +10,11 @@ import random
 import shutil
 import time
 from collections import Counter
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
-from kill_worker import job
+from forked_job import ended, errors_of, job
 from runs import folder_bytes
 from tiny import save_tiny
 
@@ -42,31 +41,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def ended(processes: list[ForkServerProcess], seconds: float) -> list[int | None]:
-    """Exit codes of all processes; ``None``: it has not ended in time, and is stopped."""
-    until = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.1, until - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    return codes
-
-
-def errors_of(folder: Path) -> list[str]:
-    """Lines of all processes, without those of torch's own warnings."""
-    lines = [line for file in sorted(folder.glob("*.txt")) for line in file.read_text().splitlines()]
-    return [line for line in lines if line.startswith(("lowbit: ", "Traceback", "  File "))]
-
-
 def uninterrupted(model: Path) -> tuple[dict[str, bytes], float]:
     """The files of a run by two processes, and how long it takes when the server of processes is at work already."""
     place = model.parent
-    assert ended(job(1, ["recipes"], place / "started"), SLACK) == [0]
+    assert ended(job([["recipes"]], place / "started"), SLACK) == [0]
     began = time.monotonic()
-    codes = ended(job(2, arguments(model, place / "whole"), place / "whole-said"), SLACK)
+    codes = ended(job([arguments(model, place / "whole")] * 2, place / "whole-said"), SLACK)
     duration = time.monotonic() - began
     assert codes == [0, 0], errors_of(place / "whole-said")
     return folder_bytes(place / "whole"), duration
@@ -76,7 +56,7 @@ def killed_and_resumed(model: Path, kill: int, wanted: dict[str, bytes], duratio
     """One kill, in words, after which the end was clean and the resumed run gave the ``wanted`` files."""
     chance, out, said = random.Random(1000 * SEED + kill), model.parent / f"{kill}", model.parent / f"{kill}-said"
     rank, moment = chance.randrange(2), chance.random()
-    processes = job(2, arguments(model, out), said, TIMEOUT)
+    processes = job([arguments(model, out)] * 2, said, TIMEOUT)
     processes[rank].join(moment * duration)
     killed, blocks = processes[rank].exitcode is None, len(list(out.glob("block-*.safetensors")))
     processes[rank].kill()
@@ -87,7 +67,7 @@ def killed_and_resumed(model: Path, kill: int, wanted: dict[str, bytes], duratio
         finished = (out / "lowbit.json").exists() and codes[1 - rank] == 0
         assert finished or (codes[1 - rank] == 2 and len(errors) == 1), facts
     size = SIZES[kill % len(SIZES)]
-    assert ended(job(size, arguments(model, out), said), SLACK) == [0] * size, (facts, errors_of(said))
+    assert ended(job([arguments(model, out)] * size, said), SLACK) == [0] * size, (facts, errors_of(said))
     assert folder_bytes(out) == wanted, facts
     shutil.rmtree(out)
     return f"process {rank} killed" if killed else "finished before"

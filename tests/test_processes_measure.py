@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
-from test_processes import launched, lines_of
+from forked_job import ended, errors_of, job
 from tiny import quantized, save_tiny
 
 pytestmark = pytest.mark.heavy  # starts processes that import torch
 
+SECONDS = 1200.0  # that a command may take on a busy machine
 VARIES = {"seconds"}  # of a result, and of a task's row
 
 
-def told(size: int, *command: str, **environment: str) -> dict[str, Any]:
+def told(size: int, place: Path, *command: str, **environment: str) -> dict[str, Any]:
     """What a command prints as JSON, in a number of processes."""
-    process = launched(size, "-m", "lowbit", *command, "--json", **environment)
-    out, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    return without_times(json.loads(out))
+    codes = ended(job([[*command, "--json"]] * size, place, SECONDS, **environment), SECONDS)
+    assert codes == [0] * size, errors_of(place)
+    assert not any((place / f"{rank}.out").read_text() for rank in range(1, size))
+    return without_times(json.loads((place / "0.out").read_text()))
 
 
 def without_times(content: Any) -> Any:
@@ -38,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_figures_do_not_depend_on_the_number_of_processes(place: Path) -> None:
+def test_figures_do_not_depend_on_the_number_of_processes(place: Path, tmp_path: Path) -> None:
     run, model, texts = str(place / "run"), str(place / "model"), []
     for name in ("model/calib.txt", "other.txt"):
         texts += ["--data", str(place / name)]
@@ -48,8 +49,8 @@ def test_figures_do_not_depend_on_the_number_of_processes(place: Path) -> None:
         ["compare", model, run, *texts, *sizes, "--prompt", "abc", "--new-tokens", "4"],
     )
     for command in commands:
-        alone = told(1, *command)
-        assert told(3, *command) == alone, command[0]
+        alone = told(1, tmp_path / "1", *command)
+        assert told(3, tmp_path / "3", *command) == alone, command[0]
     assert len(set(alone["texts"][str(place / "other.txt")]["runs"][0]["block_error"])) > 1
 
 
@@ -66,26 +67,22 @@ def test_scores_of_tasks_do_not_depend_on_the_number_of_processes(place: Path, t
     ]
     (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["evaluate", str(place / "run"), "--tasks", "piqa", "--task-data", str(tmp_path), "--fresh"]
-    alone = told(1, *command, LOWBIT_CACHE=str(tmp_path / "cache"))
-    assert told(2, *command, LOWBIT_CACHE=str(tmp_path / "cache")) == alone
-    cached = told(2, *command[:-1], LOWBIT_CACHE=str(tmp_path / "cache"))
+    cache = str(tmp_path / "cache")
+    alone = told(1, tmp_path / "1", *command, LOWBIT_CACHE=cache)
+    assert told(2, tmp_path / "2", *command, LOWBIT_CACHE=cache) == alone
+    cached = told(2, tmp_path / "cached", *command[:-1], LOWBIT_CACHE=cache)
     assert cached == alone
     assert alone["zero_shot"]["tasks"]["piqa"]["documents"] == 60
 
 
 def test_processes_with_other_models_are_refused(tmp_path: Path) -> None:
-    """Each process has a working folder of its own, with another model of the same name."""
+    commands = []
     for rank in range(2):
-        save_tiny(tmp_path / f"{rank}" / "model", "llama", seed=rank)
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import os, runpy, sys\n"
-        f"os.chdir(os.path.join({str(tmp_path)!r}, os.environ['RANK']))\n"
-        "sys.argv = ['lowbit', 'evaluate', 'model', '--data', 'model/calib.txt', '--length', '16']\n"
-        "runpy.run_module('lowbit', run_name='__main__')\n"
-    )
-    process = launched(2, str(worker))
-    _out, errors = process.communicate(timeout=600)
-    assert process.returncode != 0
-    assert len(lines_of(errors)) == 1
-    assert "process 1 has model" in lines_of(errors)[0]
+        model = tmp_path / f"{rank}"
+        save_tiny(model, "llama", seed=rank)
+        commands.append(["evaluate", str(model), "--data", str(tmp_path / "0" / "calib.txt"), "--length", "16"])
+    assert None not in (codes := ended(job(commands, tmp_path / "said", SECONDS), SECONDS))
+    assert 0 not in codes
+    (line,) = errors_of(tmp_path / "said")
+    assert "process 1 has model" in line
+    assert "start all processes with the same command, model and installed versions" in line

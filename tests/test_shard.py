@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kill_worker import free_port, server
+from forked_job import free_port, server
 from lowbit.distributed.tree import leaves, own_part, sequences_of
 from lowbit.distributed.world import World, within
 from lowbit.models.shard import Shard, owned_sequences
