@@ -50,6 +50,7 @@ from lowbit.models.block import Block, Calib
 from lowbit.models.families import architecture_of
 from lowbit.models.forward import run, run_all
 from lowbit.models.offload import Rows
+from lowbit.models.shard import own_states
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant import inductor
 from lowbit.quant.scheme_names import parse_scheme
@@ -169,13 +170,13 @@ def stepper(fit: AffineFit) -> Callable[[Tensor], None]:
 
 def measured(block: Block, calib: Calib, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each case: the medians of both sides in seconds, and their ratio."""
-    everything = torch.arange(len(calib.x_q))
+    everything, x, y_fp = torch.arange(len(calib.x_q)), own_states(calib.x_q), own_states(calib.y_fp)
     params = {name: value.clone().requires_grad_() for name, value in block.params.items()}
 
     def plain() -> None:
         for value in params.values():
             value.grad = None
-        (run(block, calib.x_q, params) - calib.y_fp).square().mean().backward()
+        (run(block, x, params) - y_fp).square().mean().backward()
 
     rows: list[dict[str, Any]] = []
     for name, (scheme, given) in CASES.items():
@@ -198,9 +199,11 @@ def measured(block: Block, calib: Calib, options: argparse.Namespace) -> list[di
 def fed(block: Block, calib: Calib, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of a step of one sequence, by where its rows come from; the three take turns."""
     take = torch.arange(SEQUENCES) % len(calib.x_q)
-    x_fp, x_q, y_fp = (stream.cpu()[take].to(block.device) for stream in (calib.x_fp, calib.x_q, calib.y_fp))
+    x_fp, x_q, y_fp = (
+        own_states(stream).cpu()[take].to(block.device) for stream in (calib.x_fp, calib.x_q, calib.y_fp)
+    )
     here = Calib(x_fp, x_q, y_fp)
-    far = [stream.cpu().pin_memory() for stream in (here.x_q, here.y_fp)]
+    far = [stream.cpu().pin_memory() for stream in (x_q, y_fp)]
     scheme, settings = CASES["affinequant w4a4"]
     fit = fit_of(with_options(AffineQuant(), **settings, signs=not options.like), planned(block, scheme), here)
     sources = {"here": fit.rows} | {kind: Rows(block.device, *far, fit.unit) for kind in ("ahead", "late")}

@@ -23,7 +23,7 @@ from lowbit.models.forward import run_all
 from lowbit.runs.activation_stats import record_peaks
 from lowbit.runs.manifest import Manifest, manifest_of
 from lowbit.runs.reading import run_scheme
-from lowbit.runs.streamed_model import StreamedModel, passes
+from lowbit.runs.streamed_model import StreamedModel, batches_of, passes
 from token_kinds import kinds_of_tokens, without_rare
 
 POSITIONS = (1, 16, 64, 256)  # the first position of each range; the last one is open
@@ -116,7 +116,7 @@ def measure(model: str, run: Path, calibrated: str, text: str, length: int, toke
     shown = drawn_again(manifest, calibrated, tokenizer, run)
     windows = evaluation(text, tokenizer, length, tokens)
     exact, other = StreamedModel(source.folder), StreamedModel(run)
-    groups = list(passes([shown.ids, windows.ids], exact.width))
+    groups = list(passes(batches_of([shown.ids, windows.ids]), exact.width))
     if len(groups) > 1:
         raise SystemExit(f"{tokens} tokens do not fit into one pass: give fewer")
     calibration_batches = [which == 0 for which, _ in groups[0]]
@@ -131,7 +131,10 @@ def measure(model: str, run: Path, calibrated: str, text: str, length: int, toke
         "sizes": [list(shown.ids.shape), list(windows.ids.shape)],
         "notes": [f"block {row.block}: {note}" for row in manifest.blocks for note in row.notes],
         **tables(records[1], windows.first, kinds, torch.cat(models[0].beyond)),
-        "blocks": [[total / told.tokens for total in told.block_error] for told in (records[0][1], records[1][1])],
+        "blocks": [
+            [sum(batches) / told.tokens for batches in zip(*told.block_error, strict=True)]
+            for told in (records[0][1], records[1][1])
+        ],
         "inputs": {name: ranges(*pair) for name, pair in models[1].inputs.items()},
     }
 

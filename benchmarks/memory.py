@@ -4,7 +4,12 @@ Makes random checkpoints of growing depth, of a Llama or of a mixture with 64 ex
 process of its own and prints the process's peak resident memory, as a table and as JSON. Fails if twice the layers
 add 5 % or more.
 
+With ``--ranks`` the processes of a job instead: the peak of each, beside that of a single process with as many
+windows as it has. That is what a process may hold: embeddings, one block, and its share of the hidden states. Fails
+if one takes 10 % more.
+
     python benchmarks/memory.py [--model llama|mixture] [--layers 8 16 32] [--json FILE]
+    python benchmarks/memory.py --ranks 2 [--samples 64] [--length 512] [--recipe gptq]
 """
 
 from __future__ import annotations
@@ -30,6 +35,21 @@ folder, out, recipe, scheme = sys.argv[1:]
 lowbit.quantize(folder, out, scheme=scheme, recipe=recipe, data=folder + "/text.txt", samples=8, length=128)
 found = lowbit.evaluate(out, data=folder + "/text.txt", length=128, tokens=1024)
 print(json.dumps({"before": before, "peak": peak_memory_bytes(), "perplexity": list(found.perplexity.values())[0]}))
+"""
+
+
+# In each process of a job, which writes its peak into a file of its own.
+WORK_OF_RANK = """
+import json, os, sys
+from pathlib import Path
+from lowbit.pipeline.runner import peak_memory_bytes
+import lowbit
+before = peak_memory_bytes()
+folder, out, recipe, scheme, samples, length, said = sys.argv[1:]
+protocol = {"data": folder + "/text.txt", "samples": int(samples), "length": int(length)}
+lowbit.quantize(folder, out, scheme=scheme, recipe=recipe, **protocol)
+found = {"before": before, "peak": peak_memory_bytes()}
+Path(said, os.environ.get("RANK", "0") + ".json").write_text(json.dumps(found))
 """
 
 
@@ -114,6 +134,54 @@ def measure(model: str, layers: int, recipe: str, scheme: str) -> dict[str, Any]
     return {"layers": layers, "model_bytes": size, "import_bytes": found["before"], "peak_bytes": found["peak"]}
 
 
+def measure_ranks(folder: Path, ranks: int, options: argparse.Namespace, samples: int) -> list[dict[str, int]]:
+    """``before`` and ``peak`` of each process of a job with one thread each, in bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / "work.py").write_text(WORK_OF_RANK)
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        sizes = [str(samples), str(options.length), name]
+        command = [*launcher, str(place / "work.py"), str(folder), str(place / "out"), options.recipe, options.scheme]
+        environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, *sizes], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        return [json.loads((place / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def compare_ranks(options: argparse.Namespace) -> None:
+    """Print the table of ``--ranks``; fails where a process takes more than its share."""
+    from lowbit.distributed.world import World, within
+    from lowbit.models.shard import owned_sequences
+
+    with within(World(0, options.ranks)):
+        shares = [len(own) for own in owned_sequences(options.samples, 4)]
+    layers = (options.layers or LAYERS[options.model])[0]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_checkpoint(folder, options.model, layers)
+        whole = measure_ranks(folder, 1, options, options.samples)[0]
+        alone = {share: measure_ranks(folder, 1, options, share)[0] for share in sorted(set(shares))}
+        ranks = measure_ranks(folder, options.ranks, options, options.samples)
+    print(f"{options.model} of {layers} layers, {options.recipe} {options.scheme}, {options.length} tokens a window")
+    heads = f"{'process':<12} {'windows':>8} {'after import MB':>16} {'peak MB':>8}"
+    print(f"{heads} {'alone with them MB':>19} {'ratio':>6}")
+    print(f"{'alone':<12} {options.samples:>8} {whole['before'] / 1e6:>16.0f} {whole['peak'] / 1e6:>8.0f}")
+    rows, worst = [], 0.0
+    for rank, (share, own) in enumerate(zip(shares, ranks, strict=True)):
+        ratio = own["peak"] / alone[share]["peak"]
+        worst = max(worst, ratio)
+        rows.append({"rank": rank, "windows": share, **own, "alone": alone[share]["peak"]})
+        numbers = f"{own['before'] / 1e6:>16.0f} {own['peak'] / 1e6:>8.0f} {alone[share]['peak'] / 1e6:>19.0f}"
+        print(f"{f'{rank} of {options.ranks}':<12} {share:>8} {numbers} {ratio:>6.3f}")
+    if options.json:
+        options.json.write_text(json.dumps({"whole": whole, "ranks": rows}, indent=1) + "\n")
+    if worst > 1.1:
+        raise SystemExit(f"a process takes {worst:.3f} of what one alone takes with its windows; 1.1 is allowed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=LAYERS, default="llama")
@@ -121,7 +189,13 @@ def main() -> None:
     parser.add_argument("--recipe", default="gptq")
     parser.add_argument("--scheme", default="w4a8")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a job")
+    parser.add_argument("--samples", type=int, default=64, help="windows, with --ranks")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window, with --ranks")
     options = parser.parse_args()
+    if options.ranks > 1:
+        compare_ranks(options)
+        return
     depths = options.layers or LAYERS[options.model]
     rows = [measure(options.model, layers, options.recipe, options.scheme) for layers in depths]
     print(f"{options.model}, {options.recipe} {options.scheme}, calibration 8 x 128 tokens, float32")

@@ -25,6 +25,7 @@ from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.edges import Edge, Projection
 from lowbit.models.forward import run_all, run_quantized
+from lowbit.models.shard import own_states
 from lowbit.models.skeleton import Skeleton
 from lowbit.quant.scheme_names import parse_scheme
 from lowbit.runs.plan import make_plan
@@ -51,7 +52,7 @@ def first_blocks(count: int, sequences: int, length: int) -> Iterator[tuple[Bloc
 def error(block: Block, calib: Calib) -> float:
     """Of the quantized layer's output, each token relative to its float output."""
     y = run_quantized(RTN()(block, calib), calib.x_q)
-    return float(relative_loss(y, calib.y_fp, loss_unit(calib.y_fp, "token")))
+    return float(relative_loss(own_states(y), own_states(calib.y_fp), loss_unit(calib.y_fp, "token")))
 
 
 def wider(block: Block, edge: Edge, weight: Tensor, copies: Tensor) -> Block:

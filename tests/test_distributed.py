@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.distributed import exchange
-from lowbit.distributed.job import TIMEOUT, agree, seconds
+from lowbit.distributed import exchange, job
+from lowbit.distributed.job import TIMEOUT, agree, reports, seconds
 from lowbit.distributed.tree import Node, Tree, divided, leaves, own_part, sequences_of
 from lowbit.distributed.world import ONE, World, here, launched, within
 from lowbit.errors import LowbitError
@@ -146,3 +146,12 @@ def test_processes_that_differ_are_refused_by_the_first_difference(monkeypatch):
         pytest.raises(LowbitError, match=r"process 1 has versions.torch 2.8, process 0 has 2.9"),
     ):
         agree(others[0])
+
+
+def test_a_process_that_reaches_nobody_tells_its_error(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(job, "_store", None)
+    assert not reports()  # such as a wrong option, which each of them has
+    monkeypatch.setattr(job, "_unreached", True)
+    assert reports()

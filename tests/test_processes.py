@@ -142,11 +142,11 @@ def test_an_error_is_told_once(models, tmp_path):
 
 
 def test_a_command_that_is_not_shared_is_refused(models):
-    process = launched(2, "-m", "lowbit", "evaluate", str(models / "llama"))
+    process = launched(2, "-m", "lowbit", "inspect", str(models / "llama"))
     _out, errors = process.communicate()
     assert process.returncode != 0
     assert len(lines_of(errors)) == 1
-    assert "'lowbit evaluate', which one does alone" in lines_of(errors)[0]
+    assert "'lowbit inspect', which one does alone" in lines_of(errors)[0]
 
 
 LONG = (

@@ -13,7 +13,7 @@ from lowbit.distributed.world import World, launched
 from lowbit.errors import LowbitError
 from lowbit.progress import console
 
-SHARED = ("quantize",)
+SHARED = ("quantize", "evaluate", "compare")
 
 
 _ended: list[int] = []  # signals by which the launcher has stopped this process

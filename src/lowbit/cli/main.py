@@ -349,5 +349,6 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would precede our one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its sockets show their stack beside our one line
     world = launched()
     sys.exit(call(sys.argv[1:]) if world.size == 1 else in_job(world, lambda: call(sys.argv[1:])))

@@ -28,6 +28,7 @@ from lowbit.cli.console import (
     table,
     warn,
 )
+from lowbit.distributed.world import launched
 from lowbit.errors import LowbitError
 from lowbit.paths import user_path
 from lowbit.progress import say
@@ -66,7 +67,7 @@ def evaluate(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity or zero-shot accuracy, block by block.
+    """Measure perplexity or zero-shot accuracy, block by block; processes that torchrun starts share the windows.
 
     MODEL is a float model or a run folder. With --tasks and --data both are measured. Results are
     stored in a run folder for its report. A perplexity says how well text of its kind is kept:
@@ -102,7 +103,8 @@ def evaluate(
         result |= asdict(evaluated)
         if evaluated.ratios:
             warn(evaluated.ratios.warning())
-    _store(model, result)
+    if launched().first:
+        _store(model, result)
     if as_json:
         print_json(result)
         return

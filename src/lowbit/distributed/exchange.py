@@ -87,6 +87,45 @@ def fill(out: Tensor, parts: Sequence[range]) -> None:
             _send(out[part.start : part.stop], source)
 
 
+def delivered(own: Tensor, owned: Sequence[range], wanted: Sequence[Sequence[int]]) -> Tensor:
+    """The rows that this process wants of a tensor whose rows are divided.
+
+    Args:
+        own: this process's rows ``(rows, ...)``; without any, it has the shape of a row still.
+        owned: the rows of each process, by number among all.
+        wanted: the numbers that each process wants.
+    """
+    me = here().rank
+    out = own.new_empty((len(wanted[me]), *own.shape[1:]))
+    # Pairs of processes take their turns in one order, so that none waits for another in a circle.
+    for source, mine in enumerate(owned):
+        for target, rows in enumerate(wanted):
+            places = [place for place, row in enumerate(rows) if row in mine]
+            if not places or me not in (source, target):
+                continue
+            if source == me:
+                picked = own[[rows[place] - mine.start for place in places]]
+            else:
+                picked = own.new_empty((len(places), *own.shape[1:]))
+            if source != target:
+                _pass_on(picked, source, target)
+            if target == me:
+                out[places] = picked
+    return out
+
+
+def _pass_on(tensor: Tensor, source: int, target: int) -> None:
+    """Send contiguous values from one process to another, in place; called by the two."""
+    data = tensor.flatten().view(torch.uint8)
+    if not len(data):
+        return
+    with _talking() as dist:
+        if here().rank == source:
+            dist.send(data, target)
+        else:
+            dist.recv(data, source)
+
+
 def with_tensors(data: Any, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, list[Tensor]]]:
     """Plain data and tensors of each process, in order; its own ones are not copied."""
     if here().size == 1:
@@ -160,7 +199,7 @@ def _send(tensor: Tensor, source: int) -> None:
     if not whole.numel():
         return
     with _talking() as dist:
-        dist.broadcast(whole, source)
+        dist.broadcast(whole.flatten().view(torch.uint8), source)  # gloo does not know all dtypes
     if whole is not value and here().rank != source:
         value.copy_(whole)
 

@@ -15,6 +15,7 @@ from lowbit.errors import LowbitError
 TIMEOUT = "LOWBIT_TIMEOUT"  # seconds until a process that does not answer counts as lost
 SECONDS = 1800.0
 _joined = count()
+_unreached = False  # whether this process has looked for the others in vain
 _store: Any = None  # of the job that was joined last; it outlives the job, so that errors can be told once
 
 
@@ -55,7 +56,7 @@ def joined() -> Iterator[World]:
 
 
 def _join(world: World) -> None:
-    global _store
+    global _store, _unreached
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -72,6 +73,7 @@ def _join(world: World) -> None:
         _store = PrefixStore(f"lowbit-{next(_joined)}", store)
         dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, OSError) as error:  # the latter: an address that does not exist
+        _unreached = True
         raise LowbitError(
             f"process {world.rank} of {world.size} cannot reach the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0][:120]}): see that all of them were started"
@@ -89,8 +91,11 @@ def _leave() -> None:
 
 
 def reports() -> bool:
-    """Whether this process is to print its error: the first of a job that has one; the others are consequences."""
-    if launched().size == 1:
+    """Whether this process is to print its error: the first of a job that has one; the others are consequences.
+
+    A process that has not reached the others speaks for itself: it may be the only one that is left.
+    """
+    if launched().size == 1 or _unreached:
         return True
     if _store is None:  # the command did not come so far in any of them
         return launched().first

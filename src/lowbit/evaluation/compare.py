@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,21 @@ from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.data.text import Data, corpora, evaluation
 from lowbit.data.windows import Bos, Tokens, special_before
+from lowbit.distributed.exchange import first_then_others
+from lowbit.distributed.job import joined
+from lowbit.distributed.share import each, own_items
+from lowbit.distributed.world import ONE, within
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.evaluation.generate import generate_text
 from lowbit.evaluation.ratios import Ratios, ratios_of
 from lowbit.evaluation.texts import calibrated_on, default_texts
-from lowbit.metrics.kl import CONFIDENCE, RESAMPLES, listen, summary
+from lowbit.metrics.kl import CONFIDENCE, RESAMPLES, listen, of_everyone, summary
 from lowbit.models.build import text_config
 from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
+from lowbit.runs.agreement import check_alone_or_shared, check_same_work
 from lowbit.runs.manifest import MANIFEST, manifest_of
-from lowbit.runs.streamed_model import StreamedModel, passes
+from lowbit.runs.streamed_model import StreamedModel, batches_of, passes
 from lowbit.torch_state import own_torch_state
 
 FORMAT = "lowbit-compare-1"
@@ -68,6 +74,7 @@ class Compared:
 
 
 @own_torch_state
+@joined()
 def compare(
     exact: str | Path,
     runs: str | Path | Sequence[str | Path],
@@ -86,6 +93,8 @@ def compare(
     trust_remote_code: bool = False,
 ) -> Compared:
     """Compare runs with their float model: KL divergence, top-1 agreement, perplexity, error of each block.
+
+    The processes that torchrun started share the windows, and all of them get the result that one process gets.
 
     The models run block by block in lockstep, with one block of each in memory. Only ``prompt`` loads whole models,
     one at a time.
@@ -107,15 +116,21 @@ def compare(
     exact = str(exact)
     folders = [str(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     _check_arguments(folders, seed, prompt, new_tokens)
-    source = resolve(exact, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    sources = [resolve(run, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) for run in folders]
-    opened = _open_models(exact, source, folders, sources, device, torch_dtype, trust_remote_code)
+    check_alone_or_shared(device)
+    find = partial(resolve, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    source = first_then_others(lambda: find(exact, revision=revision))
+    sources = first_then_others(lambda: [find(run) for run in folders])
+    with within(ONE):
+        opened = _open_models(exact, source, folders, sources, device, torch_dtype, trust_remote_code)
     for model in opened:
         model.check_length(length)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     drawn = [manifest.identity.data if (manifest := manifest_of(run.folder)) else None for run in sources]
     given = default_texts(filter(None, drawn)) if data is None else corpora(data)
-    windows = {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in given}
+    windows = first_then_others(
+        lambda: {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in given}
+    )
+    _check_same([source, *sources], windows, {"seed": seed, "dtype": dtype, "prompt": prompt, "new": new_tokens})
     texts = _texts(opened, source, windows, seed, [exact, *folders])
     del opened
     model_folders = [source.folder, *(run_source.folder for run_source in sources)]
@@ -180,8 +195,10 @@ def _texts(
     for text in windows.values():
         check_ids(text.ids, models[0].skeleton, source.folder)
     ids = [text.ids.to(models[0].device) for text in windows.values()]
-    groups = passes(ids, models[0].width * len(models))
-    records = listen(models[0], models[1:], groups, [text.first for text in windows.values()])
+    groups = passes(own_items(batches_of(ids)), models[0].width * len(models))
+    with within(ONE):
+        own = listen(models[0], models[1:], groups, [text.first for text in windows.values()])
+    records = of_everyone(own)
     return {
         name: {
             "corpus": text.corpus,
@@ -192,6 +209,12 @@ def _texts(
         }
         for (name, text), text_records in zip(windows.items(), records, strict=True)
     }
+
+
+def _check_same(sources: Sequence[Source], windows: Mapping[str, Tokens], facts: Mapping[str, Any]) -> None:
+    """Refuse processes with other models, texts or settings."""
+    texts = {f"text {name}": text.hash for name, text in windows.items()}
+    check_same_work({"models": [source.identity for source in sources], **facts, **texts})
 
 
 def _check_pair(exact: str, ours: StreamedModel, name: str, theirs: StreamedModel) -> None:
@@ -215,5 +238,5 @@ def _facts(name: str, source: Source) -> dict[str, Any]:
 
 
 def _generations(folders: Sequence[Path], prompt: str, tokens: int, trust_remote_code: bool) -> dict[str, Any]:
-    outputs = [generate_text(folder, prompt, tokens, trust_remote_code) for folder in folders]
+    outputs = each(folders, lambda folder: generate_text(folder, prompt, tokens, trust_remote_code))
     return {"prompt": prompt, "tokens": tokens, "float": outputs[0], "runs": outputs[1:]}

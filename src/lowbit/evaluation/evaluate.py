@@ -5,20 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.data.text import Data, corpora, evaluation
 from lowbit.data.windows import Bos, Tokens, special_before
+from lowbit.distributed.exchange import first_then_others, from_everyone
+from lowbit.distributed.job import joined
+from lowbit.distributed.share import own_items
+from lowbit.distributed.world import ONE, within
 from lowbit.errors import LowbitError
 from lowbit.evaluation.ratios import Ratios, ratios_of
 from lowbit.evaluation.texts import calibrated_on, default_texts
-from lowbit.metrics.perplexity import perplexity
+from lowbit.metrics.perplexity import perplexity_of, scored
 from lowbit.models.device import check_device
 from lowbit.models.validate import check_ids
+from lowbit.runs.agreement import check_alone_or_shared, check_same_work
 from lowbit.runs.manifest import manifest_of
-from lowbit.runs.streamed_model import StreamedModel
+from lowbit.runs.streamed_model import StreamedModel, batches_of
 from lowbit.torch_state import own_torch_state
 
 
@@ -78,6 +85,7 @@ class Evaluated:
 
 
 @own_torch_state
+@joined()
 def evaluate(
     model: str | Path,
     data: Data | None = None,
@@ -94,6 +102,8 @@ def evaluate(
     reference: str | Path | None = None,
 ) -> Evaluated:
     """Perplexity of a float model or of a run folder, read block by block; several texts share one pass.
+
+    The processes that torchrun started share the windows, and all of them get the result that one process gets.
 
     Args:
         model: as for ``quantize``, or a run folder.
@@ -113,23 +123,29 @@ def evaluate(
     """
     began = time.monotonic()
     torch_dtype = check_device(device, dtype)
-    source = resolve(str(model), revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    check_alone_or_shared(device)
+    find = partial(resolve, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    source = first_then_others(lambda: find(str(model), revision=revision))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     exact = None
     if reference is not None:
-        exact = resolve(str(reference), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        exact = first_then_others(lambda: find(str(reference)))
         _check_reference(str(model), tokenizer.get_vocab(), str(reference), exact, trust_remote_code)
     manifest = manifest_of(source.folder)
     calibration = manifest.identity.data if manifest else None
     given = default_texts([calibration] if calibration else []) if data is None else corpora(data)
-    windows = {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in given}
-    streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target)
+    windows = first_then_others(
+        lambda: {str(corpus): evaluation(corpus, tokenizer, length, tokens, bos=bos) for corpus in given}
+    )
+    _check_same(source, exact, windows, {"dtype": dtype, "target": target})
+    with within(ONE):
+        streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target)
     results = _perplexities(streamed, windows, source.folder)
     beside = None
     if exact is not None:
-        there = _perplexities(
-            StreamedModel(exact.folder, device, torch_dtype, trust_remote_code), windows, exact.folder
-        )
+        with within(ONE):
+            other = StreamedModel(exact.folder, device, torch_dtype, trust_remote_code)
+        there = _perplexities(other, windows, exact.folder)
         beside = Reference(str(reference), exact.identity, there)
     return Evaluated(
         results,
@@ -164,15 +180,27 @@ def _check_reference(
 
 
 def _perplexities(streamed: StreamedModel, windows: Mapping[str, Tokens], folder: Path) -> dict[str, float]:
-    """A model's perplexity on each text, in one pass over its blocks."""
+    """A model's perplexity on each text, in one pass over its blocks; the processes of a job share the batches."""
     names = list(windows)
+    first = [text.first for text in windows.values()]
     for text in windows.values():
         check_ids(text.ids, streamed.skeleton, folder)
-    batches = streamed.logits_of([text.ids for text in windows.values()])
+    own = own_items(batches_of([text.ids for text in windows.values()]))
+    with within(ONE):
+        sums = [(which, *scored(ids, logits, first[which])) for which, ids, logits in streamed.logits_of(own)]
+    everyones = [one for process in from_everyone(sums) for one in process]
     return {
-        names[which]: perplexity(((ids, logits) for _, ids, logits in group), windows[names[which]].first)
-        for which, group in groupby(batches, key=lambda batch: batch[0])
+        names[which]: perplexity_of((loss, count) for _, loss, count in group)
+        for which, group in groupby(everyones, key=lambda one: one[0])
     }
+
+
+def _check_same(
+    source: Source, exact: Source | None, windows: Mapping[str, Tokens], facts: Mapping[str, Any]
+) -> None:
+    """Refuse processes with other models, texts or settings."""
+    models = {"model": source.identity, "reference": None if exact is None else exact.identity}
+    check_same_work({**models, **facts, **{f"text {name}": text.hash for name, text in windows.items()}})
 
 
 def bits_of(folder: Path) -> float | None:

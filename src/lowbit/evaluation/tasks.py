@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.checkpoints.writing import write_json
 from lowbit.data.tasks import Documents, HubSet, documents, settle
 from lowbit.data.windows import special_before
+from lowbit.distributed.exchange import by_first, first_then_others, from_first
+from lowbit.distributed.job import joined
+from lowbit.distributed.world import ONE, within
 from lowbit.errors import LowbitError, canonical, check_least, check_seed
 from lowbit.evaluation.evaluate import bits_of
 from lowbit.metrics.lm_eval import AVERAGES, CONFIGS, average, harness_model, harness_version, hub_set, measure
@@ -32,6 +36,7 @@ from lowbit.models.build import text_config
 from lowbit.models.device import check_device
 from lowbit.progress import say
 from lowbit.quant.scheme import simulated_on
+from lowbit.runs.agreement import check_alone_or_shared, check_same_work
 from lowbit.runs.manifest import MANIFEST, manifest_of
 from lowbit.runs.reading import run_scheme
 from lowbit.runs.streamed_model import StreamedModel
@@ -66,6 +71,7 @@ class TaskScores:
 
 
 @own_torch_state
+@joined()
 def evaluate_tasks(
     model: str,
     tasks: str | Sequence[str],
@@ -82,6 +88,8 @@ def evaluate_tasks(
     fresh: bool = False,
 ) -> TaskScores:
     """Zero-shot accuracy of a float model or of a run folder, read block by block.
+
+    The processes that torchrun started share the questions, and all of them get the result that one process gets.
 
     Args:
         model: as for ``quantize``, or a run folder.
@@ -102,8 +110,10 @@ def evaluate_tasks(
     names = task_names(tasks)
     _check_draw(limit, seed)
     harness = harness_version()
-    origin = settle(task_data, names[0], HubSet(*hub_set(names[0])))
-    source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    check_alone_or_shared(device)
+    origin = first_then_others(lambda: settle(task_data, names[0], HubSet(*hub_set(names[0]))))
+    find = partial(resolve, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    source = first_then_others(lambda: find(model, revision=revision))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
     scheme = simulated_on(run_scheme(manifest) if manifest else None, target)
@@ -115,12 +125,13 @@ def evaluate_tasks(
         "versions": {**versions(), "lm_eval": harness},
         "code": package_digest(),
     }
+    check_same_work({**identity, "tasks": names})
     lazy = _LazyModel(lambda: StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target), tokenizer)
     rows = {}
     for name in names:
-        task_documents = documents(name, origin, HubSet(*hub_set(name)), limit, seed)
+        task_documents = first_then_others(partial(documents, name, origin, HubSet(*hub_set(name)), limit, seed))
         facts = {"task": name, "source": task_documents.source, "data_hash": task_documents.hash}
-        rows[name] = _cached({**identity, **facts}, functools.partial(lazy.measure, name, task_documents), fresh)
+        rows[name] = _cached({**identity, **facts}, partial(lazy.measure, name, task_documents), fresh)
     scores = {name: row["metrics"] for name, row in rows.items()}
     means = {name: average(scores, members) for name, members in AVERAGES.items()}
     protocol = {"shots": 0, "special": special_before(tokenizer), **settings, "lm_eval": harness}
@@ -155,7 +166,8 @@ class _LazyModel:
     def measure(self, task: str, documents: Documents) -> dict[str, Any]:
         """One task's row of ``TaskScores.tasks``."""
         began = time.monotonic()
-        self._model = self._model or self._open()
+        with within(ONE):
+            self._model = self._model or self._open()
         positions = text_config(self._model.config).max_position_embeddings - self._model.skeleton.prefix
         lm = harness_model(self._model, self._tokenizer, positions, task)
         scores = measure(task, documents.rows, lm)
@@ -164,23 +176,34 @@ class _LazyModel:
 
 
 def _cached(identity: dict[str, Any], measured: Callable[[], dict[str, Any]], fresh: bool) -> dict[str, Any]:
-    """The result of ``measured()``, cached by ``identity``."""
+    """The result of ``measured()``, cached by ``identity``; the first process of a job has the cache."""
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = cache_dir() / "tasks" / f"{name}.json"
-    if path.exists() and not fresh:
-        stored: dict[str, Any] = read_json(path).get("row", {})
-        if "metrics" not in stored:
-            raise LowbitError(f"{path} is not a task result: delete it")
+    if not fresh and (stored := from_first(lambda: _stored(path))) is not None:
         say(f"{identity['task']}: cached result read from {path}")
         return stored
     row: dict[str, Any] = measured()
+    by_first(lambda: _keep(path, identity, row))
+    return row
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """A task's row in the cache; ``None``: there is none."""
+    if not path.exists():
+        return None
+    stored: dict[str, Any] = read_json(path).get("row", {})
+    if "metrics" not in stored:
+        raise LowbitError(f"{path} is not a task result: delete it")
+    return stored
+
+
+def _keep(path: Path, identity: dict[str, Any], row: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         write_json(path, {"identity": identity, "row": row})
     except (OSError, LowbitError) as error:  # the scores took minutes or hours, and are worth more than the cache
         say(f"{identity['task']}: the result is not cached ({error}); set LOWBIT_CACHE to a folder you may write")
-    return row
 
 
 def _model_identity(source: Source) -> dict[str, str | None]:

@@ -28,6 +28,7 @@ from lowbit.models.equivalence import Params
 from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.runtime_ops import Clip, Matrix, RuntimeOp
+from lowbit.models.shard import states_of
 from lowbit.quant.format import QParams
 
 
@@ -234,7 +235,8 @@ class AffineFit:
 
     def record(self, done: Block, fitted: Fitted) -> dict[str, Any]:
         """Figures for the report: losses, the maps' condition numbers and margins, and the error of folding."""
-        x_fp, y_fp = (states[:2].to(self.block.device) for states in (self.calib.x_fp, self.calib.y_fp))
+        first = torch.arange(min(2, len(self.calib.x_fp)))
+        x_fp, y_fp = (states_of(x, first).to(self.block.device) for x in (self.calib.x_fp, self.calib.y_fp))
         sites = {}
         for site in self.sites:
             entry: dict[str, Any] = {"map": site.map.kind, "condition": float(site.map.conditions().max())}

@@ -105,5 +105,6 @@ class AffineQuant(Method):
             trainer.project,
             trainer.end,
             ahead=trainer.rows.prepare,
+            share=trainer.rows.share,
         )
         return trainer.fold(fitted)

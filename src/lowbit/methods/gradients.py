@@ -40,6 +40,7 @@ def backward(
     indices: Tensor,
     micro_batch: int,
     grad_clip: float,
+    share: Callable[[Sequence[Tensor]], None] = lambda wanted: None,
 ) -> float | None:
     """Set the tensors' gradients to those of a step's mean loss; the loss, or ``None`` if one of them is not finite.
 
@@ -49,8 +50,9 @@ def backward(
         indices: the step's sequences.
         micro_batch: sequences that are computed together; 0: all.
         grad_clip: largest global norm of the gradients; 0: any.
+        share: receives, in all processes at once, the indices that each of them computes next.
     """
-    value = gradients(tensors, loss, indices.split(micro_batch or len(indices)))
+    value = gradients(tensors, loss, indices.split(micro_batch or len(indices)), share)
     grads = [t.grad for t in tensors if t.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     # One read of the device for both. A loss that is not finite costs its backward pass, and it is rare.
@@ -62,7 +64,12 @@ def backward(
     return float(found)
 
 
-def gradients(tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], micro_batches: Sequence[Tensor]) -> Tensor:
+def gradients(
+    tensors: Sequence[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    micro_batches: Sequence[Tensor],
+    share: Callable[[Sequence[Tensor]], None] = lambda wanted: None,
+) -> Tensor:
     """Set the tensors' gradients to those of a step's mean loss, and return that loss.
 
     With one micro-batch every process computes it; of several each process computes some.
@@ -71,6 +78,7 @@ def gradients(tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], micro
         tensors: leaf tensors that require gradients.
         loss: the mean loss over the sequences with the given indices.
         micro_batches: indices of the step's sequences.
+        share: receives, in all processes at once, the indices that each of them computes.
 
     >>> weight = torch.ones(1, requires_grad=True)
     >>> float(gradients([weight], lambda chosen: (weight * chosen).mean(), torch.tensor([1.0, 2.0, 6.0]).split(2)))
@@ -79,11 +87,14 @@ def gradients(tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], micro
     [3.0]
     """
     if len(micro_batches) == 1:
+        share([micro_batches[0]] * here().size)
         return _of(tensors, loss, micro_batches, len(micro_batches[0])).loss
     sequences = sum(map(len, micro_batches))
-    parts = leaves(len(micro_batches))
+    parts, size = leaves(len(micro_batches)), here().size
     tree = Tree(Partial.plus)
-    for number in own_part(len(parts), here().rank, here().size):
+    owned = [own_part(len(parts), rank, size) for rank in range(size)]
+    share([_indices([micro_batches[at] for leaf in own for at in parts[leaf]]) for own in owned])
+    for number in owned[here().rank]:
         own = [micro_batches[at] for at in parts[number]]
         tree.add(Node(number, 1, _of(tensors, loss, own, sequences)))
     whole = total(tree, _packed, _unpacked)
@@ -91,6 +102,10 @@ def gradients(tensors: Sequence[Tensor], loss: Callable[[Tensor], Tensor], micro
     for at, tensor in enumerate(tensors):
         tensor.grad = whole.grads.get(at)
     return whole.loss
+
+
+def _indices(micro_batches: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(micro_batches)) if micro_batches else torch.empty(0, dtype=torch.int64)
 
 
 def _of(

@@ -7,12 +7,14 @@ Linears that read one tensor share its range.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from lowbit.distributed.exchange import with_tensors
 from lowbit.methods.inputs import input_groups
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import observe
+from lowbit.models.shard import Shard, own_states
 from lowbit.quant.format import QParams
 from lowbit.quant.range_estimators import ClusterCounts, ValueCounts, clipped_share
 from lowbit.quant.static_activations import StaticActs
@@ -40,7 +42,10 @@ def with_input_ranges(block: Block, calib: Calib, sizes: Mapping[str, Sequence[i
     if not missing:
         return block
     seen = {group[0]: _counts(block, group[0], format, sizes or {}) for group, format in missing}
-    observe(block, calib.x_q, {name: counts.add for name, counts in seen.items()}, batch=calib.batch)
+    if len(own := own_states(calib.x_q)):
+        observe(block, own, {name: counts.add for name, counts in seen.items()}, batch=calib.batch)
+    if isinstance(calib.x_q, Shard):
+        _merge(seen.values())
     found: dict[str, QParams] = {}
     figures: dict[str, dict[str, float]] = {}
     for group, format in missing:
@@ -55,6 +60,17 @@ def with_input_ranges(block: Block, calib: Calib, sizes: Mapping[str, Sequence[i
         ends = {"low": float(low.min()), "high": float(high.max()), "clipped": share}
         figures |= dict.fromkeys(group, ends)
     return replace(block, input_qparams={**block.input_qparams, **found}).with_record("input_ranges", figures)
+
+
+def _merge(seen: Iterable[ValueCounts | ClusterCounts]) -> None:
+    """Make the counts of each process's own values those of all values: sums of integers, in any order."""
+    flat = [part for own in seen for part in (own.parts if isinstance(own, ClusterCounts) else [own])]
+    merged = [ValueCounts() for _ in flat]
+    for _, tensors in with_tensors(None, [x for part in flat for x in (part.counts, part.low, part.high)]):
+        for at, whole in enumerate(merged):
+            whole.merge(*tensors[3 * at : 3 * at + 3])
+    for part, whole in zip(flat, merged, strict=True):
+        part.counts, part.low, part.high = whole.counts, whole.low, whole.high
 
 
 def _counts(

@@ -17,7 +17,7 @@ from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run
 from lowbit.models.kv_ratios import KINDS, RATIOS
-from lowbit.models.offload import select_sequences
+from lowbit.models.shard import states_of
 from lowbit.quant.rotated_kv import RotatedTokens
 
 GRID = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -39,7 +39,7 @@ def with_kv_clips(block: Block, calib: Calib) -> Block:
     if not isinstance(block.kv, RotatedTokens) or not layers:
         return block
     chosen = torch.arange(min(SEQUENCES, len(calib.x_fp)))
-    x, y = (select_sequences(states, chosen).to(block.device) for states in (calib.x_fp, calib.y_fp))
+    x, y = (states_of(states, chosen).to(block.device) for states in (calib.x_fp, calib.y_fp))
     ones = {f"{index}.{RATIOS}": torch.ones(len(KINDS), device=block.device) for index in layers}
     best = replace(block, params={**block.params, **ones})
     lowest = _error(best, x, y)

@@ -97,6 +97,7 @@ class LayerDistillation(Method):
             self.schedule,
             layer.start,
             ahead=student.rows.prepare,
+            share=student.rows.share,
         )
         return student.fold(fitted)
 

@@ -103,6 +103,7 @@ class LowRank(Method):
             correction.searched.begin,
             end=correction.end,
             ahead=correction.rows.prepare,
+            share=correction.rows.share,
         )
         return correction.fold(fitted)
 

@@ -70,6 +70,7 @@ class Rounding(Method):
             trainer.begin,
             trainer.project,
             ahead=trainer.rows.prepare,
+            share=trainer.rows.share,
             optimizer=trainer.optimizer,
         )
         return trainer.fold(fitted)

@@ -61,6 +61,7 @@ class RoundingFit:
     def _loss_of_the_start(self, sequences: int) -> float:
         """The error of the start's codes on up to four training sequences."""
         train, _ = self.schedule.split(sequences)
+        self.rows.everywhere(train[:4])
         return float(self.loss(train[:4]))
 
     def groups(self) -> Groups:

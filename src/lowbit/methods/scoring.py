@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from lowbit.methods.rtn import RTN
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run_quantized
+from lowbit.models.shard import states_of
 
 
 def output_error(block: Block, calib: Calib, sequences: int) -> float:
@@ -18,6 +21,7 @@ def output_error(block: Block, calib: Calib, sequences: int) -> float:
         calib: the hidden states before and after it.
         sequences: number of sequences used, from the first.
     """
-    x, y_fp = (states[:sequences].to(block.device) for states in (calib.x_q, calib.y_fp))
+    first = torch.arange(min(sequences, len(calib.x_q)))
+    x, y_fp = (states_of(states, first).to(block.device) for states in (calib.x_q, calib.y_fp))
     y = run_quantized(RTN()(block, replace(calib, x_q=x)), x, calib.batch)
     return float(relative_loss(y, y_fp, loss_unit(y_fp, "token")))

@@ -26,7 +26,7 @@ from lowbit.methods.statistics import column_importance
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import run
-from lowbit.models.offload import select_sequences
+from lowbit.models.shard import states_of
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scale_search import search_ratios
 
@@ -95,7 +95,7 @@ def with_searched_clips(block: Block, calib: Calib, sequences: Tensor, linears: 
         return block
     importance, _ = column_importance(block, calib, linears)  # none for experts that too few tokens reach
     chosen = sequences[:SEQUENCES]
-    x, y = (select_sequences(states, chosen).to(block.device) for states in (calib.x_q, calib.y_fp))
+    x, y = (states_of(states, chosen).to(block.device) for states in (calib.x_q, calib.y_fp))
     lowest = _error(block, x, y)
     for group in groups:
         found = {

@@ -27,6 +27,7 @@ from lowbit.models.block import Block, Calib
 from lowbit.models.edges import Edge, first_edges
 from lowbit.models.equivalence import Params, can_move, move
 from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.models.shard import States
 from lowbit.quant.activations import ActFormat
 
 MOMENT = 7  # a channel starts with the sign of this odd moment: extremes determine ranges
@@ -66,7 +67,7 @@ def _applies(block: Block, edge: Edge) -> bool:
 
 @torch.no_grad()
 def with_signs(
-    block: Block, x: Tensor, batch: int, edges: Sequence[Edge] | None = None
+    block: Block, x: States, batch: int, edges: Sequence[Edge] | None = None
 ) -> tuple[Params, dict[str, int]]:
     """Parameters with sign flips folded at the block's edges, and the number of flipped channels at each.
 

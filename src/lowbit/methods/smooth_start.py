@@ -29,12 +29,13 @@ from lowbit.models.block import Block
 from lowbit.models.edges import first_edges
 from lowbit.models.equivalence import Params, move
 from lowbit.models.forward import observe
+from lowbit.models.shard import States
 
 PEAKS = ("relative", "absolute")
 LEAST = 1e-5  # of peaks and scales
 
 
-def smooth_start(block: Block, sites: Sequence[Site], x: Tensor, power: float, peaks: str, batch: int) -> Params:
+def smooth_start(block: Block, sites: Sequence[Site], x: States, power: float, peaks: str, batch: int) -> Params:
     """Parameters with scales and shifts folded at all sites but q/k; computed in float64, in the block's dtypes.
 
     Args:
@@ -67,7 +68,7 @@ def smooth_start(block: Block, sites: Sequence[Site], x: Tensor, power: float, p
     return {name: value.to(block.params[name].dtype) for name, value in params.items()}
 
 
-def _shifts(block: Block, sites: Sequence[Site], x: Tensor, batch: int) -> dict[str, Tensor]:
+def _shifts(block: Block, sites: Sequence[Site], x: States, batch: int) -> dict[str, Tensor]:
     """The middle of each channel's range where a site has a shift, by reader: ``(in,)`` float64."""
     shifted = [site for site in sites if site.shift is not None]
     if not shifted:
@@ -85,7 +86,7 @@ def _shifts(block: Block, sites: Sequence[Site], x: Tensor, batch: int) -> dict[
 
 
 def _peaks(
-    block: Block, sites: Sequence[Site], x: Tensor, peaks: str, shifts: Mapping[str, Tensor], batch: int
+    block: Block, sites: Sequence[Site], x: States, peaks: str, shifts: Mapping[str, Tensor], batch: int
 ) -> dict[str, Tensor]:
     """The statistic of each reader's shifted input: ``(in,)`` float64; none for experts that few tokens reach."""
     figure = "peak" if peaks == "absolute" else "crest"

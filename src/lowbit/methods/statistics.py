@@ -25,6 +25,7 @@ from lowbit.models.block import Block, Calib
 from lowbit.models.forward import observe, routing_of
 from lowbit.models.linear_input import Tap
 from lowbit.models.offload import batches
+from lowbit.models.shard import States
 
 
 def _sum(total: Tensor, part: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class Statistics:
 
 def input_statistics(
     block: Block,
-    x: Tensor,
+    x: States,
     linears: Iterable[str],
     want: tuple[str, ...],
     params: Mapping[str, Tensor] | None = None,

@@ -34,6 +34,7 @@ from lowbit.methods.gradients import backward
 from lowbit.methods.optimizer import OptimizerOf
 from lowbit.methods.options import check_bounds, check_choices
 from lowbit.models.offload import batches
+from lowbit.models.shard import Shard, States, own_states
 
 TRIES = 8  # consecutive non-finite steps that end the fit
 
@@ -129,21 +130,22 @@ class Schedule:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
 
-def loss_unit(target: Tensor, loss: str, device: torch.device | None = None, batch: int = 4) -> Tensor:
+def loss_unit(target: States, loss: str, device: torch.device | None = None, batch: int = 4) -> Tensor:
     """The unit of errors: the mean square of ``target`` ``(sequences, length, hidden)``, as ``(.., .., 1)``.
 
-    ``token``: per token. ``mse``: over all tokens, so that the largest dominate. With ``device``, the result is
-    there; a ``target`` on another device is processed in batches of ``batch`` sequences.
+    ``token``: per token. ``mse``: over all tokens, so that the largest dominate. ``batch`` sequences are processed at
+    once; with ``device``, the result is there. Of a shard it is that of all sequences, in every process.
 
     >>> loss_unit(torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]), "token").flatten().tolist()
     [1.0, 9.0]
     >>> loss_unit(torch.tensor([[[1.0, 1.0], [3.0, 3.0]]]), "mse").flatten().tolist()
     [5.0, 5.0]
     """
-    if device is None or device.type == target.device.type:
-        batch = len(target)
-    parts = batches(target, batch, device or target.device)
+    own = own_states(target)
+    parts = batches(own, batch, device or own.device)
     power = torch.cat([part.float().square().mean(-1, keepdim=True).clamp(min=1e-12) for part in parts])
+    if isinstance(target, Shard):
+        power = target.with_own(power).whole()
     return power if loss == "token" else power.double().mean().float().expand_as(power)
 
 
@@ -164,6 +166,7 @@ def fit(
     end: Callable[[], None] = lambda: None,
     keep: Path | None = None,
     ahead: Callable[[Tensor], None] = lambda chosen: None,
+    share: Callable[[Sequence[Tensor]], None] = lambda wanted: None,
     optimizer: OptimizerOf = Adam,
 ) -> Fitted:
     """Train the tensors of ``groups`` in place and leave them at the best epoch.
@@ -179,6 +182,7 @@ def fit(
         end: called after the steps of an epoch, without gradients, before its validation.
         keep: file for the state after each epoch. An existing file, which must be of the same fit, is resumed from.
         ahead: prefetch hook: receives the next batch's indices, once for each loss but the first.
+        share: receives, in all processes at once, the indices of the next losses of each.
         optimizer: makes the optimizer of ``groups``.
     """
     train, held_out = schedule.split(sequences)
@@ -189,7 +193,8 @@ def fit(
     if keep is not None and from_first(keep.exists):
         state.load(keep)
     else:
-        state.least = _mean_loss(loss, validation, ahead, minibatches[0][:1] if tensors and minibatches else [])
+        following = minibatches[0][:1] if tensors and minibatches else []
+        state.least = _mean_loss(loss, validation, ahead, following, share)
         fitted.held_out.append(state.least)
     if not tensors or not schedule.epochs:
         return fitted
@@ -204,7 +209,7 @@ def fit(
         begin(epoch)
         following = minibatches[epoch][:1] if epoch < schedule.epochs else []
         order = _with_prefetch(minibatches[epoch - 1], validation[:1] or following, ahead)
-        _train(state, loss, order, schedule, (epoch - 1) * len(minibatches[0]), steps, project)
+        _train(state, loss, order, schedule, (epoch - 1) * len(minibatches[0]), steps, project, share)
         state.epoch = epoch
         if state.failures >= TRIES:
             fitted.notes.append(f"stopped in epoch {epoch}: {TRIES} consecutive steps were not finite")
@@ -212,7 +217,7 @@ def fit(
         else:
             with torch.no_grad():
                 end()
-            now = _mean_loss(loss, validation, ahead, following)
+            now = _mean_loss(loss, validation, ahead, following, share)
             fitted.held_out.append(now)
             if not validation or now < state.least or (math.isfinite(now) and not math.isfinite(state.least)):
                 state.least, fitted.best = now, epoch
@@ -239,11 +244,12 @@ def _train(
     first: int,
     steps: int,
     project: Callable[[], None],
+    share: Callable[[Sequence[Tensor]], None],
 ) -> None:
     """One epoch, from step ``first`` of ``steps``; it ends early after ``TRIES`` non-finite steps in a row."""
     losses = []
     for step, indices in enumerate(order, first):
-        value = backward(state.optimizer.tensors, loss, indices, schedule.micro_batch, schedule.grad_clip)
+        value = backward(state.optimizer.tensors, loss, indices, schedule.micro_batch, schedule.grad_clip, share)
         if value is None:
             state.fitted.skipped += 1
             state.failures += 1
@@ -288,10 +294,16 @@ def _mean_loss(
     validation: Sequence[Tensor],
     ahead: Callable[[Tensor], None],
     following: Sequence[Tensor],
+    share: Callable[[Sequence[Tensor]], None],
 ) -> float:
     """The mean loss over the validation batches, which processes share; NaN if there are none."""
-    own = own_part(len(validation), here().rank, here().size)
-    shared = validation[own.start : own.stop]
-    means = [(len(part), float(loss(part))) for part in _with_prefetch(shared, following, ahead)]
+    owned = [own_part(len(validation), rank, here().size) for rank in range(here().size)]
+    mine = [validation[at] for at in owned[here().rank]]
+    shown, means = _with_prefetch(mine, following, ahead), []
+    for turn in range(max(map(len, owned))):
+        share([validation[own[turn]] if turn < len(own) else validation[0][:0] for own in owned])
+        if turn < len(mine):
+            part = next(shown)
+            means.append((len(part), float(loss(part))))
     means = [pair for process in from_everyone(means) for pair in process]
     return sum(count * value for count, value in means) / sum(map(len, validation)) if means else math.nan

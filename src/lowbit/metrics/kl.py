@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lowbit.distributed.exchange import with_tensors
 from lowbit.errors import LowbitError
 from lowbit.progress import track
 
@@ -55,14 +56,15 @@ class Told:
         loss: ``-log q(token | tokens before it)`` in float64.
         divergence: ``KL(p || q)`` in nats; empty for the float model itself.
         agrees: whether the most likely token is the float model's; empty for the float model itself.
-        block_error: for each block, the sum over tokens of ``||y - y_float||^2 / ||y_float||^2``.
+        block_error: for each batch and block, the sum over tokens of ``||y - y_float||^2 / ||y_float||^2``; empty
+            for the float model itself.
         tokens: number of tokens in those sums.
     """
 
     loss: list[Tensor] = field(default_factory=list)
     divergence: list[Tensor] = field(default_factory=list)
     agrees: list[Tensor] = field(default_factory=list)
-    block_error: list[float] = field(default_factory=list)
+    block_error: list[list[float]] = field(default_factory=list)
     tokens: int = 0
 
 
@@ -76,14 +78,18 @@ def listen(
     ``first`` gives each text's position of the first scored token of a window.
     """
     models = [exact, *runs]
-    records = [[Told(block_error=[0.0] * exact.blocks) for _ in models] for _ in first]
+    records = [[Told() for _ in models] for _ in first]
     for group in passes:
         states = [[model.enter(ids) for _, ids in group] for model in models]
+        errors: list[list[list[float]]] = [[[] for _ in runs] for _ in group]
         for index in track(range(exact.blocks), "blocks"):
             states = [model.through(index, xs) for model, xs in zip(models, states, strict=True)]
-            for batch, (text, _) in enumerate(group):
-                for record, xs in zip(records[text][1:], states[1:], strict=True):
-                    record.block_error[index] += token_error(xs[batch], states[0][batch])
+            for batch in range(len(group)):
+                for error, xs in zip(errors[batch], states[1:], strict=True):
+                    error.append(token_error(xs[batch], states[0][batch]))
+        for batch, (text, _) in enumerate(group):
+            for record, error in zip(records[text][1:], errors[batch], strict=True):
+                record.block_error.append(error)
         for batch, (text, ids) in enumerate(group):
             for window in range(len(ids)):
                 hidden = [xs[batch][window : window + 1] for xs in states]
@@ -91,6 +97,23 @@ def listen(
             for record in records[text]:
                 record.tokens += ids.numel()
     return records
+
+
+def of_everyone(records: Sequence[Sequence[Told]]) -> list[list[Told]]:
+    """Records of all batches, by text and model, of which each process has those of consecutive batches."""
+    return [[_of_everyone(record) for record in text] for text in records]
+
+
+def _of_everyone(record: Told) -> Told:
+    whole, lists = Told(), (record.loss, record.divergence, record.agrees)
+    data = [record.block_error, record.tokens, [len(own) for own in lists]]
+    for (errors, tokens, counts), found in with_tensors(data, [one for own in lists for one in own]):
+        windows = iter(found)
+        for target, count in zip((whole.loss, whole.divergence, whole.agrees), counts, strict=True):
+            target += [next(windows) for _ in range(count)]
+        whole.block_error += errors
+        whole.tokens += tokens
+    return whole
 
 
 def token_error(got: Tensor, exact: Tensor) -> float:
@@ -159,7 +182,7 @@ def summary(records: Sequence[Told], seed: int, names: Sequence[str]) -> dict[st
                 "kl_mean": float(kl.mean()),
                 "kl_p99": percentile(kl, 99),
                 "top1_agreement": float(agrees.double().mean()),
-                "block_error": [total / record.tokens for total in record.block_error],
+                "block_error": [sum(batches) / record.tokens for batches in zip(*record.block_error, strict=True)],
             }
         )
     return {"windows": len(losses[0]), "perplexity": _exp(float(losses[0].mean())), "runs": rows}

@@ -20,6 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowbit.distributed.exchange import from_everyone
+from lowbit.distributed.share import own_items
+from lowbit.distributed.world import ONE, within
 from lowbit.errors import LowbitError
 from lowbit.progress import say
 
@@ -33,9 +36,9 @@ class Stream(Protocol):
     """A model whose blocks are read as they run."""
 
     def last_hidden(
-        self, texts: Sequence[Tensor], batch: int = ..., title: str = ...
+        self, batches: Sequence[tuple[int, Tensor]], title: str = ...
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The last block's output ``(which text, ids, (windows, length, hidden))`` of texts of any length."""
+        """The last block's output ``(number, ids, (windows, length, hidden))`` of numbered batches of any length."""
         ...
 
     def token_scores(self, hidden: Tensor) -> Tensor:
@@ -46,6 +49,8 @@ class Stream(Protocol):
 @torch.no_grad()
 def loglikelihoods(model: Stream, pairs: Sequence[Pair], positions: int, title: str) -> list[tuple[float, bool]]:
     """For each ``(context, continuation)`` in token ids, its log-likelihood and whether it is the greedy choice.
+
+    The processes of a job share the batches.
 
     Args:
         model: a streamed model.
@@ -67,12 +72,16 @@ def loglikelihoods(model: Stream, pairs: Sequence[Pair], positions: int, title: 
     if truncated := sum(len(context) + len(continuation) > positions + 1 for context, continuation in pairs):
         say(f"{title}: {truncated} of {len(pairs)} inputs exceed the model's {positions} positions; left-truncated")
     batches = list(_batches(sorted(inputs, key=lambda ids: (-len(ids), ids))))
-    scores: dict[int, tuple[float, bool]] = {}
-    for which, _, hidden in model.last_hidden([_padded(rows) for rows in batches], BATCH_TOKENS, title):
-        for row, ids in enumerate(batches[which]):
-            for number in inputs[ids]:
-                answer = torch.tensor(pairs[number][1], device=hidden.device)
-                scores[number] = _score(model, hidden[row, len(ids) - len(answer) : len(ids)], answer)
+    own = own_items([(number, _padded(rows)) for number, rows in enumerate(batches)])
+    found: list[tuple[int, float, bool]] = []
+    with within(ONE):
+        for which, _, hidden in model.last_hidden(own, title):
+            for row, ids in enumerate(batches[which]):
+                for number in inputs[ids]:
+                    answer = torch.tensor(pairs[number][1], device=hidden.device)
+                    score = _score(model, hidden[row, len(ids) - len(answer) : len(ids)], answer)
+                    found.append((number, *score))
+    scores = {number: (total, greedy) for process in from_everyone(found) for number, total, greedy in process}
     return [scores[number] for number in range(len(pairs))]
 
 

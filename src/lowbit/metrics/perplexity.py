@@ -29,6 +29,12 @@ def negative_log_likelihood(ids: Tensor, logits: Tensor, first: int = 1) -> Tens
     return torch.stack(sums)
 
 
+def scored(ids: Tensor, logits: Tensor, first: int = 1) -> tuple[float, int]:
+    """The sum of a batch's negative log-likelihoods, and the number of its scored tokens; see ``perplexity``."""
+    total = float(negative_log_likelihood(ids, logits, first).sum())
+    return total, ids.shape[0] * (ids.shape[1] - first)
+
+
 def perplexity(batches: Iterable[tuple[Tensor, Tensor]], first: int = 1) -> float:
     """Perplexity over ``(ids, logits)`` batches, ``(windows, length)`` and ``(windows, length, vocabulary)``.
 
@@ -39,10 +45,18 @@ def perplexity(batches: Iterable[tuple[Tensor, Tensor]], first: int = 1) -> floa
     >>> round(perplexity([(torch.tensor([[0, 1, 2]]), torch.zeros(1, 3, 8))]), 6)
     8.0
     """
+    return perplexity_of(scored(ids, logits, first) for ids, logits in batches)
+
+
+def perplexity_of(sums: Iterable[tuple[float, int]]) -> float:
+    """Perplexity from what ``scored`` gives for each batch, added in order.
+
+    >>> perplexity_of([(0.0, 3), (0.0, 1)])
+    1.0
+    """
     total, count = 0.0, 0
-    for ids, logits in batches:
-        total += float(negative_log_likelihood(ids, logits, first).sum())
-        count += ids.shape[0] * (ids.shape[1] - first)
+    for loss, tokens in sums:
+        total, count = total + loss, count + tokens
     if count == 0:
         raise LowbitError("perplexity of no tokens: give at least one window of two tokens")
     mean = total / count

@@ -22,6 +22,7 @@ from lowbit.models.architecture import LayerKind
 from lowbit.models.edges import Edge, resolve
 from lowbit.models.experts import parameter_shapes
 from lowbit.models.runtime_ops import RuntimeOp
+from lowbit.models.shard import States
 from lowbit.models.stream import PLAIN, Stream
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
@@ -327,6 +328,8 @@ class Block:
 class Calib:
     """A block's calibration data: streams ``(sequences, length, width)`` in the compute dtype.
 
+    A process of a job has a ``Shard`` of each.
+
     They are stored on ``offload.storage_device``, which is the host for a block on a GPU: ``offload.batches`` and
     ``offload.Rows`` copy the sequences in use to the block's device.
 
@@ -338,8 +341,8 @@ class Calib:
         input_range: how the ranges of static inputs follow from the values seen.
     """
 
-    x_fp: Tensor
-    x_q: Tensor
-    y_fp: Tensor
+    x_fp: States
+    x_q: States
+    y_fp: States
     batch: int = 4
     input_range: RangeEstimator = MSE

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from lowbit.models.own_experts import OwnExpertsCall, own_experts_computed_by
 from lowbit.models.prefix import KEYS, VALUES, with_prefix
 from lowbit.models.recorder import hidden_of
 from lowbit.models.runtime_ops import RuntimeOp, at_input, linear_behind
+from lowbit.models.shard import Shard, States
 from lowbit.models.stream import State
 
 Inputs = list[dict[str, LinearInput]]
@@ -239,7 +240,7 @@ def _hooks(inputs: Inputs) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Any
             yield name, hook
 
 
-@torch.no_grad()
+@overload
 def run_all(
     block: Block,
     x: Tensor,
@@ -248,15 +249,58 @@ def run_all(
     quantized: bool = False,
     taps: Mapping[str, Tap] | None = None,
     batch: int = 4,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def run_all(
+    block: Block,
+    x: Shard,
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    quantized: bool = False,
+    taps: Mapping[str, Tap] | None = None,
+    batch: int = 4,
+) -> Shard: ...
+@torch.no_grad()
+def run_all(
+    block: Block,
+    x: States,
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    quantized: bool = False,
+    taps: Mapping[str, Tap] | None = None,
+    batch: int = 4,
+) -> States:
     """``run`` over all sequences, ``batch`` at a time, without gradients; the result is on the device of ``x``.
 
-    Processes share the batches, and each gets the whole result; taps see the inputs of this process's batches.
+    Of a shard each process runs its own sequences. Of a tensor, which all of them have, processes share the batches,
+    and each gets the whole result. Taps see the inputs of this process's batches.
     """
+    if isinstance(x, Shard):
+        return _run_shard(block, x, params, quantized, taps, batch)
     if here().size > 1:
         return _run_shared(block, x, params, quantized, taps, batch)
     outputs = (run(block, part, params, quantized=quantized, taps=taps) for part in batches(x, batch, block.device))
     return concatenate(outputs, len(x), x.device)
+
+
+def _run_shard(
+    block: Block,
+    x: Shard,
+    params: Mapping[str, Tensor] | None,
+    quantized: bool,
+    taps: Mapping[str, Tap] | None,
+    batch: int,
+) -> Shard:
+    """``run_all`` over a process's own sequences."""
+    assert batch == x.micro_batch, "a shard goes through blocks in the batches that it was divided by"
+    out: Tensor | None = None
+    if len(x.own):
+        pieces = x.own.split(batch)
+        outputs = (run(block, piece, params, quantized=quantized, taps=taps) for piece in pieces)
+        out = concatenate(outputs, len(x.own), x.device)
+    # The first process has a batch if there is any; a block may hand on more channels than it was given.
+    shape: list[int] = from_first(lambda: [] if out is None else list(out.shape[1:]))
+    return x.with_own(torch.empty((0, *shape), dtype=x.dtype) if out is None else out)
 
 
 def _run_shared(
@@ -282,7 +326,11 @@ def _run_shared(
     return out
 
 
-def run_quantized(block: Block, x: Tensor, batch: int = 4) -> Tensor:
+@overload
+def run_quantized(block: Block, x: Tensor, batch: int = 4) -> Tensor: ...
+@overload
+def run_quantized(block: Block, x: Shard, batch: int = 4) -> Shard: ...
+def run_quantized(block: Block, x: States, batch: int = 4) -> States:
     """The output of the quantized block for all sequences: quantized weights, inputs, Q, K and V."""
     return run_all(block, x, block.quantized_params(), quantized=True, batch=batch)
 

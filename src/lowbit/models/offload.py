@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.distributed.world import here
+from lowbit.models.shard import Shard, States
+
 READY = 2  # prefetched sets of rows held at once: those of the current step and of the next
 
 
@@ -133,8 +136,10 @@ def concatenate(pieces: Iterable[Tensor], sequences: int, where: torch.device) -
     return out
 
 
-def select_sequences(x: Tensor, chosen: Tensor) -> Tensor:
-    """The sequences ``chosen`` of hidden states ``x`` as a new tensor, pinned if ``x`` is."""
+def select_sequences(x: States, chosen: Tensor) -> States:
+    """The sequences ``chosen`` of hidden states ``x`` as a new tensor, pinned if ``x`` is, or as a shard of them."""
+    if isinstance(x, Shard):
+        return x.select(chosen)
     out = x[chosen.to(x.device)]
     return out.pin_memory() if x.is_pinned() else out
 
@@ -147,12 +152,31 @@ class Rows:
     [[3.0], [1.0]]
     """
 
-    def __init__(self, device: torch.device, *tensors: Tensor) -> None:
-        """``tensors``: each ``(sequences, ...)``, on the device or on its ``storage_device``."""
-        self.tensors = tensors
+    def __init__(self, device: torch.device, *tensors: States) -> None:
+        """``tensors``: each ``(sequences, ...)``, on the device or on its ``storage_device``, or a shard."""
+        self.shards = [tensor for tensor in tensors if isinstance(tensor, Shard)]
+        self._delivered: list[Tensor] = []
+        self._places: dict[int, int] = {}
+        self.all = tensors
+        self.tensors = [tensor for tensor in tensors if not isinstance(tensor, Shard)]
         self.device = _with_index(device) if device.type == "cuda" else device
-        self._offloaded = [tensor for tensor in tensors if _is_offloaded(tensor, self.device)]
+        self._offloaded = [tensor for tensor in self.tensors if _is_offloaded(tensor, self.device)]
         self._ready: dict[tuple[int, ...], tuple[list[Tensor], Any]] = {}
+
+    def share(self, wanted: Sequence[Tensor]) -> None:
+        """Fetch what each process calls for next, of shards; called by all of them.
+
+        Args:
+            wanted: indices of sequences, for each process.
+        """
+        if self.shards:
+            self._delivered = [shard.delivered(wanted) for shard in self.shards]
+            mine = wanted[self.shards[0].rank].tolist()
+            self._places = {sequence: place for place, sequence in enumerate(mine)}
+
+    def everywhere(self, chosen: Tensor) -> None:
+        """``share`` where each process calls for the same sequences."""
+        self.share([chosen] * here().size)
 
     def prepare(self, chosen: Tensor) -> None:
         """Prefetch the sequences ``chosen`` (indices, on the host); the oldest beyond ``READY`` sets are dropped."""
@@ -164,7 +188,11 @@ class Rows:
         self._ready[key] = _start_copy(partial(self._copy_rows, key), self.device)
 
     def __call__(self, chosen: Tensor) -> list[Tensor]:
-        """The sequences ``chosen`` of each tensor, in order: prefetched, or copied now."""
+        """The sequences ``chosen`` of each tensor, in order: shared, prefetched, or copied now."""
+        if self.shards:
+            places = [self._places[sequence] for sequence in chosen.tolist()]
+            found = iter(self._delivered)
+            return [next(found)[places] if isinstance(own, Shard) else own[chosen] for own in self.all]
         if self.device.type != "cuda":
             return [tensor[chosen] for tensor in self.tensors]
         key = tuple(chosen.tolist())

@@ -41,7 +41,8 @@ from lowbit.methods.tune import Tune
 from lowbit.models.block import Block, Note
 from lowbit.models.forward import run, run_all
 from lowbit.models.offload import Rows
-from lowbit.pipeline.runner import Walk, embed_tokens
+from lowbit.models.shard import States
+from lowbit.pipeline.runner import Walk, embedded
 from lowbit.pipeline.shared_run import check_same_bits, exist, see
 from lowbit.progress import say
 from lowbit.quant.elements import given
@@ -78,6 +79,7 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
         begin=tuning.begin,
         keep=walk.out / RUN / STATE,
         ahead=tuning.rows.prepare,
+        share=tuning.rows.share,
     )
     for note in _notes(fitted):
         say(note)
@@ -95,11 +97,11 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
 class Tuning:
     """The fit: learned parameters, loss, and the quantized blocks that result."""
 
-    def __init__(self, options: Tune, first: Walk, ids: Tensor, y_fp: Tensor) -> None:
+    def __init__(self, options: Tune, first: Walk, ids: Tensor, y_fp: States) -> None:
         """Start from the files that ``first`` wrote; ``y_fp`` holds the float model's last hidden states."""
         self.options, self.formats, self.device, self.folder = options, first.plan.formats, first.device, first.out
         self.teacher, self.student = first.skeletons(ids)
-        x = embed_tokens(self.student, ids, self.device)
+        x = embedded(self.student, ids, self.device, first.batch)
         self.rows = Rows(torch.device(self.device), x, y_fp, ids.to(self.device))
         self.layers = range(len(self.student.layers))
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -114,6 +116,7 @@ class Tuning:
     def lost(self, sequences: int) -> float:
         """Divergence before the first step, in nats a token, over up to four training sequences."""
         train, _ = self.options.schedule.split(sequences)
+        self.rows.everywhere(train[:4])
         return float(self.loss(train[:4]))
 
     def _start(self, index: int) -> None:

@@ -16,6 +16,7 @@ from lowbit.methods.gptq import GPTQ, GRAMS, inverse_factor
 from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.options import options_of
 from lowbit.methods.statistics import Statistics, over_leaves
+from lowbit.models.shard import States
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe
 from lowbit.progress import say
@@ -48,7 +49,7 @@ def nearest(weight: Tensor, format: Format, recipe: Recipe) -> QTensor:
 
 
 @torch.no_grad()
-def head_gram(skeleton: Skeleton, ids: Tensor, hidden: Tensor, step: GPTQ, inputs: ActFormat | None) -> Tensor:
+def head_gram(skeleton: Skeleton, ids: Tensor, hidden: States, step: GPTQ, inputs: ActFormat | None) -> Tensor:
     """Second moments ``(in, in)`` of the head's input, over windows that the processes of a job share.
 
     Args:

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from lowbit.pipeline.prefix import Wanted, check_prefix, settle_prefix, wanted
 from lowbit.pipeline.recipe import Recipe, recipe_to_dict
 from lowbit.pipeline.request import Request, make_request
 from lowbit.pipeline.runner import Walk, check_space, peak_memory_bytes
-from lowbit.pipeline.shared_run import check_alone_or_shared, check_same_run, claimed_by_first, see
+from lowbit.pipeline.shared_run import claimed_by_first, see
 from lowbit.pipeline.target import settle
 from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
@@ -59,7 +59,8 @@ from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import Scheme
 from lowbit.quant.scheme_files import scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
-from lowbit.runs.folder import IDENTITY, RUN, begin, look, refuse_in_use
+from lowbit.runs.agreement import check_alone_or_shared, check_same_work
+from lowbit.runs.folder import IDENTITY, RUN, begin, flatten, look, refuse_in_use
 from lowbit.runs.load import load
 from lowbit.runs.manifest import MANIFEST, Calibration, Identity, Manifest, manifest_of
 from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
@@ -369,7 +370,7 @@ def _run(resolved: Resolved, out: Path, claim: bool) -> Manifest:
     """Run or resume the quantization; return the manifest."""
     request, plan, ids = resolved.request, resolved.plan, resolved.tokens.ids
     identity, skeleton, checkpoint = resolved.identity(), resolved.opened.skeleton, resolved.opened.checkpoint
-    check_same_run(identity)
+    check_same_work(flatten(asdict(identity)))
     if claim:
         check_claimable(request.recipe, plan, request.prefix)
     if from_first(lambda: look(out, identity)) == "finished":

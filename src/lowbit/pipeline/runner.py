@@ -28,7 +28,8 @@ from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.checkpoints.writing import write_json, write_tensors
-from lowbit.distributed.exchange import by_first
+from lowbit.distributed.exchange import by_first, from_everyone
+from lowbit.distributed.world import here
 from lowbit.errors import LowbitError
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.input_ranges import without_input_ranges
@@ -36,11 +37,12 @@ from lowbit.methods.kv_clips import with_kv_clips
 from lowbit.methods.statistics import everyones
 from lowbit.models.block import LEAST_TOKENS, Block, Calib
 from lowbit.models.build import tied_tensors
-from lowbit.models.forward import relative_error, run_all, run_quantized
+from lowbit.models.forward import run_all, run_quantized
 from lowbit.models.offload import batches, concatenate, release_free_memory, select_sequences, storage_device
 from lowbit.models.prefix import Prefix
 from lowbit.models.rotated_values import with_rotated_values
 from lowbit.models.runtime_ops import tensor_name
+from lowbit.models.shard import Shard, States, own_states, owned_sequences, states_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_names import StoredNames
 from lowbit.pipeline.head import head_codes, head_gram, head_step, nearest
@@ -58,7 +60,7 @@ from lowbit.runs.plan import Plan
 from lowbit.runs.reading import read_block, read_dequantized
 from lowbit.runs.routing import Routing
 
-EMBED_BATCH = 16  # sequences embedded at once on a GPU
+EMBED_BATCH = 4  # sequences embedded at once
 
 
 def peak_memory_bytes() -> int:
@@ -76,21 +78,36 @@ def peak_memory_bytes() -> int:
 
 def embed_tokens(skeleton: Skeleton, ids: Tensor, device: str) -> Tensor:
     """Block 0's input for ``ids`` ``(sequences, length)``, computed on ``device``, on the storage device."""
-    where = storage_device(device)
-    if where == torch.device(device):
-        return skeleton.embed(ids.to(device))
-    return concatenate((skeleton.embed(batch.to(device)) for batch in ids.split(EMBED_BATCH)), len(ids), where)
+    pieces = (skeleton.embed(batch.to(device)) for batch in ids.split(EMBED_BATCH))
+    return concatenate(pieces, len(ids), storage_device(device))
 
 
-def hidden_state_error(got: Tensor, exact: Tensor, device: str, batch: int) -> float:
-    """``relative_error`` of hidden states; with host storage, summed over batches on ``device``."""
-    on = torch.device(device)
-    if storage_device(on) == on:
-        return relative_error(got, exact)
-    sums = torch.zeros(2, dtype=torch.float64, device=on)
-    for ours, reference in zip(batches(got, batch, on), batches(exact, batch, on), strict=True):
-        sums += torch.stack([(ours - reference).double().square().sum(), reference.double().square().sum()])
-    return float(sums[0] / sums[1].clamp(min=1e-300))
+def embedded(skeleton: Skeleton, ids: Tensor, device: str, batch: int) -> States:
+    """``embed_tokens``; in a process of a job its share, of hidden states that pass a block ``batch`` at a time."""
+    if here().size == 1:
+        return embed_tokens(skeleton, ids, device)
+    own = owned_sequences(len(ids), batch)[here().rank]
+    # Without any, the model is still asked once: it says what its blocks are called with.
+    found = embed_tokens(skeleton, ids[own.start : own.stop] if own else ids[:1], device)
+    return Shard.of(found if own else found[:0], len(ids), batch)
+
+
+def hidden_state_error(got: States, exact: States, device: str, batch: int) -> float:
+    """``relative_error`` of hidden states, computed on ``device``: sums of sequences, which are added in order."""
+    on, own = torch.device(device), []
+    for pair in zip(*(batches(own_states(x), batch, on) for x in (got, exact)), strict=True):
+        for ours, reference in zip(*pair, strict=True):
+            sums = [(ours - reference).double().square().sum(), reference.double().square().sum()]
+            own.append(torch.stack(sums).tolist())
+    everyones = [sums for process in from_everyone(own) for sums in process]
+    error, power = (sum(sums) for sums in zip(*everyones, strict=True))
+    return float(error / max(power, 1e-300))
+
+
+def all_finite(x: States) -> bool:
+    """Whether all hidden states of this process are numbers."""
+    own = own_states(x)
+    return not own.numel() or bool(torch.stack(torch.aminmax(own)).isfinite().all())
 
 
 def _with_kv_notes(block: Block) -> Block:
@@ -150,20 +167,20 @@ class Walk:
     rows: list[BlockRow] = field(default_factory=list)
     observed: dict[str, Tensor] = field(default_factory=dict)
 
-    def walk(self, ids: Tensor) -> Tensor:
+    def walk(self, ids: Tensor) -> States:
         """Quantize every block against calibration tokens ``(sequences, length)``; write the shared parameters first.
 
-        Returns the float model's last hidden states, on ``offload.storage_device``.
+        Returns the float model's last hidden states, on ``offload.storage_device``, or a process's share of them.
         """
         shared = self.checkpoint.read(self.skeleton.shared_names)
         self._fill(shared)
-        x_fp = embed_tokens(self.skeleton, ids, self.device)
+        x_fp = embedded(self.skeleton, ids, self.device, self.batch)
         by_first(partial(self._write_shared, shared))
         x_q = x_fp
         if self.plan.embed in self.plan.formats.modules:
             see(self.out / REST)
             self._fill(self._shipped_shared(shared))
-            x_q = embed_tokens(self.skeleton, ids, self.device)
+            x_q = embedded(self.skeleton, ids, self.device, self.batch)
         del shared
         layers = len(self.skeleton.layers)
         for start in track(range(0, layers, self.recipe.window), "quantizing"):
@@ -174,7 +191,7 @@ class Walk:
             self._quantize_head(step, ids, x_q)
         return x_fp
 
-    def _quantize_head(self, step: GPTQ, ids: Tensor, hidden: Tensor) -> None:
+    def _quantize_head(self, step: GPTQ, ids: Tensor, hidden: States) -> None:
         """Replace the head's codes by those for the last hidden states; a resumed run comes to the same ones."""
         own, head = self.plan.formats.modules[self.plan.head], f"{self.plan.head}.weight"
         gram = head_gram(self.skeleton, ids, hidden, step, own.input)
@@ -233,7 +250,7 @@ class Walk:
         skeleton.fill({name: value.to(self.device, self.dtype) for name, value in shared.items()})
         skeleton.model.to(self.device)
 
-    def _window(self, start: int, count: int, x_fp: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
+    def _window(self, start: int, count: int, x_fp: States, x_q: States) -> tuple[States, States]:
         """One window: run it in float, quantize it unless its shards exist, then run the shards' blocks."""
         began = time.monotonic()
         block = self.float_block(start, count)
@@ -242,7 +259,7 @@ class Walk:
             y_fp = run_all(block, x_fp, batch=self.batch, taps=routing.taps)
         routing.gather()
         self._observe(FLOAT, {name: stats["peak"] for name, stats in everyones(seen).items()})
-        if not bool(torch.stack(torch.aminmax(y_fp)).isfinite().all()):
+        if not all_finite(y_fp):
             raise LowbitError(
                 f"block {start}: the float model's own output is NaN or infinite; its weights are broken, or too "
                 "large for --dtype float16"
@@ -286,7 +303,8 @@ class Walk:
                 # It moves maps, and ranges of inputs that an earlier step left do not fit what it makes of them.
                 quantized = without_input_ranges(quantized)
             quantized = step(quantized, self._visible(position, calib))
-        sensitivity = layer_sensitivity(quantized, calib.x_fp[:1].to(self.device))
+        first = states_of(calib.x_fp, torch.arange(1)).to(self.device)
+        sensitivity = layer_sensitivity(quantized, first)
         check_same_bits(quantized)
         by_first(lambda: self.write(quantized, sensitivity, time.monotonic() - began))
         for note in quantized.notes:

@@ -7,43 +7,19 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowbit.distributed.exchange import from_everyone, from_first
-from lowbit.distributed.job import agree
 from lowbit.distributed.world import here
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
-from lowbit.runs.folder import State, claimed, flatten
+from lowbit.runs.folder import State, claimed
 from lowbit.runs.manifest import Identity
 
 VISIBLE = 60.0  # seconds until a file that one process wrote shows on another machine
-
-
-def check_alone_or_shared(device: str) -> None:
-    """Refuse, before any work, a device on which processes do not share a run."""
-    if here().size > 1 and device != "cpu":
-        raise LowbitError(
-            f"--device {device} given and {here().size} processes started; they share a run on CPUs only: leave the "
-            "option out, or start the command without torchrun"
-        )
-
-
-def check_same_run(identity: Identity) -> None:
-    """Refuse processes whose versions, model, request or arithmetic differ."""
-    if here().size == 1:
-        return
-    facts = {
-        **{f"versions.{name}": version for name, version in identity.versions.items()},
-        "threads": torch.get_num_threads(),  # kernels may split their sums by them
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        **flatten(asdict(identity)),
-    }
-    agree(facts)
 
 
 @contextmanager

@@ -56,6 +56,11 @@ class ValueCounts:
         bins = values.contiguous().view(torch.int32).bitwise_right_shift(16).bitwise_and(BINS - 1)
         self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
+    def merge(self, counts: Tensor, low: Tensor, high: Tensor) -> None:
+        """Add the counts of other values."""
+        self.counts = self.counts + counts
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+
     def values(self) -> tuple[Tensor, Tensor]:
         """The middles of the bins that hold values, ascending float32, and their counts."""
         bins = self.counts.nonzero().flatten()

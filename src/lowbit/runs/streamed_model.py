@@ -136,30 +136,31 @@ class StreamedModel:
 
         ``ids`` is ``(sequences, length)``, unpadded. Every block is read once per gigabyte of hidden states.
         """
-        for _, batch_ids, logits in self.logits_of([ids], batch):
+        for _, batch_ids, logits in self.logits_of(batches_of([ids], batch)):
             yield batch_ids, logits
 
     @torch.no_grad()
-    def logits_of(self, texts: Sequence[Tensor], batch: int = 4) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """``logits`` of several texts in one pass over the blocks: ``(index of the text, ids, logits)``, in order.
+    def logits_of(self, batches: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """``(index of the text, ids, logits)`` of batches ``(index of the text, ids)``, in order.
 
-        No batch mixes windows of two texts, so that each text's logits equal those of a separate pass bit for bit.
+        All texts take one pass over the blocks. No batch mixes windows of two texts, so that each text's logits equal
+        those of a separate pass bit for bit.
         """
-        for which, ids, hidden in self.last_hidden(texts, batch):
+        for which, ids, hidden in self.last_hidden(batches):
             yield which, ids, self.skeleton.logits(ids, hidden)
 
     @torch.no_grad()
     def last_hidden(
-        self, texts: Sequence[Tensor], batch: int = 4, title: str = "blocks"
+        self, batches: Sequence[tuple[int, Tensor]], title: str = "blocks"
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The last block's output ``(index of the text, ids, (windows, length, hidden))``, in batches of one text.
+        """The last block's output ``(index of the text, ids, (windows, length, hidden))`` of each batch, in order.
 
-        Texts may differ in length. Every block is read once per gigabyte of hidden states; ``title`` labels the
+        Batches may differ in length. Every block is read once per gigabyte of hidden states; ``title`` labels the
         progress bar of each such pass.
         """
-        for text in texts:
-            self.check_length(text.shape[1])
-        groups = list(passes(texts, self.width, batch))
+        for _, ids in batches:
+            self.check_length(ids.shape[1])
+        groups = list(passes(batches, self.width))
         for number, group in enumerate(groups, 1):
             self.skeleton.forget()
             xs = [self.enter(ids) for _, ids in group]
@@ -170,19 +171,23 @@ class StreamedModel:
                 yield which, ids.to(self.device), hidden
 
 
-def passes(texts: Sequence[Tensor], width: int, batch: int = 4) -> Iterator[list[tuple[int, Tensor]]]:
-    """Batches ``(index of the text, ids)`` of at most ``batch`` windows, grouped by pass over the blocks.
+def batches_of(texts: Sequence[Tensor], batch: int = 4) -> list[tuple[int, Tensor]]:
+    """``(index of the text, ids)`` of at most ``batch`` windows of texts ``(windows, length)``, in order."""
+    return [(which, ids) for which, text in enumerate(texts) for ids in text.split(batch)]
+
+
+def passes(batches: Sequence[tuple[int, Tensor]], width: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """Batches ``(index of the text, ids)``, grouped by pass over the blocks.
 
     A group's hidden states, ``width`` bytes per token, fit into ``HELD_BYTES``; it holds at least one batch.
     """
     group: list[tuple[int, Tensor]] = []
     held = 0
-    for which, text in enumerate(texts):
-        for ids in text.split(batch):
-            if group and held + ids.numel() * width > HELD_BYTES:
-                yield group
-                group, held = [], 0
-            group.append((which, ids))
-            held += ids.numel() * width
+    for which, ids in batches:
+        if group and held + ids.numel() * width > HELD_BYTES:
+            yield group
+            group, held = [], 0
+        group.append((which, ids))
+        held += ids.numel() * width
     if group:
         yield group
