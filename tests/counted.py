@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 FACTORS = ("linalg_cholesky_ex", "linalg_solve_triangular")
 
@@ -40,7 +39,9 @@ class Counted(TorchDispatchMode):
         if func.is_view or name in ("detach", "alias", "_unsafe_view", "empty", "empty_like", "empty_strided"):
             return out
         self.calls += 1
-        if packet in flop_registry:
+        if name == "addmm_":  # in place, which torch's counter leaves out
+            self.products += 2.0 * out.shape[0] * out.shape[1] * args[1].shape[1]
+        elif packet in flop_registry:
             self.products += flop_registry[packet](*args, **kwargs, out_val=out)
         elif name in FACTORS:
             size = max(tensors[0].shape)
@@ -50,6 +51,3 @@ class Counted(TorchDispatchMode):
             self.bytes += moved
             self.by_name[name] += moved
         return out
-
-
-__all__ = ["Counted", "FlopCounterMode", "torch"]

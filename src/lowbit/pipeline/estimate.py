@@ -1,7 +1,7 @@
 """Estimates of a run's memory, disk space and time, from shapes and a machine's rates; docs/scale.md has the model.
 
 What is not counted: reading the model and writing the result, searches and factorisations of steps outside
-``operations.COUNTED``, and what a device and its host do at the same time.
+``step_operations.COUNTED``, and what a device and its host do at the same time.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.layer_shapes import LayerShape, layer_shapes
 from lowbit.pipeline.machine import Machine, measured_rates
 from lowbit.pipeline.memory_needs import Needs, needs_of
-from lowbit.pipeline.operations import NOTHING, Tokens, Work, is_counted, step_work, walk
+from lowbit.pipeline.operations import NOTHING, Tokens, Work, walk
 from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.step_operations import is_counted, step_work
 from lowbit.runs.plan import Plan
 
 WALK = "passes between steps, sensitivity"
@@ -101,7 +103,7 @@ def work_of(model: Model, recipe: Recipe, data: Tokens) -> dict[str, Work]:
     """The busiest rank's work over all layers, by step."""
     out = {WALK: _over(model, lambda shape: walk(shape, data))}
     for name, step in recipe.steps:
-        out[name] = out.get(name, NOTHING) + _over(model, lambda shape, step=step: step_work(step, shape, data))
+        out[name] = out.get(name, NOTHING) + _over(model, partial(step_work, step, data=data))
     return out
 
 
