@@ -9,10 +9,20 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
+from lowbit.methods.affine_fit import AffineFit
+from lowbit.methods.affinequant import AffineQuant
+from lowbit.methods.deferred_maps import deferrable
+from lowbit.methods.options import with_options
+from lowbit.models.block import Calib
+from lowbit.models.forward import run_all
+from lowbit.models.skeleton import Skeleton
 from lowbit.quant import weight_kernel
 from lowbit.quant.floating import MXFP4
 from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import load_scheme
 from lowbit.quant.weight_kernel import Diagonals, fake_quant, naive
+from lowbit.runs.plan import make_plan
+from tiny import tiny_ids, tiny_model
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -159,3 +169,55 @@ def test_what_kernels_need_is_asked_for_before_any_work(monkeypatch):
     with weight_kernel.on("cuda:0"):
         assert weight_kernel.within()
     assert not weight_kernel.within()
+
+
+MLP = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]
+QK = ["self_attn.k_proj", "self_attn.q_proj"]
+
+
+def fit_of(name, scheme, **options):
+    """The fit of a tiny model's first block."""
+    model = tiny_model(name)
+    skeleton = Skeleton(model.config)
+    skeleton.fill({n: p for n, p in model.state_dict().items() if n in skeleton.shared_names})
+    plan = make_plan(skeleton, load_scheme(scheme))
+    x = skeleton.embed(tiny_ids(4, 16)).to(DEVICE)
+    own = {n: model.model.layers[0].get_parameter(n).detach().to(DEVICE) for n in skeleton.parameter_shapes(0)}
+    block = skeleton.block(0, {f"0.{n}": p for n, p in own.items()}, 1, plan.formats)
+    step = with_options(AffineQuant(), signs=False, **options)
+    calib = Calib(x, x, run_all(block, x))
+    fit = AffineFit(step.sites, step.maps, step.clipping, step.objective, step.schedule, block, calib)
+    fit.begin(step.schedule.epochs)
+    generator = torch.Generator().manual_seed(3)
+    for leaf in (leaf for group, _ in fit.groups() for leaf in group):
+        leaf.data += 0.05 * torch.randn(leaf.shape, generator=generator).to(DEVICE)
+    return fit
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "scheme", "options", "linears"),
+    [
+        ("llama", "w3a16g16-asym", {}, MLP),
+        ("llama", "w4a4", {}, MLP),
+        ("llama", "w4a16g16-sym", {"qk": "off", "channels": "off"}, [*MLP[1:], *QK]),
+        ("llama", "mxfp4", {}, []),
+    ],
+)
+def test_a_learned_step_has_the_same_weights_and_gradients(name, scheme, options, linears):
+    fit = fit_of(name, scheme, **options)
+    leaves = [leaf for group, _ in fit.groups() for leaf in group]
+    plain_params, plain = dict(fit.quantized()[0]), fit.loss(torch.tensor([0, 1]))
+    wanted = torch.autograd.grad(plain, leaves, allow_unused=True)
+    with weight_kernel.on(DEVICE):
+        assert sorted(deferrable(fit.block, fit.sites, fit.start)) == [f"0.{linear}" for linear in linears]
+        params, found = dict(fit.quantized()[0]), fit.loss(torch.tensor([0, 1]))
+        ours = torch.autograd.grad(found, leaves, allow_unused=True)
+    assert params.keys() == plain_params.keys()
+    for key, value in params.items():
+        assert torch.equal(value, plain_params[key]), key
+    assert torch.equal(found, plain)
+    for own, expected in zip(ours, wanted, strict=True):
+        assert (own is None) == (expected is None)
+        if own is not None:
+            torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-9)

@@ -96,19 +96,22 @@ def rate_in(text: str, option: str) -> float:
     return value
 
 
-def measured_rates(rows: int = 1024, width: int = 1024) -> Rates:
-    """The rates of this machine's CPU, each the best of a few runs of milliseconds; half a second in all.
+def measured_rates(rows: int = 256, width: int = 1024) -> Rates:
+    """The rates of this machine's CPU, each the best of runs of milliseconds; half a second in all.
+
+    Longer runs would be interrupted by other processes, and measure those.
 
     Args:
         rows: tokens that go through a block together.
         width: channels of a linear, on both sides.
     """
-    rows, width = min(rows, 2048), min(max(width, 64), 1536)
+    rows, width = min(rows, 256), min(max(width, 64), 1536)
     a, b = torch.rand(rows, width), torch.rand(width, width)
     products = 2.0 * rows * width * width / best_of(lambda: a @ b)
-    square = torch.rand(512, 512, dtype=torch.float64)
-    square = square @ square.T + 512 * torch.eye(512, dtype=torch.float64)
-    eye = torch.eye(512, dtype=torch.float64)
+    size = 256
+    square = torch.rand(size, size, dtype=torch.float64)
+    eye = torch.eye(size, dtype=torch.float64)
+    square = square @ square.T + size * eye
 
     def factor() -> None:
         torch.linalg.solve_triangular(torch.linalg.cholesky_ex(square)[0], eye, upper=False)
@@ -121,13 +124,13 @@ def measured_rates(rows: int = 1024, width: int = 1024) -> Rates:
 
     return Rates(
         products,
-        (512**3 / 3 + 512**3) / best_of(factor),
+        size**3 * 4 / 3 / best_of(factor),
         12 * large.numel() / best_of(lambda: large * large),
         best_of(calls) / 200,
     )
 
 
-def best_of(work: Callable[[], object], times: int = 5) -> float:
+def best_of(work: Callable[[], object], times: int = 15) -> float:
     """Seconds of the fastest of some calls, which other processes disturb least."""
     seconds = []
     for _ in range(times):

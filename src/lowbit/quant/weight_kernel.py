@@ -1,9 +1,9 @@
 """Fake quantization of a weight as one kernel, with diagonal maps folded into it.
 
 A learned step quantizes every weight of a block: it multiplies columns by a diagonal map's factors, divides rows by
-another's, finds the ends of each group's range, shrinks them by clipping ratios, and rounds. As single operations that
-is some sixty accesses of each weight, forward and backward; as one kernel it is two forward (the second from cache)
-and four backward, which recomputes everything and keeps nothing.
+another's, finds the ends of each group's range, shrinks them by clipping ratios, and rounds. As single operations
+that is some sixty accesses of each weight, forward and backward. One kernel reads the weight twice and writes it
+once; another, backward, reads weight and gradient again and recomputes everything. Nothing is kept in between.
 
 ``naive`` is the same in plain operations and defines the numbers: the kernel equals it bit for bit, and its gradients
 within the rounding of float32 sums. Kernels run within ``on()`` alone, and elsewhere nothing changes.

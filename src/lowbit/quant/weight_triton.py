@@ -2,9 +2,9 @@
 
 A program takes ``ROWS`` rows of one group, in chunks of ``BLOCK`` columns where a group has more: once for the ends
 of the groups' ranges, once for the values. Nothing but the weight, its factors and the ratios is read, and nothing
-but the result is written. Backward recomputes all of it from the same inputs: a third reading takes the gradients of
-scale and ends, a fourth spreads them over the weights. Sums over rows come out as one part for each program, which are
-added in order, so that a gradient is the same at every call.
+but the result is written. Backward recomputes all of it from the same inputs, in three readings: one for the ends,
+one for the gradients of scale and ends, one that spreads them over the weights. Sums over rows come out as one part
+for each program, which are added in order, so that a gradient is the same at every call.
 
 Operations are those of the plain form in its order, and none is contracted: divisions are IEEE 754's, and the launch
 asks for no fused products and sums.
@@ -26,7 +26,7 @@ MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it round
 def _scaled(  # type: ignore[no-untyped-def]
     weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS: tl.constexpr, HAS_ROWS: tl.constexpr
 ):
-    """The weight, the weight times the columns' factors, and that over the rows' factors."""
+    """The weight, and the weight times the columns' factors over the rows' factors."""
     plain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     by_column = plain
     if HAS_COLUMNS:
@@ -34,7 +34,7 @@ def _scaled(  # type: ignore[no-untyped-def]
     scaled = by_column
     if HAS_ROWS:
         scaled = tl.div_rn(by_column, tl.broadcast_to(tl.load(rows + row, mask=in_row, other=1.0), by_column.shape))
-    return plain, by_column, scaled
+    return plain, scaled
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -65,6 +65,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     HAS_COLUMNS: tl.constexpr, HAS_ROWS: tl.constexpr, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr,
     HALF: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """``out`` of ``ROWS`` rows in one group."""
     group = tl.program_id(1)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     in_row = row < height
@@ -73,7 +74,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         place = start + tl.arange(0, BLOCK)[None, :]
         column = group * SIZE + place
         inside = in_row & (place < SIZE)
-        _, _, value = _scaled(
+        _, value = _scaled(
             weight, columns, rows, row * width + column, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS
         )
         bottom = tl.minimum(bottom, tl.min(value, 1))
@@ -87,7 +88,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         column = group * SIZE + place
         inside = in_row & (place < SIZE)
         at = row * width + column
-        _, _, value = _scaled(weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS)
+        _, value = _scaled(weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS)
         code = (tl.div_rn(value, tl.broadcast_to(scale, value.shape)) + MAGIC) - MAGIC
         code = tl.minimum(tl.maximum(code + zero, 0.0), LEVELS)
         tl.store(out + at, ((code - zero) * scale).to(out.dtype.element_ty), mask=inside)
@@ -101,6 +102,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     TO_WEIGHT: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of ``ROWS`` rows in one group; ``to_columns`` are sums over them, ``to_rows`` over the group."""
     group = tl.program_id(1)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     in_row = row < height
@@ -109,7 +111,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         place = start + tl.arange(0, BLOCK)[None, :]
         column = group * SIZE + place
         inside = in_row & (place < SIZE)
-        _, _, value = _scaled(
+        _, value = _scaled(
             weight, columns, rows, row * width + column, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS
         )
         bottom = tl.minimum(bottom, tl.min(tl.where(inside, value, float("inf")), 1))
@@ -129,7 +131,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         column = group * SIZE + place
         inside = in_row & (place < SIZE)
         at = row * width + column
-        _, _, value = _scaled(weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS)
+        _, value = _scaled(weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS)
         given = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         position = tl.div_rn(value, tl.broadcast_to(scale, value.shape))
         free = (position + MAGIC) - MAGIC + zero
@@ -173,9 +175,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         column = group * SIZE + place
         inside = in_row & (place < SIZE)
         at = row * width + column
-        plain, by_column, value = _scaled(
-            weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS
-        )
+        plain, value = _scaled(weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS)
         given = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         wide = tl.broadcast_to(scale, value.shape)
         free = (tl.div_rn(value, wide) + MAGIC) - MAGIC + zero
