@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +225,18 @@ def test_a_learned_step_has_the_same_weights_and_gradients(name, scheme, options
         assert (own is None) == (expected is None)
         if own is not None:
             torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-9)
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (pip install triton)")
+def test_kernels_compile_for_a_gpu_without_fused_or_approximate_arithmetic():
+    """The interpreter takes programs that the compiler does not, and says nothing of how a GPU divides."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "weight_kernel_compiler.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == {"forward_kernel", "backward_kernel"}
+    for row in rows:
+        assert (row["fused"], row["approximate"]) == (0, 0), row
+        assert row["exact"] > 0

@@ -74,7 +74,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         place = start + tl.arange(0, BLOCK)[None, :]
         column = group * SIZE + place
         inside = in_row & (place < SIZE)
-        _, value = _scaled(
+        _plain, value = _scaled(
             weight, columns, rows, row * width + column, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS
         )
         bottom = tl.minimum(bottom, tl.min(value, 1))
@@ -82,13 +82,13 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     per_group = row * groups + group
     low = bottom[:, None] * tl.load(lows + per_group, mask=in_row, other=1.0)
     high = top[:, None] * tl.load(highs + per_group, mask=in_row, other=1.0)
-    _, scale, _, zero = _grid(low, high, LEVELS, SYMMETRIC, HALF, SMALLEST, LARGEST)
+    _raw, scale, _place, zero = _grid(low, high, LEVELS, SYMMETRIC, HALF, SMALLEST, LARGEST)
     for start in range(0, SIZE, BLOCK):
         place = start + tl.arange(0, BLOCK)[None, :]
         column = group * SIZE + place
         inside = in_row & (place < SIZE)
         at = row * width + column
-        _, value = _scaled(weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS)
+        _plain, value = _scaled(weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS)
         code = (tl.div_rn(value, tl.broadcast_to(scale, value.shape)) + MAGIC) - MAGIC
         code = tl.minimum(tl.maximum(code + zero, 0.0), LEVELS)
         tl.store(out + at, ((code - zero) * scale).to(out.dtype.element_ty), mask=inside)
@@ -111,7 +111,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         place = start + tl.arange(0, BLOCK)[None, :]
         column = group * SIZE + place
         inside = in_row & (place < SIZE)
-        _, value = _scaled(
+        _plain, value = _scaled(
             weight, columns, rows, row * width + column, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS
         )
         bottom = tl.minimum(bottom, tl.min(tl.where(inside, value, float("inf")), 1))
@@ -131,7 +131,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         column = group * SIZE + place
         inside = in_row & (place < SIZE)
         at = row * width + column
-        _, value = _scaled(weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS)
+        _plain, value = _scaled(weight, columns, rows, at, column, row, inside, in_row, HAS_COLUMNS, HAS_ROWS)
         given = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         position = tl.div_rn(value, tl.broadcast_to(scale, value.shape))
         free = (position + MAGIC) - MAGIC + zero
