@@ -62,6 +62,7 @@ def inspect(
     bandwidth: Annotated[
         str | None, typer.Option(help="A MODEL: bytes a second of the device's memory, such as 3T.")
     ] = None,
+    network: Annotated[str, typer.Option(help="A MODEL: bytes a second between ranks.")] = "1G",
     device: Device = "cpu",
     dtype: DType = "float32",
     revision: Revision = None,
@@ -92,7 +93,7 @@ def inspect(
         trust_remote_code=trust_remote_code,
         effort=effort,
         config_only=config_only,
-        machine=machine_of(ranks, device_memory, host_memory, flops, bandwidth, dtype),
+        machine=machine_of(ranks, device_memory, host_memory, flops, bandwidth, network, dtype),
     )
     diagnosis = None
     # A run that keeps its source's codes has measured nothing.
@@ -126,6 +127,7 @@ def machine_of(
     host_memory: str | None,
     flops: str | None,
     bandwidth: str | None,
+    network: str,
     dtype: str,
 ) -> Machine:
     """The machine that the options describe."""
@@ -139,14 +141,16 @@ def machine_of(
         raise LowbitError(f"{given} given without {missing}: a time needs both; give both, or neither")
     if canonical("dtype", dtype, DTYPES) != "float32" and device_memory is None:
         raise LowbitError(f"--dtype {dtype} given, which is for a device: give --device-memory, or leave it out")
+    between, rates = rate_in(network, "--network"), None
+    if flops is not None and bandwidth is not None:
+        rates = stated_rates(rate_in(flops, "--flops"), rate_in(bandwidth, "--bandwidth"), between)
     return Machine(
-        rates=stated_rates(rate_in(flops, "--flops"), rate_in(bandwidth, "--bandwidth"))
-        if flops and bandwidth
-        else None,
+        rates=rates,
         host_memory=None if host_memory is None else bytes_in(host_memory, "--host-memory"),
         device_memory=None if device_memory is None else bytes_in(device_memory, "--device-memory"),
         value_bytes=DTYPES[dtype].itemsize,
         ranks=ranks,
+        network=between,
     )
 
 

@@ -117,4 +117,5 @@ def _over(model: Model, of_layer: Callable[[LayerShape], Work]) -> Work:
 def with_own_rates(machine: Machine, model: Model, calibration: Calibration) -> Machine:
     """The machine with the rates of this one's CPU, measured with products of the model's width."""
     rows = calibration.on(machine).batch * calibration.length
-    return replace(machine, rates=measured_rates(rows, next(iter(model.shapes)).hidden))
+    rates = measured_rates(rows, next(iter(model.shapes)).hidden)
+    return replace(machine, rates=replace(rates, network=machine.network))

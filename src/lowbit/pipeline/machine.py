@@ -19,7 +19,7 @@ from lowbit.errors import LowbitError
 BLOCK_SHARE = 0.55  # of a stated rate, in products of a block
 FACTOR_SHARE = 0.05  # of a stated rate, in factorisations in float64
 CALL = 8e-6  # seconds between two small operations on a GPU
-NETWORK = 1e9  # bytes a second between processes
+NETWORK = 1e9  # bytes a second between processes, unless stated
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgtp]?)\s*", re.IGNORECASE)
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 
@@ -53,6 +53,7 @@ class Machine:
         device_memory: bytes of its device; ``None``: blocks run on the host.
         value_bytes: of a hidden state: 4 in float32, 2 in 16 bits.
         ranks: number of processes.
+        network: bytes a second between them.
     """
 
     rates: Rates | None
@@ -60,6 +61,7 @@ class Machine:
     device_memory: int | None = None
     value_bytes: int = 4
     ranks: int = 1
+    network: float = NETWORK
 
     @property
     def has_device(self) -> bool:
@@ -67,17 +69,18 @@ class Machine:
         return self.device_memory is not None
 
 
-def stated_rates(products: float, bandwidth: float) -> Rates:
+def stated_rates(products: float, bandwidth: float, network: float = NETWORK) -> Rates:
     """Rates of a device of which two figures are known.
 
     Args:
         products: operations a second of a large matrix product in the dtype of the blocks.
         bandwidth: bytes a second of its memory.
+        network: bytes a second between processes.
 
     >>> stated_rates(800e12, 4e12).products / 1e12
     440.0
     """
-    return Rates(BLOCK_SHARE * products, FACTOR_SHARE * products, bandwidth, CALL)
+    return Rates(BLOCK_SHARE * products, FACTOR_SHARE * products, bandwidth, CALL, network)
 
 
 def rate_in(text: str, option: str) -> float:
