@@ -2,10 +2,10 @@
 
     python benchmarks/scale.py [--model demo] [--samples 16] [--length 256] [--ranks 1 2] [--only gptq] [--json FILE]
 
-Each case runs in processes of its own, one thread each. Compared are the processor's seconds of the first process,
+Each case runs in processes of its own, one thread each. Compared are the processor's seconds of the busiest process,
 which other programs on the machine disturb less than the time of day, and its peak resident memory. Rates are
-measured before each case. What a process does before and behind its blocks (imports, text, files) is not predicted: it
-is measured as the processor's seconds of ``rtn`` beyond its prediction, and shown on the line ``rtn``.
+measured before each case. What a process does before and behind its blocks (text, files, digests) is not predicted;
+``rtn`` shows how much that is, as hardly anything else takes its time.
 """
 
 from __future__ import annotations

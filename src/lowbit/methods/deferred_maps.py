@@ -38,7 +38,8 @@ def deferrable(block: Block, sites: Sequence[Site], params: Mapping[str, Tensor]
         if sides in ORDERS
         and name in block.formats
         and not block.is_stacked(name)
-        and takes(params[f"{name}.weight"], block.weight_format(name))
+        and block.weight_format(name).has_kernel
+        and takes(params[f"{name}.weight"], block.weight_format(name).group)
     )
 
 

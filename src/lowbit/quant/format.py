@@ -206,6 +206,11 @@ class Format(ABC):
         return False
 
     @property
+    def has_kernel(self) -> bool:
+        """Whether ``weight_kernel`` quantizes weights in this format."""
+        return False
+
+    @property
     def shares_rows(self) -> bool:
         """Whether several rows share a scale."""
         return False
@@ -246,7 +251,7 @@ class Format(ABC):
 
         Within ``weight_kernel.on()`` integers take one kernel for all of it.
         """
-        if weight_kernel.takes(weight, self):
+        if self.has_kernel and weight_kernel.takes(weight, self.group):
             return weight_kernel.fake_quant(weight, self, low, high)  # type: ignore[arg-type]
         if not inductor.active(weight):
             return self.fake_quant(weight, self.qparams(weight, low, high, tensor_peak))

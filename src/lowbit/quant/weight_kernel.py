@@ -16,17 +16,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
 
-if TYPE_CHECKING:
-    from lowbit.quant.format import Factor
-    from lowbit.quant.integer import IntFormat
-
+Ratio = Tensor | float
 SCALES = (torch.float16, torch.float32)
 _using: list[bool] = [False]
 
@@ -91,28 +88,52 @@ def within() -> bool:
     return _using[0]
 
 
-def takes(weight: Tensor, format: object) -> bool:
-    """Whether the kernel quantizes this weight: within ``on()``, float32, in a format that it computes.
+class Kind(Protocol):
+    """What a kernel and its plain form need of a format of integers."""
 
-    Those are integers with scales in float16 or float32; other formats take their plain form.
+    @property
+    def group(self) -> int | None:
+        """Consecutive values that share a scale; ``None``: the row."""
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+
+    @property
+    def symmetric(self) -> bool:
+        """The zero point is fixed at the middle."""
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the stored scales."""
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row."""
+
+    def qparams(self, weight: Tensor, low: Ratio = 1.0, high: Ratio = 1.0) -> Any:
+        """Scale and zero point of each group."""
+
+    def fake_quant(self, weight: Tensor, qparams: Any) -> Tensor:
+        """The weight rounded to nearest."""
+
+
+def takes(weight: Tensor, group: int | None) -> bool:
+    """Whether a kernel is asked for and can quantize this weight: float32, groups divide its width.
+
+    Its format must have one, see ``Format.has_kernel``.
     """
-    from lowbit.quant.integer import IntFormat
-
-    if not (_using[0] and isinstance(format, IntFormat) and weight.dtype == torch.float32 and weight.ndim == 2):
-        return False
-    return format.scale_dtype in SCALES and weight.shape[1] % (format.group or weight.shape[1]) == 0
+    fits = weight.dtype == torch.float32 and weight.ndim == 2
+    return _using[0] and fits and weight.shape[1] % (group or weight.shape[1]) == 0
 
 
-def naive(
-    weight: Tensor, format: IntFormat, low: Factor = 1.0, high: Factor = 1.0, maps: Diagonals = NO_MAPS
-) -> Tensor:
+def naive(weight: Tensor, format: Kind, low: Ratio = 1.0, high: Ratio = 1.0, maps: Diagonals = NO_MAPS) -> Tensor:
     """The plain form of ``fake_quant``."""
     scaled = maps.of(weight)
     return format.fake_quant(scaled, format.qparams(scaled, low, high))
 
 
 def fake_quant(
-    weight: Tensor, format: IntFormat, low: Factor = 1.0, high: Factor = 1.0, maps: Diagonals = NO_MAPS
+    weight: Tensor, format: Kind, low: Ratio = 1.0, high: Ratio = 1.0, maps: Diagonals = NO_MAPS
 ) -> Tensor:
     """``weight`` between its maps, rounded to nearest, by the kernel; differentiable in all tensors.
 
@@ -136,7 +157,7 @@ class _FakeQuant(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, columns: Tensor | None, rows: Tensor | None, low: Tensor, high: Tensor,
-                format: IntFormat) -> Tensor:  # fmt: skip
+                format: Kind) -> Tensor:  # fmt: skip
         from lowbit.quant import weight_triton as kernels
 
         weight, low, high = weight.contiguous(), low.contiguous(), high.contiguous()
@@ -181,11 +202,11 @@ def _given(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> tuple
     return tuple(weight if one is None else one.contiguous() for one in (columns, rows))  # type: ignore[return-value]
 
 
-def _size(weight: Tensor, format: IntFormat) -> int:
+def _size(weight: Tensor, format: Kind) -> int:
     return format.group or weight.shape[1]
 
 
-def _constants(weight: Tensor, columns: Tensor | None, rows: Tensor | None, format: IntFormat) -> dict[str, Any]:
+def _constants(weight: Tensor, columns: Tensor | None, rows: Tensor | None, format: Kind) -> dict[str, Any]:
     """What the kernels are compiled for."""
     from lowbit.quant import weight_triton as kernels
 
