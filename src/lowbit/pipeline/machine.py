@@ -77,8 +77,8 @@ def stated_rates(products: float, bandwidth: float, network: float = NETWORK) ->
         bandwidth: bytes a second of its memory.
         network: bytes a second between processes.
 
-    >>> stated_rates(800e12, 4e12).products / 1e12
-    440.0
+    >>> round(stated_rates(800e12, 4e12).products / 1e12)
+    440
     """
     return Rates(BLOCK_SHARE * products, FACTOR_SHARE * products, bandwidth, CALL, network)
 
