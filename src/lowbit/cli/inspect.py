@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, place_of, print_json, table
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, canonical, check_least
 from lowbit.paths import user_path
 
 if TYPE_CHECKING:
     from lowbit.analysis.diagnose import Diagnosis
     from lowbit.analysis.mixed_precision import Proposal
+    from lowbit.pipeline.machine import Machine
 
 SHOWN = 10  # rows of a ranking; --json has all of them
 
@@ -46,6 +47,24 @@ def inspect(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="With --budget: write FILE.yaml for 'quantize --scheme'.")
     ] = None,
+    effort: Annotated[str, typer.Option(help="A MODEL: quick, normal or paper, as for 'quantize'.")] = "normal",
+    config_only: Annotated[
+        bool,
+        typer.Option("--config-only", help="A MODEL: plan from its config.json; no weights are fetched or read."),
+    ] = False,
+    ranks: Annotated[int, typer.Option(help="A MODEL: processes that torchrun is to start.")] = 1,
+    device_memory: Annotated[
+        str | None, typer.Option(help="A MODEL: each rank has a device with so much memory, such as 80GB.")
+    ] = None,
+    host_memory: Annotated[str | None, typer.Option(help="A MODEL: what each rank may take of its host.")] = None,
+    flops: Annotated[
+        str | None,
+        typer.Option(help="A MODEL: operations a second of a large product in --dtype, such as 400T; not measured."),
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="A MODEL: bytes a second of the device's memory, such as 3T.")
+    ] = None,
+    network: Annotated[str, typer.Option(help="A MODEL: bytes a second between ranks.")] = "1G",
     device: Device = "cpu",
     dtype: DType = "float32",
     revision: Revision = None,
@@ -74,6 +93,9 @@ def inspect(
         revision=revision,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
+        effort=effort,
+        config_only=config_only,
+        machine=machine_of(ranks, device_memory, host_memory, flops, bandwidth, network, dtype),
     )
     diagnosis = None
     # A run that keeps its source's codes has measured nothing.
@@ -101,6 +123,39 @@ def inspect(
         _show(diagnosis, out)
 
 
+def machine_of(
+    ranks: int,
+    device_memory: str | None,
+    host_memory: str | None,
+    flops: str | None,
+    bandwidth: str | None,
+    network: str,
+    dtype: str,
+) -> Machine:
+    """The machine that the options describe."""
+    from lowbit.allocation.size import bytes_in
+    from lowbit.models.device import DTYPES
+    from lowbit.pipeline.machine import Machine, rate_in, stated_rates
+
+    check_least("--ranks", ranks, 1, "give the number of processes")
+    if (flops is None) != (bandwidth is None):
+        given, missing = ("--flops", "--bandwidth") if bandwidth is None else ("--bandwidth", "--flops")
+        raise LowbitError(f"{given} given without {missing}: a time needs both; give both, or neither")
+    if canonical("dtype", dtype, DTYPES) != "float32" and device_memory is None:
+        raise LowbitError(f"--dtype {dtype} given, which is for a device: give --device-memory, or leave it out")
+    between, rates = rate_in(network, "--network"), None
+    if flops is not None and bandwidth is not None:
+        rates = stated_rates(rate_in(flops, "--flops"), rate_in(bandwidth, "--bandwidth"), between)
+    return Machine(
+        rates=rates,
+        host_memory=None if host_memory is None else bytes_in(host_memory, "--host-memory"),
+        device_memory=None if device_memory is None else bytes_in(device_memory, "--device-memory"),
+        value_bytes=DTYPES[dtype].itemsize,
+        ranks=ranks,
+        network=between,
+    )
+
+
 def _widths(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -111,13 +166,20 @@ def _widths(text: str) -> list[int]:
 def _show_facts(facts: dict[str, Any]) -> None:
     rows = table("", "")
     for key, value in facts.items():
-        if key != "kinds":
-            rows.add_row(key, Text(f"{value:,}" if type(value) is int else str(value)))
+        if isinstance(value, dict):
+            text = "\n".join(f"{name}  {_number(own)}" for name, own in value.items())
+            rows.add_row(key, Text(text))
+        elif key != "kinds":
+            rows.add_row(key, Text(_number(value)))
     for kind in facts["kinds"]:
         kept = [f"experts in float: {', '.join(kind['kept'])}"] if kind["kept"] else []
         text = "\n".join([kind["mixer"], "", *kind["linears"], *kept, "", *(kind["edges"] or ["no edges"])])
         rows.add_row(f"layers {kind['layers']}", Text(text))
     Console().print(rows)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if type(value) in (int, float) and abs(value) >= 1000 else str(value)
 
 
 def _show(diagnosis: Diagnosis, out: Path | None) -> None:

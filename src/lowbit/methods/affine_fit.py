@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit.methods.affine_options import MIXES, Clipping, Maps, Objective, Sites
 from lowbit.methods.clipping import LearnedClips, LearnedRatio
+from lowbit.methods.deferred_maps import apply_deferring, deferrable
 from lowbit.methods.fit_state import Fitted
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.learned_mix import LearnedMix, learned_mixes
@@ -29,6 +30,7 @@ from lowbit.models.forward import relative_error, run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.runtime_ops import Clip, Matrix, RuntimeOp
 from lowbit.models.shard import states_of
+from lowbit.quant import weight_kernel
 from lowbit.quant.format import QParams
 
 
@@ -177,7 +179,10 @@ class AffineFit:
 
     def transformed(self) -> tuple[dict[str, Tensor], dict[str, RuntimeOp]]:
         """Float parameters with maps folded in, and the runtime ops; differentiable."""
-        params, online = self._applied()
+        return self._floats(*self._applied())
+
+    def _floats(self, params: Params, online: Mapping[str, RuntimeOp]) -> tuple[Params, dict[str, RuntimeOp]]:
+        """Both in float32, with the learned ratios of inputs."""
         ops = {name: op.float() for name, op in online.items()}
         ops |= {name: Clip(ratio.value(), self._offset(name)) for name, ratio in self.act_ratios.items()}
         return {name: value.float() for name, value in params.items()}, ops
@@ -185,10 +190,14 @@ class AffineFit:
     def _applied(self) -> tuple[Params, dict[str, RuntimeOp]]:
         """The start with maps folded in and mixes behind them, and what stays online, in the maps' own precision."""
         params, online = apply(self.block, self.sites, self.start)
+        return params, self._ops(params, online)
+
+    def _ops(self, params: Params, online: Mapping[str, Tensor]) -> dict[str, RuntimeOp]:
+        """What stays online; mixes fold into ``params``."""
         ops: dict[str, RuntimeOp] = {name: Matrix(value) for name, value in online.items()}
         for mix in self.mixes:
             ops |= mix.site.ops(mix.apply(params))
-        return params, ops
+        return ops
 
     def _offset(self, name: str) -> Tensor | None:
         """The rounding offsets that an earlier step set at a linear's input."""
@@ -197,6 +206,11 @@ class AffineFit:
 
     def quantized(self) -> tuple[Mapping[str, Tensor], dict[str, RuntimeOp]]:
         """The block's parameters as they are stored, and the runtime ops; differentiable."""
+        if weight_kernel.within() and not self.mixes:
+            linears = deferrable(self.block, self.sites, self.start)
+            folded, online, maps = apply_deferring(self.block, self.sites, self.start, linears)
+            params, ops = self._floats(folded, self._ops(folded, online))
+            return self.block.fake_quant_clipped(params, self.ratios(), maps), ops
         params, ops = self.transformed()
         return self.block.fake_quant_clipped(params, self.ratios()), ops
 

@@ -26,9 +26,11 @@ from lowbit.models.shard import States
 from lowbit.models.stream import PLAIN, Stream
 from lowbit.quant.activations import ActFormat
 from lowbit.quant.format import Format, QParams, QTensor
+from lowbit.quant.integer import integer
 from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.quant.scales import TwoLevel
 from lowbit.quant.scheme import ModuleFormats
+from lowbit.quant.weight_kernel import Diagonals, fake_quant
 
 LEAST_TOKENS = 64  # see docs/experts.md
 
@@ -220,7 +222,10 @@ class Block:
         return torch.stack(peaks).max()
 
     def fake_quant_clipped(
-        self, params: Mapping[str, Tensor], clips: Mapping[str, tuple[Tensor, Tensor]]
+        self,
+        params: Mapping[str, Tensor],
+        clips: Mapping[str, tuple[Tensor, Tensor]],
+        maps: Mapping[str, Diagonals] | None = None,
     ) -> Mapping[str, Tensor]:
         """``params`` with the weights of the linears that have a format rounded to nearest; differentiable.
 
@@ -229,13 +234,18 @@ class Block:
         Args:
             params: parameters by name, in place of the block's.
             clips: clipping ratios by linear, in place of the block's; 1 for others.
+            maps: by linear, diagonals that a kernel folds into its weight, see ``weight_kernel``.
         """
+        maps = maps or {}
         weights = {name: params[f"{name}.weight"] for name in self.quantized_linears()}
         quantized: dict[str, Callable[[], Tensor]] = {}
         for name, weight in weights.items():
             low, high = clips.get(name, (1.0, 1.0))
             format, peak = self.weight_format(name), self.tensor_peak(name, weights)
-            quantized[name] = partial(format.fake_quant_clipped, weight, low, high, peak)
+            if (own := maps.get(name)) is not None:
+                quantized[name] = partial(fake_quant, weight, integer(format, "a kernel with maps"), low, high, own)
+            else:
+                quantized[name] = partial(format.fake_quant_clipped, weight, low, high, peak)
         return self.with_weights(params, quantized)
 
     def quantized_params(self) -> Mapping[str, Tensor]:

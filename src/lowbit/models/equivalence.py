@@ -32,6 +32,7 @@ have a bias (``can_shift``). Across heads this is exact where the rows of the so
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -265,8 +266,14 @@ def _rotations(edge: Edge, a: Tensor, b: Tensor) -> Tensor:
     order += [dim for dim in range(edge.layout.dim) if dim not in order]
     if order == list(range(edge.layout.dim)):
         return rotation
-    places = torch.tensor(order, device=a.device).argsort()
+    places = _places(tuple(order), a.device)
     return rotation[:, places][:, :, places]
+
+
+@cache
+def _places(order: tuple[int, ...], device: torch.device) -> Tensor:
+    """The inverse of an order; kept, since a copy to a device would make the host wait at every step."""
+    return torch.tensor(order, device=device).argsort()
 
 
 def _apply_qk(out: Params, edge: Edge, c: Tensor, inverse: Tensor) -> None:

@@ -1,83 +1,121 @@
-"""Estimates of a run's memory, disk space and time, from shapes and a short measurement.
+"""Estimates of a run's memory, disk space and time, from shapes and a machine's rates; docs/scale.md has the model.
 
-Memory covers embeddings and head, one window of blocks (float weights, a working copy, second moments, those of as
-many experts as one pass collects) and the hidden states; for ``rounding`` and ``tune`` also what they learn, with
-gradients, best values and the optimizer's moments. Time is the floating-point operations of the forward passes over
-the measured matrix-product throughput; searches and factorizations are not counted, so it is a lower bound.
+What is not counted: reading the model and writing the result, searches and factorisations of steps outside
+``step_operations.COUNTED``, and what a device and its host do at the same time.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
-
-from lowbit.distributed.tree import PARTIAL_SUMS
-from lowbit.methods.inputs import HELD
-from lowbit.methods.options import with_options
-from lowbit.methods.rounding import Rounding
 from lowbit.models.skeleton import Skeleton
-from lowbit.pipeline.recipe import Recipe, Step
-from lowbit.runs.plan import Plan, linear_shapes
+from lowbit.pipeline.layer_shapes import LayerShape, layer_shapes
+from lowbit.pipeline.machine import Machine, measured_rates
+from lowbit.pipeline.memory_needs import Needs, needs_of
+from lowbit.pipeline.operations import NOTHING, Tokens, Work, walk
+from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.step_operations import is_counted, step_work
+from lowbit.runs.plan import Plan
 
-LEAF_COPIES = 6  # of a learned parameter: value, best value, gradient, Adam's two moments and step counts
+WALK = "passes between steps, sensitivity"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What time and memory depend on.
+
+    Attributes:
+        shapes: how many layers have each shape.
+        shared: parameters of embeddings, norms and head.
+        vocabulary: rows of the head.
+        disk_bytes: size of the result.
+    """
+
+    shapes: Counter[LayerShape]
+    shared: int
+    vocabulary: int
+    disk_bytes: int
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, plan: Plan) -> Model:
+        """That of a model with a plan, by shapes alone."""
+        shared = sum(p.numel() for n, p in skeleton.model.named_parameters() if n in skeleton.shared_names)
+        vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]
+        return cls(layer_shapes(skeleton, plan), shared, vocabulary, plan.size_bytes + 4 * plan.float_weights)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of calibration text.
+
+    Attributes:
+        samples: their number.
+        length: tokens of each.
+    """
+
+    samples: int
+    length: int
+
+    def on(self, machine: Machine) -> Tokens:
+        """The same with what the machine's ranks and its dtype make of it."""
+        return Tokens(self.samples, self.length, machine.value_bytes, ranks=machine.ranks)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak memory, size of the result on disk, and a lower bound on the time."""
+    """What a run takes.
 
-    memory_bytes: int
+    Attributes:
+        needs: memory of a rank.
+        disk_bytes: size of the result.
+        work: of the busiest rank, by step.
+        seconds: by step; ``None`` where the machine's rates are not known.
+        uncounted: steps of which the passes alone are counted, so that the time is a lower bound.
+    """
+
+    needs: Needs
     disk_bytes: int
-    seconds: float
+    work: Mapping[str, Work]
+    seconds: Mapping[str, float] | None
+    uncounted: tuple[str, ...]
+
+    @property
+    def total_seconds(self) -> float | None:
+        """All of it."""
+        return None if self.seconds is None else sum(self.seconds.values())
 
 
-def estimate(skeleton: Skeleton, plan: Plan, recipe: Recipe, samples: int, length: int) -> Estimate:
-    """Estimate a run over ``samples`` windows of ``length`` tokens on this machine's CPU."""
-    layers = len(skeleton.layers)
-    weights = [rows * columns for rows, columns in linear_shapes(skeleton).values()]
-    block = sum(weights) // layers * recipe.window
-    tokens, hidden = samples * length, skeleton.text_config.hidden_size
-    widest = max(columns for _, columns in linear_shapes(skeleton).values())
-    shared = sum(p.numel() for n, p in skeleton.model.named_parameters() if n in skeleton.shared_names)
-    # x_fp and x_q with their successors; a step that runs a window block by block has four more, one of them shared
-    # with the window.
-    states = (7 if recipe.window > 1 else 4) * tokens * hidden * 4
-    experts = max(
-        (own.count for kind in skeleton.architecture.layers if (own := kind.experts or kind.listed)), default=0
-    )
-    moments = max(2 * widest * widest * 8, PARTIAL_SUMS * min(experts * widest * widest * 4, HELD))
-    activations = 4 * length * widest * 4 * 6
-    memory = 400_000_000 + 2 * shared * 4 + 3 * block * 4 + states + moments + activations
-    if recipe.tune is not None:
-        memory += 4 * recipe.tune.parameter_count(linear_shapes(skeleton).values()) * LEAF_COPIES
-    memory += 4 * block * _rounding_copies(recipe)
-    disk = plan.size_bytes + 4 * plan.float_weights
-    passes = 2 + sum(_passes(step, samples) for _, step in recipe.steps)
-    return Estimate(memory, disk, 2.0 * sum(weights) * tokens * passes / matmul_speed())
+def estimate(model: Model, recipe: Recipe, calibration: Calibration, machine: Machine) -> Estimate:
+    """What a recipe takes of a machine."""
+    data = calibration.on(machine)
+    work = work_of(model, recipe, data)
+    rates = machine.rates
+    seconds = None if rates is None else {name: own.seconds(rates, machine.ranks) for name, own in work.items()}
+    uncounted = tuple(dict.fromkeys(name for name, step in recipe.steps if not is_counted(step)))
+    needs = needs_of(model.shapes, recipe, data, machine, model.shared, model.vocabulary)
+    return Estimate(needs, model.disk_bytes, work, seconds, uncounted)
 
 
-def _passes(step: Step, samples: int) -> float:
-    """A step's forward passes over all windows; its epochs may take a part of them."""
-    if step.schedule is None:
-        return step.passes
-    rest = with_options(step, epochs=0).passes
-    return rest + (step.passes - rest) * step.schedule.per_epoch(samples) / samples
+def work_of(model: Model, recipe: Recipe, data: Tokens) -> dict[str, Work]:
+    """The busiest rank's work over all layers, by step."""
+    out = {WALK: _over(model, lambda shape: walk(shape, data))}
+    for name, step in recipe.steps:
+        out[name] = out.get(name, NOTHING) + _over(model, partial(step_work, step, data=data))
+    return out
 
 
-def _rounding_copies(recipe: Recipe) -> int:
-    """Values for each weight of a window that learned rounding holds."""
-    return max((step.options.copies for _, step in recipe.steps if isinstance(step, Rounding)), default=0)
+def _over(model: Model, of_layer: Callable[[LayerShape], Work]) -> Work:
+    total = NOTHING
+    for shape, layers in model.shapes.items():
+        total += of_layer(shape).times(layers)
+    return total
 
 
-def matmul_speed() -> float:
-    """Floating-point operations a second of a float32 matrix product on this machine; best of three short runs."""
-    a = torch.rand(768, 768)
-    best = 0.0
-    for _ in range(3):
-        began = time.perf_counter()
-        for _ in range(4):
-            a @ a
-        best = max(best, 4 * 2 * 768**3 / (time.perf_counter() - began))
-    return best
+def with_own_rates(machine: Machine, model: Model, calibration: Calibration) -> Machine:
+    """The machine with the rates of this one's CPU, measured with products of the model's width."""
+    rows = calibration.on(machine).batch * calibration.length
+    rates = measured_rates(rows, next(iter(model.shapes)).hidden)
+    return replace(machine, rates=replace(rates, network=machine.network))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lowbit.checkpoints.resolve import load_config, resolve
+from lowbit.checkpoints.resolve import load_config, resolve, resolve_config
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.models.architecture import Architecture
-from lowbit.models.build import empty_model, text_config
+from lowbit.models.build import empty_model
 from lowbit.models.description import described
 from lowbit.models.discovery.known import discovered
 from lowbit.models.families import architecture_of
@@ -18,18 +18,20 @@ from lowbit.models.validate import (
     open_weights,
     report_build_errors,
 )
-from lowbit.pipeline.estimate import estimate
-from lowbit.pipeline.recipe import SAMPLES, default_samples, load_recipe, with_effort
+from lowbit.pipeline.machine import Machine
+from lowbit.pipeline.planned import Planned
+from lowbit.pipeline.recipe import SAMPLES
 from lowbit.pipeline.request import DEFAULTS
 from lowbit.quant.scheme import ModuleFormats
-from lowbit.quant.scheme_files import load_scheme
 from lowbit.runs.carried import carried
 from lowbit.runs.manifest import Manifest, manifest_of, require_trust
 from lowbit.runs.online_cost import online_cost
-from lowbit.runs.plan import check_length, check_sizes, linear_shapes, make_plan
+from lowbit.runs.plan import check_sizes, linear_shapes
 from lowbit.runs.reading import run_formats, run_scheme
 from lowbit.sources.codes import codes_of
 from lowbit.torch_state import own_torch_state
+
+HERE = Machine(None)
 
 
 @own_torch_state
@@ -43,13 +45,28 @@ def inspect_model(
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    effort: str = "normal",
+    config_only: bool = False,
+    machine: Machine = HERE,
 ) -> dict[str, Any]:
     """Facts and estimates as plain data; for a run folder, its manifest's facts instead of estimates.
 
     Without ``samples`` there are as many windows as ``quantize`` takes for the recipe; without a ``length`` they have
     its default, or all positions of a model that has fewer.
+
+    Args:
+        model: the model.
+        scheme, recipe: what is to be estimated.
+        samples, length: of the calibration text.
+        revision, allow_pickle, trust_remote_code: as for ``quantize``.
+        effort: the recipe's training budget.
+        config_only: read the config alone, of a model whose weights need not be there.
+        machine: where it is to run; by default on this machine's CPU, whose rates are measured.
     """
     check_sizes(SAMPLES if samples is None else samples, DEFAULTS["length"] if length is None else length)
+    plan_of = Planned(scheme, recipe, effort, samples, length, machine)
+    if config_only:
+        return _from_config(model, revision, trust_remote_code, plan_of)
     source = resolve(model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     config = load_config(source.folder, trust_remote_code)
     manifest = manifest_of(source.folder)
@@ -62,14 +79,7 @@ def inspect_model(
     architecture = skeleton.architecture
     facts: dict[str, Any] = {
         "model": source.name,
-        "architecture": config.architectures[0],
-        "family": architecture.name,
-        "origin": architecture.origin,
-        "blocks": len(skeleton.layers),
-        "hidden": text_config(config).hidden_size,
-        "tied_embeddings": skeleton.tied,
-        "kinds": described(architecture),
-        **({"experts_in_float": architecture.kept()} if architecture.kept() else {}),
+        **_structure(skeleton),
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.files),
     }
     if architecture.origin == "discovered":
@@ -98,24 +108,31 @@ def inspect_model(
             "relative_error_of_last_block": manifest.blocks[-1].relative_error,
             **({} if manifest.prefix is None else {"prefix": manifest.prefix.sentence()}),
         }
-    chosen, wanted = with_effort(load_recipe(recipe), "normal"), load_scheme(scheme)
-    samples = default_samples(chosen) if samples is None else samples
-    plan = make_plan(skeleton, wanted)
-    if length is None:
-        length = min(
-            DEFAULTS["length"], getattr(text_config(config), "max_position_embeddings", None) or DEFAULTS["length"]
-        )
-    check_length(config, length)
-    needs = estimate(skeleton, plan, chosen, samples, length)
-    return facts | {
-        "parameters": plan.quantized_weights + plan.float_weights,
-        "scheme": wanted.name,
-        "recipe": chosen.name,
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "estimated_memory_bytes": needs.memory_bytes,
-        "estimated_disk_bytes": needs.disk_bytes,
-        "estimated_seconds_at_least": round(needs.seconds, 1),
+    return facts | plan_of.facts(skeleton)
+
+
+def _structure(skeleton: Skeleton) -> dict[str, Any]:
+    """What the config says of the model's layers."""
+    architecture = skeleton.architecture
+    return {
+        "architecture": skeleton.config.architectures[0],
+        "family": architecture.name,
+        "origin": architecture.origin,
+        "blocks": len(skeleton.layers),
+        "hidden": skeleton.text_config.hidden_size,
+        "tied_embeddings": skeleton.tied,
+        "kinds": described(architecture),
+        **({"experts_in_float": architecture.kept()} if architecture.kept() else {}),
     }
+
+
+def _from_config(model: str, revision: str | None, trusted: bool, plan_of: Planned) -> dict[str, Any]:
+    """Facts of a model whose weights are not read."""
+    folder = resolve_config(model, revision=revision, trust_remote_code=trusted)
+    config = load_config(folder, trusted)
+    with report_build_errors(folder):
+        skeleton = Skeleton(config, trusted)
+    return {"model": model, **_structure(skeleton), **plan_of.facts(skeleton)}
 
 
 def _record(config: Any) -> dict[str, Any]:

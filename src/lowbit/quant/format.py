@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.quant import inductor
+from lowbit.quant import inductor, weight_kernel
 from lowbit.quant.elements import Float, Int, Table
 from lowbit.quant.scales import Scales
 
@@ -206,6 +206,11 @@ class Format(ABC):
         return False
 
     @property
+    def has_kernel(self) -> bool:
+        """Whether ``weight_kernel`` quantizes weights in this format."""
+        return False
+
+    @property
     def shares_rows(self) -> bool:
         """Whether several rows share a scale."""
         return False
@@ -242,7 +247,12 @@ class Format(ABC):
     def fake_quant_clipped(
         self, weight: Tensor, low: Factor = 1.0, high: Factor = 1.0, tensor_peak: Tensor | None = None
     ) -> Tensor:
-        """``fake_quant(weight, qparams(weight, ...))``, with the ranges also fused within ``inductor.on()``."""
+        """``fake_quant(weight, qparams(weight, ...))``, with the ranges also fused within ``inductor.on()``.
+
+        Within ``weight_kernel.on()`` integers take one kernel for all of it.
+        """
+        if self.has_kernel and weight_kernel.takes(weight, self.group):
+            return weight_kernel.fake_quant(weight, self, low, high)  # type: ignore[arg-type]
         if not inductor.active(weight):
             return self.fake_quant(weight, self.qparams(weight, low, high, tensor_peak))
         bottom, top = inductor.compiled(_ends, self)(weight)

@@ -19,6 +19,7 @@ from lowbit.quant.elements import Int
 from lowbit.quant.format import Format, QParams, Zero, round_ste
 from lowbit.quant.integer_offsets import rounded_with_offset
 from lowbit.quant.scales import Plain, stored_scale
+from lowbit.quant.weight_kernel import SCALES
 
 MIN_BITS, MAX_BITS = 2, 8
 SEARCHED = (1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # factors on a range that a search tries
@@ -105,6 +106,11 @@ class IntFormat(Format):
     def learns_range(self) -> bool:
         """Gradients reach both ends."""
         return True
+
+    @property
+    def has_kernel(self) -> bool:
+        """With scales in float16 or float32."""
+        return self.scale_dtype in SCALES
 
     def with_bits(self, bits: int) -> IntFormat:
         """The format with another number of bits."""
