@@ -18,7 +18,7 @@ class Counted(TorchDispatchMode):
 
     Attributes:
         products: of matrix products and attention, as torch's own counter counts them.
-        factors: of Cholesky factorisations (a third of the cube) and triangular solves (the cube).
+        factors: of Cholesky factorisations (a third of the cube) and triangular solves (the square by the columns).
         bytes: read and written by operations that are neither and no views.
         calls: number of operations that are no views.
         by_name: bytes by operation.
@@ -44,8 +44,8 @@ class Counted(TorchDispatchMode):
         elif packet in flop_registry:
             self.products += flop_registry[packet](*args, **kwargs, out_val=out)
         elif name in FACTORS:
-            size = max(tensors[0].shape)
-            self.factors += size**3 / 3 if name == FACTORS[0] else float(size**3)
+            size = len(args[0])
+            self.factors += size**3 / 3 if name == FACTORS[0] else float(size**2 * args[1].shape[1])
         else:
             moved = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
             self.bytes += moved

@@ -67,11 +67,12 @@ def evaluate(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity or zero-shot accuracy, block by block; processes that torchrun starts share the windows.
+    """Measure perplexity or zero-shot accuracy, block by block.
 
-    MODEL is a float model or a run folder. With --tasks and --data both are measured. Results are
-    stored in a run folder for its report. A perplexity says how well text of its kind is kept:
-    measure two kinds, one of which the run was not calibrated on, as the default does.
+    Processes that torchrun starts share the windows. MODEL is a float model or a run
+    folder. With --tasks and --data both are measured. Results are stored in a run folder for
+    its report. A perplexity says how well text of its kind is kept: measure two kinds, one of
+    which the run was not calibrated on, as the default does.
     """
     from lowbit.evaluation.evaluate import evaluate as run
 
