@@ -25,7 +25,7 @@ from lowbit.pipeline.estimate import Calibration, Model, estimate
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.pipeline.layer_shapes import layer_shapes
 from lowbit.pipeline.machine import Machine, Rates, rate_in
-from lowbit.pipeline.operations import Tokens, forward
+from lowbit.pipeline.operations import Tokens, Work, forward
 from lowbit.pipeline.recipe import load_recipe, with_effort
 from lowbit.pipeline.smallest_change import Choice, misfits, smallest_change
 from lowbit.pipeline.step_operations import fit_step, step_work
@@ -146,7 +146,24 @@ def test_more_ranks_never_take_longer_and_never_more_memory():
     free = [estimate(model, recipe, calibration, Machine(fast, ranks=n)).total_seconds for n in (1, 2, 3, 4, 8, 16)]
     assert free == sorted(free, reverse=True)
     assert free[1] < free[0]
-    assert {one.needs.of("host") for one in found} == {found[0].needs.of("host")}
+    held = [one.needs.of("host") for one in found]
+    assert held == sorted(held, reverse=True)
+    states = [next(item.size for item in one.needs.items if item.what == "hidden states") for one in found]
+    assert states[1] == states[0] / 2
+
+
+def test_ranks_divide_gptqs_rows_or_experts_but_no_factor_of_a_dense_linear():
+    recipe, data = load_recipe("gptq"), Calibration(16, 64)
+    dense = model_of("llama", hidden_size=256, intermediate_size=1024)
+    mixture = model_of("qwen3-moe", num_experts=16)
+
+    def work(model: Model, ranks: int) -> Work:
+        shape = next(shape for shape in model.shapes if shape.expert_weights or model is dense)
+        return step_work(recipe.steps[0][1], shape, Tokens(data.samples, data.length, ranks=ranks))
+
+    assert work(dense, 2).factors == work(dense, 1).factors
+    assert work(dense, 2).products < 0.6 * work(dense, 1).products
+    assert work(mixture, 4).factors < 0.5 * work(mixture, 1).factors
 
 
 def test_a_learned_step_is_shared_only_in_micro_batches():

@@ -6,6 +6,7 @@ own, hidden states stay on the host, in pinned buffers, whose sizes are powers o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -65,7 +66,7 @@ class Needs:
 def needs_of(
     shapes: Iterable[LayerShape], recipe: Recipe, data: Tokens, machine: Machine, shared: int, vocabulary: int
 ) -> Needs:
-    """What a rank holds, whatever the number of ranks: each has all hidden states.
+    """What the rank that takes the most windows holds; hidden states alone are divided.
 
     Args:
         shapes: of the model's layers.
@@ -78,7 +79,7 @@ def needs_of(
     layers = list(shapes)
     place: Place = "device" if machine.has_device else "host"
     hidden, value = layers[0].hidden, machine.value_bytes
-    stream = data.count * hidden * value
+    stream = math.ceil(data.count * data.share) * hidden * value
     # x_fp and x_q with their successors; a step that runs a window block by block has four more, one of them shared
     # with the window.
     streams = 7 if recipe.window > 1 else 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from lowbit.distributed.share import TILE
 from lowbit.distributed.tree import divided, leaves
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.awq import AWQ
@@ -57,22 +58,32 @@ def _parts(group: Reads) -> int:
 
 
 def _gptq(step: Step, shape: LayerShape, data: Tokens) -> Work:
+    """Ranks divide experts among them, where there are enough, or a weight's rows; a factor of their own each has."""
     assert isinstance(step, GPTQ)
     work = _stages(shape, data) + _grams(shape, data)
     for group in shape.reads:
+        experts = group.count >= data.ranks
+        count = _busiest(group.count, data.ranks) if experts else group.count
         for _, _, rows in group.formats:
-            size = group.width * rows
-            update = (
-                4 * min(step.block_size, group.width) / 128
-            )  # accesses: half a block, read and written, by column
+            own = rows if experts else min(rows, TILE * _busiest(max(1, rows // TILE), data.ranks) + rows % TILE)
+            update = 4 * min(step.block_size, group.width) / 128  # accesses: half a block, by column
             per_weight = FLOAT * (32 * update + COLUMN)
-            calls = COLUMN_CALLS * group.width
-            columns = Work(float(size * group.width), 0.0, per_weight * size, calls)
-            work += columns.times(group.count)
+            products = float(own * group.width**2)
+            columns = Work(products, 0.0, per_weight * group.width * own, COLUMN_CALLS * group.width)
+            work += columns.times(count) + Work(sent=float(rows * group.width * group.count))
         if group.formats:
             factor = Work(0.0, _factor(group.width), FACTOR_BYTES * group.width**2, 30)
-            work += factor.times(group.count)
+            work += factor.times(count)
     return work
+
+
+def _busiest(items: int, ranks: int) -> int:
+    """How many of some items the rank with the most takes.
+
+    >>> _busiest(10, 4), _busiest(3, 4)
+    (3, 1)
+    """
+    return max(map(len, divided(items, ranks)))
 
 
 def _factor(width: int) -> float:
