@@ -175,7 +175,7 @@ def check_theta() -> None:
     """The same candidates, scores and choice as a literal search, edge after edge."""
     block, calib, whole = theta_case()
     for sites, peaks, tokens in (("down", "absolute", "normalized"), ("norms", "relative", "unweighted")):
-        step = Reassemble(sites=sites, peaks=peaks, tokens=tokens, most=MOST, tries=TRIES, sequences=3)
+        step = Reassemble(sites, peaks=peaks, tokens=tokens, most=MOST, tries=TRIES, sequences=3, shrinkage=0.0)
         figures = step(block, calib).record[1]["reassemble"]
         edges = [("input_layernorm", GROUPS[0]), ("post_attention_layernorm", GROUPS[2])]
         layer, chosen = whole, 0
