@@ -1,11 +1,13 @@
 """llama.cpp's own formats in llama.cpp: our files beside those of its quantizer, into ``docs/runtimes-native.md``.
 
     python benchmarks/runtimes_native.py [--recipe awq+gptq] [--calibration FILE] [--evaluation FILE] [--seeds 3]
+    python benchmarks/runtimes_native.py --kept
 
 A small Llama with widths of 256 (``small_llama.py``) in every format, and SmolLM2 in those whose blocks divide 576.
 All matrices of a file have one type, on both sides; embeddings stay float32, so that the linears alone differ. The
 importance matrix has the tokens that our runs calibrate on. Perplexities are llama.cpp's own. Rows are kept in
-``docs/measured/runtimes-native``. Needs ``pip install 'lowbit[llamacpp]'``.
+``docs/measured/runtimes-native``; ``--missing`` leaves those that other sources have measured. ``--kept`` measures
+nothing and writes the page of the formats that have all rows. Needs ``pip install 'lowbit[llamacpp]'``.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from lowbit.exporters.gguf_native import NATIVE
 from lowbit.exporters.llamacpp import open_session, source_distance
 from lowbit.exporters.run import Run, open_run
 from lowbit.exporters.target import Options
-from rows import ROOT, digest, kept, text_identity
+from rows import ROOT, digest, found, kept, text_identity
 from runtimes import float_run, importance, processor, quantize_there, scorer, types
 from runtimes_page import native
 from small_llama import small_llama
@@ -101,9 +103,12 @@ def rows_of(model: str, source: Path, chosen: argparse.Namespace) -> dict[str, A
     key = (model, weights, text_identity(chosen.calibration), text_identity(chosen.evaluation), chosen.tokens)
 
     def row(what: object, measure: Any) -> dict[str, Any]:
-        found = kept(MEASURED, (key, what), measure, fresh=False)
-        print(model, what, {name: round(value, 3) for name, value in found.items()}, flush=True)
-        return found
+        earlier = found(MEASURED, (key, what), any_code=True) if chosen.missing or chosen.kept else None
+        if earlier is not None or chosen.kept:
+            return earlier or {}
+        made = kept(MEASURED, (key, what), measure, fresh=False)
+        print(model, what, {name: round(value, 3) for name, value in made.items()}, flush=True)
+        return made
 
     out: dict[str, Any] = {
         "float": row("float", lambda: {"perplexity": turns.simulated(plain, ids, None)}),
@@ -127,7 +132,8 @@ def rows_of(model: str, source: Path, chosen: argparse.Namespace) -> dict[str, A
             ],
             "plain": row((format, "plain"), lambda format=format: theirs(plain, format, None, ids)),
         }
-    return out
+    whole = {name: own for name, own in out["formats"].items() if all((*own["ours"], *own["imatrix"], own["plain"]))}
+    return {**out, "formats": whole}
 
 
 def main() -> None:
@@ -138,19 +144,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", action="append", choices=[*MODELS], help="only this one")
+    parser.add_argument("--missing", action="store_true", help="leave rows of other sources as they are")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: the page from the rows that are there")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "runtimes-native.md")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     sources = {"small Llama": small_llama, "SmolLM2": lambda: resolve("demo").folder}
-    found: dict[str, Any] = {
+    page: dict[str, Any] = {
         "recipe": chosen.recipe,
         "calibration": f"{SAMPLES} x {LENGTH} tokens of {Path(chosen.calibration).name}, {chosen.seeds} seeds",
         "evaluation": f"{chosen.tokens} tokens of {Path(chosen.evaluation).name} in windows of {WINDOW}",
         "runtime": f"llama-cpp-python {version('llama-cpp-python')}; {processor()}",
         "models": {model: rows_of(model, sources[model](), chosen) for model in chosen.model or MODELS},
     }
-    chosen.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    chosen.out.write_text(native(found))
+    chosen.out.with_suffix(".json").write_text(json.dumps(page, indent=1) + "\n")
+    chosen.out.write_text(native(page))
     print(f"wrote {chosen.out}")
 
 
