@@ -231,7 +231,7 @@ def test_a_run_with_every_kind_computes_the_same_and_a_wrong_byte_is_named(every
     (found,) = lowbit.verify(every_kind, [made])
     assert found.ok
     assert found.logits is not None
-    assert found.logits < 2e-5  # a tenth of the way to what is explained, whatever the machine's products
+    assert found.logits < 2e-5  # 6e-6 was measured, the noise of float32 products; 1e-4 counts as explained
     assert found.tensors == found.exact
     model = onnx.load(made / "model.onnx", load_external_data=False)
     for stored, named in {
