@@ -2,10 +2,10 @@
 
     python benchmarks/fit_validation.py [--model demo] [--size 90MB] [--out build/fit-validation]
 
-Three questions, on windows that neither gradients nor probes have seen: the rank correlation over single changes, one
-module in one format each; the same over random assignments of one size; and how the chosen assignment of that size
-compares with them. Weights are rounded to nearest with searched scales, inputs are float. What is measured is kept in
-``--out``, so that an interrupted command goes on.
+Four questions, on windows that neither gradients nor probes have seen: the rank correlation over single changes, one
+module in one format each; the same over random assignments of random sizes, and over random assignments of one size;
+and how the chosen assignment of that size and uniform formats compare with them. Weights are rounded to nearest with
+searched scales, inputs are float. What is measured is kept in ``--out``, so that an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -76,6 +76,25 @@ def drawn(footprint: Footprint, pairs: Sequence[Sequence[int]], room: int, draw:
     return picks
 
 
+def sizes_of(footprint: Footprint, pairs: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The smallest and the largest file of assignments from ``pairs``, in bytes."""
+    sizes = [[c.options[at].size for at in pair] for c, pair in zip(footprint.choices, pairs, strict=True)]
+    return footprint.fixed + sum(map(min, sizes)), footprint.fixed + sum(map(max, sizes))
+
+
+def uniform(footprint: Footprint, room: int) -> dict[str, Formats]:
+    """The assignments of at most ``room`` bytes that have one format wherever there is a choice, by its text."""
+    texts = [
+        {override_text(o.format): (at, o.size) for at, o in enumerate(choice.options) if o.format is not None}
+        for choice in footprint.choices
+    ]
+    out: dict[str, Formats] = {}
+    for text in [text for text in texts[0] if all(text in own for own in texts)]:
+        if footprint.fixed + sum(own[text][1] for own in texts) <= room:
+            out[text] = formats_of(footprint.choices, [own[text][0] for own in texts])
+    return out
+
+
 def table_of(out: Path, model: StreamedModel, footprint: Footprint, ids: Any, key: dict[str, Any]) -> Any:
     """The table of losses, from the folder if it is there."""
     if (found := saved(out, key)) is not None:
@@ -140,11 +159,27 @@ def main() -> None:
         pairs = zip(footprint.choices, own, strict=True)
         return sum(losses.of(choice, choice.options[at].format, blocks_at) for choice, at in pairs)
 
-    sums = [expected(own) for own in picks]
+    smallest, largest = sizes_of(footprint, pairs)
+    rooms = [random.Random(seed).randint(smallest, largest) for seed in range(RANDOM)]
+    sized = [drawn(footprint, pairs, own, random.Random(seed)) for seed, own in enumerate(rooms)]
+    if "sized" not in measured:
+        measured["sized"] = divergences(model, [formats_of(footprint.choices, own) for own in sized], columns, held)
+        write_json(kept, measured)
+    if "uniform" not in measured:
+        uniforms = uniform(footprint, room)
+        found = divergences(model, list(uniforms.values()), columns, held)
+        measured["uniform"] = dict(zip(uniforms, found, strict=True))
+        write_json(kept, measured)
+    sums, of_sizes = [expected(own) for own in picks], [expected(own) for own in sized]
     print(f"single changes: rank correlation {spearman([e for *_, e in ones], measured['singles']):.3f}")
-    print(f"random assignments: rank correlation {spearman(sums, measured['random']):.3f}")
+    print(f"random assignments of random sizes: rank correlation {spearman(of_sizes, measured['sized']):.3f}")
+    print(f"random assignments of {given.size}: rank correlation {spearman(sums, measured['random']):.3f}")
     print("| | expected | measured |\n|---|---:|---:|")
     print(f"| chosen | {chosen.expected:.4f} | {measured['chosen']:.4f} |")
+    for text, found in measured["uniform"].items():
+        print(f"| all in {text} | | {found:.4f} |")
+    for own, one, found in sorted(zip(rooms, of_sizes, measured["sized"], strict=True)):
+        print(f"| {own:,} bytes | {one:.4f} | {found:.4f} |")
     for seed, (one, found) in enumerate(zip(sums, measured["random"], strict=True)):
         print(f"| random {seed} | {one:.4f} | {found:.4f} |")
     for (choice, format, one), found in zip(ones, measured["singles"], strict=True):

@@ -28,7 +28,7 @@ from typing import Any
 QUIET = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072"}
 WORK = """
 import json, sys
-from lowbit.pipeline.runner import peak_memory_bytes
+from lowbit.pipeline.peak_memory import peak_memory_bytes
 import lowbit
 before = peak_memory_bytes()
 folder, out, recipe, scheme = sys.argv[1:]
@@ -42,7 +42,7 @@ print(json.dumps({"before": before, "peak": peak_memory_bytes(), "perplexity": l
 WORK_OF_RANK = """
 import json, os, sys
 from pathlib import Path
-from lowbit.pipeline.runner import peak_memory_bytes
+from lowbit.pipeline.peak_memory import peak_memory_bytes
 import lowbit
 before = peak_memory_bytes()
 folder, out, recipe, scheme, samples, length, said = sys.argv[1:]

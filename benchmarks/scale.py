@@ -83,7 +83,7 @@ BEGIN, END = "<!-- plan: made by benchmarks/scale.py --plan -->\n", "<!-- /plan 
 WORK = """
 import json, sys, time
 import lowbit
-from lowbit.pipeline.runner import peak_memory_bytes
+from lowbit.pipeline.peak_memory import peak_memory_bytes
 model, out, recipe, scheme, samples, length, *settings = sys.argv[1:]
 import lowbit.pipeline.quantize
 began = time.process_time()

@@ -23,9 +23,9 @@ from lowbit.models.block import Calib
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.runtime_ops import Clip
 from lowbit.pipeline import end_to_end as module
+from lowbit.pipeline.block_writing import shared_exponent_of
 from lowbit.pipeline.end_to_end import Tuning
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict
-from lowbit.pipeline.runner import shared_exponent_of
 from lowbit.quant.format import QParams
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scheme import ModelFormats

@@ -15,7 +15,7 @@ import lowbit
 from loads import ROWS
 from lowbit.checkpoints.resolve import load_config
 from lowbit.models.skeleton import Skeleton
-from lowbit.pipeline import runner
+from lowbit.pipeline import block_writing
 from lowbit.quant.scheme_files import scheme_from_dict
 from lowbit.quant.scheme_names import NAMED
 from lowbit.runs.plan import make_plan
@@ -159,7 +159,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("run", [RUNS[0], MIXED[2]], ids=shown)
 def test_a_run_that_is_killed_between_its_shards_ends_with_the_same_bytes(run, model, made, tmp_path, monkeypatch):
     folder, _ = made(*run)
-    real = runner.write_tensors
+    real = block_writing.write_tensors
 
     def write(path, tensors):
         if path.name == "block-00000.safetensors":
@@ -167,7 +167,7 @@ def test_a_run_that_is_killed_between_its_shards_ends_with_the_same_bytes(run, m
         real(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "write_tensors", write)
+        patch.setattr(block_writing, "write_tensors", write)
         with pytest.raises(Killed):
             start(model, tmp_path / "out", *run)
     assert (tmp_path / "out" / "model-rest.safetensors").exists()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 
 import lowbit
+from interpreted import DEVICE, needs_triton
 from lowbit.errors import LowbitError
 from lowbit.methods import RTN
 from lowbit.methods.reassemble import Reassemble
@@ -19,9 +17,6 @@ from lowbit.pipeline.recipe import Recipe
 from lowbit.quant.activations import IntTokens
 from runs import quantize_tiny, streamed_logits
 from tiny import save_tiny, tiny_ids, tiny_model
-
-CUDA = torch.cuda.is_available()
-TRITON = importlib.util.find_spec("triton") is not None and (CUDA or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def gather(width: int, merging: bool) -> Gather:
@@ -76,18 +71,13 @@ def test_load_restores_it(name, fused, tmp_path):
     assert float((got - simulated).abs().max() / simulated.abs().max()) < 1e-5
 
 
-needs_triton = pytest.mark.skipif(
-    not TRITON, reason="needs triton (pip install triton) and a GPU, or TRITON_INTERPRET=1 from the start"
-)
-
-
 @needs_triton
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("width", [64, 96])
 def test_the_kernel_gives_the_plain_forms_numbers(width, bits):
     from lowbit.models.gathered_norm_triton import norm_gather_quantize
 
-    device = "cuda" if CUDA else "cpu"
+    device = DEVICE
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(1 + 0.3 * torch.randn(width, generator=generator))
     norm = GatheredRMSNorm(weight, 1e-5, 0.0, gather(width, merging=False)).to(device)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
 import lowbit
+from interpreted import DEVICE, needs_triton
 from lowbit.errors import LowbitError
 from lowbit.models import fused_kernels
 from lowbit.models.fixed_hadamard import FixedHadamard
@@ -23,13 +22,6 @@ from lowbit.quant.integer import IntFormat
 from lowbit.quant.runtimes import RuntimeInput
 from runs import quantize_tiny
 from tiny import save_tiny, tiny_ids
-
-CUDA = torch.cuda.is_available()
-TRITON = importlib.util.find_spec("triton") is not None and (CUDA or os.environ.get("TRITON_INTERPRET") == "1")
-DEVICE = "cuda" if CUDA else "cpu"
-needs_triton = pytest.mark.skipif(
-    not TRITON, reason="needs triton (pip install triton) and a GPU, or TRITON_INTERPRET=1 from the start"
-)
 
 MIXES: dict[str, Hadamard | FixedHadamard] = {
     "64": Hadamard(random_flips(1, 64, 0)),

@@ -16,7 +16,7 @@ from lowbit.checkpoints.pypi import SMOLLM2, cache_dir
 from lowbit.checkpoints.resolve import resolve
 from lowbit.errors import LowbitError
 from lowbit.paths import user_path
-from lowbit.pipeline.runner import peak_memory_bytes
+from lowbit.pipeline.peak_memory import peak_memory_bytes
 from tiny import save_tiny
 
 ROOT = Path(lowbit.__file__).parent

@@ -23,7 +23,7 @@ from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.options import with_options
 from lowbit.models.block import Block, Calib
 from lowbit.models.forward import observe, run_all
-from lowbit.pipeline import runner
+from lowbit.pipeline import block_writing
 from lowbit.pipeline.recipe import Recipe, recipe_from_dict
 from lowbit.quant.range_estimators import RangeEstimator
 from lowbit.quant.scheme_names import parse_scheme
@@ -175,7 +175,7 @@ class Killed(BaseException):
 def test_a_run_that_is_killed_between_its_shards_ends_with_the_same_bytes(
     model: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runner.write_tensors
+    real = block_writing.write_tensors
 
     def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         if path.name == "block-00001.safetensors":
@@ -183,7 +183,7 @@ def test_a_run_that_is_killed_between_its_shards_ends_with_the_same_bytes(
         real(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "write_tensors", write)
+        patch.setattr(block_writing, "write_tensors", write)
         with pytest.raises(Killed):
             quantize_tiny(model, tmp_path / "out", "w8a8-static", "gptq")
     quantize_tiny(model, tmp_path / "out", "w8a8-static", "gptq")

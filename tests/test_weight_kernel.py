@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from interpreted import DEVICE, INSTALLED, needs_triton
 from lowbit.errors import LowbitError
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affinequant import AffineQuant
@@ -27,13 +28,6 @@ from lowbit.quant.scheme_files import load_scheme
 from lowbit.quant.weight_kernel import Diagonals, fake_quant, naive
 from lowbit.runs.plan import make_plan
 from tiny import tiny_ids, tiny_model
-
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-TRITON = importlib.util.find_spec("triton") is not None and (CUDA or os.environ.get("TRITON_INTERPRET") == "1")
-needs_triton = pytest.mark.skipif(
-    not TRITON, reason="needs triton (pip install triton) and a GPU, or TRITON_INTERPRET=1 from the start"
-)
 
 KINDS = [
     (group, symmetric, dtype)
@@ -228,7 +222,7 @@ def test_a_learned_step_has_the_same_weights_and_gradients(name, scheme, options
 
 
 @pytest.mark.heavy
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (pip install triton)")
+@pytest.mark.skipif(not INSTALLED, reason="needs triton (pip install triton)")
 def test_kernels_compile_for_a_gpu_without_fused_or_approximate_arithmetic():
     """The interpreter takes programs that the compiler does not, and says nothing of how a GPU divides."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -57,7 +57,7 @@ def test_attention_that_the_program_lacks_is_refused(refusal_of: Callable[..., s
 @pytest.mark.parametrize(
     ("bits", "symmetric", "size", "kind"),
     [
-        (2, False, 64, "qbint4"), (3, False, 32, "qbint4"), (4, True, 32, "qbint4"), (4, True, None, "qcint4"),
+        (2, False, 64, "qbint4"), (3, False, 32, "qbint4"), (4, True, 32, "qbint4"), (4, True, None, "qbint4"),
         (4, False, None, "qcint8"), (6, True, None, "qcint8"), (7, False, None, "qcint8"), (8, True, None, "qcint8"),
     ],
 )  # fmt: skip
@@ -77,11 +77,12 @@ def test_stores_hold_codes_and_qparams(bits: int, symmetric: bool, size: int | N
     assert torch.equal(unpack(data, raw, kind, (6, 128)), q.dequantize())
 
 
-def test_scales_of_groups_are_rounded_and_no_others() -> None:
+def test_scales_of_int4_are_rounded_and_no_others() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     for format, moves in (
         (IntFormat(4, 32), True),
-        (IntFormat(4), False),
+        (IntFormat(4), True),
+        (IntFormat(8), False),
         (IntFormat(4, 32, True, torch.bfloat16), False),
     ):
         q = format.quantize(weight, format.qparams(weight))
@@ -216,6 +217,7 @@ def test_a_cut_file_and_another_tokenizer_are_seen(program: tuple[Path, Path], t
         ("qwen2", {}),
         ("qwen3", {"model.embed_tokens": "w8", "lm_head": "w8", "*.down_proj": "w6"}),
         ("phi3", {}),
+        ("llama", {"model.embed_tokens": "w4g32", "lm_head": "w4", "*.down_proj": "w3"}),
     ],
 )
 def test_other_families_with_float16_scales(tmp_path: Path, family: str, overrides: dict[str, str]) -> None:

@@ -28,8 +28,8 @@ from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.equivalence import move, op_between
 from lowbit.models.forward import relative_error, run_all, run_quantized
+from lowbit.pipeline.block_writing import shared_exponent_of
 from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.runner import shared_exponent_of
 from lowbit.quant.static_activations import StaticActs
 
 # Float32: two products of a few dozen terms, rescaled by factors within a few powers of ten.

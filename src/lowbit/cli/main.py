@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -350,5 +351,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would precede our one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its sockets show their stack beside our one line
+    # Where torchao is installed, transformers imports it: it tells of builds for GPUs that are absent.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     world = launched()
     sys.exit(call(sys.argv[1:]) if world.size == 1 else in_job(world, lambda: call(sys.argv[1:])))

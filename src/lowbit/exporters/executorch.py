@@ -2,7 +2,7 @@
 
 The export is a folder: ``model.pte``, a program with a KV cache, and the tokenizer's files. XNNPACK quantizes the
 linears' inputs to int8 per token on the fly, with a zero point, as schemes such as ``w4a8g32-sym-asym`` state, and
-where a scheme leaves inputs in float too. It stores the scales of 4-bit groups as bfloat16: a run with
+where a scheme leaves inputs in float too. It stores the scales of 4-bit weights as bfloat16: a run with
 ``--target executorch`` has such scales and is stored exactly; in any other run the codes are exact and each scale
 changes by at most one part in 256, which the export reports and ``expect`` accounts for.
 
@@ -34,6 +34,7 @@ from lowbit.exporters.target import Executed, Exporter, Options, value_of
 from lowbit.exporters.xnnpack import stored, why_not
 from lowbit.models.families import architecture_of
 from lowbit.quant.activations import IntTokens
+from lowbit.quant.format import QTensor
 
 PROGRAM, CONTEXT = "model.pte", 2048
 MODELS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -125,7 +126,7 @@ def _warnings(run: Run) -> list[str]:
     worst, count = 0.0, 0
     for module in run.quantized:
         q = run.qtensor(module)
-        change = (stored(q).qparams.scale - q.qparams.scale).abs() / q.qparams.scale
+        change = (_stored(run, module).qparams.scale - q.qparams.scale).abs() / q.qparams.scale
         count += bool(change.any())
         worst = max(worst, float(change.max()))
     if not count:
@@ -136,13 +137,19 @@ def _warnings(run: Run) -> list[str]:
     ]
 
 
+def _stored(run: Run, module: str) -> QTensor:
+    """A weight as the file holds it; the embedding's scales stay as they are."""
+    q = run.qtensor(module)
+    return q if module == architecture_of(run.subject.config).embed else stored(q)
+
+
 def expect(run: Run, name: str) -> Tensor:
     """The value that the file must hold for a parameter: the run's, with scales as XNNPACK stores them."""
     module = name.removesuffix(".weight")
     if name == ROTARY:
         return frequencies(run)
     if module in run.subject.weights and name.endswith(".weight"):
-        return stored(run.qtensor(module)).dequantize()
+        return _stored(run, module).dequantize()
     return value_of(run, name)
 
 

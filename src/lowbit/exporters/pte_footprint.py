@@ -23,15 +23,15 @@ GRAPH = (64 * 1024, 24 * 1024)
 
 
 def weight_size(format: IntFormat, shape: tuple[int, int]) -> int:
-    """Bytes of a linear's weight ``(out, in)``: scales of groups are bfloat16, those of rows float32.
+    """Bytes of a linear's weight ``(out, in)``: scales of int4 are bfloat16, those of int8 float32.
 
     >>> weight_size(IntFormat(4, 32), (2, 64)), weight_size(IntFormat(4), (2, 64)), weight_size(IntFormat(8), (2, 64))
-    (72, 72, 136)
+    (72, 68, 136)
     """
     rows, columns = shape
     codes = -(-columns * stored_bits(format) // 8)
-    scales = FLOAT if format.group is None else columns // format.group * BFLOAT16
-    return rows * (codes + scales)
+    scale = BFLOAT16 if stored_bits(format) == 4 else FLOAT
+    return rows * (codes + columns // (format.group or columns) * scale)
 
 
 def embedding_size(format: IntFormat, shape: tuple[int, int]) -> int:

@@ -24,8 +24,9 @@ from lowbit.checkpoints.lock import Locked, hold, holder
 from lowbit.errors import LowbitError
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
+from lowbit.pipeline.hidden_states import embed_tokens
 from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.runner import Walk, embed_tokens
+from lowbit.pipeline.runner import Walk
 from lowbit.progress import say
 from lowbit.runs.folder import CLAIMS, InUse, State, block_file, claimed, join_folder
 from lowbit.runs.manifest import MANIFEST, Identity

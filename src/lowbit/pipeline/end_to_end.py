@@ -42,7 +42,8 @@ from lowbit.models.block import Block, Note
 from lowbit.models.forward import run, run_all
 from lowbit.models.offload import Rows
 from lowbit.models.shard import States
-from lowbit.pipeline.runner import Walk, embedded
+from lowbit.pipeline.hidden_states import embedded
+from lowbit.pipeline.runner import Walk
 from lowbit.pipeline.shared_run import check_same_bits, exist, see
 from lowbit.progress import say
 from lowbit.quant.elements import given

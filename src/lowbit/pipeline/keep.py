@@ -20,10 +20,11 @@ from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.errors import LowbitError
 from lowbit.models.validate import check_finite, shapes_of
+from lowbit.pipeline.disk_space import check_space
 from lowbit.pipeline.finalize import finish, finished
 from lowbit.pipeline.opened import Opened, open_model
+from lowbit.pipeline.peak_memory import peak_memory_bytes
 from lowbit.pipeline.request import model_name
-from lowbit.pipeline.runner import check_space, peak_memory_bytes
 from lowbit.progress import say, track
 from lowbit.quant.format import Format, QTensor
 from lowbit.quant.scheme import Scheme

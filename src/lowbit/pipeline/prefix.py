@@ -28,7 +28,8 @@ from lowbit.models.equivalence import move
 from lowbit.models.forward import relative_error, run_all
 from lowbit.models.prefix import KEYS, VALUES, Prefix, cached_of
 from lowbit.models.skeleton import Skeleton
-from lowbit.pipeline.runner import Walk, embed_tokens
+from lowbit.pipeline.hidden_states import embed_tokens
+from lowbit.pipeline.runner import Walk
 from lowbit.pipeline.shared_run import exist, see
 from lowbit.progress import say, track
 from lowbit.runs.folder import RUN

@@ -7,7 +7,6 @@ written. Invalid requests are refused before any work starts.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -16,55 +15,43 @@ from typing import Any
 
 import torch
 
-from lowbit.checkpoints.identity import companions_digest
-from lowbit.checkpoints.pypi import sha256_of
-from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
-from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
-from lowbit.data.sampling import self_sample
-from lowbit.data.text import Data, calibration
-from lowbit.data.tokenization import decode
-from lowbit.data.windows import Bos, Tokens, WindowShape
+from lowbit.checkpoints.resolve import resolve
+from lowbit.data.text import Data
+from lowbit.data.windows import Bos
 from lowbit.distributed.exchange import by_first, first_then_others, from_first, wait
 from lowbit.distributed.job import joined
 from lowbit.distributed.world import ONE, here, within
 from lowbit.errors import LowbitError, canonical
-from lowbit.exporters.imatrix import read_imatrix
 from lowbit.models.block import LEAST_TOKENS
 from lowbit.models.device import DTYPES
-from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
-    check_computes,
     check_finite,
-    check_ids,
-    shapes_of,
 )
 from lowbit.paths import user_path
 from lowbit.pipeline.claim import check_claimable, claim_blocks, claimed_in_turn, join
 from lowbit.pipeline.defaults import default_of, sentence, weights_of
+from lowbit.pipeline.disk_space import check_space, size_on_disk
 from lowbit.pipeline.end_to_end import tune
 from lowbit.pipeline.finalize import finish, finished
 from lowbit.pipeline.keep import Keep
 from lowbit.pipeline.keep import keep as keep_codes
-from lowbit.pipeline.opened import Opened, open_model
-from lowbit.pipeline.prefix import Wanted, check_prefix, settle_prefix, wanted
-from lowbit.pipeline.recipe import Recipe, recipe_to_dict
+from lowbit.pipeline.opened import open_model
+from lowbit.pipeline.peak_memory import peak_memory_bytes
+from lowbit.pipeline.prefix import settle_prefix
+from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.request import Request, make_request
-from lowbit.pipeline.runner import Walk, check_space, peak_memory_bytes
+from lowbit.pipeline.resolved import Resolved, check
+from lowbit.pipeline.runner import Walk
 from lowbit.pipeline.shared_run import claimed_by_first, see
-from lowbit.pipeline.target import settle
 from lowbit.progress import say
 from lowbit.quant.inductor import on as fused
 from lowbit.quant.range_estimators import MSE
 from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import Scheme
-from lowbit.quant.scheme_files import scheme_to_dict
 from lowbit.runs.activation_stats import write_activation_stats
 from lowbit.runs.agreement import check_alone_or_shared, check_same_work
 from lowbit.runs.folder import IDENTITY, RUN, begin, flatten, look, refuse_in_use
-from lowbit.runs.load import load
-from lowbit.runs.manifest import MANIFEST, Calibration, Identity, Manifest, manifest_of
-from lowbit.runs.plan import Plan, check_length, linear_shapes, make_plan
-from lowbit.runs.versions import versions
+from lowbit.runs.manifest import MANIFEST, Manifest, manifest_of
 from lowbit.torch_state import own_torch_state
 
 DEFAULT_RECIPE = "gptq"
@@ -226,7 +213,7 @@ def quantize(
         by_first(lambda: refuse_in_use(out))
     first_then_others(lambda: _fetched(request))
     with within(ONE):
-        resolved = _check(request)
+        resolved = check(request)
     if default is not None:
         say(sentence(str(target), resolved.scheme.name, default))
     return _quantized(_run(resolved, out, claim), out, began)
@@ -258,112 +245,10 @@ def _refuse_beside_keep(given: Mapping[str, Any], defaulted: Mapping[str, Any]) 
         )
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A request that passed every check, with everything the run needs.
-
-    Attributes:
-        request: the checked arguments.
-        opened: the model.
-        scheme: the scheme, adapted to the target runtime.
-        plan: formats and layout of every module.
-        shapes: shapes of the checkpoint's tensors, by name.
-        tokens: calibration tokens.
-        special: the special tokens in front of each calibration window, as text.
-        prefix: the prefix that is wanted; ``None``: none.
-        importance: of the columns in searches of scales, by full name of a linear.
-    """
-
-    request: Request
-    opened: Opened
-    scheme: Scheme
-    plan: Plan
-    shapes: Mapping[str, torch.Size]
-    tokens: Tokens
-    special: str
-    prefix: Wanted | None
-    importance: Mapping[str, torch.Tensor]
-
-    def identity(self) -> Identity:
-        """What distinguishes this run from others: independent of the machine."""
-        request, tokens = self.request, self.tokens
-        return Identity(
-            model=request.model_name,
-            fingerprint=self.opened.source.identity,
-            recipe=recipe_to_dict(request.recipe),
-            recipe_name=request.recipe.name,
-            scheme=scheme_to_dict(self.scheme),
-            data=_recorded(tokens, self.special),
-            seed=request.seed,
-            device=request.device,
-            dtype=request.dtype,
-            versions=versions(),
-            compiled=request.compiled,
-            input_range=None if request.input_range is None else request.input_range.name,
-            expert_tokens=request.expert_tokens,
-            all_experts=request.all_experts,
-            imatrix=None if request.imatrix is None else sha256_of(request.imatrix),
-            source_files=companions_digest(self.opened.source.folder),
-            prefix=request.prefix,
-        )
-
-
 def _fetched(request: Request) -> str:
     """The digest of the model, which is downloaded, converted or read for it where that has not been done."""
     pickle, code = request.allow_pickle, request.trust_remote_code
     return resolve(request.model, revision=request.revision, allow_pickle=pickle, trust_remote_code=code).identity
-
-
-def _recorded(tokens: Tokens, special: str) -> Calibration:
-    """Calibration tokens as the manifest records them."""
-    (samples, length), kinds = tokens.ids.shape, dict(Counter(tokens.kinds))
-    return Calibration(tokens.corpus, samples, length, tokens.bos, special, tokens.hash, kinds, tokens.held_out)
-
-
-def _check(request: Request) -> Resolved:
-    """Open the model and the calibration text, and check that model, scheme and text are compatible."""
-    trusted = request.trust_remote_code
-    opened = open_model(request.model, request.revision, request.allow_pickle, trusted)
-    source, skeleton = opened.source, opened.skeleton
-    own = next((k.experts_of_own_code for k in skeleton.architecture.layers if k.experts_of_own_code), None)
-    if request.all_experts and own is not None:
-        raise LowbitError(
-            f"--all-experts given, and the experts of {own} are run by code of the model's own, with the tokens that "
-            "reach them: leave it out; --expert-tokens sets when one goes without data"
-        )
-    scheme = _scheme(request, skeleton)
-    plan = make_plan(skeleton, scheme)
-    check_length(opened.config, request.length)
-    shapes = shapes_of(skeleton)
-    tokenizer = load_tokenizer(source.folder, trusted)
-    tokens = _calibration(request, source, tokenizer)
-    check_ids(tokens.ids, skeleton, source.folder)
-    prefix = wanted(request.prefix, tokenizer, tokens.prefix)
-    if prefix is not None:
-        check_prefix(prefix, skeleton, request.length)
-    _check_computes(opened.checkpoint, probe := skeleton.empty())
-    if probe.reads_text and plan.embed in plan.formats.modules:
-        raise LowbitError(
-            f"a format for {plan.embed} given: the layers of this model read more than their input of it; leave the "
-            "embedding out of the overrides"
-        )
-    special = decode(tokenizer, tokens.prefix)
-    importance: Mapping[str, torch.Tensor] = {}
-    if request.imatrix is not None:
-        widths = {name: columns for name, (_, columns) in linear_shapes(skeleton).items()}
-        importance = read_imatrix(request.imatrix, opened.config, widths)
-    return Resolved(request, opened, scheme, plan, shapes, tokens, special, prefix, importance)
-
-
-def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
-    """``check_computes`` before any work; ``skeleton``, which is filled for it, is not the one that the run keeps."""
-    blocks = skeleton.architecture.blocks
-    skeleton.fill(checkpoint.read(skeleton.shared_names, torch.float32))
-    check_computes(
-        skeleton,
-        lambda: skeleton.block(0, block_params(checkpoint, blocks, 0, skeleton.parameter_shapes(0))),
-        checkpoint.folder,
-    )
 
 
 def _run(resolved: Resolved, out: Path, claim: bool) -> Manifest:
@@ -376,7 +261,7 @@ def _run(resolved: Resolved, out: Path, claim: bool) -> Manifest:
     if from_first(lambda: look(out, identity)) == "finished":
         return finished(out)
     if claim:
-        check_space(out, _size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes)
+        check_space(out, size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes)
         if join(out, identity, lambda: check_finite(checkpoint, resolved.shapes)) == "finished":
             return finished(out)
         torch.manual_seed(request.seed)
@@ -387,7 +272,7 @@ def _run(resolved: Resolved, out: Path, claim: bool) -> Manifest:
             return finished(out)
         if state == "new":
             by_first(lambda: check_finite(checkpoint, resolved.shapes))
-        needed = _size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes
+        needed = size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes
         by_first(lambda: check_space(out, needed))
         by_first(lambda: begin(out, identity))
         see(out / RUN / IDENTITY)
@@ -424,41 +309,6 @@ def _walk(resolved: Resolved, out: Path) -> Walk:
         importance=resolved.importance,
         names=opened.names,
     )
-
-
-def _scheme(request: Request, skeleton: Skeleton) -> Scheme:
-    """The scheme of the request, adapted to its target runtime if there is one."""
-    if request.target is not None:
-        return settle(request.target, request.scheme, request.overrides, request.recipe, skeleton)
-    assert request.scheme is not None  # omitted only with a target runtime
-    return request.scheme
-
-
-def _calibration(request: Request, source: Source, tokenizer: Any) -> Tokens:
-    def sampler(n: int, shape: WindowShape, draw: int) -> torch.Tensor:
-        say(f"sampling {n} x {shape.length} tokens from the model itself")
-        whole = load(source.folder, device=request.device, trust_remote_code=request.trust_remote_code)
-        # Without a BOS each window starts with a random token, so that samples spread over what the model has seen.
-        return self_sample(whole, tokenizer, n, shape.length, draw, start=shape.prefix)
-
-    return calibration(
-        request.data,
-        tokenizer,
-        request.samples,
-        request.length,
-        request.seed,
-        bos=request.bos,
-        sampler=sampler,
-    )
-
-
-def _size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:
-    """Upper bound in bytes: codes as stored, the float part at 32 bits, and temporary files of the run."""
-    result = plan.size_bytes + 4 * plan.float_weights
-    if recipe.tune is None:
-        return result
-    state = 4 * 8 * recipe.tune.parameter_count(linear_shapes(skeleton).values())  # as ``FitState.save`` writes it
-    return 2 * (result + plan.quantized_weights) + state
 
 
 def _warnings(manifest: Manifest) -> list[str]:

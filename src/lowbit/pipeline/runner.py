@@ -12,8 +12,6 @@ results, and the first one writes.
 from __future__ import annotations
 
 import math
-import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,9 +25,8 @@ from torch import Tensor
 from lowbit.analysis.linear_error import layer_sensitivity
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
-from lowbit.checkpoints.writing import write_json, write_tensors
-from lowbit.distributed.exchange import by_first, from_everyone
-from lowbit.distributed.world import here
+from lowbit.checkpoints.writing import write_tensors
+from lowbit.distributed.exchange import by_first
 from lowbit.errors import LowbitError
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.input_ranges import without_input_ranges
@@ -38,20 +35,19 @@ from lowbit.methods.statistics import everyones
 from lowbit.models.block import LEAST_TOKENS, Block, Calib
 from lowbit.models.build import tied_tensors
 from lowbit.models.forward import run_all, run_quantized
-from lowbit.models.offload import batches, concatenate, release_free_memory, select_sequences, storage_device
+from lowbit.models.offload import release_free_memory, select_sequences
 from lowbit.models.prefix import Prefix
 from lowbit.models.rotated_values import with_rotated_values
-from lowbit.models.runtime_ops import tensor_name
-from lowbit.models.shard import Shard, States, own_states, owned_sequences, states_of
+from lowbit.models.shard import States, states_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_names import StoredNames
+from lowbit.pipeline.block_writing import check_block, write_block
 from lowbit.pipeline.head import head_codes, head_gram, head_step, nearest
+from lowbit.pipeline.hidden_states import all_finite, embedded, hidden_state_error
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.shared_run import check_same_bits, exist, see
 from lowbit.progress import say, track
 from lowbit.quant.range_estimators import MSE, RangeEstimator
-from lowbit.quant.scales import TwoLevel, shared_exponent
-from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.activation_stats import FLOAT, MAP, QUANTIZED, record_peaks
 from lowbit.runs.folder import REST, block_file, notes_file, pictures_file
 from lowbit.runs.latent_weights import write_latents
@@ -59,55 +55,6 @@ from lowbit.runs.manifest import BlockRow
 from lowbit.runs.plan import Plan
 from lowbit.runs.reading import read_block, read_dequantized
 from lowbit.runs.routing import Routing
-
-EMBED_BATCH = 4  # sequences embedded at once
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process so far; the present one where the system does not record the peak."""
-    import psutil
-
-    memory = psutil.Process().memory_info()
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return int(getattr(memory, "peak_wset", memory.rss))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def embed_tokens(skeleton: Skeleton, ids: Tensor, device: str) -> Tensor:
-    """Block 0's input for ``ids`` ``(sequences, length)``, computed on ``device``, on the storage device."""
-    pieces = (skeleton.embed(batch.to(device)) for batch in ids.split(EMBED_BATCH))
-    return concatenate(pieces, len(ids), storage_device(device))
-
-
-def embedded(skeleton: Skeleton, ids: Tensor, device: str, batch: int) -> States:
-    """``embed_tokens``; in a process of a job its share, of hidden states that pass a block ``batch`` at a time."""
-    if here().size == 1:
-        return embed_tokens(skeleton, ids, device)
-    own = owned_sequences(len(ids), batch)[here().rank]
-    # Without any, the model is still asked once: it says what its blocks are called with.
-    found = embed_tokens(skeleton, ids[own.start : own.stop] if own else ids[:1], device)
-    return Shard.of(found if own else found[:0], len(ids), batch)
-
-
-def hidden_state_error(got: States, exact: States, device: str, batch: int) -> float:
-    """``relative_error`` of hidden states, computed on ``device``: sums of sequences, which are added in order."""
-    on, own = torch.device(device), []
-    for pair in zip(*(batches(own_states(x), batch, on) for x in (got, exact)), strict=True):
-        for ours, reference in zip(*pair, strict=True):
-            sums = [(ours - reference).double().square().sum(), reference.double().square().sum()]
-            own.append(torch.stack(sums).tolist())
-    everyones = [sums for process in from_everyone(own) for sums in process]
-    error, power = (sum(sums) for sums in zip(*everyones, strict=True))
-    return float(error / max(power, 1e-300))
-
-
-def all_finite(x: States) -> bool:
-    """Whether all hidden states of this process are numbers."""
-    own = own_states(x)
-    return not own.numel() or bool(torch.stack(torch.aminmax(own)).isfinite().all())
 
 
 def _with_kv_notes(block: Block) -> Block:
@@ -327,75 +274,12 @@ class Walk:
     def _observe(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
         self.observed |= {f"{kind}.{name}": value.cpu() for name, value in tensors.items()}
 
-    def _check(self, block: Block) -> None:
-        """Check that the planned linears have codes, all values are finite and in range, and all ops declared."""
-        if set(block.qweights) != set(block.formats):
-            unmatched = sorted(set(block.qweights) ^ set(block.formats))
-            raise RuntimeError(f"block {block.start}: codes and plan differ for {unmatched}")
-        self._check_ops(block)
-        static = {name for name in block.formats if isinstance(block.input_format(name), StaticActs)}
-        if set(block.input_qparams) != static:
-            raise RuntimeError(f"block {block.start}: static inputs without qparams, or qparams without such inputs")
-        tensors = {**block.params, **{name: q.qparams.scale for name, q in block.qweights.items()}}
-        tensors |= {f"{name} input": own.scale for name, own in block.input_qparams.items()}
-        tensors |= {f"{name} {k}": v for name, op in block.ops.items() for k, v in op.to_tensors().items()}
-        for name, value in tensors.items():
-            if not bool(torch.isfinite(value).all()):
-                raise LowbitError(f"block {block.start}: '{name}' became NaN or infinite; the block was not written")
-        for name, q in block.qweights.items():
-            if not q.format.fits_scale_dtype(q.qparams):
-                raise LowbitError(
-                    f"block {block.start}: the weights of '{name}' are so large that their scale exceeds its stored "
-                    "dtype; the checkpoint is broken, or the recipe scaled the weights too far"
-                )
-
-    def _check_ops(self, block: Block) -> None:
-        """Check that every runtime op is declared by a step: targets are checked against these declarations."""
-        inputs = {formats.input for formats in block.formats.values()} or {None}
-        declared = {op for _, step in self.recipe.block_steps for act in inputs for op in step.runtime_ops(act)}
-        for name, op in block.ops.items():
-            if type(op) not in declared:
-                raise RuntimeError(f"block {block.start}: no step declares the {op.kind} at {name}")
-
     def write(self, block: Block, sensitivity: Mapping[int, Any], seconds: float) -> None:
         """Check a block and write it, shards last: an existing shard is complete, and its block was checked."""
-        self._check(block)
+        check_block(block, [step for _, step in self.recipe.block_steps])
         if self.latents:
             write_latents(self.out, block)
-        for index in block.indices:
-            prefix = f"{index}."
-            tensors: dict[str, Tensor] = {}
-            for name, value in block.as_stored(block.params).items():
-                linear = name.removesuffix(".weight")
-                if name.startswith(prefix) and linear not in block.qweights:
-                    tensors[block.full_name(name)] = value.cpu()
-            for name, op in block.ops.items():
-                if name.startswith(prefix):
-                    stored = op.to_tensors().items()
-                    named = {tensor_name(block.full_name(name), op, key): value for key, value in stored}
-                    tensors |= {key: value.cpu().clone() for key, value in named.items()}  # ops may share tensors
-            for linear, q in block.qweights.items():
-                if linear.startswith(prefix):
-                    packed = block.formats[linear].layout.pack(q, shared_exponent_of(block, linear))
-                    tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in packed.items()}
-            for linear, qparams in block.input_qparams.items():
-                format = block.input_format(linear)
-                if linear.startswith(prefix) and isinstance(format, StaticActs):
-                    packed = format.pack(qparams)
-                    tensors |= {f"{block.full_name(linear)}.{key}": value.cpu() for key, value in packed.items()}
-            notes = [note.text for note in block.notes if note.layer == index]
-            figures = {"steps": dict(block.record[index])} if index in block.record else {}
-            record = {
-                "notes": notes,
-                "record": {**figures, "sensitivity": sensitivity[index]},
-                "seconds": seconds / len(block.layers),
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
-            write_json(self.out / notes_file(index), record)
-            pictures = {name: value.cpu() for name, value in block.pictures.items() if name.startswith(prefix)}
-            if pictures:
-                write_tensors(self.out / pictures_file(index), pictures)
-            write_tensors(self.out / block_file(index), self.names.stored_all(tensors))
+        write_block(self.out, block, self.names, sensitivity, seconds)
 
     def _write_shared(self, shared: Mapping[str, Tensor]) -> None:
         """Write embeddings, norms and head in their own dtype, or rounded to nearest where an override says so."""
@@ -413,26 +297,3 @@ class Walk:
                 stored = formats.layout.pack(nearest(weight, format, self.recipe))
                 tensors |= {f"{module}.{key}": value for key, value in stored.items()}
         write_tensors(self.out / REST, self.names.stored_all(tensors))
-
-
-def shared_exponent_of(block: Block, linear: str) -> int | None:
-    """The exponent of the tensors' power of two that fused linears share; ``None`` for formats without one."""
-    if not isinstance(block.weight_format(linear).scales, TwoLevel):
-        return None
-    fused = block.fused_with(linear)
-    exponent = shared_exponent([block.qweights[name].qparams.scale for name in fused])
-    if exponent is None:
-        raise RuntimeError(f"the scales of {', '.join(fused)} have no power of two in common")
-    return exponent
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Refuse a run that does not fit on the disk; shards of an interrupted run count as written."""
-    folder = next(p for p in [out, *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(folder).free
-    missing = needed - sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    if free < missing:
-        raise LowbitError(
-            f"out of disk: the result takes about {missing:,} more bytes, {folder} has {free:,} free; free some "
-            "space or choose another --out"
-        )
