@@ -13,9 +13,8 @@ from lowbit.distributed.tree import own_part
 from lowbit.distributed.world import ONE, here, within
 
 T = TypeVar("T")
-TILE = (
-    64  # rows; a multiple of what vector instructions take at once, so that a row's arithmetic is that of the whole
-)
+# Rows; a multiple of what vector instructions take at once, so that a row's arithmetic is that of the whole.
+TILE = 64
 
 
 def own_items(items: Sequence[T]) -> Sequence[T]:
