@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
+from forked_job import free_port
 from lowbit.distributed import exchange, job
-from lowbit.distributed.job import TIMEOUT, agree, reports, seconds
+from lowbit.distributed.job import TIMEOUT, agree, joined, reports, seconds
 from lowbit.distributed.tree import Node, Tree, divided, leaves, own_part, sequences_of
 from lowbit.distributed.world import ONE, World, here, launched, within
 from lowbit.errors import LowbitError
@@ -155,3 +158,18 @@ def test_a_process_that_reaches_nobody_tells_its_error(monkeypatch):
     assert not reports()  # such as a wrong option, which each of them has
     monkeypatch.setattr(job, "_unreached", True)
     assert reports()
+
+
+@pytest.mark.parametrize("port", ["free", "no number"])
+def test_a_process_whose_job_has_no_first_one_ends_in_time(port, monkeypatch):
+    """Torch's own rendezvous takes more than twice its timeout."""
+    at = str(free_port()) if port == "free" else port
+    world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at, TIMEOUT: "2"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(job, "_unreached", False)
+    began = time.monotonic()
+    with pytest.raises(LowbitError, match=f"process 1 of 2 cannot reach the others at 127.0.0.1:{at} "), joined():
+        pass
+    assert time.monotonic() - began < 4
+    assert here() == ONE

@@ -305,8 +305,9 @@ def test_in_every_kind_of_format_a_step_stays_near_round_to_nearest(name, scheme
     block, calib = window("llama-odd", scheme, 1)
     step = usual(name)
     if name == "affinequant" and scheme == "w8a8-static8":
-        # The smooth start and its sign flips are for one range; ranges of clusters hold channels as they are.
-        step = with_options(step, start="given")
+        # The smooth start and its sign flips are for one range; ranges of clusters hold channels as they are. Whether
+        # learned ranges cut a peak shows in the sequence that has it: one of four held out leaves that to chance.
+        step = with_options(step, start="given", held_out=0.5)
     # Floats round every value in proportion to itself: spread out, an outlier's error is that of all channels.
     slack = 1.4 if (name, scheme) == (ONLINE, "fp8") else 1.1
     check_factor(step, replace(block, clips={}), replace(calib, x_q=calib.x_fp), slack)

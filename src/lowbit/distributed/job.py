@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -68,16 +70,36 @@ def _join(world: World) -> None:
         )
     timeout = timedelta(seconds=seconds())
     try:
+        if not world.first:
+            _reach(timeout.total_seconds())
         store, rank, size = next(iter(rendezvous("env://", world.rank, world.size, timeout=timeout)))
         # One store serves all jobs of a launch, and every job starts with keys of its own.
         _store = PrefixStore(f"lowbit-{next(_joined)}", store)
         dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=timeout)
-    except (RuntimeError, OSError) as error:  # the latter: an address that does not exist
+    except (RuntimeError, OSError, ValueError) as error:  # the latter two: no such address, no such port
         _unreached = True
         raise LowbitError(
             f"process {world.rank} of {world.size} cannot reach the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0][:120]}): see that all of them were started"
         ) from error
+
+
+def _reach(limit: float) -> None:
+    """Wait until something listens where the processes meet; an ``OSError`` if nothing does in ``limit`` seconds.
+
+    The rendezvous of torch 2.13 waits too, but for more than twice the time that it is given.
+    """
+    until = time.monotonic() + limit
+    while True:
+        left = until - time.monotonic()
+        try:
+            place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            socket.create_connection(place, timeout=max(left, 0.1)).close()
+            return
+        except OSError:
+            if left <= 0:
+                raise
+        time.sleep(0.1)
 
 
 def _leave() -> None:
