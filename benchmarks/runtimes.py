@@ -9,7 +9,6 @@ unless they are given. Needs ``pip install 'lowbit[llamacpp]'``.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 import tempfile
@@ -36,38 +35,22 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.cli.main import guarded
 from lowbit.errors import LowbitError
 from lowbit.exporters import gguf as exporter
+from lowbit.exporters.float_run import float_run
 from lowbit.exporters.gguf_tensors import file_tensors
-from lowbit.exporters.llamacpp import F32, Session, open_session, quiet
-from lowbit.exporters.run import Run, Subject
+from lowbit.exporters.llamacpp import Session, open_session
+from lowbit.exporters.llamacpp_quantizer import quantize_file
+from lowbit.exporters.run import Run
 from lowbit.exporters.target import Options
-from lowbit.quant.scheme import ModelFormats
-from lowbit.quant.scheme_names import parse_scheme
-from lowbit.runs.manifest import Calibration, Identity, Manifest, StockLoading
 from runtimes_page import FLOAT, OURS, THEIRS, llamacpp
 
 SCHEMES = ("w4a16g32-sym", "w5a16g32-sym")
 BASE = f"{THEIRS} Q4_0"
-# name: llama.h's LLAMA_FTYPE_MOSTLY_*
-KINDS = {"Q4_0": 2, "Q5_0": 8, "Q4_K_M": 15}
+KINDS = ("Q4_0", "Q5_0", "Q4_K_M")
 
 
-def float_run(folder: Path) -> Run:
-    """A float model as the exporter reads runs: nothing quantized."""
-    subject = Subject(load_config(folder), parse_scheme(SCHEMES[0]), ModelFormats(), {})
-    identity = Identity(
-        model="SmolLM2-135M-Instruct",
-        fingerprint="",
-        recipe={"steps": []},
-        recipe_name=FLOAT,
-        scheme={},
-        data=Calibration("", 0, 0, "auto", "", ""),
-        seed=0,
-        device="cpu",
-        dtype="float32",
-        versions={},
-    )
-    manifest = Manifest(identity, {}, [], [], [], 32.0, 32.0, {}, StockLoading(loads=True), {}, [], {})
-    return Run(folder, manifest, subject, Checkpoint(folder))
+def model_run(folder: Path) -> Run:
+    """A float model as the exporter reads runs."""
+    return float_run(folder, load_config(folder), Checkpoint(folder), "SmolLM2-135M-Instruct")
 
 
 def importance(source: Run, ids: Tensor) -> dict[str, Tensor]:
@@ -87,29 +70,6 @@ def importance(source: Run, ids: Tensor) -> dict[str, Tensor]:
         for window in ids:
             model.model(window[None])
     return {name: total / ids.numel() for name, total in sums.items()}
-
-
-def quantize_there(
-    source: Path, target: Path, kind: int, matrix: Mapping[str, Tensor] | None, pure: bool = False
-) -> None:
-    """llama.cpp's own quantizer, ``kind`` being its file type.
-
-    ``pure``: this type for every linear, and float32 for the embedding; else its own mixture of types.
-    """
-    options = native.llama_model_quantize_default_params()
-    options.nthread, options.ftype = 1, kind
-    if pure:
-        options.pure, options.token_embedding_type, options.output_tensor_type = True, F32, F32
-    values = {name: value.contiguous().numpy() for name, value in (matrix or {}).items()}
-    entries = (native.llama_model_imatrix_data * (len(values) + 1))()  # the last one stays empty: the end
-    for entry, (name, value) in zip(entries, values.items(), strict=False):
-        entry.name, entry.size = name.encode(), value.size
-        entry.data = value.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    if values:
-        options.imatrix = ctypes.cast(entries, ctypes.POINTER(native.llama_model_imatrix_data))
-    quiet()
-    if code := native.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)):
-        raise LowbitError(f"llama_model_quantize gives {code} for {target.name}")
 
 
 def our_files(runs: list[Run], work: Path) -> tuple[dict[str, Path], dict[str, tuple[Run, Path]]]:
@@ -132,10 +92,10 @@ def their_files(source: Run, ids: Tensor, work: Path) -> dict[str, Path]:
     files = {FLOAT: work / "float.gguf"}
     exporter.write(source, files[FLOAT], Options(embeddings="f32"))
     matrix = importance(source, ids)
-    for kind, number in KINDS.items():
+    for kind in KINDS:
         for name, given in ((f"{THEIRS} {kind}", None), (f"{THEIRS} {kind}, imatrix", matrix)):
             files[name] = work / f"theirs-{len(files)}.gguf"
-            quantize_there(files[FLOAT], files[name], number, given)
+            quantize_file(files[FLOAT], files[name], kind, given)
     return files
 
 
@@ -203,7 +163,7 @@ def main() -> None:
     runs = turns.runs_of(chosen, texts, *SCHEMES)
     with tempfile.TemporaryDirectory() as name:
         files, exact = our_files(runs, Path(name))
-        theirs = their_files(float_run(texts.source.folder), texts.drawn.ids, Path(name))
+        theirs = their_files(model_run(texts.source.folder), texts.drawn.ids, Path(name))
         rows = measure({FLOAT: theirs[FLOAT], **files, **theirs}, texts.scored.ids, chosen.threads)
         busy = turns.machine(chosen.threads)
         beside = {name: agreement(run, path, texts.scored.ids) for name, (run, path) in exact.items()}

@@ -31,17 +31,21 @@ from lowbit.data.text import calibration, evaluation
 from lowbit.exporters import gguf as exporter
 from lowbit.exporters.gguf_native import NATIVE
 from lowbit.exporters.llamacpp import open_session, source_distance
+from lowbit.exporters.llamacpp_quantizer import quantize_file
 from lowbit.exporters.run import Run, open_run
 from lowbit.exporters.target import Options
 from rows import ROOT, digest, found, kept, text_identity
-from runtimes import float_run, importance, processor, quantize_there, scorer, types
+from runtimes import importance, model_run, processor, scorer, types
 from runtimes_page import native
 from small_llama import small_llama
 
 MEASURED = ROOT / "docs" / "measured" / "runtimes-native"
 SAMPLES, LENGTH, WINDOW = 16, 256, 512
-# llama.h's LLAMA_FTYPE_MOSTLY_*; with ``pure`` all matrices get that type.
-KINDS = {"q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17, "q6_k": 18, "iq4_nl": 25, "mxfp4": 38}
+# With ``pure`` all matrices get the type that the file is named after.
+KINDS = {
+    "q2_k": "Q2_K", "q3_k": "Q3_K_M", "q4_k": "Q4_K_M", "q5_k": "Q5_K_M", "q6_k": "Q6_K", "iq4_nl": "IQ4_NL",
+    "mxfp4": "MXFP4",
+}  # fmt: skip
 SCHEMES = {format: format for format in KINDS} | {"mxfp4": "mxfp4a16"}  # llama.cpp's inputs are its own
 MODELS = {"small Llama": tuple(KINDS), "SmolLM2": ("iq4_nl", "mxfp4")}
 
@@ -74,7 +78,7 @@ def theirs(source: Run, format: str, drawn: Tensor | None, ids: Tensor) -> dict[
         plain, file = Path(name) / "float.gguf", Path(name) / "theirs.gguf"
         exporter.write(source, plain, Options(embeddings="f32"))
         matrix = None if drawn is None else importance(source, drawn)
-        quantize_there(plain, file, KINDS[format], matrix, pure=True)
+        quantize_file(plain, file, KINDS[format], matrix, pure=True)
         assert_pure(file, format)
         return {"llama.cpp": perplexity_there(file, ids)}
 
@@ -97,7 +101,7 @@ def rows_of(model: str, source: Path, chosen: argparse.Namespace) -> dict[str, A
     """All figures of a model."""
     tokenizer = load_tokenizer(source)
     ids = evaluation(chosen.evaluation, tokenizer, WINDOW, chosen.tokens).ids
-    plain, seeds = float_run(source), range(chosen.seeds)
+    plain, seeds = model_run(source), range(chosen.seeds)
     windows = [calibration(chosen.calibration, tokenizer, SAMPLES, LENGTH, seed).ids for seed in seeds]
     weights = digest(source.glob("*.safetensors"))[:16]  # the small Llama is trained: other machines, other weights
     key = (model, weights, text_identity(chosen.calibration), text_identity(chosen.evaluation), chosen.tokens)

@@ -7,10 +7,18 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from gguf import GGUFReader
 
-from lowbit.allocation import frontier_run
+from lowbit.allocation import frontier_run, quantizer_files
 from lowbit.allocation.frontier import Frontier, Full, Point, chosen
+from lowbit.checkpoints.resolve import load_config
 from lowbit.cli.main import call
+from lowbit.exporters import gguf
+from lowbit.exporters.float_run import float_run
+from lowbit.exporters.imatrix import Squares, tensor_means, write_imatrix
+from lowbit.exporters.target import Options
+from lowbit.pipeline.opened import open_model
 from lowbit.reports.frontier_page import render
 from tiny import save_tiny, tiny_tokenizer
 
@@ -58,3 +66,56 @@ def test_the_page_draws_every_point_and_escapes_names() -> None:
     assert "a<b" not in page
     assert "KL 0.3000, perplexity 9.000" in page
     assert "<svg" in render(Frontier("m", "vllm", points, []))
+
+
+def test_a_float_model_is_a_file_and_comes_back(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
+    tiny_tokenizer(merge=True).save_pretrained(tmp_path / "model")
+    opened = open_model(str(tmp_path / "model"), None, False, False)
+    run = float_run(opened.source.folder, opened.config, opened.checkpoint, "tiny")
+    gguf.write(run, tmp_path / "float.gguf", Options(embeddings="f32"))
+    assert {tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "float.gguf").tensors} <= {"F32", "F16"}
+    stored = dict(gguf.read(run, tmp_path / "float.gguf"))
+    assert sorted(stored) == sorted(opened.checkpoint.names)
+    for name in opened.checkpoint.names:
+        assert torch.equal(stored[name].float(), opened.checkpoint.read([name])[name].float())
+
+
+def test_the_matrix_is_told_by_tensor_as_the_quantizer_takes_it(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "mixtral", num_hidden_layers=1)
+    config = load_config(tmp_path / "model")
+    experts = [f"model.layers.0.mlp.experts.{at}.down_proj" for at in range(config.num_local_experts)]
+    width = config.intermediate_size
+    sums = {name: Squares(torch.full((width,), 6.0 * at), 3 * at) for at, name in enumerate(experts)}
+    write_imatrix(tmp_path / "imatrix.gguf", config, sums, "text", 1, 8)
+    (means,) = tensor_means(tmp_path / "imatrix.gguf").values()
+    # Six thirds, and one for the expert that no token reached.
+    assert means.tolist() == [1.0] * width + [2.0] * width * (len(experts) - 1)
+
+
+@pytest.mark.runtimes
+def test_llamacpps_own_files_stand_beside_the_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp", reason="pip install 'lowbit[llamacpp]'")
+    save_tiny(tmp_path / "model", "llama", num_hidden_layers=1, hidden_size=64, intermediate_size=256)
+    tiny_tokenizer(merge=True).save_pretrained(tmp_path / "model")
+    text, out = str(tmp_path / "model/calib.txt"), tmp_path / "out"
+    words = ["fit", str(tmp_path / "model"), "--target", "llama.cpp", "-o", str(out), "--frontier", "--full", "1"]
+    words += ["--data", text, "--samples", "2", "--length", "24", "--tokens", "48", "--text", text, "--json"]
+    monkeypatch.setattr(quantizer_files, "KINDS", ("Q8_0", "Q4_0"))
+    assert call(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    small, large = told["quantizer"]
+    assert (small["name"], large["name"]) == ("Q4_0", "Q8_0")
+    assert (out / "quantizer/Q4_0.gguf").stat().st_size == small["size_bytes"] < large["size_bytes"]
+    # What is measured is what the file holds, and 8 bits are close to float.
+    (name,) = small["kl"]
+    assert 0 < large["kl"][name] < small["kl"][name]
+    assert sorted(path.name for path in (out / "quantizer").iterdir()) == [
+        "Q4_0.gguf", "Q8_0.gguf", "imatrix.gguf", "measured.json",
+    ]  # fmt: skip
+    made = (out / "quantizer/Q4_0.gguf").stat().st_mtime_ns
+    assert call(words) == 0
+    assert json.loads(capsys.readouterr().out) == told
+    assert made == (out / "quantizer/Q4_0.gguf").stat().st_mtime_ns

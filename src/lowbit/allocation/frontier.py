@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowbit.allocation.losses import Losses
@@ -46,13 +46,32 @@ class Full:
 
 
 @dataclass(frozen=True)
+class QuantizerFile:
+    """A file of the target's own quantizer: its name of the type; the rest as in ``Full``."""
+
+    name: str
+    size_bytes: int
+    perplexity: dict[str, float]
+    kl: dict[str, float]
+    file: str
+
+
+@dataclass(frozen=True)
 class Frontier:
-    """Points of one model and target, smallest first, and those that were made in full."""
+    """Points of one model and target, smallest first.
+
+    Attributes:
+        model, target: their names.
+        points: the best assignments by size.
+        full: those that were made in full.
+        quantizer: files of the target's own quantizer, where it is installed.
+    """
 
     model: str
     target: str
     points: list[Point]
     full: list[Full]
+    quantizer: list[QuantizerFile] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the format's name."""

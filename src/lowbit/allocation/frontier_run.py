@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.allocation.api import fit
-from lowbit.allocation.frontier import Frontier, Full, Point, chosen, points_of
+from lowbit.allocation.frontier import Frontier, Full, Point, QuantizerFile, chosen, points_of
 from lowbit.allocation.losses import COLUMNS, TABLE
+from lowbit.allocation.quantizer_files import QuantizerText, available, quantizer_files
 from lowbit.allocation.sensitivity import Text, table_of
+from lowbit.allocation.steps import window
 from lowbit.allocation.target import footprint_of, target_of
 from lowbit.checkpoints.writing import write_json
 from lowbit.data.text import Data
-from lowbit.errors import check_least
+from lowbit.errors import LowbitError, check_least
 from lowbit.paths import user_path
-from lowbit.pipeline.opened import open_model
+from lowbit.pipeline.opened import Opened, open_model
 from lowbit.pipeline.request import model_name
 from lowbit.progress import say
 from lowbit.runs.streamed_model import StreamedModel
@@ -52,7 +54,8 @@ def frontier(
     ``full`` of the sizes, spread over the range, are made as ``fit`` makes them, each in a folder of its own in
     ``out``; what is finished there is used again by the next call. The other arguments are those of ``fit``. With
     ``full=0`` nothing is quantized, and a ``fit`` of the same model, target and text into ``out`` goes on from the
-    table of sensitivities that this leaves.
+    table of sensitivities that this leaves. Where llama.cpp is the target and installed, files of its own quantizer
+    with an importance matrix are made and measured beside them.
     """
     target, out = target_of(target), user_path(out)
     check_least("--full", full, 0, "give how many sizes are made in full, 0 for none")
@@ -71,8 +74,26 @@ def frontier(
         say(f"{point.size_bytes:,} bytes in full")
         found = replace(found, full=[*found.full, _made(model, out, target, point, given)])
     if full:
+        if available(target):
+            found = replace(found, quantizer=_beside(str(model), opened, out, found.full[0], given))
+        elif target == "llama.cpp":
+            say("files of llama.cpp's own quantizer are not made: pip install 'lowbit[llamacpp]'")
         write_json(out / "frontier.json", found.to_dict())
     return found
+
+
+def _beside(model: str, opened: Opened, out: Path, measured: Full, given: dict[str, Any]) -> list[QuantizerFile]:
+    """Files of the target's own quantizer, measured on the same text; where it refuses the model, none and a line."""
+    length = window(opened.skeleton, given["tokens"])
+    drawn = {name: given[name] for name in ("tokens", "data", "samples", "length", "seed")}
+    permits = {name: given[name] for name in ("revision", "allow_pickle", "trust_remote_code")}
+    try:
+        return quantizer_files(
+            model, opened, out, QuantizerText(list(measured.kl), length, **drawn), given["pre"], permits
+        )
+    except LowbitError as error:
+        say(f"the frontier is without files of llama.cpp's own quantizer: {error}")
+        return []
 
 
 def _made(model: str | Path, out: Path, target: str, point: Point, given: dict[str, Any]) -> Full:

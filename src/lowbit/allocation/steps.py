@@ -103,7 +103,7 @@ def make(
     size = weight_bytes(file)
     if size > solution.size:
         raise LowbitError(f"{file} has {size:,} bytes where {solution.size:,} were computed: this is a fault of fit")
-    length = _window(skeleton, on.tokens)
+    length = window(skeleton, on.tokens)
     words = ["lowbit", "compare", model, str(run), "--length", str(length), "--tokens", str(on.tokens)]
     words += [word for corpus in _corpora(on.text) for word in ("--data", corpus)]
     commands.append(_said(words))
@@ -129,7 +129,7 @@ def _outside(skeleton: Skeleton) -> tuple[str, ...]:
     return skeleton.architecture.embed, skeleton.architecture.head
 
 
-def _window(skeleton: Skeleton, tokens: int) -> int:
+def window(skeleton: Skeleton, tokens: int) -> int:
     """Tokens of a window: no more than the model has positions, or the comparison tokens."""
     limit = getattr(skeleton.text_config, "max_position_embeddings", None) or WINDOW
     return int(min(WINDOW, tokens, limit)) if limit > 0 else min(WINDOW, tokens)

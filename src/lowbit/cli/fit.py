@@ -173,11 +173,15 @@ def _show_frontier(found: Frontier) -> None:
         rows.add_row(_mb(point.size_bytes), f"{point.bits:.3f}", f"{point.expected:.4g}", counts)
     Console().print(rows)
     for made in found.full:
-        scores = ", ".join(
-            f"{name}: KL {made.kl[name]:.4f}, perplexity {made.perplexity[name]:.3f}" for name in made.kl
-        )
         says = "equals the run bit for bit" if made.verified else "DIFFERS from the run"
+        scores = _scores(made.perplexity, made.kl)
         print(f"{made.file}: {made.size_bytes:,} bytes, {says}; expected KL {made.expected:.4g}; {scores}")
+    for theirs in found.quantizer:
+        print(f"{theirs.file}: {theirs.size_bytes:,} bytes; {_scores(theirs.perplexity, theirs.kl)}")
+
+
+def _scores(perplexity: dict[str, float], kl: dict[str, float]) -> str:
+    return ", ".join(f"{name}: KL {kl[name]:.4f}, perplexity {perplexity[name]:.3f}" for name in kl)
 
 
 def _mb(size: float) -> str:

@@ -124,6 +124,20 @@ def read_imatrix(path: Path, config: Any, widths: Mapping[str, int]) -> dict[str
     return out
 
 
+def tensor_means(path: Path) -> dict[str, Tensor]:
+    """Mean squares by the name of a weight's tensor, those of a stack's experts one after another.
+
+    This is what llama.cpp's quantizer takes; an expert that no token reached has ones, as there.
+    """
+    stored, out = _stored(path), dict[str, Tensor]()
+    for name, sums in stored.items():
+        if name.endswith(SUMS) and (counts := stored.get(f"{name.removesuffix(SUMS)}{COUNTS}")) is not None:
+            counts = counts.reshape(-1, 1)
+            means = torch.where(counts > 0, sums.reshape(len(counts), -1) / counts, 1.0)
+            out[name.removesuffix(SUMS)] = means.flatten()
+    return out
+
+
 def _stored(path: Path) -> dict[str, Tensor]:
     """Every tensor of an importance matrix, by name."""
     if not path.is_file():

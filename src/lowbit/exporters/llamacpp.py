@@ -112,6 +112,11 @@ def quiet() -> None:
     native.llama_log_set(_LOG, ctypes.c_void_p(0))
 
 
+def errors_said() -> str:
+    """What the library has reported since ``quiet``, cut to one line."""
+    return "; ".join(_ERRORS)[:300] or "no reason given"
+
+
 @contextmanager
 def open_session(path: Path, length: int = 512, threads: int = 1, exact: bool = False) -> Iterator[Session]:
     """The model in a file, for texts of up to ``length`` tokens.
@@ -129,7 +134,7 @@ def open_session(path: Path, length: int = 512, threads: int = 1, exact: bool = 
     native.llama_backend_init()
     model = native.llama_model_load_from_file(str(path).encode(), native.llama_model_default_params())
     if not model:
-        raise LowbitError(f"llama.cpp does not load {path}: {'; '.join(_ERRORS)[:300] or 'no reason given'}")
+        raise LowbitError(f"llama.cpp does not load {path}: {errors_said()}")
     options = native.llama_context_default_params()
     options.n_ctx = options.n_batch = options.n_ubatch = length
     options.n_threads = options.n_threads_batch = threads
@@ -139,8 +144,7 @@ def open_session(path: Path, length: int = 512, threads: int = 1, exact: bool = 
     context = native.llama_init_from_model(model, options)
     try:
         if not context:
-            reason = "; ".join(_ERRORS)[:300]
-            raise LowbitError(f"llama.cpp cannot create a context of {length} tokens for {path}: {reason}")
+            raise LowbitError(f"llama.cpp cannot create a context of {length} tokens for {path}: {errors_said()}")
         vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
         yield Session(model, context, vocabulary, length)
     finally:

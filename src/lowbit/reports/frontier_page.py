@@ -1,4 +1,4 @@
-"""The page of a frontier: expected divergence over the size of the file, and the sizes that were made in full."""
+"""The page of a frontier: expected divergence by size, the sizes made in full, and other quantizers' files."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ def render(found: Frontier) -> str:
         series.append(
             Series("measured, rounded to nearest", [(p.size_bytes / 1e6, p.measured) for p in found.full], 1)
         )
-    for place, name in enumerate(found.full[0].kl if found.full else {}):
-        series.append(
-            Series(f"measured on {name}", [(p.size_bytes / 1e6, p.kl[name]) for p in found.full], 2 + place)
-        )
+    names = list(found.full[0].kl) if found.full else []
+    theirs = f"{found.target}'s own quantizer"
+    for maker, files in (("", found.full), (f"{theirs}, ", found.quantizer)):
+        for name in names if files else ():
+            points = [(made.size_bytes / 1e6, made.kl[name]) for made in files]
+            series.append(Series(f"{maker}measured on {name}", points, len(series)))
     chart = lines("Divergence by size", series, "MB", "KL, nats per token", log=True)
     key = Markup("").join(Markup('<li class="s-{}">{}</li>').format(int(one.style) % 6, one.name) for one in series)
     title = f"{found.model} in {found.target}"
-    rows = [_row("th", ["bytes", "expected KL", *(name for name in (found.full[0].kl if found.full else {}))])]
-    for point in found.full:
-        rows.append(
-            _row("td", [f"{point.size_bytes:,}", f"{point.expected:.4g}", *_scores(point.perplexity, point.kl)])
-        )
+    rows = [_row("th", ["file", "bytes", "expected KL", *names])]
+    made = [(p.size_bytes, "lowbit", f"{p.expected:.4g}", _scores(p.perplexity, p.kl)) for p in found.full]
+    made += [(p.size_bytes, f"{theirs}: {p.name}", "-", _scores(p.perplexity, p.kl)) for p in found.quantizer]
+    for size, name, expected, scores in sorted(made):
+        rows.append(_row("td", [name, f"{size:,}", expected, *scores]))
     table = Markup("<table>{}</table>").format(Markup("").join(rows)) if found.full else Markup("")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

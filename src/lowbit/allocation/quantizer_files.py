@@ -1,0 +1,136 @@
+"""Files of a target's own quantizer beside the sizes of a frontier: of llama.cpp's, from the same calibration text.
+
+They are made from a float file with an importance matrix, and measured as runs are: the values of a file's tensors,
+with float inputs. What is finished in the folder stays, so that an interrupted frontier goes on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lowbit.allocation.frontier import QuantizerFile
+from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
+from lowbit.checkpoints.gguf_reader import ShardWriter
+from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.partial import commit, partial_of, remove
+from lowbit.checkpoints.writing import write_json
+from lowbit.data.text import Data
+from lowbit.errors import LowbitError
+from lowbit.evaluation.compare import compare
+from lowbit.exporters.float_run import float_run
+from lowbit.exporters.run import Run
+from lowbit.exporters.target import Options
+from lowbit.pipeline.imatrix import imatrix
+from lowbit.pipeline.opened import Opened
+from lowbit.pipeline.request import model_name
+from lowbit.progress import say
+
+FOLDER, MATRIX, FLOAT, MEASURED = "quantizer", "imatrix.gguf", "float.gguf", "measured.json"
+KINDS = ("Q2_K", "Q3_K_M", "Q4_0", "IQ4_NL", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+
+
+@dataclass(frozen=True)
+class QuantizerText:
+    """Texts of a comparison and of the importance matrix, arguments as for ``compare`` and ``imatrix``."""
+
+    measured: Sequence[str]
+    window: int
+    tokens: int
+    data: Data | None
+    samples: int | None
+    length: int | None
+    seed: int
+
+
+def available(target: str) -> bool:
+    """Whether a target has a quantizer of its own on this machine."""
+    return target == "llama.cpp" and find_spec("llama_cpp") is not None
+
+
+def quantizer_files(
+    model: str, opened: Opened, out: Path, text: QuantizerText, pre: str | None, permits: dict[str, Any]
+) -> list[QuantizerFile]:
+    """llama.cpp's files of a model by ascending size, made in ``out`` and measured.
+
+    Args:
+        model, opened: the float model, as given and open.
+        out: the frontier's folder; ``out/quantizer`` is made.
+        text: what the matrix is made from and files are measured on.
+        pre: llama.cpp's name of the pre-tokenizer.
+        permits: ``revision``, ``allow_pickle`` and ``trust_remote_code`` of ``compare``.
+
+    Raises:
+        LowbitError: llama.cpp does not take the model.
+    """
+    folder = out / FOLDER
+    folder.mkdir(exist_ok=True)
+    trusted = bool(permits["trust_remote_code"])
+    source = float_run(opened.source.folder, opened.config, opened.checkpoint, model_name(model))
+    done: dict[str, Any] = read_json(folder / MEASURED) if (folder / MEASURED).is_file() else {}
+    for kind in KINDS:
+        file = folder / f"{kind}.gguf"
+        if kind in done and file.is_file():
+            continue
+        if not file.is_file():
+            _make(model, source, folder, kind, text, pre, permits)
+        perplexity, kl = _measured(model, source, file, text, permits, trusted)
+        done[kind] = {"perplexity": perplexity, "kl": kl}
+        write_json(folder / MEASURED, done)
+    (folder / FLOAT).unlink(missing_ok=True)
+    files = {kind: folder / f"{kind}.gguf" for kind in KINDS}
+    made = [QuantizerFile(kind, file.stat().st_size, **done[kind], file=str(file)) for kind, file in files.items()]
+    return sorted(made, key=lambda one: one.size_bytes)
+
+
+def _make(
+    model: str, source: Run, folder: Path, kind: str, text: QuantizerText, pre: str | None, permits: dict[str, Any]
+) -> None:
+    """A file of llama.cpp's quantizer, and before the first one the matrix and the float file."""
+    from lowbit.exporters import gguf
+    from lowbit.exporters.imatrix import tensor_means
+    from lowbit.exporters.llamacpp_quantizer import quantize_file
+
+    matrix, plain = folder / MATRIX, folder / FLOAT
+    if not matrix.is_file():
+        say(shlex.join(["lowbit", "imatrix", model, "--out", str(matrix)]))
+        drawn: dict[str, Any] = {"samples": text.samples, "length": text.length, "seed": text.seed}
+        imatrix(model, matrix, data=text.data, **drawn, **permits)
+    if not plain.is_file():
+        partial = partial_of(plain)
+        try:
+            gguf.write(source, partial, Options(embeddings="f32", pre=pre))
+            commit(partial, plain)
+        except OSError as error:
+            raise LowbitError(f"cannot write {plain}: {error.strerror or error}; free some space there") from error
+        finally:
+            remove(partial)
+    file = folder / f"{kind}.gguf"
+    say(shlex.join(["llama-quantize", "--imatrix", str(matrix), str(plain), str(file), kind]))
+    quantize_file(plain, file, kind, tensor_means(matrix))
+
+
+def _measured(
+    model: str, source: Run, file: Path, text: QuantizerText, permits: dict[str, Any], trusted: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Perplexity and divergence by text, of the values that a file's tensors stand for."""
+    from lowbit.exporters import gguf
+
+    with tempfile.TemporaryDirectory(dir=file.parent) as name:
+        folder = Path(name)
+        for companion in (CONFIG, *companions(source.folder, trusted)):
+            copy_companion(source.folder, folder, companion)
+        writer = ShardWriter(folder)
+        for parameter, value in gguf.read(source, file):
+            writer.add(parameter, value)
+        writer.close()
+        told = compare(model, [folder], data=list(text.measured), length=text.window, tokens=text.tokens, **permits)
+    rows = {name: one["runs"][0] for name, one in told.texts.items()}
+    return {name: row["perplexity"] for name, row in rows.items()}, {
+        name: row["kl_mean"] for name, row in rows.items()
+    }
