@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.finite import is_finite
 from lowbit.models.block import Block
 from lowbit.models.forward import run
 from lowbit.progress import track
@@ -73,7 +74,7 @@ def curvatures(model: StreamedModel, ids: Tensor, seed: int = 0) -> Iterator[Cur
 
 
 def _curved(module: str, weight: Tensor, squares: Tensor, tokens: int) -> Curved:
-    if not bool(squares.isfinite().all()):
+    if not is_finite(squares):
         raise LowbitError(f"the gradient at {module} is NaN or infinite: give other --data, or --dtype float32")
     return Curved(module, weight.detach().float(), squares / tokens)
 

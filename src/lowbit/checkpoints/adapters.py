@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.kinds import ADAPTER
 from lowbit.errors import LowbitError, one_line, shown
+from lowbit.finite import is_finite
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -72,6 +72,7 @@ class Change:
     def apply(self, weight: Tensor) -> Tensor:
         """The changed weight, computed in float32, in the dtype of ``weight``.
 
+        >>> import torch
         >>> change = Change(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [3.0]]), scale=0.5, transposed=False)
         >>> change.apply(torch.zeros(2, 2)).tolist()
         [[0.5, 1.0], [1.5, 3.0]]
@@ -146,7 +147,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise LowbitError(f"{path} is not a complete safetensors file ({one_line(error)}): fetch it again") from error
     for name, value in out.items():
-        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+        if not value.is_floating_point() or not is_finite(value):
             raise LowbitError(f"'{name}' in {path} holds no finite floats: the adapter is broken")
     return out
 

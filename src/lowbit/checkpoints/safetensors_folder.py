@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit.checkpoints.shards import weight_shards
 from lowbit.checkpoints.stored import Header, StoredPart, StoredRows
 from lowbit.errors import LowbitError, one_line
+from lowbit.finite import is_finite
 
 
 class Checkpoint:
@@ -177,8 +178,7 @@ class Checkpoint:
     def _copied(self, value: Tensor, name: str, file: str, dtype: torch.dtype | None) -> Tensor:
         if not value.is_floating_point():
             return value.clone()
-        # torch has no arithmetic on eight bits.
-        if not bool(torch.isfinite(value.float() if value.dtype.itemsize == 1 else value).all()):
+        if not is_finite(value):
             raise LowbitError(f"'{name}' in {self.folder / file} holds NaN or infinity: the checkpoint is broken")
         return value.to(dtype or value.dtype, copy=True)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.token_ids import token_ids
 from lowbit.errors import LowbitError, check_least
+from lowbit.finite import is_finite
 from lowbit.progress import track
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _sample(model: Model, uniform: Tensor, allowed: Tensor, start: Sequence[int]
         if step < len(start):
             continue
         cdf = out.logits[:, -1].cpu().double()[:, allowed].softmax(-1).cumsum(-1)
-        if not bool(cdf.isfinite().all()):
+        if not is_finite(cdf):
             raise LowbitError(f"the model's output is not finite at token {step}: give a text instead of 'self'")
         position = torch.searchsorted(cdf, uniform[:, step : step + 1] * cdf[:, -1:], right=True)
         ids[:, step] = allowed[position[:, 0].clamp(max=len(allowed) - 1)]

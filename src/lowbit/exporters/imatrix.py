@@ -31,6 +31,7 @@ from lowbit.checkpoints.partial import commit, partial_of, remove
 from lowbit.errors import LowbitError, one_line, shown
 from lowbit.exporters.gguf_model import unlike_llamacpp
 from lowbit.exporters.gguf_tensors import FileTensor, column_order, file_tensors
+from lowbit.finite import is_finite
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 KIND, DATASETS, CHUNKS, CHUNK = "general.type", "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -152,7 +153,7 @@ def _stored(path: Path) -> dict[str, Tensor]:
         found = {tensor.name: torch.from_numpy(np.array(tensor.data, dtype=np.float32)) for tensor in reader.tensors}
     except BROKEN as error:
         raise LowbitError(f"cannot read {path}: {one_line(error)}; write it again") from error
-    if broken := [n for n, x in found.items() if not bool(x.isfinite().all()) or bool((x < 0).any())]:
+    if broken := [n for n, x in found.items() if not is_finite(x) or bool((x < 0).any())]:
         raise LowbitError(f"{path}: {shown(broken[0])} has negative sums, NaN or infinity: write the file again")
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.finite import is_finite
 
 
 class DropPlan:
@@ -73,7 +74,7 @@ def damped_inverse(gram: Tensor, damping: float) -> Tensor:
     """
     gram.diagonal().add_(damping * gram.diagonal().mean().clamp(min=1e-30))
     lower, failed = torch.linalg.cholesky_ex(gram)
-    if failed or not bool(lower.diagonal().isfinite().all()):
+    if failed or not is_finite(lower.diagonal()):
         raise LowbitError(
             f"reassemble: damping {damping:g}; the second moments of a linear's input are not finite or too "
             "close to singular: check the model's weights for NaN and infinity, or raise reassemble.damping"

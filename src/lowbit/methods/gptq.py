@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.finite import is_finite
 from lowbit.methods.damping import damping_of
 from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.in_order import quantized_in_order
@@ -224,15 +225,17 @@ def inverse_factor(gram: Tensor, damping: float, step: str = "gptq") -> tuple[Te
     ``H^-1 = R^-T R^-1`` and the factor is ``R^-1``: one factorisation and one triangular inverse, without the inverse
     of ``H``.
     """
-    hessian, mean = gram.double(), live_mean(gram.double())
-    dead = hessian.diagonal() == 0
-    hessian = hessian + torch.diag(dead.double())  # uncorrelated with all others; any positive value
-    eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    while damping < 1e6:
-        lower, failed = torch.linalg.cholesky_ex((hessian + damping * mean * eye).flip(0, 1))
+    hessian = gram.double()
+    mean, hessian = live_mean(hessian), hessian.flip(0, 1)
+    diagonal = hessian.diagonal()
+    diagonal += (diagonal == 0).double()  # uncorrelated with all others; any positive value
+    while damping < 1e6 and is_finite(hessian):
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper = inverse_of_upper(lower.flip(0, 1))
-            if bool(torch.isfinite(upper).all()):
+            if is_finite(upper):
                 return upper.to(gram.dtype), damping
         damping *= 10
     raise LowbitError(f"{step}: the second moments of a linear's input contain NaN or infinity; check the model")

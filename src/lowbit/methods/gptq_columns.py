@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -90,22 +91,25 @@ def _codes(
     ``columns`` ``(in, out)`` is overwritten; ``scale`` and ``zero`` have its shape.
     """
     codes, kept = torch.empty_like(columns, dtype=torch.uint8), torch.empty(0)
+    # A column is a dozen operations, each as short as its call is long: what can be taken apart once for all is.
+    qparams, pivots = list(map(QParams, scale.unbind(), zero.unbind())), upper.diagonal().tolist()
     for start in range(0, len(columns), block_size):
         stop = min(start + block_size, len(columns))
-        part, errors = columns[start:stop], torch.empty_like(columns[start:stop])
-        for i in range(start, stop):
-            row, own = part[i - start], QParams(scale[i], zero[i])
+        part, chosen, errors = columns[start:stop], list[Tensor](), list[Tensor]()
+        for i, row, factors in zip(count(start), part.unbind(), upper[start:stop, start:stop].unbind(), strict=False):
+            at, own = i - start, qparams[i]
             code = format.round(first if first is not None and i == 0 else row, own)
             if pattern is not None:
-                if (at := (i - start) % pattern.columns) == 0:
+                if (place := at % pattern.columns) == 0:
                     end = min(i + pattern.columns, stop)
-                    kept = pattern.kept(part[i - start : end - start], upper.diagonal()[i:end])
-                code = code.where(kept[at], format.round(torch.zeros_like(row), own))
-            codes[i] = code.to(torch.uint8)
-            error = (row - format.value(code, own)) / upper[i, i]
-            part[i - start + 1 :].addr_(upper[i, i + 1 : stop], error, alpha=-1)
-            errors[i - start] = error
-        _compensate(columns[stop:], upper[start:stop, stop:], errors)
+                    kept = pattern.kept(part[at : end - start], upper.diagonal()[i:end])
+                code = code.where(kept[place], format.round(torch.zeros_like(row), own))
+            error = (row - format.value(code, own)) / pivots[i]
+            part[at + 1 :].addr_(factors[at + 1 :], error, alpha=-1)
+            chosen.append(code)
+            errors.append(error)
+        codes[start:stop] = torch.stack(chosen)
+        _compensate(columns[stop:], upper[start:stop, stop:], torch.stack(errors))
     return codes
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.finite import is_finite
 from lowbit.methods.cold import is_cold, with_cold_note
 from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.inputs import input_groups
@@ -118,7 +119,7 @@ def outlier_columns(block: Block, linear: str, outlier: Tensor) -> OutlierColumn
         LowbitError: a weight is too large for float16.
     """
     columns = block.weight(linear)[:, outlier].half()
-    if not bool(columns.isfinite().all()):
+    if not is_finite(columns):
         raise LowbitError(
             f"llm-int8: {linear} has weights beyond float16 in its outlier columns; choose another recipe"
         )

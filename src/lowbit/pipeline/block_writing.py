@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.errors import LowbitError
+from lowbit.finite import is_finite
 from lowbit.methods.method import Method
 from lowbit.models.block import Block
 from lowbit.models.runtime_ops import tensor_name
@@ -43,7 +43,7 @@ def check_block(block: Block, steps: Sequence[Method]) -> None:
     tensors |= {f"{name} input": own.scale for name, own in block.input_qparams.items()}
     tensors |= {f"{name} {k}": v for name, op in block.ops.items() for k, v in op.to_tensors().items()}
     for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             raise LowbitError(f"block {block.start}: '{name}' became NaN or infinite; the block was not written")
     for name, q in block.qweights.items():
         if not q.format.fits_scale_dtype(q.qparams):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowbit.distributed.exchange import from_everyone
 from lowbit.distributed.world import here
+from lowbit.finite import is_finite
 from lowbit.models.offload import batches, concatenate, storage_device
 from lowbit.models.shard import Shard, States, own_states, owned_sequences
 from lowbit.models.skeleton import Skeleton
@@ -44,5 +45,4 @@ def hidden_state_error(got: States, exact: States, device: str, batch: int) -> f
 
 def all_finite(x: States) -> bool:
     """Whether all hidden states of this process are numbers."""
-    own = own_states(x)
-    return not own.numel() or bool(torch.stack(torch.aminmax(own)).isfinite().all())
+    return is_finite(own_states(x))

@@ -19,6 +19,7 @@ from lowbit.checkpoints.identity import companions_digest
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.errors import LowbitError
+from lowbit.finite import is_finite
 from lowbit.models.validate import check_finite, shapes_of
 from lowbit.pipeline.disk_space import check_space
 from lowbit.pipeline.finalize import finish, finished
@@ -130,7 +131,7 @@ def _codes(codes: Codes, name: str) -> QTensor:
     """A weight's codes; raises ``LowbitError`` for a weight that no format holds."""
     decoded = codes.read(name)
     numbers = decoded.qparams if isinstance(decoded, QTensor) else (decoded.value,)
-    if not all(bool(torch.isfinite(part).all()) for part in numbers):
+    if not all(map(is_finite, numbers)):
         raise LowbitError(f"--keep: '{name}' has a value or scale that is NaN or infinite: the source is broken")
     why = why_not_stored(decoded) if isinstance(decoded, QTensor) else decoded.why
     if not isinstance(decoded, QTensor) or why is not None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.finite import is_finite
 from lowbit.quant import inductor, weight_kernel
 from lowbit.quant.elements import Float, Int, Table
 from lowbit.quant.scales import Scales
@@ -290,7 +291,7 @@ class Format(ABC):
         Raises:
             LowbitError: a value is NaN or infinite, which no code stands for.
         """
-        if not bool(weight.isfinite().all()):
+        if not is_finite(weight):
             raise LowbitError(f"{self.name}: a weight is NaN or infinite, which no code stands for: read it again")
         with torch.no_grad():
             codes = self.round(self.split(weight), _per_group(qparams))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
+from lowbit.finite import is_finite
 from lowbit.models.prefix import KEYS, VALUES, Prefix
 
 
@@ -38,7 +39,7 @@ def layer_prefix(checkpoint: Checkpoint, layer: str, tokens: int) -> tuple[Tenso
     stored = checkpoint.read(list(names))
     for name, value in stored.items():
         fits = value.ndim == 3 and value.shape[1] == tokens and value.dtype == torch.float32
-        if not fits or not bool(value.isfinite().all()):
+        if not fits or not is_finite(value):
             raise LowbitError(
                 f"'{name}' in {checkpoint.folder} is not the float32 keys or values of {tokens} tokens: copy the "
                 "folder again, or quantize again"

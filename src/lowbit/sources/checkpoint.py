@@ -18,6 +18,7 @@ from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.checkpoints.stored import Header
 from lowbit.errors import LowbitError, one_line, shown
+from lowbit.finite import is_finite
 from lowbit.progress import say
 from lowbit.sources.layout import Decoded, Headers, SourceLayout, StoredWeight
 from lowbit.sources.layouts import layout_of
@@ -125,7 +126,7 @@ class QuantizedCheckpoint(Checkpoint):
         out = super().read([name for name in names if name not in coded], dtype)
         for name, stored in coded.items():
             value = self.codes(stored).dequantize()
-            if not bool(torch.isfinite(value).all()):
+            if not is_finite(value):
                 raise LowbitError(f"'{stored}' in {self.folder} holds NaN or infinity: the checkpoint is broken")
             out[name] = value.to(dtype or value.dtype)
         return {name: out[name] for name in names}
