@@ -16,6 +16,7 @@ from lowbit.checkpoints.resolve import load_config
 from lowbit.cli.main import call
 from lowbit.exporters import gguf
 from lowbit.exporters.float_run import float_run
+from lowbit.exporters.gguf_readback import read
 from lowbit.exporters.imatrix import Squares, tensor_means, write_imatrix
 from lowbit.exporters.target import Options
 from lowbit.pipeline.opened import open_model
@@ -75,7 +76,7 @@ def test_a_float_model_is_a_file_and_comes_back(tmp_path: Path) -> None:
     run = float_run(opened.source.folder, opened.config, opened.checkpoint, "tiny")
     gguf.write(run, tmp_path / "float.gguf", Options(embeddings="f32"))
     assert {tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "float.gguf").tensors} <= {"F32", "F16"}
-    stored = dict(gguf.read(run, tmp_path / "float.gguf"))
+    stored = dict(read(run, tmp_path / "float.gguf"))
     assert sorted(stored) == sorted(opened.checkpoint.names)
     for name in opened.checkpoint.names:
         assert torch.equal(stored[name].float(), opened.checkpoint.read([name])[name].float())

@@ -15,8 +15,8 @@ import lowbit
 from contracts import COLUMNS, extreme_rows, hard_rows
 from lowbit.checkpoints.gguf_types import Reader, values_of
 from lowbit.exporters import api
-from lowbit.exporters.gguf import type_of
 from lowbit.exporters.gguf_floats import exact_type
+from lowbit.exporters.gguf_limits import type_of
 from lowbit.exporters.run import open_run
 from lowbit.quant.floating import FLOATS
 

@@ -15,8 +15,8 @@ import lowbit
 from contracts import COLUMNS, extreme_rows, hard_rows
 from lowbit.checkpoints.gguf_types import SIZES, OwnKind, Reader, values_of
 from lowbit.checkpoints.resolve import resolve
-from lowbit.exporters.gguf import type_of
 from lowbit.exporters.gguf_blocks import pack_blocks
+from lowbit.exporters.gguf_limits import type_of
 from lowbit.exporters.gguf_native import NATIVE, native_type, pack_native
 from lowbit.quant.floating import FLOATS, NVFP4
 from lowbit.quant.format import Format, QTensor

@@ -119,14 +119,14 @@ def _measured(
     model: str, source: Run, file: Path, text: QuantizerText, permits: dict[str, Any], trusted: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Perplexity and divergence by text, of the values that a file's tensors stand for."""
-    from lowbit.exporters import gguf
+    from lowbit.exporters.gguf_readback import read
 
     with tempfile.TemporaryDirectory(dir=file.parent) as name:
         folder = Path(name)
         for companion in (CONFIG, *companions(source.folder, trusted)):
             copy_companion(source.folder, folder, companion)
         writer = ShardWriter(folder)
-        for parameter, value in gguf.read(source, file):
+        for parameter, value in read(source, file):
             writer.add(parameter, value)
         writer.close()
         told = compare(model, [folder], data=list(text.measured), length=text.window, tokens=text.tokens, **permits)

@@ -11,9 +11,7 @@ dimension are F32, as llama.cpp's operations take them.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,52 +22,27 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from lowbit.checkpoints.gguf_types import AnyKind, OwnKind, Reader, bytes_of, values_of
+from lowbit.checkpoints.gguf_types import AnyKind, bytes_of
 from lowbit.checkpoints.partial import final_name
 from lowbit.errors import LowbitError
-from lowbit.exporters.fit import Misfit, no_activations, weight_misfit
-from lowbit.exporters.gguf_architectures.text_models import text_model
-from lowbit.exporters.gguf_blocks import BLOCK, block_type
-from lowbit.exporters.gguf_data import (
-    data_of,
-    divisors,
-    expect,
-    module_of,
-    scale_name,
-    scales_of,
-    shape_of,
-)
-from lowbit.exporters.gguf_floats import DTYPES, MATRIX_ORDER, cost, exact_type, holds
-from lowbit.exporters.gguf_model import architecture, model_metadata, unlike_llamacpp
-from lowbit.exporters.gguf_native import native_type
-from lowbit.exporters.gguf_tensors import (
-    FileTensor,
-    Share,
-    column_order,
-    file_tensors,
-    row_order,
-    stack_of,
-    straddles,
-)
-from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
-from lowbit.exporters.run import Run, Subject
+from lowbit.exporters.gguf_blocks import BLOCK
+from lowbit.exporters.gguf_contents import metadata_of, tensors_of, text_run, weight_types
+from lowbit.exporters.gguf_data import data_of, expect, module_of, scale_name, scales_of, shape_of
+from lowbit.exporters.gguf_floats import DTYPES, MATRIX_ORDER, cost, holds
+from lowbit.exporters.gguf_limits import limits
+from lowbit.exporters.gguf_model import architecture
+from lowbit.exporters.gguf_readback import expected_value, other, read
+from lowbit.exporters.gguf_tensors import FileTensor
+from lowbit.exporters.run import Run
 from lowbit.exporters.target import Executed, Exporter, Options
 from lowbit.models.build import is_composite
-from lowbit.models.families import architecture_of
 from lowbit.progress import say, track
 from lowbit.quant.floating import FloatFormat
-from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.kquants import KQuant
 from lowbit.quant.tables import TableFormat
 
 FLOATS = {"auto": None, "f32": Kind.F32, "f16": Kind.F16, "q8_0": Kind.Q8_0}
-FILE_TYPES = {  # llama.h, LLAMA_FTYPE_MOSTLY_*; for a K type the one without larger types for some tensors
-    Kind.F32: 0, Kind.F16: 1, Kind.BF16: 32,
-    Kind.Q4_0: 2, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q2_K: 10, Kind.Q3_K: 11, Kind.Q4_K: 14,
-    Kind.Q5_K: 16, Kind.Q6_K: 18, Kind.IQ4_NL: 25, Kind.MXFP4: 38, Kind.NVFP4: 39,
-    OwnKind.Q2_0: 41,
-}  # fmt: skip
 # The simulation quantizes inputs as llama.cpp does; what remains are single inputs that fall on the other side of a
 # boundary between two codes: below 5% of the logits' spread in SmolLM2's thirty blocks.
 EXPLAINED = 0.1
@@ -86,76 +59,11 @@ IN_F32 = (
 )
 
 
-def limits(subject: Subject) -> Misfit | None:
-    """llama.cpp's own formats, integers whose signed codes fit a block type, FP8 as floats; activations in float."""
-    subject = _of_text(subject)
-    if (why := unlike_llamacpp(subject.config)) is not None:
-        return Misfit("architecture", why)
-    misfit = no_activations(subject, "llama.cpp quantizes them to its own 8-bit blocks")
-    if misfit is not None:
-        return misfit
-    for module, format in subject.weights.items():
-        kind = type_of(format, subject.shapes[module][1])
-        if isinstance(kind, str):
-            return weight_misfit(subject, module, kind)
-        if (why := straddles(subject.config, module, format)) is not None:
-            return weight_misfit(subject, module, why)
-        if kind == Kind.NVFP4 and not architecture(subject.config).tensor_scales:
-            name = architecture(subject.config).name
-            return weight_misfit(subject, module, f"llama.cpp's {name} does not apply the scale of an NVFP4 tensor")
-    return _mixed_stack(subject)
-
-
-def _of_text(subject: Subject) -> Subject:
-    """The same with the config of the text model, where a model has other parts; names stay the model's."""
-    return replace(subject, config=text_model(subject.config))
-
-
-def _text_run(run: Run) -> Run:
-    return replace(run, subject=_of_text(run.subject))
-
-
-def _mixed_stack(subject: Subject) -> Misfit | None:
-    """Experts' matrices that one tensor is to hold, in several formats."""
-    seen: dict[str, tuple[str, Format | None]] = {}
-    for module in (*subject.weights, *subject.floats):
-        if (place := stack_of(f"{module}.weight")) is None:
-            continue
-        first, format = seen.setdefault(place[0], (module, subject.weights.get(module)))
-        if format != subject.weights.get(module):
-            why = f"llama.cpp has one tensor for it and for {first}, whose format is another"
-            return weight_misfit(subject, module, why)
-    return None
-
-
-def type_of(format: Format, columns: int) -> AnyKind | str | None:
-    """The type of blocks that holds a format exactly, or why there is none; ``None``: floats hold it."""
-    if isinstance(format, IntFormat):
-        return block_type(format, columns)
-    if (kind := native_type(format, columns)) is not None or isinstance(format, FloatFormat):
-        return kind
-    return f"llama.cpp has no type for {format.name}"
-
-
-def weight_types(run: Run) -> dict[str, Any]:
-    """The types of all quantized modules; reads those that are stored as floats."""
-    out, stacks = {}, dict[str, list[str]]()
-    for module, format in run.subject.weights.items():
-        kind = type_of(format, run.subject.shapes[module][1])
-        out[module] = exact_type(run.qtensor(module).dequantize()) if kind is None else kind
-        if kind is None and (place := stack_of(f"{module}.weight")) is not None:
-            stacks.setdefault(place[0], []).append(module)
-    for modules in stacks.values():
-        if len({out[module] for module in modules}) > 1:  # one type for all: the one that holds everything
-            out |= dict.fromkeys(modules, Kind.F32)
-    return out
-
-
 def write(run: Run, path: Path, options: Options) -> list[str]:
     """Write the file with at most one tensor of it in memory."""
     if options.embeddings not in FLOATS:
         raise LowbitError(f"--embeddings {options.embeddings} given; allowed: {', '.join(FLOATS)}")
-    whole, run = run, _text_run(run)
+    whole, run = run, text_run(run)
     types = weight_types(run)
     metadata, warnings = metadata_of(run, options.pre, types)
     if is_composite(whole.subject.config):
@@ -186,16 +94,6 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
     return warnings
 
 
-def metadata_of(run: Run, pre: str | None, types: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """All keys and values but ``general.architecture``, and warnings; ``types`` are those of ``weight_types``."""
-    config = run.subject.config
-    kinds = Counter(types.values())
-    name = Path(run.manifest.identity.model).name
-    tokens, warnings = tokenizer_metadata(run.folder, config.vocab_size, pre)
-    commonest = kinds.most_common(1)[0][0] if kinds else Kind.F32
-    return model_metadata(config, name) | {"general.file_type": FILE_TYPES[commonest]} | tokens, warnings
-
-
 def add_value(writer: Any, key: str, value: Any) -> None:
     """Add a key to a writer's metadata."""
     if isinstance(value, bool):
@@ -208,29 +106,6 @@ def add_value(writer: Any, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
-
-
-def tensors_of(run: Run) -> list[FileTensor]:
-    """The file's tensors but for the scales beside NVFP4 weights."""
-    alone = [module for module in run.quantized if module != shared_head(run)]
-    names = [*run.floats, *(f"{module}.weight" for module in alone)]
-    return [*(FileTensor(name, (name,)) for name in divisors(run)), *file_tensors(run.subject.config, names)]
-
-
-def shared_head(run: Run) -> str | None:
-    """The head where it has the embedding's codes, scales and all: llama.cpp multiplies with the embedding instead.
-
-    A run has two tensors of a tied one that it quantizes; a file has one.
-    """
-    model = architecture_of(run.subject.config)
-    embed, head = model.embed, model.head
-    if architecture(run.subject.config).head == "own" or head not in run.subject.weights:
-        return None
-    if run.subject.weights[head] != run.subject.weights.get(embed):
-        return None
-    one, other = run.qtensor(embed), run.qtensor(head)
-    equal = torch.equal(one.codes, other.codes) and all(map(torch.equal, one.qparams, other.qparams))
-    return head if equal else None
 
 
 def _kind(run: Run, tensor: FileTensor, options: Options, types: Mapping[str, Any], warnings: list[str]) -> Any:
@@ -263,73 +138,6 @@ def declare(writer: Any, name: str, kind: AnyKind, shape: tuple[int, ...]) -> No
     writer.add_tensor_info(name, shape, np.dtype(np.int8), bytes_of(shape, kind), raw_dtype=kind)
 
 
-def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the file through the package's reader, as the model's parameters in the model's order."""
-    run = _text_run(run)
-    known = {tensor.name: tensor for tensor in tensors_of(run)}
-    stored = Reader(path).tensors
-    scales = {t.name: t.data for t in stored if t.name.endswith(".scale") and t.name not in known}
-    shares: dict[str, dict[int, Any]] = {}
-    head = shared_head(run)
-    for tensor in stored:
-        if tensor.name in scales:  # part of the weight beside it
-            continue
-        value = values_of(tensor.data, tensor.tensor_type)
-        own = known.get(tensor.name, FileTensor(tensor.name, (tensor.name,)))
-        factors = scales.get(scale_name(own))
-        if own.share is not None:
-            value = _joined(value, own, own.share, shares)
-            if value is None:
-                continue
-        for index, name in enumerate(own.parts):
-            # Of a stack with fewer parts than the model has, those that are missing are not yielded.
-            if own.stacked and index >= len(value):
-                break
-            part = value[index] if own.stacked else value
-            part = part if factors is None else part * factors[index if own.stacked else 0]
-            found = _in_order(run, name, torch.from_numpy(np.ascontiguousarray(part)))
-            yield name, found
-            if head is not None and name == f"{architecture_of(run.subject.config).embed}.weight":
-                yield f"{head}.weight", found
-
-
-def _joined(value: Any, tensor: FileTensor, share: Share, shares: dict[str, dict[int, Any]]) -> Any:
-    """A parameter of whose shares this is the last one; ``None`` for the ones before, which ``shares`` keeps."""
-    held = shares.setdefault(tensor.parts[0], {})
-    held[share.start] = value
-    complete = sum(map(len, held.values())) == share.total
-    return np.concatenate([held[start] for start in sorted(held)]) if complete else None
-
-
-def _in_order(run: Run, name: str, value: Tensor) -> Tensor:
-    """Rows and columns back in the model's order; left alone where their number is another, which shows by itself."""
-    rows, columns = row_order(run.subject.config, name), column_order(run.subject.config, name)
-    if rows is not None and len(rows) == len(value):
-        value = value[rows.argsort()]
-    if columns is not None and value.ndim == 2 and len(columns) == value.shape[1]:
-        value = value[:, columns.argsort()]
-    return value.contiguous()
-
-
-def other(run: Run, path: Path) -> Iterator[str]:
-    """Metadata keys whose values differ from the run's."""
-    run = _text_run(run)
-    fields = Reader(path).fields
-    stored = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
-    types = weight_types(run)
-    try:
-        expected, _ = metadata_of(run, None, types)
-    except LowbitError:
-        expected, _ = metadata_of(run, str(stored.get("tokenizer.ggml.pre")), types)
-    expected["general.architecture"] = architecture(run.subject.config).name
-    for key in sorted({**expected, **stored}):
-        ours, theirs = expected.get(key), stored.get(key)
-        if isinstance(ours, float):
-            ours = float(np.float32(ours))
-        if ours != theirs and not (ours == [] and theirs is None):
-            yield key
-
-
 def execute(path: Path, ids: Tensor) -> Executed | None:
     """llama.cpp's logits, where ``llama-cpp-python`` is installed."""
     if find_spec("llama_cpp") is None:
@@ -343,11 +151,6 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
 def owns(path: Path) -> bool:
     """A file named ``.gguf``; its content is checked by the reader."""
     return path.is_file() and path.suffix == ".gguf"
-
-
-def expected_value(run: Run, name: str) -> Tensor:
-    """The value that a file must hold for a parameter, in the order of the model's rows and columns."""
-    return expect(_text_run(run), name)
 
 
 EXPORTER = Exporter(

@@ -17,8 +17,9 @@ from gguf import GGMLQuantizationType as Kind
 from lowbit.checkpoints.gguf_types import AnyKind, bytes_of
 from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Choice, FloatModel, Footprint, Option
-from lowbit.exporters.gguf import IN_F32, add_value, declare, type_of
+from lowbit.exporters.gguf import IN_F32, add_value, declare
 from lowbit.exporters.gguf_floats import MATRIX_ORDER, exact_type
+from lowbit.exporters.gguf_limits import type_of
 from lowbit.exporters.gguf_model import architecture, model_metadata
 from lowbit.exporters.gguf_rope import rope_tensors
 from lowbit.exporters.gguf_tensors import FileTensor, file_tensors, stored_value, straddles
