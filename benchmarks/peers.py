@@ -4,9 +4,9 @@
     python benchmarks/peers.py [--calibration FILE] [--evaluation TEXT ...] [--only NAME ...] [--scheme NAME ...]
 
 AutoRound and llm-compressor's GPTQ and AWQ quantize SmolLM2-135M-Instruct on the very token ids that ``lowbit``
-draws, each in a process of one thread; ``lowbit compare`` evaluates every result, the tools' as float32 checkpoints.
-``--make-environment`` installs what is missing of the tools into ``build/peers`` first; ``--calibration`` and
-``--evaluation`` are texts as for ``lowbit quantize`` and ``lowbit compare``. The page is written after every row.
+draws, each in a process of one thread; ``lowbit compare`` evaluates every result, four at once, the tools' as float32
+checkpoints. ``--make-environment`` first installs what is missing of the tools into ``build/peers``; ``--calibration``
+and ``--evaluation`` are texts as for ``lowbit quantize`` and ``lowbit compare``. The page is written after each four.
 Rows are kept in ``docs/measured/peers``: those of ``lowbit`` by its sources, those of a tool by its version, its
 driver and the figures of the float model, so that a change of ``lowbit`` does not repeat hours of other tools' work.
 Missing rows come first, then those that other sources have measured; ``--missing`` leaves the latter as they are, and
@@ -20,9 +20,9 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from lowbit.data.text import calibration
 from lowbit.data.windows import Tokens
 from lowbit.pipeline.recipe import recipe_names
 from peers_page import FLOAT, Page
-from peers_tools import BUILD, PEERS, TOOLS, Peer, one_thread, quantize
-from rows import ROOT, cpu_seconds, found, kept, lowbit, missing_first, put, text_identity
+from peers_tools import BUILD, MADE, PEERS, TOOLS, Peer, one_thread, quantize
+from rows import ROOT, apart, cpu_seconds, found, kept, lowbit, missing_first, put, sources, text_identity, together
 
 ROWS, WORK = ROOT / "docs" / "measured" / "peers", BUILD / "work"
 PAGE = ROOT / "docs" / "peers.md"
@@ -47,6 +47,11 @@ RECIPES = tuple(name for name in ("awq+gptq", "awq+rounding", "gptq+rounding", "
 ENTRIES = (*PEERS, *RECIPES)
 
 Cell = tuple[str, str, int]  # scheme, entry, seed
+
+
+def _work(made_by: object) -> Path:
+    """The folder of a result, by what makes it."""
+    return WORK / hashlib.sha256(repr(made_by).encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Protocol:
 
     def exact(self, fresh: bool) -> dict[str, Any]:
         """The float model on the texts, compared with itself; a divergence of 0 shows an exact comparison."""
-        return kept(ROWS, (self.placed(), MODEL, FLOAT), lambda: self.compared(MODEL), fresh)
+        return kept(ROWS, (self.placed(), MODEL, FLOAT), lambda: self.compared([MODEL])[0], fresh)
 
     def key(self, cell: Cell, exact: Mapping[str, Any]) -> tuple[object, str | None]:
         """What identifies a row, and a digest of the code that made it."""
@@ -93,39 +98,47 @@ class Protocol:
         figures = [text["perplexity"] for text in exact["texts"].values()]
         return (self.placed(), MODEL, cell, peer, self._steps(peer), tool.package, tool.version, figures), tool.code
 
-    def compared(self, target: str) -> dict[str, Any]:
-        """``lowbit compare`` of a model with the float model."""
+    def compared(self, targets: Sequence[str]) -> list[dict[str, Any]]:
+        """``lowbit compare`` of models with the float model."""
         data = [part for text in self.evaluation for part in ("--data", text)]
-        return lowbit("compare", MODEL, target, *data, "--length", str(self.window), "--tokens", str(self.tokens))
+        how = [*data, "--length", str(self.window), "--tokens", str(self.tokens)]
+        return apart(lowbit("compare", MODEL, *targets, *how))
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        """One row: quantize, evaluate, forget the weights."""
-        if cell[1] in PEERS:
-            return self._peer(cell)
+    def measure(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """Rows: quantize each, evaluate all at once, forget the weights."""
+        made = [self._peer(cell) if cell[1] in PEERS else self._run(cell) for cell in cells]
+        told = self.compared([str(out) for out, _ in made])
+        for out, _ in made:
+            shutil.rmtree(out)
+        return [{**row, **figures} for (_, row), figures in zip(made, told, strict=True)]
+
+    def _run(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+        """A run of a recipe, and what it took; one that is there from an interrupted command stays as it is."""
         scheme, recipe, seed = cell
-        with tempfile.TemporaryDirectory() as scratch:
-            out = str(Path(scratch) / "run")
+        given = self.drawn(seed).hash
+        out = _work((*cell, self.samples, self.length, given, sources()))
+        if not (out / MADE).exists():
+            shutil.rmtree(out, ignore_errors=True)
             drawn = ["--samples", str(self.samples), "--length", str(self.length), "--seed", str(seed)]
             what = ["--scheme", scheme, "--recipe", recipe, "--data", self.calibration, *drawn]
-            made, seconds = cpu_seconds(lambda: lowbit("quantize", MODEL, "--out", out, *what))
-            manifest = json.loads((Path(out) / "lowbit.json").read_text())
-            if (used := manifest["identity"]["data"]["hash"]) != (given := self.drawn(seed).hash):
+            made, seconds = cpu_seconds(lambda: lowbit("quantize", MODEL, "--out", str(out), *what))
+            identity = json.loads((out / "lowbit.json").read_text())["identity"]
+            if (used := identity["data"]["hash"]) != given:
                 raise SystemExit(f"{recipe} was calibrated on tokens {used}, the other tools on {given}")
             row = {"cpu_seconds": seconds, "bits_per_weight": made["bits_per_weight"]}
-            return {**row, "versions": manifest["versions"], **self.compared(out)}
+            (out / MADE).write_text(json.dumps({**row, "versions": identity["versions"]}))
+        return out, json.loads((out / MADE).read_text())
 
-    def _peer(self, cell: Cell) -> dict[str, Any]:
+    def _peer(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+        """What a tool made, and what it took."""
         scheme, entry, seed = cell
         peer, drawn = PEERS[entry], self.drawn(seed)
         tokens = BUILD / "tokens" / f"{drawn.hash[:20]}.safetensors"
         tokens.parent.mkdir(parents=True, exist_ok=True)
         save_file({"ids": drawn.ids}, tokens)
-        made_by = (scheme, peer, seed, self._steps(peer), drawn.hash, TOOLS[peer.tool].version, TOOLS[peer.tool].code)
-        out = WORK / hashlib.sha256(repr(made_by).encode()).hexdigest()[:20]
-        made = quantize(peer, scheme, seed, self._steps(peer), resolve(MODEL).folder, tokens, out)
-        row = {**made, **self.compared(str(out))}
-        shutil.rmtree(out)
-        return row
+        tool = TOOLS[peer.tool]
+        out = _work((scheme, peer, seed, self._steps(peer), drawn.hash, tool.version, tool.code))
+        return out, quantize(peer, scheme, seed, self._steps(peer), resolve(MODEL).folder, tokens, out)
 
     def _steps(self, peer: Peer) -> int:
         return self.steps if peer.learns else 0
@@ -170,18 +183,19 @@ def main() -> None:
         for scheme in options.scheme or SCHEMES
         for entry in entries
     ]
-    for cell in missing_first(ROWS, asked, lambda cell: protocol.key(cell, exact)[0]):
+
+    def wanted(cell: Cell) -> bool:
         what, code = protocol.key(cell, exact)
-        if options.missing and found(ROWS, what, any_code=True) is not None:
-            continue
+        return options.fresh or found(ROWS, what, code, any_code=options.missing) is None
 
-        def measure(cell: Cell = cell) -> dict[str, Any]:
-            return protocol.measure(cell)
-
-        row = kept(ROWS, what, measure, options.fresh, code)
-        told = {**dict(zip(("scheme", "entry", "seed"), cell, strict=True)), "cpu_seconds": row["cpu_seconds"]}
-        told["perplexity"] = [text["runs"][0]["perplexity"] for text in row["texts"].values()]
-        print(json.dumps(told), flush=True)
+    missing = missing_first(ROWS, list(filter(wanted, asked)), lambda cell: protocol.key(cell, exact)[0])
+    for cells in together(missing):
+        for cell, row in zip(cells, protocol.measure(cells), strict=True):
+            what, code = protocol.key(cell, exact)
+            kept(ROWS, what, partial(dict, row), fresh=True, code=code)
+            told = {**dict(zip(("scheme", "entry", "seed"), cell, strict=True)), "cpu_seconds": row["cpu_seconds"]}
+            told["perplexity"] = [text["runs"][0]["perplexity"] for text in row["texts"].values()]
+            print(json.dumps(told), flush=True)
         page = Page(drawn, protocol.steps, exact, protocol.rows(options.seeds, exact), SCHEMES, tuple(PEERS), RECIPES)
         before = options.page.read_text(encoding="utf-8")
         options.page.write_text(put(before, page.text(), BEGIN, END, options.page), encoding="utf-8")

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lowbit.data.builtin import MIXTURE, unseen_kind
 from lowbit.quant.scheme_names import parse_scheme
 from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.folder import TIMING
-from rows import ROOT, cpu_seconds, found, lowbit, outdated, text_identity
+from rows import ROOT, apart, cpu_seconds, found, lowbit, outdated, text_identity
 
 MEASURED = ROOT / "docs" / "measured" / "results"
 MODEL = "demo"
@@ -70,34 +71,52 @@ class Protocol:
     lambada: int
     task_data: str = "auto"
 
-    def measure(self, scheme: str, recipe: str, seed: int) -> dict[str, Any]:
-        """One row: quantize, compare with the float model, forget the folder.
+    def measure(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """Rows: quantize each, compare all with the float model at once, forget the folders.
 
         The float model is compared with itself: its divergence of 0 shows that the comparison is exact.
         """
-        began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
-            target, row = MODEL, {}
-            if recipe != FLOAT:
-                target = str(Path(name) / "run")
-                drawn = ["--samples", str(SAMPLES), "--length", str(CALIBRATION_LENGTH), "--seed", str(seed)]
-                what = ["--scheme", scheme, "--recipe", recipe, "--data", self.calibration, "--effort", EFFORT]
-                made, seconds = cpu_seconds(lambda: lowbit("quantize", MODEL, "--out", target, *what, *drawn))
-                row = {key: made[key] for key in ("bits_per_weight", "warnings")}
-                row["versions"] = json.loads((Path(target) / "lowbit.json").read_text())["versions"]
-                row["cost"] = {"cpu_seconds": seconds, "peak_memory_bytes": peak_memory(Path(target))}
-            figures, evaluation = cpu_seconds(lambda: self.evaluate(target))
-        return {**row, **figures, "evaluation_cpu_seconds": evaluation, "wall_seconds": time.monotonic() - began}
+            made = [self._made(cell, Path(name) / str(at)) for at, cell in enumerate(cells)]
+            targets = [target for target, _ in made]
+            began = time.monotonic()
+            told, compared = cpu_seconds(lambda: {"rows": self.compare(targets)})
+            share = {"cpu": compared / len(cells), "wall": (time.monotonic() - began) / len(cells)}
+            rows = []
+            for (target, row), figures in zip(made, told["rows"], strict=True):
+                began = time.monotonic()
+                answers, evaluated = cpu_seconds(partial(self.answers, target))
+                wall = row.pop("wall", 0.0) + share["wall"] + time.monotonic() - began
+                spent = {"evaluation_cpu_seconds": share["cpu"] + evaluated, "wall_seconds": wall}
+                rows.append({**row, **figures, **answers, **spent})
+        return rows
 
-    def evaluate(self, target: str) -> dict[str, Any]:
-        """Figures of a folder on all texts and on LAMBADA."""
+    def _made(self, cell: Cell, out: Path) -> tuple[str, dict[str, Any]]:
+        """What is compared, and what making it took."""
+        scheme, recipe, seed = cell
+        if recipe == FLOAT:
+            return MODEL, {}
+        began = time.monotonic()
+        drawn = ["--samples", str(SAMPLES), "--length", str(CALIBRATION_LENGTH), "--seed", str(seed)]
+        what = ["--scheme", scheme, "--recipe", recipe, "--data", self.calibration, "--effort", EFFORT]
+        made, seconds = cpu_seconds(lambda: lowbit("quantize", MODEL, "--out", str(out), *what, *drawn))
+        row = {key: made[key] for key in ("bits_per_weight", "warnings")}
+        row["versions"] = json.loads((out / "lowbit.json").read_text())["versions"]
+        row["cost"] = {"cpu_seconds": seconds, "peak_memory_bytes": peak_memory(out)}
+        return str(out), {**row, "wall": time.monotonic() - began}
+
+    def compare(self, targets: Sequence[str]) -> list[dict[str, Any]]:
+        """Figures of folders on all texts."""
         data = [part for _, text in self.texts for part in ("--data", text)]
         how = ["--length", str(LENGTH), "--tokens", str(self.tokens), "--seed", str(EVALUATION_SEED)]
-        row = lowbit("compare", MODEL, target, *data, *how)
-        if self.lambada:
-            asked = ["--tasks", "lambada_openai", "--task-data", self.task_data, "--limit", str(self.lambada)]
-            row["lambada"] = lowbit("evaluate", target, *asked, "--seed", str(EVALUATION_SEED))["zero_shot"]
-        return row
+        return apart(lowbit("compare", MODEL, *targets, *data, *how))
+
+    def answers(self, target: str) -> dict[str, Any]:
+        """Figures of a folder on LAMBADA, if it is asked for."""
+        if not self.lambada:
+            return {}
+        asked = ["--tasks", "lambada_openai", "--task-data", self.task_data, "--limit", str(self.lambada)]
+        return {"lambada": lowbit("evaluate", target, *asked, "--seed", str(EVALUATION_SEED))["zero_shot"]}
 
     def key(self, cell: Cell) -> object:
         """What identifies a row."""

@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 
 Cell = TypeVar("Cell")
 
+TOGETHER = (
+    4  # models that are compared with the float model at once: more save little time, and lose more when stopped
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -128,6 +131,33 @@ def kept(
     partial.write_text(json.dumps({"what": repr(what), "made_by": _made_by(code), "row": row}, indent=1) + "\n")
     partial.replace(path)
     return dict(row)
+
+
+def apart(told: dict[str, Any]) -> list[dict[str, Any]]:
+    """What one ``lowbit compare`` of several models tells, as if each had been compared alone.
+
+    >>> both = {"runs": [{"run": "a"}, {"run": "b"}], "ratios": [1, 2], "calibrated": [{}, {}], "exact": "m"}
+    >>> both["texts"] = {"text": {"perplexity": 9.0, "runs": [{"perplexity": 10.0}, {"perplexity": 11.0}]}}
+    >>> apart(both)[1]["texts"]["text"], apart(both)[1]["runs"]
+    ({'perplexity': 9.0, 'runs': [{'perplexity': 11.0}]}, [{'run': 'b'}])
+    """
+    return [
+        {
+            **told,
+            "texts": {name: {**text, "runs": [text["runs"][at]]} for name, text in told["texts"].items()},
+            **{key: [told[key][at]] for key in ("runs", "ratios", "calibrated")},
+        }
+        for at in range(len(told["runs"]))
+    ]
+
+
+def together(cells: Sequence[Cell], count: int = TOGETHER) -> list[list[Cell]]:
+    """Cells in parts that are compared with the float model at once, which runs once for all of them.
+
+    >>> together([1, 2, 3, 4, 5], 2)
+    [[1, 2], [3, 4], [5]]
+    """
+    return [list(cells[at : at + count]) for at in range(0, len(cells), count)]
 
 
 def missing_first(folder: Path, cells: Sequence[Cell], key: Callable[[Cell], object]) -> list[Cell]:

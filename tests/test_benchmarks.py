@@ -157,13 +157,15 @@ def test_interrupted_results_go_on_and_what_calibrates_nothing_is_measured_once(
     """All recipes of a seed come first; the second command measures what the first left out."""
     asked, out = [], tmp_path / "results.md"
 
-    def measure(self, scheme, recipe, seed):
+    def measure(self, cells):
         if len(asked) == 5:
             raise KeyboardInterrupt
-        asked.append((scheme, recipe, seed))
-        return _measured(20.0 + len(asked), 0.1, **({} if recipe == "float" else _cost(1.0)))
+        asked.extend(cells)
+        costs = [{} if recipe == "float" else _cost(1.0) for _, recipe, _ in cells]
+        return [_measured(20.0 + len(asked), 0.1, **cost) for cost in costs]
 
     monkeypatch.setattr(results, "MEASURED", tmp_path)
+    monkeypatch.setattr(results, "together", lambda cells: rows.together(cells, 2))
     monkeypatch.setattr(results_protocol, "MEASURED", tmp_path)
     monkeypatch.setattr(results.Protocol, "measure", measure)
     texts = (("Text", "a"), ("Other", "b"))
@@ -191,7 +193,8 @@ def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
 
     def command(verb, *words):
         if verb == "compare":
-            return {**_measured(9.0, 0.1), "seconds": 99.0, "peak_memory_bytes": 5e9}
+            told = {"runs": [{}], "ratios": [{}], "calibrated": [{}], "peak_memory_bytes": 5e9}
+            return {**_measured(9.0, 0.1), **told}
         folder = Path(words[words.index("--out") + 1])
         folder.mkdir()
         blocks = [{"seconds": 3.0, "peak_memory_bytes": 7e8}, {"seconds": 4.0, "peak_memory_bytes": 8e8}]
@@ -200,7 +203,7 @@ def test_a_row_has_the_cost_of_quantizing_and_not_of_evaluating(monkeypatch):
         return {"bits_per_weight": 4.25, "warnings": [], "seconds": 8.0, "peak_memory_bytes": 8e8}
 
     monkeypatch.setattr(results_protocol, "lowbit", command)
-    row = results.Protocol("builtin", (("Text", "a"),), 1024, 0).measure("w4a16g64-sym", "rtn", 0)
+    (row,) = results.Protocol("builtin", (("Text", "a"),), 1024, 0).measure([("w4a16g64-sym", "rtn", 0)])
     assert row["cost"] == {"cpu_seconds": 0.0, "peak_memory_bytes": 800_000_000}
 
 

@@ -23,9 +23,10 @@ import peers
 import peers_job
 import peers_tools
 from peers_page import Page
+from rows import together
 
 SCHEME = "w4a16g64-sym"
-# A driver that needs no package: it rounds to 16 levels, and counts how often it is started.
+# A driver that needs no package: it rounds to nearest, and counts how often it is started.
 DRIVER = """
 import sys
 sys.path.insert(0, {benchmarks!r})
@@ -36,8 +37,9 @@ with open({log!r}, "a") as file:
     print(given.method, given.bits, given.group, given.symmetric, given.seed, given.steps, file=file)
 model = given.float_model()
 assert given.ids().shape == (2, 16)
+most = 2 ** (given.bits - 1) - 1
 linears = {{n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}}
-given.write(model, {{n: (w / w.abs().max() * 7).round() * w.abs().max() / 7 for n, w in linears.items()}})
+given.write(model, {{n: (w / w.abs().max() * most).round() * w.abs().max() / most for n, w in linears.items()}})
 """
 
 
@@ -81,9 +83,10 @@ def tool(tmp_path, monkeypatch):
 def in_process(verb, *words):
     """``lowbit compare`` without a process of its own."""
     assert verb == "compare"
-    value = {words[i]: words[i + 1] for i in range(2, len(words), 2)}
+    options = next(at for at, word in enumerate(words) if word.startswith("--"))
+    value = {words[i]: words[i + 1] for i in range(options, len(words), 2)}
     sizes = {"length": int(value["--length"]), "tokens": int(value["--tokens"])}
-    found = lowbit.compare(words[0], words[1], data=value["--data"], **sizes)
+    found = lowbit.compare(words[0], words[1:options], data=value["--data"], **sizes)
     return json.loads(json.dumps(found.to_dict()))
 
 
@@ -94,8 +97,11 @@ def protocol_of(folder, steps=7):
 
 def test_a_tool_quantizes_on_the_tokens_that_are_drawn_and_its_folder_is_compared(tool):
     protocol = protocol_of(tool)
-    row = protocol.measure((SCHEME, "Tool RTN", 3))
-    assert (tool / "log").read_text() == "rtn 4 64 True 3 7\n"
+    first, row = protocol.measure([(SCHEME, "Tool RTN", 3), ("w2a16g64-sym", "Tool RTN", 3)])
+    assert first["texts"] != row["texts"]
+    (row,) = protocol.measure([(SCHEME, "Tool RTN", 3)])
+    assert row["texts"] == first["texts"]  # whatever is compared beside it
+    assert (tool / "log").read_text() == "rtn 4 64 True 3 7\nrtn 2 64 True 3 7\nrtn 4 64 True 3 7\n"
     assert row["bits_per_weight"] == 4.25
     assert row["cpu_seconds"] > 0.1
     (text,) = row["texts"].values()
@@ -112,9 +118,9 @@ def test_what_a_tool_has_finished_survives_an_evaluation_that_fails(tool, monkey
     protocol, cell = protocol_of(tool), (SCHEME, "Tool RTN", 0)
     monkeypatch.setattr(peers, "lowbit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        protocol.measure(cell)
+        protocol.measure([cell])
     monkeypatch.setattr(peers, "lowbit", in_process)
-    assert protocol.measure(cell)["cpu_seconds"] > 0.1
+    assert protocol.measure([cell])[0]["cpu_seconds"] > 0.1
     assert (tool / "log").read_text().count("\n") == 1
 
 
@@ -135,7 +141,7 @@ def test_rows_are_told_apart_by_what_made_them(tool, monkeypatch):
 def test_a_driver_that_fails_shows_the_end_of_its_output(tool):
     (tool / "driver.py").write_text("print('loading')\nraise SystemExit('no such method')")
     with pytest.raises(SystemExit, match=r"(?s)ended with 1:.*loading.*no such method"):
-        protocol_of(tool).measure((SCHEME, "Tool RTN", 0))
+        protocol_of(tool).measure([(SCHEME, "Tool RTN", 0)])
 
 
 def test_a_missing_environment_is_one_line():
@@ -245,16 +251,17 @@ def test_an_interrupted_table_goes_on(tool, monkeypatch):
     asked, page = [], tool / "peers.md"
     page.write_text(f"before\n{peers.BEGIN}old\n{peers.END}\nafter\n")
 
-    def measure(self, cell):
+    def measure(self, cells):
         if len(asked) == 3:
             raise KeyboardInterrupt
-        asked.append(cell)
-        return _row(20.0 + len(asked), 0.1, 10.0)
+        asked.extend(cells)
+        return [_row(20.0 + len(asked) + at, 0.1, 10.0) for at in range(len(cells))]
 
     monkeypatch.setattr(peers.Protocol, "measure", measure)
     monkeypatch.setattr(peers.Protocol, "exact", lambda self, fresh: _page({}).exact)
     monkeypatch.setattr(peers, "os", SimpleNamespace(environ={}))
     monkeypatch.setattr(peers, "ENTRIES", ("Tool RTN", "awq+gptq"))
+    monkeypatch.setattr(peers, "together", lambda cells: together(cells, 3))
     text = str(tool / "m/calib.txt")
     where = ["--calibration", text, "--samples", "2", "--length", "16", "--scheme", SCHEME, "--seeds", "2"]
     monkeypatch.setattr(sys, "argv", ["peers.py", *where, "--page", str(page)])
