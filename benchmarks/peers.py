@@ -5,10 +5,11 @@
 
 AutoRound and llm-compressor's GPTQ and AWQ quantize SmolLM2-135M-Instruct on the very token ids that ``lowbit``
 draws, each in a process of one thread; ``lowbit compare`` evaluates every result, four at once, the tools' as float32
-checkpoints. ``--make-environment`` first installs what is missing of the tools into ``build/peers``; ``--calibration``
-and ``--evaluation`` are texts as for ``lowbit quantize`` and ``lowbit compare``. The page is written after each four.
-Rows are kept in ``docs/measured/peers``: those of ``lowbit`` by its sources, those of a tool by its version, its
-driver and the figures of the float model, so that a change of ``lowbit`` does not repeat hours of other tools' work.
+checkpoints. ``--make-environment`` first installs what is missing of the tools into ``build/peers``.
+``--calibration`` and ``--evaluation`` are texts as for ``lowbit quantize`` and ``lowbit compare``. The page is
+written after each four. Rows are kept in ``docs/measured/peers``: those of ``lowbit`` by its sources, those of a tool
+by its version, its driver and the figures of the float model, so that a change of ``lowbit`` does not repeat hours of
+other tools' work.
 Missing rows come first, then those that other sources have measured; ``--missing`` leaves the latter as they are, and
 ``--fresh`` measures the asked rows again.
 """
