@@ -113,6 +113,8 @@ def test_embeddings_transposed_weights_and_whole_tensors(base: Path, tmp_path: P
         ({"peft_type": None}, "an adapter of the kind None"),
         ({"use_dora": True}, "an adapter with DoRA; plain LoRA is merged here"),
         ({"target_parameters": ["experts.up_proj"]}, "parameters that are no linear's"),
+        ({"init_lora_weights": "pissa_niter_16"}, "trained from weights that 'pissa_niter_16' had changed"),
+        ({"init_lora_weights": "LoftQ"}, "does not fit the model's own"),
         ({"r": 8}, "rank 8: they do not match"),
         ({"r": "four"}, "has r = 'four'"),
         ({"lora_alpha": 0}, "has lora_alpha = 0"),

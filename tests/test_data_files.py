@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from lowbit.data import text, tokenization
+from lowbit.data.chat import render
 from lowbit.data.files import row_file, text_file
 from lowbit.data.mixture import validation_order
 from lowbit.errors import LowbitError
@@ -269,6 +270,16 @@ def test_templates_that_are_missing_or_refuse(tmp_path: Path) -> None:
     tok.chat_template = None
     with pytest.raises(LowbitError, match="line 1 is a conversation, and the tokenizer has no chat template"):
         text.calibration(path, tok, 1, 8, 0)
+
+
+@pytest.mark.parametrize(("format", "date"), [("%Y-%m-%d", "2024-07-26"), ("%d %b %Y", "26 Jul 2024")])
+def test_a_conversation_gives_the_same_tokens_on_every_day(format: str, date: str) -> None:
+    tok = byte_level()
+    # As Llama 3.2's and gpt-oss's do, here inside a macro.
+    tok.chat_template = (
+        f"\n{{% macro day() %}}{{{{ strftime_now('{format}') }}}}{{% endmacro %}}Today: {{{{ day() }}}}"
+    )
+    assert render([{"role": "user", "content": "a"}], tok, "line 1").strip() == f"Today: {date}"
 
 
 def test_json_that_is_no_list(tmp_path: Path) -> None:

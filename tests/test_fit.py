@@ -331,6 +331,12 @@ def test_the_frontier_falls_and_quantizes_nothing(
         (["--size", "66kB", "--bits", "4"], "give one of --size, --memory, --bits and --quality"),
         (["--size", "66kB", "--frontier"], "leave one out"),
         (["--size", "66kB", "--target", "vllm", "--pre", "qwen2"], "it names a pre-tokenizer of llama.cpp"),
+        (["--size", "66kB", "--recipe", "gtpq"], "gtpq"),
+        (["--size", "66kB", "--set", "gptq.dampening=1"], "dampening"),
+        (["--size", "66kB", "--effort", "much"], "much"),
+        (["--size", "66kB", "--data", "typo.txt"], "typo.txt"),
+        (["--size", "66kB", "--text", "typo.txt"], "typo.txt"),
+        (["--size", "66kB", "--length", "4000"], "--length is 4000"),
     ],
 )
 def test_what_cannot_be_reached_is_one_line_before_any_work(

@@ -94,6 +94,33 @@ def test_the_matrix_is_told_by_tensor_as_the_quantizer_takes_it(tmp_path: Path) 
     assert means.tolist() == [1.0] * width + [2.0] * width * (len(experts) - 1)
 
 
+def test_what_a_file_holds_is_measured_in_the_models_own_form(tmp_path: Path) -> None:
+    """Gemma's norms are 1 + w in a file; measured as parameters, the float file is the float model."""
+    save_tiny(tmp_path / "model", "gemma2", num_hidden_layers=2)
+    tiny_tokenizer(merge=True).save_pretrained(tmp_path / "model")
+    opened = open_model(str(tmp_path / "model"), None, False, False)
+    run = float_run(opened.source.folder, opened.config, opened.checkpoint, "tiny")
+    gguf.write(run, tmp_path / "float.gguf", Options(embeddings="f32"))
+    text = quantizer_files.QuantizerText([str(tmp_path / "model/calib.txt")], 24, 48, None, None, None, 0)
+    permits = {"revision": None, "allow_pickle": False, "trust_remote_code": False}
+    _, kl = quantizer_files._measured(str(tmp_path / "model"), run, tmp_path / "float.gguf", text, permits, False)
+    assert list(kl.values()) == [pytest.approx(0, abs=1e-6)]
+
+
+def test_files_of_another_text_are_made_anew(tmp_path: Path) -> None:
+    for name in ("Q4_0.gguf", "imatrix.gguf", "mine.txt"):
+        (tmp_path / name).write_text("")
+    key = {"text": "a"}
+    assert quantizer_files._finished(tmp_path, key) == {}
+    assert {path.name for path in tmp_path.iterdir()} == {"measured.json", "mine.txt"}
+    (tmp_path / "Q4_0.gguf").write_text("")
+    (tmp_path / "measured.json").write_text(json.dumps({"key": key, "files": {"Q4_0": {"kl": {"a": 1.0}}}}))
+    assert quantizer_files._finished(tmp_path, key) == {"Q4_0": {"kl": {"a": 1.0}}}
+    assert (tmp_path / "Q4_0.gguf").exists()
+    assert quantizer_files._finished(tmp_path, {"text": "b"}) == {}
+    assert not (tmp_path / "Q4_0.gguf").exists()
+
+
 @pytest.mark.runtimes
 def test_llamacpps_own_files_stand_beside_the_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

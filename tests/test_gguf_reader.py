@@ -294,15 +294,28 @@ def test_the_second_of_two_builders_takes_the_first_ones_folder(tmp_path: Path) 
     build(final, lambda work: pytest.fail("it is there"))
 
 
+def test_a_build_may_have_folders(tmp_path: Path) -> None:
+    """As models with chat templates or code in subfolders."""
+
+    def write(work: Path) -> None:
+        (work / "inner").mkdir()
+        (work / "inner/a.txt").write_text("a")
+
+    assert (build(tmp_path / "final", write) / "inner/a.txt").read_text() == "a"
+
+
 def test_leftovers_of_killed_builds_go_after_a_day(tmp_path: Path) -> None:
 
-    old, young = tmp_path / "partial-old" / "folder", tmp_path / "partial-young" / "folder"
+    old, young = tmp_path / "lowbit-partial-old" / "folder", tmp_path / "lowbit-partial-young" / "folder"
     for folder in (old, young):
         folder.mkdir(parents=True)
     yesterday = time.time() - 25 * 3600
     os.utime(old, (yesterday, yesterday))
+    other = tmp_path / "partial-2023" / "folder"  # somebody's
+    other.mkdir(parents=True)
+    os.utime(other, (yesterday, yesterday))
     build(tmp_path / "final", lambda work: None)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["final", "partial-young"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["final", "lowbit-partial-young", "partial-2023"]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:

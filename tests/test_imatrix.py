@@ -144,6 +144,15 @@ def test_what_cannot_be_used_is_one_line(written: tuple[Path, Path], tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_in_the_way_is_one_line_before_any_work(
+    written: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert call(["imatrix", str(written[0]), "-o", str(tmp_path / "file/a.gguf")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a file is where a folder should be" in line
+
+
 def test_the_command(written: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, path = written
     given = ["imatrix", str(model), "-o", str(tmp_path / "i.gguf"), "--data", f"{model}/calib.txt"]

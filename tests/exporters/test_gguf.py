@@ -24,6 +24,7 @@ from lowbit.cli.main import call
 from lowbit.errors import LowbitError
 from lowbit.exporters.gguf_blocks import block_type, pack_blocks
 from lowbit.exporters.gguf_model import unlike_llamacpp
+from lowbit.exporters.gguf_tokenizer import tokenizer_metadata
 from lowbit.quant.format import QParams, QTensor
 from lowbit.quant.integer import IntFormat
 from tiny import CONFIGS, save_tiny, tiny_ids, tiny_tokenizer
@@ -312,3 +313,18 @@ def test_wrong_places_are_one_line(run: Path, tmp_path: Path) -> None:
             lowbit.export(folder, to, out=out)
         assert "\n" not in str(caught.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_tokens_beyond_the_embedding_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    """Text models of Gemma 3 keep their family's token of images, whose id is the number of embeddings."""
+    tokenizer = tiny_tokenizer(merge=True)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(tmp_path)
+    found, warnings = tokenizer_metadata(tmp_path, size)
+    assert len(found["tokenizer.ggml.tokens"]) == size
+    assert "<image>" not in found["tokenizer.ggml.tokens"]
+    assert any("no embedding for <image>" in warning for warning in warnings)
+    assert tokenizer_metadata(tmp_path, size + 1)[0]["tokenizer.ggml.tokens"][-1] == "<image>"
+    with pytest.raises(LowbitError, match=r"the tokenizer in .* has id"):
+        tokenizer_metadata(tmp_path, size - 10)

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 import lowbit
+from lowbit.checkpoints.resolve import load_config
 from lowbit.cli.main import call
 from lowbit.errors import LowbitError
 from lowbit.exporters import onnx as target
+from lowbit.exporters.onnx_build import _complete_config
 from lowbit.exporters.onnx_grid import block_of, in_blocks, stored_bits
 from lowbit.exporters.verify import relative_error
 from lowbit.quant.integer import IntFormat
@@ -268,3 +270,20 @@ def test_a_layer_behind_one_whose_q_k_and_v_differ_reads_its_own_keys(tmp_path: 
     (found,) = lowbit.verify(folder, [made.out])
     assert found.ok
     assert found.logits is not None
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral"])
+def test_layers_of_a_config_without_their_types_are_those_that_transformers_derives(
+    family: str, tmp_path: Path
+) -> None:
+    """Published configs of Gemma 2 name no types: half of the layers see the whole text."""
+    changes = {} if family == "gemma2" else {"sliding_window": 8}
+    save_tiny(tmp_path, family, **changes)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _complete_config(tmp_path, load_config(tmp_path))
+    types = json.loads((tmp_path / "config.json").read_text())["layer_types"]
+    sliding, full = "sliding_attention", "full_attention"
+    assert types[:2] == [sliding, full if family == "gemma2" else sliding]
+    assert len(types) == config["num_hidden_layers"]

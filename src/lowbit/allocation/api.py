@@ -21,11 +21,11 @@ from lowbit.allocation.losses import COLUMNS, TABLE
 from lowbit.allocation.rounds import Settled, settle
 from lowbit.allocation.sensitivity import Text, table_of
 from lowbit.allocation.solution import Solution, uniform
-from lowbit.allocation.steps import Made, Measured, Recipe, make
+from lowbit.allocation.steps import Made, Measured, Recipe, check, make
 from lowbit.allocation.target import footprint_of, target_of
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.writing import write_json
-from lowbit.data.text import Data, corpora
+from lowbit.data.text import Data
 from lowbit.errors import LowbitError
 from lowbit.exporters.target import Options
 from lowbit.paths import user_path
@@ -108,7 +108,8 @@ def fit(
 
     Args:
         model: as for ``quantize``.
-        out: a folder: new, empty, or left by an interrupted call with the same arguments.
+        out: a folder: new, empty, or left by an interrupted call with the same arguments; those of the comparison,
+            ``text`` and ``tokens``, may be others.
         target: the target runtime.
         size: largest size of the file, such as ``90MB``, or bytes.
         memory: in place of a size, the largest memory of the weights and of keys and values, for targets that keep
@@ -139,22 +140,15 @@ def fit(
         context = context_of(opened.skeleton, context)
         goal = goal.behind(kv_bytes(opened.skeleton, target, context))
     goal.check(footprint, target)
-    request = {
-        "model": model_name(str(model)),
-        "target": target,
-        **asdict(goal),
-        "pre": pre,
-        "tokens": tokens,
-        "context": context,
-    }
-    request["text"] = None if text is None else [str(corpus) for corpus in corpora(text)]
+    permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    check(str(model), opened, chosen, Measured(text, tokens), permits)
+    request = {"model": model_name(str(model)), "target": target, **asdict(goal), "pre": pre, "context": context}
     request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
     _claim(out, request)
     streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
     table = table_of(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
     blocks_at = streamed.skeleton.architecture.blocks
     found = settle(footprint, table.losses, goal, streamed, table.columns, table.ids)
-    permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     exported = Options(pre=pre, context=context if target == "executorch" else None)
     made = make(
         str(model), out, target, found.solution, chosen, streamed.skeleton, exported, Measured(text, tokens), permits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from lowbit.allocation.quantizer_files import QuantizerText, available, quantize
 from lowbit.allocation.sensitivity import Text, table_of
 from lowbit.allocation.steps import window
 from lowbit.allocation.target import footprint_of, target_of
-from lowbit.checkpoints.writing import write_json
+from lowbit.checkpoints.writing import write_bytes, write_json
 from lowbit.data.text import Data
 from lowbit.errors import LowbitError, check_least
 from lowbit.paths import user_path
@@ -102,7 +101,7 @@ def _made(model: str | Path, out: Path, target: str, point: Point, given: dict[s
     if not (folder / TABLE).is_file():
         folder.mkdir(exist_ok=True)
         for name in (COLUMNS, TABLE):  # the latter says that both are there
-            shutil.copyfile(out / name, folder / name)
+            write_bytes(folder / name, (out / name).read_bytes())
     made = fit(model, folder, target=target, size=point.size_bytes, **given)
     return Full(
         made.size_bytes, made.expected, made.measured, made.perplexity, made.kl, made.verified, str(made.file)

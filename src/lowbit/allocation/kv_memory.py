@@ -6,6 +6,7 @@ window is counted with the whole context, which is what a runtime without window
 
 from __future__ import annotations
 
+from lowbit.checkpoints.positions import positions_of
 from lowbit.errors import LowbitError
 from lowbit.models.skeleton import Skeleton
 
@@ -21,8 +22,7 @@ def context_of(skeleton: Skeleton, asked: int | None) -> int:
     Raises:
         LowbitError: fewer than two, or more than the model has positions.
     """
-    positions = getattr(skeleton.text_config, "max_position_embeddings", None) or 0
-    limit = positions if positions > 0 else None
+    limit = positions_of(skeleton.text_config)
     if asked is None:
         return CONTEXT if limit is None else min(CONTEXT, limit)
     if asked < 2 or (limit is not None and asked > limit):

@@ -1,7 +1,8 @@
 """Files of a target's own quantizer beside the sizes of a frontier: of llama.cpp's, from the same calibration text.
 
 They are made from a float file with an importance matrix, and measured as runs are: the values of a file's tensors,
-with float inputs. What is finished in the folder stays, so that an interrupted frontier goes on.
+with float inputs. What is finished in the folder stays, so that an interrupted frontier goes on; what was made from
+another model or text, or by other versions, is made anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,18 @@ from lowbit.checkpoints.gguf_reader import ShardWriter
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.partial import commit, partial_of, remove
 from lowbit.checkpoints.writing import write_json
-from lowbit.data.text import Data
+from lowbit.data.text import Data, corpora
 from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import compare
 from lowbit.exporters.float_run import float_run
+from lowbit.exporters.gguf_architectures.text_models import text_model
 from lowbit.exporters.run import Run
 from lowbit.exporters.target import Options
 from lowbit.pipeline.imatrix import imatrix
 from lowbit.pipeline.opened import Opened
 from lowbit.pipeline.request import model_name
 from lowbit.progress import say
+from lowbit.runs.versions import versions
 
 FOLDER, MATRIX, FLOAT, MEASURED = "quantizer", "imatrix.gguf", "float.gguf", "measured.json"
 KINDS = ("Q2_K", "Q3_K_M", "Q4_0", "IQ4_NL", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
@@ -72,7 +76,8 @@ def quantizer_files(
     folder.mkdir(exist_ok=True)
     trusted = bool(permits["trust_remote_code"])
     source = float_run(opened.source.folder, opened.config, opened.checkpoint, model_name(model))
-    done: dict[str, Any] = read_json(folder / MEASURED) if (folder / MEASURED).is_file() else {}
+    key = _key(opened, text, pre)
+    done = _finished(folder, key)
     for kind in KINDS:
         file = folder / f"{kind}.gguf"
         if kind in done and file.is_file():
@@ -81,11 +86,31 @@ def quantizer_files(
             _make(model, source, folder, kind, text, pre, permits)
         perplexity, kl = _measured(model, source, file, text, permits, trusted)
         done[kind] = {"perplexity": perplexity, "kl": kl}
-        write_json(folder / MEASURED, done)
+        write_json(folder / MEASURED, {"key": key, "files": done})
     (folder / FLOAT).unlink(missing_ok=True)
     files = {kind: folder / f"{kind}.gguf" for kind in KINDS}
     made = [QuantizerFile(kind, file.stat().st_size, **done[kind], file=str(file)) for kind, file in files.items()]
     return sorted(made, key=lambda one: one.size_bytes)
+
+
+def _key(opened: Opened, text: QuantizerText, pre: str | None) -> dict[str, Any]:
+    """What files and figures depend on."""
+    data = None if text.data is None else [str(corpus) for corpus in corpora(text.data)]
+    drawn = {"data": data, "samples": text.samples, "length": text.length, "seed": text.seed}
+    measured = {"text": list(text.measured), "window": text.window, "tokens": text.tokens}
+    made_by = {**versions(), "llama-cpp-python": version("llama-cpp-python")}
+    return {"fingerprint": opened.source.identity, "versions": made_by, "pre": pre, **drawn, "measured": measured}
+
+
+def _finished(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """Figures of an earlier call by kind; files that were made from anything else are removed first."""
+    known: dict[str, Any] = read_json(folder / MEASURED) if (folder / MEASURED).is_file() else {}
+    if known.get("key") == key:
+        return dict(known["files"])
+    for name in (MEASURED, MATRIX, FLOAT, *(f"{kind}.gguf" for kind in KINDS)):
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / MEASURED, {"key": key, "files": {}})
+    return {}
 
 
 def _make(
@@ -119,15 +144,20 @@ def _measured(
     model: str, source: Run, file: Path, text: QuantizerText, permits: dict[str, Any], trusted: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Perplexity and divergence by text, of the values that a file's tensors stand for."""
+    from lowbit.exporters.gguf_model import architecture
     from lowbit.exporters.gguf_readback import read
 
+    # Norms, kernels and the like have another form in the file, and are floats there: their values are the model's.
+    changed = tuple(architecture(text_model(source.subject.config)).values)
+    names = set(source.floats)
     with tempfile.TemporaryDirectory(dir=file.parent) as name:
         folder = Path(name)
         for companion in (CONFIG, *companions(source.folder, trusted)):
             copy_companion(source.folder, folder, companion)
         writer = ShardWriter(folder)
         for parameter, value in read(source, file):
-            writer.add(parameter, value)
+            if parameter in names:  # else a divisor of rotary frequencies
+                writer.add(parameter, source.tensor(parameter).float() if parameter.endswith(changed) else value)
         writer.close()
         told = compare(model, [folder], data=list(text.measured), length=text.window, tokens=text.tokens, **permits)
     rows = {name: one["runs"][0] for name, one in told.texts.items()}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowbit.allocation.losses import Losses, measure_losses, save, saved
 from lowbit.allocation.probes import with_probes
+from lowbit.checkpoints.positions import positions_of
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.data.text import Data, calibration
 from lowbit.exporters.footprint import Footprint
@@ -58,7 +59,7 @@ def table_of(
         target: the target's name.
         trusted: the model's own code is permitted.
     """
-    length = min(LENGTH, getattr(streamed.skeleton.text_config, "max_position_embeddings", None) or LENGTH)
+    length = min(LENGTH, positions_of(streamed.skeleton.text_config) or LENGTH)
     tokenizer = load_tokenizer(opened.source.folder, trusted)
     drawn = calibration(text.data or "builtin", tokenizer, SEQUENCES, length, text.seed)
     check_ids(drawn.ids, streamed.skeleton, opened.source.folder)

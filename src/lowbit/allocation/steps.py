@@ -13,16 +13,21 @@ import yaml
 from lowbit.allocation.scheme import scheme_of
 from lowbit.allocation.solution import Solution
 from lowbit.allocation.target import TARGETS
+from lowbit.checkpoints.positions import positions_of
+from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.checkpoints.writing import write_bytes
-from lowbit.data.text import Data, corpora
+from lowbit.data.text import Data, calibration, corpora, evaluation
 from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import compare
 from lowbit.exporters import exporter_of
 from lowbit.exporters.api import export, verify
 from lowbit.exporters.target import Options
 from lowbit.models.skeleton import Skeleton
+from lowbit.pipeline.opened import Opened
 from lowbit.pipeline.quantize import quantize
+from lowbit.pipeline.request import make_request
 from lowbit.progress import say
+from lowbit.runs.plan import check_length
 
 RUN, SCHEME, MODEL = "run", "scheme.yaml", "model"
 WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.pte")  # what a folder's size counts
@@ -120,6 +125,30 @@ def make(
     )
 
 
+def check(model: str, opened: Opened, recipe: Recipe, on: Measured, permits: Mapping[str, Any]) -> None:
+    """Refuse at once what the steps would refuse behind hours of work: the recipe's options, and texts."""
+    protocol = {"data": recipe.data, "samples": recipe.samples, "length": recipe.length, "seed": recipe.seed}
+    request = make_request(
+        model,
+        scheme="w8a16-sym",  # any: the formats are not chosen yet
+        recipe=recipe.name,
+        settings=recipe.settings,
+        overrides={},
+        target=None,
+        protocol={**protocol, "effort": recipe.effort, "bos": None, "prefix": None},
+        device="cpu",
+        dtype="float32",
+        compiled=False,
+        **permits,
+    )
+    check_length(opened.config, request.length)
+    tokenizer = load_tokenizer(opened.source.folder, bool(permits["trust_remote_code"]))
+    calibration(request.data, tokenizer, request.samples, request.length, request.seed)
+    length = window(opened.skeleton, on.tokens)
+    for corpus in () if on.text is None else corpora(on.text):
+        evaluation(corpus, tokenizer, length, on.tokens)
+
+
 def _said(words: list[str]) -> list[str]:
     say(shlex.join(words))
     return words
@@ -131,8 +160,7 @@ def _outside(skeleton: Skeleton) -> tuple[str, ...]:
 
 def window(skeleton: Skeleton, tokens: int) -> int:
     """Tokens of a window: no more than the model has positions, or the comparison tokens."""
-    limit = getattr(skeleton.text_config, "max_position_embeddings", None) or WINDOW
-    return int(min(WINDOW, tokens, limit)) if limit > 0 else min(WINDOW, tokens)
+    return min(WINDOW, tokens, positions_of(skeleton.text_config) or WINDOW)
 
 
 def _file(out: Path, target: str) -> Path:

@@ -43,6 +43,9 @@ _OTHER = {
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
 }
+# Values of ``init_lora_weights`` with which training starts from a changed base model: the adapter is no difference
+# to the original one. Tools that turn it into one write ``true``.
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What names of tensors end in: the two matrices of a linear, and of an embedding.
 _PAIRS = {"weight": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
 
@@ -127,6 +130,12 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
     if kind != "LORA":
         raise LowbitError(
             f"{folder} is an adapter of the kind {shown(kind)}; LORA is merged here: merge it with peft"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
+        raise LowbitError(
+            f"{folder} was trained from weights that {shown(start)} had changed, so it does not fit the model's own: "
+            "convert it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     if found := next((what for field, what in _OTHER.items() if config.get(field)), None):
         raise LowbitError(f"{folder} is an adapter with {found}; plain LoRA is merged here: merge it with peft")

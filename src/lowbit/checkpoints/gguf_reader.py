@@ -38,6 +38,7 @@ from lowbit.errors import LowbitError, one_line, panics_as_errors
 from lowbit.progress import say, track
 
 SHARD_BYTES = 2 << 30
+LEFT_OVER = "lowbit-partial-"  # start of the names of folders that are being made: a name that nobody else gives
 AS_VECTOR = "ffn_gate_inp_shexp.weight"  # a linear of one output
 NO_TOKENIZER = "no-tokenizer.txt"  # in a converted folder without one: the reason
 
@@ -91,12 +92,13 @@ def build(final: Path, write: Callable[[Path], None]) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _sweep(final.parent)
-        with tempfile.TemporaryDirectory(dir=final.parent, prefix="partial-") as temporary:
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=LEFT_OVER) as temporary:
             work = Path(temporary) / "folder"
             work.mkdir()
             write(work)
-            for file in work.iterdir():
-                flush(file)
+            for file in work.rglob("*"):  # companions may lie in subfolders
+                if file.is_file():
+                    flush(file)
             try:
                 os.rename(work, final)
             except OSError:
@@ -110,7 +112,7 @@ def build(final: Path, write: Callable[[Path], None]) -> Path:
 
 def _sweep(parent: Path) -> None:
     """Remove leftovers of killed conversions; a running one adds a shard far more often than once a day."""
-    for work in parent.glob("partial-*/folder"):
+    for work in parent.glob(f"{LEFT_OVER}*/folder"):
         if time.time() - work.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(work.parent, ignore_errors=True)
 

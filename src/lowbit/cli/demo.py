@@ -60,7 +60,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     from lowbit.pipeline.recipe import SAMPLES_LEARNING
     from lowbit.pipeline.request import DEFAULTS
 
-    out, source = user_path(out), resolve("demo")
+    out, source = user_path(out).resolve(), resolve("demo")
     say("evaluating the float model")
     rows = [_row("float", "float32", 32.0, source.folder, None)]
     for recipe in RECIPES:

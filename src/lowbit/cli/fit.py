@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lowbit.cli.console import Json, Model, Pickle, Remote, Revision, print_json, table
 from lowbit.errors import LowbitError
+from lowbit.paths import user_path
 
 if TYPE_CHECKING:
     from lowbit.allocation.api import Fitted
@@ -109,7 +110,7 @@ def fit(
             trust_remote_code=trust_remote_code,
         )
         if full:
-            write_bytes(out / "frontier.html", render(found).encode())
+            write_bytes(user_path(out) / "frontier.html", render(found).encode())
         if as_json:
             print_json(found.to_dict())
         else:

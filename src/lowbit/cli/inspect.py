@@ -84,6 +84,8 @@ def inspect(
     is_run = manifest is not None
     if not is_run and (budget is not None or exact is not None or out is not None):
         raise LowbitError(f"--float, --budget and --out are for a finished run folder, which {model} is not")
+    # Of a run, the dtype is that in which its divergence is measured: there is nothing to plan.
+    planned = "float32" if is_run else dtype
     facts = inspect_model(
         model,
         scheme,
@@ -95,7 +97,7 @@ def inspect(
         trust_remote_code=trust_remote_code,
         effort=effort,
         config_only=config_only,
-        machine=machine_of(ranks, device_memory, host_memory, flops, bandwidth, network, dtype),
+        machine=machine_of(ranks, device_memory, host_memory, flops, bandwidth, network, planned),
     )
     diagnosis = None
     # A run that keeps its source's codes has measured nothing.
@@ -141,7 +143,8 @@ def machine_of(
     if (flops is None) != (bandwidth is None):
         given, missing = ("--flops", "--bandwidth") if bandwidth is None else ("--bandwidth", "--flops")
         raise LowbitError(f"{given} given without {missing}: a time needs both; give both, or neither")
-    if canonical("dtype", dtype, DTYPES) != "float32" and device_memory is None:
+    dtype = canonical("dtype", dtype, DTYPES)
+    if dtype != "float32" and device_memory is None:
         raise LowbitError(f"--dtype {dtype} given, which is for a device: give --device-memory, or leave it out")
     between, rates = rate_in(network, "--network"), None
     if flops is not None and bandwidth is not None:

@@ -33,10 +33,12 @@ from lowbit.errors import LowbitError, check_least
 from lowbit.progress import say
 
 _SPACE, _RIGHTS = "free some space or choose another folder", "fix its permissions or choose another path"
+_KIND = "a file is where a folder should be, or a folder where a file should: give another path"
 MENDABLE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _SPACE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
     errno.ENAMETOOLONG: "give a shorter one",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _KIND),
 }
 # Depending on its version, typer vendors click or uses the installed one; this is the class in both cases.
 UsageError: Any = typer.BadParameter.__base__

@@ -127,6 +127,15 @@ def _text(content: Any, where: str, turn: Mapping[str, Any]) -> str:
     return "".join(text for text in texts if text is not None)
 
 
+# Templates that put today's date into the system message would give other tokens every day, and a run that goes on
+# tomorrow other data: they get this one.
+NO_CLOCK = (
+    "{%- macro strftime_now(format) -%}"
+    "{%- if format == '%Y-%m-%d' -%}2024-07-26{%- else -%}26 Jul 2024{%- endif -%}"
+    "{%- endmacro -%}"
+)
+
+
 def render(messages: list[Message], tokenizer: Tokenizer, where: str, tools: Any = None) -> str:
     """A conversation as the model's chat template renders it."""
     if not tokenizer.chat_template:
@@ -136,7 +145,10 @@ def render(messages: list[Message], tokenizer: Tokenizer, where: str, tools: Any
         )
     apply: Callable[..., Any] = tokenizer.apply_chat_template
     try:
-        return str(apply(messages, tools=tools, tokenize=False))
+        template = tokenizer.get_chat_template(tools=tools)
+        if "strftime_now" in template:
+            template = NO_CLOCK + template
+        return str(apply(messages, tools=tools, tokenize=False, chat_template=template))
     except Exception as error:  # templates are programs: they raise whatever they like
         reason = one_line(error)
         raise LowbitError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoints.positions import positions_of
 from lowbit.checkpoints.token_ids import token_ids
 from lowbit.errors import LowbitError, check_least
 from lowbit.finite import is_finite
@@ -40,7 +41,7 @@ def self_sample(
     """
     for name, size, least in (("n", n, 1), ("length", length, 2), ("batch", batch, 1)):
         check_least(name, size, least, "give more")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model.config.get_text_config())
     if limit is not None and length > limit:
         raise LowbitError(f"length {length} given; the model has {limit} positions: give a shorter length")
     uniform = torch.rand(n, length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

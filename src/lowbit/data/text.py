@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,10 +100,23 @@ def corpora(data: Data) -> tuple[Corpus, ...]:
     given = [corpus_name(str(one)) if isinstance(one, str | Path) else one for one in data]
     if not given or not all(isinstance(one, str) for one in given):
         raise LowbitError(f"data {data!r:.100} given; give a name, {PATHS}, several of them, or a list of texts")
-    named = [one in (*NAMES, SELF) or ("\n" not in one and Path(one).suffix.lower() in SUFFIXES) for one in given]
+    named = [one in (*NAMES, SELF) or _is_path(one) for one in given]
     if not any(named) and any(len(one.split()) > 1 for one in given):
         return (Texts(tuple(given)),)
     return tuple(dict.fromkeys(given))
+
+
+def _is_path(one: str) -> bool:
+    """Whether a string with blanks in it names a file, and is no text.
+
+    >>> [_is_path(one) for one in ("My texts.txt", "My Corpus/wiki train.docx", "Read him/her twice.", "One.\\n.txt")]
+    [True, True, False, False]
+    """
+    path = Path(one)
+    if "\n" in one:
+        return False
+    ends_like_one = len(path.parts) > 1 and path.suffix[1:].isalnum() and len(path.suffix) <= 6
+    return path.suffix.lower() in SUFFIXES or ends_like_one or os.path.exists(one)
 
 
 def calibration(

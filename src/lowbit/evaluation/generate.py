@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lowbit.checkpoints.positions import positions_of
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.checkpoints.token_ids import token_ids
 from lowbit.data.tokenization import decode, encode
@@ -28,7 +29,7 @@ def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: boo
     if not ids.numel():
         raise LowbitError(f"the tokenizer in {folder} makes no token of the prompt {prompt!r}: give another one")
     config = text_config(model.config)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = positions_of(config)
     prefix = tokens_before(model)
     if limit and prefix + ids.shape[1] + tokens > limit:
         front = f", the prefix {prefix}" if prefix else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ import lowbit
 from lowbit.checkpoints.identity import tokenizer_digest
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.partial import sweep
+from lowbit.checkpoints.positions import positions_of
 from lowbit.checkpoints.pypi import cache_dir, sha256_of
 from lowbit.checkpoints.resolve import Source, load_tokenizer, resolve
 from lowbit.checkpoints.writing import write_json
@@ -168,7 +170,7 @@ class _LazyModel:
         began = time.monotonic()
         with within(ONE):
             self._model = self._model or self._open()
-        positions = text_config(self._model.config).max_position_embeddings - self._model.skeleton.prefix
+        positions = (positions_of(text_config(self._model.config)) or sys.maxsize) - self._model.skeleton.prefix
         lm = harness_model(self._model, self._tokenizer, positions, task)
         scores = measure(task, documents.rows, lm)
         facts = {"total": documents.total, "source": documents.source, "data_hash": documents.hash}

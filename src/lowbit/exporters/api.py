@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.partial import flush, partial_of, remove, sweep
+from lowbit.checkpoints.positions import positions_of
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.data.tokenization import encode
 from lowbit.errors import LowbitError
@@ -168,7 +169,7 @@ def _text_ids(run: Run, trust_remote_code: bool) -> Tensor:
     """Token ids of ``TEXT``, at least one and at most as many as the model has positions."""
     config = text_config(run.subject.config)
     ids = torch.tensor(encode(load_tokenizer(run.folder, trust_remote_code), TEXT, special_tokens=True))
-    return ids[ids < config.vocab_size][: getattr(config, "max_position_embeddings", None)]
+    return ids[ids < config.vocab_size][: positions_of(config)]
 
 
 def _simulated(run: Run, ids: Tensor, runtime: str | None, trust_remote_code: bool) -> Tensor:

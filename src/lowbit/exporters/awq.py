@@ -26,6 +26,7 @@ from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_sc
 from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
+from lowbit.models.families import architecture_of
 from lowbit.quant.format import QTensor
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -45,7 +46,7 @@ def limits(subject: Subject) -> Misfit | None:
     size = _group(subject)
     for module, format in subject.integers.items():
         rows, columns = subject.shapes[module]
-        if module in (embedding_of(subject.config), "lm_head"):
+        if module in (embedding_of(subject.config), architecture_of(subject.config).head):
             why = "the layout does not support a quantized embedding or head"
         elif format.bits != 4:
             why = f"{format.bits} bits; the layout has 4"

@@ -110,7 +110,7 @@ def _with(subject: Subject, scheme: Scheme) -> Subject:
     found = {name: scheme.outside(name) if name in outside else scheme.module(name) for name in subject.shapes}
     quantized = {name: formats for name, formats in found.items() if formats is not None}
     modules = {name: ModuleFormats(f.weight) if name == architecture.embed else f for name, f in quantized.items()}
-    dropped = tuple(name for name in subject.weights if name not in modules and name != "lm_head")
+    dropped = tuple(name for name in subject.weights if name not in modules and name != architecture.head)
     floats = (*sorted(kept - set(modules)), *dropped)
     return replace(subject, scheme=scheme, formats=ModelFormats(modules, scheme.kv), floats=floats)
 

@@ -47,10 +47,10 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
     model = content["model"]
     if model["type"] != "BPE":
         raise LowbitError(f"the tokenizer in {folder} is a {model['type']} model; gguf export supports BPE only")
+    warnings = _beyond(content, vocab_size)
     pieces, types = _pieces(content, vocab_size, folder)
     out: dict[str, Any] = {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": types}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    warnings: list[str] = []
     if model.get("byte_fallback"):
         out |= _sentencepiece(content, pieces, merges)
     else:
@@ -66,9 +66,17 @@ def tokenizer_metadata(folder: Path, vocab_size: int, pre: str | None = None) ->
     return out | _special(tokenizer, warnings), warnings
 
 
+def _beyond(content: dict[str, Any], vocab_size: int) -> list[str]:
+    """A warning of added tokens without an embedding: text models keep those of their family's models of images."""
+    beyond = [token["content"] for token in content["added_tokens"] if int(token["id"]) >= vocab_size]
+    if not beyond:
+        return []
+    return [f"the model has no embedding for {', '.join(beyond[:3])}: left out of the file's tokens"]
+
+
 def _pieces(content: dict[str, Any], vocab_size: int, folder: Path) -> tuple[list[str], list[int]]:
     """Pieces and their types by id."""
-    added = {int(token["id"]): token for token in content["added_tokens"]}
+    added = {int(token["id"]): token for token in content["added_tokens"] if int(token["id"]) < vocab_size}
     names = {int(i): piece for piece, i in content["model"]["vocab"].items()}
     names |= {i: token["content"] for i, token in added.items()}
     if max(names) >= vocab_size:

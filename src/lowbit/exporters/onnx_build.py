@@ -64,7 +64,7 @@ def build(run: Run, path: Path, level: int) -> None:
 
     _start(path)
     write_folder(run, path / SOURCE, quantization_config(_stored(run.subject), "gptq"), store, torch.float32)
-    _complete_config(path / SOURCE)
+    _complete_config(path / SOURCE, run.subject.config)
     options = {"accuracy_level": str(level), "nodes_to_exclude": ",".join(FLOAT_NODES)}
     if splits_heads(run) or _unlike(run.subject):
         options["disable_qkv_fusion"] = "true"
@@ -99,7 +99,7 @@ def build_with_standard_operators(run: Run, path: Path) -> None:
 
     _start(path)
     write_folder(run, path / SOURCE, {}, store, torch.float32)
-    _complete_config(path / SOURCE)
+    _complete_config(path / SOURCE, run.subject.config)
     config = read_json(path / SOURCE / CONFIG)
     del config["quantization_config"]
     dtype = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -125,13 +125,16 @@ def _tied(run: Run) -> bool:
     return bool(run.subject.config.tie_word_embeddings) and "lm_head" not in run.subject.weights
 
 
-def _complete_config(folder: Path) -> None:
+def _complete_config(folder: Path, known: Any) -> None:
+    """Write keys out that the builder takes for something else where they are missing."""
     config = read_json(folder / CONFIG)
     # Where these keys are missing, the builder assumes a scaled rotary embedding or full attention.
     if config["model_type"] == "phi3":
         config["original_max_position_embeddings"] = config["max_position_embeddings"]
     if config.get("sliding_window") and "layer_types" not in config:
-        config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+        # Configs of models in which layers differ derive them; in the others every layer has the window.
+        derived = getattr(known, "layer_types", None)
+        config["layer_types"] = list(derived or []) or ["sliding_attention"] * config["num_hidden_layers"]
     write_json(folder / CONFIG, config)
 
 

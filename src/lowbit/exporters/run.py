@@ -142,7 +142,7 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
         checkpoint, _ = open_weights(folder, config, True, trust_remote_code)
         check_model(checkpoint, config, formats.modules, trust_remote_code)
     shapes = {name: _shape(checkpoint, name, own) for name, own in formats.modules.items()}
-    floats = tuple(name for name in manifest.floats if name != "lm_head")
+    floats = tuple(name for name in manifest.floats if name != architecture_of(config).head)
     shapes |= {name: _size(checkpoint, f"{name}.weight") for name in floats}
     ops: dict[type[RuntimeOp], str] = {}
     for module, kind in manifest.runtime_ops.items():

@@ -87,7 +87,7 @@ def limits(subject: Subject) -> Misfit | None:
     if act is not None and act.bits not in ACT_BITS:
         return Misfit("act", f"inputs at {act.bits} bits; vLLM supports 4 and 8")
     for module, format in subject.integers.items():
-        if module in (embedding_of(subject.config), "lm_head"):
+        if module in (embedding_of(subject.config), architecture_of(subject.config).head):
             return weight_misfit(subject, module, "vLLM keeps embeddings and head in float")
         if not format.symmetric and format.bits not in FREE_ZEROS:
             return weight_misfit(subject, module, f"asymmetric at {format.bits} bits; vLLM supports that at 4 and 8")

@@ -66,6 +66,7 @@ def imatrix(
     out = user_path(out)
     if out.suffix != ".gguf":
         raise LowbitError(f"--out {out} given; an importance matrix is a file that ends in .gguf")
+    out.parent.mkdir(parents=True, exist_ok=True)
     opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
     check_imatrix(opened.config)
     check_length(opened.config, length)
@@ -79,7 +80,6 @@ def imatrix(
         for index in track(range(streamed.blocks), "squares of inputs"):
             squares |= _squares(streamed.block(index), x)
             (x,) = streamed.through(index, [x])
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_imatrix(out, opened.config, squares, text.corpus, samples, length)
     return Imatrix(out, len(squares), text.ids.numel(), text.corpus)
 

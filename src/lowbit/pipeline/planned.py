@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.checkpoints.positions import positions_of
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.estimate import Calibration, Estimate, Model, estimate, with_own_rates
 from lowbit.pipeline.machine import Machine
@@ -60,7 +61,7 @@ class Planned:
         }
 
     def _calibration(self, skeleton: Skeleton, samples: int) -> Calibration:
-        most = getattr(skeleton.text_config, "max_position_embeddings", None) or DEFAULTS["length"]
+        most = positions_of(skeleton.text_config) or DEFAULTS["length"]
         length = min(DEFAULTS["length"], most) if self.length is None else self.length
         check_length(skeleton.config, length)
         return Calibration(samples if self.samples is None else self.samples, length)

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from lowbit.analysis.massive import chosen, massive, per_window
 from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.positions import positions_of
 from lowbit.checkpoints.writing import write_json, write_tensors
 from lowbit.data.tokenization import decode, encode
 from lowbit.distributed.exchange import by_first
@@ -158,8 +159,8 @@ def _found(walk: Walk, windows: Tensor, wish: Wanted) -> PrefixFacts:
 
 def _room(skeleton: Skeleton, length: int) -> int:
     """Tokens that may come before a window, by the model's number of positions."""
-    limit = getattr(skeleton.text_config, "max_position_embeddings", None)
-    return limit - length if limit and limit > 0 else MOST_GIVEN
+    limit = positions_of(skeleton.text_config)
+    return MOST_GIVEN if limit is None else limit - length
 
 
 def _massive_tokens(walk: Walk, windows: Tensor) -> list[Tensor]:

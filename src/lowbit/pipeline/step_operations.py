@@ -22,8 +22,9 @@ from lowbit.pipeline.operations import FLOAT, Tokens, Work, forward
 from lowbit.pipeline.recipe import Step
 
 # Accesses for each weight.
-NEAREST, SEARCHED, LEARNED = 18, 28, 64
+NEAREST, SEARCHED, LEARNED = 13, 28, 64
 COLUMN, COLUMN_CALLS, FACTOR_BYTES = 62, 12, 240  # of GPTQ: beside its rank-one updates; of a second moment
+SMOOTHED = 9  # for each weight that a diagonal scales
 STATISTIC = 8  # for each channel of a token
 FIT_CALLS = 190  # small operations of a learned step for each linear
 HEADS = 0.7  # of a weight's products with a map of a head's width
@@ -112,7 +113,7 @@ def _awq(step: Step, shape: LayerShape, data: Tokens) -> Work:
 
 
 def _smoothquant(step: Step, shape: LayerShape, data: Tokens) -> Work:
-    passes = FLOAT * NEAREST / 2 * shape.quantized
+    passes = FLOAT * SMOOTHED * shape.quantized
     return forward(shape, data.count, data, False).times(data.leaf_share) + Work(passes=passes)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.checkpoints.positions import positions_of
 from lowbit.errors import LowbitError, check_least, check_seed
 from lowbit.models.architecture import Architecture
 from lowbit.models.build import empty_model, text_config
@@ -217,8 +218,8 @@ def check_sizes(samples: int, length: int, seed: int = 0) -> None:
 
 def check_length(config: Any, length: int) -> None:
     """Refuse windows that are longer than the model's positions."""
-    limit = getattr(text_config(config), "max_position_embeddings", None)
-    if limit and 0 < limit < length:  # -1: no end
+    limit = positions_of(text_config(config))
+    if limit is not None and limit < length:
         raise LowbitError(f"--length is {length}; this model's positions end at {limit}: give {limit} or less")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoints.positions import positions_of
 from lowbit.checkpoints.resolve import load_config
 from lowbit.checkpoints.safetensors_folder import block_params
 from lowbit.errors import LowbitError
@@ -97,8 +98,8 @@ class StreamedModel:
 
     def check_length(self, length: int) -> None:
         """Refuse windows that are longer than the model's positions."""
-        limit, prefix = getattr(self.skeleton.text_config, "max_position_embeddings", None), self.skeleton.prefix
-        if limit and 0 < limit < length + prefix:  # -1: no end
+        limit, prefix = positions_of(self.skeleton.text_config), self.skeleton.prefix
+        if limit is not None and limit < length + prefix:
             room = f"{limit}" + (f", {prefix} of which the run's prefix takes" if prefix else "")
             raise LowbitError(
                 f"--length is {length}; this model's positions end at {room}: give {limit - prefix} or less"
