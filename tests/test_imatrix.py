@@ -128,6 +128,11 @@ def test_what_cannot_be_used_is_one_line(written: tuple[Path, Path], tmp_path: P
     run = partial(run, data=str(model / "calib.txt"))
     with pytest.raises(LowbitError, match=r"no step of gptq searches scales; give --set gptq\.search=true"):
         run(imatrix=path)
+    # What refit searches is no scale.
+    with pytest.raises(
+        LowbitError, match=r"no step of affinequant\+refit searches scales; give --set rtn\.search=true"
+    ):
+        run(imatrix=path, recipe="affinequant+refit")
     with pytest.raises(LowbitError, match="does not exist"):
         run(imatrix=tmp_path / "none.gguf", settings=["gptq.search=true"])
     (tmp_path / "text.gguf").write_text("not a file of this format")

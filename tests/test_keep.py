@@ -116,7 +116,8 @@ def test_a_source_goes_through_a_run_to_its_exports_with_equal_values(name: str,
     check_values(made.out, values)
     for target in targets:
         out = lowbit.export(made.out, target, pre="gpt-2" if target == "gguf" else None).out
-        (result,) = lowbit.verify(made.out, [out])
+        # Values alone: llama.cpp, where it is installed, does not load this tokenizer.
+        (result,) = lowbit.verify(made.out, [out], logits=False)
         assert result.ok, result
 
 
@@ -172,7 +173,7 @@ def test_an_export_becomes_the_run_that_it_was_made_of(
     assert notes == (["keep: inputs of linears, as the source has it, is float here"] if "a8" in scheme else [])
 
 
-@pytest.mark.parametrize("scheme", ["w4a16g32-asym", "q4_k", "iq4_nl", "mxfp6a16"])
+@pytest.mark.parametrize("scheme", ["w4a16g32-asym", "q4_k", "iq4_nl", "q2_0", "mxfp6a16"])
 def test_a_run_folder_without_its_manifest_is_read_like_any_other(scheme: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "m", "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1, head_dim=64)
     run = quantize_tiny(tmp_path / "m", tmp_path / "run", scheme).out

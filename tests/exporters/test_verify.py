@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from torch import Tensor
+from transformers import BioGptConfig, BioGptForCausalLM
 
 import lowbit
 from lowbit.cli.main import call
 from lowbit.exporters import api as exporting
 from lowbit.exporters import exporter_of
 from lowbit.exporters.target import Executed
+from tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,17 @@ def test_a_runtime_that_gives_up_has_failed(made: tuple[Path, Path], monkeypatch
     (found,) = lowbit.verify(run, [file])
     assert found.unreadable == "error in its runtime: RuntimeError: no kernel"
     assert not found.ok
+
+
+def test_a_tied_head_of_another_name_is_no_tensor_of_its_own(tmp_path: Path) -> None:
+    """BioGPT's head is ``output_projection``, which is the embedding."""
+    tokenizer = tiny_tokenizer(merge=True)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BioGptForCausalLM(BioGptConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "calib.txt").write_text("a cab of the day. " * 200)
+    text = str(tmp_path / "calib.txt")
+    lowbit.quantize(tmp_path / "model", tmp_path / "run", scheme="w4a16g32-sym", data=text, samples=2, length=16)
+    (checked,) = lowbit.verify(tmp_path / "run")
+    assert checked.ok

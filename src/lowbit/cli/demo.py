@@ -120,7 +120,7 @@ def _show(result: dict[str, Any]) -> None:
     console.print(f"\nThe quantized model is in {out}; stock transformers loads it. Next:")
     for line, purpose in (
         (f"lowbit report {out} -o report.html", "an HTML report, block by block"),
-        (f"lowbit export {out} --to gguf", "the same codes for llama.cpp; also onnx, gptq, awq, vllm, gemma"),
+        (f"lowbit export {out} --to gguf", "the same codes for llama.cpp; also executorch, onnx, gptq, awq, vllm"),
         (f"lowbit verify {out} {out}.gguf", "every exported value against the run, bit for bit"),
         (f"lowbit compare demo {out} --length {WINDOW} --tokens {EVALUATED}", "divergence from the float model"),
     ):

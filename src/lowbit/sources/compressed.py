@@ -21,7 +21,7 @@ from lowbit.quant.floating import MXFP4, MXFP6, MXFP8, NVFP4, FloatFormat
 from lowbit.quant.format import Format
 from lowbit.quant.kquants import K_QUANTS
 from lowbit.quant.layouts import OWN
-from lowbit.quant.tables import IQ4_NL
+from lowbit.quant.tables import IQ4_NL, Q2_0
 from lowbit.sources.compressed_config import Group, read_groups
 from lowbit.sources.floats import grouped, powers, tiled, values
 from lowbit.sources.integers import SCALES, dense, integers
@@ -37,7 +37,7 @@ from lowbit.sources.layout import (
     parts_of,
 )
 
-OWN_FORMATS: dict[str, Format] = {**K_QUANTS, IQ4_NL.name: IQ4_NL}
+OWN_FORMATS: dict[str, Format] = {**K_QUANTS, IQ4_NL.name: IQ4_NL, Q2_0.name: Q2_0}
 IN_BLOCKS: dict[str, FloatFormat] = {
     "nvfp4-pack-quantized": NVFP4,
     "mxfp4-pack-quantized": MXFP4,
