@@ -5,9 +5,10 @@
 
 A small Llama with widths of 256 (``small_llama.py``) in every format, and SmolLM2 in those whose blocks divide 576.
 All matrices of a file have one type, on both sides; embeddings stay float32, so that the linears alone differ. The
-importance matrix has the tokens that our runs calibrate on. Perplexities are llama.cpp's own. Rows are kept in
-``docs/measured/runtimes-native``; ``--missing`` leaves those that other sources have measured. ``--kept`` measures
-nothing and writes the page of the formats that have all rows. Needs ``pip install 'lowbit[llamacpp]'``.
+importance matrix has the tokens that our runs calibrate on. Perplexities and divergences are of llama.cpp's own
+logits. Rows are kept in ``docs/measured/runtimes-native``; ``--missing`` leaves those that other sources have
+measured. ``--kept`` measures nothing and writes the page of the formats that have all rows. Needs
+``pip install 'lowbit[llamacpp]'``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,9 @@ from lowbit.exporters.llamacpp import open_session, source_distance
 from lowbit.exporters.llamacpp_quantizer import quantize_file
 from lowbit.exporters.run import Run, open_run
 from lowbit.exporters.target import Options
+from lowbit.metrics.perplexity import perplexity
 from rows import ROOT, digest, found, kept, text_identity
-from runtimes import importance, model_run, processor, scorer, types
+from runtimes import importance, model_run, processor, types
 from runtimes_page import native
 from small_llama import small_llama
 
@@ -50,10 +53,20 @@ SCHEMES = {format: format for format in KINDS} | {"mxfp4": "mxfp4a16"}  # llama.
 MODELS = {"small Llama": tuple(KINDS), "SmolLM2": ("iq4_nl", "mxfp4")}
 
 
-def perplexity_there(file: Path, ids: Tensor) -> float:
-    """llama.cpp's perplexity of a file, keys and values in float32."""
-    with open_session(file, WINDOW, exact=True) as session:
-        return turns.scored(scorer(session), ids)
+def figures_there(file: Path, ids: Tensor, source: Path) -> dict[str, float]:
+    """llama.cpp's perplexity of a file, keys and values in float32, and its mean divergence from the float model."""
+    model, divergences = lowbit.load(source), list[Tensor]()
+
+    def logits(session: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for window in ids:
+            there, exact = session.logits(window.tolist()), model(window[None]).logits[0]
+            exact = exact.log_softmax(-1)
+            divergences.append((exact.exp() * (exact - there.log_softmax(-1))).sum(-1).double())
+            yield window[None], there[None]
+
+    with torch.no_grad(), open_session(file, WINDOW, exact=True) as session:
+        found = perplexity(logits(session))
+    return {"llama.cpp": found, "KL": float(torch.cat(divergences).mean())}
 
 
 def ours(source: Path, format: str, recipe: str, data: str, seed: int, ids: Tensor) -> dict[str, Any]:
@@ -66,7 +79,7 @@ def ours(source: Path, format: str, recipe: str, data: str, seed: int, ids: Tens
         exporter.write(run, file, Options(embeddings="f32"))
         assert_pure(file, format)
         return {
-            "llama.cpp": perplexity_there(file, ids),
+            **figures_there(file, ids, source),
             "simulation": turns.simulated(run, ids, "float"),
             "simulation, inputs at 8 bits": turns.simulated(run, ids, "llama.cpp"),
         }
@@ -80,7 +93,7 @@ def theirs(source: Run, format: str, drawn: Tensor | None, ids: Tensor) -> dict[
         matrix = None if drawn is None else importance(source, drawn)
         quantize_file(plain, file, KINDS[format], matrix, pure=True)
         assert_pure(file, format)
-        return {"llama.cpp": perplexity_there(file, ids)}
+        return figures_there(file, ids, source.folder)
 
 
 def assert_pure(file: Path, format: str) -> None:

@@ -77,6 +77,7 @@ def native(found: Mapping[str, Any]) -> str:
             "| format | lowbit | llama.cpp, imatrix | llama.cpp | simulation | simulation, inputs at 8 bits |",
             "|---|---:|---:|---:|---:|---:|",
         ]
+        divergences = []
         for format, row in one["formats"].items():
             cells = [
                 f"`{format}`",
@@ -87,19 +88,26 @@ def native(found: Mapping[str, Any]) -> str:
                 seeds(row["ours"], "simulation, inputs at 8 bits"),
             ]
             lines.append(f"| {' | '.join(cells)} |")
+            theirs = [row["imatrix"], [row["plain"]]]
+            if all("KL" in one for rows in (row["ours"], *theirs) for one in rows):
+                own = [seeds(rows, "KL", 6) for rows in (row["ours"], *theirs)]
+                divergences.append(f"| {' | '.join([f'`{format}`', *own])} |")
+        if divergences:
+            heads = ["| format | lowbit | llama.cpp, imatrix | llama.cpp |", "|---|---:|---:|---:|"]
+            lines += ["", "Mean KL divergence from the float model, nats a token:", "", *heads, *divergences]
         lines.append("")
     return "\n".join(lines)
 
 
-def seeds(rows: Sequence[Mapping[str, float]], name: str) -> str:
+def seeds(rows: Sequence[Mapping[str, float]], name: str, digits: int = 3) -> str:
     """The mean of a figure over seeds, with the standard deviation where there are several.
 
     >>> seeds([{"a": 1.0}, {"a": 3.0}], "a"), seeds([{"a": 1.0}], "a")
     ('2.000 ± 1.414', '1.000')
     """
     values = [row[name] for row in rows]
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def heading(title: str, target: str, found: Mapping[str, Any]) -> list[str]:

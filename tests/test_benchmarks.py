@@ -343,6 +343,12 @@ def test_the_page_of_native_formats_has_a_row_for_each_with_means_over_seeds():
     told = dict.fromkeys(("recipe", "calibration", "evaluation", "runtime"), "x")
     page = runtimes_page.native({**told, "models": {"Tiny": model}})
     assert "| `q4_k` | 11.000 ± 1.414 | 13.000 | 15.000 | 12.000 ± 1.414 | 13.000 ± 1.414 |" in page
+    assert "KL" not in page
+    formats["q4_k"]["ours"] = [{**one, "KL": 0.25} for one in of(10.0, 12.0)]
+    formats["q4_k"] |= {"imatrix": [{"llama.cpp": 13.0, "KL": 0.5}], "plain": {"llama.cpp": 15.0, "KL": 1.0}}
+    assert "| `q4_k` | 0.250000 ± 0.000000 | 0.500000 | 1.000000 |" in runtimes_page.native(
+        {**told, "models": {"Tiny": model}}
+    )
     assert "Perplexity of the float model: 9.000." in page
     assert "differ from\nthose of the model that lowbit reads from the file by 1.0e-06 of their spread." in page
 
