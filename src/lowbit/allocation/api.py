@@ -140,11 +140,14 @@ def fit(
         context = context_of(opened.skeleton, context)
         goal = goal.behind(kv_bytes(opened.skeleton, target, context))
     goal.check(footprint, target)
-    permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    check(str(model), opened, chosen, Measured(text, tokens), permits)
     request = {"model": model_name(str(model)), "target": target, **asdict(goal), "pre": pre, "context": context}
     request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
-    _claim(out, request)
+    permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    claimed = _claimed(out, request)
+    check(str(model), opened, chosen, Measured(text, tokens), permits)
+    if not claimed:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / STATE, {"format": FORMAT, "request": request})
     streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
     table = table_of(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
     blocks_at = streamed.skeleton.architecture.blocks
@@ -158,8 +161,8 @@ def fit(
     return result
 
 
-def _claim(out: Path, request: dict[str, Any]) -> None:
-    """Note the request in the folder, or compare it with the one that is there."""
+def _claimed(out: Path, request: dict[str, Any]) -> bool:
+    """Whether the folder has this request; one with another, or with other files, is refused."""
     state = out / STATE
     if state.is_file():
         before = read_json(state).get("request", {})
@@ -168,11 +171,10 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
                 f"--out {out} holds another fit, with another {differs[0]}: give the arguments that it was made "
                 "with, or another folder"
             )
-        return
+        return True
     if out.exists() and (not out.is_dir() or any(entry.name not in (TABLE, COLUMNS) for entry in out.iterdir())):
         raise LowbitError(f"--out {out} exists and is no fit; give a folder that is new or empty")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(state, {"format": FORMAT, "request": request})
+    return False
 
 
 def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution], goal: Goal) -> Fitted:

@@ -8,14 +8,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lowbit.distributed.errors import Lost
 from lowbit.distributed.job import reports
 from lowbit.distributed.world import World, launched
 from lowbit.errors import LowbitError
-from lowbit.progress import console
+from lowbit.progress import console, say
 
 SHARED = ("quantize", "evaluate", "compare")
 
 
+_telling: list[bool] = []  # that this process has come to telling its error
 _ended: list[int] = []  # signals by which the launcher has stopped this process
 
 
@@ -35,7 +37,14 @@ def check_command(arguments: Sequence[str]) -> None:
 
 
 def told() -> bool:
-    """Whether this process prints its error; from here on it prints, if nothing else did."""
+    """Whether this process prints its error; from here on it prints, if nothing else did.
+
+    The launcher's signal to end, which comes when another process has ended, no longer matters then: it would be
+    told as a second reason.
+    """
+    _telling.append(True)
+    if launched().size > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not reports():
         return False
     console.quiet = False
@@ -56,7 +65,12 @@ def in_job(world: World, run: Callable[[], int]) -> int:
     if not world.first:
         console.quiet = True
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
-    code = run()
+    try:
+        code = run()
+    except KeyboardInterrupt:  # it came between an error and its telling
+        code = 2
+        if not _telling and told():
+            say(f"lowbit: error: {Lost()}")
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
