@@ -149,6 +149,27 @@ def test_a_command_that_is_not_shared_is_refused(models):
     assert "'lowbit inspect', which one does alone" in lines_of(errors)[0]
 
 
+@pytest.mark.parametrize(("wait", "patience"), [(6.0, 30.0), (60.0, 1.0)])
+def test_an_error_before_the_processes_meet_is_told_however_late_the_first_one_is(wait, patience, models, tmp_path):
+    """The first one still imports when the other has found what is wrong; or it hangs, and the other tells it."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, sys, time\n"
+        f"time.sleep({wait} if os.environ['RANK'] == '0' else 0)\n"
+        "from lowbit.cli import job\n"
+        "from lowbit.cli.main import main\n"
+        f"job.PATIENCE = {patience}\n"
+        "main()\n"
+    )
+    began = time.monotonic()
+    process = launched(2, str(script), "inspect", str(models / "llama"))
+    _out, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (line,) = lines_of(errors)
+    assert "'lowbit inspect', which one does alone" in line
+    assert time.monotonic() - began < 55
+
+
 LONG = (
     "--recipe",
     "affinequant",

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowbit.distributed.errors import Lost
-from lowbit.distributed.job import reports
+from lowbit.distributed.job import have_met, reports
 from lowbit.distributed.world import World, launched
 from lowbit.errors import LowbitError
 from lowbit.progress import console, say
 
+PATIENCE = 30.0  # seconds in which the first process finds what another has found
 SHARED = ("quantize", "evaluate", "compare")
 
 
@@ -40,15 +42,25 @@ def told() -> bool:
     """Whether this process prints its error; from here on it prints, if nothing else did.
 
     The launcher's signal to end, which comes when another process has ended, no longer matters then: it would be
-    told as a second reason.
+    told as a second reason. Before the processes have met, all of them find what is wrong with a command, and the
+    first one tells it. Another does not end before that one, which would then be ended unheard; what it alone has
+    found it tells itself.
     """
     _telling.append(True)
     if launched().size > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not reports():
+        signal.signal(signal.SIGTERM, lambda number, frame: _ended.append(number))
+    if not reports() and (have_met() or _ended_within(PATIENCE)):
         return False
     console.quiet = False
     return True
+
+
+def _ended_within(seconds: float) -> bool:
+    """Wait for the launcher's signal."""
+    until = time.monotonic() + seconds
+    while not _ended and time.monotonic() < until:
+        time.sleep(0.05)
+    return bool(_ended)
 
 
 def in_job(world: World, run: Callable[[], int]) -> int:

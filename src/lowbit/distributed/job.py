@@ -112,6 +112,11 @@ def _leave() -> None:
     dist.destroy_process_group()
 
 
+def have_met() -> bool:
+    """Whether the processes of this launch have found each other."""
+    return _store is not None
+
+
 def reports() -> bool:
     """Whether this process is to print its error: the first of a job that has one; the others are consequences.
 
