@@ -21,6 +21,7 @@ from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
 from lowbit.checkpoints.gguf_reader import ShardWriter
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.partial import commit, partial_of, remove
+from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.writing import write_json
 from lowbit.data.text import Data, corpora
 from lowbit.errors import LowbitError
@@ -95,11 +96,16 @@ def quantizer_files(
 
 def _key(opened: Opened, text: QuantizerText, pre: str | None) -> dict[str, Any]:
     """What files and figures depend on."""
-    data = None if text.data is None else [str(corpus) for corpus in corpora(text.data)]
+    data = None if text.data is None else [_identity(str(corpus)) for corpus in corpora(text.data)]
     drawn = {"data": data, "samples": text.samples, "length": text.length, "seed": text.seed}
-    measured = {"text": list(text.measured), "window": text.window, "tokens": text.tokens}
+    measured = {"text": list(map(_identity, text.measured)), "window": text.window, "tokens": text.tokens}
     made_by = {**versions(), "llama-cpp-python": version("llama-cpp-python")}
     return {"fingerprint": opened.source.identity, "versions": made_by, "pre": pre, **drawn, "measured": measured}
+
+
+def _identity(text: str) -> str:
+    """A text's name, and of a file the digest of what it holds."""
+    return f"{text} {sha256_of(Path(text))}" if Path(text).is_file() else text
 
 
 def _finished(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +167,5 @@ def _measured(
         writer.close()
         told = compare(model, [folder], data=list(text.measured), length=text.window, tokens=text.tokens, **permits)
     rows = {name: one["runs"][0] for name, one in told.texts.items()}
-    return {name: row["perplexity"] for name, row in rows.items()}, {
-        name: row["kl_mean"] for name, row in rows.items()
-    }
+    perplexity = {name: row["perplexity"] for name, row in rows.items()}
+    return perplexity, {name: row["kl_mean"] for name, row in rows.items()}
