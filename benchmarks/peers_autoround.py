@@ -1,9 +1,10 @@
 """AutoRound on given tokens; ``peers.py`` starts it in AutoRound's own environment.
 
-Options are AutoRound's defaults except for batches of one sequence, which take the least time a step. Its default on
-CPUs is to compute in bfloat16. A layer keeps its quantized weight in that precision, while the files that AutoRound
-writes hold codes and scales. The values here are those of the files: codes are recovered from the weight and its
-scale, and multiplied in float32. Embeddings and norms, which it leaves alone, are the float model's.
+Options are AutoRound's defaults except for batches of one sequence, which take the least time a step, and the method
+``float32``: the default, ``bfloat16`` here, is to compute in bfloat16 on CPUs that support it. A layer keeps its
+quantized weight in that precision, while the files that AutoRound writes hold codes and scales. The values here are
+those of the files: codes are recovered from the weight and its scale, and multiplied in float32. Embeddings and norms,
+which it leaves alone, are the float model's.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
         batch_size=1,
         seed=given.seed,
         device_map="cpu",
+        amp=given.method != "float32",
     )
     model, _ = tuner.quantize()
     found = {name: module for name, module in model.named_modules() if getattr(module, "scale", None) is not None}

@@ -122,7 +122,8 @@ class Peer:
 
 
 PEERS = {
-    "AutoRound": Peer("autoround", "signround", learns=True),
+    "AutoRound": Peer("autoround", "bfloat16", learns=True),
+    "AutoRound, float32": Peer("autoround", "float32", learns=True),
     "llm-compressor GPTQ": Peer("llmcompressor", "gptq"),
     "llm-compressor AWQ": Peer("llmcompressor", "awq"),
 }
