@@ -95,7 +95,7 @@ OPTIONS = [
         "set to nonsense",
         {},
         ["--recipe", "gptq", "--set", "gptq.damping=[1"],
-        ["--set gptq.damping=[1", "is not a YAML value"],
+        ["--set gptq.damping=[1", "is not valid YAML"],
     ),
     ("set out of range", {}, ["--recipe", "gptq", "--set", "gptq.damping=-1"], ["gptq.damping -1 given", "above 0"]),
     ("scheme", {}, ["--scheme", "w4b16"], ["unknown scheme 'w4b16'", "w{2..8}a{4,6,8,16,fp8}", "w4a16g64-sym"]),

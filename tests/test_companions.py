@@ -99,6 +99,18 @@ def test_a_run_and_its_export_have_all_files_of_the_source(tmp_path: Path) -> No
     assert lowbit.verify(run, [export], logits=False)[0].other == [kept[0]]
 
 
+@pytest.mark.parametrize("name", ["config.json", "./config.json", "README.md"])
+def test_a_tokenizers_config_replaces_nothing_that_the_run_writes(name: str, tmp_path: Path) -> None:
+    save_tiny(m := tmp_path / "m", "llama")
+    said = json.loads((m / "tokenizer_config.json").read_text())
+    (m / name).touch()
+    (m / "tokenizer_config.json").write_text(json.dumps(said | {"some_file": name}))
+    run = quantize_tiny(m, tmp_path / "run", "w4a16g32-sym").out
+    assert "quantization_config" in json.loads((run / "config.json").read_text())
+    assert json.loads((run / "lowbit.json").read_text())["transformers"]["loads"]
+    assert "lowbit" in (run / "README.md").read_text()
+
+
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     save_tiny(tmp_path / "m", "llama")
     (tmp_path / "secret.json").write_text("{}")

@@ -23,6 +23,7 @@ from lowbit.models.block import Calib
 from lowbit.models.forward import relative_error, run_all, run_quantized
 from lowbit.models.runtime_ops import Clip
 from lowbit.pipeline import end_to_end as module
+from lowbit.pipeline import runner
 from lowbit.pipeline.block_writing import shared_exponent_of
 from lowbit.pipeline.end_to_end import Tuning
 from lowbit.pipeline.recipe import load_recipe, recipe_from_dict
@@ -370,6 +371,28 @@ def test_rounded_embeddings_and_heads_are_trained_with(tmp_path):
     kept = record["held_out"][record["best_epoch"]]
     ids = calibration_ids(tmp_path / "m")
     assert shipped_divergence(tmp_path / "m", tmp_path / "out", ids) == pytest.approx(kept, rel=1e-3)
+
+
+@pytest.mark.parametrize("overrides", [{"lm_head": "w2"}, {"lm_head": "w2", "*embed_tokens": "w8"}])
+def test_a_head_of_its_own_is_trained_with_where_the_source_ties_it_to_the_embedding(overrides, tmp_path):
+    save_tiny(tmp_path / "m", "llama-odd", num_hidden_layers=2, tie_word_embeddings=True)
+    recipe = recipe_file(tmp_path, "rtn", "tune: {epochs: 1, lr: 0, lr_ends: 0, lr_norms: 0}")
+    made = quantized(tmp_path / "m", tmp_path / "out", "w8a16", recipe, overrides=overrides)
+    ids = calibration_ids(tmp_path / "m")
+    start = made.manifest.blocks[0].steps["tune"]["held_out"][0]
+    assert shipped_divergence(tmp_path / "m", tmp_path / "out", ids) == pytest.approx(start, rel=1e-3)
+
+
+def test_the_heads_input_is_quantized_once_behind_the_step(tmp_path, monkeypatch):
+    """A run that is resumed behind the step has no skeleton of the step's."""
+    save_tiny(tmp_path / "m", "llama", num_hidden_layers=1)
+    seen = []
+    measure = runner.head_gram
+    monkeypatch.setattr(runner, "head_gram", lambda *given: seen.append(measure(*given)) or seen[-1])
+    recipe = recipe_file(tmp_path, "gptq: {head: true}", "tune: {epochs: 1, lr: 0, lr_ends: 0, lr_norms: 0}")
+    quantized(tmp_path / "m", tmp_path / "out", "w4a8", recipe, overrides={"lm_head": "w4"})
+    before, behind = seen
+    assert torch.allclose(before, behind, rtol=1e-5, atol=1e-6 * float(before.abs().max()))
 
 
 def test_runtime_ops_are_trained_with_and_kept(tmp_path):

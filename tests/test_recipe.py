@@ -180,7 +180,7 @@ def test_a_setting_has_the_type_of_its_field(setting, wanted):
         ("gptq=1", "give step.field=value"),
         ("gptq.=1", "give step.field=value"),
         ("gptq.damping", "give step.field=value"),
-        ("gptq.damping=[1", "'\\[1' is not a YAML value"),
+        ("gptq.damping=[1", "is not valid YAML"),
     ],
 )
 def test_a_wrong_setting(setting, message):
@@ -420,6 +420,32 @@ def test_nothing_moves_maps_past_what_stays_after_a_norm(first, mover):
         recipe_from_dict({"steps": [first, mover, "rtn"]}, "mine")
     recipe_from_dict({"steps": [{next(iter(first)): {}}, mover, "rtn"]}, "mine")  # where all merges, it may
     recipe_from_dict({"steps": [mover, first, "rtn"]}, "mine")
+
+
+def test_nothing_moves_maps_past_an_order_that_depends_on_the_inputs():
+    recipe = recipe_from_dict({"steps": ["rptq", "awq", "rtn"]}, "mine")
+    recipe.check_order(parse_scheme("w4a16").act)
+    with pytest.raises(LowbitError, match="awq cannot come after rptq"):
+        recipe.check_order(parse_scheme("w4a8-static32").act)
+
+
+@pytest.mark.parametrize("first", ["refit", "lowrank", "lkd"])
+@pytest.mark.parametrize("last", ["qronos", {"gptq": {"target": "output"}}])
+def test_weights_are_corrected_for_quantized_inputs_once(first, last):
+    with pytest.raises(LowbitError, match=f"{first} and (qronos|gptq with target: output) both correct weights"):
+        recipe_from_dict({"steps": [first, last]}, "mine")
+    recipe_from_dict({"steps": [first, "gptq"]}, "mine")
+
+
+def test_zeros_are_not_tuned_away():
+    with pytest.raises(LowbitError, match="tune would take sparsegpt's zeros away"):
+        recipe_from_dict({"steps": ["sparsegpt", "tune"]}, "mine")
+
+
+@pytest.mark.parametrize("value", ["2020-13-45", "[" * 3000])
+def test_a_value_that_yaml_fails_on_is_one_line(value):
+    with pytest.raises(LowbitError, match=r"--set rtn.search=.*is not valid YAML"):
+        with_settings(load_recipe("rtn"), [f"rtn.search={value}"])
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if "omniquant" in n or n.startswith("paper/affinequant")])

@@ -253,6 +253,7 @@ def test_mistakes_are_one_line(root, measured, tmp_path, capsys):
         ([root / "rtn", root / "rtn"], ["given twice"]),
         ([root / "rtn", "-o", tmp_path], ["is a folder", "report.html"]),
         ([root / "rtn", "-o", tmp_path / "no/page.html"], ["cannot write", "page.html"]),
+        ([root / "rtn", "-o", root / "rtn/lowbit.json"], ["is in the run folder", "report.html"]),
         ([root / "rtn", "--measured", tmp_path / "none.json"], ["cannot read", "none.json"]),
         ([root / "rtn", "--measured", tmp_path / "no.json"], ["no.json", "lowbit evaluate --json"]),
         ([root / "rtn", "--measured", tmp_path / "stranger.json"], ["stranger.json", "other models"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 from lowbit.errors import LowbitError
 from lowbit.pipeline.recipe import load_recipe
 from lowbit.pipeline.request import DEFAULTS, Request, make_request
+from lowbit.quant.integer import IntFormat
+from lowbit.quant.scheme import Scheme
+from lowbit.quant.scheme_files import scheme_from_dict, scheme_to_dict
 from lowbit.quant.scheme_names import parse_scheme
 
 NOTHING = dict.fromkeys(("data", "samples", "length", "seed", "effort"))
@@ -60,6 +64,32 @@ def test_effort_and_settings_make_the_recipe_and_are_kept_beside_it():
     assert (told["recipe"], told["effort"], told["settings"]) == ("affinequant", "quick", ["affinequant.batch=4"])
     assert made.given == load_recipe("affinequant")
     assert made.recipe != made.given
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme("mine", IntFormat(4, 32, True)),
+        replace(parse_scheme("w4a16g32-sym"), weight=IntFormat(3, 32, True)),
+        replace(parse_scheme("w4a8-sym"), act=None),
+    ],
+)
+def test_a_scheme_that_its_name_does_not_describe_is_refused(scheme):
+    with pytest.raises(LowbitError, match=r"unknown scheme 'mine'|has other formats than its name says"):
+        request(scheme=scheme)
+
+
+@pytest.mark.parametrize("target", [None, "executorch", "llama.cpp"])
+def test_a_scheme_file_with_a_target_is_recorded_with_its_overrides(target, tmp_path):
+    (tmp_path / "s.yaml").write_text("scheme: w4a16g32-sym\n" + (f"target: {target}\n" if target else ""))
+    made = request(scheme=str(tmp_path / "s.yaml"), overrides={"*.up_proj": "w8g32", "lm_head": "w4g32"}).scheme
+    assert scheme_from_dict(scheme_to_dict(made)) == made
+
+
+@pytest.mark.parametrize("recipe", ["awq+gptq", "hadamard+gptq"])
+def test_an_importance_matrix_is_of_the_models_own_channels(recipe):
+    with pytest.raises(LowbitError, match="changes the channels that an importance matrix describes"):
+        request(recipe=recipe, settings=["gptq.search=true"], imatrix="some.gguf")
 
 
 @pytest.mark.parametrize("effort", [None, "quick"])

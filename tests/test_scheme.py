@@ -209,8 +209,8 @@ def test_a_scheme_file(tmp_path):
         ("scheme: w4a16\noverrides: {lm_head: }\n", "override 'None': give 'float', w"),
         ("scheme: w4a16\noverrides: {lm_head: w99}\n", "99 bits given; 2 to 8"),
         ("scheme: w4b16\n", "unknown scheme 'w4b16'"),
-        ("scheme: [w4a16\n", "cannot read the scheme file"),
-        ("\x00", "cannot read the scheme file"),
+        ("scheme: [w4a16\n", "is not valid YAML"),
+        ("\x00", "is not valid YAML"),
     ],
 )
 def test_a_wrong_scheme_file_is_told_what_is_wrong_in_one_line(tmp_path, text, message):

@@ -24,6 +24,7 @@ from lowbit.methods.learned_scales import LearnedScales
 from lowbit.methods.options import with_options
 from lowbit.methods.rounding import Rounding
 from lowbit.methods.rounding_fit import RoundingFit, started
+from lowbit.methods.rounding_options import RoundingOptions
 from lowbit.methods.sign_descent import SignDescent
 from lowbit.methods.training import Schedule, fit, loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
@@ -284,6 +285,18 @@ def test_the_error_falls_below_that_of_the_start(kind, start):
     assert errors(done, calib, held) <= before
     if start == "nearest" and kind == "sign":
         assert errors(done, calib, held) < 0.9 * before
+
+
+def test_rates_are_for_the_steps_that_are_taken():
+    """An epoch of two of six sequences is two steps: offsets can reach their bound all the same."""
+    block, calib = case("w3a16g16-asym")
+    fits = []
+    for schedule in (Schedule(epochs=12, sequences=2, decay="linear"), Schedule(epochs=4, decay="linear")):
+        trainer = RoundingFit(RoundingOptions(), schedule, block, calib)
+        fits.append((trainer.steps, [rate for _, rate in trainer.groups()]))
+    assert fits[0][0] == 24
+    assert fits[0][1][0] == pytest.approx(1 / 24)
+    assert fits[1][1][0] == pytest.approx(1 / fits[1][0])
 
 
 @pytest.mark.parametrize("start", ["nearest", "gptq"])

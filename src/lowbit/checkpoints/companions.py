@@ -94,6 +94,8 @@ def _named_by_tokenizer(folder: Path) -> Iterator[str]:
     for value in read_json(path).values() if path.is_file() else ():
         if not isinstance(value, str) or not is_inside(value) or value.lower().endswith(_OTHER):
             continue
+        if len(PurePosixPath(value).parts) < 2:
+            continue  # beside ``config.json``, which it must not replace: ``_comes_along`` decides
         if (named := folder / value).is_file() and named.stat().st_size <= LARGEST:
             yield PurePosixPath(value).as_posix()
 

@@ -21,7 +21,7 @@ from lowbit.distributed.job import joined
 from lowbit.distributed.share import each, own_items
 from lowbit.distributed.world import ONE, within
 from lowbit.errors import LowbitError, check_least, check_seed
-from lowbit.evaluation.generate import generate_text
+from lowbit.evaluation.generate import generate_text, prompt_ids
 from lowbit.evaluation.ratios import Ratios, ratios_of
 from lowbit.evaluation.texts import calibrated_on, default_texts
 from lowbit.metrics.kl import CONFIDENCE, RESAMPLES, listen, of_everyone, summary
@@ -125,6 +125,9 @@ def compare(
     for model in opened:
         model.check_length(length)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    if prompt is not None:
+        for model, own in zip(opened, [source, *sources], strict=True):
+            prompt_ids(own.folder, tokenizer, model.skeleton.text_config, model.skeleton.prefix, prompt, new_tokens)
     drawn = [manifest.identity.data if (manifest := manifest_of(run.folder)) else None for run in sources]
     given = default_texts(filter(None, drawn)) if data is None else corpora(data)
     windows = first_then_others(

@@ -140,12 +140,14 @@ def evaluate(
     _check_same(source, exact, windows, {"dtype": dtype, "target": target})
     with within(ONE):
         streamed = StreamedModel(source.folder, device, torch_dtype, trust_remote_code, target)
-    results = _perplexities(streamed, windows, source.folder)
+        other = None if exact is None else StreamedModel(exact.folder, device, torch_dtype, trust_remote_code)
+    _check_windows(streamed, windows, source.folder)
+    if other is not None and exact is not None:
+        _check_windows(other, windows, exact.folder)
+    results = _perplexities(streamed, windows)
     beside = None
-    if exact is not None:
-        with within(ONE):
-            other = StreamedModel(exact.folder, device, torch_dtype, trust_remote_code)
-        there = _perplexities(other, windows, exact.folder)
+    if exact is not None and other is not None:
+        there = _perplexities(other, windows)
         beside = Reference(str(reference), exact.identity, there)
     return Evaluated(
         results,
@@ -179,12 +181,17 @@ def _check_reference(
         )
 
 
-def _perplexities(streamed: StreamedModel, windows: Mapping[str, Tokens], folder: Path) -> dict[str, float]:
+def _check_windows(streamed: StreamedModel, windows: Mapping[str, Tokens], folder: Path) -> None:
+    """Refuse texts that a model cannot read, before any model has read one."""
+    for text in windows.values():
+        check_ids(text.ids, streamed.skeleton, folder)
+        streamed.check_length(text.ids.shape[1])
+
+
+def _perplexities(streamed: StreamedModel, windows: Mapping[str, Tokens]) -> dict[str, float]:
     """A model's perplexity on each text, in one pass over its blocks; the processes of a job share the batches."""
     names = list(windows)
     first = [text.first for text in windows.values()]
-    for text in windows.values():
-        check_ids(text.ids, streamed.skeleton, folder)
     own = own_items(batches_of([text.ids for text in windows.values()]))
     with within(ONE):
         sums = [(which, *scored(ids, logits, first[which])) for which, ids, logits in streamed.logits_of(own)]

@@ -25,12 +25,25 @@ def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: boo
     """The prompt and its greedy continuation by up to ``tokens`` tokens."""
     tokenizer = load_tokenizer(folder, trust_remote_code)
     model = load(folder, trust_remote_code=trust_remote_code)
+    ids = prompt_ids(folder, tokenizer, text_config(model.config), tokens_before(model), prompt, tokens)
+    return decode(tokenizer, greedy(model, ids, tokens)[0].tolist(), skip_special_tokens=True)
+
+
+def prompt_ids(folder: Path, tokenizer: Any, config: Any, prefix: int, prompt: str, tokens: int) -> Tensor:
+    """A prompt's ids ``(1, length)``; refused where the model cannot read it and ``tokens`` more.
+
+    Args:
+        folder: of the model, for errors.
+        tokenizer: the model's.
+        config: of its text model.
+        prefix: tokens in front of every text.
+        prompt: the text.
+        tokens: how many may follow.
+    """
     ids = torch.tensor([encode(tokenizer, prompt, special_tokens=True)], dtype=torch.int64)
     if not ids.numel():
         raise LowbitError(f"the tokenizer in {folder} makes no token of the prompt {prompt!r}: give another one")
-    config = text_config(model.config)
     limit = positions_of(config)
-    prefix = tokens_before(model)
     if limit and prefix + ids.shape[1] + tokens > limit:
         front = f", the prefix {prefix}" if prefix else ""
         raise LowbitError(
@@ -39,7 +52,7 @@ def generate_text(folder: Path, prompt: str, tokens: int, trust_remote_code: boo
         )
     if int(ids.max()) >= config.vocab_size:
         raise LowbitError(f"{folder}: the tokenizer has ids beyond the model's {config.vocab_size} embeddings")
-    return decode(tokenizer, greedy(model, ids, tokens)[0].tolist(), skip_special_tokens=True)
+    return ids
 
 
 @torch.no_grad()

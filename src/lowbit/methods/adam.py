@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+TABLE = 4096  # powers that are computed together
 BUCKET = (
     1 << 18
 )  # values of a bucket, unless a tensor alone has more: what is computed beside the moments stays small
@@ -86,7 +87,8 @@ class Bucket:
         del grad
         steps = taken.clamp(min=1).int()
         # Powers of a few numbers, looked up: a power for every entry takes as long as the rest together.
-        counts = torch.arange(most + 1, dtype=mean.dtype, device=mean.device)
+        # The last bit of a power depends on how many are computed at once: on no more than their thousands here.
+        counts = torch.arange(-(-(most + 1) // TABLE) * TABLE, dtype=mean.dtype, device=mean.device)
         power = square / (1 - BETAS[1] ** counts).index_select(0, steps)
         unbiased = mean / (1 - BETAS[0] ** counts).index_select(0, steps)
         powers = power.split(self.sizes)

@@ -131,4 +131,7 @@ class RandomHadamard(Method):
             inputs, before = block.input_format(name), ops.get(name)
             if inputs is not None and inputs.clippable and (before is None or isinstance(before, Clip)):
                 ops[name] = Clip(ratios, None if before is None else before.offset)
+        if ops == block.ops:
+            text = "hadamard.input_clip clips nothing: no input has a range that is found while the model runs"
+            return block.with_notes("hadamard", text)
         return replace(block, ops=ops)

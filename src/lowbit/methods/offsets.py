@@ -77,7 +77,7 @@ def with_offsets(block: Block, readers: list[str], idx: Tensor, copies: Tensor, 
     offsets = copy_offsets(idx, copies)
     if kind == "none" or not bool(offsets.any()):
         return block
-    params, ops = dict(block.params), dict(block.ops)
+    params, ops, skipped = dict(block.params), dict(block.ops), list[str]()
     for name in readers:
         format, weight = block.weight_format(name), block.weight(name)
         if format.group is not None:
@@ -97,4 +97,8 @@ def with_offsets(block: Block, readers: list[str], idx: Tensor, copies: Tensor, 
             op = ops.get(name)
             ratios = op.ratios if isinstance(op, Clip) else torch.ones(2, device=weight.device)
             ops[name] = Clip(ratios, offsets.to(ratios.dtype))
-    return replace(block, params=params, ops=ops)
+        elif kind == "both":
+            skipped.append(name)
+    done = replace(block, params=params, ops=ops)
+    text = f"offsets of inputs need ranges that are found while the model runs: not for {', '.join(skipped)}"
+    return done.with_notes("reassemble", text) if skipped else done

@@ -33,6 +33,7 @@ from lowbit.methods.assembly import MergePlan, check_assembly
 from lowbit.methods.damping import damping_of
 from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GRAMS
+from lowbit.methods.input_ranges import without_input_ranges
 from lowbit.methods.layer_by_layer import layer_by_layer
 from lowbit.methods.method import Method, Needs
 from lowbit.methods.offsets import OFFSETS, with_offsets
@@ -129,7 +130,8 @@ class Reassemble(Method):
 
     def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with channels reassembled where that lowers the layer's error, or as a fixed ``theta`` says."""
-        return layer_by_layer(self._layer, block, calib) if block.formats else block
+        # Stored ranges are those of channels that are about to change.
+        return layer_by_layer(self._layer, without_input_ranges(block), calib) if block.formats else block
 
     def _layer(self, layer: Block, calib: Calib) -> Block:
         figures: dict[str, Any] = {}
@@ -226,7 +228,7 @@ def candidate_counts(peak: Tensor, most: float, grid: int) -> list[Tensor]:
     """
     by_total: dict[int, Tensor] = {}
     top = float(peak.max())
-    for step in range(1, grid):
+    for step in range(1, grid if top else 0):  # an input that is always 0 has nothing to take apart
         theta = top * (1 - step / grid)
         copies = copies_over(peak, theta)
         extra = int((copies - 1).sum())

@@ -83,8 +83,10 @@ class Schedule:
 
         >>> Schedule(3, batch=4).steps(16)  # 14 sequences are trained on
         12
+        >>> Schedule(3, batch=4, sequences=7).steps(16)  # 7 of them in an epoch
+        6
         """
-        return self.epochs * -(-len(self.split(sequences)[0]) // self.batch)
+        return self.epochs * -(-self.per_epoch(len(self.split(sequences)[0])) // self.batch)
 
     def scaled(self, share: float) -> Schedule:
         """The schedule with a share of its epochs, at least one unless it has none.

@@ -8,6 +8,7 @@ config's ``architectures`` names the one that its checkpoint is of.
 from __future__ import annotations
 
 import functools
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -96,6 +97,15 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
 def is_tied(config: Any) -> bool:
     """Whether a config ties head and embedding; some do not say."""
     return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def untied_config(config: Any) -> Any:
+    """A copy of a config in which head and embedding are two tensors; some classes read that from the text's part."""
+    copy = deepcopy(config)
+    for part in (copy, *vars(copy).values()):
+        if hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = False
+    return copy
 
 
 def tied_tensors(model: Any, config: Any, head: str) -> dict[str, str]:

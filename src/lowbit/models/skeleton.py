@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from lowbit.data.sampling import cache_name
 from lowbit.errors import LowbitError
 from lowbit.models.block import Block
-from lowbit.models.build import from_config, is_tied, text_config, tied_tensors
+from lowbit.models.build import from_config, is_tied, text_config, tied_tensors, untied_config
 from lowbit.models.experts import parameter_shapes, taken_apart
 from lowbit.models.families import architecture_of
 from lowbit.models.prefix import counted
@@ -62,9 +62,12 @@ class Skeleton:
         self.cache: Cache | None = None
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._recorders.modules))
 
-    def empty(self) -> Skeleton:
-        """Another skeleton of the same model, behind as many tokens, without parameters."""
-        other = Skeleton(self.config, self.trusted)
+    def empty(self, untied: bool = False) -> Skeleton:
+        """Another skeleton of the same model, behind as many tokens, without parameters.
+
+        With ``untied``, its head and its embedding are two tensors.
+        """
+        other = Skeleton(untied_config(self.config) if untied else self.config, self.trusted)
         other.cache = self.cache
         return other
 

@@ -68,8 +68,8 @@ def finish(
         }
     if not plan.tied:
         _untie(config)
-    write_json(out / CONFIG, config)
     copied = _copy_companions(source, out, trusted)
+    write_json(out / CONFIG, config)
     extra = sum(stored.bits for stored in ops.values()) + _attention_bits(out, len(rows), opened.names)
     manifest = _manifest(plan, identity, rows, ops, extra, request, opened, prefix)
     write_bytes(

@@ -22,6 +22,8 @@ from lowbit.runs.plan import check_length, check_sizes
 from lowbit.runs.streamed_model import StreamedModel
 from lowbit.torch_state import own_torch_state
 
+BATCH = 4  # windows that go through a block together
+
 
 @dataclass(frozen=True)
 class Imatrix:
@@ -68,6 +70,8 @@ def imatrix(
         raise LowbitError(f"--out {out} given; an importance matrix is a file that ends in .gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
     opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
+    if opened.source.file is not None and out.exists() and out.samefile(opened.source.file):
+        raise LowbitError(f"--out {out} is the model itself, which it would replace; name another file")
     check_imatrix(opened.config)
     check_length(opened.config, length)
     tokenizer = load_tokenizer(opened.source.folder, trust_remote_code)
@@ -79,7 +83,7 @@ def imatrix(
         x = streamed.enter(text.ids)
         for index in track(range(streamed.blocks), "squares of inputs"):
             squares |= _squares(streamed.block(index), x)
-            (x,) = streamed.through(index, [x])
+            x = torch.cat(streamed.through(index, x.split(BATCH)))
     write_imatrix(out, opened.config, squares, text.corpus, samples, length)
     return Imatrix(out, len(squares), text.ids.numel(), text.corpus)
 

@@ -176,8 +176,9 @@ def quantize(
             "target": target,
         }
         given |= {"input-range": input_range, "imatrix": imatrix, "compile": compiled or None}
-        given["merge-only"] = merge_only or None
-        _refuse_beside_keep({**given, **protocol}, {"recipe": recipe, "device": device, "dtype": dtype})
+        given |= {"merge-only": merge_only or None, "all-experts": all_experts or None}
+        defaulted = {"recipe": recipe, "device": device, "dtype": dtype, "expert-tokens": expert_tokens}
+        _refuse_beside_keep({**given, **protocol}, defaulted)
         refuse_in_use(out := user_path(out))
         manifest = keep_codes(Keep(str(model), revision, allow_pickle, trust_remote_code), out)
         return _quantized(manifest, out, began)
@@ -235,7 +236,7 @@ def _refuse_beside_keep(given: Mapping[str, Any], defaulted: Mapping[str, Any]) 
         given: options by name; ``None``: not given.
         defaulted: options with a default by name.
     """
-    defaults = {"recipe": None, "device": "cpu", "dtype": "float32"}
+    defaults = {"recipe": None, "device": "cpu", "dtype": "float32", "expert-tokens": LEAST_TOKENS}
     names = [name for name, value in given.items() if value is not None]
     names += [name for name, value in defaulted.items() if value != defaults[name]]
     if names:

@@ -29,16 +29,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lowbit.errors import LowbitError, canonical, check_least, unknown
 from lowbit.methods import AFTER, METHODS
+from lowbit.methods.gptq import GPTQ
+from lowbit.methods.lkd import LayerDistillation
+from lowbit.methods.lowrank import LowRank
 from lowbit.methods.method import Method
 from lowbit.methods.options import option_types, options_of, with_options
+from lowbit.methods.qronos import Qronos
+from lowbit.methods.refit import Refit
+from lowbit.methods.sparsegpt import SparseGPT
 from lowbit.methods.tune import Tune
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
+from lowbit.yaml_text import parse_yaml
 
 Step = Method | Tune
 Named = tuple[str, Step]
@@ -58,6 +63,8 @@ PROTOCOL: dict[str, type] = {
 }
 KEYS = ("description", "schemes", "steps", "window", "run")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+# Steps that fit weights to the quantized hidden states, with the float layer's output as the target.
+CORRECTIONS: tuple[type[Method], ...] = (Refit, LowRank, LayerDistillation)
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 parses 1e-3 as text
 
 
@@ -89,14 +96,35 @@ class Recipe:
         if sum(rounds) != 1 or not rounds[-1]:
             known = ", ".join(name for name, method in METHODS.items() if method.rounds)
             raise LowbitError(f"recipe '{self.name}': exactly one step quantizes, and it comes last; one of {known}")
-        self._check_order()
+        self.check_order(None)
+        self._check_pairs()
         check_least(f"recipe '{self.name}': window", self.window, 1, "give the number of blocks per step")
 
-    def _check_order(self) -> None:
-        """Refuse a step that folds maps into norms after one that leaves runtime ops behind norms or on inputs."""
+    def _check_pairs(self) -> None:
+        """Refuse steps that undo what an earlier one has done."""
+        names = [name for name, _ in self.steps]
+        last_name, last = self.block_steps[-1]
+        if isinstance(last, SparseGPT) and isinstance(self.steps[-1][1], Tune):
+            raise LowbitError(
+                f"recipe '{self.name}': tune would take {last_name}'s zeros away; leave one of the two out"
+            )
+        corrects = isinstance(last, Qronos) or (isinstance(last, GPTQ) and last.target == "output")
+        if corrects and (first := next((name for name in names if METHODS.get(name) in CORRECTIONS), None)):
+            what = last_name if isinstance(last, Qronos) else f"{last_name} with target: output"
+            raise LowbitError(
+                f"recipe '{self.name}': {first} and {what} both correct weights for the quantized inputs, twice if "
+                "together; leave one of the two out"
+            )
+
+    def check_order(self, inputs: ActFormat | None) -> None:
+        """Refuse a step that folds maps into norms after one that leaves runtime ops behind norms or on inputs.
+
+        Args:
+            inputs: format of the linears' inputs, on which some ops depend; ``None``: not known, or float.
+        """
         for position, (name, method) in enumerate(self.block_steps):
             after = next((later for later, step in self.block_steps[position + 1 :] if step.moves_norms), None)
-            if after and any(op.place == "behind a norm" for op in method.runtime_ops(None)):
+            if after and any(op.place == "behind a norm" for op in method.runtime_ops(inputs)):
                 raise LowbitError(
                     f"recipe '{self.name}': {after} cannot come after {name} as configured here: {name} leaves "
                     f"runtime ops behind norms or on inputs, across which {after} folds its maps; put {after} first"
@@ -152,11 +180,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         published = name_or_path.casefold().startswith("paper/")  # nearly a hundred: suggested only for such names
         name = canonical("recipe", name_or_path, [name for name in recipe_names() if ("/" in name) == published])
         text = (files("lowbit") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise LowbitError(f"recipe {name_or_path} is not valid YAML: {' '.join(str(error).split())}") from error
-    return recipe_from_dict(content, name)
+    return recipe_from_dict(parse_yaml(text, f"recipe {name_or_path}"), name)
 
 
 def with_effort(recipe: Recipe, effort: str) -> Recipe:
@@ -266,10 +290,7 @@ def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
             raise LowbitError(f"--set {setting}: give step.field=value, for example gptq.damping=0.05")
         names = [name for name, _ in recipe.steps]
         step = canonical(f"step in recipe '{recipe.name}'", step, set(names))
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise LowbitError(f"--set {setting}: '{text}' is not a YAML value") from error
+        value = parse_yaml(text, f"--set {setting}: the value")
         steps = tuple((n, _build(n, m, {key: value}) if n == step else m) for n, m in recipe.steps)
         recipe = replace(recipe, steps=steps)
     return recipe

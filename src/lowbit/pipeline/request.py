@@ -21,6 +21,7 @@ from lowbit.models.device import check_device
 from lowbit.paths import user_path
 from lowbit.pipeline.merge_only import merge_only as folded
 from lowbit.pipeline.recipe import (
+    CORRECTIONS,
     EFFORTS,
     SAMPLES,
     Recipe,
@@ -34,8 +35,8 @@ from lowbit.pipeline.recipe import (
 from lowbit.quant.inductor import check_compiler
 from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.quant.runtimes import RUNTIMES
-from lowbit.quant.scheme import Scheme
-from lowbit.quant.scheme_files import load_scheme, scheme_to_dict
+from lowbit.quant.scheme import Scheme, for_runtime
+from lowbit.quant.scheme_files import check_recorded, load_scheme, scheme_to_dict
 from lowbit.quant.scheme_names import with_overrides
 from lowbit.quant.static_activations import StaticActs
 from lowbit.runs.plan import check_sizes
@@ -202,7 +203,10 @@ def make_request(
     if scheme is None and (target is None or "scheme" in base.run):
         scheme = chosen["scheme"]
     named = load_scheme(scheme) if isinstance(scheme, str) else scheme
-    formats = None if named is None else with_overrides(named, overrides)
+    # A scheme file's target determines how scales are stored, those of overrides too.
+    formats = None if named is None else for_runtime(with_overrides(named, overrides), named.target)
+    if formats is not None:
+        check_recorded(formats)
     runtime = target or (formats.target if formats else None)
     if chosen["prefix"] != "none" and runtime is not None:
         raise LowbitError(
@@ -236,6 +240,12 @@ def _searched(imatrix: Path, recipe: Recipe) -> Path:
     if not any(options_of(step).get("search") is True for name, step in recipe.steps if name in names):
         advice = f"give --set {names[0]}.search=true" if names else "choose a recipe with gptq or rtn"
         raise LowbitError(f"--imatrix {imatrix} given: no step of {recipe.name} searches scales; {advice}")
+    own = next((name for name, step in recipe.block_steps[:-1] if type(step) not in CORRECTIONS), None)
+    if own is not None:
+        raise LowbitError(
+            f"--imatrix {imatrix} given: {own} changes the channels that an importance matrix describes; choose a "
+            "recipe of gptq or rtn alone, or leave it out"
+        )
     return imatrix
 
 

@@ -103,6 +103,7 @@ def check(request: Request) -> Resolved:
             "reach them: leave it out; --expert-tokens sets when one goes without data"
         )
     scheme = _scheme(request, skeleton)
+    request.recipe.check_order(scheme.act)
     plan = make_plan(skeleton, scheme)
     check_length(opened.config, request.length)
     shapes = shapes_of(skeleton)

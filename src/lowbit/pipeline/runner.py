@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -171,19 +171,19 @@ class Walk:
 
     def skeletons(self, ids: Tensor) -> tuple[Skeleton, Skeleton]:
         """Embeddings and head of the float and the quantized model, after a walk over ``ids``; may be one object."""
-        shared = self.checkpoint.read(self.skeleton.shared_names)
-        exact = self.skeleton
+        self.fill_float()
+        shipped = self.skeleton
         if {self.plan.embed, self.plan.head} & set(self.plan.formats.modules):
-            exact = self.skeleton.empty()
-            self._fill(self._shipped_shared(shared))
+            # A skeleton of its own: later steps measure the inputs of this one's head as they are.
+            shipped = self.skeleton.empty(untied=self.plan.untie)
+            self._fill(self._shipped_shared(shipped.shared_names), shipped)
             if (inputs := self.plan.formats.input(self.plan.head)) is not None:
-                self.skeleton.quantize_head_input(inputs)
-        self._fill(shared, exact)
-        for skeleton in (exact, self.skeleton):
+                shipped.quantize_head_input(inputs)
+        for skeleton in (self.skeleton, shipped):
             skeleton.embed(ids[:1].to(self.device))
-        return exact, self.skeleton
+        return self.skeleton, shipped
 
-    def _shipped_shared(self, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _shipped_shared(self, shared: Iterable[str]) -> dict[str, Tensor]:
         return read_dequantized(self._shard(REST), shared, self.plan.formats.modules)
 
     def _shard(self, file: str) -> Checkpoint:

@@ -147,7 +147,7 @@ class FloatFormat(Format):
         """The next stored scales below and above."""
         scale = qparams.scale
         if isinstance(self.scales, PowerOfTwo):
-            return [self._with(scale * factor) for factor in (0.5, 2.0) if self.scales.holds(scale * factor)]
+            return [self._with(self.scales.moved(scale, factor)) for factor in (0.5, 2.0)]
         if isinstance(self.scales, TwoLevel):
             return [self._with(moved) for moved in self._scale_codes(scale, tensor_peak)]
         store = self.scales.store

@@ -71,6 +71,15 @@ class PowerOfTwo:
         share = (scale / peak.detach()).where(wide > 0, 0.0)
         return given(peak * share, scale)
 
+    def moved(self, scale: Tensor, factor: float) -> Tensor:
+        """``scale`` times a power of two; what has no byte stays, such as half the smallest scale, that of zeros.
+
+        >>> PowerOfTwo().moved(torch.tensor([1.0, 2.0**-127]), 0.5).tolist() == [0.5, 2.0**-127]
+        True
+        """
+        moved = scale * factor
+        return moved.where((torch.frexp(moved.float())[1] - 1).abs() <= E8M0_BIAS, scale)
+
     def holds(self, scale: Tensor) -> bool:
         """Whether scales are powers of two of one byte."""
         mantissa, exponent = torch.frexp(scale.float())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import yaml
 
 from lowbit.errors import LowbitError, unknown
 from lowbit.paths import user_path
 from lowbit.quant.scheme import Scheme, for_runtime, stored_as
 from lowbit.quant.scheme_names import override_text, parse_scheme, with_overrides
+from lowbit.yaml_text import parse_yaml
 
 
 def load_scheme(name: str) -> Scheme:
@@ -18,10 +18,10 @@ def load_scheme(name: str) -> Scheme:
     if not name.lower().endswith((".yaml", ".yml")):
         return parse_scheme(name)
     try:
-        content = yaml.safe_load(user_path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = user_path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise LowbitError(f"cannot read the scheme file {name}: {' '.join(str(error).split())}") from error
-    return scheme_from_dict(content, name)
+    return scheme_from_dict(parse_yaml(text, f"scheme file {name}"), name)
 
 
 def scheme_from_dict(content: Any, where: str = "scheme") -> Scheme:
@@ -47,3 +47,16 @@ def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     )
     overrides = [{glob: override_text(spec)} for glob, spec in specs]
     return {"scheme": scheme.name, "overrides": overrides, **target}
+
+
+def check_recorded(scheme: Scheme) -> None:
+    """Refuse a scheme that its name and overrides, which are what a run records, do not describe.
+
+    Raises:
+        LowbitError: fields were set beside the name.
+    """
+    if scheme_from_dict(scheme_to_dict(scheme)) != scheme:
+        raise LowbitError(
+            f"the scheme '{scheme.name}' has other formats than its name says, and a run records the name: make it "
+            "with parse_scheme, and other formats with overrides"
+        )

@@ -62,6 +62,7 @@ def report(
         raise LowbitError(f"{out} is a folder; name the file to write, such as {out / 'report.html'}")
     if duplicates := [path for i, path in enumerate(paths) if path.resolve() in [p.resolve() for p in paths[:i]]]:
         raise LowbitError(f"{duplicates[0]} is given twice; name each run once")
+    _check_out(out, paths, [user_path(file) for file in measured])
     runs = [open_run(path) for path in paths]
     names = _names(paths)
     results, floats = measured_of(runs, [user_path(file) for file in measured])
@@ -69,6 +70,19 @@ def report(
     content = render(facts, floats).encode(errors="backslashreplace")
     write_bytes(out, content)
     return Reported(out, len(content), names)
+
+
+def _check_out(out: Path, runs: Sequence[Path], measured: Sequence[Path]) -> None:
+    """Refuse a page in place of what it is made from."""
+    place = out.resolve()
+    if place in [file.resolve() for file in measured]:
+        raise LowbitError(f"--out {out} is one of the files with results, which it would replace; name another file")
+    for run in runs:
+        if place.is_relative_to(run.resolve()) and place.suffix.lower() not in (".html", ".htm"):
+            raise LowbitError(
+                f"--out {out} is in the run folder {run}, where only a page may be written: name a file such as "
+                f"{run / 'report.html'}"
+            )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -23,6 +23,7 @@ from lowbit.models import fused_kernels
 from lowbit.models.architecture import Architecture, Experts
 from lowbit.models.attention import attention_name
 from lowbit.models.build import from_config, tied_tensors
+from lowbit.models.device import check_usable, float_dtype
 from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
 from lowbit.models.experts_function import run_experts_apart
 from lowbit.models.families import architecture_of
@@ -62,7 +63,7 @@ def load(
     folder: str | Path,
     *,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     trust_remote_code: bool = False,
     target: str | None = None,
 ) -> Any:
@@ -76,8 +77,11 @@ def load(
     ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
 
     Raises:
-        LowbitError: the folder is not a model, is broken, or is quantized in a way that is not read.
+        LowbitError: the folder is not a model, is broken, or is quantized in a way that is not read; a device or
+            dtype that cannot be used.
     """
+    check_usable(device)
+    dtype = float_dtype(dtype)
     folder = user_path(folder)
     manifest = manifest_of(folder)
     config: Any = load_config(folder, trust_remote_code)

@@ -57,7 +57,7 @@ def _find(config: Any, path: Path | None) -> Discovery:
     for note in found.record.notes:
         say(note)
     if path is not None:
-        with suppress(OSError):  # a folder that cannot be written costs the time again, nothing else
+        with suppress(OSError, LowbitError):  # a folder that cannot be written costs the time again, nothing else
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, found.to_json())
     return found
