@@ -221,6 +221,9 @@ def test_a_reference_that_says_nothing_is_refused(places, tmp_path, capsys):
         (["--reference", tmp_path / "other"], "different tokenizers"),
         (["--reference", tmp_path / "none"], "no such file or folder"),
         (["--reference", places / "m", "--tasks", "piqa"], "--reference is for text: give --data too"),
+        (["--bos", "never", "--tasks", "piqa"], "--bos is for text: give --data too"),
+        (["--limit", "3"], "--limit is for tasks: give --tasks too"),
+        (["--fresh"], "--fresh is for tasks: give --tasks too"),
     ):
         assert call(["evaluate", str(places / "mixture"), *map(str, words)]) == 2
         err = capsys.readouterr().err.strip()

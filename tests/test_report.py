@@ -279,6 +279,37 @@ def test_a_manifest_that_lacks_something_is_one_line(place, root, tmp_path, caps
     assert f"no valid '{place.replace('blocks', 'blocks.1')}'" in said
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("identity.recipe.steps", [{}]),
+        ("identity.recipe", {}),
+        ("identity.scheme.target", 3),
+        ("blocks", []),
+        ("bits_per_weight", 10**400),
+    ],
+)
+def test_a_manifest_with_a_part_that_nothing_can_read_is_one_line(place, value, root, tmp_path, capsys):
+    shutil.copytree(root / "rtn", tmp_path / "run")
+    manifest = json.loads((tmp_path / "run/lowbit.json").read_text())
+    *way, last = place.split(".")
+    part = manifest
+    for key in way:
+        part = part[key]
+    part[last] = value
+    (tmp_path / "run/lowbit.json").write_text(json.dumps(manifest))
+    assert "no valid '" in line(capsys, "report", tmp_path / "run", "-o", tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("name", ["model.layers.9.self_attn.q_proj", "model.norm", "model.layers.0.mlp.none"])
+def test_a_module_that_the_model_does_not_have_is_one_line(name, root, tmp_path, capsys):
+    shutil.copytree(root / "rtn", tmp_path / "run")
+    manifest = json.loads((tmp_path / "run/lowbit.json").read_text())
+    manifest["quantized"].append(name)
+    (tmp_path / "run/lowbit.json").write_text(json.dumps(manifest))
+    assert f"lists '{name}' as quantized" in line(capsys, "inspect", tmp_path / "run")
+
+
 def test_what_cannot_be_drawn_is_left_out():
     nan, inf = float("nan"), float("inf")
     assert lines("none", [Series("a", [(0, nan), (1, inf)])], "x", "y") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,10 +39,13 @@ if TYPE_CHECKING:
     from lowbit.evaluation.tasks import TaskScores
 
 
+LENGTH = 2048
+
+
 def evaluate(
     model: Model,
     data: TextOption = None,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = LENGTH,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens of each text.")] = None,
     bos: BosOption = None,
     reference: Annotated[
@@ -79,8 +83,18 @@ def evaluate(
     result: dict[str, Any] = {"model": model}
     place = place_of(device, dtype, revision, allow_pickle, trust_remote_code)
     scores = None
-    if reference is not None and tasks and not data:
-        raise LowbitError("--reference is for text: give --data too, or leave it out")
+    if tasks and not data:
+        of_text = {
+            "reference": reference,
+            "tokens": tokens,
+            "bos": bos,
+            "length": None if length == LENGTH else length,
+        }
+        _refuse_unused(of_text, "is for text: give --data too")
+    if not tasks:
+        of_tasks = {"task-data": None if task_data == "auto" else task_data, "limit": limit}
+        of_tasks |= {"seed": seed or None, "fresh": fresh or None}
+        _refuse_unused(of_tasks, "is for tasks: give --tasks too")
     if tasks:
         from lowbit.evaluation.tasks import evaluate_tasks
 
@@ -113,6 +127,12 @@ def evaluate(
         _show_perplexity(evaluated)
     if scores:
         _show_tasks(scores)
+
+
+def _refuse_unused(given: Mapping[str, Any], reason: str) -> None:
+    """Refuse options by name that nothing asked for uses; ``None``: not given."""
+    if names := [name for name, value in given.items() if value is not None]:
+        raise LowbitError(f"--{names[0]} {reason}, or leave it out")
 
 
 def _show_perplexity(evaluated: Evaluated) -> None:

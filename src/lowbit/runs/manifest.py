@@ -5,6 +5,7 @@ A single parser reads it and names the key of any invalid value.
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -247,7 +248,22 @@ def manifest_of(folder: Path) -> Manifest | None:
             f"{path} has format {content.get('format')!r}; this lowbit reads {FORMAT}: quantize again, or use the "
             "version of lowbit that wrote it"
         )
-    return parse(Manifest, content, str(path))
+    manifest = parse(Manifest, content, str(path))
+    _check_parts(manifest, str(path))
+    return manifest
+
+
+def _check_parts(manifest: Manifest, where: str) -> None:
+    """Refuse parts that readers rely on and that ``parse`` takes as they are."""
+    steps = manifest.identity.recipe.get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, Mapping) and len(step) == 1 for step in steps):
+        raise _invalid(where, "identity.recipe.steps")
+    if not isinstance(manifest.identity.scheme.get("target"), str | None):
+        raise _invalid(where, "identity.scheme.target")
+    if not manifest.blocks:
+        raise _invalid(where, "blocks")
+    if not all(math.isfinite(bits) for bits in (manifest.bits_per_weight, manifest.model_bits_per_weight)):
+        raise _invalid(where, "bits_per_weight")
 
 
 def require_trust(folder: Path, manifest: Manifest | None, trust_remote_code: bool) -> None:
@@ -297,7 +313,7 @@ def _parse(kind: Any, content: Any, where: str, key_path: str) -> Any:
     if origin is dict and isinstance(content, Mapping):
         return {str(key): _parse(inner[1], value, where, f"{key_path}.{key}") for key, value in content.items()}
     if kind is float and isinstance(content, int) and not isinstance(content, bool):
-        return float(content)
+        return float(content) if abs(content) < 2**1000 else math.inf
     if origin is None and isinstance(content, kind) and (kind is bool or not isinstance(content, bool)):
         return content
     raise _invalid(where, key_path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.safetensors_folder import Checkpoint
-from lowbit.errors import LowbitError, one_line
+from lowbit.errors import LowbitError, one_line, shown
 from lowbit.models.architecture import Architecture, LayerKind
 from lowbit.models.block import Block
 from lowbit.models.kv_ratios import RATIOS, read_ratios
@@ -128,6 +128,12 @@ def run_formats(manifest: Manifest, scheme: Scheme, architecture: Architecture) 
     """
     modules: dict[str, ModuleFormats] = {}
     outside, dense = (architecture.embed, architecture.head), manifest.transformers.dense
+    known = {*architecture.linears(), *outside}
+    if unknown_names := [name for name in manifest.quantized if name not in known]:
+        raise LowbitError(
+            f"{MANIFEST} lists {shown(unknown_names[0])} as quantized, which this model does not have: the file is "
+            "broken; quantize again into another folder"
+        )
     for name in manifest.quantized:
         module = scheme.outside(name) if name in outside else scheme.module(name)
         if module is None:
