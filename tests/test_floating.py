@@ -213,6 +213,21 @@ def test_errors_on_gaussian_weights(format, rule: float, searched: float) -> Non
         assert float((format.fake_quant(w, qparams) - w).square().mean()) < 1.01 * most
 
 
+def test_a_group_of_zeros_leaves_the_others_their_search() -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    for zeros in (0, 1):
+        weight[:zeros, :32] = 0
+        rule = MXFP4.qparams(weight)
+        errors = [
+            (MXFP4.quantize(weight, qparams).dequantize() - weight)[1:].square().view(63, -1, 32).sum(-1)
+            for qparams in (rule, search_scales(weight, MXFP4, rule))
+        ]
+        better = errors[1] < errors[0]
+        assert int(better.sum()) > 4
+        lower = search_scales(weight, MXFP4, rule).scale[1:] < rule.scale[1:]
+        assert bool((better & lower).any())
+
+
 def test_importance_weights_the_search() -> None:
     w = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(32)

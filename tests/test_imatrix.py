@@ -19,6 +19,7 @@ from lowbit.data.text import calibration
 from lowbit.errors import LowbitError
 from lowbit.exporters.imatrix import Squares, read_imatrix, write_imatrix
 from lowbit.exporters.run import open_run
+from lowbit.pipeline.recipe import recipe_from_dict
 from lowbit.quant.scale_search import search_scales
 from lowbit.quant.scheme_names import parse_scheme
 from tiny import save_tiny
@@ -129,9 +130,9 @@ def test_what_cannot_be_used_is_one_line(written: tuple[Path, Path], tmp_path: P
     with pytest.raises(LowbitError, match=r"no step of gptq searches scales; give --set gptq\.search=true"):
         run(imatrix=path)
     # What refit searches is no scale.
-    with pytest.raises(
-        LowbitError, match=r"no step of affinequant\+refit searches scales; give --set rtn\.search=true"
-    ):
+    with pytest.raises(LowbitError, match=r"no step of mine searches scales; give --set gptq\.search=true"):
+        run(imatrix=path, recipe=recipe_from_dict({"steps": ["refit", "gptq"]}, "mine"))
+    with pytest.raises(LowbitError, match="affinequant changes the channels that an importance matrix describes"):
         run(imatrix=path, recipe="affinequant+refit")
     with pytest.raises(LowbitError, match="does not exist"):
         run(imatrix=tmp_path / "none.gguf", settings=["gptq.search=true"])
@@ -147,6 +148,13 @@ def test_what_cannot_be_used_is_one_line(written: tuple[Path, Path], tmp_path: P
     with pytest.raises(LowbitError, match="negative sums"):
         read_imatrix(tmp_path / "bad.gguf", config, {DOWN: 96})
     assert not (tmp_path / "run").exists()
+
+
+def test_the_model_itself_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(LowbitError):  # no model yet: it is refused as one, and stays
+        lowbit.imatrix(tmp_path / "m.gguf", tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == b"GGUF"
 
 
 def test_a_file_in_the_way_is_one_line_before_any_work(

@@ -14,6 +14,7 @@ from lowbit.methods import RTN
 from lowbit.methods.affine_fit import AffineFit
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.dropping import DropPlan, damped_inverse
+from lowbit.methods.input_ranges import with_input_ranges
 from lowbit.methods.options import with_options
 from lowbit.methods.reassemble import Reassemble, candidate_counts, fold
 from lowbit.methods.sites import apply
@@ -237,6 +238,25 @@ def test_a_fixed_ratio_is_taken_in_every_layer_even_where_it_does_not_help(ratio
     most = int((candidate_counts(peak, ratio, step.grid)[-1] - 1).sum())
     assert 0 < figures["copies"] == most <= ratio * 96
     assert set(figures["scores"]) == {"0", str(most)}
+
+
+@pytest.mark.parametrize("theta", ["most", "search"])
+def test_an_input_that_is_always_zero_has_nothing_to_take_apart(theta):
+    assert candidate_counts(torch.zeros(8), 0.5, 10) == []
+    block, calib = case("llama")
+    up = channels(block).src.parameter
+    block = replace(block, params={**block.params, up: torch.zeros_like(block.params[up])})
+    done = Reassemble(theta=theta)(block, replace(calib, y_fp=run_all(block, calib.x_fp)))
+    assert done.record[1]["reassemble"][down_of(block)]["copies"] == 0
+
+
+def test_ranges_of_earlier_steps_are_not_those_of_reassembled_channels():
+    block, calib = case("llama", scheme="w8a8-static")
+    with_ranges = with_input_ranges(block, calib)
+    assert with_ranges.input_qparams
+    fresh, handed = (Reassemble(theta="most", most=0.2)(start, calib) for start in (block, with_ranges))
+    assert not handed.input_qparams
+    assert all(torch.equal(handed.weight(name), fresh.weight(name)) for name in block.linears())
 
 
 def test_a_fixed_theta_splits_what_exceeds_it_and_says_where_it_could_not():

@@ -335,3 +335,20 @@ def test_many_small_tensors_are_updated_as_each_would_be_alone():
     for one, other, before, rate in zip(together, alone, start, rates, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one, before) == (rate == 0)
+
+
+def test_a_step_does_not_depend_on_how_many_were_taken_back():
+    """A fit that restored earlier parameters has counted further than one that is resumed from them."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(20_000, generator=generator), torch.randn(20_000, generator=generator)
+    ends = []
+    for counted in (167, 3_000):
+        x = start.clone().requires_grad_()
+        adam = Adam([([x], 0.1)])
+        for moment, value in zip(adam.moments[0], (0.3, 0.2, 167.0), strict=True):
+            moment.fill_(value)
+        adam._most = counted
+        x.grad = gradient.clone()
+        adam.step(1.0)
+        ends.append(x.detach())
+    assert torch.equal(*ends)

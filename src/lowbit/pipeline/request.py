@@ -235,17 +235,17 @@ def make_request(
 
 def _searched(imatrix: Path, recipe: Recipe) -> Path:
     """The importance matrix for a recipe; refused if no step searches scales."""
-    # ``refit`` has an option of that name too: it searches a share of a correction.
-    names = [name for name, step in recipe.block_steps if step.rounds and "search" in options_of(step)]
-    if not any(options_of(step).get("search") is True for name, step in recipe.steps if name in names):
-        advice = f"give --set {names[0]}.search=true" if names else "choose a recipe with gptq or rtn"
-        raise LowbitError(f"--imatrix {imatrix} given: no step of {recipe.name} searches scales; {advice}")
     own = next((name for name, step in recipe.block_steps[:-1] if type(step) not in CORRECTIONS), None)
     if own is not None:
         raise LowbitError(
             f"--imatrix {imatrix} given: {own} changes the channels that an importance matrix describes; choose a "
             "recipe of gptq or rtn alone, or leave it out"
         )
+    # ``refit`` has an option of that name too: it searches a share of a correction.
+    names = [name for name, step in recipe.block_steps if step.rounds and "search" in options_of(step)]
+    if not any(options_of(step).get("search") is True for name, step in recipe.steps if name in names):
+        advice = f"give --set {names[0]}.search=true" if names else "choose a recipe with gptq or rtn"
+        raise LowbitError(f"--imatrix {imatrix} given: no step of {recipe.name} searches scales; {advice}")
     return imatrix
 
 
