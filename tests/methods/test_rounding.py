@@ -23,7 +23,7 @@ from lowbit.methods.learned_codes import (
 from lowbit.methods.learned_scales import LearnedScales
 from lowbit.methods.options import with_options
 from lowbit.methods.rounding import Rounding
-from lowbit.methods.rounding_fit import RoundingFit, started
+from lowbit.methods.rounding_fit import RoundingFit, started, target
 from lowbit.methods.rounding_options import RoundingOptions
 from lowbit.methods.sign_descent import SignDescent
 from lowbit.methods.training import Schedule, fit, loss_unit, relative_loss
@@ -55,8 +55,8 @@ def figures(done: Block) -> dict:
     return done.record[done.start]["rounding"]
 
 
-def errors(block: Block, calib: Calib, chosen: torch.Tensor) -> float:
-    wanted = calib.y_fp[chosen]
+def errors(block: Block, calib: Calib, chosen: torch.Tensor, correct: float) -> float:
+    wanted = target(block, calib, correct)[chosen]
     got = run_quantized(block, calib.x_q[chosen])
     return float(relative_loss(got, wanted, loss_unit(wanted, "token")))
 
@@ -278,13 +278,23 @@ def test_a_wider_bound_reaches_more_codes():
 @pytest.mark.parametrize("kind", PARAMETRISATIONS)
 def test_the_error_falls_below_that_of_the_start(kind, start):
     block, calib = case("w3a16g16-asym")
-    done = rounding(parametrisation=kind, start=start, epochs=8)(block, calib)
     _, held = Schedule(held_out=0.25).split(len(calib.x_q))
-    before = figures(done)["held_out"][0]
-    assert errors(done, calib, held) == pytest.approx(min(figures(done)["held_out"]), rel=1e-4)
-    assert errors(done, calib, held) <= before
-    if start == "nearest" and kind == "sign":
-        assert errors(done, calib, held) < 0.9 * before
+    for correct in (1.0, 0.5):
+        done = rounding(parametrisation=kind, start=start, epochs=8, correct=correct)(block, calib)
+        before = figures(done)["held_out"][0]
+        assert errors(done, calib, held, correct) == pytest.approx(min(figures(done)["held_out"]), rel=1e-4)
+        assert errors(done, calib, held, correct) <= before
+        if start == "nearest" and kind == "sign":
+            assert errors(done, calib, held, correct) < 0.9 * before
+
+
+def test_the_target_is_between_the_float_models_output_and_the_blocks_own():
+    block, calib = case("w3a16g16-asym")
+    own = run_all(block, calib.x_q)
+    assert torch.equal(target(block, calib, 1.0), calib.y_fp)
+    assert torch.equal(target(block, calib, 0.0), own)
+    assert torch.allclose(target(block, calib, 0.25), 0.25 * calib.y_fp + 0.75 * own, atol=1e-5)
+    assert not torch.allclose(own, calib.y_fp, atol=1e-3)
 
 
 def test_rates_are_for_the_steps_that_are_taken():

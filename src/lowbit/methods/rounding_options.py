@@ -28,6 +28,8 @@ class RoundingOptions:
             two neighbours, 1 three codes, 1.5 four. ``sigmoid`` takes 0.5 alone.
         scales: also learn the scales: ratios of both ends of a range with ``sign``, of the scale with the others; in
             formats other than integers, search them first (``searched_clips.py``).
+        correct: share of the error of earlier blocks that the codes are to make up for, see ``rounding_fit.py``:
+            with 1 the target is the float model's output, with 0 the float block's for the quantized hidden states.
         loss: ``token`` or ``mse``; see ``AffineQuant``.
         lr: learning rate of the codes: 1 is the parametrisation's own, 1 / steps for ``sign``.
         lr_scales: of the ratios, times the number of steps; AutoRound's is 1.
@@ -38,6 +40,7 @@ class RoundingOptions:
     start: str = "nearest"
     bound: float = 0.5
     scales: bool = True
+    correct: float = 0.5
     loss: str = "token"
     lr: float = 1.0
     lr_scales: float = 2.0
@@ -46,7 +49,7 @@ class RoundingOptions:
     def __post_init__(self) -> None:
         check_choices("rounding", self, CHOICES)
         rates = dict.fromkeys(("lr", "lr_scales", "regularization"), "0 or more")
-        check_bounds("rounding", self, {"bound": "above 0", **rates})
+        check_bounds("rounding", self, {"bound": "above 0", "correct": "from 0 to 1", **rates})
         if self.parametrisation == "sigmoid" and self.bound != 0.5:
             raise LowbitError(
                 f"rounding.bound {self.bound:g} given; sigmoid decides between two codes: set 0.5, or another "
