@@ -40,7 +40,7 @@ class Rounding(Method):
 
     options: RoundingOptions = RoundingOptions()
     # All epochs run: steps of one length wander until it falls, and the validation loss falls most at the end.
-    schedule: Schedule = Schedule(epochs=30, decay="linear", patience=0)
+    schedule: Schedule = Schedule(epochs=12, decay="linear", patience=0)
     rounds: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = False
     needs: ClassVar[Needs] = "x_q"
@@ -49,8 +49,9 @@ class Rounding(Method):
 
     @property
     def passes(self) -> int:
-        """Those of the start, then forward and backward in each epoch."""
-        return STARTS[self.options.start]().passes + 1 + 4 * self.schedule.epochs
+        """Those of the start and of the target, then forward and backward in each epoch."""
+        target = int(self.options.correct < 1)
+        return STARTS[self.options.start]().passes + 1 + target + 4 * self.schedule.epochs
 
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: only codes and scales change."""
