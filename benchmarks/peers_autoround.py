@@ -3,8 +3,8 @@
 Options are AutoRound's defaults except for batches of one sequence, which take the least time a step, and the method
 ``float32``: the default, ``bfloat16`` here, is to compute in bfloat16 on CPUs that support it. A layer keeps its
 quantized weight in that precision, while the files that AutoRound writes hold codes and scales. The values here are
-those of the files: codes are recovered from the weight and its scale, and multiplied in float32. Embeddings and norms,
-which it leaves alone, are the float model's.
+those of the files: codes are recovered from the weight and its scale, and multiplied in float32. Embeddings and
+norms, which it leaves alone, are the float model's.
 """
 
 from __future__ import annotations
