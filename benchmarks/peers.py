@@ -30,9 +30,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from lowbit.checkpoints.resolve import load_tokenizer, resolve
-from lowbit.data.text import calibration
+from lowbit.data.text import SELF, calibration
 from lowbit.data.windows import Tokens
-from lowbit.pipeline.recipe import recipe_names
 from peers_page import FLOAT, Page
 from peers_tools import BUILD, MADE, PEERS, TOOLS, Peer, one_thread, quantize
 from rows import ROOT, apart, cpu_seconds, found, kept, lowbit, missing_first, put, sources, text_identity, together
@@ -43,9 +42,10 @@ BEGIN, END = "<!-- measured: made by benchmarks/peers.py -->\n", "<!-- /measured
 MODEL = "demo"
 WINDOW = 512
 SCHEMES = ("w4a16g64-sym", "w3a16g64-asym", "w2a16g64-asym")
-# ``best`` is named here before it is packaged: what is packaged is measured.
-RECIPES = tuple(name for name in ("awq+gptq", "awq+rounding", "gptq+rounding", "best") if name in recipe_names())
-ENTRIES = (*PEERS, *RECIPES)
+RECIPES = ("awq+gptq", "best")
+# A recipe that is given as many windows again of the model's own text: beside the others, not in their comparison.
+OWN_TEXT = {"best, own text": "best"}
+ENTRIES = (*PEERS, *RECIPES, *OWN_TEXT)
 
 Cell = tuple[str, str, int]  # scheme, entry, seed
 
@@ -114,17 +114,22 @@ class Protocol:
         return [{**row, **figures} for (_, row), figures in zip(made, told, strict=True)]
 
     def _run(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
-        """A run of a recipe, and what it took; one that is there from an interrupted command stays as it is."""
+        """A run of a recipe, and what it took; one that is there from an interrupted command stays as it is.
+
+        Windows of the model's own text come on top: a test shows that those of the text are the same ones.
+        """
         scheme, recipe, seed = cell
         given = self.drawn(seed).hash
         out = _work((*cell, self.samples, self.length, given, sources()))
         if not (out / MADE).exists():
             shutil.rmtree(out, ignore_errors=True)
-            drawn = ["--samples", str(self.samples), "--length", str(self.length), "--seed", str(seed)]
-            what = ["--scheme", scheme, "--recipe", recipe, "--data", self.calibration, *drawn]
+            own = recipe in OWN_TEXT
+            drawn = ["--samples", str(self.samples * (1 + own)), "--length", str(self.length), "--seed", str(seed)]
+            data = [part for text in (self.calibration, *([SELF] * own)) for part in ("--data", text)]
+            what = ["--scheme", scheme, "--recipe", OWN_TEXT.get(recipe, recipe), *data, *drawn]
             made, seconds = cpu_seconds(lambda: lowbit("quantize", MODEL, "--out", str(out), *what))
             identity = json.loads((out / "lowbit.json").read_text())["identity"]
-            if (used := identity["data"]["hash"]) != given:
+            if (used := identity["data"]["hash"]) != given and not own:
                 raise SystemExit(f"{recipe} was calibrated on tokens {used}, the other tools on {given}")
             row = {"cpu_seconds": seconds, "bits_per_weight": made["bits_per_weight"]}
             (out / MADE).write_text(json.dumps({**row, "versions": identity["versions"]}))
@@ -197,7 +202,8 @@ def main() -> None:
             told = {**dict(zip(("scheme", "entry", "seed"), cell, strict=True)), "cpu_seconds": row["cpu_seconds"]}
             told["perplexity"] = [text["runs"][0]["perplexity"] for text in row["texts"].values()]
             print(json.dumps(told), flush=True)
-        page = Page(drawn, protocol.steps, exact, protocol.rows(options.seeds, exact), SCHEMES, tuple(PEERS), RECIPES)
+        rows = protocol.rows(options.seeds, exact)
+        page = Page(drawn, protocol.steps, exact, rows, SCHEMES, tuple(PEERS), RECIPES, tuple(OWN_TEXT))
         before = options.page.read_text(encoding="utf-8")
         options.page.write_text(put(before, page.text(), BEGIN, END, options.page), encoding="utf-8")
     print(f"wrote {options.page}")

@@ -26,6 +26,7 @@ class Page:
         exact: the float model's figures.
         rows: all others that there are.
         schemes, tools, recipes: their order; of rows that are not measured there is no line.
+        beside: recipes that were given other tokens too: they have lines, and are not compared with the tools.
     """
 
     drawn: Sequence[Tokens]
@@ -35,6 +36,7 @@ class Page:
     schemes: Sequence[str]
     tools: Sequence[str]
     recipes: Sequence[str]
+    beside: Sequence[str] = ()
 
     def text(self) -> str:
         """All that is measured, in Markdown."""
@@ -64,7 +66,7 @@ class Page:
         found = {}
         for (_, entry, _), row in self.rows.items():
             own = ", ".join(f"{name} {version}" for name, version in sorted(row["versions"].items()))
-            found["lowbit" if entry in self.recipes else entry.split()[0]] = own
+            found[entry.split()[0].rstrip(",") if entry in self.tools else "lowbit"] = own
         return "; ".join(f"{name} ({own})" for name, own in sorted(found.items()))
 
     def seeds(self, scheme: str, entry: str) -> list[Figures]:
@@ -78,7 +80,7 @@ class Page:
         lines = [line([*heads, "worst x float", "CPU, s"]), "|---|" + "---:|" * (len(heads) + 1)]
         exact = [cell for text in texts.values() for cell in (f"{text['perplexity']:.3f}", "0.0000")]
         lines.append(line([FLOAT, "32", *exact, "1.000", "-"]))
-        for entry in (*self.tools, *self.recipes):
+        for entry in (*self.tools, *self.recipes, *self.beside):
             if not (seeds := self.seeds(scheme, entry)):
                 continue
             name = entry if entry in self.tools else f"`{entry}`"
