@@ -28,15 +28,15 @@ ROWS = {
     "w8a16": ("rtn",),
     "w4a16g64-sym": (
         *("rtn", "awq", "gptq", "qronos", "awq+gptq", "affinequant+gptq"),
-        *("rounding", "gptq+rounding", "awq+rounding", "sparsegpt"),
+        *("rounding", "best", "sparsegpt"),
     ),
     "w3a16g64-asym": (
         *("rtn", "awq", "gptq", "qronos", "awq+gptq", "affinequant+gptq"),
-        *("rounding", "gptq+rounding", "awq+rounding"),
+        *("rounding", "best"),
     ),
     "w2a16g64-asym": (
         *("rtn", "gptq", "qronos", "awq+gptq", "affinequant+gptq"),
-        *("rounding", "gptq+rounding", "awq+rounding"),
+        *("rounding", "best"),
     ),
     "w8a8": ("rtn", "smoothquant", "outlier-suppression+"),
     "w6a6": ("rtn", "smoothquant", "outlier-suppression+", "affinequant+refit"),
