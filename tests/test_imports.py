@@ -20,7 +20,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path
 # share a floor stand side by side and do not know each other, but for the pairs in BESIDE.
 FLOORS = (
     {"errors", "finite", "torch_state"},
-    {"progress"},
+    {"progress", "yaml_text"},
     {"distributed", "paths"},
     {"checkpoints", "data", "metrics"},
     {"quant"},

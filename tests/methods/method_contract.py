@@ -24,6 +24,8 @@ from lowbit.methods import training as training_loop
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import Method
 from lowbit.methods.options import with_options
+from lowbit.methods.rounding import Rounding
+from lowbit.methods.rounding_fit import target
 from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.equivalence import move, op_between
@@ -254,7 +256,8 @@ def check_shipped(step: Method, block: Block, calib: Calib) -> None:
     assert step.schedule is not None
     _, held = step.schedule.split(len(calib.x_q))
     got = run_quantized(done if step.rounds else RTN()(done, calib), calib.x_q[held])
-    wanted = calib.y_fp[held]
+    wanted = target(block, calib, step.options.correct) if isinstance(step, Rounding) else calib.y_fp
+    wanted = wanted[held]
     error, kept = float(relative_loss(got, wanted, loss_unit(wanted, "token"))), min(figures["held_out"])
     assert kept == figures["held_out"][figures["best_epoch"]]
     assert abs(error - kept) <= 1e-3 * kept, f"the fit kept {kept:.5f}, the block ships {error:.5f}"
