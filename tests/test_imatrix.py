@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -150,11 +151,16 @@ def test_what_cannot_be_used_is_one_line(written: tuple[Path, Path], tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_the_model_itself_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(LowbitError):  # no model yet: it is refused as one, and stays
-        lowbit.imatrix(tmp_path / "m.gguf", tmp_path / "m.gguf")
-    assert (tmp_path / "m.gguf").read_bytes() == b"GGUF"
+def test_the_model_itself_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"GGUF")
+    opened = SimpleNamespace(source=SimpleNamespace(file=model))
+    monkeypatch.setattr("lowbit.pipeline.imatrix.open_model", lambda *given: opened)
+    (tmp_path / "link.gguf").symlink_to(model)
+    for out in (model, tmp_path / "link.gguf"):
+        with pytest.raises(LowbitError, match="is the model itself, which it would replace"):
+            lowbit.imatrix(model, out)
+    assert model.read_bytes() == b"GGUF"
 
 
 def test_a_file_in_the_way_is_one_line_before_any_work(
