@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
+import torch
 from gguf import GGMLQuantizationType as Kind
 
 from lowbit.checkpoints.gguf_types import AnyKind, bytes_of
 from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Choice, FloatModel, Footprint, Option
 from lowbit.exporters.gguf import IN_F32, add_value, declare
+from lowbit.exporters.gguf_architectures.text_models import text_model
 from lowbit.exporters.gguf_floats import MATRIX_ORDER, exact_type
 from lowbit.exporters.gguf_limits import type_of
 from lowbit.exporters.gguf_model import architecture, model_metadata
@@ -37,11 +40,12 @@ FORMATS: tuple[Format, ...] = (
 
 
 def footprint(model: FloatModel, pre: str | None = None) -> Footprint:
-    """The file's footprint; ``pre`` as for an export.
+    """The file's footprint; ``pre`` as for an export. Of a model with other parts the file has the text model alone.
 
     Raises:
         LowbitError: llama.cpp has no equivalent of the tokenizer.
     """
+    model = replace(model, config=text_model(model.config))
     tensors = _tensors(model)
     members = _members(model, tensors)
     choices, floats = list[Choice](), dict[str, int]()
@@ -107,12 +111,13 @@ def _size(model: FloatModel, tensor: FileTensor, kind: AnyKind) -> int:
 
 
 def _shape(model: FloatModel, tensor: FileTensor) -> tuple[int, ...]:
-    """A tensor's shape in the file."""
+    """A tensor's shape in the file, which may be another than the model's: some vectors are stored as columns."""
     name = tensor.parts[0]
     if (divisors := rope_tensors(model.config).get(name)) is not None:
         return tuple(divisors.shape)
     module = model.module_of(name)
-    rows, *rest = model.shapes[name] if module is None else model.shape(module)
+    own_shape = model.shapes[name] if module is None else model.shape(module)
+    rows, *rest = stored_value(model.config, name, torch.empty(own_shape, device="meta")).shape
     own = (rows if tensor.share is None else tensor.share.stop - tensor.share.start, *rest)
     return (len(tensor.parts), *own) if tensor.stacked else own
 
