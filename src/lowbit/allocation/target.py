@@ -12,7 +12,7 @@ from lowbit.exporters.footprint import FloatModel, Footprint
 from lowbit.exporters.offered import Refuses
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import shapes_of
-from lowbit.pipeline.opened import Opened
+from lowbit.pipeline.opened import Opened, computed
 from lowbit.pipeline.recipe import load_recipe
 from lowbit.pipeline.request import model_name
 from lowbit.pipeline.target import subject_of
@@ -124,7 +124,9 @@ def footprint_of(target: str, model: str, opened: Opened, pre: str | None = None
         architecture.head,
         skeleton.tied,
     )
-    return TARGETS[target].footprint(facts, skeleton, pre)
+    footprint = TARGETS[target].footprint(facts, skeleton, pre)
+    # Layers that read the text look it up in the float embedding, so that ``quantize`` has no formats for it.
+    return footprint.without_formats(architecture.embed) if computed(opened).reads_text else footprint
 
 
 def _check_architecture(target: str, skeleton: Skeleton) -> None:

@@ -8,11 +8,12 @@ the target has for them and the bytes that these take.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.errors import LowbitError
 from lowbit.quant.format import Format
 
 
@@ -63,10 +64,26 @@ class Footprint:
         """Bytes of the smallest file."""
         return self.fixed + sum(choice.least for choice in self.choices)
 
+    def without_formats(self, module: str) -> Footprint:
+        """The same where the choice that has ``module`` stays float.
+
+        Raises:
+            LowbitError: the target has no float for it.
+        """
+        choices = tuple(_float_alone(one) if module in one.modules else one for one in self.choices)
+        return replace(self, choices=choices)
+
     @property
     def weights(self) -> int:
         """Weights that have a format."""
         return sum(choice.weights for choice in self.choices)
+
+
+def _float_alone(choice: Choice) -> Choice:
+    options = tuple(option for option in choice.options if option.format is None)
+    if not options:
+        raise LowbitError(f"{choice.modules[0]} has to stay float, for which the target has no place: choose another")
+    return replace(choice, options=options)
 
 
 @dataclass(frozen=True)

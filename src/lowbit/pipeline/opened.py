@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lowbit.checkpoints.resolve import Source, load_config, resolve
-from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.errors import LowbitError
 from lowbit.models.build import empty_model
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.stored_names import StoredNames
-from lowbit.models.validate import check_model, open_weights, report_build_errors
+from lowbit.models.validate import check_computes, check_model, open_weights, report_build_errors
 from lowbit.runs.carried import Carried, carried
 from lowbit.runs.manifest import manifest_of
 
@@ -53,3 +55,22 @@ def open_model(model: str, revision: str | None, allow_pickle: bool, trust_remot
         listed = empty_model(config, trust_remote_code).state_dict()
     others = carried(checkpoint, skeleton.architecture, listed, unlisted)
     return Opened(source, config, checkpoint, skeleton, names, others)
+
+
+def computed(opened: Opened) -> Skeleton:
+    """A skeleton that has computed two tokens, and so knows how the model calls its layers.
+
+    It is filled for that, and is not the one that a run keeps.
+
+    Raises:
+        LowbitError: the library's code cannot compute with the config; see ``check_computes``.
+    """
+    skeleton, checkpoint = opened.skeleton.empty(), opened.checkpoint
+    blocks = skeleton.architecture.blocks
+    skeleton.fill(checkpoint.read(skeleton.shared_names, torch.float32))
+    check_computes(
+        skeleton,
+        lambda: skeleton.block(0, block_params(checkpoint, blocks, 0, skeleton.parameter_shapes(0))),
+        checkpoint.folder,
+    )
+    return skeleton

@@ -12,7 +12,6 @@ import torch
 from lowbit.checkpoints.identity import companions_digest
 from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.resolve import Source, load_tokenizer
-from lowbit.checkpoints.safetensors_folder import Checkpoint, block_params
 from lowbit.data.sampling import self_sample
 from lowbit.data.text import calibration
 from lowbit.data.tokenization import decode
@@ -20,8 +19,8 @@ from lowbit.data.windows import Tokens, WindowShape
 from lowbit.errors import LowbitError
 from lowbit.exporters.imatrix import read_imatrix
 from lowbit.models.skeleton import Skeleton
-from lowbit.models.validate import check_computes, check_ids, shapes_of
-from lowbit.pipeline.opened import Opened, open_model
+from lowbit.models.validate import check_ids, shapes_of
+from lowbit.pipeline.opened import Opened, computed, open_model
 from lowbit.pipeline.prefix import Wanted, check_prefix, wanted
 from lowbit.pipeline.recipe import recipe_to_dict
 from lowbit.pipeline.request import Request
@@ -113,8 +112,7 @@ def check(request: Request) -> Resolved:
     prefix = wanted(request.prefix, tokenizer, tokens.prefix)
     if prefix is not None:
         check_prefix(prefix, skeleton, request.length)
-    _check_computes(opened.checkpoint, probe := skeleton.empty())
-    if probe.reads_text and plan.embed in plan.formats.modules:
+    if computed(opened).reads_text and plan.embed in plan.formats.modules:
         raise LowbitError(
             f"a format for {plan.embed} given: the layers of this model read more than their input of it; leave the "
             "embedding out of the overrides"
@@ -125,17 +123,6 @@ def check(request: Request) -> Resolved:
         widths = {name: columns for name, (_, columns) in linear_shapes(skeleton).items()}
         importance = read_imatrix(request.imatrix, opened.config, widths)
     return Resolved(request, opened, scheme, plan, shapes, tokens, special, prefix, importance)
-
-
-def _check_computes(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
-    """``check_computes`` before any work; ``skeleton``, which is filled for it, is not the one that the run keeps."""
-    blocks = skeleton.architecture.blocks
-    skeleton.fill(checkpoint.read(skeleton.shared_names, torch.float32))
-    check_computes(
-        skeleton,
-        lambda: skeleton.block(0, block_params(checkpoint, blocks, 0, skeleton.parameter_shapes(0))),
-        checkpoint.folder,
-    )
 
 
 def _scheme(request: Request, skeleton: Skeleton) -> Scheme:
