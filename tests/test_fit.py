@@ -403,7 +403,10 @@ def test_an_unknown_target_is_one_line(untied: Path, tmp_path: Path) -> None:
         api.fit(str(untied), tmp_path / "out", target="lama.cpp", size="66kB")
 
 
-@pytest.mark.parametrize(("family", "target"), [("llama", "vllm"), ("llama-odd", "transformers")])
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("llama", "vllm"), ("llama-odd", "transformers"), ("mixtral", "transformers"), ("qwen3-moe", "transformers")],
+)
 def test_folders_of_other_targets_keep_the_size(family: str, target: str, tmp_path: Path) -> None:
     """The bound on the bytes is close, and formats are those that the target reads."""
     model, draw = save(tmp_path, family), random.Random(1)
@@ -418,11 +421,39 @@ def test_folders_of_other_targets_keep_the_size(family: str, target: str, tmp_pa
     assert made.manifest.transformers.loads
     folder = lowbit.export(tmp_path / "run", "vllm").out if target == "vllm" else tmp_path / "run"
     actual = steps.weight_bytes(folder)
-    tensors = 12 * len(footprint.choices) + 100
+    tensors = 12 * sum(len(choice.modules) for choice in footprint.choices) + 100
     assert size - 40 * tensors < actual <= size
     if target == "vllm":
         groups = [len(choice.modules) for choice in footprint.choices]
         assert groups == [3, 1, 2, 1] * 3 + [1, 1]
+
+
+def test_experts_that_a_loader_reads_in_one_format_are_one_choice(tmp_path: Path) -> None:
+    """In all layers, with no float beside quantized linears; a run with every format then loads."""
+    model = save(tmp_path, "qwen3-moe")
+    opened = open_model(str(model), None, False, False)
+    choices = footprint_of("transformers", str(model), opened).choices
+    (experts,) = (one for one in choices if any("experts" in name for name in one.modules))
+    assert len(experts.modules) == 2 * 4 * 3
+    assert {option.format for option in experts.options} == {IntFormat(bits, 32) for bits in range(2, 9)}
+    assert experts.weights == 2 * 4 * 3 * 32 * 64
+
+
+def test_losses_of_a_choice_over_blocks_are_scaled_block_by_block() -> None:
+    names, four = (f"{BLOCKS}.0.up", f"{BLOCKS}.1.up"), IntFormat(4, 32)
+    losses = Losses({name: {"w4g32-sym": 1.0} for name in names}, {"w4g32-sym": 2.0}, {0: 3.0})
+    choice = Choice(names, 2, ())
+    assert losses.by_block(choice, four, BLOCKS) == {0: 6.0, 1: 2.0}
+    assert losses.of(choice, four, BLOCKS) == 8.0
+    assert losses.of(choice, None, BLOCKS) == 0.0
+
+
+def test_experts_without_a_format_are_refused_before_any_work(tmp_path: Path) -> None:
+    """gpt-oss: its experts are stored together, and no loader reads codes of one."""
+    model = gguf_models.saved(tmp_path / "model", "gpt-oss")
+    said = "no format for this model's experts: transformers stores the experts of a layer together"
+    with pytest.raises(LowbitError, match=said):
+        footprint_of("transformers", str(model), open_model(str(model), None, False, False))
 
 
 def test_targets_that_fuse_linears_give_them_one_format(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,15 @@ def test_the_first_override_that_matches_wins():
     # The input of a linear that stays float stays float, that of any other has the scheme's format.
     assert scheme.module("model.layers.1.mlp.up_proj") is None
     assert scheme.module("model.layers.0.mlp.down_proj").input == IntTokens(8, symmetric=False)
+
+
+def test_a_plain_name_and_a_glob_have_their_places():
+    before, behind = ("a.b", IntFormat(8)), ("*.b", IntFormat(4))
+    scheme = parse_scheme("w4a8")
+    assert replace(scheme, overrides=(before, behind)).override("a.b") == before
+    assert replace(scheme, overrides=(behind, before)).override("a.b") == behind
+    assert replace(scheme, overrides=(behind, before)).override("c.b") == behind
+    assert replace(scheme, overrides=(before,)).override("a.c") is None
 
 
 def test_embedding_and_head_stay_float_unless_an_override_names_them():

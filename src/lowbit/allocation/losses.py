@@ -41,12 +41,19 @@ class Losses:
 
     def of(self, choice: Choice, format: Format | None, blocks_at: str) -> float:
         """Expected divergence when only this choice has a format that is not float."""
+        return sum(self.by_block(choice, format, blocks_at).values())
+
+    def by_block(self, choice: Choice, format: Format | None, blocks_at: str) -> dict[int, float]:
+        """The same by the block that a module is in: experts of several blocks may be one choice."""
+        out: dict[int, float] = {}
         if format is None:
-            return 0.0
+            return out
         text = override_text(format)
-        raw = sum(self.by_module[module][text] for module in choice.modules if module in self.by_module)
-        block = self.blocks.get(block_of(choice.modules[0], blocks_at), 1.0)
-        return raw * self.factors.get(text, 1.0) * block
+        for module in choice.modules:
+            index = block_of(module, blocks_at)
+            raw = self.by_module[module][text] if module in self.by_module else 0.0
+            out[index] = out.get(index, 0.0) + raw * self.factors.get(text, 1.0) * self.blocks.get(index, 1.0)
+        return out
 
 
 def block_of(module: str, blocks_at: str) -> int:

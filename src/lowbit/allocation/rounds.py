@@ -78,8 +78,8 @@ def around(
     measured = divergences(model, without, columns, ids)
     expected = dict.fromkeys(indices, 0.0)
     for choice in footprint.choices:
-        index = block_of(choice.modules[0], blocks_at)
-        expected[index] += losses.of(choice, solution.formats[choice.modules[0]], blocks_at)
+        for index, loss in losses.by_block(choice, solution.formats[choice.modules[0]], blocks_at).items():
+            expected[index] += loss
     return replace(losses, blocks=factors(expected, {i: whole - kl for i, kl in zip(indices, measured, strict=True)}))
 
 

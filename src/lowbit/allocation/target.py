@@ -20,6 +20,7 @@ from lowbit.quant.runtimes import RUNTIMES
 from lowbit.quant.scheme import Scheme
 from lowbit.quant.scheme_names import parse_scheme
 from lowbit.runs.plan import Plan, linear_shapes, make_plan
+from lowbit.runs.stock_experts import read_together
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def _transformers(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Foo
     def refuses(plan: Plan, scheme: Scheme) -> Misfit | None:
         return None if plan.stock is None else Misfit("weight", plan.stock)
 
-    return footprint(model, skeleton, [(name,) for name in model.modules], refuses, None)
+    together = read_together(skeleton)
+    groups = [(name,) for name in model.modules if name not in set(together)]
+    return footprint(model, skeleton, [*groups, *([together] if together else [])], refuses, None)
 
 
 def _onnx(model: FloatModel, skeleton: Skeleton, pre: str | None) -> Footprint:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Choice, FloatModel, Footprint, Option
 from lowbit.exporters.offered import Refuses, offered
 from lowbit.models.skeleton import Skeleton
@@ -34,16 +36,25 @@ def footprint(
         groups: modules that have one format, those of all blocks.
         refuses: why the target has no place for a plan.
         runtime: the target runtime of the run, which may decide on the dtype of scales.
+
+    Raises:
+        LowbitError: the target has no format for the experts, which do not stay float beside quantized linears, or
+            none for any linear.
     """
     blocks = skeleton.architecture.blocks
     outside = [(model.embed, model.head)] if model.tied else [(model.embed,), (model.head,)]
-    known: dict[tuple[object, ...], list[tuple[Format, int]]] = {}
+    known: dict[tuple[object, ...], _Sizes] = {}
     choices = []
     for modules in (*groups, *outside):
         key = tuple((name.rpartition(".")[2], model.shape(name)) for name in modules)
         if key not in known:
             known[key] = _options(model, skeleton, modules, refuses, runtime)
-        choices.append(_choice(model, blocks, modules, known[key]))
+        if not known[key].of and any(map(skeleton.architecture.is_experts, modules)):
+            raise _without("this model's experts", known[key].why)
+        choices.append(_choice(model, blocks, modules, known[key].of))
+    inside = [choice for choice in choices if choice.modules[0] in model.modules]
+    if all(option.format is None for choice in inside for option in choice.options):
+        raise _without("any linear of this model", next(sizes.why for sizes in known.values()))
     own = {f"{name}.weight" for modules in (*groups, *outside) for name in modules}
     floats = {name: _float_size(model, blocks, name) for name in model.shapes if name not in own}
     fixed = sum(floats.values()) + SHARD * (len(skeleton.layers) + 1)
@@ -51,17 +62,29 @@ def footprint(
     return Footprint(fixed, tuple(choices), tuple(largest))
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Formats with their bytes, and why the last one that was refused is."""
+
+    of: list[tuple[Format, int]]
+    why: str
+
+
+def _without(what: str, why: str) -> LowbitError:
+    return LowbitError(f"the target has no format for {what}: {why}; choose another, such as llama.cpp")
+
+
 def _options(
     model: FloatModel, skeleton: Skeleton, modules: tuple[str, ...], refuses: Refuses, runtime: str | None
-) -> list[tuple[Format, int]]:
-    out = []
-    for format, plan in offered(skeleton, modules, FORMATS, refuses, runtime).plans.items():
+) -> _Sizes:
+    out, found = [], offered(skeleton, modules, FORMATS, refuses, runtime)
+    for format, plan in found.plans.items():
         size = 0
         for name in modules:
             own, shape = plan.formats.modules[name], model.shape(name)
             size += entries(name, own.layout.stored(own.weight, *shape))
         out.append((format, size))
-    return out
+    return _Sizes(out, found.why)
 
 
 def _choice(

@@ -9,6 +9,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -47,7 +48,27 @@ class Scheme:
 
     def override(self, module: str) -> tuple[str, Format | None] | None:
         """The first override that matches a module's full name, or ``None``."""
-        return next((pair for pair in self.overrides if fnmatch.fnmatchcase(module, pair[0])), None)
+        names, globs = self._places
+        found = [at for at in (names.get(module), self._first(globs, module)) if at is not None]
+        return self.overrides[min(found)] if found else None
+
+    @staticmethod
+    def _first(globs: Mapping[int, str], module: str) -> int | None:
+        return next((at for at, glob in globs.items() if fnmatch.fnmatchcase(module, glob)), None)
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, int], dict[int, str]]:
+        """Positions of overrides by plain name, the first of each, and the others' globs by position.
+
+        A mixture may have an override for each of tens of thousands of experts' linears.
+        """
+        names, globs = dict[str, int](), dict[int, str]()
+        for at, (glob, _) in enumerate(self.overrides):
+            if any(character in glob for character in "*?["):
+                globs[at] = glob
+            else:
+                names.setdefault(glob, at)
+        return names, globs
 
     def module(self, name: str) -> ModuleFormats | None:
         """The formats of a linear inside a block, by its full name; ``None``: it stays float.

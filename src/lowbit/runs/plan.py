@@ -95,7 +95,7 @@ def make_plan(skeleton: Skeleton, scheme: Scheme) -> Plan:
     rows, columns = skeleton.model.get_input_embeddings().weight.shape
     shapes |= {architecture.head: (rows, columns), architecture.embed: (rows, columns)}
     for glob, _ in scheme.overrides:
-        if not any(fnmatch.fnmatchcase(name, glob) for name in shapes):
+        if glob not in shapes and not any(fnmatch.fnmatchcase(name, glob) for name in shapes):
             example = next(iter(shapes))
             raise LowbitError(
                 f"override '{glob}' matches no module; names look like {example} or {architecture.head}"

@@ -14,9 +14,8 @@ from lowbit.quant.scheme import ModelFormats
 def stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     """Why stock ``transformers`` cannot run a mixture's experts and routers, or ``None`` if it can."""
     architecture = skeleton.architecture
-    apart = {i for i, _ in enumerate(architecture.layers) if formats.modules and _become_linears(skeleton, i)}
-    stacked = {f"{architecture.blocks}.{i}." for i, _ in enumerate(architecture.layers) if i not in apart}
-    experts = [n for n in architecture.linears() if architecture.is_experts(n) and n.startswith(tuple(stacked))]
+    apart = _apart(skeleton) if formats.modules else set()
+    experts = _stacked(skeleton, apart)
     for index, (layer, kind) in enumerate(zip(skeleton.layers, architecture.layers, strict=True)):
         for name in kind.routers:
             full = f"{architecture.blocks}.{index}.{name}"
@@ -29,6 +28,31 @@ def stock_experts(skeleton: Skeleton, formats: ModelFormats) -> str | None:
     if experts and (why := stock_loads_experts(formats, experts, architecture.embed)) is not None:
         return why
     return _replaced_experts(skeleton)
+
+
+def read_together(skeleton: Skeleton) -> tuple[str, ...]:
+    """Linears that need one format for stock ``transformers``: the experts of all layers, which it reads as one kind.
+
+    It finds their format by the first group of ``quantization_config`` that names experts, so linears with "experts"
+    in their names (shared ones) are among them. Empty for a model whose experts, if any, are linears there.
+    """
+    experts = _stacked(skeleton, _apart(skeleton))
+    if not experts:
+        return ()
+    chosen, routers = set(experts), skeleton.architecture.routers()
+    return tuple(n for n in skeleton.architecture.linears() if n in chosen or ("experts" in n and n not in routers))
+
+
+def _apart(skeleton: Skeleton) -> set[int]:
+    """Layers whose experts ``transformers`` makes linears in a quantized model."""
+    return {index for index, _ in enumerate(skeleton.architecture.layers) if _become_linears(skeleton, index)}
+
+
+def _stacked(skeleton: Skeleton, apart: set[int]) -> list[str]:
+    """Linears of experts that ``transformers`` puts together, those of the layers ``apart`` left out."""
+    architecture = skeleton.architecture
+    prefixes = tuple(f"{architecture.blocks}.{i}." for i, _ in enumerate(architecture.layers) if i not in apart)
+    return [n for n in architecture.linears() if architecture.is_experts(n) and n.startswith(prefixes)]
 
 
 def _become_linears(skeleton: Skeleton, index: int) -> bool:
