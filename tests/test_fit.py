@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gguf_models
@@ -73,11 +74,12 @@ def measured(untied: Path) -> tuple[StreamedModel, Footprint, Losses, dict[str, 
     return streamed, footprint, *measure_losses(streamed, tiny_ids(16), footprint, 0)
 
 
-def run_with(model: Path, out: Path, formats: dict[str, Any]) -> Path:
+def run_with(model: Path, out: Path, formats: dict[str, Any], target: str | None = "llama.cpp") -> Path:
     """A run with these formats."""
-    text = yaml.safe_dump(scheme_of(formats, ("model.embed_tokens", "lm_head")))
+    outside = tuple(name for name in formats if name.endswith(("embed_tokens", "lm_head")))
+    text = yaml.safe_dump(scheme_of(formats, outside))
     (out.parent / "scheme.yaml").write_text(text)
-    given = {"recipe": "rtn", "data": str(model / "calib.txt"), "samples": 2, "length": 16, "target": "llama.cpp"}
+    given = {"recipe": "rtn", "data": str(model / "calib.txt"), "samples": 2, "length": 16, "target": target}
     lowbit.quantize(str(model), out, scheme=str(out.parent / "scheme.yaml"), **given)
     return out
 
@@ -426,6 +428,42 @@ def test_folders_of_other_targets_keep_the_size(family: str, target: str, tmp_pa
     if target == "vllm":
         groups = [len(choice.modules) for choice in footprint.choices]
         assert groups == [3, 1, 2, 1] * 3 + [1, 1]
+
+
+MTP = {"mtp.0.weight": torch.ones(300, 64), "mtp.0.bias": torch.ones(5, dtype=torch.float16)}
+
+
+def with_predictor(folder: Path) -> Path:
+    """A tiny Llama with tensors that its class does not have."""
+    model = save(folder, "llama")
+    tensors = load_file(model / "model.safetensors") | MTP
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("case", ["vision", "predictor"])
+def test_what_a_run_carries_over_is_counted(case: str, tmp_path: Path) -> None:
+    """To the byte, and before any work: what is carried is most of these files."""
+    model = (
+        with_predictor(tmp_path) if case == "predictor" else gguf_text_models.saved(tmp_path / "model", "qwen3-vl")
+    )
+    opened = open_model(str(model), None, False, False)
+    footprint = footprint_of("transformers", str(model), opened)
+    picks = [0] * len(footprint.choices)
+    run = run_with(model, tmp_path / "run", formats_of(footprint.choices, picks), None)
+    carried = (run / "model-carried.safetensors").stat().st_size
+    assert footprint.floats[0] == ("model-carried.safetensors", carried)
+    tensors = 12 * len(footprint.choices) + 100
+    assert footprint.least - 40 * tensors < steps.weight_bytes(run) <= footprint.least
+    with pytest.raises(LowbitError, match=r"what has no format in transformers takes .*, model-carried\.safetensors"):
+        check_size(footprint, carried, "transformers")
+
+
+def test_a_target_without_other_parts_refuses_a_model_that_has_them(tmp_path: Path) -> None:
+    model = gguf_text_models.saved(tmp_path / "model", "qwen3-vl")
+    opened = open_model(str(model), None, False, False)
+    with pytest.raises(LowbitError, match=r"vllm exports hold a text model alone.* give --target llama\.cpp"):
+        footprint_of("vllm", str(model), opened)
 
 
 def test_experts_that_a_loader_reads_in_one_format_are_one_choice(tmp_path: Path) -> None:

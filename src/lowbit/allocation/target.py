@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lowbit.checkpoints.copy_tensors import copied_size
 from lowbit.errors import LowbitError, canonical
 from lowbit.exporters import exporter_of
 from lowbit.exporters.fit import Misfit
@@ -126,6 +127,7 @@ def footprint_of(target: str, model: str, opened: Opened, pre: str | None = None
         architecture.embed,
         architecture.head,
         skeleton.tied,
+        copied_size(opened.checkpoint.folder, opened.others.files),
     )
     footprint = TARGETS[target].footprint(facts, skeleton, pre)
     # Layers that read the text look it up in the float embedding, so that ``quantize`` has no formats for it.
@@ -137,6 +139,11 @@ def _check_architecture(target: str, skeleton: Skeleton) -> None:
     runtime, scheme = TARGETS[target].runtime, parse_scheme("w8a16-sym")
     if runtime is None:
         return
+    if skeleton.architecture.text_model and not exporter_of(RUNTIMES[runtime].target).text_models:
+        raise LowbitError(
+            f"{target} exports hold a text model alone, and {skeleton.config.architectures[0]} has other parts: give "
+            "--target llama.cpp or transformers"
+        )
     misfit = _misfit(runtime, make_plan(skeleton, scheme), scheme, skeleton)
     if misfit is not None and misfit.field == "architecture":
         raise LowbitError(f"{target} does not support this model: {misfit.why}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,29 +33,55 @@ def copy_tensors(folder: Path, files: Mapping[str, str], target: Path) -> int:
     Raises:
         LowbitError: a file cannot be read or written, or ends before its tensors do.
     """
-    headers = {file: _header(folder / file) for file in {*files.values()}}
-    entries = {name: headers[file][1][name] for name, file in files.items()}
-    names = sorted(entries, key=lambda name: (-_WIDE.get(entries[name]["dtype"], 1), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        first, last = entries[name]["data_offsets"]
-        begin, end = end, end + last - first
-        header[name] = {**entries[name], "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    copied = _plan(folder, files)
     partial = partial_of(target)
     try:
         with partial.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                first, last = entries[name]["data_offsets"]
-                _copy(folder / files[name], headers[files[name]][0] + first, last - first, out)
+            out.write(copied.head)
+            for path, begin, count in copied.places:
+                _copy(path, begin, count, out)
         commit(partial, target)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise LowbitError(f"cannot write {target}: {error}; free some space or choose another --out") from error
-    return end
+    return copied.end
+
+
+def copied_size(folder: Path, files: Mapping[str, str]) -> int:
+    """Bytes of the file that ``copy_tensors`` writes with the same arguments; 0 where it has nothing to write.
+
+    Raises:
+        LowbitError: a file cannot be read.
+    """
+    if not files:
+        return 0
+    copied = _plan(folder, files)
+    return len(copied.head) + copied.end
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A file to write: its beginning, then of each tensor the file, the place and the bytes; ``end`` is their sum."""
+
+    head: bytes
+    places: list[tuple[Path, int, int]]
+    end: int
+
+
+def _plan(folder: Path, files: Mapping[str, str]) -> _Copy:
+    headers = {file: _header(folder / file) for file in {*files.values()}}
+    entries = {name: headers[file][1][name] for name, file in files.items()}
+    names = sorted(entries, key=lambda name: (-_WIDE.get(entries[name]["dtype"], 1), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, places = 0, list[tuple[Path, int, int]]()
+    for name in names:
+        first, last = entries[name]["data_offsets"]
+        begin, end = end, end + last - first
+        header[name] = {**entries[name], "data_offsets": [begin, end]}
+        places.append((folder / files[name], headers[files[name]][0] + first, last - first))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return _Copy(len(text).to_bytes(8, "little") + text, places, end)
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:

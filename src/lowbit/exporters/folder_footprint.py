@@ -19,6 +19,7 @@ from lowbit.models.skeleton import Skeleton
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.layout import Stored
+from lowbit.runs.carried import CARRIED
 
 FORMATS: tuple[Format, ...] = tuple(IntFormat(bits, group) for bits in range(2, 9) for group in (128, 64, 32))
 SHARD = 64  # bytes of a shard's header without entries, padded
@@ -57,6 +58,7 @@ def footprint(
         raise _without("any linear of this model", next(sizes.why for sizes in known.values()))
     own = {f"{name}.weight" for modules in (*groups, *outside) for name in modules}
     floats = {name: _float_size(model, blocks, name) for name in model.shapes if name not in own}
+    floats |= {CARRIED: model.carried} if model.carried else {}
     fixed = sum(floats.values()) + SHARD * (len(skeleton.layers) + 1)
     largest = sorted(floats.items(), key=lambda pair: -pair[1])[:3]
     return Footprint(fixed, tuple(choices), tuple(largest))

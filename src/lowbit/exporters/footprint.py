@@ -99,6 +99,7 @@ class FloatModel:
         modules: ``(out, in)`` of the linears of its blocks, by full name.
         embed, head: names of embedding and head.
         tied: they are one tensor.
+        carried: bytes of the file of what a run folder carries over as it is, such as a vision encoder.
     """
 
     config: Any
@@ -110,6 +111,7 @@ class FloatModel:
     embed: str
     head: str
     tied: bool
+    carried: int = 0
 
     def module_of(self, name: str) -> str | None:
         """The module that a parameter is the weight of, if it may have a format."""
