@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
+import gguf_models
 import lowbit
 from lowbit.allocation import api
 from lowbit.allocation.goal import Goal
@@ -159,6 +160,17 @@ def test_keys_and_values_are_counted_for_the_context(tmp_path: Path) -> None:
         context_of(skeleton, 129)
     with pytest.raises(LowbitError, match="does not keep every weight packed in memory: give --size"):
         kv_bytes(skeleton, "transformers", 100)
+
+
+@pytest.mark.parametrize(
+    ("case", "numbers"),
+    # Of four layers the last two take keys and values of the first two; heads of 16 and 32 channels.
+    [("gemma4", 2 * 16 + 2 * 32), ("gemma4-large", 2 * 16 + 2 * 16 + 1 * 32), ("qwen3.5", 2 * 16)],
+)
+def test_keys_and_values_are_counted_layer_by_layer(case: str, numbers: int, tmp_path: Path) -> None:
+    gguf_models.saved(tmp_path, case)
+    skeleton = open_model(str(tmp_path), None, False, False).skeleton
+    assert kv_bytes(skeleton, "llama.cpp", 100) == 2 * numbers * 100 * 2
 
 
 def test_a_memory_is_the_file_and_keys_and_values() -> None:

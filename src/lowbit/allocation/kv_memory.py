@@ -1,10 +1,13 @@
 """Memory that keys and values take at run time, beside the weights, in each target's runtime.
 
 One key and one value for each layer with attention, key-value head, position and channel. A layer with a sliding
-window is counted with the whole context, which is what a runtime without windowed caches allocates.
+window is counted with the whole context, which is what a runtime without windowed caches allocates. A layer that
+takes keys and values of an earlier one (``num_kv_shared_layers``) has none, as in llama.cpp and vLLM.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from lowbit.checkpoints.positions import positions_of
 from lowbit.errors import LowbitError
@@ -45,11 +48,37 @@ def kv_bytes(skeleton: Skeleton, target: str, context: int) -> int:
             f"or one of {', '.join(BYTES)}"
         )
     config, layers = skeleton.text_config, skeleton.architecture.layers
+    own = len(layers) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    sizes = _sizes(config, len(layers))
+    numbers = sum(size for size, kind in zip(sizes[:own], layers, strict=False) if kind.attention is not None)
+    return 2 * numbers * context * BYTES[target]
+
+
+def _sizes(config: Any, layers: int) -> list[int]:
+    """Numbers of a key in each layer: heads times channels.
+
+    Gemma 4's layers may differ; here the second of two has one head of 512 channels in place of four of 256:
+
+    >>> from transformers import Gemma4TextConfig
+    >>> kinds = ["sliding_attention", "full_attention"]
+    >>> one_head = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 512}
+    >>> _sizes(Gemma4TextConfig(num_hidden_layers=2, layer_types=kinds, num_key_value_heads=4, **one_head), 2)
+    [1024, 512]
+
+    Raises:
+        LowbitError: the config does not state heads.
+    """
+    differ = bool(getattr(config, "is_heterogeneous", False))
+    found = [_size(config.per_layer_config[index]) for index in range(layers)] if differ else [_size(config)] * layers
+    sizes = [size for size in found if size is not None]
+    if len(sizes) < layers:
+        raise LowbitError("--memory given, and the model's config states no heads of keys and values: give --size")
+    return sizes
+
+
+def _size(config: Any) -> int | None:
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     width = getattr(config, "head_dim", None)
     if width is None and isinstance(heads, int):
         width = config.hidden_size // config.num_attention_heads
-    if not isinstance(heads, int) or not isinstance(width, int):
-        raise LowbitError("--memory given, and the model's config states no heads of keys and values: give --size")
-    with_attention = sum(kind.attention is not None for kind in layers)
-    return 2 * with_attention * heads * width * context * BYTES[target]
+    return heads * width if isinstance(heads, int) and isinstance(width, int) else None
