@@ -20,7 +20,8 @@ import gguf_text_models
 import lowbit
 from lowbit.allocation import api, steps
 from lowbit.allocation.divergence import divergences
-from lowbit.allocation.goal import Goal
+from lowbit.allocation.frontier import points_of
+from lowbit.allocation.goal import Goal, _least_bits
 from lowbit.allocation.losses import Losses, formats_of, measure_losses
 from lowbit.allocation.probes import Probe, factors_of
 from lowbit.allocation.rounds import settle
@@ -355,7 +356,7 @@ def test_the_frontier_falls_and_quantizes_nothing(
         (["--size", "20kB"], "the smallest that can be is --size 4"),
         (["--size", "5kB"], "what has no format in llama.cpp takes"),
         (["--size", "many"], "such as 90MB"),
-        (["--bits", "1"], "the smallest that can be is --size"),
+        (["--bits", "1"], "the smallest that can be is --bits 2."),
         (["--bits", "99"], "--bits 99 given"),
         (["--quality", "0.9"], "give a ratio of perplexities above 1"),
         ([], "give one of --size, --memory, --bits and --quality"),
@@ -384,6 +385,23 @@ def test_the_smallest_size_that_is_said_can_be_made(untied: Path) -> None:
     assert footprint.least == min(
         one.size for one in [best_within(footprint, Losses({}, {}, {}), footprint.least, BLOCKS)]
     )
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "vllm"])
+def test_bits_are_of_weights_that_have_a_format(target: str, untied: Path) -> None:
+    """vLLM's embedding and head have none: their bytes are beside."""
+    footprint = footprint_of(target, str(untied), open_model(str(untied), None, False, False))
+    ends = 2 * 96 * 64
+    linears = sum(choice.weights for choice in footprint.choices) - ends
+    assert footprint.weights == linears + (ends if target == "llama.cpp" else 0)
+    room = Goal(bits=5.0).room(footprint)
+    assert room == footprint.beside + footprint.weights * 5 // 8
+    (point, *_) = points_of(footprint, Losses({}, {}, {}), BLOCKS)
+    assert 2 < point.bits < (4 if target == "llama.cpp" else 6)
+    least = _least_bits(footprint)
+    Goal(bits=least).check(footprint, target)
+    with pytest.raises(LowbitError, match=f"the smallest that can be is --bits {least:.3f}"):
+        Goal(bits=least - 0.001).check(footprint, target)
 
 
 def test_a_float_tensor_that_alone_exceeds_the_size_is_named() -> None:

@@ -86,7 +86,7 @@ def points_of(footprint: Footprint, losses: Losses, blocks_at: str, count: int =
         room = round(footprint.least * (largest / footprint.least) ** (step / max(count - 1, 1)))
         found = best_within(footprint, losses, max(room, footprint.least), blocks_at)
         names = Counter("float" if format is None else format.name for format in found.formats.values())
-        bits = 8 * (found.size - footprint.fixed) / footprint.weights
+        bits = 8 * (found.size - footprint.beside) / footprint.weights
         out[found.size] = Point(found.size, bits, found.expected, dict(names))
     return [out[size] for size in sorted(out)]
 

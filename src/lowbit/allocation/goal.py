@@ -51,18 +51,24 @@ class Goal:
     def room(self, footprint: Footprint) -> int | None:
         """The largest size of the file in bytes; ``None`` for a quality.
 
-        Two choices of 1000 weights beside 500 bytes, at 4 bits per weight: 500 + 2000 * 4 / 8 = 1500. Of a memory of
-        2000 bytes, 400 of them keys and values, 1600 are left.
+        Two choices of 1000 weights beside 500 bytes, at 4 bits per weight: 500 + 2000 * 4 / 8 = 1500; those bytes are
+        also of choices that are float alone. Of a memory of 2000 bytes, 400 of them keys and values, 1600 are left.
         """
         if self.bits is not None:
-            return footprint.fixed + int(self.bits * footprint.weights / 8)
+            return footprint.beside + int(self.bits * footprint.weights / 8)
         if self.memory is not None:
             return self.memory - self.beside
         return self.size
 
     def check(self, footprint: Footprint, target: str) -> None:
         """Refuse what cannot be reached, before any work."""
-        if (room := self.room(footprint)) is not None:
+        room = self.room(footprint)
+        if self.bits is not None and room is not None and room < footprint.least:
+            raise LowbitError(
+                f"--bits {self.bits:g} given; with the smallest formats of {target} it is more: the smallest that "
+                f"can be is --bits {_least_bits(footprint):.3f}"
+            )
+        if room is not None:
             check_size(footprint, room, target, "--size" if self.memory is None else "--memory", self.beside)
 
     def prefers(self, second: Solution, again: float, first: Solution, whole: float) -> bool:
@@ -87,3 +93,17 @@ class Goal:
             return best_within(footprint, losses, room, blocks_at)
         assert self.quality is not None
         return smallest_within(footprint, losses, math.log(self.quality), blocks_at)
+
+
+def _least_bits(footprint: Footprint) -> float:
+    """The fewest bits per weight, in thousandths, for which there is room.
+
+    >>> from lowbit.exporters.footprint import Choice, Option
+    >>> from lowbit.quant.integer import IntFormat
+    >>> _least_bits(Footprint(100, (Choice(("a",), 300, (Option(IntFormat(2), 100),)),)))
+    2.667
+    """
+    thousandths = math.ceil(8000 * (footprint.least - footprint.beside) / footprint.weights)
+    while (Goal(bits=thousandths / 1000).room(footprint) or 0) < footprint.least:  # what floats round away
+        thousandths += 1
+    return thousandths / 1000

@@ -130,6 +130,8 @@ def footprint_of(target: str, model: str, opened: Opened, pre: str | None = None
         copied_size(opened.checkpoint.folder, opened.others.files),
     )
     footprint = TARGETS[target].footprint(facts, skeleton, pre)
+    if not footprint.weights:
+        raise LowbitError(f"{target} has no format for any weight of this model: give another --target")
     # Layers that read the text look it up in the float embedding, so that ``quantize`` has no formats for it.
     return footprint.without_formats(architecture.embed) if computed(opened).reads_text else footprint
 

@@ -44,6 +44,11 @@ class Choice:
         """Bytes in the smallest of its formats."""
         return min(option.size for option in self.options)
 
+    @property
+    def has_formats(self) -> bool:
+        """Whether there is any but float."""
+        return any(option.format is not None for option in self.options)
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -75,8 +80,20 @@ class Footprint:
 
     @property
     def weights(self) -> int:
-        """Weights that have a format."""
-        return sum(choice.weights for choice in self.choices)
+        """Weights that may have a format; a choice that the target has in float alone has none.
+
+        >>> from lowbit.quant.integer import IntFormat
+        >>> packed = Choice(("a",), 8, (Option(None, 32), Option(IntFormat(4), 6)))
+        >>> footprint = Footprint(10, (packed, Choice(("b",), 4, (Option(None, 16),))))
+        >>> footprint.weights, footprint.beside
+        (8, 26)
+        """
+        return sum(choice.weights for choice in self.choices if choice.has_formats)
+
+    @property
+    def beside(self) -> int:
+        """Bytes of everything that has no format: ``fixed``, and choices that are float alone."""
+        return self.fixed + sum(choice.least for choice in self.choices if not choice.has_formats)
 
 
 def _float_alone(choice: Choice) -> Choice:
