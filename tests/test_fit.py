@@ -31,6 +31,7 @@ from lowbit.allocation.target import footprint_of
 from lowbit.analysis.curvature import curvatures
 from lowbit.analysis.knapsack import solve
 from lowbit.checkpoints.gguf_types import Reader
+from lowbit.checkpoints.writing import write_json
 from lowbit.cli.main import call
 from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Choice, Footprint, Option
@@ -364,6 +365,11 @@ def test_the_frontier_falls_and_quantizes_nothing(
         (["--size", "66kB", "--frontier"], "leave one out"),
         (["--size", "66kB", "--target", "vllm", "--pre", "qwen2"], "it names a pre-tokenizer of llama.cpp"),
         (["--size", "66kB", "--recipe", "gtpq"], "gtpq"),
+        (["--size", "66kB", "--recipe", "hadamard"], "hadamard leaves"),
+        (["--size", "66kB", "--recipe", "llm-int8"], "llm-int8 leaves"),
+        (["--size", "66kB", "--recipe", "sparsegpt"], "sparsegpt: iq4_nl, a format of"),
+        (["--size", "150kB", "--target", "transformers", "--recipe", "hadamard"], "hadamard leaves"),
+        (["--size", "150kB", "--target", "vllm", "--recipe", "llm-int8"], "llm-int8 leaves"),
         (["--size", "66kB", "--set", "gptq.dampening=1"], "dampening"),
         (["--size", "66kB", "--effort", "much"], "much"),
         (["--size", "66kB", "--data", "typo.txt"], "typo.txt"),
@@ -378,6 +384,18 @@ def test_what_cannot_be_reached_is_one_line_before_any_work(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not (tmp_path / "out").exists()
+
+
+def test_another_recipe_takes_over_a_folder_in_which_nothing_was_quantized(tmp_path: Path) -> None:
+    old, new = {"recipe": {"name": "gptq"}, "size": 1}, {"recipe": {"name": "rtn"}, "size": 1}
+    write_json(tmp_path / api.STATE, {"format": api.FORMAT, "request": old})
+    assert api._claimed(tmp_path, old)
+    assert not api._claimed(tmp_path, new)  # written anew
+    with pytest.raises(LowbitError, match="another size"):
+        api._claimed(tmp_path, {**old, "size": 2})
+    (tmp_path / steps.RUN).mkdir()
+    with pytest.raises(LowbitError, match="another recipe"):
+        api._claimed(tmp_path, new)
 
 
 def test_the_smallest_size_that_is_said_can_be_made(untied: Path) -> None:

@@ -283,6 +283,15 @@ def test_a_method_without_one_of_its_functions_cannot_be_made(missing):
 # Formats of other kinds.
 
 
+@pytest.mark.parametrize("scheme", [*KINDS, "w4a16g32-asym", "q2_k", "q3_k", "q6_k", "q2_0", "w3a16g32-sym"])
+def test_formats_that_a_step_refuses_are_known_before_any_work(scheme):
+    without_zero = {*WITHOUT_ZERO, "q2_k"}
+    format = parse_scheme(scheme).weight
+    for name, method in METHODS.items():
+        why = method().refusal(format, 256)
+        assert (why is not None and "has no code for 0" in why) == (name in PRUNING and scheme in without_zero), name
+
+
 @pytest.mark.parametrize("scheme", KINDS)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_keeps_its_word_in_every_kind_of_format(name, scheme):

@@ -21,7 +21,7 @@ from lowbit.allocation.losses import COLUMNS, TABLE
 from lowbit.allocation.rounds import Settled, settle
 from lowbit.allocation.sensitivity import Text, table_of
 from lowbit.allocation.solution import Solution, uniform
-from lowbit.allocation.steps import Made, Measured, Recipe, check, make
+from lowbit.allocation.steps import RUN, Made, Measured, Recipe, check, make
 from lowbit.allocation.target import footprint_of, target_of
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.writing import write_json
@@ -144,7 +144,7 @@ def fit(
     request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
     permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     claimed = _claimed(out, request)
-    check(str(model), opened, chosen, Measured(text, tokens), permits)
+    check(str(model), opened, chosen, Measured(text, tokens), permits, target, footprint)
     if not claimed:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / STATE, {"format": FORMAT, "request": request})
@@ -162,11 +162,17 @@ def fit(
 
 
 def _claimed(out: Path, request: dict[str, Any]) -> bool:
-    """Whether the folder has this request; one with another, or with other files, is refused."""
+    """Whether the folder has this request; one with another, or with other files, is refused.
+
+    Another recipe takes the folder over as long as nothing was quantized with the first.
+    """
     state = out / STATE
     if state.is_file():
         before = read_json(state).get("request", {})
-        if differs := sorted(key for key in request if before.get(key) != request[key]):
+        differs = sorted(key for key in request if before.get(key) != request[key])
+        if differs == ["recipe"] and not (out / RUN).exists():
+            return False
+        if differs:
             raise LowbitError(
                 f"--out {out} holds another fit, with another {differs[0]}: give the arguments that it was made "
                 "with, or another folder"

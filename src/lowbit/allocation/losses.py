@@ -111,3 +111,9 @@ def formats_of(choices: Sequence[Choice], picks: Iterable[int]) -> dict[str, For
     """The format of every module when each choice takes the option at a position."""
     pairs = zip(choices, picks, strict=True)
     return {module: choice.options[pick].format for choice, pick in pairs for module in choice.modules}
+
+
+def least_formats(choices: Sequence[Choice]) -> dict[str, Format | None]:
+    """The format of every module when each choice takes its smallest."""
+    sizes = ([option.size for option in choice.options] for choice in choices)
+    return formats_of(choices, [own.index(min(own)) for own in sizes])

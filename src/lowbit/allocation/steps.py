@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lowbit.allocation.losses import least_formats
 from lowbit.allocation.scheme import scheme_of
 from lowbit.allocation.solution import Solution
 from lowbit.allocation.target import TARGETS
@@ -21,13 +22,17 @@ from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import compare
 from lowbit.exporters import exporter_of
 from lowbit.exporters.api import export, verify
+from lowbit.exporters.footprint import Footprint
 from lowbit.exporters.target import Options
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.opened import Opened
 from lowbit.pipeline.quantize import quantize
-from lowbit.pipeline.request import make_request
+from lowbit.pipeline.recipe import runtime_ops
+from lowbit.pipeline.request import Request, make_request
+from lowbit.pipeline.target import settle
 from lowbit.progress import say
-from lowbit.runs.plan import check_length
+from lowbit.quant.scheme_files import scheme_from_dict
+from lowbit.runs.plan import check_length, linear_shapes
 
 RUN, SCHEME, MODEL = "run", "scheme.yaml", "model"
 WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.pte")  # what a folder's size counts
@@ -125,21 +130,45 @@ def make(
     )
 
 
-def check(model: str, opened: Opened, recipe: Recipe, on: Measured, permits: Mapping[str, Any]) -> None:
-    """Refuse at once what the steps would refuse behind hours of work: the recipe's options, and texts."""
+def check(
+    model: str,
+    opened: Opened,
+    recipe: Recipe,
+    on: Measured,
+    permits: Mapping[str, Any],
+    target: str,
+    footprint: Footprint,
+) -> None:
+    """Refuse at once what the steps would refuse behind hours of work: the recipe, its options, and texts.
+
+    The formats are not chosen yet; the smallest ones stand for them.
+
+    Raises:
+        LowbitError: a step refuses its input, or the target what the recipe leaves at run time.
+    """
+    smallest = scheme_of(least_formats(footprint.choices), _outside(opened.skeleton))
     protocol = {"data": recipe.data, "samples": recipe.samples, "length": recipe.length, "seed": recipe.seed}
     request = make_request(
         model,
-        scheme="w8a16-sym",  # any: the formats are not chosen yet
+        scheme=scheme_from_dict(smallest),
         recipe=recipe.name,
         settings=recipe.settings,
         overrides={},
-        target=None,
+        target=(runtime := TARGETS[target].runtime),
         protocol={**protocol, "effort": recipe.effort, "bos": None, "prefix": None},
         device="cpu",
         dtype="float32",
         compiled=False,
         **permits,
+    )
+    _check_recipe(runtime, request, opened.skeleton)
+    shapes = linear_shapes(opened.skeleton)
+    request.recipe.check_formats(
+        (name, option.format, shapes[name][1])
+        for choice in footprint.choices
+        for name in choice.modules
+        for option in choice.options
+        if name in shapes and option.format is not None
     )
     check_length(opened.config, request.length)
     tokenizer = load_tokenizer(opened.source.folder, bool(permits["trust_remote_code"]))
@@ -147,6 +176,20 @@ def check(model: str, opened: Opened, recipe: Recipe, on: Measured, permits: Map
     length = window(opened.skeleton, on.tokens)
     for corpus in () if on.text is None else corpora(on.text):
         evaluation(corpus, tokenizer, length, on.tokens)
+
+
+def _check_recipe(runtime: str | None, request: Request, skeleton: Skeleton) -> None:
+    """Refuse a recipe that cannot have such formats, or that leaves what the target does not run."""
+    assert request.scheme is not None
+    request.recipe.check_order(request.scheme.act)
+    if runtime is not None:
+        settle(runtime, request.scheme, {}, request.recipe, skeleton)
+    elif ops := runtime_ops(request.recipe, request.scheme.act):
+        op, step = next(iter(ops.items()))
+        raise LowbitError(
+            f"transformers does not run recipe {request.recipe.name}: {step} leaves {op.why} at run time; choose "
+            "another, such as gptq"
+        )
 
 
 def _said(words: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ from lowbit.methods.training import Schedule
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
+from lowbit.quant.format import Format
 
 Needs = Literal["none", "x_fp", "x_q", "both"]
 DECLARED = ("rounds", "keeps_function", "needs", "closed_form", "moves_norms", "schedule")
@@ -78,6 +79,13 @@ class Method(ABC):
         stays as it is.
         """
         return self
+
+    def refusal(self, format: Format, columns: int) -> str | None:
+        """Why the step quantizes no weight with so many inputs to a format; ``None``: it does, or does not round.
+
+        What is refused here is refused before any work.
+        """
+        return None
 
     @abstractmethod
     def __call__(self, block: Block, calib: Calib) -> Block:

@@ -32,6 +32,7 @@ from lowbit.methods.statistics import Statistics
 from lowbit.models.block import Block, Calib
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.activations import ActFormat
+from lowbit.quant.format import Format
 
 OF_EACH = {"2:4": OfEach(2, 4), "4:8": OfEach(4, 8)}
 
@@ -83,6 +84,19 @@ class SparseGPT(Method):
     def runtime_ops(self, inputs: ActFormat | None) -> frozenset[type[RuntimeOp]]:
         """None: only codes change."""
         return NO_OPS
+
+    def refusal(self, format: Format, columns: int) -> str | None:
+        """A format without a code for 0, such as the table of IQ4_NL, or a width that the pattern does not divide.
+
+        Offsets of K-quants meet 0 by chance alone, so the values asked about are random ones.
+        """
+        values = torch.randn(1, columns, generator=torch.Generator().manual_seed(0))
+        qparams = format.per_column(format.qparams(values), columns)
+        if bool((format.nearest(torch.zeros_like(qparams.scale), qparams) != 0).any()):
+            return "has no code for 0, which removed weights need"
+        if isinstance(self._pattern, OfEach) and columns % self._pattern.of:
+            return f"has rows of {columns} here, no multiple of {self._pattern.of}; pattern unstructured has any"
+        return None
 
     def __call__(self, block: Block, calib: Calib) -> Block:
         """Codes for every linear that has a format, of which the pattern's share stands for 0.

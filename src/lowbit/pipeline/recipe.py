@@ -43,6 +43,7 @@ from lowbit.methods.tune import Tune
 from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.paths import user_path
 from lowbit.quant.activations import ActFormat
+from lowbit.quant.format import Format
 from lowbit.yaml_text import parse_yaml
 
 Step = Method | Tune
@@ -129,6 +130,16 @@ class Recipe:
                     f"recipe '{self.name}': {after} cannot come after {name} as configured here: {name} leaves "
                     f"runtime ops behind norms or on inputs, across which {after} folds its maps; put {after} first"
                 )
+
+    def check_formats(self, weights: Iterable[tuple[str, Format, int]]) -> None:
+        """Refuse formats that a step does not quantize to; of each weight its name, its format and its inputs."""
+        known = {(format, columns): module for module, format, columns in weights}
+        for (format, columns), module in known.items():
+            for name, method in self.block_steps:
+                if (why := method.refusal(format, columns)) is not None:
+                    raise LowbitError(
+                        f"{name}: {format.name}, a format of {module}, {why}; choose another format or recipe"
+                    )
 
     @property
     def block_steps(self) -> tuple[tuple[str, Method], ...]:

@@ -104,6 +104,9 @@ def check(request: Request) -> Resolved:
     scheme = _scheme(request, skeleton)
     request.recipe.check_order(scheme.act)
     plan = make_plan(skeleton, scheme)
+    linears = [name for name in plan.formats.modules if name not in (plan.embed, plan.head)]
+    weights = plan.formats.weights
+    request.recipe.check_formats((name, weights[name], plan.shapes[name][1]) for name in linears)
     check_length(opened.config, request.length)
     shapes = shapes_of(skeleton)
     tokenizer = load_tokenizer(source.folder, trusted)
