@@ -56,6 +56,39 @@ def test_one_size_in_full_is_measured_drawn_and_not_made_again(
     assert f"{full['size_bytes']:,}" in (out / "frontier.html").read_text()
 
 
+def test_a_folder_of_others_is_left_alone_and_the_recipe_checked_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
+    tiny_tokenizer(merge=True).save_pretrained(tmp_path / "model")
+    (tmp_path / "other.txt").write_text("another text " * 400)
+    text, out = str(tmp_path / "model/calib.txt"), tmp_path / "out"
+    words = ["fit", str(tmp_path / "model"), "--target", "llama.cpp", "-o", str(out), "--tokens", "48"]
+    words += ["--samples", "2"]
+    predict = [*words, "--length", "24", "--frontier", "--data"]
+
+    def refused(given: list[str]) -> str:
+        capsys.readouterr()
+        assert call(given) == 2
+        return capsys.readouterr().err
+
+    assert "hadamard leaves" in refused([*predict, text, "--recipe", "hadamard", "--full", "1"])
+    assert not out.exists()
+    assert call([*predict, text, "--full", "0"]) == 0
+    table = (out / "sensitivity.json").read_bytes()
+    assert "sensitivities of another text" in refused([*predict, str(tmp_path / "other.txt"), "--full", "0"])
+    assert "sensitivities of another seed" in refused([*predict, text, "--full", "0", "--seed", "1"])
+    # A fit neither takes over the table of another text, nor claims the folder.
+    fit = [*words, "--length", "24", "--size", "66kB", "--data", str(tmp_path / "other.txt")]
+    for _ in range(2):
+        assert "sensitivities of another text" in refused(fit)
+    assert (out / "sensitivity.json").read_bytes() == table
+    (out / "fit.json").write_text("{}")
+    assert "holds another fit" in refused([*predict, text, "--full", "0"])
+    (out / "fit.json").rename(out / "mine.txt")
+    assert "holds mine.txt, and is no frontier" in refused([*predict, text, "--full", "0"])
+
+
 def test_the_page_draws_every_point_and_escapes_names() -> None:
     points = [Point(10**6 * (at + 1), 4.0, 0.1 / (at + 1), {}) for at in range(4)]
     full = [Full(p.size_bytes, p.expected, 0.2, {"a<b": 9.0}, {"a<b": 0.3}, True, "f") for p in chosen(points, 2)]

@@ -24,6 +24,7 @@ from lowbit.allocation.solution import Solution, uniform
 from lowbit.allocation.steps import RUN, Made, Measured, Recipe, check, make
 from lowbit.allocation.target import footprint_of, target_of
 from lowbit.checkpoints.json_file import read_json
+from lowbit.checkpoints.partial import is_partial
 from lowbit.checkpoints.writing import write_json
 from lowbit.data.text import Data
 from lowbit.errors import LowbitError
@@ -143,13 +144,13 @@ def fit(
     request = {"model": model_name(str(model)), "target": target, **asdict(goal), "pre": pre, "context": context}
     request |= {"recipe": chosen.to_dict(), "fingerprint": opened.source.identity}
     permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    claimed = _claimed(out, request)
+    own, claimed = (out / STATE).is_file(), _claimed(out, request)
     check(str(model), opened, chosen, Measured(text, tokens), permits, target, footprint)
-    if not claimed:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / STATE, {"format": FORMAT, "request": request})
+    out.mkdir(parents=True, exist_ok=True)
     streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
-    table = table_of(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
+    table = table_of(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code, own)
+    if not claimed:  # behind the table, which may be another's
+        write_json(out / STATE, {"format": FORMAT, "request": request})
     blocks_at = streamed.skeleton.architecture.blocks
     found = settle(footprint, table.losses, goal, streamed, table.columns, table.ids)
     exported = Options(pre=pre, context=context if target == "executorch" else None)
@@ -178,9 +179,14 @@ def _claimed(out: Path, request: dict[str, Any]) -> bool:
                 "with, or another folder"
             )
         return True
-    if out.exists() and (not out.is_dir() or any(entry.name not in (TABLE, COLUMNS) for entry in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(_is_other(entry) for entry in out.iterdir())):
         raise LowbitError(f"--out {out} exists and is no fit; give a folder that is new or empty")
     return False
+
+
+def _is_other(entry: Path) -> bool:
+    """Whether a file is none of those that a fit writes before it claims the folder."""
+    return entry.name not in (TABLE, COLUMNS) and not is_partial(entry)
 
 
 def _fitted(out: Path, target: str, found: Settled, made: Made, beside: dict[str, Solution], goal: Goal) -> Fitted:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowbit.allocation.api import fit
+from lowbit.allocation.api import STATE, fit
 from lowbit.allocation.frontier import Frontier, Full, Point, QuantizerFile, chosen, points_of
 from lowbit.allocation.losses import COLUMNS, TABLE
-from lowbit.allocation.quantizer_files import QuantizerText, available, quantizer_files
+from lowbit.allocation.quantizer_files import FOLDER, QuantizerText, available, quantizer_files
 from lowbit.allocation.sensitivity import Text, table_of
-from lowbit.allocation.steps import window
+from lowbit.allocation.steps import Measured, Recipe, check, window
 from lowbit.allocation.target import footprint_of, target_of
+from lowbit.checkpoints.partial import is_partial
 from lowbit.checkpoints.writing import write_bytes, write_json
 from lowbit.data.text import Data
 from lowbit.errors import LowbitError, check_least
@@ -24,6 +26,7 @@ from lowbit.progress import say
 from lowbit.runs.streamed_model import StreamedModel
 from lowbit.torch_state import own_torch_state
 
+RESULT, PAGE, SIZE = "frontier.json", "frontier.html", "size-"  # in a frontier's folder
 FULL = 3  # sizes that are made in full
 
 
@@ -55,11 +58,19 @@ def frontier(
     ``full=0`` nothing is quantized, and a ``fit`` of the same model, target and text into ``out`` goes on from the
     table of sensitivities that this leaves. Where llama.cpp is the target and installed, files of its own quantizer
     with an importance matrix are made and measured beside them.
+
+    Raises:
+        LowbitError: the folder holds another fit or other files, and everything that ``fit`` refuses.
     """
     target, out = target_of(target), user_path(out)
     check_least("--full", full, 0, "give how many sizes are made in full, 0 for none")
     opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
     footprint = footprint_of(target, str(model), opened, pre)
+    _check_folder(out)
+    if full:
+        permits = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        chosen_recipe = Recipe(recipe, effort, tuple(settings or ()), data, samples, length, seed)
+        check(str(model), opened, chosen_recipe, Measured(text, tokens), permits, target, footprint)
     out.mkdir(parents=True, exist_ok=True)
     streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
     table = table_of(out, opened, streamed, footprint, Text(data, seed), target, trust_remote_code)
@@ -77,8 +88,19 @@ def frontier(
             found = replace(found, quantizer=_beside(str(model), opened, out, found.full[0], given))
         elif target == "llama.cpp":
             say("files of llama.cpp's own quantizer are not made: pip install 'lowbit[llamacpp]'")
-        write_json(out / "frontier.json", found.to_dict())
+        write_json(out / RESULT, found.to_dict())
     return found
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder with anything that no frontier wrote; whose table it has, ``table_of`` looks at."""
+    own = [TABLE, COLUMNS, RESULT, PAGE, FOLDER, f"{SIZE}*"]
+    if out.exists() and not out.is_dir():
+        raise LowbitError(f"--out {out} is a file; give a folder that is new or empty")
+    for entry in out.iterdir() if out.exists() else ():
+        if not is_partial(entry) and not any(fnmatch.fnmatchcase(entry.name, glob) for glob in own):
+            what = "another fit" if entry.name == STATE else f"{entry.name}, and is no frontier"
+            raise LowbitError(f"--out {out} holds {what}; give a folder that is new or empty")
 
 
 def _beside(model: str, opened: Opened, out: Path, measured: Full, given: dict[str, Any]) -> list[QuantizerFile]:
@@ -97,7 +119,7 @@ def _beside(model: str, opened: Opened, out: Path, measured: Full, given: dict[s
 
 def _made(model: str | Path, out: Path, target: str, point: Point, given: dict[str, Any]) -> Full:
     """A size made in full, in a folder named after it, with the table of sensitivities of ``out``."""
-    folder = out / f"size-{point.size_bytes}"
+    folder = out / f"{SIZE}{point.size_bytes}"
     if not (folder / TABLE).is_file():
         folder.mkdir(exist_ok=True)
         for name in (COLUMNS, TABLE):  # the latter says that both are there

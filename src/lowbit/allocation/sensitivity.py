@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from lowbit.allocation.losses import Losses, measure_losses, save, saved
+from lowbit.allocation.losses import TABLE, Losses, measure_losses, save, saved
 from lowbit.allocation.probes import with_probes
+from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.positions import positions_of
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.data.text import Data, calibration
+from lowbit.errors import LowbitError
 from lowbit.exporters.footprint import Footprint
 from lowbit.models.validate import check_ids
 from lowbit.pipeline.opened import Opened
@@ -20,6 +24,7 @@ from lowbit.runs.streamed_model import StreamedModel
 from lowbit.runs.versions import versions
 
 SEQUENCES, LENGTH = 8, 128  # of the gradients
+WHAT = {"fingerprint": "model", "target": "target", "seed": "seed", "text": "text"}  # by key; seeds draw texts
 WINDOWS = 4  # of them, on which divergence is measured
 
 
@@ -48,6 +53,7 @@ def table_of(
     text: Text,
     target: str,
     trusted: bool,
+    replaces: bool = False,
 ) -> Table:
     """The table of sensitivities, from the folder if it is there.
 
@@ -58,6 +64,10 @@ def table_of(
         text: what gradients and probes are measured on.
         target: the target's name.
         trusted: the model's own code is permitted.
+        replaces: the folder is the caller's, so that a table of another text there is made anew.
+
+    Raises:
+        LowbitError: the folder has the table of another model, target or text. One by other versions is made anew.
     """
     length = min(LENGTH, positions_of(streamed.skeleton.text_config) or LENGTH)
     tokenizer = load_tokenizer(opened.source.folder, trusted)
@@ -68,8 +78,18 @@ def table_of(
     key["versions"] = versions()
     if (table := saved(out, key)) is not None:
         return Table(*table, measured_on)
+    if not replaces and (differs := _differs(out, key)) is not None:
+        raise LowbitError(f"--out {out} holds sensitivities of another {differs}: give a folder that is new or empty")
     say("sensitivity of every tensor in every format")
     losses, columns = measure_losses(streamed, drawn.ids, footprint, text.seed)
     losses = with_probes(losses, footprint, streamed, columns, measured_on)
     save(out, key, losses, columns)
     return Table(losses, columns, measured_on)
+
+
+def _differs(out: Path, key: Mapping[str, Any]) -> str | None:
+    """What the table in a folder is of that this one is not; ``None``: nothing, or there is none."""
+    if not (out / TABLE).is_file():
+        return None
+    before = read_json(out / TABLE).get("key", {})
+    return next((what for name, what in WHAT.items() if before.get(name) != key[name]), None)

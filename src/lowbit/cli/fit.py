@@ -80,6 +80,7 @@ def fit(
     compares; the commands are printed. Interrupted, the same command goes on.
     """
     from lowbit.allocation.api import fit as run
+    from lowbit.allocation.frontier_run import PAGE
     from lowbit.allocation.frontier_run import frontier as predict
     from lowbit.checkpoints.writing import write_bytes
     from lowbit.reports.frontier_page import render
@@ -110,7 +111,7 @@ def fit(
             trust_remote_code=trust_remote_code,
         )
         if full:
-            write_bytes(user_path(out) / "frontier.html", render(found).encode())
+            write_bytes(user_path(out) / PAGE, render(found).encode())
         if as_json:
             print_json(found.to_dict())
         else:
