@@ -28,6 +28,7 @@ from lowbit.allocation.rounds import settle
 from lowbit.allocation.scheme import scheme_of
 from lowbit.allocation.solution import best_within, check_size, smallest_within, uniform
 from lowbit.allocation.target import footprint_of
+from lowbit.analysis import knapsack
 from lowbit.analysis.curvature import curvatures
 from lowbit.analysis.knapsack import solve
 from lowbit.checkpoints.gguf_types import Reader
@@ -260,6 +261,35 @@ def test_the_least_cost_within_a_loss_is_what_trying_all_finds() -> None:
         ]
         assert picks is not None
         assert sum(group[at] for group, at in zip(costs, picks, strict=True)) == min(tried)
+
+
+@pytest.mark.parametrize("units", [1, 5, 40])
+def test_with_rounded_costs_the_largest_options_are_in_reach(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs up, bounds down: with few steps all largest options together were beyond a bound that holds them."""
+    monkeypatch.setattr(knapsack, "UNITS", units)
+    for seed in range(20):
+        draw = random.Random(seed)
+        costs = [sorted(draw.sample(range(1, 1000), 4)) for _ in range(6)]
+        losses = [[1.0 / cost for cost in group] for group in costs]
+        largest = solve(costs, losses, sum(map(max, costs)))
+        assert largest is not None
+        assert largest.best() == [3] * 6
+        assert largest.cheapest(sum(map(min, losses)) * (1 + 1e-12)) == [3] * 6
+        # In between nothing is left for which a larger option would have room, and none is larger than it needs.
+        room = draw.randint(sum(map(min, costs)), sum(map(max, costs)))
+        table = solve(costs, losses, room)
+        assert table is not None
+        picks = table.best()
+        assert picks is not None
+        left = room - sum(group[at] for group, at in zip(costs, picks, strict=True))
+        assert left >= 0
+        assert all(at == 3 or group[at + 1] - group[at] > left for group, at in zip(costs, picks, strict=True))
+        limit = sum(group[at] for group, at in zip(losses, picks, strict=True))
+        less = largest.cheapest(limit)
+        assert less is not None
+        slack = limit - sum(group[at] for group, at in zip(losses, less, strict=True))
+        assert slack >= -1e-12
+        assert all(at == 0 or group[at - 1] - group[at] > slack for group, at in zip(losses, less, strict=True))
 
 
 def test_a_quality_is_reached_by_the_smallest_file(measured: Any) -> None:

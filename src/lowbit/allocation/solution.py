@@ -63,7 +63,7 @@ def check_size(footprint: Footprint, room: int, target: str, option: str = "--si
 def best_within(footprint: Footprint, losses: Losses, room: int, blocks_at: str) -> Solution:
     """The least expected divergence in at most ``room`` bytes, which ``check_size`` accepts."""
     table = solve(*_tables(footprint, losses, blocks_at), room - footprint.fixed)
-    picks = None if table is None else table.picks()
+    picks = None if table is None else table.best()
     assert picks is not None, "check_size lets no such size pass"
     return _solution(footprint, losses, picks, blocks_at)
 
@@ -76,8 +76,7 @@ def smallest_within(footprint: Footprint, losses: Losses, most: float, blocks_at
     """
     costs, table_losses = _tables(footprint, losses, blocks_at)
     table = solve(costs, table_losses, sum(map(max, costs)))
-    step = None if table is None else table.first_within(most)
-    picks = None if table is None or step is None else table.picks(step)
+    picks = None if table is None else table.cheapest(most)
     if picks is None:
         least = sum(map(min, table_losses))
         raise LowbitError(

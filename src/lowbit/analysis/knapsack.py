@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-UNITS = 1 << 17  # most steps of a bound; with a finer unit, costs are rounded up to a step
+UNITS = 1 << 17  # most steps of a bound; with a coarser unit than the divisor, costs are rounded up to a step
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,28 @@ class Knapsack:
         steps: by group, the steps of each option above the cheapest.
         losses: least loss by steps.
         choices: by group, the option at each number of steps.
+        costs, table: true costs and losses of the options.
+        room: the bound.
     """
 
     unit: int
     steps: tuple[tuple[int, ...], ...]
     losses: npt.NDArray[np.float64]
     choices: tuple[npt.NDArray[np.int16], ...]
+    costs: Sequence[Sequence[int]]
+    table: Sequence[Sequence[float]]
+    room: int
+
+    def best(self) -> list[int] | None:
+        """One option of each group, of least loss within the bound; what rounding left unused is used too."""
+        picks = self.picks()
+        return None if picks is None else _improved(self.table, self.costs, picks, self.room)
+
+    def cheapest(self, loss: float) -> list[int] | None:
+        """One option of each group, of least cost with at most ``loss``; ``None``: nothing has so little."""
+        step = self.first_within(loss)
+        picks = None if step is None else self.picks(step)
+        return None if picks is None else _improved(self.costs, self.table, picks, loss)
 
     def picks(self, step: int = -1) -> list[int] | None:
         """One option of each group, by position, with that many steps or, by default, all; ``None``: none fits."""
@@ -56,22 +72,23 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], roo
     """All solutions within a total cost of ``room``; ``None`` where the cheapest options exceed it.
 
     Exact while the costs' differences, over their common divisor, fit into ``UNITS`` steps; beyond that costs are
-    rounded up, so that the result fits but may be slightly worse than the optimum.
+    rounded up, so that the result fits but may be slightly worse than the optimum. A bound that holds the largest
+    options has as many steps as these have when rounded, so that all options are within it.
 
     >>> table = solve([[1, 2], [1, 3]], [[5.0, 1.0], [9.0, 2.0]], 5)
-    >>> table.losses.tolist(), table.picks(), table.picks(table.first_within(7.0))
+    >>> table.losses.tolist(), table.best(), table.cheapest(7.0)
     ([14.0, 10.0, 7.0, 3.0], [1, 1], [0, 1])
     """
     spare = room - sum(map(min, costs))
     if spare < 0:
         return None
     extra = [[cost - min(group) for cost in group] for group in costs]
-    spare = min(spare, sum(map(max, extra)))
+    most = sum(map(max, extra))
     unit = max(math.gcd(*(cost for group in extra for cost in group)), 1)
-    unit = max(unit, -(-spare // UNITS))
-    count = spare // unit
-    best = np.zeros(count + 1)  # least loss by steps available, over the groups so far
+    unit = max(unit, -(-min(spare, most) // UNITS))
     choices, steps = [], [tuple(-(-cost // unit) for cost in group) for group in extra]
+    count = sum(map(max, steps)) if spare >= most else spare // unit
+    best = np.zeros(count + 1)  # least loss by steps available, over the groups so far
     for group, loss in zip(steps, losses, strict=True):
         options = np.full((len(group), count + 1), math.inf)
         for index, shift in enumerate(group):
@@ -79,7 +96,37 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], roo
                 options[index, shift:] = best[: count + 1 - shift] + loss[index]
         choices.append(options.argmin(0).astype(np.int16))
         best = options.min(0)
-    return Knapsack(unit, tuple(steps), best, tuple(choices))
+    return Knapsack(unit, tuple(steps), best, tuple(choices), costs, losses, room)
+
+
+def _improved(
+    wanted: Sequence[Sequence[float]], bounded: Sequence[Sequence[float]], picks: Sequence[int], most: float
+) -> list[int]:
+    """``picks`` with options of one group after the other changed where that lowers what is wanted, best first.
+
+    Args:
+        wanted: by group and option, what is to be small.
+        bounded: the same of what may be at most ``most`` in sum, as it is for ``picks``.
+        picks: one option of each group.
+        most: the bound.
+
+    Of 16, options of cost 11 leave 5, which the first group's second option takes:
+
+    >>> _improved([[3.0, 2.0], [3.0, 2.0], [9.0, 1.0]], [[0, 5], [0, 7], [0, 11]], [0, 0, 1], 16)
+    [1, 0, 1]
+    """
+    out = list(picks)
+    while True:
+        left = most - sum(group[at] for group, at in zip(bounded, out, strict=True))
+        changes = (
+            (wanted[group][at] - gain, group, option)
+            for group, at in enumerate(out)
+            for option, gain in enumerate(wanted[group])
+            if gain < wanted[group][at] and bounded[group][option] - bounded[group][at] <= left
+        )
+        if (change := max(changes, default=None)) is None:
+            return out
+        out[change[1]] = change[2]
 
 
 def least_loss(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], room: int) -> list[int] | None:
@@ -89,4 +136,4 @@ def least_loss(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]
     [0, 1]
     """
     table = solve(costs, losses, room)
-    return None if table is None else table.picks()
+    return None if table is None else table.best()
