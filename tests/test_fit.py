@@ -525,6 +525,12 @@ def test_what_a_run_carries_over_is_counted(case: str, tmp_path: Path) -> None:
         check_size(footprint, carried, "transformers")
 
 
+def test_what_an_export_leaves_out_is_not_counted(tmp_path: Path) -> None:
+    model = with_predictor(tmp_path)
+    opened = open_model(str(model), None, False, False)
+    assert "model-carried.safetensors" not in dict(footprint_of("vllm", str(model), opened).floats)
+
+
 def test_a_target_without_other_parts_refuses_a_model_that_has_them(tmp_path: Path) -> None:
     model = gguf_text_models.saved(tmp_path / "model", "qwen3-vl")
     opened = open_model(str(model), None, False, False)

@@ -16,7 +16,7 @@ from lowbit.checkpoints.resolve import load_config
 from lowbit.models.validate import open_weights
 from lowbit.pipeline.inspect import inspect_model
 from runs import quantize_tiny, streamed_logits
-from tiny import save_tiny, tiny_ids
+from tiny import save_tiny, tiny_ids, tiny_tokenizer
 from wrapped import save_wrapped
 
 pytestmark = pytest.mark.heavy  # makes whole runs
@@ -57,6 +57,51 @@ def test_tensors_that_the_class_does_not_have_come_along(tmp_path: Path):
     index = json.loads((run / "model.safetensors.index.json").read_text())["weight_map"]
     assert index[UP] == "model-carried.safetensors"
     lowbit.export(run, "gptq", out=tmp_path / "gptq")
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme"),
+    [("gptq", "w4a16g32-sym"), ("awq", "w4a16g32-sym"), ("vllm", "w4a16g32-sym"), ("gguf", "w8a16g32-sym")],
+)
+def test_an_export_says_what_stays_behind(target: str, scheme: str, tmp_path: Path):
+    """Also in the list of files: an empty one is none."""
+    save_tiny(tmp_path / "m", "llama")
+    if target == "gguf":
+        tiny_tokenizer(merge=True).save_pretrained(tmp_path / "m")
+    add(tmp_path / "m", UNLISTED, num_nextn_predict_layers=1)
+    run = quantize_tiny(tmp_path / "m", tmp_path / "run", scheme).out
+    made = lowbit.export(run, target)
+    assert made.warnings == [
+        "4 tensors that the run carries over and the model's class does not have stay behind: "
+        f"{UP.replace('3.mlp.up_proj.weight', '1.self_attn.rotary_emb.inv_freq')}, {UP}, mtp.fc.weight and 1 more"
+    ]
+    if made.out.is_dir():
+        assert not (made.out / "model-carried.safetensors").exists()
+        index = json.loads((made.out / "model.safetensors.index.json").read_text())["weight_map"]
+        assert not index.keys() & UNLISTED.keys()
+    (found,) = lowbit.verify(run, [made.out], logits=False)
+    assert found.ok
+
+
+def test_a_folder_for_stock_transformers_has_what_a_run_carries(tmp_path: Path):
+    pytest.importorskip("transformers.integrations.gemma_quant", reason="transformers before 5.24 lacks the layout")
+    save_tiny(tmp_path / "m", "llama")
+    add(tmp_path / "m", UNLISTED, num_nextn_predict_layers=1)
+    run = quantize_tiny(tmp_path / "m", tmp_path / "run", "w8a16-sym").out
+    made = lowbit.export(run, "gemma")
+    assert made.warnings == []
+    file = made.out / "model-carried.safetensors"
+    assert file.read_bytes() == (run / "model-carried.safetensors").read_bytes()
+    index = json.loads((made.out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {name for name, own in index.items() if own == file.name} == UNLISTED.keys()
+    (found,) = lowbit.verify(run, [made.out])
+    assert found.ok
+    assert found.logits is not None
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (found,) = lowbit.verify(run, [made.out], logits=False)
+    assert found.other == [file.name]
 
 
 def test_a_layer_too_many_is_refused_unless_it_predicts_several_tokens(tmp_path: Path):

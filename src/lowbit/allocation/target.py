@@ -127,13 +127,19 @@ def footprint_of(target: str, model: str, opened: Opened, pre: str | None = None
         architecture.embed,
         architecture.head,
         skeleton.tied,
-        copied_size(opened.checkpoint.folder, opened.others.files),
+        copied_size(opened.checkpoint.folder, opened.others.files) if _carries(target) else 0,
     )
     footprint = TARGETS[target].footprint(facts, skeleton, pre)
     if not footprint.weights:
         raise LowbitError(f"{target} has no format for any weight of this model: give another --target")
     # Layers that read the text look it up in the float embedding, so that ``quantize`` has no formats for it.
     return footprint.without_formats(architecture.embed) if computed(opened).reads_text else footprint
+
+
+def _carries(target: str) -> bool:
+    """Whether the target's file has what a run carries over as it is."""
+    runtime = TARGETS[target].runtime
+    return runtime is None or exporter_of(RUNTIMES[runtime].target).carries
 
 
 def _check_architecture(target: str, skeleton: Skeleton) -> None:

@@ -106,6 +106,7 @@ def export(
         warnings = exporter.write(
             run, partial, Options(embeddings.lower(), pre, gptq_format.lower(), context, accuracy_level)
         )
+        warnings += [line] if (line := exporter.left_out(run)) is not None else []
         for file in _files(partial):
             flush(file)
         _refuse_existing(final)  # another process may have exported to the same path meanwhile

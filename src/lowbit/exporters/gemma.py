@@ -30,7 +30,15 @@ from torch import Tensor
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_kv, weight_misfit
-from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
+from lowbit.exporters.hf_folder import (
+    embedding_of,
+    other_carried,
+    other_files,
+    owns,
+    read_folder,
+    stored_config,
+    write_folder,
+)
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.stock import EXPLAINED, stock_logits
 from lowbit.exporters.target import Executed, Exporter, Options
@@ -133,7 +141,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
         names = input_names(module, run.subject.formats.modules[module])
         return store(q, module == embedding, run.tensor(names[0]) if names else None)
 
-    write_folder(run, path, quantization_config(run), stored)
+    write_folder(run, path, quantization_config(run), stored, carries=True)
     return []
 
 
@@ -194,7 +202,8 @@ def loads() -> bool:
 
 def other(run: Run, path: Path) -> Iterator[str]:
     """Files that differ."""
-    return other_files(run, path, quantization_config(run))
+    yield from other_files(run, path, quantization_config(run))
+    yield from other_carried(run, path)
 
 
 def execute(path: Path, ids: Tensor) -> Executed | None:
@@ -207,4 +216,4 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
     return Executed(logits, EXPLAINED["float32"], "float")
 
 
-EXPORTER = Exporter("", limits, write, owns(METHOD), read, other, execute=execute)
+EXPORTER = Exporter("", limits, write, owns(METHOD), read, other, execute=execute, carries=True)

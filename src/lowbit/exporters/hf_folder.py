@@ -6,6 +6,7 @@ Shards keep their names and order; config, index and tokenizer accompany them. A
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
+from lowbit.checkpoints.copy_tensors import copy_tensors
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.partial import final_name
 from lowbit.checkpoints.safetensors_folder import Checkpoint
@@ -23,6 +25,7 @@ from lowbit.exporters.run import Run
 from lowbit.models.families import architecture_of
 from lowbit.progress import track
 from lowbit.quant.format import QTensor
+from lowbit.runs.carried import CARRIED
 
 
 def write_folder(
@@ -31,6 +34,7 @@ def write_folder(
     quantization: Mapping[str, Any],
     store: Callable[[str, QTensor], Mapping[str, Tensor]],
     dtype: torch.dtype | None = None,
+    carries: bool = False,
 ) -> None:
     """Write the folder, one shard in memory at a time.
 
@@ -40,10 +44,12 @@ def write_folder(
         quantization: the ``quantization_config``.
         store: maps a quantized module's name and weight to its tensors, by name relative to the module.
         dtype: of everything else; by default as stored.
+        carries: what the run carries over comes along, byte for byte; else its file is left out.
     """
     path.mkdir()
     shards: dict[str, list[str]] = {}
-    for file in track([file.name for file in run.checkpoint.files], f"writing {final_name(path)}"):
+    own = [file.name for file in run.checkpoint.files if file.name != CARRIED]
+    for file in track(own, f"writing {final_name(path)}"):
         tensors = {name: run.tensor(name) for name in run.floats if run.file_of(name) == file}
         if dtype is not None:
             tensors = {name: value.to(dtype) for name, value in tensors.items()}
@@ -51,6 +57,11 @@ def write_folder(
             tensors |= {f"{module}.{key}": value for key, value in store(module, run.qtensor(module)).items()}
         write_tensors(path / file, tensors)
         shards[file] = sorted(tensors)
+    if carries and run.carried:
+        stored = run.checkpoint.stored_names
+        names = [name for one in run.carried for name in run.checkpoint.names_in_files(one)]
+        copy_tensors(run.folder, {name: stored[name] for name in names}, path / CARRIED)
+        shards[CARRIED] = sorted(names)
     write_index(path, shards)
     for name in files_to_copy(run):
         copy_companion(run.folder, path, name)
@@ -90,7 +101,7 @@ def owns(method: str) -> Callable[[Path], bool]:
 def read_folder(
     path: Path, key: str | tuple[str, ...], value: Callable[[str, Mapping[str, Tensor]], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """All parameters of a folder in float32.
+    """All parameters of a folder in float32; for what it carries over see ``other_carried``.
 
     Args:
         path: the folder.
@@ -98,13 +109,12 @@ def read_folder(
         value: computes a quantized module's weight ``(out, in)`` from its name and its tensors, by relative name.
     """
     checkpoint = Checkpoint(path)
+    parameters = [name for name in checkpoint.names if checkpoint.file_of(name) != CARRIED]
     keys = (key,) if isinstance(key, str) else key
-    quantized = [
-        name.removesuffix(f".{own}") for own in keys for name in checkpoint.names if name.endswith(f".{own}")
-    ]
+    quantized = [name.removesuffix(f".{own}") for own in keys for name in parameters if name.endswith(f".{own}")]
     seen: set[str] = set()
     for module in quantized:
-        own = [n for n in checkpoint.names if n.startswith(f"{module}.") and n != f"{module}.bias"]
+        own = [n for n in parameters if n.startswith(f"{module}.") and n != f"{module}.bias"]
         seen |= set(own)
         stored = {name.removeprefix(f"{module}."): tensor for name, tensor in checkpoint.read(own).items()}
         try:
@@ -112,7 +122,7 @@ def read_folder(
         except Exception as error:  # readers fail on broken bytes in many ways; the message names the module
             raise LowbitError(f"'{module}' cannot be read: {error}") from error
         yield f"{module}.weight", weight
-    for name in checkpoint.names:
+    for name in parameters:
         if name not in seen:
             yield name, checkpoint.read([name])[name].float()
 
@@ -124,6 +134,20 @@ def other_files(run: Run, path: Path, quantization: Mapping[str, Any]) -> Iterat
     for name in files_to_copy(run):
         if not (path / name).is_file() or (path / name).read_bytes() != (run.folder / name).read_bytes():
             yield name
+
+
+def other_carried(run: Run, path: Path) -> Iterator[str]:
+    """The name of the file of what the run carries over, where a folder's is another."""
+    files = [folder / CARRIED for folder in (run.folder, path)]
+    digests = []
+    for file in files if run.carried else ():
+        if not file.is_file():
+            yield CARRIED
+            return
+        with file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, "sha256").digest())
+    if len({*digests}) > 1:
+        yield CARRIED
 
 
 def embedding_of(run_config: Any) -> str:

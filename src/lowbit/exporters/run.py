@@ -96,6 +96,11 @@ class Run:
         return [n for n in own if n not in packed and parse_tensor_name(n) is None]
 
     @property
+    def carried(self) -> list[str]:
+        """Names of the tensors that the run carries over from its source as they are, sorted."""
+        return [n for n in self.checkpoint.names if self.checkpoint.file_of(n) == CARRIED]
+
+    @property
     def inputs(self) -> list[str]:
         """Names of the tensors of static inputs."""
         return [n for name, own in self.subject.formats.modules.items() for n in input_names(name, own)]

@@ -18,6 +18,8 @@ from lowbit.models.runtime_ops import RuntimeOp
 from lowbit.quant.format import Format
 from lowbit.quant.integer import IntFormat
 
+SHOWN = 3  # names in a message
+
 
 @dataclass(frozen=True)
 class Options:
@@ -84,6 +86,7 @@ class Exporter:
         ops: the classes of runtime ops that its graph can hold; a run with any other is refused.
         experts: it holds mixtures of experts.
         text_models: of a model with other parts it holds the text model alone; else such models are refused.
+        carries: it holds tensors that the run carries over and the model's class does not have, see ``left_out``.
     """
 
     suffix: str
@@ -98,6 +101,23 @@ class Exporter:
     ops: frozenset[type[RuntimeOp]] = frozenset()
     experts: bool = False
     text_models: bool = False
+    carries: bool = False
+
+    def left_out(self, run: Run) -> str | None:
+        """What of a run the export lacks that the model's class does not have, such as heads for several tokens.
+
+        Loaders that take every name of a folder for a parameter fail on them. Other parts of a model are not among
+        them: ``write`` says that they stay behind, where it does not refuse them.
+        """
+        outside = architecture_of(run.subject.config).is_outside
+        names = [] if self.carries else [name for name in run.carried if not outside(name)]
+        if not names:
+            return None
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return (
+            f"{len(names)} tensors that the run carries over and the model's class does not have stay behind: "
+            f"{', '.join(names[:SHOWN])}{more}"
+        )
 
     def misfit(self, subject: Subject) -> Misfit | None:
         """Why the target does not support a subject: a prefix, experts, an op, a format, its own limits."""
