@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import gguf_text_models
 import lowbit
 from lowbit.checkpoints.resolve import load_config, load_tokenizer
 from lowbit.cli.main import call
@@ -20,9 +21,13 @@ from lowbit.data.text import calibration
 from lowbit.errors import LowbitError
 from lowbit.exporters.imatrix import Squares, read_imatrix, write_imatrix
 from lowbit.exporters.run import open_run
+from lowbit.pipeline.imatrix import _squares
+from lowbit.pipeline.opened import open_model
 from lowbit.pipeline.recipe import recipe_from_dict
 from lowbit.quant.scale_search import search_scales
 from lowbit.quant.scheme_names import parse_scheme
+from lowbit.runs.plan import linear_shapes
+from lowbit.runs.streamed_model import StreamedModel
 from tiny import save_tiny
 
 GIVEN = {"samples": 3, "length": 20, "seed": 4}
@@ -99,6 +104,28 @@ def test_experts_are_one_tensor_with_a_count_each(tmp_path: Path) -> None:
     assert {key: float(value[0]) for key, value in found.items()} == {
         name.format(i): 2.0 * (i + 1) for i in (1, 2, 3)
     }
+
+
+@pytest.mark.parametrize("case", ["qwen3-vl", "qwen3.5"])
+def test_a_text_model_within_another_has_its_own_tensors(case: str, tmp_path: Path) -> None:
+    """By the names that its file has; Qwen3.5's has some columns in another order."""
+    model = gguf_text_models.saved(tmp_path / "model", case)
+    text = str(model / "calib.txt")
+    made = lowbit.imatrix(str(model), tmp_path / "i.gguf", data=text, **GIVEN)
+    names = {tensor.name for tensor in gguf.GGUFReader(made.out).tensors}
+    assert "blk.1.ffn_down.weight.in_sum2" in names
+    assert not [name for name in names if not name.startswith("blk.")]
+    opened = open_model(str(model), None, False, False)
+    widths = {name: columns for name, (_, columns) in linear_shapes(opened.skeleton).items()}
+    found = read_imatrix(made.out, opened.config, widths)
+    assert found.keys() == widths.keys()
+    streamed = StreamedModel(model)
+    x = streamed.enter(calibration(text, load_tokenizer(model), *GIVEN.values()).ids)
+    own = _squares(streamed.block(0), x)
+    for name, squares in own.items():
+        assert torch.allclose(found[name], squares.total / squares.count, rtol=1e-4), name
+    given = {"scheme": "iq4_nl", "data": text, "samples": 2, "length": 16, "settings": ["rtn.search=true"]}
+    lowbit.quantize(str(model), tmp_path / "run", recipe="rtn", imatrix=made.out, **given)
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "gptq"])

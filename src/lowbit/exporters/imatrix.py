@@ -29,6 +29,7 @@ from lowbit.checkpoints.gguf_layout import check_layout
 from lowbit.checkpoints.gguf_types import Reader
 from lowbit.checkpoints.partial import commit, partial_of, remove
 from lowbit.errors import LowbitError, one_line, shown
+from lowbit.exporters.gguf_architectures.text_models import text_model
 from lowbit.exporters.gguf_model import unlike_llamacpp
 from lowbit.exporters.gguf_tensors import FileTensor, column_order, file_tensors
 from lowbit.finite import is_finite
@@ -46,8 +47,8 @@ class Squares:
 
 
 def check_imatrix(config: Any) -> None:
-    """Refuse a model of an architecture that llama.cpp does not have."""
-    if (why := unlike_llamacpp(config)) is not None:
+    """Refuse a model of an architecture that llama.cpp does not have; its text model's, where it has others."""
+    if (why := unlike_llamacpp(text_model(config))) is not None:
         raise LowbitError(f"llama.cpp does not support this model, so its tensors have no names there: {why}")
 
 
@@ -62,7 +63,7 @@ def write_imatrix(
         squares: by full name of every linear.
         text, windows, length: the calibration text's name, and the number and length of its windows.
     """
-    partial = partial_of(path)
+    config, partial = text_model(config), partial_of(path)
     try:
         writer = gguf.GGUFWriter(partial, "")
         writer.kv_data[0].clear()  # the package begins with the architecture, which such a file does not have
@@ -102,7 +103,7 @@ def read_imatrix(path: Path, config: Any, widths: Mapping[str, int]) -> dict[str
         LowbitError: no such file, or of another model.
     """
     check_imatrix(config)
-    stored = _stored(path)
+    config, stored = text_model(config), _stored(path)
     out: dict[str, Tensor] = {}
     for tensor in _tensors(config, widths):
         sums, counts = stored.get(f"{tensor.name}{SUMS}"), stored.get(f"{tensor.name}{COUNTS}")
