@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.exporters import EXPORTERS, exporter_of
 from lowbit.exporters.fit import check
 from lowbit.exporters.run import Run, Subject, open_run
+from lowbit.exporters.target import Options
 from lowbit.models.ops import OPS
 from lowbit.models.runtime_ops import Matrix, RuntimeOp
 from lowbit.quant.integer import IntFormat
@@ -78,6 +79,27 @@ def test_a_runtime_op_that_the_graph_cannot_hold_is_refused(
 
 
 REFUSED = [(target, kind) for target in EXPORTERS for kind, op in OPS.items() if op not in exporter_of(target).ops]
+
+
+GIVEN: dict[str, Any] = {"embeddings": "F16", "pre": "gpt-2", "gptq_format": "v2", "context": 8, "accuracy_level": 0}
+
+
+@targets
+@pytest.mark.parametrize("option", GIVEN)
+def test_an_option_of_another_target_is_refused_by_name(
+    option: str, target: str, run: Path, tmp_path: Path, untouched: None
+) -> None:
+    readers = [name for name in EXPORTERS if option in exporter_of(name).options]
+    assert len(readers) == 1
+    assert {own.name for own in fields(Options)} == GIVEN.keys()
+    if target in readers:
+        assert exporter_of(target).unread(Options(**{option: GIVEN[option]})) == []
+        return
+    flag = option.replace("_", "-")
+    said = f"^--{flag} \\w+(-\\d)? given: it is an option of {readers[0]}, and the target is {target}; leave it out$"
+    with pytest.raises(LowbitError, match=said):
+        lowbit.export(run, target, out=tmp_path / "out", **{option: GIVEN[option]})
+    assert not (tmp_path / "out").exists()
 
 
 def test_graphs_hold_no_more_ops_than_they_say() -> None:

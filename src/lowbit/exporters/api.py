@@ -16,12 +16,12 @@ from lowbit.checkpoints.partial import flush, partial_of, remove, sweep
 from lowbit.checkpoints.positions import positions_of
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.data.tokenization import encode
-from lowbit.errors import LowbitError
-from lowbit.exporters import exporter_of, target_name, target_of
+from lowbit.errors import LowbitError, MissingExtra
+from lowbit.exporters import EXPORTERS, exporter_of, target_name, target_of
 from lowbit.exporters.fit import check
 from lowbit.exporters.run import Run, open_run
 from lowbit.exporters.stock import verify_stock
-from lowbit.exporters.target import Options
+from lowbit.exporters.target import Exporter, Options
 from lowbit.exporters.verify import Verified, run_one, verify_one
 from lowbit.models.build import text_config
 from lowbit.models.families import architecture_of
@@ -85,10 +85,13 @@ def export(
         trust_remote_code: permit the config's own code, for a model type that ``transformers`` does not have.
 
     Raises:
-        LowbitError: the folder is not a finished run, or the target does not support it; nothing is written.
+        LowbitError: the folder is not a finished run, the target does not support it, or an option is another
+            target's; nothing is written.
     """
     folder, target = user_path(folder), target_name(to)
     exporter = exporter_of(target)
+    options = Options(embeddings.lower(), pre, gptq_format.lower(), context, accuracy_level)
+    _refuse_unread(exporter, target, options)
     run = open_run(folder, trust_remote_code)
     if not exporter.text_models:
         _refuse_parts(run, target)
@@ -103,9 +106,7 @@ def export(
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         sweep(final.parent, final.name)
-        warnings = exporter.write(
-            run, partial, Options(embeddings.lower(), pre, gptq_format.lower(), context, accuracy_level)
-        )
+        warnings = exporter.write(run, partial, options)
         warnings += [line] if (line := exporter.left_out(run)) is not None else []
         for file in _files(partial):
             flush(file)
@@ -118,6 +119,20 @@ def export(
         with suppress(OSError):
             remove(partial)
     return Exported(final, target, sum(file.stat().st_size for file in _files(final)), warnings)
+
+
+def _refuse_unread(exporter: Exporter, target: str, options: Options) -> None:
+    """Refuse an option of another target, which would change nothing."""
+    for name in exporter.unread(options):
+        owners = []
+        for other in EXPORTERS:
+            with suppress(MissingExtra):  # a target whose package is not installed
+                owners += [other] if name in exporter_of(other).options else []
+        of = f"an option of {' and '.join(owners)}" if owners else "an option of another target"
+        raise LowbitError(
+            f"--{name.replace('_', '-')} {getattr(options, name)} given: it is {of}, and the target is {target}; "
+            "leave it out"
+        )
 
 
 def _refuse_parts(run: Run, target: str) -> None:

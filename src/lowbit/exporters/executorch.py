@@ -225,4 +225,4 @@ def execute(path: Path, ids: Tensor) -> Executed | None:
     return Executed(logits, EXPLAINED, "executorch")
 
 
-EXPORTER = Exporter("", limits, write, owns, read, other, expect, execute)
+EXPORTER = Exporter("", limits, write, owns, read, other, expect, execute, options=frozenset({"context"}))

@@ -165,4 +165,5 @@ EXPORTER = Exporter(
     formats=(IntFormat, KQuant, TableFormat, FloatFormat),
     experts=True,
     text_models=True,
+    options=frozenset({"embeddings", "pre"}),
 )

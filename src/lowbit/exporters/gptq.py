@@ -172,4 +172,4 @@ def other(run: Run, path: Path) -> Iterator[str]:
     return other_files(run, path, quantization_config(run.subject, convention))
 
 
-EXPORTER = Exporter("", limits, write, owns("gptq"), read, other)
+EXPORTER = Exporter("", limits, write, owns("gptq"), read, other, options=frozenset({"gptq_format"}))

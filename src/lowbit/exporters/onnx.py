@@ -203,4 +203,5 @@ EXPORTER = Exporter(
     execute,
     formats=(IntFormat, FloatFormat, TableFormat, KQuant),
     ops=onnx_ops.OPS,
+    options=frozenset({"accuracy_level"}),
 )

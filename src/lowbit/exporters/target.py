@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -86,6 +86,7 @@ class Exporter:
         ops: the classes of runtime ops that its graph can hold; a run with any other is refused.
         experts: it holds mixtures of experts.
         text_models: of a model with other parts it holds the text model alone; else such models are refused.
+        options: the fields of ``Options`` that ``write`` reads; another one that was given is refused.
         carries: it holds tensors that the run carries over and the model's class does not have, see ``left_out``.
     """
 
@@ -101,7 +102,13 @@ class Exporter:
     ops: frozenset[type[RuntimeOp]] = frozenset()
     experts: bool = False
     text_models: bool = False
+    options: frozenset[str] = frozenset()
     carries: bool = False
+
+    def unread(self, options: Options) -> list[str]:
+        """Names of the options that were given, or are not their defaults, and that ``write`` does not read."""
+        given = (own.name for own in fields(options) if getattr(options, own.name) != own.default)
+        return [name for name in given if name not in self.options]
 
     def left_out(self, run: Run) -> str | None:
         """What of a run the export lacks that the model's class does not have, such as heads for several tokens.
