@@ -54,6 +54,30 @@ def test_it_reads_back_bit_for_bit_in_the_layout_that_vllm_runs(
         assert shard.get_tensor("model.layers.0.mlp.up_proj.weight_scale").dtype == torch.float16
 
 
+@pytest.mark.parametrize("target", ["vllm", "gptq", "awq"])
+def test_scales_that_the_requested_dtype_rounds_are_said(target: str, tmp_path: Path) -> None:
+    """vLLM reads scales in the config's dtype: float16, or for Gemma the run's own, here bfloat16."""
+    save_tiny(tmp_path / "gemma", "gemma2", dtype="bfloat16")
+    content = json.loads((tmp_path / "gemma/config.json").read_text())
+    (tmp_path / "gemma/config.json").write_text(json.dumps({**content, "dtype": "bfloat16"}))
+    run = quantize_tiny(tmp_path / "gemma", tmp_path / "run", "w4a16g32-sym").out
+    (line,) = lowbit.export(run, target).warnings
+    found = re.fullmatch(
+        r"the folder is loaded in bfloat16: scales of 21 of 21 linears are rounded, by (0\.\d+)% at most; codes are "
+        "unchanged",
+        line,
+    )
+    assert found is not None
+    assert 0.2 < float(found[1]) <= 0.4  # half of bfloat16's 2**-8, which is 0.39 %, relative to 1, or less
+
+
+def test_float32_scales_are_not_written_without_a_word(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_of("w4a16g32-sym:f32")
+    (line,) = lowbit.export(run, "vllm", out=tmp_path / "vllm").warnings
+    assert "loaded in float16: scales of 21 of 21 linears are rounded, by 0.05% at most" in line
+    assert lowbit.export(run_of("w4a16g32-sym"), "vllm", out=tmp_path / "exact").warnings == []
+
+
 def test_codes_take_their_own_width_on_disk(run_of: Callable[..., Path], tmp_path: Path) -> None:
     run = run_of("w4a4g32-sym")
     made = lowbit.export(run, "vllm", out=tmp_path / "vllm")

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
-from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
+from lowbit.exporters.hf_folder import (
+    embedding_of,
+    other_files,
+    owns,
+    read_folder,
+    requested_dtype,
+    stored_config,
+    write_folder,
+)
+from lowbit.exporters.rounded_scales import RoundedScales
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
 from lowbit.models.families import architecture_of
@@ -95,9 +104,15 @@ def quantization_config(subject: Subject) -> dict[str, Any]:
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:
-    """Write the folder."""
-    write_folder(run, path, quantization_config(run.subject), lambda module, q: pack_module(q))
-    return []
+    """Write the folder; warns where the dtype that it requests changes scales, as Gemma's bfloat16 does."""
+    scales = RoundedScales(requested_dtype(run))
+
+    def store(module: str, q: QTensor) -> dict[str, Tensor]:
+        scales.see(q)
+        return pack_module(q)
+
+    write_folder(run, path, quantization_config(run.subject), store)
+    return scales.warnings()
 
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -30,7 +30,16 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
-from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
+from lowbit.exporters.hf_folder import (
+    embedding_of,
+    other_files,
+    owns,
+    read_folder,
+    requested_dtype,
+    stored_config,
+    write_folder,
+)
+from lowbit.exporters.rounded_scales import RoundedScales
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
 from lowbit.quant.format import QTensor
@@ -123,17 +132,19 @@ def checkpoint_format(subject: Subject, choice: str = "auto") -> str:
 def write(run: Run, path: Path, options: Options) -> list[str]:
     """Write the folder."""
     convention = checkpoint_format(run.subject, options.gptq_format)
-    odd: list[str] = []
+    odd, scales = list[str](), RoundedScales(requested_dtype(run))
 
     def store(module: str, q: QTensor) -> dict[str, Tensor]:
+        scales.see(q)
         if convention == "gptq" and bool((q.qparams.zero == 0).any()):
             odd.append(module)
         return pack_module(q, convention)
 
     write_folder(run, path, quantization_config(run.subject, convention), store)
     if not odd:
-        return []
-    return [f"{len(odd)} modules have zero points of 0, which some v1 readers take for 2**bits: use --gptq-format v2"]
+        return scales.warnings()
+    zeros = f"{len(odd)} modules have zero points of 0, which some v1 readers take for 2**bits: use --gptq-format v2"
+    return [zeros, *scales.warnings()]
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:

@@ -80,6 +80,14 @@ def config_of(run: Run, quantization: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def requested_dtype(run: Run) -> torch.dtype:
+    """The dtype that the folder's config requests, in which loaders read scales; float32 where it names none."""
+    config = config_of(run, {})
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    found = getattr(torch, name.removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
 def files_to_copy(run: Run) -> list[str]:
     """Names of the files that come along from the run: those of its source that are still there."""
     return [name for name in companions(run.folder, code=True) if name in run.manifest.files]

@@ -32,7 +32,16 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.exporters import vllm_transforms
 from lowbit.exporters.fit import Misfit, no_kv, weight_misfit
-from lowbit.exporters.hf_folder import embedding_of, other_files, owns, read_folder, stored_config, write_folder
+from lowbit.exporters.hf_folder import (
+    embedding_of,
+    other_files,
+    owns,
+    read_folder,
+    requested_dtype,
+    stored_config,
+    write_folder,
+)
+from lowbit.exporters.rounded_scales import RoundedScales
 from lowbit.exporters.run import Run, Subject
 from lowbit.exporters.target import Exporter, Options
 from lowbit.models.families import architecture_of
@@ -147,10 +156,15 @@ def quantization_config(run: Run) -> dict[str, Any]:
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:
-    """Write the folder."""
-    layout = layout_for(run.subject)
-    write_folder(run, path, quantization_config(run), lambda module, q: store(q, layout))
-    return []
+    """Write the folder; warns where the dtype that it requests changes scales, such as float32 ones."""
+    layout, scales = layout_for(run.subject), RoundedScales(requested_dtype(run))
+
+    def stored(module: str, q: QTensor) -> dict[str, Tensor]:
+        scales.see(q)
+        return store(q, layout)
+
+    write_folder(run, path, quantization_config(run), stored)
+    return scales.warnings()
 
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:
