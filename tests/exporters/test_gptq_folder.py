@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,58 @@ def test_modules_with_a_format_of_their_own(run_of: Callable[..., Path], tmp_pat
     assert (config["bits"], config["group_size"], config["lm_head"]) == (4, 32, True)
     assert config["dynamic"][r"+:model\.layers\.0\.mlp\.down_proj(\.|$)"]["bits"] == 8
     assert r"-:model\.layers\.1\.self_attn\.o_proj(\.|$)" in config["dynamic"]
+
+
+def override_of(dynamic: dict[str, Any], layer: str) -> Any:
+    """A layer's formats as vLLM and SGLang find them: the first pattern that matches from the beginning."""
+    for pattern, own in dynamic.items():
+        if re.match(pattern[2:], layer):
+            return own if pattern.startswith("+:") else False
+    return None
+
+
+def test_fused_linears_are_found_by_their_own_name(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Where all members have one format or none does; by the members' names too, which other loaders look up."""
+    overrides = {"*.0.self_attn.[qkv]_proj": "w8g32", "*.1.mlp.gate_proj": "float", "*.1.mlp.up_proj": "float"}
+    run = run_of("w4a16g32-sym", overrides=overrides)
+    made = lowbit.export(run, "gptq", out=tmp_path / "gptq")
+    assert made.warnings == []
+    assert lowbit.verify(run, [made.out])[0].ok
+    dynamic = json.loads((made.out / "config.json").read_text())["quantization_config"]["dynamic"]
+    for name in ("q_proj", "v_proj", "qkv_proj"):
+        assert override_of(dynamic, f"model.layers.0.self_attn.{name}")["bits"] == 8
+        assert override_of(dynamic, f"model.layers.1.self_attn.{name}") is None
+    for name in ("gate_proj", "up_proj", "gate_up_proj"):
+        assert override_of(dynamic, f"model.layers.1.mlp.{name}") is False
+        assert override_of(dynamic, f"model.layers.0.mlp.{name}") is None
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq"])
+def test_fused_linears_whose_formats_differ_are_said(
+    target: str, run_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = run_of("w4a16g32-sym", overrides={"*.1.self_attn.k_proj": "float", "*.2.mlp.up_proj": "float"})
+    made = lowbit.export(run, target, out=tmp_path / "out")
+    assert made.warnings == [
+        "vLLM and SGLang fuse linears whose formats differ, in 2 places such as model.layers.1.self_attn.q_proj with "
+        "k_proj and v_proj, and do not read them: give these one format there; other loaders read each by itself"
+    ]
+    config = json.loads((made.out / "config.json").read_text())["quantization_config"]
+    assert "qkv_proj" not in json.dumps(config)
+    assert lowbit.verify(run, [made.out])[0].ok
+
+
+def test_an_awq_folder_names_fused_linears_that_stay_float(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    """vLLM looks for a name of the list within the name of the layer that it builds."""
+    run = run_of("w4a16g32-sym", overrides={"*.1.self_attn.[qkv]_proj": "float"})
+    made = lowbit.export(run, "awq", out=tmp_path / "awq")
+    assert made.warnings == []
+    config = json.loads((made.out / "config.json").read_text())["quantization_config"]
+    skipped = config["modules_to_not_convert"]
+    assert any(name in "model.layers.1.self_attn.qkv_proj" for name in skipped)
+    assert not any(name in "model.layers.0.self_attn.qkv_proj" for name in skipped)
+    assert "model.layers.1.self_attn.k_proj" in skipped
+    assert lowbit.verify(run, [made.out])[0].ok
 
 
 @pytest.mark.parametrize("scheme", ["w2a16g16-asym", "w4a16g32-sym", "w4a16-asym", "w8a16g32-asym"])

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
+from lowbit.exporters.fused import fused
 from lowbit.exporters.hf_folder import (
     embedding_of,
     other_files,
@@ -100,7 +101,8 @@ def quantization_config(subject: Subject) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``."""
     config = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
     size = _group(subject) or -1
-    return {**config, "group_size": size, "modules_to_not_convert": [*subject.floats, "lm_head"]}
+    together = [name for name, format in fused(subject).agree.items() if format is None]  # as vLLM looks them up
+    return {**config, "group_size": size, "modules_to_not_convert": [*subject.floats, *together, "lm_head"]}
 
 
 def write(run: Run, path: Path, options: Options) -> list[str]:
@@ -112,7 +114,7 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
         return pack_module(q)
 
     write_folder(run, path, quantization_config(run.subject), store)
-    return scales.warnings()
+    return [*scales.warnings(), *fused(run.subject).warnings()]
 
 
 def read(run: Run, path: Path) -> Iterator[tuple[str, Tensor]]:

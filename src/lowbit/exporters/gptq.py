@@ -13,7 +13,7 @@ With 3 bits, 32 values fill 3 words, and two of them cross a word boundary. Ther
 named by ``checkpoint_format``: ``gptq`` (v1) stores ``zero - 1``, ``gptq_v2`` the zero point itself. Readers that
 support only one (onnxruntime-genai, older vLLM) support v1; but v1 cannot represent a zero point of 0, which readers
 take for 0 or for ``2**bits``. Hence ``auto``: v1 if every format is symmetric, v2 otherwise. Modules with a format of
-their own are listed under ``dynamic``, as GPTQModel and vLLM read it.
+their own are listed under ``dynamic``, as GPTQModel and vLLM read it, by the fused name too where vLLM fuses them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.exporters.fit import Misfit, no_activations, weight_misfit, wrong_scale
+from lowbit.exporters.fused import fused
 from lowbit.exporters.hf_folder import (
     embedding_of,
     other_files,
@@ -94,12 +95,20 @@ def _packed(values: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def quantization_config(subject: Subject, checkpoint_format: str) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``; the most common format is the default."""
-    common = Counter(subject.integers.values()).most_common(1)[0][0]
-    dynamic: dict[str, Any] = {
-        f"+:{_pattern(name)}": _format(format) for name, format in subject.integers.items() if format != common
+    """The ``quantization_config`` of ``config.json``; the most common format is the default.
+
+    vLLM and SGLang look a fused linear up by its own name, so that stands beside those of its members.
+    """
+    common, together = Counter(subject.integers.values()).most_common(1)[0][0], fused(subject).agree
+    formats = {
+        **subject.integers,
+        **{n: integer(format, "the GPTQ layout") for n, format in together.items() if format},
     }
-    dynamic |= {f"-:{_pattern(name)}": {} for name in subject.floats}
+    dynamic: dict[str, Any] = {
+        f"+:{_pattern(name)}": _format(format) for name, format in formats.items() if format != common
+    }
+    floats = (*subject.floats, *(name for name, format in together.items() if format is None))
+    dynamic |= {f"-:{_pattern(name)}": {} for name in floats}
     config = {
         "quant_method": "gptq",
         **_format(common),
@@ -141,10 +150,11 @@ def write(run: Run, path: Path, options: Options) -> list[str]:
         return pack_module(q, convention)
 
     write_folder(run, path, quantization_config(run.subject, convention), store)
+    warnings = [*scales.warnings(), *fused(run.subject).warnings()]
     if not odd:
-        return scales.warnings()
+        return warnings
     zeros = f"{len(odd)} modules have zero points of 0, which some v1 readers take for 2**bits: use --gptq-format v2"
-    return [zeros, *scales.warnings()]
+    return [zeros, *warnings]
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
