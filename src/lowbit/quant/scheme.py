@@ -95,7 +95,7 @@ class Scheme:
         inputs = None if isinstance(formats.input, StaticActs) else formats.input
         return replace(formats, input=inputs, outside=True)
 
-    @property
+    @cached_property
     def _has_block_floats(self) -> bool:
         """MX or NVFP4 weights: stock decoders of these need a bfloat16 model, which rounds float16 scales."""
         given = (self.weight, *(spec for _, spec in self.overrides))
