@@ -35,13 +35,17 @@ from lowbit.checkpoints.gguf_types import Reader
 from lowbit.checkpoints.writing import write_json
 from lowbit.cli.main import call
 from lowbit.errors import LowbitError
-from lowbit.exporters.footprint import Choice, Footprint, Option
+from lowbit.exporters.fit import Misfit
+from lowbit.exporters.folder_footprint import footprint as footprint_of_folder
+from lowbit.exporters.footprint import Choice, FloatModel, Footprint, Option
 from lowbit.metrics.sensitivity import divergence
+from lowbit.models.validate import shapes_of
 from lowbit.pipeline.opened import open_model
 from lowbit.quant.integer import IntFormat
 from lowbit.quant.scale_search import search_scales
 from lowbit.quant.scheme_names import override_text
 from lowbit.quant.tables import IQ4_NL
+from lowbit.runs.plan import linear_shapes
 from lowbit.runs.streamed_model import StreamedModel
 from tiny import save_tiny, tiny_ids, tiny_tokenizer
 
@@ -556,6 +560,17 @@ def test_losses_of_a_choice_over_blocks_are_scaled_block_by_block() -> None:
     assert losses.by_block(choice, four, BLOCKS) == {0: 6.0, 1: 2.0}
     assert losses.of(choice, four, BLOCKS) == 8.0
     assert losses.of(choice, None, BLOCKS) == 0.0
+
+
+def test_a_model_that_a_target_has_no_format_for_is_refused_with_the_reason(untied: Path) -> None:
+    opened = open_model(str(untied), None, False, False)
+    shapes = {name: tuple(shape) for name, shape in shapes_of(opened.skeleton).items()}
+    linears = linear_shapes(opened.skeleton)
+    ends = ("model.embed_tokens", "lm_head")
+    model = FloatModel(opened.config, untied, "m", opened.checkpoint, shapes, linears, *ends, tied=False)
+    groups = [(name,) for name in linears]
+    with pytest.raises(LowbitError, match="no format for any linear of this model: it has none; choose another"):
+        footprint_of_folder(model, opened.skeleton, groups, lambda *given: Misfit("weight", "it has none"), None)
 
 
 def test_experts_without_a_format_are_refused_before_any_work(tmp_path: Path) -> None:

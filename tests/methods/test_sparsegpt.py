@@ -151,6 +151,13 @@ def test_experts_without_data_have_the_pattern_too():
         assert int(zeros_of(q.dequantize(), 4).min()) >= 2, name
 
 
+def test_a_run_with_a_format_without_a_zero_is_refused_before_any_work(tmp_path):
+    save_tiny(tmp_path / "model", "llama")
+    with pytest.raises(LowbitError, match=r"^sparsegpt: iq4_nl, a format of model\.layers.*, has no code for 0"):
+        quantize_tiny(tmp_path / "model", tmp_path / "run", "iq4_nl", "sparsegpt")
+    assert not (tmp_path / "run").exists()
+
+
 def test_formats_without_a_zero_and_widths_without_the_pattern_are_refused():
     block, calib = case("iq4_nl")
     with pytest.raises(LowbitError, match=r"iq4_nl.* has no code for 0"):
