@@ -5,8 +5,8 @@
 Each scheme is a table of its own, since rows of different protocols do not compare: the float model first, then the
 recipes. All are measured on the built-in texts, by perplexity and token by token against the float model, always with
 one of a kind that was not calibrated on; ``--wikitext2`` names a folder with the raw texts ``wiki.valid.raw`` (then
-the calibration text) and ``wiki.test.raw`` (one more text), ``--ptb`` one more text. LAMBADA's last words come from
-lm-eval; ``--lambada 0`` leaves them out. Four rows are compared at once, and the page is written behind them.
+the calibration text) and ``wiki.test.raw`` (then the first text), ``--ptb`` one more text. LAMBADA's last words come
+from lm-eval; ``--lambada 0`` leaves them out. Four rows are compared at once, and the page is written behind them.
 Finished rows are kept in ``docs/measured/results``: an interrupted command goes on, and a command restricted to some
 rows keeps the others in the page. Missing rows come first, then those that other sources have measured; ``--missing``
 leaves the latter as they are, and ``--fresh`` measures all again.
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--ptb", type=Path, help="text file with the test split of PTB")
     parser.add_argument("--tokens", type=int, default=4096, help="of each text at most")
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds of each row, from 0")
-    parser.add_argument("--lambada", type=int, default=200, help="documents of LAMBADA; 0 for none")
+    parser.add_argument("--lambada", type=int, default=100, help="documents of LAMBADA; 0 for none")
     parser.add_argument("--task-data", default="auto", help="of LAMBADA, as for lowbit evaluate")
     parser.add_argument("--scheme", action="append", choices=[*ROWS], help="measure only this table; repeatable")
     every = sorted({recipe for recipes in ROWS.values() for recipe in recipes})

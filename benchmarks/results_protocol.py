@@ -163,20 +163,20 @@ def cells(schemes: Iterable[str], recipes: Sequence[str], seeds: int) -> list[Ce
 
 
 def protocol_of(wikitext2: Path | None, ptb: Path | None, tokens: int, lambada: int, task_data: str) -> Protocol:
-    """The texts of a document: those that show what calibration knows, and last one of a kind that it lacks.
+    """The texts of a document: of the kind that is calibrated on, C4, and last one of a kind that calibration lacks.
 
     Calibration on WikiText-2 has seen neither code nor other languages: the multilingual text is held back. The
-    built-in mixture has, so that the technical text follows.
+    built-in mixture has, so that the technical text follows. WikiText-2 is Wikipedia's text: one of them is enough.
     """
-    calibration, texts = "builtin", [("Wikipedia", "builtin:wiki"), ("C4", "builtin:c4")]
-    texts.append(("Multilingual", "builtin:multilingual"))
+    calibration, texts = "builtin", [("Wikipedia", "builtin:wiki")]
+    if wikitext2 is not None:
+        calibration, test = (str(wikitext2 / f"wiki.{part}.raw") for part in ("valid", "test"))
+        texts = [("WikiText-2", test)]
     if ptb is not None:
-        texts.insert(0, ("PTB", str(ptb)))
+        texts.append(("PTB", str(ptb)))
+    texts += [("C4", "builtin:c4"), ("Multilingual", "builtin:multilingual")]
     if wikitext2 is None:
         texts.append((unseen_kind(MIXTURE).capitalize(), f"builtin:{unseen_kind(MIXTURE)}"))
-    else:
-        calibration, test = (str(wikitext2 / f"wiki.{part}.raw") for part in ("valid", "test"))
-        texts.insert(0, ("WikiText-2", test))
     return Protocol(calibration, tuple(texts), tokens, lambada, task_data)
 
 
