@@ -22,7 +22,7 @@ from lowbit.models.discovery.discover import discover
 from lowbit.models.discovery.result import Discovery
 from lowbit.progress import say
 
-VERSION = 3  # of discovery: raise it when the same config gives another result
+VERSION = 4  # of discovery: raise it when the same config gives another result
 NOT_STRUCTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 _FOUND: dict[str, Discovery] = {}  # by what determines them
 

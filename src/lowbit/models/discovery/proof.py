@@ -6,11 +6,15 @@ stream, as attention beside a large recurrent state, passes no false edge for th
 
 A layer that hands keys and values to a later one keeps its own output under a map that the later layer does not know:
 hence the model, with the maps on every layer of the kind.
+
+A clamp whose bound no activation of the random model reaches hides that a map does not commute with it: what
+functions with a bound read must stay as well, see ``thresholds``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +26,7 @@ from lowbit.models.discovery.fold import Params, draw, fold
 from lowbit.models.discovery.readers import Owners
 from lowbit.models.discovery.sites import InFloat64
 from lowbit.models.discovery.small_model import SmallModel
+from lowbit.models.discovery.thresholds import Thresholds, crossed
 
 SAME = 1e-9  # of what the source's side alone changes; exact maps leave 1e-16 to 1e-13
 ROUNDING = 1e-14  # of the output: what sums in another order leave
@@ -62,13 +67,14 @@ class LayerProof:
 
     def __post_init__(self) -> None:
         self.params: Params = dict(self.layer.named_parameters())
-        self.wanted = self.output(self.params)
+        self.bounded = Thresholds()
+        self.wanted = self.output(self.params, self.bounded)
 
     @torch.no_grad()
-    def output(self, params: Params) -> Tensor:
-        """The layer's output with these parameters."""
+    def output(self, params: Params, seen: Thresholds | None = None) -> Tensor:
+        """The layer's output with these parameters; ``seen`` keeps what functions with a bound read."""
         args, kwargs = self.call.arguments(1)
-        with InFloat64():
+        with InFloat64(), seen or nullcontext():
             return output_of(torch.func.functional_call(self.layer, params, args=args, kwargs=kwargs))
 
     def refutation(self, edge: DeclaredEdge, map: Tensor) -> str:
@@ -78,6 +84,10 @@ class LayerProof:
             return "the source alone does not change the layer's output"
         if not left < allowed(alone, ROUNDING):
             return f"the layer's output changes by {left:.0e} under a {edge.limit} map"
+        seen = Thresholds()
+        self.output(fold(edge, self.owners, self.params, map), seen)
+        if name := crossed(self.bounded, seen):
+            return f"{name}, which has a bound, lies across it"
         return ""
 
     def effects(self, edge: DeclaredEdge, map: Tensor) -> tuple[float, float]:
