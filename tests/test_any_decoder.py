@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +131,79 @@ def test_a_class_that_is_no_causal_language_model_is_refused() -> None:
     config.architectures = ["ViTModel"]
     with pytest.raises(LowbitError, match="ViTModel is no causal language model of transformers"):
         architecture_of(config)
+
+
+# A Granite whose queries, keys and values are those of its class, or cut at a bound that its config does not name.
+OWN = {
+    "configuration_mine.py": "import transformers\n\n\nclass MineConfig(transformers.GraniteConfig):\n    pass\n",
+    "modeling_mine.py": """
+import transformers
+from .configuration_mine import MineConfig
+
+
+class MineForCausalLM(transformers.GraniteForCausalLM):
+    config_class = MineConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.v_proj.register_forward_hook(lambda module, args, out: CHANGED)
+""",
+}
+OWN_MAP = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+
+
+def mine(folder: Path, changed: str, mapped: dict[str, str] = OWN_MAP) -> Any:
+    """The config of a folder with code of its own, in which values are ``changed``."""
+    folder.mkdir(exist_ok=True)
+    content = config_of("granite").to_dict() | {"architectures": ["MineForCausalLM"], "auto_map": mapped}
+    (folder / "config.json").write_text(json.dumps({**content, "model_type": "mine"}))
+    for name, code in OWN.items():
+        (folder / name).write_text(code.replace("CHANGED", changed))
+    return load_config(folder, trust_remote_code=True)
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' copies of such code go to a folder of the test's own."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def kinds(config: Any) -> set[str]:
+    return {edge.kind for edge in architecture_of(config).layers[0].edges}
+
+
+@pytest.mark.usefixtures("modules")
+def test_other_code_with_the_same_config_is_another_result(cache: Path, tmp_path: Path) -> None:
+    """Edges that were proven for old code would be used for new code, which has none there."""
+    assert "heads" in kinds(mine(tmp_path / "a", "out"))
+    assert "heads" not in kinds(mine(tmp_path / "b", "out.clamp(-8, 8)"))
+    assert len(list(cache.glob("*.json"))) == 2
+    known._FOUND.clear()  # as in another process: the files are told apart too
+    assert "heads" in kinds(mine(tmp_path / "a", "out"))
+    assert "heads" not in kinds(mine(tmp_path / "b", "out.clamp(-8, 8)"))
+    assert "heads" in kinds(mine(tmp_path / "copy", "out"))
+    assert len(list(cache.glob("*.json"))) == 2
+
+
+@pytest.mark.usefixtures("modules")
+def test_code_that_cannot_be_read_leaves_no_file(cache: Path, tmp_path: Path) -> None:
+    config = mine(tmp_path / "a", "out")
+    assert known.code_of(config)
+    config.auto_map = {**OWN_MAP, "AutoModelForCausalLM": "org/other--modeling_mine.MineForCausalLM"}
+    assert known.code_of(config) is None
+    config.auto_map = OWN_MAP
+    config.name_or_path = str(tmp_path / "gone")
+    assert known.code_of(config) is None
+    del config.auto_map  # a class that a program has registered
+    assert known.code_of(config) is None
+    assert known.code_of(config_of("granite")) == ""
+    config.auto_map, config.name_or_path = OWN_MAP, str(tmp_path / "a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known, "code_of", lambda config: None)
+        first = architecture_of(config)
+        assert architecture_of(config) is first  # kept in memory
+    assert not list(cache.glob("*.json"))

@@ -61,7 +61,7 @@ class Thresholds(TorchFunctionMode):
 def bounded(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """The floating tensors that a function compares with a constant other than 0.
 
-    >>> x = torch.ones(2)
+    >>> x = torch.tensor([1.0, 2.0])
     >>> [len(list(bounded("clamp", (x,), bounds))) for bounds in ({"min": 0}, {"min": 0, "max": 8.0}, {"max": 1e39})]
     [0, 1, 0]
     """
