@@ -107,6 +107,22 @@ def test_an_image_gives_the_float_model_s_logits_within_what_8_bits_explain(name
     assert torch.allclose(ours, logits(loaded, inputs), atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "encoder"), [("gemma3", "model.vision_tower"), ("qwen3-vl", "model.visual")])
+@pytest.mark.parametrize("scheme", ["w8a16kv4", "w8a16kv4h"])
+def test_keys_and_values_are_quantized_in_the_text_model_alone(name, encoder, scheme, saved, tmp_path):
+    folder, model = saved[name]
+    run = quantize_tiny(folder, tmp_path / "run", scheme, "rtn").out
+    loaded, ids = lowbit.load(run), {"input_ids": tiny_ids(2, 12)}
+    seen = []
+    for one in (model, loaded, copy.deepcopy(loaded)):
+        with one.get_submodule(encoder).register_forward_hook(lambda module, args, out: seen.append(out[0])):
+            logits(one, image_inputs(name))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    assert float((logits(loaded, ids) - logits(model, ids)).std()) > 0.01 * float(logits(model, ids).std())
+    assert torch.allclose(streamed_logits(run, ids["input_ids"]), logits(loaded, ids), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "glm4v"])
 def test_an_architecture_that_is_kept_knows_which_part_it_is_of(name):
     config = CONFIGS[name]()

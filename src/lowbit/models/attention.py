@@ -13,7 +13,7 @@ The keys and values of a prefix (``prefix.py``) come first and stay float.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,8 +85,26 @@ def quantized_attention(config: Any, format: ActFormat | None, prefix: int = 0) 
     """Within the context, layers that share ``config`` quantize Q, K and V in ``format`` (``None``: no effect)."""
     before = config._attn_implementation
     if format is not None:
-        config._attn_implementation = attention_name(format, before, prefix)
+        quantize_attention([config], format, prefix)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        _name_alone(config, before)
+
+
+def quantize_attention(configs: Iterable[Any], format: ActFormat, prefix: int = 0) -> None:
+    """From now on, modules that look their attention up in one of ``configs`` quantize Q, K and V in ``format``.
+
+    Args:
+        configs: those of the modules and of what builds their masks, once or several times. Configs within them, as
+            of a vision encoder, stay.
+        format: of queries, keys and values.
+        prefix: how many of the first keys and values stay as they are.
+    """
+    for config in {id(config): config for config in configs}.values():
+        _name_alone(config, attention_name(format, config._attn_implementation, prefix))
+
+
+def _name_alone(config: Any, name: str) -> None:
+    """Set a config's attention, not that of configs within it: a plain name would be passed on to all of them."""
+    config._attn_implementation = {"": name}

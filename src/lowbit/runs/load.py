@@ -21,8 +21,8 @@ from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.errors import LowbitError, one_line
 from lowbit.models import fused_kernels
 from lowbit.models.architecture import Architecture, Experts
-from lowbit.models.attention import attention_name
-from lowbit.models.build import from_config, tied_tensors
+from lowbit.models.attention import quantize_attention
+from lowbit.models.build import from_config, text_config, tied_tensors
 from lowbit.models.device import check_usable, float_dtype
 from lowbit.models.experts import as_the_library_stores, parameter_shapes, state_shapes
 from lowbit.models.experts_function import run_experts_apart
@@ -131,7 +131,7 @@ def load(
             else:
                 run_experts_apart(layer.get_submodule(own.module), own, expert_inputs)
     front = () if manifest is None else manifest.prefix_ids
-    refuse_saving(model, folder, ops, formats, model.config._attn_implementation, len(front))
+    refuse_saving(model, folder, ops, formats, text_config(model.config)._attn_implementation, len(front))
     qparams = read_input_qparams(checkpoint, formats.modules, device)
     behind = _quantize_behind_gathers(model, architecture, formats)
     for name in formats.modules:
@@ -157,14 +157,18 @@ def _quantize_attention(
     kv: ActFormat,
     prefix: int,
 ) -> None:
-    """Quantize Q, K and V from now on, but for those of a prefix, with each layer's ratios if the format has them."""
-    model.config._attn_implementation = attention_name(kv, model.config._attn_implementation, prefix)
+    """Quantize Q, K and V from now on, but for those of a prefix, with each layer's ratios if the format has them.
+
+    Those of the decoder layers only: the encoder of a model that also sees computes as it did.
+    """
+    kinds = enumerate(zip(layers, architecture.layers, strict=True))
+    found = {i: layer.get_submodule(kind.attention) for i, (layer, kind) in kinds if kind.attention is not None}
+    quantize_attention((text_config(model.config), *(module.config for module in found.values())), kv, prefix)
     if not isinstance(kv, RotatedTokens):
         return
-    for index, (layer, kind) in enumerate(zip(layers, architecture.layers, strict=True)):
-        if kind.attention is not None:
-            ratios = read_ratios(checkpoint, f"{architecture.blocks}.{index}")
-            layer.get_submodule(kind.attention).register_buffer(ATTRIBUTE, ratios, persistent=False)
+    for index, module in found.items():
+        ratios = read_ratios(checkpoint, f"{architecture.blocks}.{index}")
+        module.register_buffer(ATTRIBUTE, ratios, persistent=False)
 
 
 def _ops_of(
