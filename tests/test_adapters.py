@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import lowbit
 from lowbit.cli.main import call
 from tiny import save_tiny, tiny_ids
+from wrapped import save_wrapped
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.2.mlp.down_proj"
@@ -31,7 +33,8 @@ def save_adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) 
     content = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "/nowhere/base", **config}
     (folder / "adapter_config.json").write_text(json.dumps(content))
     save_file(
-        {f"base_model.model.{name}": value for name, value in tensors.items()}, folder / "adapter_model.safetensors"
+        {f"base_model.model.{name}": value.clone() for name, value in tensors.items()},
+        folder / "adapter_model.safetensors",
     )
     return folder
 
@@ -160,3 +163,103 @@ def test_the_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     assert call(["merge", str(adapter), "--base", str(base), "--out", str(tmp_path / "x")]) == 2
     assert "pickled weights" in capsys.readouterr().err
+
+
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+
+
+def on_embedding(seed: int = 3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(4, 96, generator=generator), torch.randn(64, 4, generator=generator)
+    return {f"{EMBED}.lora_embedding_A": a, f"{EMBED}.lora_embedding_B": b}
+
+
+WHOLE = torch.randn(96, 64, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "tied"),
+    [
+        (on_embedding(), {}, False),
+        (pair(HEAD, 96, 64), {}, False),
+        ({f"{EMBED}.modules_to_save.weight": WHOLE}, {}, False),
+        ({f"{HEAD}.modules_to_save.weight": WHOLE}, {}, False),
+        ({f"{EMBED}.modules_to_save.weight": WHOLE, f"{HEAD}.modules_to_save.weight": -WHOLE}, {}, False),
+        ({f"{EMBED}.modules_to_save.weight": WHOLE, f"{HEAD}.modules_to_save.weight": WHOLE}, {}, True),
+        ({**on_embedding(), **pair(HEAD, 96, 64)}, {}, False),
+        (on_embedding(), {"ensure_weight_tying": True}, True),
+        (pair(Q, 64, 64), {}, True),
+    ],
+)
+@pytest.mark.parametrize("stored", ["embedding", "head", "both"])
+def test_a_tied_embedding_of_which_one_side_changes_is_two_tensors(tensors, config, tied, stored, tmp_path: Path):
+    """PEFT wraps the embedding or the head, and the other one computes with the base's weight."""
+    save_tiny(tmp_path / "base", "llama", tie_word_embeddings=True)
+    file = tmp_path / "base" / "model.safetensors"
+    before = load_file(file)
+    assert f"{HEAD}.weight" not in before
+    weight = before.pop(f"{EMBED}.weight")
+    names = {"embedding": [EMBED], "head": [HEAD], "both": [EMBED, HEAD]}[stored]
+    save_file({**before, **{f"{name}.weight": weight.clone() for name in names}}, file)
+    out = lowbit.merge(
+        save_adapter(tmp_path / "a", tensors, **config), base=tmp_path / "base", out=tmp_path / "m"
+    ).out
+
+    def wanted(module: str) -> torch.Tensor:
+        if f"{module}.modules_to_save.weight" in tensors:
+            return tensors[f"{module}.modules_to_save.weight"]
+        if f"{module}.lora_A.weight" in tensors:
+            return weight + 2 * tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+        if f"{EMBED}.lora_embedding_A" in tensors and (module == EMBED or config):
+            return weight + 2 * (tensors[f"{EMBED}.lora_embedding_B"] @ tensors[f"{EMBED}.lora_embedding_A"]).T
+        return weight
+
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied
+    for model in (lowbit.load(out), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)):
+        assert torch.allclose(model.get_input_embeddings().weight, wanted(EMBED), atol=1e-5)
+        assert torch.allclose(model.get_output_embeddings().weight, wanted(HEAD), atol=1e-5)
+    after = load_file(out / "model.safetensors")
+    assert len({EMBED, HEAD} & {name.removesuffix(".weight") for name in after}) == (len(names) if tied else 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_of_a_model_that_sees_has_the_names_in_memory(tied: bool, tmp_path: Path):
+    """Files of Gemma 3 have ``language_model.model.layers``, the model has ``model.language_model.layers``."""
+    model = save_wrapped(tmp_path / "base", "gemma3", tie_word_embeddings=tied)
+    inner = model.get_submodule("model.language_model.layers.0.self_attn.q_proj").weight
+    place = "language_model.layers.0.self_attn.q_proj"
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    (name,) = (name for name in before if name.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in name)
+    assert name == "language_model.model.layers.0.self_attn.q_proj.weight"
+    tensors = pair(f"model.{place}", *inner.shape)
+    a, b = tensors.values()
+    embed = {"model.language_model.embed_tokens.modules_to_save.weight": WHOLE} if tied else {}
+    out = lowbit.merge(
+        save_adapter(tmp_path / "a", {**tensors, **embed}), base=tmp_path / "base", out=tmp_path / "m"
+    ).out
+    after = load_file(out / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name, *(["language_model.model.embed_tokens.weight"] if tied else [])}
+    assert after.keys() - before.keys() == ({"lm_head.weight"} if tied else set())
+    loaded = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    assert torch.allclose(loaded.get_submodule(f"model.{place}").weight, inner + 2 * b @ a, atol=1e-5)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
+    # The names of files, which older releases of the library had in memory, are taken too.
+    older = {key.replace("model.language_model.", "language_model.model."): value for key, value in tensors.items()}
+    again = lowbit.merge(save_adapter(tmp_path / "b", older), base=tmp_path / "base", out=tmp_path / "n").out
+    assert torch.equal(load_file(again / "model.safetensors")[name], after[name])
+    both = save_adapter(tmp_path / "c", {**older, **tensors})
+    with pytest.raises(lowbit.LowbitError, match="two names of one tensor of"):
+        lowbit.merge(both, base=tmp_path / "base", out=tmp_path / "x")
+
+
+def test_a_base_that_names_its_weights_is_merged_under_the_library_s_names(base: Path, tmp_path: Path):
+    (base / "model.safetensors").rename(base / "weights.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "transformers_weights": "weights.safetensors"}))
+    out = lowbit.merge(save_adapter(tmp_path / "a", pair(Q, 64, 64)), base=base, out=tmp_path / "m").out
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text())
+    before, after = lowbit.load(base), lowbit.load(out)
+    assert not torch.equal(before.get_submodule(Q).weight, after.get_submodule(Q).weight)
+    assert torch.equal(before.lm_head.weight, after.lm_head.weight)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lowbit.allocation.api import Fitted, fit
     from lowbit.allocation.frontier_run import frontier
     from lowbit.analysis.diagnose import Diagnosis, diagnose
-    from lowbit.checkpoints.merge import Merged, merge
     from lowbit.errors import LowbitError
     from lowbit.evaluation.compare import Compared, compare
     from lowbit.evaluation.evaluate import Evaluated, evaluate
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from lowbit.exporters.api import Exported, export, verify
     from lowbit.exporters.verify import Verified
     from lowbit.pipeline.imatrix import Imatrix, imatrix
+    from lowbit.pipeline.merge import Merged, merge
     from lowbit.pipeline.quantize import Quantized, quantize
     from lowbit.pipeline.recipe import Recipe, load_recipe
     from lowbit.quant.format import Format, QParams, QTensor
@@ -73,7 +73,6 @@ _MODULES = {
     "allocation.api": ("Fitted", "fit"),
     "allocation.frontier_run": ("frontier",),
     "analysis.diagnose": ("Diagnosis", "diagnose"),
-    "checkpoints.merge": ("Merged", "merge"),
     "errors": ("LowbitError",),
     "evaluation.compare": ("Compared", "compare"),
     "evaluation.evaluate": ("Evaluated", "evaluate"),
@@ -81,6 +80,7 @@ _MODULES = {
     "exporters.api": ("Exported", "export", "verify"),
     "exporters.verify": ("Verified",),
     "pipeline.imatrix": ("Imatrix", "imatrix"),
+    "pipeline.merge": ("Merged", "merge"),
     "pipeline.quantize": ("Quantized", "quantize"),
     "pipeline.recipe": ("Recipe", "load_recipe"),
     "quant.format": ("Format", "QParams", "QTensor"),

@@ -92,11 +92,13 @@ class Adapter:
         folder: its folder.
         changes: by name of the weight in the base model.
         replaced: tensors that it has trained whole, by name in the base model.
+        ties: a tied tensor's other name has its change too (``ensure_weight_tying``).
     """
 
     folder: Path
     changes: Mapping[str, Change]
     replaced: Mapping[str, Tensor]
+    ties: bool = False
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -122,7 +124,7 @@ def read_adapter(folder: Path) -> Adapter:
     replaced = {re.sub(r"\.(modules_to_save|base_layer)\.", ".", _inner(name)): value for name, value in rest.items()}
     if not changes and not replaced:
         raise LowbitError(f"{folder} changes nothing: its weights are empty")
-    return Adapter(folder, changes, replaced)
+    return Adapter(folder, changes, replaced, ties=bool(config.get("ensure_weight_tying")))
 
 
 def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge a LoRA adapter into its base model."""
-    from lowbit.checkpoints.merge import merge as run
+    from lowbit.pipeline.merge import merge as run
 
     result = run(
         adapter,

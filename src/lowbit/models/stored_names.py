@@ -8,7 +8,7 @@ name means what it means there. A run folder keeps its source's names, which eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,39 @@ class StoredNames:
         return {self.stored(name): value for name, value in tensors.items()}
 
 
+Rule = Callable[[str], str]  # from a name in a file to another name
+
+
+def renaming(model: Any, listed: Collection[str]) -> tuple[Rule, Rule]:
+    """From a name in a file to the model's, as the library finds it; and by the rules of the model's class alone.
+
+    Args:
+        model: the library's.
+        listed: names of its tensors, and of those that these are split into.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    base = f"{model.base_model_prefix}."
+
+    def by_rules(stored: str) -> str:
+        name: str = apply_renamings(stored, rules)
+        return name
+
+    def is_listed(name: str) -> bool:
+        """Whether the model has the tensor, or a weight in its module: that of one may be packed into several."""
+        return name in listed or f"{name.rpartition('.')[0]}.weight" in listed
+
+    def rename(stored: str) -> str:
+        name = by_rules(stored)
+        # The last one: the library keeps a name that it knows and would rename to one that it does not.
+        choices = (name, base + name, name.removeprefix(base), stored)
+        return next((choice for choice in choices if is_listed(choice)), name)
+
+    return rename, by_rules
+
+
 def use_model_names(
     checkpoint: Checkpoint, config: Any, architecture: Architecture, trust_remote_code: bool = False
 ) -> StoredNames:
@@ -69,29 +102,15 @@ def use_model_names(
     Raises:
         LowbitError: two tensors of the checkpoint have one name in the model.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
-
     model = empty_model(config, trust_remote_code)
-    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    listed, base = {*shapes, *state_shapes(architecture, shapes)}, f"{model.base_model_prefix}."
-
-    def is_listed(name: str) -> bool:
-        """Whether the model has the tensor, or a weight in its module: that of one may be packed into several."""
-        return name in listed or f"{name.rpartition('.')[0]}.weight" in listed
-
-    def rename(stored: str) -> str:
-        name: str = apply_renamings(stored, rules)
-        # The last one: the library keeps a name that it knows and would rename to one that it does not.
-        choices = (name, base + name, name.removeprefix(base), stored)
-        return next((choice for choice in choices if is_listed(choice)), name)
-
+    listed = {*shapes, *state_shapes(architecture, shapes)}
+    rename, apply_rules = renaming(model, listed)
     stored = checkpoint.names
     checkpoint.rename(rename)
     if not is_composite(config):
         return StoredNames(rename)
-    renamed = {apply_renamings(name, rules): name for name in stored}
+    renamed = {apply_rules(name): name for name in stored}
     pairs = {name: file for name, file in renamed.items() if name in listed and name != file}
     names = StoredNames(rename, _modules(pairs.items()))
     exact = all(rename(names.stored(name)) == name for name in listed)

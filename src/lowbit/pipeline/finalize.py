@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion, without_code
-from lowbit.checkpoints.config_fields import is_kernel_choice
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.pypi import sha256_of
 from lowbit.checkpoints.safetensors_folder import Checkpoint
 from lowbit.checkpoints.shards import INDEX
+from lowbit.checkpoints.shipped_config import shipped_config, untie
 from lowbit.checkpoints.writing import write_bytes, write_json
 from lowbit.models.build import auto_class
 from lowbit.models.description import to_dict
@@ -55,7 +55,7 @@ def finish(
     write_carried(opened.checkpoint, opened.others, out)
     write_folder_index(out, len(rows))
     trusted = bool(request["trust_remote_code"])
-    config = _shipped_config(read_json(source / CONFIG), trusted)
+    config = shipped_config(read_json(source / CONFIG), trusted)
     config["quantization_config"] = quantization_config(plan.formats, (*plan.floats, *plan.outside), plan.embed)
     ops = _runtime_ops(out, len(rows), opened.names)
     has_prefix = prefix is not None and bool(prefix.ids)
@@ -67,7 +67,7 @@ def finish(
             stop: {"targets": ["Linear"], "weights": {"num_bits": stop}}
         }
     if not plan.tied:
-        _untie(config)
+        untie(config)
     copied = _copy_companions(source, out, trusted)
     write_json(out / CONFIG, config)
     extra = sum(stored.bits for stored in ops.values()) + _attention_bits(out, len(rows), opened.names)
@@ -88,14 +88,6 @@ def finish(
     return manifest
 
 
-def _untie(config: dict[str, Any]) -> None:
-    """Say that head and embedding are two tensors; some classes read that from the text model's own config."""
-    config["tie_word_embeddings"] = False
-    for part in config.values():
-        if isinstance(part, dict) and "tie_word_embeddings" in part:
-            part["tie_word_embeddings"] = False
-
-
 def finished(out: Path) -> Manifest:
     """The manifest of a folder that holds this run already."""
     manifest = manifest_of(out)
@@ -103,16 +95,6 @@ def finished(out: Path) -> Manifest:
     shutil.rmtree(out / RUN, ignore_errors=True)  # left by a run that was killed right after writing its manifest
     say(f"{out} already holds this run, finished")
     return manifest
-
-
-def _shipped_config(source: Mapping[str, Any], trusted: bool) -> dict[str, Any]:
-    """The source's config without what does not hold for the result.
-
-    That is the names of its weight files and the attention kernel of the machine that it was made on; and, where no
-    code was permitted, the map to code, which is not copied either: ``transformers`` has the class.
-    """
-    kept = source if trusted else without_code(source)
-    return {key: value for key, value in kept.items() if key != "transformers_weights" and not is_kernel_choice(key)}
 
 
 def _copy_companions(source: Path, out: Path, trusted: bool) -> list[str]:

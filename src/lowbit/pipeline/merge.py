@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit.checkpoints.adapters import Adapter, read_adapter
+from lowbit.checkpoints.adapters import read_adapter
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
 from lowbit.checkpoints.gguf_reader import ShardWriter, build
 from lowbit.checkpoints.json_file import read_json
 from lowbit.checkpoints.kinds import what_is
-from lowbit.checkpoints.resolve import resolve
-from lowbit.checkpoints.safetensors_folder import Checkpoint
+from lowbit.checkpoints.resolve import load_config, resolve
+from lowbit.checkpoints.shipped_config import shipped_config, untie
+from lowbit.checkpoints.writing import write_json
 from lowbit.errors import LowbitError
 from lowbit.paths import user_path
-from lowbit.progress import track
+from lowbit.pipeline.merge_base import MergeBase
+from lowbit.progress import say, track
 from lowbit.torch_state import own_torch_state
 
 
@@ -46,6 +48,7 @@ def merge(
     """Merge a LoRA adapter into its base model; the result is an ordinary model folder.
 
     Weights are added in float32 and rounded to the base's dtype. Tokenizer files of the adapter take precedence.
+    Where the base ties head and embedding and the adapter changes one of them, both are written, and untied.
 
     Args:
         adapter: the adapter's folder, with ``adapter_config.json``.
@@ -64,46 +67,25 @@ def merge(
     source = resolve(str(base), revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if (source.folder / "lowbit.json").is_file() or read_json(source.folder / CONFIG).get("quantization_config"):
         raise LowbitError(f"--base {base} is {what_is(source.folder)}: give the float model")
-    checkpoint = Checkpoint(source.folder)
-    stored = _matched(checkpoint, content)
+    config = load_config(source.folder, trust_remote_code)
+    base_model = MergeBase(source.folder, config, trust_remote_code)
+    changed = base_model.changed(content)
+    shipped = shipped_config(read_json(source.folder / CONFIG), trust_remote_code)
+    if changed.untied:
+        untie(shipped)
 
     def write(work: Path) -> None:
         shards = ShardWriter(work)
-        for name in track(checkpoint.names, f"merging {folder.name}"):
-            ours = stored.get(name, "")
-            if ours in content.replaced:
-                value = content.replaced[ours].to(checkpoint.read([name])[name].dtype).contiguous()
-            else:
-                value = checkpoint.read([name])[name]
-            if ours in content.changes:
-                value = content.changes[ours].apply(value)
-            shards.add(name, value)
+        for name in track(changed.names, f"merging {folder.name}"):
+            shards.add(name, changed.value(name))
         shards.close()
         for name in companions(source.folder, code=trust_remote_code):
             copy_companion(source.folder, work, name)
         for name in companions(folder, code=False):
             copy_companion(folder, work, name)
-        copy_companion(source.folder, work, CONFIG)
+        write_json(work / CONFIG, shipped)
 
     build(final, write)
+    if changed.untied:
+        say(f"{final} has head and embedding as two tensors: the adapter changes them apart, the base ties them")
     return Merged(final, len(content.changes), len(content.replaced))
-
-
-def _matched(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, str]:
-    """The adapter's names by the base's; raises ``LowbitError`` for a weight that the base lacks or has otherwise."""
-    shapes: dict[str, tuple[int, ...]] = {name: change.shape for name, change in adapter.changes.items()}
-    shapes |= {name: tuple(value.shape) for name, value in adapter.replaced.items()}
-    out = {}
-    for name, shape in shapes.items():
-        stored = checkpoint.find(name)
-        if stored is None:
-            raise LowbitError(
-                f"{adapter.folder} changes '{name}', which {checkpoint.folder} lacks: give its own base model"
-            )
-        if checkpoint.shape(stored) != shape:
-            raise LowbitError(
-                f"{adapter.folder} changes '{name}' of shape {shape}, {checkpoint.folder} has "
-                f"{checkpoint.shape(stored)}: give its own base model"
-            )
-        out[stored] = name
-    return out
