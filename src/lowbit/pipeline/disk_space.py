@@ -21,12 +21,28 @@ def size_on_disk(plan: Plan, recipe: Recipe, skeleton: Skeleton) -> int:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuse a run that does not fit on the disk; shards of an interrupted run count as written."""
+    """Refuse a run that does not fit on the disk; what an interrupted run has written counts.
+
+    That is its shards, and what ``tune`` keeps in ``.run``: the result of the earlier steps, their latent weights and
+    the state of the fit, all of which ``size_on_disk`` holds. Example: of 10 GB needed, 3 GB of shards and 6 GB in
+    ``.run`` leave 1 GB.
+
+    Raises:
+        LowbitError: the disk has less free than is missing.
+    """
     folder = next(p for p in [out, *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(folder).free
-    missing = needed - sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    missing = needed - sum(map(_size, out.rglob("*.safetensors")))
     if free < missing:
         raise LowbitError(
             f"out of disk: the result takes about {missing:,} more bytes, {folder} has {free:,} free; free some "
             "space or choose another --out"
         )
+
+
+def _size(path: Path) -> int:
+    """A file's bytes; 0 for one that another process of the run has removed since it was listed."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
