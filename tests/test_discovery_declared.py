@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowbit.checkpoints.resolve import resolve
 from lowbit.models.discovery import Discovery, discover
+from lowbit.models.discovery.fold import draw, fold
+from lowbit.models.discovery.sites import InFloat64, owners_of
+from lowbit.models.discovery.small_model import redraw, run_eager_experts
 from lowbit.models.families import architecture_of
-from tiny import MIXTURES, NAMES, tiny_model
+from tiny import CONFIGS, MIXTURES, NAMES, tiny_model
 
 
 @pytest.mark.parametrize("name", [*NAMES, *MIXTURES])
@@ -41,3 +46,40 @@ def test_a_real_model_is_discovered_at_its_own_sizes():
     assert found.architecture.layers == architecture_of(config).layers
     assert found.record.checked == (0,)
     assert len(found.architecture.layers) == 30
+
+
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+ODD = {**PARTIAL, "partial_rotary_factor": 0.45}  # of a head of 16: 7 dimensions, which take 4 angles
+ZEROS = {**PARTIAL, "rope_type": "proportional"}
+
+
+@pytest.mark.parametrize("rope", [PARTIAL, ODD, ZEROS], ids=["half", "odd", "proportional"])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_part_of_a_head_that_rotates_is_the_class_s(name: str, rope: dict[str, Any]) -> None:
+    """``partial_rotary_factor`` is a field of every config with a rotary embedding; few classes read it."""
+    config = CONFIGS[name]()
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        pytest.skip("no rotary embedding")
+    nested = any(isinstance(value, dict) for value in parameters.values())
+    config.rope_parameters = {key: dict(rope) for key in parameters} if nested else dict(rope)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    config.architectures = [type(model).__name__]
+    run_eager_experts(model)
+    redraw(model, 0)
+    found = architecture_of(config)
+    inputs = torch.arange(3, 21)[None]
+    with torch.no_grad(), InFloat64():
+        wanted = model(inputs).logits
+    for index, kind in enumerate(found.layers):
+        layer = model.get_submodule(found.blocks)[index]
+        params = dict(layer.named_parameters())
+        for edge in (edge for edge in kind.edges if edge.kind == "qk"):
+            owners = owners_of(layer)
+            map = draw(edge, owners, edge.limit, torch.Generator().manual_seed(index))
+            folded = fold(edge, owners, params, map)
+            with torch.no_grad(), InFloat64():
+                changed = {f"{found.blocks}.{index}.{key}": value for key, value in folded.items()}
+                got = torch.func.functional_call(model, changed, (inputs,)).logits
+            assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-9

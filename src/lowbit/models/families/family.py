@@ -69,8 +69,23 @@ def check_heads(heads: Heads) -> None:
         raise LowbitError(f"config.json is invalid: a head's width {heads.dim} given; allowed: up to {WIDEST}")
 
 
-def rotary_dims(config: Any, dim: int) -> int:
-    """How many leading dimensions of a head of width ``dim`` the rotary embedding rotates, from a config."""
+def rotary_dims(config: Any, dim: int, partial: bool = False) -> int:
+    """How many leading dimensions of a head the rotary embedding rotates.
+
+    >>> from transformers import Phi3Config
+    >>> config = Phi3Config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4})
+    >>> rotary_dims(config, 80, partial=True), rotary_dims(config, 18, partial=True), rotary_dims(config, 80)
+    (32, 8, 80)
+
+    Args:
+        config: the model's.
+        dim: a head's width.
+        partial: the class rotates the part that ``partial_rotary_factor`` says; others rotate whole heads whatever
+            their config says. Angles come in pairs, so an odd number of dimensions is rounded up.
+
+    Raises:
+        LowbitError: the factor is none.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     nested = next((value for value in rope.values() if isinstance(value, dict)), rope)
     factor = nested.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
@@ -78,7 +93,10 @@ def rotary_dims(config: Any, dim: int) -> int:
         raise LowbitError(
             f"config.json is invalid: partial_rotary_factor is {shown(factor)}; allowed: above 0, up to 1"
         )
-    return int(dim * factor)
+    if not partial or nested.get("rope_type") == "proportional":  # whose angles of the other dimensions are 0
+        return dim
+    turned = int(dim * factor)
+    return turned + turned % 2
 
 
 def qk_edge(q: Ref, k: Ref, heads: Heads, rotary: int, gains: bool = False, offset: float = 0.0) -> DeclaredEdge:

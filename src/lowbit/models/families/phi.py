@@ -25,7 +25,7 @@ def phi3_layer(config: Any, index: int) -> LayerKind:
         DeclaredEdge("norm", NORMS[1], (GATE_UP,), gathers=True, shift=True),
         DeclaredEdge("heads", parts["v"], (O,), "matrix", heads, shift=True),
         DeclaredEdge("channels", up, (DOWN,), partner=gate, gathers=True),
-        qk_edge(parts["q"], parts["k"], heads, rotary_dims(config, heads.dim)),
+        qk_edge(parts["q"], parts["k"], heads, rotary_dims(config, heads.dim, partial=True)),
     )
     return LayerKind(((QKV,), (O,), (GATE_UP,), (DOWN,)), edges)
 
