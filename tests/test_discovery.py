@@ -390,3 +390,24 @@ def test_a_layer_at_real_shape_has_the_values_of_its_buffers():
         ((_, why),) = checked(real, layer, [edge])
         assert not why
     assert layer.v.weight.is_meta
+
+
+@pytest.mark.parametrize(
+    ("type", "given", "pairs", "free"),
+    [
+        # Phi-2: of heads of 80 dimensions 32 rotate; of 8, as in the second small model, 0.4 are no even number.
+        ("phi", {"hidden_size": 320, "num_attention_heads": 4, "partial_rotary_factor": 0.4}, 16, 48),
+        ("stablelm", {**GROUPED, "hidden_size": 240, "partial_rotary_factor": 0.3}, 6, 28),
+        # GLM's layers know no such number, its config does.
+        *[("glm", {**GROUPED, "head_dim": 40, "partial_rotary_factor": part}, int(20 * part), 40 - 2 * int(20 * part))
+          for part in (0.1, 0.2, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)],
+    ],
+)  # fmt: skip
+def test_a_part_of_a_head_that_is_odd_at_a_small_size(type, given, pairs, free):
+    config = CONFIG_MAPPING[type](**{**SIZES, "intermediate_size": 80, **given})
+    found = discover(config)
+    edges = {edge.kind: edge for edge in found.architecture.layers[0].edges}
+    assert edges.keys() >= {"norm", "heads", "qk"}
+    assert (len(edges["qk"].pairs), len(edges["qk"].free)) == (pairs, free)
+    assert found.record.checked == (0,)
+    assert not found.record.notes

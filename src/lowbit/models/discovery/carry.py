@@ -10,6 +10,7 @@ from lowbit.models.discovery.fold import columns_of, rows_of
 from lowbit.models.discovery.layout import Mismatch, Sizes
 from lowbit.models.discovery.readers import Owners, selected, writing
 from lowbit.models.discovery.result import label
+from lowbit.models.discovery.rotary import ROTATED
 
 Three = tuple[Owners, Owners, Owners]
 
@@ -72,6 +73,9 @@ def _near(edge: DeclaredEdge, other: DeclaredEdge, heads: Heads | None, owners: 
         found["query*dim"] = tuple(one.query * one.dim for one in three)
         found["kv*dim"] = tuple(one.kv * one.dim for one in three)
         found["group*dim"] = tuple(one.query // one.kv * one.dim for one in three)
+    if edge.kind == "qk":
+        turned = {name: one for name, one in sizes.far.items() if name.startswith(ROTATED)}
+        found |= {name: (one.small, one.other, one.real) for name, one in turned.items()}
     return sizes.with_near(**{name: (a, b, c) for name, (a, b, c) in found.items()})
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from lowbit.errors import LowbitError
+from lowbit.models.discovery.rotary import rotary_numbers
 
 
 class Mismatch(LowbitError):
@@ -152,7 +153,9 @@ def numbers_of(layer: nn.Module, config: Any) -> dict[str, int]:
                 found[f"{name}.{key}"] = value
         for key, parameter in module.named_parameters(recurse=False):
             found |= {f"{name}.{key}.{axis}": size for axis, size in enumerate(parameter.shape)}
-    found |= {f"config.{key}": value for key, value in _flat(config.to_dict())}
+    fields = config.to_dict()
+    found |= {f"config.{key}": value for key, value in _flat(fields)}
+    found |= dict(rotary_numbers(fields))
     whole = {key: value for key, value in found.items() if isinstance(value, int) and not isinstance(value, bool)}
     return {key: value for key, value in whole.items() if value > 1 and not key.endswith(("_token_id", "layer_idx"))}
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from lowbit.errors import LowbitError, one_line
 from lowbit.models.build import text_config
+from lowbit.models.discovery.rotary import HEADS, lower_rotary
 
 Size = Literal[0, 1]
 TOKENS = 18  # of a sequence; no width of a head or a layer equals it
@@ -20,14 +21,6 @@ VOCABULARY = 128
 MOST_LAYERS = 8
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks")
-_HEADS = (
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "num_heads",
-    "decoder_attention_heads",
-    "encoder_attention_heads",
-)
 _KV = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 # Values for both sizes by what a field measures, then the fields' names.
 _OF_EXPERTS: tuple[tuple[tuple[int, int], str], ...] = (
@@ -39,7 +32,7 @@ _FIELDS: tuple[tuple[tuple[int, int], str], ...] = (
     ((64, 96), "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width"),
     ((64, 96), "backbone_hidden_size hidden_size_global out_hidden_size input_embedding_size output_embedding_size"),
     ((64, 96), "adapter_in_dim adapter_input_size attention_hidden_size"),
-    ((4, 12), " ".join(_HEADS)),
+    ((4, 12), " ".join(HEADS)),
     ((16, 8), "head_dim dim_head d_head attention_head_size kv_channels"),
     ((48, 56), "intermediate_size ffn_dim n_inner dff dim_ff ffn_hidden_size d_inner feed_forward_size block_ff_dim"),
     ((48, 56), "decoder_ffn_dim encoder_ffn_dim mlp_dim dense_intermediate_size intermediate_size_mlp"),
@@ -132,7 +125,7 @@ def lower(fields: Mapping[str, Any], size: Size, layers: Layers = Layers()) -> d
     _latent_attention(fields, out, size)
     _state_space(out, size)
     _wide_attention(fields, out)
-    _rotary_sections(fields, out)
+    lower_rotary(fields, out, size)
     _special_tokens(out)
     _layers(fields, out, layers)
     _fewer_experts(out)
@@ -210,7 +203,7 @@ def _is_size(value: Any) -> bool:
 
 def _key_value_heads(fields: Mapping[str, Any], out: dict[str, Any], size: Size) -> None:
     """One, as many as query heads, or some between, as the model has it."""
-    heads = next((fields[name] for name in _HEADS if fields.get(name)), None)
+    heads = next((fields[name] for name in HEADS if fields.get(name)), None)
     for name in _KV:
         if name in fields:
             real = fields[name]
@@ -250,33 +243,6 @@ def _wide_attention(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
     if _is_size(fields.get("attention_hidden_size")) and "num_attention_heads" in out:
         out["attention_hidden_size"] = out["hidden_size"] * fields["attention_hidden_size"] // fields["hidden_size"]
         out["attention_head_dim"] = out["attention_hidden_size"] // out["num_attention_heads"]
-
-
-def _rotary_sections(fields: Mapping[str, Any], out: dict[str, Any]) -> None:
-    """Rotary dimensions that count time, height and width, in as many parts as a smaller head has."""
-    rope, before, after = fields.get("rope_parameters"), _head_dim(fields), _head_dim(out)
-    if isinstance(rope, dict) and isinstance(sections := rope.get("mrope_section"), list) and before and after:
-        out["rope_parameters"] = {**rope, "mrope_section": _smaller(sections, after, before)}
-
-
-def _head_dim(fields: Mapping[str, Any]) -> int:
-    heads = next((fields[name] for name in _HEADS if _is_size(fields.get(name))), 0)
-    hidden, own = fields.get("hidden_size"), fields.get("head_dim")
-    if isinstance(own, int) and own > 0:
-        return own
-    return hidden // heads if isinstance(hidden, int) and heads else 0
-
-
-def _smaller(parts: Sequence[int], numerator: int, denominator: int) -> list[int]:
-    """Parts whose sum is a share of what it was.
-
-    >>> _smaller([16, 24, 24], 16, 128)
-    [2, 3, 3]
-    >>> _smaller([8, 12, 12], 8, 128)
-    [0, 1, 1]
-    """
-    ends = [round(sum(parts[: at + 1]) * numerator / denominator) for at in range(len(parts))]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _special_tokens(out: dict[str, Any]) -> None:
