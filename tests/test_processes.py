@@ -142,6 +142,52 @@ def test_an_error_is_told_once(models, tmp_path):
     assert "is not a lowbit run" in lines_of(errors)[0]
 
 
+def test_a_program_goes_on_behind_an_error(models, alone, tmp_path):
+    """An error of all processes, one that the first has alone, and one within the work; then a run like any other."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("not a run")
+    (run,) = (run for run in runs_of(models) if run["name"] == "gptq")
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import lowbit
+from job_worker import make
+from lowbit.pipeline.runner import Walk
+
+run, out = json.loads({json.dumps(json.dumps(run))}), Path({str(tmp_path)!r})
+real = Walk.write
+
+def broken(self, block, *rest):
+    if os.environ["RANK"] == "0":
+        raise ArithmeticError("one process alone")
+    real(self, block, *rest)
+
+for name, write in (("other", real), ("broken", broken), ("whole", real)):
+    Walk.write = write
+    try:
+        make(run, run["model"], out / name)
+        said = "done"
+    except (lowbit.LowbitError, ArithmeticError, RuntimeError) as error:
+        said = str(error)
+    (out / f"{{name}}-{{os.environ['RANK']}}.txt").write_text(said)
+"""
+    )
+    process = launched(2, str(script))
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    said = {(name, rank): (tmp_path / f"{name}-{rank}.txt").read_text() for name in ("other", "broken", "whole")
+            for rank in (0, 1)}  # fmt: skip
+    assert "is not a lowbit run" in said["other", 0]
+    assert said["broken", 0] == "one process alone"
+    assert said["broken", 1].startswith("another process of this job ended")
+    assert not any("torch.distributed is initialized" in text for text in said.values())
+    assert said["whole", 0] == said["whole", 1] == "done"
+    assert folder_bytes(tmp_path / "whole") == alone["gptq"]
+
+
 def test_a_command_that_is_not_shared_is_refused(models):
     process = launched(2, "-m", "lowbit", "inspect", str(models / "llama"))
     _out, errors = process.communicate()

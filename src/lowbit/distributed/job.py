@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -17,7 +17,9 @@ from lowbit.errors import LowbitError
 TIMEOUT = "LOWBIT_TIMEOUT"  # seconds until a process that does not answer counts as lost
 SECONDS = 1800.0
 _joined = count()
+_own_group = False  # whether the process group, if there is one, was made here
 _unreached = False  # whether this process has looked for the others in vain
+_first_error: bool | None = None  # whether this process's error is the first one of the job; None: it has none yet
 _store: Any = None  # of the job that was joined last; it outlives the job, so that errors can be told once
 
 
@@ -50,19 +52,26 @@ def joined() -> Iterator[World]:
     console.quiet = quiet or not world.first
     try:
         _join(world)
-        with within(world):
-            yield world
+        try:
+            with within(world):
+                yield world
+        except BaseException:
+            reports()  # before the others learn of it, whose errors are consequences
+            _abandon()
+            raise
         _leave()
     finally:
         console.quiet = quiet
 
 
 def _join(world: World) -> None:
-    global _store, _unreached
+    global _first_error, _own_group, _store, _unreached
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    if dist.is_initialized() and _own_group:
+        _abandon()  # an error has kept the job before this one from ending
     if dist.is_initialized():
         raise LowbitError(
             "torch.distributed is initialized by the program that calls lowbit: let lowbit do it, or call "
@@ -75,7 +84,9 @@ def _join(world: World) -> None:
         store, rank, size = next(iter(rendezvous("env://", world.rank, world.size, timeout=timeout)))
         # One store serves all jobs of a launch, and every job starts with keys of its own.
         _store = PrefixStore(f"lowbit-{next(_joined)}", store)
+        _first_error = None
         dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=timeout)
+        _own_group = True
     except (RuntimeError, OSError, ValueError) as error:  # the latter two: no such address, no such port
         _unreached = True
         raise LowbitError(
@@ -103,13 +114,27 @@ def _reach(limit: float) -> None:
 
 
 def _leave() -> None:
-    import torch.distributed as dist
-
+    """End the job, once every process has come so far."""
     from lowbit.distributed.exchange import wait
 
-    with within(launched()):
-        wait()
-    dist.destroy_process_group()
+    try:
+        with within(launched()):
+            wait()
+    finally:
+        _abandon()
+
+
+def _abandon() -> None:
+    """Leave the job whatever the others do: they may be anywhere, and learn of it in their next exchange.
+
+    What follows in the same program may join another job. A group that cannot be ended now is ended by the next one.
+    """
+    global _own_group
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):  # of connections that are gone; the error that is on its way says more
+        dist.destroy_process_group()
+        _own_group = False
 
 
 def have_met() -> bool:
@@ -122,14 +147,17 @@ def reports() -> bool:
 
     A process that has not reached the others speaks for itself: it may be the only one that is left.
     """
+    global _first_error
     if launched().size == 1 or _unreached:
         return True
     if _store is None:  # the command did not come so far in any of them
         return launched().first
-    try:
-        return int(_store.add("errors", 1)) == 1
-    except RuntimeError:  # the launcher, which has the store, is gone
-        return True
+    if _first_error is None:
+        try:
+            _first_error = int(_store.add("errors", 1)) == 1
+        except RuntimeError:  # the launcher, which has the store, is gone
+            _first_error = True
+    return _first_error
 
 
 def agree(facts: Mapping[str, Any]) -> None:
