@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from lowbit.data.sampling import cache_name
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, one_line
 from lowbit.models.block import Block
 from lowbit.models.build import from_config, is_tied, text_config, tied_tensors, untied_config
 from lowbit.models.experts import parameter_shapes, taken_apart
@@ -130,7 +130,23 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """The input of block 0, ``(sequences, length, width)``, for token ids ``(sequences, length)``."""
+        """The input of block 0, ``(sequences, length, width)``, for token ids ``(sequences, length)``.
+
+        Raises:
+            LowbitError: the model has fewer positions.
+        """
+        try:
+            return self._embed(ids)
+        except (IndexError, RuntimeError) as error:
+            # A table may have fewer rows than the config says positions, as RoBERTa's.
+            if not isinstance(error, IndexError) and "out of bounds" not in str(error):
+                raise
+            raise LowbitError(
+                f"{type(self.model).__name__} computes no texts of {ids.shape[1]} tokens ({one_line(error)}): give "
+                "a smaller --length"
+            ) from error
+
+    def _embed(self, ids: Tensor) -> Tensor:
         first, last = self._recorders.modules[0], self._recorders.modules[-1]
         last.answer = None
         self._length = ids.shape[1]
