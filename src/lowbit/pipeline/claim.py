@@ -55,16 +55,19 @@ def check_claimable(recipe: Recipe, plan: Plan, prefix: str) -> None:
             )
 
 
-def join(out: Path, identity: Identity, check_new: Callable[[], None]) -> State:
-    """Make ``out`` the folder of this run, together with other processes, and return its state."""
-    return _in_turn(out, lambda: join_folder(out, identity, check_new))
+def join(out: Path, identity: Identity, check_new: Callable[[], None], stay: ExitStack) -> State:
+    """Make ``out`` the folder of this run, together with other processes, and return its state.
+
+    As long as ``stay`` is open, processes that do not claim are refused.
+    """
+    return _in_turn(out, lambda: join_folder(out, identity, check_new, stay))
 
 
 @contextmanager
 def claimed_in_turn(out: Path, identity: Identity) -> Iterator[State]:
-    """``claimed``, when the other processes of the run have let go of the folder."""
+    """``claimed``, when the other processes of the run have let go of the folder and of its blocks."""
     with ExitStack() as stack:
-        yield _in_turn(out, lambda: stack.enter_context(claimed(out, identity)))
+        yield _in_turn(out, lambda: stack.enter_context(claimed(out, identity, joined=True)))
 
 
 def _in_turn(out: Path, take: Callable[[], State]) -> State:

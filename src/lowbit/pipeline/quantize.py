@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -261,33 +261,34 @@ def _run(resolved: Resolved, out: Path, claim: bool) -> Manifest:
         check_claimable(request.recipe, plan, request.prefix)
     if from_first(lambda: look(out, identity)) == "finished":
         return finished(out)
-    if claim:
-        check_space(out, size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes)
-        if join(out, identity, lambda: check_finite(checkpoint, resolved.shapes)) == "finished":
-            return finished(out)
-        torch.manual_seed(request.seed)
-        with fused() if request.compiled else nullcontext():
-            claim_blocks(_walk(resolved, out), ids)
-    with claimed_in_turn(out, identity) if claim else claimed_by_first(out, identity) as state:
-        if state == "finished":  # by another process, between the two looks
-            return finished(out)
-        if state == "new":
-            by_first(lambda: check_finite(checkpoint, resolved.shapes))
-        needed = size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes
-        by_first(lambda: check_space(out, needed))
-        by_first(lambda: begin(out, identity))
-        see(out / RUN / IDENTITY)
-        torch.manual_seed(request.seed)
-        run = _walk(resolved, out)
-        prefix = None if resolved.prefix is None else settle_prefix(run, ids, resolved.prefix)
-        with fused() if request.compiled else nullcontext():
-            if request.recipe.tune is not None:
-                tune(request.recipe.tune, run, ids)
-            run.walk(ids)
-        by_first(lambda: write_activation_stats(out, run.observed))
-        wait()  # for whoever still reads notes, which the next step deletes
-        by_first(lambda: finish(out, resolved.opened, plan, identity, run.rows, request.to_dict(), prefix))
-        see(out / MANIFEST)
+    with ExitStack() as stay:
+        if claim:
+            check_space(out, size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes)
+            if join(out, identity, lambda: check_finite(checkpoint, resolved.shapes), stay) == "finished":
+                return finished(out)
+            torch.manual_seed(request.seed)
+            with fused() if request.compiled else nullcontext():
+                claim_blocks(_walk(resolved, out), ids)
+        with claimed_in_turn(out, identity) if claim else claimed_by_first(out, identity) as state:
+            if state == "finished":  # by another process, between the two looks
+                return finished(out)
+            if state == "new":
+                by_first(lambda: check_finite(checkpoint, resolved.shapes))
+            needed = size_on_disk(plan, request.recipe, skeleton) + resolved.opened.others.size_bytes
+            by_first(lambda: check_space(out, needed))
+            by_first(lambda: begin(out, identity))
+            see(out / RUN / IDENTITY)
+            torch.manual_seed(request.seed)
+            run = _walk(resolved, out)
+            prefix = None if resolved.prefix is None else settle_prefix(run, ids, resolved.prefix)
+            with fused() if request.compiled else nullcontext():
+                if request.recipe.tune is not None:
+                    tune(request.recipe.tune, run, ids)
+                run.walk(ids)
+            by_first(lambda: write_activation_stats(out, run.observed))
+            wait()  # for whoever still reads notes, which the next step deletes
+            by_first(lambda: finish(out, resolved.opened, plan, identity, run.rows, request.to_dict(), prefix))
+            see(out / MANIFEST)
     manifest = manifest_of(out)
     assert manifest is not None  # just written
     return manifest

@@ -32,6 +32,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from lowbit.checkpoints.companions import CONFIG
 from lowbit.checkpoints.json_file import read_json
@@ -46,7 +47,8 @@ from lowbit.runs.carried import CARRIED
 from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
 
 TIMING, RUN, IDENTITY, LOCK = "lowbit-timing.json", ".run", "identity.json", "lock"
-CLAIMS = f"{RUN}/claims"  # locks of the blocks that processes quantize independently
+# Locks of the blocks that processes quantize independently, and one of each such process for as long as it is there.
+CLAIMS, PRESENT = f"{RUN}/claims", "process-"
 REST = "model-rest.safetensors"
 _DERIVED = ("fingerprint", "source_files", "versions.")  # differ as a consequence of other settings
 # What file managers leave in any folder that they show: a folder with nothing else is empty.
@@ -134,20 +136,24 @@ def refuse_in_use(out: Path) -> None:
 
 
 def _claims(out: Path) -> list[Path]:
-    """The locks of blocks that processes may be at work on."""
+    """The locks of blocks that processes may be at work on, and of these processes themselves."""
     try:
         return sorted((out / CLAIMS).iterdir())
     except OSError:  # no folder, or none that can be one: what is made of it later says so
         return []
 
 
-def join_folder(out: Path, identity: Identity, check_new: Callable[[], None]) -> State:
+def join_folder(out: Path, identity: Identity, check_new: Callable[[], None], stay: ExitStack) -> State:
     """Prepare ``out`` for several processes that claim blocks of one run: its state, as seen under the lock.
+
+    This process is then seen to be there whether it holds a block or not: in its pass through the float model it
+    holds none, and a process that had the folder for itself would write the same files.
 
     Args:
         out: the run folder.
         identity: the run.
         check_new: called before anything is written to a new folder.
+        stay: keeps the lock that says so.
 
     Raises:
         InUse: another process has the folder for itself.
@@ -162,15 +168,24 @@ def join_folder(out: Path, identity: Identity, check_new: Callable[[], None]) ->
                 sweep(folder)
             begin(out, identity)
             (out / CLAIMS).mkdir(exist_ok=True)
+            for lock in (out / CLAIMS).glob(f"{PRESENT}*"):
+                if holder(lock) is None:
+                    lock.unlink(missing_ok=True)  # of a process that was killed; new ones come under the lock
+            stay.enter_context(hold(out / CLAIMS / f"{PRESENT}{uuid4().hex}"))
     return state
 
 
 @contextmanager
-def claimed(out: Path, identity: Identity) -> Iterator[State]:
+def claimed(out: Path, identity: Identity, joined: bool = False) -> Iterator[State]:
     """Within the context ``out`` belongs to this process and the run: its state, as seen under the lock.
 
     What a killed process left half-written is deleted. The lock ends with the context, whatever ends it; a folder in
     which nothing was written is as it was before.
+
+    Args:
+        out: the run folder.
+        identity: the run.
+        joined: this process has joined the folder. Others that have may be there too, as long as they hold no block.
 
     Raises:
         LowbitError: another process works on the folder, it holds another run, or it cannot be written.
@@ -180,7 +195,7 @@ def claimed(out: Path, identity: Identity) -> Iterator[State]:
         with _locked(out):
             state = look(out, identity)
             for lock in _claims(out):
-                if (owner := holder(lock)) is not None:
+                if not (joined and lock.name.startswith(PRESENT)) and (owner := holder(lock)) is not None:
                     raise InUse(out, owner)
             if state != "finished":
                 for leftover in filter(is_partial, [*out.iterdir(), *(out / RUN).iterdir()]):
