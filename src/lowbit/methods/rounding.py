@@ -40,7 +40,7 @@ class Rounding(Method):
 
     options: RoundingOptions = RoundingOptions()
     # All epochs run: steps of one length wander until it falls, and the validation loss falls most at the end.
-    schedule: Schedule = Schedule(epochs=12, decay="linear", patience=0)
+    schedule: Schedule = Schedule(epochs=16, decay="linear", patience=0)
     rounds: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = False
     needs: ClassVar[Needs] = "x_q"
