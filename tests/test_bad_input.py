@@ -115,6 +115,18 @@ OPTIONS = [
         ["--scheme", "w4a16g64-sym"],
         ["mlp.down_proj", "64", "width of 96", "usable sizes: 16, 32"],
     ),
+    (
+        "scales that the target does not store",
+        {},
+        ["--scheme", "w4a16g32-sym:bf16", "--target", "llama.cpp"],
+        ["w4g32-sym:bf16 given with --target llama.cpp", "torch.float16", "leave out ':bf16'"],
+    ),
+    (
+        "scales of an override that the target does not store",
+        {},
+        ["--scheme", "w4a16g32-sym", "--override", "*down_proj=w8g32-sym:f32", "--target", "vllm"],
+        ["w8g32-sym:f32 given with --target vllm", "leave out ':f32'"],
+    ),
     ("group of 0", {}, ["--scheme", "w4a16g0"], ["group size 0 given", "2 or more"]),
     ("scheme file", {}, ["--scheme", "{m}/no.yml"], ["cannot read the scheme file", "no.yml"]),
     ("scheme key", {"s.yaml": "scheme: w4a16\noverides: {}"}, ["--scheme", "{m}/s.yaml"], ["mean 'overrides'"]),

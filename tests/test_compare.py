@@ -147,6 +147,7 @@ def test_what_does_not_compare_is_one_line(places, tmp_path, capsys):
         ([model, str(tmp_path / "none")], "no such file or folder"),
         ([model, fine, "--seed", "-1"], "seed"),
         ([model, fine, "--prompt", ""], "prompt"),
+        ([model, fine, "--new-tokens", "3"], "--new-tokens 3 given without --prompt"),
     ):
         assert call(["compare", *given, "--data", f"{model}/held.txt", "--length", str(LENGTH)]) == 2
         err = capsys.readouterr().err.strip()

@@ -41,7 +41,7 @@ def compare(
     bos: BosOption = None,
     seed: Annotated[int, typer.Option(help="Draws the windows of the bootstrap.")] = 0,
     prompt: Annotated[str | None, typer.Option(help="Text for all models to continue.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="At most this many tokens after the prompt.")] = 64,
+    new_tokens: Annotated[int | None, typer.Option(help="At most this many tokens after the prompt; 64.")] = None,
     blocks: Annotated[bool, typer.Option("--blocks", help="Show each block's error; --json has it anyway.")] = False,
     device: Device = "cpu",
     dtype: DType = "float32",

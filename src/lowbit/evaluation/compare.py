@@ -34,6 +34,7 @@ from lowbit.runs.streamed_model import StreamedModel, batches_of, passes
 from lowbit.torch_state import own_torch_state
 
 FORMAT = "lowbit-compare-1"
+NEW_TOKENS = 64  # after a prompt
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def compare(
     bos: Bos = "auto",
     seed: int = 0,
     prompt: str | None = None,
-    new_tokens: int = 64,
+    new_tokens: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     revision: str | None = None,
@@ -105,7 +106,7 @@ def compare(
         data, length, tokens, bos: as for ``evaluate``; by default Wikipedia, and a built-in kind of text that none of
             the runs was calibrated on.
         seed: seed of the bootstrap.
-        prompt: text that all models continue greedily by up to ``new_tokens`` tokens.
+        prompt: text that all models continue greedily by up to ``new_tokens`` tokens, by default 64.
         device, dtype, revision, allow_pickle, trust_remote_code: as for ``quantize``.
 
     Raises:
@@ -115,7 +116,7 @@ def compare(
     torch_dtype = check_device(device, dtype)
     exact = str(exact)
     folders = [str(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
-    _check_arguments(folders, seed, prompt, new_tokens)
+    new_tokens = _check_arguments(folders, seed, prompt, new_tokens)
     check_alone_or_shared(device)
     find = partial(resolve, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     source = first_then_others(lambda: find(exact, revision=revision))
@@ -153,15 +154,22 @@ def compare(
     return Compared(exact, source.identity, facts, protocol, texts, ratios, calibrated, generations, seconds)
 
 
-def _check_arguments(folders: Sequence[str], seed: int, prompt: str | None, new_tokens: int) -> None:
+def _check_arguments(folders: Sequence[str], seed: int, prompt: str | None, new_tokens: int | None) -> int:
+    """Refuse arguments that need no model to be wrong; returns the new tokens."""
     check_seed(seed)
     if prompt == "":
         raise LowbitError("--prompt is empty; give some text to continue, or leave it out")
-    check_least("--new-tokens", new_tokens, 1, "give how many tokens may follow the prompt")
+    if new_tokens is not None and prompt is None:
+        raise LowbitError(
+            f"--new-tokens {new_tokens} given without --prompt: give the text to continue, or leave it out"
+        )
+    count = NEW_TOKENS if new_tokens is None else new_tokens
+    check_least("--new-tokens", count, 1, "give how many tokens may follow the prompt")
     if not folders:
         raise LowbitError("no run given; name at least one run folder after the float model")
     if duplicates := [name for index, name in enumerate(folders) if name in folders[:index]]:
         raise LowbitError(f"{duplicates[0]} is given twice; name each run once")
+    return count
 
 
 def _open_models(

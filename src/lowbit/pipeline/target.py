@@ -10,9 +10,11 @@ from lowbit.exporters.fit import check
 from lowbit.exporters.run import Subject
 from lowbit.models.skeleton import Skeleton
 from lowbit.pipeline.recipe import Recipe, runtime_ops
+from lowbit.quant.integer import IntFormat
 from lowbit.quant.runtimes import RUNTIMES
+from lowbit.quant.scale_dtype import suffix_of
 from lowbit.quant.scheme import Scheme, for_runtime
-from lowbit.quant.scheme_names import parse_scheme, with_overrides
+from lowbit.quant.scheme_names import override_text, parse_scheme, with_overrides
 from lowbit.runs.plan import Plan, make_plan
 
 
@@ -29,8 +31,11 @@ def settle(
         skeleton: the model.
 
     Raises:
-        LowbitError: no scheme fits; one line with the field and, if there is one, the nearest scheme.
+        LowbitError: no scheme fits; one line with the field and, if there is one, the nearest scheme. A dtype of
+            scales that the runtime does not store was asked for.
     """
+    if given is not None:
+        _check_scales(runtime, given)
     own = [with_overrides(parse_scheme(name), overrides) for name in RUNTIMES[runtime].schemes]
     misfit = exporter_of(RUNTIMES[runtime].target).misfit
     refused: list[LowbitError] = []
@@ -43,6 +48,17 @@ def settle(
         else:
             return scheme
     raise refused[-1]  # the last scheme is the least demanding: its misfit is not the group size
+
+
+def _check_scales(runtime: str, scheme: Scheme) -> None:
+    """Refuse a dtype of scales that a user has named and the runtime would replace by its own."""
+    own = RUNTIMES[runtime].scale_dtype
+    for format in (scheme.weight, *(spec for _, spec in scheme.overrides)):
+        if isinstance(format, IntFormat) and (suffix := suffix_of(format)) and format.scale_dtype != own:
+            raise LowbitError(
+                f"{override_text(format)} given with --target {runtime}, which stores scales as {own}: leave out "
+                f"'{suffix}'"
+            )
 
 
 def subject_of(plan: Plan, scheme: Scheme, recipe: Recipe, skeleton: Skeleton) -> Subject:
