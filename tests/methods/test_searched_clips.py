@@ -81,6 +81,20 @@ def test_ratios_that_spoil_the_output_are_left_out():
     assert not done.clips
 
 
+@pytest.mark.parametrize("family", ["llama-odd", "mixtral"])
+def test_a_search_sees_nothing_of_the_validation_split(family):
+    """Also where experts, which a part of the tokens reaches, take all sequences that a fit trains on."""
+    block, calib = given("nvfp4a16", family)
+    chosen = torch.arange(len(calib.x_q) - 2)
+    other = calib.x_q.clone()
+    other[-2:] *= torch.linspace(0.1, 4.0, other.shape[-1])
+    searched = [
+        with_searched_clips(block, replace(calib, x_q=x), chosen, block.linears()) for x in (calib.x_q, other)
+    ]
+    assert searched[0].clips
+    assert same(*map(everything, searched))
+
+
 def test_integers_learn_their_ratios_and_other_formats_search_them():
     block, calib = given("w4a8g16")
     assert split_by_format(block) == (block.linears(), [])

@@ -114,10 +114,9 @@ def with_searched_clips(block: Block, calib: Calib, sequences: Tensor, linears: 
 
 
 def _weighting(block: Block, calib: Calib, sequences: Tensor, linears: Iterable[str]) -> Calib:
-    """The hidden states that weight the columns; all of them for experts, as each sees a share of the tokens."""
-    if any(block.expert_of(name) is not None for name in linears):
-        return calib
-    return replace(calib, x_q=select_sequences(calib.x_q, sequences[:WEIGHTING]))
+    """The hidden states that weight the columns; all of training for experts, as each sees a share of the tokens."""
+    experts = any(block.expert_of(name) is not None for name in linears)
+    return replace(calib, x_q=select_sequences(calib.x_q, sequences if experts else sequences[:WEIGHTING]))
 
 
 def _error(block: Block, x: Tensor, y: Tensor) -> float:
