@@ -10,8 +10,8 @@ import pytest
 
 from lowbit.errors import LowbitError
 from lowbit.pipeline.disk_space import check_space
-from lowbit.pipeline.end_to_end import FIRST, STATE
-from lowbit.runs.folder import RUN
+from lowbit.pipeline.end_to_end import STATE
+from lowbit.runs.folder import FIRST, RUN
 from lowbit.runs.latent_weights import latent_file
 from runs import quantize_tiny
 from tiny import save_tiny
@@ -22,7 +22,7 @@ def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 def test_what_a_run_keeps_aside_counts_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tmp_path / RUN / FIRST
+    first = tmp_path / FIRST
     first.mkdir(parents=True)
     for path in (tmp_path / "block-00000.safetensors", first / latent_file(0), tmp_path / RUN / STATE):
         path.write_bytes(b"0" * 1000)

@@ -383,16 +383,20 @@ def test_a_head_of_its_own_is_trained_with_where_the_source_ties_it_to_the_embed
     assert shipped_divergence(tmp_path / "m", tmp_path / "out", ids) == pytest.approx(start, rel=1e-3)
 
 
-def test_the_heads_input_is_quantized_once_behind_the_step(tmp_path, monkeypatch):
-    """A run that is resumed behind the step has no skeleton of the step's."""
+def test_the_head_that_the_step_trains_with_ships_and_knows_nothing_of_the_validation_split(tmp_path, monkeypatch):
     save_tiny(tmp_path / "m", "llama", num_hidden_layers=1)
     seen = []
     measure = runner.head_gram
-    monkeypatch.setattr(runner, "head_gram", lambda *given: seen.append(measure(*given)) or seen[-1])
-    recipe = recipe_file(tmp_path, "gptq: {head: true}", "tune: {epochs: 1, lr: 0, lr_ends: 0, lr_norms: 0}")
-    quantized(tmp_path / "m", tmp_path / "out", "w4a8", recipe, overrides={"lm_head": "w4"})
-    before, behind = seen
-    assert torch.allclose(before, behind, rtol=1e-5, atol=1e-6 * float(before.abs().max()))
+    monkeypatch.setattr(runner, "head_gram", lambda *given: seen.append(given[1]) or measure(*given))
+    recipe = recipe_file(tmp_path, "gptq: {head: true}", "tune: {epochs: 2, lr: 0.05}")
+    made = quantized(tmp_path / "m", tmp_path / "out", "w4a8", recipe, overrides={"lm_head": "w3"})
+    ids = calibration_ids(tmp_path / "m")
+    train, _ = Tune().schedule.split(len(ids))
+    assert [one.tolist() for one in seen] == [ids[train].tolist()]
+    record = made.manifest.blocks[0].steps["tune"]
+    assert record["best_epoch"] > 0
+    shipped = shipped_divergence(tmp_path / "m", tmp_path / "out", ids)
+    assert shipped == pytest.approx(min(record["held_out"]), rel=1e-3)
 
 
 def test_runtime_ops_are_trained_with_and_kept(tmp_path):

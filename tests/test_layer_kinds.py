@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ import lowbit
 import tiny
 from contracts import check_architecture
 from lowbit.errors import LowbitError
+from lowbit.methods.reassemble import fold
 from lowbit.models import families
 from lowbit.models.description import to_dict
 from lowbit.models.families import architecture_of
-from lowbit.models.forward import relative_error
+from lowbit.models.forward import relative_error, run_all
 from lowbit.pipeline.inspect import inspect_model
 from lowbit.pipeline.recipe import recipe_from_dict
 from lowbit.runs.manifest import manifest_of
@@ -33,6 +35,23 @@ def known(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, *handmade.FAMILIES.values()))
     for name, config in handmade.CONFIGS.items():
         monkeypatch.setitem(tiny.CONFIGS, name, config)
+
+
+def test_copies_before_a_squared_activation_share_its_square():
+    """Three copies of a channel of relu^2 have rows that are a third of the square each: over the root of 3."""
+    block, x = tiny.block_of(tiny_model("nemotron"), 1, dtype=torch.float64)
+    edge = next(edge for edge in block.edges() if edge.kind == "channels")
+    assert edge.power == 2
+    down = edge.readers[0].parameter
+    weight = block.params[down].clone()
+    weight[:, :2] = 0  # nothing is lost where copies take these places
+    block = replace(block, params={**block.params, down: weight})
+    idx = torch.arange(weight.shape[1])
+    idx[:2] = 5
+    moved = fold(block, edge, idx, torch.where(idx == 5, 3.0, 1.0).double(), weight)
+    first, second = (run_all(one, x) for one in (block, moved))
+    assert torch.allclose(second, first, rtol=1e-6, atol=1e-6 * float(first.abs().max()))
+    assert not torch.equal(moved.params[down], block.params[down])
 
 
 @pytest.mark.parametrize("name", NAMES)

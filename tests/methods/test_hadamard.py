@@ -145,7 +145,7 @@ def test_blocks_are_those_of_the_groups_that_share_a_scale():
         RandomHadamard(block=32)(planned(wide, "w4a4"), Calib(x, x, x))
 
 
-def test_a_fixed_clip_cuts_every_range_and_keeps_offsets():
+def test_a_fixed_clip_cuts_every_range_and_keeps_offsets_of_channels_that_stay():
     block, calib = made("llama")
     offset = torch.linspace(-0.4, 0.4, 96)
     block = replace(block, ops={"1.mlp.down_proj": Clip(torch.ones(2), offset)})
@@ -154,7 +154,9 @@ def test_a_fixed_clip_cuts_every_range_and_keeps_offsets():
         op = done.ops[name]
         assert isinstance(op, Clip)
         assert op.ratios.tolist() == pytest.approx([0.9, 0.9])
-    assert torch.equal(done.ops["1.mlp.down_proj"].offset, offset)
+    assert done.ops["1.mlp.down_proj"].offset is None  # it was of channels that are mixed now
+    kept = RandomHadamard(input_clip=0.9, channels=False)(block, calib)
+    assert torch.equal(kept.ops["1.mlp.down_proj"].offset, offset)
     weights_alone = RandomHadamard(input_clip=0.9)(*made("llama", "w4a16"))
     assert {type(op) for op in weights_alone.ops.values()} == {Hadamard}
     assert not any(isinstance(op, Clip) for op in RandomHadamard()(*made("llama")).ops.values())

@@ -171,3 +171,23 @@ def test_the_correction_behind_starts_lower_and_ends_lower():
 def test_what_is_no_option_is_refused(wrong):
     with pytest.raises(LowbitError, match=f"refit[.:] ?{next(iter(wrong))}"):
         Refit(**wrong)
+
+
+def test_an_expert_is_refitted_by_all_tokens_that_reach_it():
+    """Not by those of the smaller part that the strength is chosen on: then without the choice."""
+    block, x = block_of(tiny_model("mixtral"), 1)
+    calib = Calib(
+        x, x + 0.02 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)), run_all(block, x)
+    )
+    block = planned(block, "w4a16")
+    experts = [name for name in block.linears() if block.expert_of(name) is not None]
+    splits = Refit()._splits(calib)
+    parts = [paired_statistics(block, block, split, experts, ("cross",)) for split in splits]
+    tokens = {name: [part[name].count for part in parts] for name in experts}
+    name = max(experts, key=lambda name: min(tokens[name]))
+    between = replace(block, least_tokens=int(0.8 * sum(tokens[name])))  # attention that is quantized moves some
+    assert min(tokens[name]) < 0.5 * sum(tokens[name])
+    done = Refit()(between, calib)
+    assert done.record[1]["refit"][name]["ridge"] == Refit().ridge
+    assert done.record[1]["refit"][name]["relative_change"] > 0
+    assert name not in Refit()(replace(block, least_tokens=2 * sum(tokens[name])), calib).record[1]["refit"]

@@ -12,12 +12,13 @@ import torch
 from lowbit.methods import signs as module
 from lowbit.methods.affinequant import AffineQuant
 from lowbit.methods.options import with_options
-from lowbit.methods.signs import Signs, best_signs, with_signs
+from lowbit.methods.signs import Signs, best_signs, turned_clips, with_signs
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
 from lowbit.models.runtime_ops import Matrix
 from lowbit.quant.activations import IntTokens
 from lowbit.quant.scheme_names import parse_scheme
+from mixtures import with_a_cold_expert
 from tiny import NAMES, block_of, planned, tiny_model
 
 A4 = IntTokens(4, symmetric=False)
@@ -166,6 +167,41 @@ def test_the_step_records_what_it_turned_over():
         "1.self_attn.v_proj",
         "1.mlp.up_proj",
     }
+
+
+def test_clipping_ratios_follow_the_signs_of_their_rows():
+    """A negated row has its ends, and their ratios, the other way round; negated columns leave other ends."""
+    block, _ = case("llama")
+    up, down = "1.mlp.up_proj", "1.mlp.down_proj"
+    weight = block.weight(up)
+    ratios = {
+        name: (torch.full((len(block.weight(name)), 1), 0.7), torch.full((len(block.weight(name)), 1), 0.9))
+        for name in (up, down)
+    }
+    block = replace(block, clips=ratios)
+    params = dict(block.params)
+    turned = torch.arange(len(weight)) % 3 == 0
+    params[f"{up}.weight"] = torch.where(turned[:, None], -weight, weight)
+    columns = torch.where(turned, -1.0, 1.0)
+    params[f"{down}.weight"] = block.weight(down) * columns
+    clips = turned_clips(block, params)
+    assert set(clips) == {up}
+    done = replace(block, params=params, clips=clips)
+    format = block.weight_format(up)
+    before = format.fake_quant(weight, format.qparams(weight, *ratios[up]))
+    now = format.fake_quant(done.weight(up), format.qparams(done.weight(up), *clips[up]))
+    step = format.qparams(weight).scale.max()
+    assert float((now * columns[:, None] - before).abs().max()) <= float(step)  # zero points round to either side
+    assert torch.equal(clips[up][0][:, 0], torch.where(turned, 0.9, 0.7))
+    assert turned_clips(block, dict(block.params))[up][0].flatten().tolist() == ratios[up][0].flatten().tolist()
+
+
+def test_an_expert_has_as_many_tokens_as_reach_it():
+    """Not as many as the sampled ones stand for, of which every batch has one."""
+    block, x = block_of(with_a_cold_expert("mixtral"), 1)
+    block = replace(planned(block, "w4a4"), least_tokens=10**6)
+    _, flipped = with_signs(block, x, 1)
+    assert not any("experts" in name for name in flipped)
 
 
 def test_affinequant_takes_signs_at_its_own_sites_and_not_behind_another_steps_clips():

@@ -14,7 +14,7 @@ from lowbit.methods.dropping import DropPlan
 from lowbit.methods.gptq import GPTQ, inverse_factor
 from lowbit.methods.gptq_columns import gptq_codes
 from lowbit.methods.reassemble import Reassemble, candidate_counts
-from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics
+from lowbit.methods.statistics import Statistics, input_statistics, paired_statistics, stride_for
 from lowbit.models.block import Calib
 from lowbit.models.forward import run_all
 from lowbit.quant.scheme_names import parse_scheme, with_overrides
@@ -90,12 +90,30 @@ def test_one_token_in_so_many_is_taken():
     x = torch.randn(3, 10, 4, generator=torch.Generator().manual_seed(5))
     some = Statistics(("tokens",), every=4)
     some.add(x)
-    assert torch.equal(some["tokens"], x.reshape(-1, 4)[::4])
-    assert some.count == 8
+    assert torch.equal(some["tokens"], x.reshape(-1, 4)[2::4])
+    assert (some.count, some.given) == (7, 30)
     block, calib = case()
     (down,) = block.linear_groups()[-1]
     seen = input_statistics(block, calib.x_fp, [down], ("tokens",), batch=2, every=3)[down]
-    assert torch.equal(seen["tokens"], torch.cat([rows[::3] for rows in inputs_of(block, calib.x_fp, down, 2)]))
+    assert torch.equal(seen["tokens"], torch.cat(list(inputs_of(block, calib.x_fp, down, 2)))[1::3])
+
+
+@pytest.mark.parametrize("shape", [(32, 512), (128, 512), (128, 2048), (7, 300)])
+def test_a_sample_of_tokens_has_all_positions_alike(shape):
+    """The first token of a window is often massive: it is no more of the sample than of the text."""
+    every = stride_for(shape, 2048)
+    seen = Statistics(("tokens",), every)
+    for index, part in enumerate(torch.arange(shape[1]).float().expand(shape)[..., None].split(4)):
+        own = Statistics(("tokens",), every, first=4 * index * shape[1])
+        own.add(part[:2])
+        own.add(part[2:])
+        seen.merge(own)
+    counts = torch.bincount(seen["tokens"].flatten().long(), minlength=shape[1])
+    assert 0.8 * 2048 <= seen.count <= 1.2 * 2048
+    assert seen.count == len(seen["tokens"])
+    assert seen.given == shape[0] * shape[1]
+    assert int(counts[0]) <= 2 * seen.count / shape[1] + 1
+    assert int((counts > 0).sum()) >= 0.8 * min(seen.count, shape[1])
 
 
 def test_paired_figures_are_those_of_a_loop_over_tokens():

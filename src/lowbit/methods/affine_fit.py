@@ -81,7 +81,7 @@ class AffineFit:
         train, _ = schedule.split(len(calib.x_q))
         self.searched = SearchedClips(searched, calib, train)
         # Ratios of an earlier step are for other ranges once the smooth start has scaled the weights.
-        self.kept_clips = {name: pair for name, pair in block.clips.items() if not smooth or name not in searched}
+        self.kept_clips = {} if smooth else dict(block.clips)
         if smooth:
             self.searched.search(replace(start, clips={}, input_qparams=self._input_qparams()))
         else:

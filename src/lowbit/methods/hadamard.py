@@ -96,13 +96,14 @@ class RandomHadamard(Method):
     @torch.no_grad()
     def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with transforms online and folded into the weights; its float function is unchanged."""
-        params, ops = dict(block.params), dict(block.ops)
         sites = [site for site in mix_sites(block) if getattr(self, site.name)]
+        block = without_choices(block, sites)
+        params, ops = dict(block.params), dict(block.ops)
         for site in sites:
             op = self._op(block, site).to(block.device)
             site.fold(params, lambda weight, op=op: op(weight.double()))  # type: ignore[misc]
             ops |= site.ops(op)
-        done = replace(without_choices(block, sites), params=params, ops=ops)
+        done = replace(block, params=params, ops=ops)
         return self._clipped(done) if self.input_clip < 1 else done
 
     def _op(self, block: Block, site: MixSite) -> Hadamard | FixedHadamard:

@@ -16,7 +16,7 @@ from lowbit.methods.sites import site_name
 from lowbit.models.block import Block
 from lowbit.models.edges import Edge, Projection
 from lowbit.models.equivalence import Params
-from lowbit.models.runtime_ops import RuntimeOp, at_input
+from lowbit.models.runtime_ops import Clip, RuntimeOp, at_input
 
 MIXED = ("qkv", "heads", "mlp", "channels")
 
@@ -63,11 +63,15 @@ class MixSite:
 
 
 def without_choices(block: Block, sites: Iterable[MixSite]) -> Block:
-    """The block without what was chosen for columns that the sites mix: clipping ratios, static input ranges."""
+    """The block without what was chosen for columns that the sites mix.
+
+    Those are the weights' clipping ratios, static ranges of inputs, and ratios and rounding offsets of inputs.
+    """
     mixed = {reader.module for site in sites for reader in site.readers}
     clips = {name: pair for name, pair in block.clips.items() if name not in mixed}
     ranges = {name: own for name, own in block.input_qparams.items() if name not in mixed}
-    return replace(block, clips=clips, input_qparams=ranges)
+    ops = {name: op for name, op in block.ops.items() if name not in mixed or not isinstance(op, Clip)}
+    return replace(block, clips=clips, input_qparams=ranges, ops=ops)
 
 
 def mix_sites(block: Block) -> list[MixSite]:

@@ -262,7 +262,8 @@ def fold(block: Block, edge: Edge, idx: Tensor, divisor: Tensor, weight: Tensor,
     params, clips, ops = dict(block.params), dict(block.clips), dict(block.ops)
     if isinstance(edge.src, Projection):
         assert into is None, "a mean of products does not fold"
-        gather_rows(params, clips, edge.src, idx, divisor)
+        # Of a squared activation the source's rows take the root: its square is what the copies share.
+        gather_rows(params, clips, edge.src, idx, divisor.double() ** (1 / edge.power))
         if edge.partner is not None:
             gather_rows(params, clips, edge.partner, idx, torch.ones_like(divisor))
     else:

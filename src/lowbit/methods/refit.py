@@ -86,8 +86,8 @@ class Refit(Method):
             for linears in groups:
                 seen = [split.pop(linears[0]) for split in paired]
                 refitted: dict[str, Tensor] = {}
-                if is_cold(block, linears[0], min(stats.count for stats in seen)):
-                    cold[linears[0]] = sum(stats.count for stats in seen)
+                if is_cold(block, linears[0], tokens := sum(stats.count for stats in seen)):
+                    cold[linears[0]] = tokens
                 else:
                     ridge, refitted = self._refitted(block, linears, seen)
                 # All of them first: linears that a runtime fuses may share a scale.
@@ -110,7 +110,9 @@ class Refit(Method):
         ``seen`` is of the training and the validation split, or of all sequences.
         """
         ridge = self.ridge
-        if len(seen) > 1:
+        if len(seen) > 1 and any(is_cold(block, linears[0], stats.count) for stats in seen):
+            seen[0].merge(seen[1])  # too few to choose a strength by: one part may have none
+        elif len(seen) > 1:
             weight = torch.cat([block.weight(name) for name in linears])
             ridges = [self.ridge * factor for factor in RIDGES]
             ridge = best_ridge(weight, self._moments(seen[0]), self._moments(seen[1]), ridges)

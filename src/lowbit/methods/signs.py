@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowbit.methods.cold import is_cold
 from lowbit.methods.method import NO_OPS, Method, Needs
-from lowbit.methods.statistics import input_statistics
+from lowbit.methods.statistics import input_statistics, stride_for
 from lowbit.models.block import Block, Calib
 from lowbit.models.edges import Edge, first_edges
 from lowbit.models.equivalence import Params, can_move, move
@@ -54,7 +54,8 @@ class Signs(Method):
     def __call__(self, block: Block, calib: Calib) -> Block:
         """The block with sign flips folded; its float function is unchanged."""
         params, flipped = with_signs(block, calib.x_fp, calib.batch)
-        return replace(block, params=params).with_record("signs", {"turned_over": flipped})
+        clips = turned_clips(block, params)
+        return replace(block, params=params, clips=clips).with_record("signs", {"turned_over": flipped})
 
 
 def _applies(block: Block, edge: Edge) -> bool:
@@ -82,12 +83,12 @@ def with_signs(
     params: Params = dict(block.params)
     if not readers:
         return params, {}
-    stride = -(-x.shape[:-1].numel() // TOKENS)
+    stride = stride_for(x.shape[:2], TOKENS)
     seen = input_statistics(block, x, readers, ("tokens",), batch=batch, every=stride)
     flipped = {}
     for name, edge in readers.items():
         stats = seen.pop(name)
-        if is_cold(block, name, stats.count * stride):
+        if is_cold(block, name, stats.given) or not stats.count:
             continue
         rows = stats["tokens"]
         rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
@@ -98,6 +99,23 @@ def with_signs(
         flipped[edge.src.module] = int((signs < 0).sum())
         params = move(block, edge, signs.reshape(edge.diagonal_shape), params)
     return params, flipped
+
+
+def turned_clips(block: Block, params: Params) -> dict[str, tuple[Tensor, Tensor]]:
+    """The block's clipping ratios for weights whose signs are those of ``params``.
+
+    The ends of a row that is negated as a whole change places, and their ratios with them. Where columns are negated,
+    the ends are others: ratios that were chosen for the old ones are left out.
+    """
+    out = {}
+    for name, (low, high) in block.clips.items():
+        before, now = block.weight(name), params[f"{name}.weight"]
+        turned = (now == -before).all(1)
+        if bool((turned | (now == before).all(1)).all()):
+            turned = turned[:, None] & (now != before).any(1)[:, None]  # a row of zeros is both
+            low, high = (ratio.expand(len(now), ratio.shape[-1]) for ratio in (low, high))
+            out[name] = (low.where(~turned, high), high.where(~turned, low))
+    return out
 
 
 def best_signs(low: Tensor, high: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ that any number of processes gives the same figures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -89,9 +90,11 @@ class Statistics:
 
     Attributes:
         want: names of the figures.
-        every: use one token in ``every``, evenly spread.
+        every: use one token in ``every``, evenly spread; see ``stride_for``.
         values: the figures so far, in float32.
         count: number of tokens used.
+        given: number of tokens, with those in between.
+        first: place of the first of them among all tokens, of which one in ``every`` is used.
 
     >>> seen = Statistics(("magnitude", "peak"))
     >>> seen.add(torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
@@ -103,6 +106,8 @@ class Statistics:
     every: int = 1
     values: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
+    given: int = 0
+    first: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
         """One figure; needs at least one token, which experts may not have."""
@@ -110,10 +115,12 @@ class Statistics:
 
     def add(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Accumulate ``x`` ``(..., in)`` of any dtype; ``exact`` is the float model's input, for paired figures."""
-        rows = x.detach().flatten(0, -2)[:: self.every].float()
+        chosen = slice((self.every // 2 - self.first - self.given) % self.every, None, self.every)
+        self.given += x.shape[:-1].numel()
+        rows = x.detach().flatten(0, -2)[chosen].float()
         if not len(rows):
             return
-        exact_rows = None if exact is None else exact.detach().flatten(0, -2)[:: self.every].float()
+        exact_rows = None if exact is None else exact.detach().flatten(0, -2)[chosen].float()
         for name in self.want:
             if name in FIGURES:
                 self._merge(name, FIGURES[name][0](rows))
@@ -127,10 +134,25 @@ class Statistics:
         for name, value in other.values.items():
             self._merge(name, value if name in self.values else value.clone())
         self.count += other.count
+        self.given += other.given
 
     def _merge(self, name: str, value: Tensor) -> None:
         merge = FIGURES[name][1] if name in FIGURES else _sum
         self.values[name] = merge(self.values[name].to(value.device), value) if name in self.values else value
+
+
+def stride_for(shape: Sequence[int], tokens: int) -> int:
+    """The distance of about ``tokens`` tokens that are evenly spread over windows ``(sequences, length)``.
+
+    It has no divisor in common with the length, so that the tokens are of all positions alike. With 32, every 16th
+    position of a window would be seen, among them the first in each, which is often massive.
+
+    >>> stride_for((128, 512), 2048), stride_for((128, 512), 100_000)
+    (31, 1)
+    """
+    wanted = -(-math.prod(shape) // tokens)
+    near = sorted(range(1, 2 * wanted + 1), key=lambda stride: abs(stride - wanted))
+    return next(stride for stride in near if math.gcd(stride, shape[-1]) == 1)  # 1 is among them
 
 
 def input_statistics(
@@ -148,7 +170,8 @@ def input_statistics(
     names = list(linears)
 
     def of_leaf(part: slice) -> dict[str, Statistics]:
-        seen = {name: Statistics(want, every) for name in names}
+        before = range(len(x))[part].start * x.shape[1]
+        seen = {name: Statistics(want, every, first=before) for name in names}
         taps = {name: stats.add for name, stats in seen.items()}
         observe(block, x[part], taps, params, quantized=quantized, batch=batch)
         return seen
@@ -193,15 +216,15 @@ def _merged(left: dict[str, Statistics], right: dict[str, Statistics]) -> dict[s
 
 def _packed(seen: dict[str, Statistics]) -> tuple[Any, list[Tensor]]:
     """Statistics as plain data and tensors."""
-    data = [[name, own.want, own.every, own.count, list(own.values)] for name, own in seen.items()]
+    data = [[name, own.want, own.every, own.count, own.given, list(own.values)] for name, own in seen.items()]
     return data, [value for own in seen.values() for value in own.values.values()]
 
 
 def _unpacked(data: Any, tensors: list[Tensor]) -> dict[str, Statistics]:
     values = iter(tensors)
     return {
-        name: Statistics(tuple(want), every, {figure: next(values) for figure in figures}, count)
-        for name, want, every, count, figures in data
+        name: Statistics(tuple(want), every, {figure: next(values) for figure in figures}, count, given)
+        for name, want, every, count, given, figures in data
     }
 
 

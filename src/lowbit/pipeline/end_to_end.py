@@ -48,10 +48,9 @@ from lowbit.pipeline.shared_run import check_same_bits, exist, see
 from lowbit.progress import say
 from lowbit.quant.elements import given
 from lowbit.quant.format import Format, QParams
-from lowbit.runs.folder import RUN, block_file, notes_file, pictures_file
+from lowbit.runs.folder import FIRST, RUN, block_file, notes_file, pictures_file
 from lowbit.runs.latent_weights import Latents, latent, latent_file
 
-FIRST = "first"  # folder in .run that holds the result of the earlier steps
 STATE = "tune.safetensors"
 LOGIT_BYTES = 1 << 27  # logits of one model held at once
 
@@ -67,7 +66,7 @@ def tune(options: Tune, walk: Walk, ids: Tensor) -> None:
     layers = len(walk.skeleton.layers)
     if exist(*(walk.out / block_file(index) for index in range(layers))):
         return
-    first = replace(walk, out=walk.out / RUN / FIRST, latents=True, rows=[], observed={})
+    first = replace(walk, out=walk.out / FIRST, latents=True, rows=[], observed={})
     by_first(lambda: (first.out / RUN).mkdir(parents=True, exist_ok=True))
     y_fp = first.walk(ids)
     began = time.monotonic()

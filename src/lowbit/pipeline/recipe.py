@@ -38,6 +38,7 @@ from lowbit.methods.method import Method
 from lowbit.methods.options import option_types, options_of, with_options
 from lowbit.methods.qronos import Qronos
 from lowbit.methods.refit import Refit
+from lowbit.methods.rounding import Rounding
 from lowbit.methods.sparsegpt import SparseGPT
 from lowbit.methods.tune import Tune
 from lowbit.models.runtime_ops import RuntimeOp
@@ -108,6 +109,12 @@ class Recipe:
         if isinstance(last, SparseGPT) and isinstance(self.steps[-1][1], Tune):
             raise LowbitError(
                 f"recipe '{self.name}': tune would take {last_name}'s zeros away; leave one of the two out"
+            )
+        changes = next((name for name, step in self.block_steps[:-1] if not step.keeps_function), None)
+        if changes and isinstance(last, Rounding) and last.options.correct < 1:
+            raise LowbitError(
+                f"recipe '{self.name}': {changes} changes the block's float function, from which {last_name} takes "
+                f"its target with correct {last.options.correct:g}: set {last_name}.correct=1"
             )
         corrects = isinstance(last, Qronos) or (isinstance(last, GPTQ) and last.target == "output")
         if corrects and (first := next((name for name in names if METHODS.get(name) in CORRECTIONS), None)):

@@ -32,6 +32,7 @@ from lowbit.methods.gptq import GPTQ
 from lowbit.methods.input_ranges import without_input_ranges
 from lowbit.methods.kv_clips import with_kv_clips
 from lowbit.methods.statistics import everyones
+from lowbit.methods.tune import Tune
 from lowbit.models.block import LEAST_TOKENS, Block, Calib
 from lowbit.models.build import tied_tensors
 from lowbit.models.forward import run_all, run_quantized
@@ -49,7 +50,7 @@ from lowbit.pipeline.shared_run import check_same_bits, exist, see
 from lowbit.progress import say, track
 from lowbit.quant.range_estimators import MSE, RangeEstimator
 from lowbit.runs.activation_stats import FLOAT, MAP, QUANTIZED, record_peaks
-from lowbit.runs.folder import REST, block_file, notes_file, pictures_file
+from lowbit.runs.folder import FIRST, REST, block_file, notes_file, pictures_file
 from lowbit.runs.latent_weights import write_latents
 from lowbit.runs.manifest import BlockRow
 from lowbit.runs.plan import Plan
@@ -135,11 +136,28 @@ class Walk:
             x_fp, x_q = self._window(start, count, x_fp, x_q)
             release_free_memory()
         if (step := head_step(self.recipe, self.plan)) is not None:
-            self._quantize_head(step, ids, x_q)
+            if exist(self.out / FIRST / REST):
+                self._keep_head()
+            else:
+                self._quantize_head(step, ids, x_q)
         return x_fp
 
+    def _keep_head(self) -> None:
+        """Take the head that ``tune`` has trained the blocks with, whatever their hidden states are now."""
+        see(self.out / FIRST / REST)
+        first, head = replace(self, out=self.out / FIRST)._shard(REST), f"{self.plan.head}."
+        packed = first.read([name for name in first.names if name.startswith(head)])
+        by_first(partial(self._write_head, {name.removeprefix(head): value for name, value in packed.items()}))
+
     def _quantize_head(self, step: GPTQ, ids: Tensor, hidden: States) -> None:
-        """Replace the head's codes by those for the last hidden states; a resumed run comes to the same ones."""
+        """Replace the head's codes by those for the last hidden states; a resumed run comes to the same ones.
+
+        They are fitted in closed form: a later step's validation split is not for them, see ``_visible``.
+        """
+        tune = next((step for _, step in self.recipe.steps if isinstance(step, Tune) and step.schedule.epochs), None)
+        if tune is not None:
+            train, _ = tune.schedule.split(len(ids))
+            ids, hidden = ids[train], select_sequences(hidden, train)
         own, head = self.plan.formats.modules[self.plan.head], f"{self.plan.head}.weight"
         gram = head_gram(self.skeleton, ids, hidden, step, own.input)
         name = f"{self.plan.embed}.weight" if self.plan.untie else head

@@ -47,6 +47,7 @@ from lowbit.runs.carried import CARRIED
 from lowbit.runs.manifest import MANIFEST, Identity, Manifest, manifest_of
 
 TIMING, RUN, IDENTITY, LOCK = "lowbit-timing.json", ".run", "identity.json", "lock"
+FIRST = f"{RUN}/first"  # what the steps before ``tune`` made
 # Locks of the blocks that processes quantize independently, and one of each such process for as long as it is there.
 CLAIMS, PRESENT = f"{RUN}/claims", "process-"
 REST = "model-rest.safetensors"
