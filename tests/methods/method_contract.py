@@ -23,6 +23,7 @@ from lowbit.methods import METHODS, RTN
 from lowbit.methods import training as training_loop
 from lowbit.methods.inputs import input_groups
 from lowbit.methods.method import Method
+from lowbit.methods.mixing import mix_sites
 from lowbit.methods.options import with_options
 from lowbit.methods.rounding import Rounding
 from lowbit.methods.rounding_fit import target
@@ -30,6 +31,7 @@ from lowbit.methods.training import loss_unit, relative_loss
 from lowbit.models.block import Block, Calib
 from lowbit.models.equivalence import move, op_between
 from lowbit.models.forward import relative_error, run_all, run_quantized
+from lowbit.models.runtime_ops import Clip
 from lowbit.pipeline.block_writing import shared_exponent_of
 from lowbit.pipeline.recipe import Recipe
 from lowbit.quant.static_activations import StaticActs
@@ -169,7 +171,13 @@ def check_ops(tried: Attempt) -> None:
     declared = {op for one in inputs for op in step.runtime_ops(one)}
     added = {name: op for name, op in done.ops.items() if op is not block.ops.get(name)}
     assert {type(op) for op in added.values()} <= declared, f"{added} left, {declared} declared"
-    assert set(block.ops) <= set(done.ops), "a runtime op of an earlier step is gone"
+    gone = {name: op for name, op in block.ops.items() if name not in done.ops}
+    sites = [site for site in mix_sites(block) if set(site.places) & set(added)]
+    mixed = {reader.module for site in sites for reader in site.readers}
+    # What cuts and rounds an input is chosen for its channels: it goes where the step mixes them.
+    assert all(isinstance(op, Clip) and name in mixed for name, op in gone.items()), (
+        "a runtime op of an earlier step is gone"
+    )
     for name in added:
         linear = name in block.linears()
         assert added[name].place == ("before a linear" if linear else "behind a norm"), name

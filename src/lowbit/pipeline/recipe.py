@@ -110,10 +110,10 @@ class Recipe:
             raise LowbitError(
                 f"recipe '{self.name}': tune would take {last_name}'s zeros away; leave one of the two out"
             )
-        changes = next((name for name, step in self.block_steps[:-1] if not step.keeps_function), None)
+        changes = next((name for name, step in self.block_steps[:-1] if isinstance(step, CORRECTIONS)), None)
         if changes and isinstance(last, Rounding) and last.options.correct < 1:
             raise LowbitError(
-                f"recipe '{self.name}': {changes} changes the block's float function, from which {last_name} takes "
+                f"recipe '{self.name}': {changes} corrects the block's float function, from which {last_name} takes "
                 f"its target with correct {last.options.correct:g}: set {last_name}.correct=1"
             )
         corrects = isinstance(last, Qronos) or (isinstance(last, GPTQ) and last.target == "output")
