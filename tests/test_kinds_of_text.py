@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lowbit.evaluation.ratios import ratios_of
 from lowbit.evaluation.texts import calibrated_on, default_texts
 from lowbit.methods import training
 from lowbit.reports.facts import FloatFacts, RunFacts
+from lowbit.reports.scores import score_table
 from lowbit.reports.texts import over_texts
 from lowbit.runs.manifest import Calibration, manifest_of
 from tiny import save_tiny
@@ -234,6 +236,22 @@ def test_a_reference_that_says_nothing_is_refused(places, tmp_path, capsys):
 # --- the report
 
 
+def fingerprint(places) -> str:
+    return manifest_of(places / "mixture").identity.fingerprint
+
+
+def test_a_run_is_measured_against_the_float_model_that_it_was_made_from(places):
+    """Two float models with one tokenizer have comparable results, but each run has one of them as its unit."""
+    first = facts(places, entry("a", 30.0))
+    theirs = replace(first.manifest, identity=replace(first.manifest.identity, fingerprint="second"))
+    second = replace(first, manifest=theirs)
+    floats = [FloatFacts("m", fingerprint(places), [entry("a", 10.0)]), FloatFacts("n", "second", [entry("a", 20.0)])]
+    stray = replace(first, manifest=replace(theirs, identity=replace(theirs.identity, fingerprint="third")))
+    (row,) = score_table([first, second, stray], floats).rows
+    assert [cell.text for cell in row.cells] == ["10", "20", "30", "30", "30"]
+    assert [cell.against for cell in row.cells] == ["", "", "×3", "×1.5", ""]
+
+
 def test_the_report_has_the_mean_and_the_worst_ratio(places, tmp_path, capsys):
     run = places / "mixture"
     told = json.loads(printed(capsys, "evaluate", run, "--reference", places / "m", *HOW, "--json")[0])
@@ -257,7 +275,9 @@ def facts(places, *scores) -> RunFacts:
 
 def test_ratios_of_the_report_are_of_one_protocol_each(places):
     """Of a text measured twice the larger counts, and what was not measured of the float model does not."""
-    exact = [FloatFacts("m", [entry("a", 10.0), entry("b", 20.0), entry("a", 11.0, 128)])]
+    other = FloatFacts("other", "of other weights", [entry("a", 1.0), entry("b", 1.0), entry("a", 1.0, 128)])
+    own = FloatFacts("m", fingerprint(places), [entry("a", 10.0), entry("b", 20.0), entry("a", 11.0, 128)])
+    exact = [other, own, replace(other, fingerprint="of still others")]
     run = facts(places, entry("a", 99.0), entry("a", 22.0, 128), entry("b", 30.0), entry("c", 5.0))
     (found,) = over_texts(run, exact)
     assert found.ratios.by_text == {"a": 2.0, "b": 1.5}

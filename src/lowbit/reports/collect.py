@@ -42,7 +42,7 @@ def measured_of(runs: Sequence[Run], files: Sequence[Path]) -> tuple[list[Measur
     pool = _Pool(runs)
     for file in files:
         pool.read(file)
-    return pool.runs, [FloatFacts(name, scores) for name, scores in pool.floats.values()]
+    return pool.runs, [FloatFacts(name, whose, scores) for whose, (name, scores) in pool.floats.items()]
 
 
 class _Pool:

@@ -70,9 +70,16 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class FloatFacts:
-    """A float model that runs were made from: its name and its results."""
+    """A float model that runs were made from.
+
+    Attributes:
+        name: as its runs name it.
+        fingerprint: digest of its weights, as in the identity of its runs.
+        scores: entries as in ``lowbit.evaluation.results``.
+    """
 
     name: str
+    fingerprint: str
     scores: Sequence[Mapping[str, Any]] = ()
 
 

@@ -29,11 +29,13 @@ class OverTexts:
 
 
 def over_texts(run: RunFacts, floats: Sequence[FloatFacts]) -> list[OverTexts]:
-    """A run's ratios for each protocol under which it and a float model were measured on two texts or more.
+    """A run's ratios for each protocol under which it and its float model were measured on two texts or more.
 
     Of a text that was measured on several numbers of tokens, the largest counts; ``builtin`` is ``builtin:wiki``.
     """
-    exact = {question(result): result["value"] for model in floats for result in model.scores}
+    whose = run.manifest.identity.fingerprint
+    own = [model for model in floats if model.fingerprint == whose]
+    exact = {question(result): result["value"] for model in own for result in model.scores}
     groups: dict[str, dict[str, tuple[Entry, float]]] = {}
     for result in _perplexities(run.scores):
         if (unit := exact.get(question(result))) is None:
