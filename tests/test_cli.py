@@ -138,7 +138,7 @@ def test_evaluate_equals_a_plain_loop_for_every_text(model, command):
     assert (code, err) == (0, "")
     found = json.loads(out)
     facts = {"target", "bos", "special", "scored", "scheme", "bits_per_weight", "fingerprint"}
-    facts |= {"calibrated", "reference", "ratios"}
+    facts |= {"calibrated", "reference", "ratios", "device", "dtype"}
     assert set(found) == {"model", "perplexity", "tokens", "length", "seconds", "data_hash", *facts}
     assert found["length"] == 64
     assert found["tokens"] == {texts[0]: 3000 // 64 * 64, texts[1]: 700 // 64 * 64}

@@ -88,10 +88,35 @@ def test_evaluate_keeps_its_result_with_a_run_and_leaves_a_float_model_alone(tmp
     )
 
 
+def test_results_of_two_dtypes_stand_beside_each_other(tmp_path):
+    """Float32 is not told, so that its results replace those of versions that did not tell it."""
+    text = {"perplexity": {"a": 9.0}, "tokens": {"a": 64}, "data_hash": {"a": "0f"}, "length": 32, "bos": "auto"}
+    row = {"metrics": {"acc": 0.5}, "errors": {"acc": 0.02}, "documents": 40, "version": 1.0, "data_hash": "1f"}
+    settings = {"shots": 0, "special": "", "limit": None, "seed": 0, "lm_eval": "0.4", "target": None}
+    for dtype, value in (("float32", 9.0), ("bfloat16", 9.5), ("float32", 9.25)):
+        tasks = {"tasks": {"piqa": row}, "averages": {}, "protocol": settings | {"dtype": dtype}, "fingerprint": "f"}
+        keep(tmp_path, *results_of(text | {"perplexity": {"a": value}, "dtype": dtype, "zero_shot": tasks}))
+    found = [(e["on"], e["protocol"].get("dtype"), e["value"]) for e in kept(tmp_path, "f")]
+    assert sorted(found, key=str) == [
+        ("a", "bfloat16", 9.5),
+        ("a", None, 9.25),
+        ("piqa", "bfloat16", 50.0),
+        ("piqa", None, 50.0),
+    ]
+
+
 def test_tasks_and_their_averages_are_entries_in_percent():
     row = {"metrics": {"acc": 0.5, "perplexity": 8.0}, "errors": {"acc": 0.02}, "documents": 40, "version": 1.0}
     tasks = {name: {**row, "data_hash": name} for name in ("piqa", "lambada_openai")}
-    protocol = {"shots": 0, "special": "", "limit": 40, "seed": 3, "lm_eval": "0.4", "target": None}
+    protocol = {
+        "shots": 0,
+        "special": "",
+        "limit": 40,
+        "seed": 3,
+        "lm_eval": "0.4",
+        "target": None,
+        "dtype": "float32",
+    }
     means = {"qllm": {"tasks": list(tasks), "acc": 0.5, "acc_norm": 0.25}}
     told = {"zero_shot": {"tasks": tasks, "averages": means, "protocol": protocol, "fingerprint": "f"}}
     whose, entries = results_of(told)

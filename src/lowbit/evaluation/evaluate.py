@@ -65,6 +65,7 @@ class Evaluated:
             model.
         reference: the float model, where it was given.
         ratios: of the perplexities to the reference's.
+        device, dtype: where and in which precision the models ran.
     """
 
     perplexity: dict[str, float]
@@ -82,6 +83,8 @@ class Evaluated:
     calibrated: dict[str, bool | None] = field(default_factory=dict)
     reference: Reference | None = None
     ratios: Ratios | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 @own_torch_state
@@ -165,6 +168,8 @@ def evaluate(
         {name: calibrated_on(text.kinds[0], calibration) for name, text in windows.items()},
         beside,
         ratios_of(results, beside.perplexity) if beside else None,
+        device,
+        dtype,
     )
 
 

@@ -52,13 +52,13 @@ def results_of(printed: Mapping[str, Any]) -> tuple[str, list[Entry]]:
     """The model's fingerprint, and entries, from what ``lowbit evaluate --json`` prints.
 
     >>> result = {"perplexity": {"a.txt": 9.5}, "tokens": {"a.txt": 64}, "data_hash": {"a.txt": "0f"}, "length": 32}
-    >>> results_of(result | {"bos": "auto", "fingerprint": "f"})[1][0]["protocol"]
+    >>> results_of(result | {"bos": "auto", "dtype": "float32", "fingerprint": "f"})[1][0]["protocol"]
     {'tokens': 64, 'length': 32, 'bos': 'auto', 'hash': '0f'}
     """
     out = []
     for name, value in printed.get("perplexity", {}).items():
         protocol = text_protocol(
-            printed["tokens"][name], printed["length"], printed["bos"], printed["data_hash"][name]
+            printed["tokens"][name], printed["length"], printed["bos"], printed["data_hash"][name], printed["dtype"]
         )
         out.append(entry(name, "perplexity", value, protocol, printed.get("target")))
     if tasks := printed.get("zero_shot"):
@@ -71,6 +71,7 @@ def _accuracies(scores: Mapping[str, Any]) -> Iterator[Entry]:
     settings = scores["protocol"]
     sampling = {"limit": settings["limit"], "seed": settings["seed"]} if settings["limit"] is not None else {}
     common = {"shots": settings["shots"], **sampling, "special": settings["special"], "lm_eval": settings["lm_eval"]}
+    common |= _precision(settings["dtype"])
     for task, row in scores["tasks"].items():
         protocol = {"documents": row["documents"], "version": row["version"], **common, "hash": row["data_hash"]}
         for measure, value in row["metrics"].items():
@@ -85,9 +86,18 @@ def _accuracies(scores: Mapping[str, Any]) -> Iterator[Entry]:
             yield entry(on, f"{measure}, %", 100 * mean[measure], protocol, settings["target"])
 
 
-def text_protocol(tokens: int, length: int, bos: str, digest: str) -> dict[str, Any]:
-    """Protocol of a result on a text: its tokens, tokens per window, what windows start with, the tokens' digest."""
-    return {"tokens": tokens, "length": length, "bos": bos, "hash": digest}
+def text_protocol(tokens: int, length: int, bos: str, digest: str, dtype: str) -> dict[str, Any]:
+    """Protocol of a result on a text: its tokens, tokens per window, what windows start with, the tokens' digest.
+
+    >>> text_protocol(64, 32, "auto", "0f", "bfloat16")
+    {'tokens': 64, 'length': 32, 'bos': 'auto', 'dtype': 'bfloat16', 'hash': '0f'}
+    """
+    return {"tokens": tokens, "length": length, "bos": bos, **_precision(dtype), "hash": digest}
+
+
+def _precision(dtype: str) -> dict[str, str]:
+    """A protocol's part on precision; none for float32, so that entries stored before it was told stay comparable."""
+    return {} if dtype == "float32" else {"dtype": dtype}
 
 
 def merge_entries(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:

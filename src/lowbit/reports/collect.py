@@ -95,7 +95,7 @@ class _Pool:
         ]
         exact, how = [], content["protocol"]
         for name, text in content["texts"].items():
-            protocol = text_protocol(text["tokens"], how["length"], how["bos"], text["data_hash"])
+            protocol = text_protocol(text["tokens"], how["length"], how["bos"], text["data_hash"], how["dtype"])
             exact.append(entry(name, "perplexity", text["perplexity"], protocol))
             for position, figures in zip(positions, text["runs"], strict=True):
                 if position is not None:

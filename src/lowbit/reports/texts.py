@@ -68,7 +68,8 @@ def _perplexities(results: Sequence[Entry]) -> Iterator[Entry]:
 def _protocol(result: Entry) -> str:
     protocol, runtime = result["protocol"], result["runtime"]
     inputs = f", inputs quantized as on {runtime}" if runtime else ""
-    return f"windows of {protocol['length']}, bos {protocol['bos']}{inputs}"
+    precision = f", {protocol['dtype']}" if "dtype" in protocol else ""  # float32 is not told
+    return f"windows of {protocol['length']}, bos {protocol['bos']}{precision}{inputs}"
 
 
 def _tokens(result: Entry) -> int:
