@@ -131,6 +131,13 @@ def test_what_is_no_question_is_refused(model, pair):
         loglikelihoods(StreamedModel(model), [pair], 128, "test")
 
 
+@pytest.mark.parametrize("pair", [([1, 10**6], [1]), ([1], [1, 10**6])])
+def test_a_token_that_the_model_does_not_have_is_one_line(model, pair):
+    """A tokenizer with an added token; also as an answer's last token, which is no input."""
+    with pytest.raises(lowbit.LowbitError, match="gives token 1000000, the model has"):
+        loglikelihoods(StreamedModel(model), [([1], [2]), pair], 128, "test")
+
+
 # Against lm-eval's own class
 
 
@@ -197,6 +204,22 @@ def test_perplexity_equals_that_of_lm_evals_hugging_face_class(model, harness):
     total = sum(answer for answer, _ in theirs(whole)._loglikelihood_tokens(asked, disable_tqdm=True))
     (found,) = lowbit.evaluate(str(model), data=text, length=64).perplexity.values()
     assert found == pytest.approx(math.exp(-total / len(windows) / 63), abs=1e-3)
+
+
+def test_a_diverged_models_lambada_is_infinite_and_a_report_reads_it(model, data, harness, monkeypatch, capsys):
+    """lm-eval's perplexity is ``exp`` without a bound, whose error would lose the score."""
+    from lowbit.evaluation.results import results_of
+
+    monkeypatch.setattr(harness, "loglikelihoods", lambda _, pairs, *__: [(-1e4, False)] * len(pairs))
+    options = ["--tasks", "lambada_openai", "--task-data", str(data), "--json"]
+    for _ in range(2):  # the second time from the cache
+        assert call(["evaluate", str(model), *options]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["zero_shot"]["tasks"]["lambada_openai"]["metrics"] == {"acc": 0.0, "perplexity": None}
+        found = {one["measure"]: one["value"] for one in results_of(told)[1]}
+        assert found == {"acc, %": 0.0, "perplexity": None}
+        assert call(["evaluate", str(model), *options[:-1]]) == 0
+        assert " inf " in capsys.readouterr().out
 
 
 def test_lm_evals_own_words_reach_neither_stdout_nor_stderr(model, data, harness, capfd):
@@ -412,6 +435,7 @@ def test_arrow_files_of_the_package_are_read(monkeypatch):
         (b"", "holds no document"),
         (b'{"goal": "a", "sol1": "b", "label": 0}', "document 1: no valid 'sol2'"),
         (b'{"goal": "a", "sol1": "b", "sol2": "c", "label": "0"}', "no valid 'label'"),
+        (b'{"goal": "a", "sol1": "b", "sol2": "c", "label": -1}', "document 1: 'label' is -1, which is no answer"),
         (b"[1]", "no valid 'goal'"),
     ],
 )
@@ -422,6 +446,37 @@ def test_unreadable_documents_are_one_line(model, harness, tmp_path, capsys, con
     err = capsys.readouterr().err.strip()
     assert says in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "says"),
+    [
+        ("boolq", {"label": -1}, "'label' is -1, which is no answer; the choices are 0, 1:"),
+        ("piqa", {"label": 2}, "'label' is 2"),
+        ("winogrande", {"answer": ""}, "'answer' is '', which is no answer; the choices are '1', '2':"),
+        ("hellaswag", {"label": ""}, "'label' is '', which is no answer; the choices are '0', '1', '2', '3':"),
+        ("arc_easy", {"answerKey": "D"}, "'answerKey' is 'D', which is no answer; the choices are 'A', 'B', 'C':"),
+        ("arc_challenge", {"answerKey": ""}, "'answerKey' is ''"),
+        ("arc_easy", {"choices": {}}, "no valid 'choices'"),
+        ("arc_easy", {"choices": {"text": ["a"], "label": ["A", "B"]}}, "no valid 'choices'"),
+        ("arc_challenge", {"choices": {"text": [], "label": []}}, "no valid 'choices'"),
+        ("hellaswag", {"endings": []}, "'label' is"),
+    ],
+)
+def test_documents_without_an_answer_are_refused_with_their_number(tmp_path, task, changed, says):
+    rows = made(task, 3)
+    rows[1] |= changed
+    (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(LowbitError) as caught:
+        documents(task, str(tmp_path), NOWHERE)
+    assert str(caught.value).startswith(f"{task}.jsonl, document 2: {says}")
+
+
+def test_documents_whose_template_fails_are_one_line(harness):
+    with pytest.raises(
+        LowbitError, match=r"cannot build questions of arc_easy from these documents \(UndefinedError"
+    ):
+        harness.measure("arc_easy", [{"question": "a", "choices": {"none": 1}, "answerKey": "A"}], None)
 
 
 def test_documents_that_make_no_question_are_one_line(model, harness, tmp_path, capsys):

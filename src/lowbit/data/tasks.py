@@ -19,7 +19,7 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -43,6 +43,15 @@ FIELDS: dict[str, dict[str, type]] = {
     "winogrande": {"sentence": str, "option1": str, "option2": str, "answer": str},
     "boolq": {"passage": str, "question": str, "label": int},
     "lambada_openai": {"text": str},
+}
+# The field that holds a document's answer, by task, and what it may be.
+ANSWERS: dict[str, tuple[str, Callable[[Document], Sequence[Any]]]] = {
+    "piqa": ("label", lambda _: (0, 1)),
+    "arc_easy": ("answerKey", lambda doc: doc["choices"]["label"]),
+    "arc_challenge": ("answerKey", lambda doc: doc["choices"]["label"]),
+    "hellaswag": ("label", lambda doc: [str(number) for number in range(len(doc["endings"]))]),
+    "winogrande": ("answer", lambda _: ("1", "2")),
+    "boolq": ("label", lambda _: (0, 1)),
 }
 
 
@@ -115,12 +124,40 @@ def settle(where: str, task: str, hub: HubSet) -> str:
 
 
 def _checked(task: str, row: Any, source: str, number: int) -> Document:
-    """The fields in ``FIELDS``; raises ``LowbitError`` for the first one that is missing or of another type."""
+    """The fields in ``FIELDS``.
+
+    Raises:
+        LowbitError: a field is missing or of another type, or the answer is none of the choices, as in the test
+            splits whose answers are not public: such a document would count as a wrong answer.
+    """
     for name, kind in FIELDS[task].items():
         if not isinstance(row, Mapping) or not isinstance(row.get(name), kind):
             fields = ", ".join(f"{field} ({of.__name__})" for field, of in FIELDS[task].items())
             raise LowbitError(f"{source}, document {number}: no valid '{name}'; a document of {task} has {fields}")
+    if "choices" in FIELDS[task] and not _are_choices(row["choices"]):
+        raise LowbitError(
+            f"{source}, document {number}: no valid 'choices'; give text and label, lists of strings of one length"
+        )
+    if task in ANSWERS:
+        field, allowed = ANSWERS[task]
+        if row[field] not in (values := allowed(row)):
+            known = ", ".join(map(repr, values)) or "none"
+            raise LowbitError(
+                f"{source}, document {number}: '{field}' is {row[field]!r:.100}, which is no answer; the choices are "
+                f"{known}: give documents with answers, such as those of the validation split"
+            )
     return {name: row[name] for name in FIELDS[task]}
+
+
+def _are_choices(given: Mapping[str, Any]) -> bool:
+    """Whether these are choices as ARC has them.
+
+    >>> _are_choices({"text": ["so", "thus"], "label": ["A", "B"]}), _are_choices({"text": ["so"], "label": []})
+    (True, False)
+    """
+    lists = [given.get("text"), given.get("label")]
+    strings = [one for one in lists if isinstance(one, list) and all(isinstance(part, str) for part in one)]
+    return len(strings) == 2 and len(strings[0]) == len(strings[1]) > 0
 
 
 def _from_hub(hub: HubSet) -> list[Document]:

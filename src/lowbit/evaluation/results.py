@@ -78,7 +78,8 @@ def _accuracies(scores: Mapping[str, Any]) -> Iterator[Entry]:
             unit, sign = (1, "") if measure == "perplexity" else (100, ", %")
             error = row["errors"].get(measure)
             scaled_error = None if error is None else unit * error
-            yield entry(task, f"{measure}{sign}", unit * value, protocol, settings["target"], scaled_error)
+            scaled = None if value is None else unit * value  # JSON has null for what is not finite
+            yield entry(task, f"{measure}{sign}", scaled, protocol, settings["target"], scaled_error)
     for name, mean in scores["averages"].items():
         digest = sha256(" ".join(scores["tasks"][task]["data_hash"] for task in mean["tasks"]).encode()).hexdigest()
         for measure in ("acc", "acc_norm"):

@@ -44,7 +44,7 @@ class Measured:
     """Scores of one task.
 
     Attributes:
-        metrics: by lm-eval's name: ``acc``, ``acc_norm`` (0 to 1), ``perplexity``.
+        metrics: by lm-eval's name: ``acc``, ``acc_norm`` (0 to 1), ``perplexity`` (infinite for a diverged model).
         errors: standard errors of the accuracies.
         documents: number of questions.
         version: version of lm-eval's task.
@@ -144,6 +144,16 @@ def harness_model(model: Stream, tokenizer: Any, positions: int, title: str) -> 
     return Streamed()
 
 
+def perplexity(log_likelihoods: Sequence[float]) -> float:
+    """``exp`` of the mean loss, as in lm-eval, but infinite where that ends in an error: above ``exp(700)``.
+
+    >>> perplexity([0.0, 0.0]), perplexity([-1e4, -1.0])
+    (1.0, inf)
+    """
+    mean = -sum(log_likelihoods) / len(log_likelihoods)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
 def average(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float] | None:
     """The plain mean over ``tasks`` of ``acc``, and of ``acc_norm`` where a task has it (else ``acc``).
 
@@ -194,6 +204,7 @@ def _split(config: Mapping[str, Any]) -> str:
 def _task(task: str, documents: Sequence[Mapping[str, Any]]) -> Any:
     """lm-eval's task over ``documents``, with its requests built."""
     import datasets
+    import jinja2
     from lm_eval.api.task import ConfigurableTask
 
     class Local(ConfigurableTask):  # type: ignore[misc]
@@ -201,6 +212,10 @@ def _task(task: str, documents: Sequence[Mapping[str, Any]]) -> Any:
 
         def download(self, *_: Any, **__: Any) -> None:
             self.dataset = {"test": rows}
+
+        def aggregation(self) -> dict[str, Any]:
+            own: dict[str, Any] = super().aggregation()
+            return {name: perplexity if name == "perplexity" else theirs for name, theirs in own.items()}
 
         def build_all_requests(self, **options: Any) -> None:
             with redirect_stderr(io.StringIO()):  # hides a short progress bar that no option turns off
@@ -216,7 +231,7 @@ def _task(task: str, documents: Sequence[Mapping[str, Any]]) -> Any:
         built = Local(config=config)
         built.set_fewshot_seed(0)  # lm-eval requires the generator even without shots
         built.build_all_requests()
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, jinja2.TemplateError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise LowbitError(f"lm-eval cannot build questions of {task} from these documents ({reason})") from error
     return built

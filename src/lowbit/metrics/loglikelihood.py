@@ -35,6 +35,10 @@ Pair = tuple[Sequence[int], Sequence[int]]
 class Stream(Protocol):
     """A model whose blocks are read as they run."""
 
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse token ids beyond the model's embeddings."""
+        ...
+
     def last_hidden(
         self, batches: Sequence[tuple[int, Tensor]], title: str = ...
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -59,7 +63,8 @@ def loglikelihoods(model: Stream, pairs: Sequence[Pair], positions: int, title: 
         title: label of the progress bar.
 
     Raises:
-        LowbitError: an empty part, a continuation that is too long, or NaN logits.
+        LowbitError: an empty part, a continuation that is too long, a token that the model does not have, or NaN
+            logits.
     """
     inputs: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):
@@ -69,6 +74,8 @@ def loglikelihoods(model: Stream, pairs: Sequence[Pair], positions: int, title: 
                 f"1 to {positions}"
             )
         inputs.setdefault(_visible(context, continuation, positions), []).append(number)
+    if pairs:
+        model.check_ids(torch.tensor([max(max(context), max(continuation)) for context, continuation in pairs]))
     if truncated := sum(len(context) + len(continuation) > positions + 1 for context, continuation in pairs):
         say(f"{title}: {truncated} of {len(pairs)} inputs exceed the model's {positions} positions; left-truncated")
     batches = list(_batches(sorted(inputs, key=lambda ids: (-len(ids), ids))))

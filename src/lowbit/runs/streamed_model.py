@@ -23,6 +23,7 @@ from lowbit.models.forward import run_all
 from lowbit.models.skeleton import Skeleton
 from lowbit.models.validate import (
     check_computes,
+    check_ids,
     check_model,
     open_weights,
     report_build_errors,
@@ -40,6 +41,7 @@ class StreamedModel:
     """A causal language model on disk.
 
     Attributes:
+        folder: where it is.
         config: its Hugging Face config.
         scheme: the run's scheme; ``None`` for a float checkpoint.
         formats: formats of the model's modules; a float checkpoint has none.
@@ -58,6 +60,7 @@ class StreamedModel:
         ``target`` names a runtime whose input quantization is simulated, or ``float``; by default the run's own.
         """
         manifest = manifest_of(folder)
+        self.folder = folder
         self.config: Any = load_config(folder, trust_remote_code)
         require_trust(folder, manifest, trust_remote_code)
         self.device, self.dtype = device, dtype
@@ -104,6 +107,10 @@ class StreamedModel:
             raise LowbitError(
                 f"--length is {length}; this model's positions end at {room}: give {limit - prefix} or less"
             )
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse token ids beyond the model's embeddings."""
+        check_ids(ids, self.skeleton, self.folder)
 
     def enter(self, ids: Tensor) -> Tensor:
         """The input of block 0, ``(windows, length, hidden)``, for ``ids`` ``(windows, length)``."""
