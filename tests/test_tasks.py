@@ -222,6 +222,17 @@ def test_a_diverged_models_lambada_is_infinite_and_a_report_reads_it(model, data
         assert " inf " in capsys.readouterr().out
 
 
+def test_the_cache_of_one_document_whose_error_is_not_a_number_is_json(model, data, harness, tmp_path, monkeypatch):
+    first = lowbit.evaluate_tasks(str(model), "piqa", task_data=str(data), limit=1).tasks["piqa"]
+    (stored,) = (tmp_path / "cache/tasks").glob("*.json")
+    row = json.loads(stored.read_text(), parse_constant=throw)["row"]
+    assert row["errors"] == {"acc": None, "acc_norm": None}
+    monkeypatch.setattr("lowbit.evaluation.tasks.measure", lambda *_: throw(AssertionError("measured again")))
+    again = lowbit.evaluate_tasks(str(model), "piqa", task_data=str(data), limit=1).tasks["piqa"]
+    assert again["metrics"] == first["metrics"]
+    assert all(math.isnan(again["errors"][name]) for name in ("acc", "acc_norm"))
+
+
 def test_lm_evals_own_words_reach_neither_stdout_nor_stderr(model, data, harness, capfd):
     assert (
         call(["evaluate", str(model), "--tasks", "hellaswag,lambada_openai", "--task-data", str(data), "--json"]) == 0

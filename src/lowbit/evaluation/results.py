@@ -1,9 +1,9 @@
 """Results stored with a run: what ``lowbit evaluate`` measured on its folder, in one file for ``lowbit report``.
 
 An entry is plain data: ``on`` (the text or task), ``measure``, ``value`` (``None`` if not finite), ``error`` (its
-standard error, or ``None``), ``protocol`` (everything else that the value depends on, except the model) and
-``runtime`` (whose quantization of inputs was simulated, or ``None``). An entry replaces one that differs from it in
-``value`` and ``error`` only.
+standard error; ``None`` if there is none, or none that is finite), ``protocol`` (everything else that the value
+depends on, except the model) and ``runtime`` (whose quantization of inputs was simulated, or ``None``). An entry
+replaces one that differs from it in ``value`` and ``error`` only.
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ def entry(
     error: float | None = None,
 ) -> Entry:
     """One result; a path to a text is shortened to the file's name."""
-    finite = value is not None and math.isfinite(value)
     return {
         "on": Path(on).name,
         "measure": measure,
-        "value": value if finite else None,
-        "error": error,
+        "value": _finite(value),
+        "error": _finite(error),
         "protocol": dict(protocol),
         "runtime": runtime,
     }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def results_of(printed: Mapping[str, Any]) -> tuple[str, list[Entry]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -194,16 +195,23 @@ def _stored(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     stored: dict[str, Any] = read_json(path).get("row", {})
-    if "metrics" not in stored:
+    if not all(isinstance(stored.get(name), dict) for name in ("metrics", "errors")):
         raise LowbitError(f"{path} is not a task result: delete it")
-    return stored
+    metrics = {name: math.inf if value is None else value for name, value in stored["metrics"].items()}
+    errors = {name: math.nan if value is None else value for name, value in stored["errors"].items()}
+    return {**stored, "metrics": metrics, "errors": errors}
 
 
 def _keep(path: Path, identity: dict[str, Any], row: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        write_json(path, {"identity": identity, "row": row})
+        # JSON has no infinity (a diverged model's perplexity) and no NaN (the error of one document).
+        plain = {
+            name: {key: value if math.isfinite(value) else None for key, value in row[name].items()}
+            for name in ("metrics", "errors")
+        }
+        write_json(path, {"identity": identity, "row": {**row, **plain}})
     except (OSError, LowbitError) as error:  # the scores took minutes or hours, and are worth more than the cache
         say(f"{identity['task']}: the result is not cached ({error}); set LOWBIT_CACHE to a folder you may write")
 
