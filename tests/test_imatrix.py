@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -178,23 +177,43 @@ def test_what_cannot_be_used_is_one_line(written: tuple[Path, Path], tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_the_model_itself_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tmp_path / "m.gguf"
-    model.write_bytes(b"GGUF")
-    opened = SimpleNamespace(source=SimpleNamespace(file=model))
-    monkeypatch.setattr("lowbit.pipeline.imatrix.open_model", lambda *given: opened)
+def test_what_is_no_importance_matrix_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among others the model itself; before any work."""
+    monkeypatch.setattr("lowbit.pipeline.imatrix.open_model", lambda *given: pytest.fail("work has begun"))
+    model, folder = tmp_path / "m.gguf", tmp_path / "folder.gguf"
+    writer = gguf.GGUFWriter(model, "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    folder.mkdir()
     (tmp_path / "link.gguf").symlink_to(model)
-    for out in (model, tmp_path / "link.gguf"):
-        with pytest.raises(LowbitError, match="is the model itself, which it would replace"):
+    (tmp_path / "notes.gguf").write_text("mine")
+    before = model.read_bytes()
+    for out in (model, tmp_path / "link.gguf", tmp_path / "notes.gguf", folder):
+        with pytest.raises(LowbitError, match="exists and is no importance matrix, which alone is replaced"):
             lowbit.imatrix(model, out)
-    assert model.read_bytes() == b"GGUF"
+    assert (model.read_bytes(), (tmp_path / "notes.gguf").read_text()) == (before, "mine")
+
+
+def test_an_importance_matrix_is_replaced_and_a_refused_one_leaves_no_folder(
+    written: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, path = written
+    out = tmp_path / "a/i.gguf"
+    with pytest.raises(LowbitError):
+        lowbit.imatrix(tmp_path / "nowhere", out)
+    assert not out.parent.exists()
+    for given in (GIVEN, {**GIVEN, "seed": 5}):
+        lowbit.imatrix(str(model), out, data=f"{model}/calib.txt", **given)
+        assert (out.read_bytes() == path.read_bytes()) == (given is GIVEN)
 
 
 def test_a_file_in_the_way_is_one_line_before_any_work(
     written: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert call(["imatrix", str(written[0]), "-o", str(tmp_path / "file/a.gguf")]) == 2
+    given = ["--data", f"{written[0]}/calib.txt", "--length", "20"]
+    assert call(["imatrix", str(written[0]), "-o", str(tmp_path / "file/a.gguf"), *given]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "a file is where a folder should be" in line
 

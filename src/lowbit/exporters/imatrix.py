@@ -52,6 +52,22 @@ def check_imatrix(config: Any) -> None:
         raise LowbitError(f"llama.cpp does not support this model, so its tensors have no names there: {why}")
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuse to write over anything but an importance matrix, such as the model itself.
+
+    Raises:
+        LowbitError: something else is there.
+    """
+    if not path.exists():
+        return
+    try:
+        _stored(path)
+    except LowbitError as error:
+        raise LowbitError(
+            f"--out {path} exists and is no importance matrix, which alone is replaced: name another, or delete it"
+        ) from error
+
+
 def write_imatrix(
     path: Path, config: Any, squares: Mapping[str, Squares], text: str, windows: int, length: int
 ) -> None:

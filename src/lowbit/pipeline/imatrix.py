@@ -10,7 +10,7 @@ import torch
 from lowbit.checkpoints.resolve import load_tokenizer
 from lowbit.data.text import Data, calibration
 from lowbit.errors import LowbitError
-from lowbit.exporters.imatrix import Squares, check_imatrix, write_imatrix
+from lowbit.exporters.imatrix import Squares, check_imatrix, check_replaceable, write_imatrix
 from lowbit.methods.statistics import input_statistics
 from lowbit.models.block import Block
 from lowbit.models.validate import check_ids
@@ -60,7 +60,8 @@ def imatrix(
     Sums are of the blocks' linears, the head is not among them, as in llama-imatrix's default.
 
     Raises:
-        LowbitError: llama.cpp does not have the architecture, or the text is too short.
+        LowbitError: llama.cpp does not have the architecture, the text is too short, or ``out`` exists and is no
+            importance matrix.
     """
     samples = DEFAULTS["samples"] if samples is None else samples
     length = DEFAULTS["length"] if length is None else length
@@ -68,16 +69,15 @@ def imatrix(
     out = user_path(out)
     if out.suffix != ".gguf":
         raise LowbitError(f"--out {out} given; an importance matrix is a file that ends in .gguf")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(out)
     opened = open_model(str(model), revision, allow_pickle, trust_remote_code)
-    if opened.source.file is not None and out.exists() and out.samefile(opened.source.file):
-        raise LowbitError(f"--out {out} is the model itself, which it would replace; name another file")
     check_imatrix(opened.config)
     check_length(opened.config, length)
     tokenizer = load_tokenizer(opened.source.folder, trust_remote_code)
     text = calibration(data or DEFAULTS["data"], tokenizer, samples, length, seed)
     streamed = StreamedModel(opened.source.folder, trust_remote_code=trust_remote_code)
     check_ids(text.ids, streamed.skeleton, opened.source.folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
     squares: dict[str, Squares] = {}
     with torch.no_grad():
         x = streamed.enter(text.ids)
