@@ -286,6 +286,32 @@ def test_what_cannot_be_diagnosed_is_one_line(places, tmp_path, capsys):
     for given, words in (
         ([model, "--budget", "4"], "are for a finished run folder"),
         ([model, "--float", model], "are for a finished run folder"),
+        ([model, "--data", f"{model}/held.txt"], "--data is for a finished run folder, which"),
+        ([model, "--seed", "0"], "--seed is for a finished run folder, which"),
+        ([model, "--bits", "4"], "--bits is for a finished run folder, which"),
+        *(
+            (
+                [out, *option],
+                f"{option[0]} is for a model, and {out} is a run folder: name the model, or leave it out",
+            )
+            for option in (
+                ("--scheme", "w8a16"),
+                ("--recipe", "rtn"),
+                ("--effort", "normal"),
+                ("--config-only",),
+                ("--ranks", "1"),
+                ("--device-memory", "80GB"),
+                ("--host-memory", "80GB"),
+                ("--flops", "400T"),
+                ("--bandwidth", "3T"),
+                ("--network", "1G"),
+            )
+        ),
+        *(
+            ([out, option, value], f"{option} is for a measurement: give --float too, or leave it out")
+            for option, value in (("--data", "builtin"), ("--samples", "2"), ("--length", "128"), ("--seed", "0"))
+        ),
+        ([out, "--bits", "4,8"], "--bits is for a proposal: give --budget too, or leave it out"),
         ([out, "--budget", "2"], "at least 4.000 are needed"),
         ([out, "--budget", "-1"], "--budget -1"),
         ([out, "--budget", "nan"], "--budget nan"),

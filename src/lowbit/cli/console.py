@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 import typer
 from rich.table import Table
 
+from lowbit.errors import LowbitError
 from lowbit.progress import say
 
 if TYPE_CHECKING:
@@ -91,6 +93,20 @@ def _as_json(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_as_json(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def refuse_unused(given: Mapping[str, Any], reason: str) -> None:
+    """Refuse options that nothing asked for uses.
+
+    Args:
+        given: values by the options' names; ``None``: not given.
+        reason: what they are for, and what to do.
+
+    Raises:
+        LowbitError: one is given.
+    """
+    if names := [name for name, value in given.items() if value is not None]:
+        raise LowbitError(f"--{names[0]} {reason}, or leave it out")
 
 
 def warn(what: str | None, whose: str = "") -> None:

@@ -9,7 +9,19 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lowbit.cli.console import Device, DType, Json, Model, Pickle, Remote, Revision, place_of, print_json, table
+from lowbit.cli.console import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Pickle,
+    Remote,
+    Revision,
+    place_of,
+    print_json,
+    refuse_unused,
+    table,
+)
 from lowbit.errors import LowbitError, canonical, check_least
 from lowbit.paths import user_path
 
@@ -18,13 +30,19 @@ if TYPE_CHECKING:
     from lowbit.analysis.mixed_precision import Proposal
     from lowbit.pipeline.machine import Machine
 
+# What options stand for that are not given; they are None until it is known that they apply.
+SCHEME, RECIPE, EFFORT, NETWORK, DATA, BITS = "w4a16g64-sym", "gptq", "normal", "1G", "builtin", "3,4,5,6,8"
 SHOWN = 10  # rows of a ranking; --json has all of them
 
 
 def inspect(
     model: Model,
-    scheme: Annotated[str, typer.Option(help="A MODEL: the scheme to estimate for.")] = "w4a16g64-sym",
-    recipe: Annotated[str, typer.Option(help="A MODEL: the recipe to estimate for.")] = "gptq",
+    scheme: Annotated[
+        str | None, typer.Option(help="A MODEL: the scheme to estimate for.", show_default=SCHEME)
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A MODEL: the recipe to estimate for.", show_default=RECIPE)
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -38,21 +56,29 @@ def inspect(
     exact: Annotated[
         str | None, typer.Option("--float", help="A run: its float model; measures KL divergence.")
     ] = None,
-    data: Annotated[str, typer.Option(help="With --float: builtin, wikitext2, ptb, c4, or a file.")] = "builtin",
-    seed: Annotated[int, typer.Option(help="With --float: draws the windows.")] = 0,
+    data: Annotated[
+        str | None, typer.Option(help="With --float: builtin, wikitext2, ptb, c4, or a file.", show_default=DATA)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="With --float: draws the windows.", show_default="0")] = None,
     budget: Annotated[
         float | None, typer.Option(help="A run: propose overrides for this many bits per weight, such as 4.5.")
     ] = None,
-    bits: Annotated[str, typer.Option(help="With --budget: the widths to choose among.")] = "3,4,5,6,8",
+    bits: Annotated[
+        str | None, typer.Option(help="With --budget: the widths to choose among.", show_default=BITS)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="With --budget: write FILE.yaml for 'quantize --scheme'.")
     ] = None,
-    effort: Annotated[str, typer.Option(help="A MODEL: quick, normal or paper, as for 'quantize'.")] = "normal",
+    effort: Annotated[
+        str | None, typer.Option(help="A MODEL: quick, normal or paper, as for 'quantize'.", show_default=EFFORT)
+    ] = None,
     config_only: Annotated[
         bool,
         typer.Option("--config-only", help="A MODEL: plan from its config.json; no weights are fetched or read."),
     ] = False,
-    ranks: Annotated[int, typer.Option(help="A MODEL: processes that torchrun is to start.")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option(help="A MODEL: processes that torchrun is to start.", show_default="1")
+    ] = None,
     device_memory: Annotated[
         str | None, typer.Option(help="A MODEL: each rank has a device with so much memory, such as 80GB.")
     ] = None,
@@ -64,7 +90,9 @@ def inspect(
     bandwidth: Annotated[
         str | None, typer.Option(help="A MODEL: bytes a second of the device's memory, such as 3T.")
     ] = None,
-    network: Annotated[str, typer.Option(help="A MODEL: bytes a second between ranks.")] = "1G",
+    network: Annotated[
+        str | None, typer.Option(help="A MODEL: bytes a second between ranks.", show_default=NETWORK)
+    ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     revision: Revision = None,
@@ -84,20 +112,52 @@ def inspect(
     is_run = manifest is not None
     if not is_run and (budget is not None or exact is not None or out is not None):
         raise LowbitError(f"--float, --budget and --out are for a finished run folder, which {model} is not")
+    if is_run:
+        of_model = {
+            "scheme": scheme,
+            "recipe": recipe,
+            "effort": effort,
+            "config-only": config_only or None,
+            "ranks": ranks,
+            "device-memory": device_memory,
+            "host-memory": host_memory,
+            "flops": flops,
+            "bandwidth": bandwidth,
+            "network": network,
+        }
+        refuse_unused(of_model, f"is for a model, and {model} is a run folder: name the model")
+        if exact is None:
+            of_text = {"data": data, "samples": samples, "length": length, "seed": seed}
+            refuse_unused(of_text, "is for a measurement: give --float too")
+        if budget is None:
+            refuse_unused({"bits": bits}, "is for a proposal: give --budget too")
+    else:
+        refuse_unused(
+            {"data": data, "seed": seed, "bits": bits},
+            f"is for a finished run folder, which {model} is not: name one",
+        )
     # Of a run, the dtype is that in which its divergence is measured: there is nothing to plan.
     planned = "float32" if is_run else dtype
     facts = inspect_model(
         model,
-        scheme,
-        recipe,
+        SCHEME if scheme is None else scheme,
+        RECIPE if recipe is None else recipe,
         samples=samples,
         length=length,
         revision=revision,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
-        effort=effort,
+        effort=EFFORT if effort is None else effort,
         config_only=config_only,
-        machine=machine_of(ranks, device_memory, host_memory, flops, bandwidth, network, planned),
+        machine=machine_of(
+            1 if ranks is None else ranks,
+            device_memory,
+            host_memory,
+            flops,
+            bandwidth,
+            NETWORK if network is None else network,
+            planned,
+        ),
     )
     diagnosis = None
     # A run that keeps its source's codes has measured nothing.
@@ -108,12 +168,12 @@ def inspect(
         diagnosis = diagnose(
             model,
             exact=exact,
-            data=data,
+            data=DATA if data is None else data,
             samples=2 if samples is None else samples,
             length=128 if length is None else length,
-            seed=seed,
+            seed=0 if seed is None else seed,
             budget=budget,
-            bits=_widths(bits),
+            bits=_widths(BITS if bits is None else bits),
             out=out,
             **place_of(device, dtype, revision, allow_pickle, trust_remote_code),
         )

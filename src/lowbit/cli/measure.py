@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +25,7 @@ from lowbit.cli.console import (
     bos_of,
     place_of,
     print_json,
+    refuse_unused,
     table,
     warn,
 )
@@ -90,11 +90,11 @@ def evaluate(
             "bos": bos,
             "length": None if length == LENGTH else length,
         }
-        _refuse_unused(of_text, "is for text: give --data too")
+        refuse_unused(of_text, "is for text: give --data too")
     if not tasks:
         of_tasks = {"task-data": None if task_data == "auto" else task_data, "limit": limit}
         of_tasks |= {"seed": seed or None, "fresh": fresh or None}
-        _refuse_unused(of_tasks, "is for tasks: give --tasks too")
+        refuse_unused(of_tasks, "is for tasks: give --tasks too")
     if tasks:
         from lowbit.evaluation.tasks import evaluate_tasks
 
@@ -127,12 +127,6 @@ def evaluate(
         _show_perplexity(evaluated)
     if scores:
         _show_tasks(scores)
-
-
-def _refuse_unused(given: Mapping[str, Any], reason: str) -> None:
-    """Refuse options by name that nothing asked for uses; ``None``: not given."""
-    if names := [name for name, value in given.items() if value is not None]:
-        raise LowbitError(f"--{names[0]} {reason}, or leave it out")
 
 
 def _show_perplexity(evaluated: Evaluated) -> None:
