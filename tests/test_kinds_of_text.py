@@ -20,7 +20,9 @@ from lowbit.data import builtin
 from lowbit.data.text import calibration
 from lowbit.evaluation.ratios import ratios_of
 from lowbit.evaluation.texts import calibrated_on, default_texts
+from lowbit.exporters.run import open_run
 from lowbit.methods import training
+from lowbit.reports.collect import measured_of
 from lowbit.reports.facts import FloatFacts, RunFacts
 from lowbit.reports.scores import score_table
 from lowbit.reports.texts import over_texts
@@ -160,6 +162,7 @@ def test_kinds_that_are_not_known_are_not_claimed():
     assert calibrated_on("wiki", drawn) is True
     assert calibrated_on("code", drawn) is None  # the file may hold code
     assert calibrated_on("held.txt", Calibration("x", 8, 16, "auto", "", "0f", {"wiki": 8})) is None
+    assert calibrated_on("chats.jsonl", drawn) is None  # another file may have its name
 
 
 # --- ratios
@@ -269,6 +272,10 @@ def entry(on: str, value: float | None, tokens: int = 64, **more) -> dict:
     return {"on": on, "measure": "perplexity", "value": value, "protocol": protocol, "runtime": None, **more}
 
 
+def replaced_hash(result: dict, digest: str) -> dict:
+    return {**result, "protocol": {**result["protocol"], "hash": digest}}
+
+
 def facts(places, *scores) -> RunFacts:
     return RunFacts("r", manifest_of(places / "mixture"), [], 0, [], "", scores=scores)
 
@@ -283,5 +290,38 @@ def test_ratios_of_the_report_are_of_one_protocol_each(places):
     assert found.ratios.by_text == {"a": 2.0, "b": 1.5}
     assert found.protocol == "windows of 16, bos auto"
     assert over_texts(facts(places, entry("a", 12.0), entry("b", 9.0, runtime="llama.cpp")), exact) == []
+    first, second = (replaced_hash(entry("a", 99.0, 128), digest) for digest in ("0f" * 32, "1f" * 32))
+    own = FloatFacts("m", fingerprint(places), [{**first, "value": 33.0}, {**second, "value": 11.0}])
+    (apart,) = over_texts(facts(places, first, second), [own])  # two files of one name
+    assert apart.ratios.by_text == {"a (0f0f0f0f)": 3.0, "a (1f1f1f1f)": 9.0}
     (lost,) = over_texts(facts(places, entry("a", 12.0), entry("b", None)), exact)
     assert lost.ratios.warning().startswith("b has inf times the float perplexity")
+
+
+def test_files_of_one_name_are_two_texts_in_results_and_report(places, tmp_path, capsys):
+    """Of other lengths, so that neither is taken for a part of the other."""
+    files = []
+    for number, language in enumerate(("de", "en")):
+        (tmp_path / language).mkdir()
+        files.append(tmp_path / language / "t.txt")
+        files[-1].write_text(letters(40 + number)[: 400 - 100 * number])
+    data = [word for file in files for word in ("--data", file)]
+    told = printed(capsys, "evaluate", places / "two", "--reference", places / "m", *data, "--length", 16, "--json")[
+        0
+    ]
+    (tmp_path / "both.json").write_text(told)
+    compared = printed(
+        capsys, "compare", places / "m", places / "two", *data, "--length", 16, "--tokens", 64, "--json"
+    )
+    (tmp_path / "compared.json").write_text(compared[0])
+    (found,), floats = measured_of([open_run(places / "two")], [tmp_path / "both.json", tmp_path / "compared.json"])
+    whole = json.loads(told)
+    stored = {
+        one["on"]: one["value"] for one in found.scores if one["protocol"]["hash"] in whole["data_hash"].values()
+    }
+    assert stored == {f"{file.parent.name}/t.txt": whole["perplexity"][str(file)] for file in files}
+    charts = [title.partition(" (")[0] for title in found.block_error]
+    assert charts == ["t.txt, 64 tokens"] * 2
+    (ratios,) = over_texts(facts(places, *found.scores), floats)
+    for file in files:  # the whole text counts, not the part of it that compare read
+        assert ratios.ratios.by_text[f"{file.parent.name}/t.txt"] == whole["ratios"]["by_text"][str(file)]

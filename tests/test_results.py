@@ -11,7 +11,7 @@ import lowbit
 from lowbit.checkpoints.identity import tokenizer_digest
 from lowbit.cli.main import call
 from lowbit.errors import LowbitError
-from lowbit.evaluation.results import EVALUATIONS, entry, keep, kept, results_of
+from lowbit.evaluation.results import EVALUATIONS, entry, keep, kept, labels_of, results_of
 from tiny import save_tiny
 
 
@@ -41,12 +41,19 @@ def test_results_of_another_tokenizer_go(tmp_path):
     assert kept(tmp_path, "f") == []
 
 
+def test_names_of_files_are_as_long_as_tells_them_apart():
+    names = ["/a/de/t.txt", "/a/en/t.txt", "t.txt", "/a/en/x/s.txt", "/b/en/x/s.txt", "./t.txt", "own"]
+    found = labels_of(names)
+    assert list(found.values()) == ["de/t.txt", "en/t.txt", "t.txt", "a/en/x/s.txt", "b/en/x/s.txt", "t.txt", "own"]
+
+
 def no_constant(name: str):
     raise AssertionError(f"{name} is no JSON")
 
 
 def test_what_is_not_finite_and_where_a_text_lay_are_not_written(tmp_path):
-    keep(tmp_path, "f", [entry("/home/me/a.txt", "perplexity", math.inf, {}, error=math.nan)])
+    (label,) = labels_of(["/home/me/a.txt"]).values()
+    keep(tmp_path, "f", [entry(label, "perplexity", math.inf, {}, error=math.nan)])
     json.loads((tmp_path / EVALUATIONS).read_text(), parse_constant=no_constant)
     assert kept(tmp_path, "f")[0] == {
         "runtime": None,

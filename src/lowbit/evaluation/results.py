@@ -36,9 +36,9 @@ def entry(
     runtime: str | None = None,
     error: float | None = None,
 ) -> Entry:
-    """One result; a path to a text is shortened to the file's name."""
+    """One result; ``on`` is a task or one of ``labels_of``."""
     return {
-        "on": Path(on).name,
+        "on": on,
         "measure": measure,
         "value": _finite(value),
         "error": _finite(error),
@@ -58,15 +58,34 @@ def results_of(printed: Mapping[str, Any]) -> tuple[str, list[Entry]]:
     >>> results_of(result | {"bos": "auto", "dtype": "float32", "fingerprint": "f"})[1][0]["protocol"]
     {'tokens': 64, 'length': 32, 'bos': 'auto', 'hash': '0f'}
     """
-    out = []
+    out, labels = [], labels_of(printed.get("perplexity", {}))
     for name, value in printed.get("perplexity", {}).items():
         protocol = text_protocol(
             printed["tokens"][name], printed["length"], printed["bos"], printed["data_hash"][name], printed["dtype"]
         )
-        out.append(entry(name, "perplexity", value, protocol, printed.get("target")))
+        out.append(entry(labels[name], "perplexity", value, protocol, printed.get("target")))
     if tasks := printed.get("zero_shot"):
         return tasks["fingerprint"], [*out, *_accuracies(tasks)]
     return printed["fingerprint"], out
+
+
+def labels_of(names: Iterable[str]) -> dict[str, str]:
+    """What results on texts that were measured together are on, by the texts' names.
+
+    A path is shortened to the file's name, and to its folders too where those tell several files of one name apart.
+
+    >>> labels_of(["x/de/t.txt", "x/en/t.txt", "x/a.txt", "builtin:wiki"])
+    {'x/de/t.txt': 'de/t.txt', 'x/en/t.txt': 'en/t.txt', 'x/a.txt': 'a.txt', 'builtin:wiki': 'builtin:wiki'}
+    """
+    parts = {name: Path(name).parts for name in names}
+    return {name: _shortened(own, set(parts.values()) - {own}) for name, own in parts.items()}
+
+
+def _shortened(own: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> str:
+    """The end of a path that none of the others has; all of it where another one ends in it."""
+    depths = range(1, len(own) + 1)
+    depth = next((n for n in depths if all(other[-n:] != own[-n:] for other in others)), len(own))
+    return str(Path(*own[len(own) - depth :]))
 
 
 def _accuracies(scores: Mapping[str, Any]) -> Iterator[Entry]:

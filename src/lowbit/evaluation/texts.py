@@ -25,16 +25,17 @@ def default_texts(calibrations: Iterable[Calibration]) -> tuple[str, str]:
 
 
 def calibrated_on(kind: str, calibration: Calibration | None) -> bool | None:
-    """Whether a run was calibrated on a kind of text; ``None`` if its manifest does not tell.
+    """Whether a run was calibrated on a kind of text; ``None`` if that is not known.
 
-    A file may hold any kind of text. After calibration on one, no kind but its own name is known.
+    A file may hold any kind of text, also one with the name of a file that was calibrated on. After calibration on a
+    file, no kind but those that were drawn beside it is known.
 
     >>> drawn = Calibration("builtin:wiki+c4", 32, 512, "auto", "", "0f", {"wiki": 16, "c4": 16})
     >>> calibrated_on("c4", drawn), calibrated_on("code", drawn), calibrated_on("code", None)
     (True, False, None)
     """
-    if calibration is None or not calibration.kinds:
+    if kind not in KNOWN or calibration is None or not calibration.kinds:
         return None
     if kind in calibration.kinds:
         return True
-    return False if kind in KNOWN and KNOWN.issuperset(calibration.kinds) else None
+    return False if KNOWN.issuperset(calibration.kinds) else None

@@ -16,7 +16,7 @@ from lowbit.checkpoints.identity import fingerprint
 from lowbit.checkpoints.json_file import read_json
 from lowbit.errors import LowbitError
 from lowbit.evaluation.compare import FORMAT as COMPARED
-from lowbit.evaluation.results import Entry, entry, kept, merge_entries, results_of, text_protocol
+from lowbit.evaluation.results import Entry, entry, kept, labels_of, merge_entries, results_of, text_protocol
 from lowbit.exporters.run import Run
 from lowbit.reports.facts import FloatFacts
 from lowbit.runs.manifest import MANIFEST
@@ -55,6 +55,7 @@ class _Pool:
         self.runtimes = [run.subject.scheme.target for run in runs]  # ``compare`` simulates each run's own target
         identities = [run.manifest.identity for run in runs]
         self.models = {identity.fingerprint: identity.model for identity in identities}
+        self.titles: dict[str, str] = {}  # the digest of the first text with a chart's heading
         self.floats: dict[str, tuple[str, list[Entry]]] = {}
 
     def read(self, file: Path) -> None:
@@ -94,15 +95,22 @@ class _Pool:
             for compared_run in content["runs"]
         ]
         exact, how = [], content["protocol"]
+        labels = labels_of(content["texts"])
         for name, text in content["texts"].items():
             protocol = text_protocol(text["tokens"], how["length"], how["bos"], text["data_hash"], how["dtype"])
-            exact.append(entry(name, "perplexity", text["perplexity"], protocol))
+            exact.append(entry(labels[name], "perplexity", text["perplexity"], protocol))
             for position, figures in zip(positions, text["runs"], strict=True):
                 if position is not None:
                     run = self.runs[position]
-                    run.scores = merge_entries(run.scores, _figures(name, figures, protocol, self.runtimes[position]))
-                    run.block_error[f"{text['corpus']}, {text['tokens']:,} tokens"] = figures["block_error"]
+                    ours = _figures(labels[name], figures, protocol, self.runtimes[position])
+                    run.scores = merge_entries(run.scores, ours)
+                    run.block_error[self._title(text)] = figures["block_error"]
         return self._float(content["fingerprint"], exact)
+
+    def _title(self, text: Mapping[str, Any]) -> str:
+        """The heading of a text's chart, with its digest where another text has the same."""
+        plain, digest = f"{text['corpus']}, {text['tokens']:,} tokens", text["data_hash"]
+        return plain if self.titles.setdefault(plain, digest) == digest else f"{plain} ({digest[:8]})"
 
 
 def _figures(name: str, figures: Mapping[str, Any], protocol: Mapping[str, Any], runtime: str | None) -> list[Entry]:

@@ -32,18 +32,18 @@ def over_texts(run: RunFacts, floats: Sequence[FloatFacts]) -> list[OverTexts]:
     """A run's ratios for each protocol under which it and its float model were measured on two texts or more.
 
     Of a text that was measured on several numbers of tokens, the largest counts; ``builtin`` is ``builtin:wiki``.
+    Texts of one name and number of tokens whose digests differ are several texts.
     """
     whose = run.manifest.identity.fingerprint
     own = [model for model in floats if model.fingerprint == whose]
     exact = {question(result): result["value"] for model in own for result in model.scores}
-    groups: dict[str, dict[str, tuple[Entry, float]]] = {}
+    groups: dict[str, dict[str, list[tuple[Entry, float]]]] = {}
     for result in _perplexities(run.scores):
         if (unit := exact.get(question(result))) is None:
             continue
-        group = groups.setdefault(_protocol(result), {})
         name = "builtin:wiki" if result["on"] == "builtin" else result["on"]
-        if name not in group or _tokens(group[name][0]) < _tokens(result):
-            group[name] = result, unit
+        groups.setdefault(_protocol(result), {}).setdefault(name, []).append((result, unit))
+    by_text = {protocol: _texts(group) for protocol, group in groups.items()}
     return [
         OverTexts(
             run.name,
@@ -53,15 +53,26 @@ def over_texts(run: RunFacts, floats: Sequence[FloatFacts]) -> list[OverTexts]:
                 {name: unit for name, (_, unit) in group.items()},
             ),
         )
-        for protocol, group in sorted(groups.items())
+        for protocol, group in sorted(by_text.items())
         if len(group) > 1
     ]
+
+
+def _texts(group: Mapping[str, Sequence[tuple[Entry, float]]]) -> dict[str, tuple[Entry, float]]:
+    """One result for each text: the digest tells texts of a name apart that were measured on as many tokens."""
+    out = {}
+    for name, found in group.items():
+        longest = max(_tokens(result) for result, _ in found)
+        digests = {result["protocol"]["hash"]: (result, unit) for result, unit in found if _tokens(result) == longest}
+        for digest, one in digests.items():
+            out[name if len(digests) == 1 else f"{name} ({digest[:8]})"] = one
+    return out
 
 
 def _perplexities(results: Sequence[Entry]) -> Iterator[Entry]:
     """Perplexities of texts, those that are not finite as infinite."""
     for result in results:
-        if result["measure"] == "perplexity" and {"tokens", "length", "bos"} <= set(result["protocol"]):
+        if result["measure"] == "perplexity" and {"tokens", "length", "bos", "hash"} <= set(result["protocol"]):
             yield result if result["value"] is not None else {**result, "value": float("inf")}
 
 
