@@ -265,6 +265,26 @@ def test_mistakes_are_one_line(root, measured, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"blocks": None},
+        {"blocks": [{"block": 0}]},
+        {"blocks": [3]},
+        {"blocks": [{"block": 0, "seconds": "1", "peak_memory_bytes": 2}]},
+    ],
+)
+def test_a_broken_timing_file_is_one_line_and_without_it_the_page_is_written(content, root, tmp_path, capsys):
+    shutil.copytree(root / "rtn", tmp_path / "run")
+    file = tmp_path / "run/lowbit-timing.json"
+    file.write_text(json.dumps(content))
+    told = line(capsys, "report", tmp_path / "run", "-o", tmp_path / "page.html")
+    assert f"{file} is broken: delete it" in told
+    file.unlink()
+    assert "The timing file is missing" in page_of(tmp_path, tmp_path / "run").text
+
+
 @pytest.mark.parametrize("place", ["identity.seed", "identity.data.hash", "layouts", "blocks.notes"])
 def test_a_manifest_that_lacks_something_is_one_line(place, root, tmp_path, capsys):
     shutil.copytree(root / "rtn", tmp_path / "run")

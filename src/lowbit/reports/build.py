@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -94,11 +96,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _facts(run: Run, name: str, results: Measured) -> RunFacts:
     command_line, recipe = command(run.manifest.request)
-    timing, stats = run.folder / TIMING, read_activation_stats(run.folder)
+    stats = read_activation_stats(run.folder)
     return RunFacts(
         name=name,
         manifest=run.manifest,
-        timing=read_json(timing)["blocks"] if timing.exists() else [],
+        timing=_timing(run.folder / TIMING),
         size_bytes=sum(path.stat().st_size for path in run.checkpoint.files),
         targets=_targets(run),
         command=command_line,
@@ -109,6 +111,26 @@ def _facts(run: Run, name: str, results: Measured) -> RunFacts:
         pictures=_pictures(stats),
         online=online_cost(run.checkpoint, run.manifest, _linears(run)),
     )
+
+
+def _timing(path: Path) -> list[dict[str, Any]]:
+    """Rows of the timing file, none without it; raises ``LowbitError`` for a broken one."""
+    if not path.exists():
+        return []
+    rows = read_json(path).get("blocks")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_timed(row) for row in rows):
+        raise LowbitError(f"{path} is broken: delete it, and the report leaves out times and memory")
+    return rows
+
+
+def _is_timed(row: Mapping[str, Any]) -> bool:
+    """Whether a block's row has what is drawn.
+
+    >>> _is_timed({"block": 0, "seconds": 1.5, "peak_memory_bytes": 2}), _is_timed({"block": 0})
+    (True, False)
+    """
+    values = [row.get(key) for key in ("block", "seconds", "peak_memory_bytes")]
+    return all(isinstance(value, int | float) and 0 <= value < math.inf for value in values)
 
 
 def _linears(run: Run) -> dict[str, tuple[int, int]]:
