@@ -153,3 +153,15 @@ def test_what_does_not_compare_is_one_line(places, tmp_path, capsys):
         err = capsys.readouterr().err.strip()
         assert words in err
         assert len(err.splitlines()) == 1
+
+
+def test_a_texts_name_is_no_markup(places, tmp_path, capsys, monkeypatch):
+    """Rich would swallow what stands in brackets."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("[bold]de.txt", "a[.txt", "[x] b.txt"):
+        text = tmp_path / name
+        text.write_text((places[0] / "held.txt").read_text())
+        capsys.readouterr()
+        given = ["--data", str(text), "--length", "32", "--tokens", "64"]
+        assert call(["compare", str(places[0]), str(places[1]), *given]) == 0
+        assert f"{text.name}: 64 tokens in windows of 32" in capsys.readouterr().out

@@ -81,7 +81,9 @@ def _show(exact: str, compared: Compared, length: int, blocks: bool) -> None:
     heads = [escape(one["run"]) for one in compared.runs]
     for name, text in compared.texts.items():
         rows = table("", "perplexity", "ratio", "95 % interval", "KL mean", "KL 99 %", "same top-1", "worst block")
-        rows.title = f"{Path(name).name}: {text['tokens']:,} tokens in windows of {length}"
+        # A name may hold [brackets], which are markup in a string.
+        title = f"{Path(name).name}: {text['tokens']:,} tokens in windows of {length}"
+        rows.title = Text(title, style="table.title")
         rows.add_row(Text(exact), f"{text['perplexity']:.4f}", *["-"] * 6)
         for one, row in zip(compared.runs, text["runs"], strict=True):
             worst = max(range(len(row["block_error"])), key=row["block_error"].__getitem__)
