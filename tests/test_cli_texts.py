@@ -371,6 +371,13 @@ def test_the_demo_shows_what_was_done_and_what_to_do_next(staged, tmp_path, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 
 
+def test_the_demo_refuses_a_folder_without_a_name_before_any_work(staged, capsys, monkeypatch):
+    monkeypatch.setattr("lowbit.checkpoints.resolve.resolve", lambda name: pytest.fail("work has begun"))
+    assert call(["demo", "-o", "/"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--out / given, which has no name: name a folder to be made, such as demo-run" in line
+
+
 def test_the_demo_does_what_its_protocol_says(staged, tmp_path, capsys):
     calls, evaluated = staged
     assert call(["demo", "--out", str(tmp_path / "demo"), "--json"]) == 0

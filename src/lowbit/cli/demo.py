@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from lowbit.cli.console import Json, print_json, table
+from lowbit.errors import LowbitError
 from lowbit.paths import user_path
 from lowbit.progress import duration, say
 
@@ -54,13 +55,19 @@ def run_demo(out: Path) -> dict[str, Any]:
     """Quantize SmolLM2-135M-Instruct with two recipes and compare; the last one's folder remains at ``out``.
 
     Perplexity is on Wikipedia text; calibration is on other parts of the same package.
+
+    Raises:
+        LowbitError: ``out`` is the root of a file system, beside which there is no place.
     """
     from lowbit.checkpoints.resolve import resolve
     from lowbit.pipeline.quantize import quantize
     from lowbit.pipeline.recipe import SAMPLES_LEARNING
     from lowbit.pipeline.request import DEFAULTS
 
-    out, source = user_path(out).resolve(), resolve("demo")
+    out = user_path(out).resolve()
+    if not out.name:
+        raise LowbitError(f"--out {out} given, which has no name: name a folder to be made, such as demo-run")
+    source = resolve("demo")
     say("evaluating the float model")
     rows = [_row("float", "float32", 32.0, source.folder, None)]
     for recipe in RECIPES:
