@@ -248,7 +248,10 @@ RUNS: list[tuple[str, Break, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize("command", [EVALUATE, GENERATE, INSPECT], ids=lambda command: command[0])
+INSPECT_RUN = ["inspect", "{m}", "--json"]  # what plans a run is refused for one that is there
+
+
+@pytest.mark.parametrize("command", [EVALUATE, GENERATE, INSPECT_RUN], ids=lambda command: command[0])
 @pytest.mark.parametrize(("broken", "said"), [case[1:] for case in RUNS], ids=[case[0] for case in RUNS])
 def test_a_broken_run_folder_is_not_read(broken, said, command, models, tmp_path, capsys):
     m = copied(models / "run", tmp_path / "m", broken)
